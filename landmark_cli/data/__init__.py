@@ -1,0 +1,1 @@
+"""From raw text to batches with landmarks: corpora, tokenizers, token files, landmarks, batches."""
