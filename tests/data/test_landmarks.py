@@ -80,8 +80,9 @@ def test_text_targets_do_not_depend_on_landmarks(text, freq, following):
 def test_targets_of_a_small_stream():
     stream = torch.tensor([1, 2, LANDMARK, EOT, 4, LANDMARK, 5, EOT, LANDMARK])
     ignored = IGNORED_TARGET
-    given_next = dict(landmark_token_id=LANDMARK, eot_id=EOT, following=torch.tensor(6))
-    assert next_token_targets(stream, **given_next).tolist() == [2, EOT, *[ignored] * 2, 5, ignored, EOT, *[ignored] * 2]
+    given_next = {"landmark_token_id": LANDMARK, "eot_id": EOT, "following": torch.tensor(6)}
+    targets = next_token_targets(stream, **given_next)
+    assert targets.tolist() == [2, EOT, ignored, ignored, 5, ignored, EOT, ignored, ignored]
     counted = next_token_targets(stream, **given_next, include_landmarks=True)
     assert counted.tolist() == [2, LANDMARK, EOT, ignored, LANDMARK, 5, EOT, ignored, ignored]
 
