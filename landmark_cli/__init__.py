@@ -1,0 +1,7 @@
+"""Landmark attention: train on short windows, read inputs of any length through retrieved blocks.
+
+Importing this package makes the transformers library know the landmark models (`AutoModelForCausalLM.from_pretrained`
+opens their directories) and the attention implementation "landmark".
+"""
+
+__version__ = "0.1.0"

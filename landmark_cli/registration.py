@@ -1,0 +1,51 @@
+"""Tells transformers about the landmark models as soon as it is imported, and never imports it itself.
+
+`import landmark_cli` has to be enough for `AutoModelForCausalLM.from_pretrained` to open a landmark model, but importing
+transformers takes seconds, which `landmark --help` must not cost. So the registration waits for that import.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+TARGET = "transformers"
+
+
+def register_with_transformers() -> None:
+    """Register the landmark models now if transformers has been imported, or else right after it will be."""
+    if TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    from landmark_cli import models
+
+    models.register()
+
+
+class _AfterImport:
+    """A finder that asks the other finders for transformers and adds one step after its loading.
+
+    It stays until transformers is really loaded: libraries also look for the spec just to see whether it is installed.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != TARGET:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                sys.meta_path.remove(self)
+                _register()
+
+            spec.loader.exec_module = load_and_register
+        return spec
