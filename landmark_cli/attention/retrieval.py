@@ -1,0 +1,109 @@
+"""Attention of a chunk over retrieved blocks, the incomplete block before it, and itself: the definition.
+
+Source: arXiv 2305.16300, section 3.2 (inference) and appendix; positions as stated in cache.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cache import Chunk, LayerBlocks
+from .reference import attention_logits, landmark_attention, masked_logsumexp
+from .rotary import rotate, rotation_table
+
+MINUS_INFINITY = float("-inf")
+
+
+def attend_chunk(
+    q: Tensor, k: Tensor, v: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None = None
+) -> Tensor:
+    """Attend from a chunk to the retrieved blocks and to what stands directly before, then store the chunk.
+
+    q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids. scale: factor on the logits, 1 / sqrt(D).
+    Returns (B, H, T, D); zeros on padding.
+    """
+    window_k, window_v, first = blocks.window(k, v, chunk)
+    out, lse = landmark_attention(
+        q, window_k, window_v, block_size=blocks.settings.block_size, scale=scale, start=first, return_lse=True
+    )
+    if min(blocks.settings.top_k, chunk.most_cached) > 0:
+        ages = select_blocks(q, blocks, chunk, scale)
+        out = _add_retrieved(q, out, lse, blocks, chunk, ages, scale)
+    blocks.append(k, v, chunk)
+    return out
+
+
+def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None = None) -> Tensor:
+    """Choose the blocks each query and head reads.
+
+    Returns ages, (B, H or 1, T or 1, k) int64 in time order: age a is the a-th newest complete block, and 0 (at the
+    end) stands for no block where a row has fewer than k. Equal scores go to the newer block.
+    """
+    settings = blocks.settings
+    ages = torch.arange(1, chunk.most_cached + 1, device=q.device)
+    cached = chunk.cached[:, None]
+    taken = cached.clamp(max=settings.top_k)
+
+    # The last k blocks are scored at their true distance, all older ones just behind them.
+    distance = ages.expand(q.shape[0], -1)
+    if settings.positions == "bounded":
+        distance = torch.minimum(distance, taken + 1)
+    rows = torch.arange(q.shape[0], device=q.device)[:, None]
+    keys = blocks.landmark_keys[rows, :, (chunk.blocks[:, None] - ages) % blocks.capacity].transpose(1, 2)
+    cos, sin = rotation_table(-distance * settings.block_size, chunk.cache.inverse_frequencies)
+    scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale)
+    scores = scores.masked_fill((ages > cached)[:, None, None], MINUS_INFINITY)
+
+    if settings.selection != "per_token_and_head":
+        # A row that has no block yet has no softmax: all its scores stay equal and none is taken below.
+        scores = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+        if settings.selection == "max_over_heads":
+            scores = scores.amax(1, keepdim=True)
+        else:
+            scores = scores.masked_fill(~chunk.real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
+    count = min(settings.top_k, chunk.most_cached)
+    best = ages[scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]]
+    best = best.masked_fill(best > cached[:, None, None], 0)
+    return best.sort(dim=-1, descending=True).values
+
+
+def block_distance(ages: Tensor, chunk: Chunk) -> Tensor:
+    """How many block slots before the chunk's incomplete block each selected block stands; ages as select_blocks gives.
+
+    Bounded positions: the j-th selected block (j = 0 ..) of k stands at slot j + 1 of the window's k + 1 slots if it is
+    one of the last k cached blocks, else at slot j.
+    """
+    settings = chunk.cache.settings
+    if settings.positions == "absolute":
+        return ages
+    taken = chunk.cached.clamp(max=settings.top_k)[:, None, None, None]
+    rank = torch.arange(ages.shape[-1], device=ages.device)
+    return taken - rank + (ages > taken)
+
+
+def _add_retrieved(
+    q: Tensor, local: Tensor, local_lse: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float | None
+) -> Tensor:
+    """Merge the selected blocks into the local attention by the outer softmax; one block a query at a time."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // blocks.keys.shape[1])
+    rows = torch.arange(q.shape[0], device=q.device)
+    where = rows[:, None, None], heads[None, :, None]
+    turns = block_distance(ages, chunk) * blocks.settings.block_size
+
+    group, outputs = [local_lse], [local.to(local_lse.dtype)]
+    for j in range(ages.shape[-1]):
+        age = ages[..., j].expand(q.shape[:3])
+        slot = (chunk.blocks[:, None, None] - age) % blocks.capacity
+        cos, sin = rotation_table(turns[..., j].expand(q.shape[:3]), chunk.cache.inverse_frequencies)
+        turned = rotate(q, cos, sin).to(local_lse.dtype).unsqueeze(-2)
+        logits = (turned @ blocks.keys[(*where, slot)].to(local_lse.dtype).transpose(-1, -2)).squeeze(-2) * scale
+        inner = torch.softmax(logits[..., :-1], dim=-1).unsqueeze(-2)
+        outputs.append((inner @ blocks.values[(*where, slot)][..., :-1, :].to(local_lse.dtype)).squeeze(-2))
+        group.append(logits[..., -1].masked_fill(age == 0, MINUS_INFINITY))
+
+    group = torch.stack(group, dim=-1)
+    share = torch.exp(group - masked_logsumexp(group).unsqueeze(-1)) * chunk.real[:, None, :, None]
+    share = share.nan_to_num(0.0)
+    return (torch.stack(outputs, dim=-2) * share.unsqueeze(-1)).sum(-2).to(q.dtype)

@@ -1,0 +1,37 @@
+"""Rotary position embedding, half-split: dimension i is rotated together with dimension i + rotary_dim / 2.
+
+Rotations compose and only differences of angles matter, so a cached key stays rotated by its offset in its block and a
+query is turned by whole blocks to stand at the wanted distance. Source: arXiv 2104.09864; arXiv 2305.16300, section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def default_inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Tensor:
+    """Angle per position of each rotated pair: (rotary_dim / 2,) float32."""
+    return base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+
+
+def rotation_table(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * inverse frequency, float32, shaped positions.shape + (rotary_dim / 2,).
+
+    Angles are formed in float64: at a million positions a float32 angle would be off by 0.06.
+    """
+    angles = positions[..., None].double() * inverse_frequencies.double()
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.shape[-1] dimensions of x; the rest passes through (partial rotary).
+
+    x: (..., D); cos, sin: broadcastable to (..., rotary_dim / 2). Computed in float32 (float64 if x is), returned in
+    x's dtype.
+    """
+    half = cos.shape[-1]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

@@ -1,0 +1,15 @@
+"""Models whose attention is landmark attention, each a model of the transformers library."""
+
+
+def register() -> None:
+    """Make our model types and the attention "landmark" known to transformers' Auto classes. May be called again."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from landmark_cli.attention import dispatch
+
+    from .gpt import GPTConfig, GPTForCausalLM, GPTModel
+
+    dispatch.register()
+    AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
+    AutoModel.register(GPTConfig, GPTModel, exist_ok=True)
+    AutoModelForCausalLM.register(GPTConfig, GPTForCausalLM, exist_ok=True)

@@ -1,0 +1,221 @@
+"""The paper's language model: a pre-norm decoder with rotary positions, as a model of the transformers library.
+
+Which attention it has is transformers' `attn_implementation`: "landmark", or "sdpa" for the baseline.
+Source: arXiv 2305.16300, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
+
+
+class GPTConfig(PreTrainedConfig):
+    """Shape and landmark settings of a `GPTForCausalLM`.
+
+    n_layer, n_head, n_embd: layers, heads, width (head dim = n_embd / n_head); the MLP is 4 times as wide.
+    bias: biases in linear layers and norms (the paper has none). dropout: after embedding, attention and MLP.
+    landmark_freq: text tokens between landmarks; None for the baseline, which knows no landmarks.
+    landmark_token_id: the landmark's token. trained_length: stream tokens (landmarks included) of a training window.
+    top_k_blocks: blocks retrieved by default at inference.
+    """
+
+    model_type = "landmark_gpt"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "max_position_embeddings": "trained_length",
+    }
+
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 8
+    n_embd: int = 1024
+    dropout: float = 0.0
+    bias: bool = False
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    landmark_freq: int | None = 50
+    landmark_token_id: int | None = 50260
+    trained_length: int = 512
+    top_k_blocks: int = 4
+    eos_token_id: int | None = 50256
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must be a whole, even head dim")
+        super().__post_init__(**kwargs)
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of the positions given, for the whole head dim."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.head_dim, self.base = config.n_embd // config.n_head, config.rope_theta
+        self.register_buffer("inv_freq", default_inverse_frequencies(self.head_dim, self.base), persistent=False)
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids: (B, T) -> cos, sin: (B, 1, T, head dim / 2) float32."""
+        cos, sin = rotation_table(position_ids, self.inv_freq)
+        return cos[:, None], sin[:, None]
+
+
+class Attention(nn.Module):
+    """Self-attention; the attention itself is whatever transformers has registered under config._attn_implementation."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.is_causal = True
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], **kwargs) -> Tensor:
+        qkv = self.qkv_proj(x).view(*x.shape[:2], 3, self.config.n_head, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.config.dropout if self.training else 0.0
+        out, _ = attend(self, q, k, v, None, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
+        return self.dropout(self.o_proj(out.reshape(x.shape)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down_proj(nn.functional.gelu(self.up_proj(x))))
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.attention = Attention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], **kwargs) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, **kwargs)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    config_class = GPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RotaryEmbedding):
+            module.inv_freq.copy_(default_inverse_frequencies(module.head_dim, module.base))
+        elif isinstance(module, Block):
+            # Each layer adds to the residual twice; the sum keeps the scale of one.
+            for projection in (module.attention.o_proj, module.mlp.down_proj):
+                nn.init.normal_(projection.weight, std=std / math.sqrt(2 * self.config.n_layer))
+
+
+class GPTModel(GPTPreTrainedModel):
+    """Embedding, blocks and final norm: token ids (B, T) -> hidden states (B, T, n_embd)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Exactly one of input_ids (B, T) and inputs_embeds (B, T, n_embd); positions count from 0 by default.
+
+        Further keyword arguments (landmark_chunk, landmark_layout) reach the attention.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        rotation = self.rotary_emb(position_ids)
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, rotation, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(x))
+
+
+class GPTForCausalLM(GPTPreTrainedModel):
+    """The language model: token ids (B, T) -> logits (B, T, vocab_size), and a loss where labels are given."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.model = GPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutput:
+        """labels: (B, T), the inputs themselves, shifted inside as transformers does; or give shift_labels as well, the
+        target of every position, -100 where there is none. logits_to_keep: only the last so many positions (0: all).
+        """
+        hidden = self.model(
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        ).last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutput(loss=loss, logits=logits)

@@ -1,0 +1,76 @@
+"""The paper's model gives the authors' outputs from the authors' weights."""
+
+import pytest
+import torch
+from tests import goldens
+
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.data.landmarks import landmark_positions, stream_length
+from landmark_cli.models import register
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from landmark_cli.models.import_authors import convert_state
+
+register()
+TOLERANCE = 1e-5
+
+
+def golden_model(spec: dict, tensors: dict, block_size: int | None) -> GPTForCausalLM:
+    config = GPTConfig(
+        vocab_size=96,
+        n_layer=3,
+        n_head=4,
+        n_embd=64,
+        landmark_freq=block_size and block_size - 1,
+        landmark_token_id=spec.get("landmark_id"),
+        attn_implementation="landmark" if block_size else "sdpa",
+    )
+    model = GPTForCausalLM(config).eval()
+    state = convert_state(goldens.part(tensors, "w."), n_head=4)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing in ([], ["lm_head.weight"]) and not unexpected
+    return model
+
+
+@pytest.mark.parametrize("name", goldens.names("gpt_forward_*"))
+def test_forward_loss_and_gradients(name):
+    spec, tensors = goldens.read(name)
+    model = golden_model(spec, tensors, spec["block_size"])
+    targets = tensors["targets"].masked_fill(tensors["targets"] == -1, -100)
+
+    output = model(tensors["ids"], labels=targets, shift_labels=targets)
+    output.loss.backward()
+
+    torch.testing.assert_close(output.logits, tensors["logits"], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(output.loss, tensors["loss"], rtol=0, atol=TOLERANCE)
+    ours = dict(model.named_parameters())
+    gradients = convert_state(goldens.part(tensors, "g."), n_head=4)
+    assert len(gradients) >= len(ours)
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(ours.get(parameter, model.lm_head.weight).grad, gradient, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", goldens.names("gpt_retrieval_*"))
+def test_chunked_reading(name):
+    spec, tensors = goldens.read(name)
+    freq, text = spec["mem_cache_freq"], int(tensors["text_length"])
+    model = golden_model(spec, tensors, freq + 1)
+    stream = tensors["stream_embeddings"]
+    settings = RetrievalSettings(freq + 1, spec["cache_topk"], spec["cache_selection_method"], spec["mem_cache_size"])
+    cache = BlockCache(settings, model.model.rotary_emb.inv_freq, batch=stream.shape[0])
+    chunks = spec["chunk"]
+    if isinstance(chunks, int):
+        chunks = [min(chunks, text - at) for at in range(0, text, chunks)]
+
+    read, logits = 0, []
+    with torch.no_grad():
+        for length in chunks:
+            begin, end = stream_length(read, freq), stream_length(read + length, freq)
+            chunk = cache.begin_chunk([end - begin] * stream.shape[0])
+            out = model(inputs_embeds=stream[:, begin:end], position_ids=chunk.position_ids, landmark_chunk=chunk)
+            cache.end_chunk(chunk)
+            logits.append(out.logits)
+            read += length
+
+    logits = torch.cat(logits, dim=1)
+    logits = logits[:, ~landmark_positions(logits.shape[1], freq + 1)]
+    torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=TOLERANCE)
