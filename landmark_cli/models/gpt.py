@@ -58,6 +58,9 @@ class GPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs) -> None:
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must be a whole, even head dim")
+        # A model directory opens with the attention it was trained with; from_pretrained's own argument still wins.
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = "landmark" if self.landmark_freq else "sdpa"
         super().__post_init__(**kwargs)
 
 
@@ -85,6 +88,7 @@ class Attention(nn.Module):
         self.is_causal = True
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.o_proj.adds_to_residual = True
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], **kwargs) -> Tensor:
@@ -102,6 +106,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.down_proj.adds_to_residual = True
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +138,9 @@ class GPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
+            # Each layer adds to the residual twice; the sum keeps the scale of one.
+            residual = getattr(module, "adds_to_residual", False)
+            nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -144,10 +151,6 @@ class GPTPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RotaryEmbedding):
             module.inv_freq.copy_(default_inverse_frequencies(module.head_dim, module.base))
-        elif isinstance(module, Block):
-            # Each layer adds to the residual twice; the sum keeps the scale of one.
-            for projection in (module.attention.o_proj, module.mlp.down_proj):
-                nn.init.normal_(projection.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
 
 class GPTModel(GPTPreTrainedModel):
