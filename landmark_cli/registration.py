@@ -1,7 +1,7 @@
 """Tells transformers about the landmark models as soon as it is imported, and never imports it itself.
 
-`import landmark_cli` has to be enough for `AutoModelForCausalLM.from_pretrained` to open a landmark model, but importing
-transformers takes seconds, which `landmark --help` must not cost. So the registration waits for that import.
+`import landmark_cli` has to be enough for `AutoModelForCausalLM.from_pretrained` to open a landmark model, but
+importing transformers takes seconds, which `landmark --help` must not cost. So the registration waits for that import.
 """
 
 from __future__ import annotations

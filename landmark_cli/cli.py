@@ -1,0 +1,176 @@
+"""The `landmark` command: which subcommands there are, and how an options dataclass becomes one."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from landmark_cli import __version__, console
+from landmark_cli.errors import LandmarkError
+from landmark_cli.options import KINDS, Setting, build, load_recipe, settings_of
+
+Command = tuple[str, type, Callable[[Any], None], str]
+
+# The words on the command line, the options dataclass, the function that does the work, the examples that end the help.
+COMMANDS: list[Command] = []
+
+GROUPS = {
+    "eval": "Measure a model on held-out text.",
+}
+
+ABOUT = "Landmark attention: from raw text to a trained model that reads inputs of any length."
+
+
+def build_app(commands: Iterable[Command]) -> typer.Typer:
+    """The Typer application of these commands; a command of two words ("eval perplexity") stands in a group."""
+    commands = list(commands)
+    firsts = [_first_example(examples) for _, _, _, examples in commands]
+    app = _group(ABOUT, firsts)
+    app.callback()(_root)
+    groups: dict[str, typer.Typer] = {}
+    for words, options_class, run, examples in commands:
+        group, _, name = words.rpartition(" ")
+        if group and group not in groups:
+            inside = [first for first, command in zip(firsts, commands, strict=True) if command[0].startswith(group)]
+            groups[group] = _group(GROUPS[group], inside)
+            app.add_typer(groups[group], name=group)
+        parent = groups[group] if group else app
+        parent.command(name, epilog=_epilog(examples))(_callback(words, options_class, run))
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `landmark` with these arguments (sys.argv's without any), print what goes wrong, and exit."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        build_app(COMMANDS)(args=arguments, prog_name="landmark")
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        if isinstance(error, LandmarkError):
+            console.error(str(error))
+            sys.exit(error.exit_code)
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        console.error(f"{type(error).__name__}: {first_line}".removesuffix(": "))
+        if "--debug" not in arguments:
+            console.info("run again with --debug for the traceback")
+        sys.exit(1)
+
+
+def _group(help: str, examples: Iterable[str]) -> typer.Typer:
+    return typer.Typer(
+        help=help,
+        epilog=_epilog("\n".join(examples)),
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+
+
+def _epilog(examples: str) -> str:
+    return "Examples:\n" + escape("\n".join(line.strip() for line in examples.strip().splitlines()))
+
+
+def _first_example(examples: str) -> str:
+    return next(line for line in map(str.strip, examples.splitlines()) if line.startswith("landmark "))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"landmark {__version__}")
+        raise typer.Exit()
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Common")]
+Version = Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)]
+
+
+def _root(version: Version = False, debug: Debug = False) -> None:
+    pass
+
+
+def _callback(words: str, options_class: type, run: Callable[[Any], None]) -> Callable[..., None]:
+    """The function Typer sees: its signature is the dataclass's fields, `--recipe` and `--debug`."""
+    settings = settings_of(options_class)
+
+    def use_recipe(context: typer.Context, recipe: str | None) -> None:
+        if recipe is not None and not context.resilient_parsing:
+            values = load_recipe(recipe, options_class, words)
+            context.default_map = {name: _as_text(settings[name], value) for name, value in values.items()}
+
+    def callback(**values: Any) -> None:
+        try:
+            run(build(options_class, {name: values[name] for name in settings}))
+        except KeyboardInterrupt:
+            console.error("interrupted")
+            raise typer.Exit(130) from None
+
+    recipe = typer.Option(
+        "--recipe",
+        help="Take the defaults from a recipe: a shipped one's name or a YAML file.",
+        metavar="<name|path>",
+        is_eager=True,
+        callback=use_recipe,
+        rich_help_panel="Common",
+    )
+    parameters = [_parameter(setting) for setting in settings.values()]
+    parameters += [_keyword("recipe", Annotated[str | None, recipe], None), _keyword("debug", Debug, False)]
+    callback.__signature__ = inspect.Signature(parameters)
+    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    callback.__doc__ = escape(inspect.getdoc(options_class) or "")
+    return callback
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """One field as Typer's: flags as they are, all else as text, which `build` converts the way it does a recipe's."""
+    about = setting.metadata
+    common = {
+        "help": escape(about["help"]),
+        "hidden": about["hidden"],
+        "min": about["min"],
+        "max": about["max"],
+        "rich_help_panel": about["panel"],
+    }
+    kind: Any = bool if setting.kind is bool else str
+    kind = list[kind] if setting.many else kind
+    default = setting.default
+    default = inspect.Parameter.empty if default is MISSING else _as_text(setting, default, named_none=False)
+    if about["positional"]:
+        info = typer.Argument(metavar=about["metavar"], **common)
+    else:
+        info = typer.Option(*_names(setting), metavar=about["metavar"] or _metavar(setting), **common)
+    return _keyword(setting.name, Annotated[kind | None, info], default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _names(setting: Setting) -> tuple[str, ...]:
+    names = setting.metadata["names"] or (f"--{setting.key}",)
+    if setting.kind is not bool:
+        return names
+    return tuple(f"{name}/--no-{name[2:]}" if name.startswith("--") else name for name in names)
+
+
+def _metavar(setting: Setting) -> str | None:
+    if setting.kind is bool:
+        return None
+    return f"<{'|'.join(setting.choices) or KINDS[setting.kind]}>" + "..." * setting.many
+
+
+def _as_text(setting: Setting, value: Any, named_none: bool = True) -> Any:
+    """A value in the form that Typer takes from the command line, where None has a name only for some types."""
+    if isinstance(value, bool):
+        return value
+    if value is None:
+        return "none" if named_none and setting.none_has_a_name else None
+    return [str(item) for item in value] if setting.many else str(value)

@@ -1,0 +1,249 @@
+"""What the user sees: messages and progress on stderr, results on stdout, quiet where nobody watches.
+
+In a run of several processes only the first one talks; errors come from whichever has one. Importing this module costs
+nothing: rich is imported by the functions that draw.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# A pipe or a log file gets lines of progress this many seconds or this share of the work apart, and a moment at least.
+LINE_SECONDS = 10.0
+LINE_SHARE = 0.1
+LINE_MOMENT = 2.0
+PLAIN_WIDTH = 160
+
+
+@functools.cache
+def console(*, stderr: bool = True) -> Console:
+    """The rich console of stderr, for people, or of stdout, for results."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    plain = not stream.isatty() and "COLUMNS" not in os.environ
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=PLAIN_WIDTH if plain else None)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that talks: the first one under torchrun or `accelerate launch`, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def info(message: str) -> None:
+    """Tell the user something, on stderr."""
+    if is_main_process():
+        console().print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """Tell the user about something that goes on but may surprise."""
+    if is_main_process():
+        console().print(f"warning: {message}", style="yellow", markup=False)
+
+
+def error(message: str) -> None:
+    """Tell the user why the work stops."""
+    rank = "" if is_main_process() else f"[rank {os.environ['RANK']}] "
+    console().print(f"{rank}error: {message}", style="red", markup=False)
+
+
+class Progress:
+    """How far some work is: what it has done, the share, the rate, the fields the work reports, the time left.
+
+    Made by `progress`; the work calls `advance`.
+    """
+
+    def __init__(self, description: str, total: float | None, unit: str, initial: float) -> None:
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.done = initial
+        self.fields: dict[str, Any] = {}
+        self._initial = initial
+        self._started = time.monotonic()
+
+    def advance(self, amount: float = 1, **fields: Any) -> None:
+        """Count `amount` more units as done and show these fields ("loss 3.21") from now on."""
+        self.done += amount
+        self.fields.update(fields)
+        self._show(final=False)
+
+    def status(self) -> str:
+        """The whole state in one line, without the description."""
+        elapsed = time.monotonic() - self._started
+        rate = (self.done - self._initial) / elapsed if elapsed > 0 else 0.0
+        amount = quantity(self.done, self.unit)
+        parts = [f"{amount} {self.unit}" if self.unit != "B" else amount]
+        if self.total:
+            share = min(self.done / self.total, 1.0)
+            of = quantity(self.total, self.unit)
+            parts = [f"{share:4.0%}", f"{amount}/{of} {self.unit}" if self.unit != "B" else f"{amount}/{of}"]
+        if rate > 0:
+            parts.append(f"{quantity(rate, self.unit)}/s" if self.unit == "B" else f"{quantity(rate)} {self.unit}/s")
+        parts += [f"{name.replace('_', ' ')} {_cell(value)}" for name, value in self.fields.items()]
+        if self.total and rate > 0 and self.done < self.total:
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        else:
+            parts.append(duration(elapsed))
+        return "  ".join(parts)
+
+    def _show(self, *, final: bool) -> None:
+        """Draw nothing: what a process does that does not talk."""
+
+
+class _BarProgress(Progress):
+    """A bar with the status beside it, redrawn a few times a second."""
+
+    def __init__(self, description: str, total: float | None, unit: str, initial: float) -> None:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        super().__init__(description, total, unit, initial)
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}")
+        self.bar = RichProgress(*columns, console=console())
+        self._task = self.bar.add_task(description, total=total, completed=initial, status="")
+        self._shown = 0.0
+
+    def _show(self, *, final: bool) -> None:
+        now = time.monotonic()
+        if final or now - self._shown > 0.1:
+            self._shown = now
+            self.bar.update(self._task, completed=self.done, status=self.status())
+
+
+class _LineProgress(Progress):
+    """A line now and then, for a pipe or a log file."""
+
+    def __init__(self, description: str, total: float | None, unit: str, initial: float) -> None:
+        super().__init__(description, total, unit, initial)
+        self._shown_at = time.monotonic()
+        self._shown_done = initial
+
+    def _show(self, *, final: bool) -> None:
+        waited = time.monotonic() - self._shown_at
+        enough = self.total is not None and self.done - self._shown_done >= LINE_SHARE * self.total
+        if waited >= LINE_SECONDS or (enough and waited >= LINE_MOMENT) or (final and self.done > self._shown_done):
+            self._shown_at, self._shown_done = time.monotonic(), self.done
+            info(f"{self.description}  {self.status()}")
+
+
+@contextmanager
+def progress(
+    description: str, total: float | None = None, unit: str = "steps", *, initial: float = 0
+) -> Iterator[Progress]:
+    """Show the progress of work on stderr: a bar on a terminal, else a line every ten seconds or tenth of the work.
+
+    total: None where nobody knows. unit: "B" is shown as MB and MB/s. initial: what an earlier run had done.
+    """
+    if not is_main_process():
+        yield Progress(description, total, unit, initial)
+    elif console().is_terminal:
+        shown = _BarProgress(description, total, unit, initial)
+        with shown.bar:
+            yield shown
+            shown._show(final=True)
+    else:
+        shown = _LineProgress(description, total, unit, initial)
+        yield shown
+        shown._show(final=True)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, stderr: bool = False
+) -> None:
+    """Print a table on stdout (or stderr). Columns of numbers stand to the right; floats get four decimals."""
+    from rich import box
+    from rich.table import Table
+
+    rows = [list(row) for row in rows]
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        numbers = all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
+        drawn.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(_cell(value, ".4f") for value in row))
+    if is_main_process():
+        console(stderr=stderr).print(drawn)
+
+
+def results(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    data: Any,
+    json_target: str | Path | None = None,
+    title: str | None = None,
+) -> None:
+    """Print a command's result as a table on stdout and, where `--json` asks, `data` as JSON.
+
+    json_target: a file, or "-" for stdout, which then gets nothing but the JSON (the table goes to stderr).
+    """
+    to_stdout = json_target is not None and str(json_target) == "-"
+    table(columns, rows, title=title, stderr=to_stdout)
+    if to_stdout:
+        print_json(data)
+    elif json_target is not None and is_main_process():
+        path = Path(json_target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_json(data) + "\n", encoding="utf-8")
+        info(f"wrote {path}")
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON on stdout; numbers JSON has no word for (nan, inf) become null, paths become text."""
+    if is_main_process():
+        print(_json(data))
+
+
+def quantity(amount: float, unit: str = "") -> str:
+    """A count or, with the unit "B", a number of bytes, short enough for a progress line: "12.3k", "45.0 MB"."""
+    if unit == "B":
+        for prefix in ("", "k", "M", "G"):
+            if amount < 1000:
+                return f"{amount:.0f} B" if prefix == "" else f"{amount:.1f} {prefix}B"
+            amount /= 1000
+        return f"{amount:.1f} TB"
+    if amount != int(amount) and amount < 100:
+        return f"{amount:.3g}"
+    if amount < 100_000:
+        return f"{amount:.0f}"
+    power = min(int(math.log10(amount)) // 3, 4)
+    return f"{amount / 1000**power:.4g}{' kMGT'[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "0:07" or "2:03:20"."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _cell(value: Any, floats: str = ".4g") -> str:
+    if value is None:
+        return "-"
+    return format(value, floats) if isinstance(value, float) else str(value)
+
+
+def _json(data: Any) -> str:
+    return json.dumps(_finite(data), indent=2, allow_nan=False, default=str)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,263 @@
+"""A command's options: a dataclass is the only place where a name, a type, a default and a help text stand.
+
+    @dataclass
+    class GreetOptions:
+        "Greet somebody."
+        name: str = option(help="Who to greet.", positional=True)
+        times: int = option(1, help="How often.", min=1)
+
+From it come the Typer command (`landmark_cli.cli`), the keys of a recipe and the Python call
+`run(GreetOptions(name="you"))`. Types: bool, int, float, str, pathlib.Path and Literal of strings, each as it is, as
+`X | None` or as `list[X]`.
+
+A recipe is a YAML file of options for one command, `command: train` among its keys. On the command line it replaces the
+defaults, and an option given beside it replaces the recipe's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from landmark_cli.errors import UsageError
+
+KINDS = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
+PACKAGE = Path(__file__).parent
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    panel: str | None = None,
+    names: tuple[str, ...] = (),
+    min: float | None = None,
+    max: float | None = None,
+    metavar: str | None = None,
+    hidden: bool = False,
+    positional: bool = False,
+    saved: bool = True,
+) -> Any:
+    """Declare one field of an options dataclass.
+
+    default: the value, or a list (copied for each object); without one the option is required.
+    panel: the heading it stands under in the help.
+    names: the command-line names, where they differ from the field's: ("--top-k-blocks", "-k").
+    min, max: bounds of a number, both included.
+    metavar: what the help shows in place of the type.
+    positional: an argument instead of an option.
+    saved: whether `save_recipe` writes it; not for what belongs to one run only, such as `--resume` or `--dry-run`.
+    """
+    metadata = {
+        "help": help,
+        "panel": panel,
+        "names": names,
+        "min": min,
+        "max": max,
+        "metavar": metavar,
+        "hidden": hidden,
+        "positional": positional,
+        "saved": saved,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=functools.partial(list, default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field of an options dataclass, its type taken apart."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    many: bool
+    default: Any
+    metadata: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The name in a recipe and, behind two dashes, on the command line."""
+        return next((name[2:] for name in self.metadata["names"] if name.startswith("--")), self.name.replace("_", "-"))
+
+    @property
+    def label(self) -> str:
+        """How an error message calls it."""
+        return self.key.upper() if self.metadata["positional"] else f"--{self.key}"
+
+    @property
+    def none_has_a_name(self) -> bool:
+        """Whether the text "none" stands for None: only where it could be nothing else."""
+        return self.optional and (self.kind in (int, float) or bool(self.choices))
+
+    def convert(self, value: Any) -> Any:
+        """Text from the command line or a value of a recipe -> the field's type. ValueError says what is wrong."""
+        if value is None or not self.many:
+            return self._convert_one(value)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if self.kind in (int, float):
+            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+        return [self._convert_one(item) for item in items]
+
+    def _convert_one(self, value: Any) -> Any:
+        if self.optional and (value is None or (value == "none" and self.none_has_a_name)):
+            return None
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"expected true or false, found {value!r}")
+            return value
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(f"expected one of {', '.join(self.choices)}; found {value!r}")
+            return value
+        if self.kind in (int, float):
+            return self._convert_number(value)
+        if not isinstance(value, (str, int, float, Path)) or isinstance(value, bool):
+            raise ValueError(f"expected text, found {value!r}")
+        return Path(value).expanduser() if self.kind is Path else str(value)
+
+    def _convert_number(self, value: Any) -> int | float:
+        readable = (int, str) if self.kind is int else (int, float, str)
+        try:
+            if isinstance(value, bool) or not isinstance(value, readable):
+                raise ValueError
+            number = self.kind(value)
+        except (ValueError, OverflowError):
+            wanted = "a whole number" if self.kind is int else "a number"
+            raise ValueError(f"expected {wanted}, found {value!r}") from None
+        low, high = self.metadata["min"], self.metadata["max"]
+        if (low is not None and not number >= low) or (high is not None and not number <= high):
+            bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+            raise ValueError(f"must be {' and '.join(bounds)}, found {value}")
+        return number
+
+
+@functools.cache
+def settings_of(options_class: type) -> dict[str, Setting]:
+    """The settings of an options dataclass by field name. Raises TypeError for a field no option can stand for."""
+    hints = get_type_hints(options_class)
+    return {field.name: _setting(field, hints[field.name]) for field in dataclasses.fields(options_class)}
+
+
+def _setting(field: dataclasses.Field, annotation: Any) -> Setting:
+    if "help" not in field.metadata:
+        raise TypeError(f"{field.name}: declare it with option(...), which asks for a help text")
+    kind, optional, many, choices = annotation, False, False, ()
+    if get_origin(kind) in (Union, types.UnionType) and types.NoneType in get_args(kind) and len(get_args(kind)) == 2:
+        optional, (kind,) = True, (member for member in get_args(kind) if member is not types.NoneType)
+    if get_origin(kind) is list:
+        many, (kind,) = True, get_args(kind)
+    if get_origin(kind) is Literal:
+        kind, choices = str, get_args(kind)
+    if kind not in KINDS or (many and kind is bool):
+        raise TypeError(f"{field.name}: an option cannot have the type {annotation}")
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    setting = Setting(field.name, kind, choices, optional, many, default, dict(field.metadata))
+    if optional and default not in (None, MISSING) and not setting.none_has_a_name:
+        raise TypeError(f"{field.name}: with the type {annotation} only None can be the default")
+    return setting
+
+
+def build(options_class: type, values: dict[str, Any]) -> Any:
+    """Make the options object from values by field name. A wrong value raises UsageError naming the option."""
+    settings = settings_of(options_class)
+    converted = {}
+    for name, value in values.items():
+        try:
+            converted[name] = settings[name].convert(value)
+        except ValueError as error:
+            raise UsageError(f"{settings[name].label}: {error}") from None
+    return options_class(**converted)
+
+
+def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[str, Any]:
+    """The values of a recipe by field name, each of the field's type.
+
+    recipe: a shipped recipe's name ("demo/tiny") or the path of a YAML file.
+    Raises UsageError for an unknown recipe, key or value, or a recipe of another command.
+    """
+    path = find_recipe(recipe, command)
+    content = _read_yaml(path)
+    owner = content.pop("command", command)
+    if owner != command:
+        raise UsageError(f"recipe {recipe}: it is for `landmark {owner}`, not for `landmark {command}`")
+    settings = settings_of(options_class)
+    by_key = {name: setting for setting in settings.values() for name in (setting.name.replace("_", "-"), setting.key)}
+    values = {}
+    for key, value in content.items():
+        setting = by_key.get(str(key).replace("_", "-"))
+        if setting is None:
+            keys = [setting.key for setting in settings.values()]
+            raise UsageError(f'recipe {recipe}: unknown key "{key}"{nearest(str(key), keys)}')
+        try:
+            values[setting.name] = setting.convert(value)
+        except ValueError as error:
+            raise UsageError(f"recipe {recipe}: {key}: {error}") from None
+    return values
+
+
+def save_recipe(options: Any, path: str | Path, command: str) -> None:
+    """Write options as a recipe, so that `landmark COMMAND --recipe PATH` repeats the run."""
+    import yaml
+
+    content: dict[str, Any] = {"command": command}
+    for name, setting in settings_of(type(options)).items():
+        if setting.metadata["saved"]:
+            value = getattr(options, name)
+            items = [str(item) if isinstance(item, Path) else item for item in (value if setting.many else [value])]
+            content[setting.key] = items if setting.many else items[0]
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def find_recipe(recipe: str | Path, command: str) -> Path:
+    """The file of a shipped recipe or of a path. Raises UsageError that lists the command's recipes."""
+    shipped = recipes_folder() / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise UsageError(f"recipe {recipe}: there is no such file")
+    names = recipe_names(command)
+    raise UsageError(f'no recipe of `landmark {command}` is called "{recipe}"{nearest(str(recipe), names)}')
+
+
+def recipe_names(command: str) -> list[str]:
+    """The shipped recipes of one command, such as ["demo/tiny", "pg19/landmark"]."""
+    folder = recipes_folder()
+    files = [path for path in sorted(folder.rglob("*.yaml")) if _read_yaml(path).get("command") == command]
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: in the package when it came as a wheel, beside it in a checkout."""
+    inside = PACKAGE / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the one it may have meant, or all there are."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word.replace("_", "-"), known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known) or 'none'}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path}: expected lines of `option: value`")
+    return content
