@@ -1,0 +1,161 @@
+"""Feed inputs of any length through a model chunk by chunk, landmarks and block cache included.
+
+Callers deal in text: the reader puts a landmark after every `landmark_freq` text tokens of each row's stream and hands
+back outputs at text positions only. Source: arXiv 2305.16300, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from landmark_cli.attention.cache import BlockCache, Positions, RetrievalSettings, Selection
+from landmark_cli.data.landmarks import insert_landmarks
+from landmark_cli.errors import LandmarkError
+from landmark_cli.models.rotary import inverse_frequencies
+
+
+def default_chunk(trained_length: int, top_k: int, landmark_freq: int) -> int:
+    """Text tokens a chunk: what the trained length (stream tokens) leaves beside top_k + 1 blocks, in whole blocks."""
+    block_size = landmark_freq + 1
+    blocks = (trained_length - (top_k + 1) * block_size) // block_size
+    if blocks < 1:
+        raise LandmarkError(
+            f"top-k {top_k} leaves no room for a chunk: {top_k} blocks, the incomplete one and one of the chunk take "
+            f"{(top_k + 2) * block_size} positions, the model was trained at {trained_length}; "
+            f"use a top-k of at most {max(0, trained_length // block_size - 2)}, or give a chunk length"
+        )
+    return blocks * landmark_freq
+
+
+@dataclass(frozen=True)
+class ReadChunk:
+    """What one chunk gave.
+
+    logits: (B, W, vocabulary) at text positions, rows of fewer than W text tokens padded on the left.
+    lengths: text tokens of each row in this chunk (0 once a row has ended).
+    begin: where this chunk's text begins in every row.
+    """
+
+    logits: Tensor
+    lengths: list[int]
+    begin: int
+
+
+class Reader:
+    """Reads a batch of rows, each at its own pace, and remembers them in a block cache.
+
+    model: any landmark model. top_k: blocks retrieved per query (config.top_k_blocks by default). chunk: text tokens a
+    chunk (by default what the trained length leaves). cache_blocks, selection, positions: see RetrievalSettings.
+    batch: rows.
+
+    Raises LandmarkError where the model has no landmarks or the settings do not fit it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        top_k: int | None = None,
+        chunk: int | None = None,
+        cache_blocks: int | None = None,
+        selection: Selection = "per_token_and_head",
+        positions: Positions = "bounded",
+        batch: int = 1,
+    ):
+        config = model.config
+        if not getattr(config, "landmark_freq", None):
+            raise LandmarkError("this model has no landmarks, so it cannot read through a block cache")
+        self.model = model
+        self.landmark_freq, self.landmark_token_id = config.landmark_freq, config.landmark_token_id
+        top_k = config.top_k_blocks if top_k is None else top_k
+        if chunk is not None and chunk < 1:
+            raise LandmarkError(f"the chunk length is {chunk}; it must be at least 1 text token")
+        self.chunk = chunk or default_chunk(config.trained_length, top_k, self.landmark_freq)
+        self.cache = BlockCache(
+            RetrievalSettings(self.landmark_freq + 1, top_k, selection, cache_blocks, positions),
+            inverse_frequencies(model),
+            batch=batch,
+            device=model.device,
+        )
+
+    def reset(self) -> None:
+        """Forget everything read."""
+        self.cache.reset()
+
+    def read(self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False) -> Iterator[ReadChunk]:
+        """Read each row's text tokens on from where it stands, chunk by chunk; a row may be longer than another.
+
+        Every row is cut as it would be alone, so a batch gives what its rows give one by one. last_only: logits of the
+        last text token of a chunk only (W = 1). Yields after every chunk.
+        """
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        if len(rows) != self.cache.batch:
+            raise ValueError(f"{len(rows)} rows given to a reader of {self.cache.batch}")
+        for row in rows:
+            if (row == self.landmark_token_id).any():
+                raise LandmarkError(
+                    f"the text contains the landmark token ({self.landmark_token_id}); "
+                    "give plain text, landmarks are put in while reading"
+                )
+        for begin in range(0, max(len(row) for row in rows), self.chunk):
+            yield self._read_chunk([row[begin : begin + self.chunk] for row in rows], begin, last_only)
+
+    def step(self, tokens: Sequence[int | None]) -> Tensor:
+        """Read one more text token of each row (None: the row rests) and return its logits, (B, vocabulary)."""
+        rows = [torch.tensor([] if token is None else [token], dtype=torch.long) for token in tokens]
+        return self._read_chunk(rows, 0, last_only=True).logits[:, -1]
+
+    @torch.no_grad()
+    def _read_chunk(self, texts: list[Tensor], begin: int, last_only: bool) -> ReadChunk:
+        streams = [self._stream(text, r) for text, r in zip(texts, self.cache.host_partial, strict=True)]
+        chunk = self.cache.begin_chunk([len(stream) for stream in streams])
+        ids = torch.full((len(streams), chunk.width), self.landmark_token_id)
+        for row, stream in enumerate(streams):
+            ids[row, chunk.width - len(stream) :] = stream
+        lengths = [len(text) for text in texts]
+        wanted = min(1, max(lengths)) if last_only else max(lengths)
+        kept, index = _text_positions(ids == self.landmark_token_id, wanted)
+        hidden_to_logits = kept.to(self.model.device)
+        logits = self.model(
+            input_ids=ids.to(self.model.device),
+            position_ids=chunk.position_ids,
+            landmark_chunk=chunk,
+            logits_to_keep=hidden_to_logits,
+            use_cache=False,
+        ).logits
+        self.cache.end_chunk(chunk)
+        if index is not None:
+            index = index.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1])
+            logits = logits.gather(1, index)
+        return ReadChunk(logits, lengths, begin)
+
+    def _stream(self, text: Tensor, partial: int) -> Tensor:
+        """Text of a row with its landmarks, continuing a block of which `partial` text tokens have been read."""
+        head = self.landmark_freq - partial
+        if len(text) < head:
+            return text
+        landmark = torch.tensor([self.landmark_token_id])
+        rest = insert_landmarks(text[head:], self.landmark_freq, self.landmark_token_id)
+        return torch.cat([text[:head], landmark, rest])
+
+
+def _text_positions(landmark: Tensor, wanted: int) -> tuple[Tensor, Tensor | None]:
+    """The last `wanted` text positions of each row, given where landmarks (and padding) stand, (B, T).
+
+    Returns the positions any row needs, (n,), and each row's places among them, (B, wanted), or None where all rows
+    need the same.
+    """
+    text = ~landmark
+    rank = text.long().flip(-1).cumsum(-1).flip(-1)
+    needed = text & (rank <= wanted)
+    kept = needed.any(0).nonzero().squeeze(-1)
+    if needed[:, kept].all():
+        return kept, None
+    # A row's padding stands in front, so counting from the end keeps its text at the right.
+    order = torch.argsort(needed[:, kept].long(), dim=-1, stable=True)
+    return kept, order[:, order.shape[-1] - wanted :]

@@ -1,0 +1,121 @@
+"""Open what a user has: our model directories, transformers' directories and hub ids, the authors' checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from landmark_cli.errors import LandmarkError
+
+from .gpt import GPTConfig, GPTForCausalLM
+from .import_authors import convert_state
+
+
+def load(
+    path: str | Path,
+    *,
+    attention: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model and its tokenizer, ready for inference.
+
+    path: a model directory, a hub id, or a checkpoint directory of the authors' lm_benchmark (ckpt.pt, summary.json).
+    attention: transformers' `attn_implementation`; by default the one the model was saved with. dtype: of the weights,
+    by default as stored. device: a GPU where there is one, by default.
+
+    Raises LandmarkError naming what is missing or does not fit.
+    """
+    directory = Path(path)
+    if (directory / "ckpt.pt").is_file():
+        model, tokenizer = _load_authors(directory, attention, dtype)
+    else:
+        model, tokenizer = _load_transformers(path, attention, dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer
+
+
+def newest_model(root: str | Path = "runs") -> Path:
+    """The newest finished model directory under `root`. Raises LandmarkError where there is none."""
+    finished = [
+        directory.parent
+        for directory in Path(root).glob("**/config.json")
+        if any(directory.parent.glob("*.safetensors"))
+    ]
+    # Checkpoints of unfinished runs hold weights under other names, and are no models yet.
+    if not finished:
+        raise LandmarkError(f"no model was named and none is under {root}/; name one with --model, or run landmark train")
+    return max(finished, key=lambda directory: (directory / "config.json").stat().st_mtime)
+
+
+def _load_transformers(path: str | Path, attention: str | None, dtype: str | torch.dtype):
+    directory = Path(path)
+    local = directory.exists() or os.sep in str(path) and not _looks_like_hub_id(str(path))
+    if local and not (directory / "config.json").is_file():
+        found = "is not there" if not directory.exists() else "has no config.json"
+        raise LandmarkError(f"cannot open the model {path}: it {found}; name a model directory or a hub id")
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LandmarkError(f"cannot open the model {path}: {reason}") from error
+    return model, tokenizer
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _load_authors(directory: Path, attention: str | None, dtype: str | torch.dtype):
+    """A checkpoint of the authors' lm_benchmark: settings from summary.json, weights from ckpt.pt."""
+    from landmark_cli.data.tokenizers import gpt2_transformers_tokenizer
+
+    summary = directory / "summary.json"
+    if not summary.is_file():
+        raise LandmarkError(f"{directory} has ckpt.pt but no summary.json, which holds the model's settings")
+    args = json.loads(summary.read_text())["args"]
+    checkpoint = torch.load(directory / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
+    state = {_plain_name(name): tensor for name, tensor in checkpoint["model"].items()}
+    landmarks = args.get("model", "landmark").startswith("landmark")
+    # A model without landmarks has a mem_freq too: the data's, not its own.
+    config = GPTConfig(
+        vocab_size=state["transformer.wte.weight"].shape[0],
+        n_layer=args["n_layer"],
+        n_head=args["n_head"],
+        n_embd=args["n_embd"],
+        dropout=args.get("dropout", 0.0),
+        bias=args.get("bias", False),
+        landmark_freq=args.get("mem_freq") if landmarks else None,
+        landmark_token_id=args.get("landmark_id", 50260) if landmarks else None,
+        trained_length=args["sequence_length"],
+    )
+    if attention is not None:
+        config._attn_implementation = attention
+    model = GPTForCausalLM(config)
+    converted = convert_state(state, config.n_head)
+    converted.setdefault("lm_head.weight", converted["model.embed_tokens.weight"])
+    expected = model.state_dict()
+    for name in expected:
+        found = tuple(converted[name].shape) if name in converted else None
+        if found != tuple(expected[name].shape):
+            raise LandmarkError(
+                f"{directory / 'ckpt.pt'} does not fit its summary.json: {name} should be "
+                f"{tuple(expected[name].shape)}, found {found or 'nothing'}"
+            )
+    model.load_state_dict({name: converted[name] for name in expected})
+    if dtype != "auto":
+        model = model.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
+    return model, gpt2_transformers_tokenizer()
+
+
+def _plain_name(name: str) -> str:
+    """Without the prefixes that torch.compile and DistributedDataParallel put in front."""
+    for prefix in ("module.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return name

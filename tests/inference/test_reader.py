@@ -1,0 +1,136 @@
+"""Chunked reading: rows, splits and steps change nothing that they should not."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
+from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.reader import Reader, default_chunk
+from landmark_cli.models import register
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+
+register()
+FREQ, VOCABULARY, LANDMARK = 4, 40, 39
+
+
+def tiny_model(seed: int = 0) -> GPTForCausalLM:
+    torch.manual_seed(seed)
+    config = GPTConfig(
+        vocab_size=VOCABULARY,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        landmark_freq=FREQ,
+        landmark_token_id=LANDMARK,
+        trained_length=40,
+        top_k_blocks=2,
+        initializer_range=0.5,
+        eos_token_id=None,
+    )
+    return GPTForCausalLM(config).eval()
+
+
+MODEL = tiny_model()
+
+
+def text(length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, LANDMARK, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def read_all(rows, **options) -> list[torch.Tensor]:
+    """Logits of every text token of each row."""
+    parts = [[] for _ in rows]
+    for chunk in Reader(MODEL, batch=len(rows), **options).read(rows):
+        for row, length in enumerate(chunk.lengths):
+            parts[row].append(chunk.logits[row, chunk.logits.shape[1] - length :])
+    return [torch.cat(part) for part in parts]
+
+
+def full_forward(row: torch.Tensor) -> torch.Tensor:
+    stream = insert_landmarks(row, FREQ, LANDMARK)
+    with torch.no_grad():
+        logits = MODEL(stream[None]).logits[0]
+    return logits[~landmark_positions(len(stream), FREQ + 1)]
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.sampled_from(["per_token_and_head", "max_over_heads", "max_over_tokens"]),
+    st.sampled_from([None, 3]),
+    st.integers(3, 20),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_batch_gives_what_its_rows_give_alone(lengths, top_k, selection, cache_blocks, chunk):
+    rows = [text(length, seed) for seed, length in enumerate(lengths)]
+    options = {"top_k": top_k, "selection": selection, "cache_blocks": cache_blocks, "chunk": chunk}
+    together = read_all(rows, **options)
+    for row, logits in zip(rows, together, strict=True):
+        torch.testing.assert_close(logits, read_all([row], **options)[0], rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(2, 50), st.integers(1, 30))
+@settings(max_examples=25, deadline=None)
+def test_with_all_blocks_retrieved_any_split_equals_one_forward(length, chunk):
+    row = text(length)
+    read = read_all([row], top_k=64, chunk=chunk, positions="absolute")[0]
+    torch.testing.assert_close(read, full_forward(row), rtol=1e-4, atol=1e-4)
+    # All blocks are near ones then, so the bounded placement is the true one too.
+    read = read_all([row], top_k=64, chunk=chunk)[0]
+    torch.testing.assert_close(read, full_forward(row), rtol=1e-4, atol=1e-4)
+
+
+def test_steps_equal_reading_token_by_token():
+    rows = [text(23, 1), text(9, 2)]
+    expected = read_all(rows, top_k=2, chunk=1)
+    reader = Reader(MODEL, top_k=2, batch=2)
+    for at in range(23):
+        logits = reader.step([rows[0][at].item(), rows[1][at].item() if at < 9 else None])
+        torch.testing.assert_close(logits[0], expected[0][at], rtol=1e-4, atol=1e-4)
+        if at < 9:
+            torch.testing.assert_close(logits[1], expected[1][at], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 21])
+def test_last_only_gives_the_last_text_token(length):
+    row = text(length)
+    *_, last = Reader(MODEL, top_k=2, chunk=5).read([row], last_only=True)
+    assert last.logits.shape == (1, 1, VOCABULARY)
+    torch.testing.assert_close(last.logits[0, 0], read_all([row], top_k=2, chunk=5)[0][-1])
+
+
+def test_retrieval_matters_and_eviction_forgets():
+    row = text(60)
+    base = read_all([row], top_k=2, chunk=8)[0]
+    assert not torch.allclose(base, read_all([row], top_k=0, chunk=8)[0], atol=1e-3)
+    assert not torch.allclose(base, read_all([row], top_k=2, chunk=8, cache_blocks=2)[0], atol=1e-3)
+    torch.testing.assert_close(
+        read_all([row], top_k=0, chunk=8)[0], read_all([row], top_k=2, chunk=8, cache_blocks=0)[0]
+    )
+
+
+def test_reset_forgets():
+    reader = Reader(MODEL, top_k=2, chunk=8)
+    first = [chunk.logits for chunk in reader.read([text(30)])]
+    reader.reset()
+    again = [chunk.logits for chunk in reader.read([text(30)])]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_default_chunk_fills_the_trained_length():
+    assert default_chunk(512, 4, 50) == 250
+    assert default_chunk(512, 2, 50) == 350
+
+
+def test_errors():
+    with pytest.raises(LandmarkError, match="leaves no room"):
+        default_chunk(512, 9, 50)
+    with pytest.raises(LandmarkError, match="landmark token"):
+        next(Reader(MODEL).read([torch.tensor([1, LANDMARK])]))
+    with pytest.raises(LandmarkError, match="at least 1"):
+        Reader(MODEL, chunk=0)
+    baseline = GPTForCausalLM(GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, landmark_freq=None))
+    with pytest.raises(LandmarkError, match="no landmarks"):
+        Reader(baseline)
