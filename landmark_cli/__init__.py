@@ -4,4 +4,8 @@ Importing this package makes the transformers library know the landmark models (
 opens their directories) and the attention implementation "landmark".
 """
 
+from landmark_cli.registration import register_with_transformers
+
 __version__ = "0.1.0"
+
+register_with_transformers()

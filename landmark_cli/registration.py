@@ -6,6 +6,7 @@ importing transformers takes seconds, which `landmark --help` must not cost. So 
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -23,9 +24,9 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from landmark_cli import models
-
-    models.register()
+    """Import the models, which registers them. Where they are what imports transformers, this is in their midst and
+    does nothing: they go on to register themselves."""
+    importlib.import_module("landmark_cli.models")
 
 
 class _AfterImport:

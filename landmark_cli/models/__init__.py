@@ -1,4 +1,7 @@
-"""Models whose attention is landmark attention, each a model of the transformers library."""
+"""Models whose attention is landmark attention, each a model of the transformers library.
+
+Importing this package registers them there, before any of its modules can be asked for.
+"""
 
 
 def register() -> None:
@@ -13,3 +16,6 @@ def register() -> None:
     AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
     AutoModel.register(GPTConfig, GPTModel, exist_ok=True)
     AutoModelForCausalLM.register(GPTConfig, GPTForCausalLM, exist_ok=True)
+
+
+register()
