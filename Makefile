@@ -1,0 +1,31 @@
+# make demo and make test do all the set-up they need on a fresh clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test test-real lint
+
+install: $(INSTALLED)
+
+# torch comes first and alone: pip then takes a CPU wheel where one lies at hand, and leaves it in place afterwards.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "landmark needs Python 3.10 or newer: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/run.sh
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -m "not slow and not gpu and not real"
+
+test-real: $(INSTALLED)
+	$(BIN)/python -m pytest -m real
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
