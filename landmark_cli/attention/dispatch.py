@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import reference, retrieval
 from .cache import Chunk
+from .recurrent import recurrent_attention_forward
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LandmarkLayout:
     cu_seqlens: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: int | None = None
+    controlled: Tensor | None = None
 
 
 def landmark_attention_forward(
@@ -36,6 +38,7 @@ def landmark_attention_forward(
     dropout: float = 0.0,
     landmark_chunk: Chunk | None = None,
     landmark_layout: LandmarkLayout | None = None,
+    context_miss_key: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """What transformers calls for `attn_implementation="landmark"`.
@@ -63,6 +66,8 @@ def landmark_attention_forward(
         cu_seqlens=layout.cu_seqlens,
         dropout_p=layout.dropout_p,
         dropout_seed=layout.dropout_seed,
+        context_miss_key=context_miss_key,
+        controlled=layout.controlled,
     )
     return out.transpose(1, 2), None
 
@@ -78,6 +83,8 @@ def register() -> None:
 
     AttentionInterface.register("landmark", landmark_attention_forward)
     AttentionMaskInterface.register("landmark", no_mask)
+    AttentionInterface.register("transformer_xl", recurrent_attention_forward)
+    AttentionMaskInterface.register("transformer_xl", no_mask)
 
 
 __all__ = ["LandmarkLayout", "landmark_attention_forward", "register", "torch"]

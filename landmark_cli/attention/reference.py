@@ -26,6 +26,8 @@ def landmark_attention(
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    context_miss_key: Tensor | None = None,
+    controlled: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which a query reaches an earlier block only through that block's landmark.
@@ -36,6 +38,9 @@ def landmark_attention(
     start: (B,) first real key of each row; queries before it give zeros. cu_seqlens: (n + 1,) packed documents, B = 1.
     dropout_p: group dropout, the probability that an earlier block's share is zeroed for a query and head (the others
     are divided by 1 - p); dropout_seed: the 64-bit seed of its random numbers.
+    context_miss_key: (B, G, 1, D) key of a context-miss token, which joins the outer softmax and has no value: its share
+    is lost, unless controlled, (B, Tk) bool, marks landmarks: these leave the outer softmax, are normalised among
+    themselves, and share out what the context-miss token got (paper, section 4.1.3).
     return_lse: also return the log-sum-exp of the outer softmax's logits, (B, H, Tq) float32.
 
     The weight of a text token of an earlier block is outer(its landmark) * inner(token in its block); of a token of the
@@ -71,15 +76,19 @@ def landmark_attention(
     is_own = (torch.arange(keys.blocks, device=q.device) == query_block)[:, None]
     group = torch.where(is_own, text_lse, _block_value(logits, landmark, keys))
     group = group.masked_fill(text_lse == MINUS_INFINITY, MINUS_INFINITY)
-    lse = masked_logsumexp(group)
+    if context_miss_key is None:
+        lse = masked_logsumexp(group)
+        share = group - lse.unsqueeze(-1)
+    else:
+        miss = attention_logits(q, context_miss_key, scale)
+        share, lse = _context_miss_share(group, miss, _controlled_blocks(keys, controlled) & ~is_own)
 
-    reachable = group > MINUS_INFINITY
-    shift = torch.where(reachable, group - lse.unsqueeze(-1) - text_lse, MINUS_INFINITY)
+    shift = torch.where(group > MINUS_INFINITY, share - text_lse, MINUS_INFINITY)
     shift = shift.gather(-1, keys.block[:, None, None, :].expand(*logits.shape[:3], -1).contiguous())
     weights = torch.exp((logits + shift).masked_fill(~text, MINUS_INFINITY))
     if dropout_p > 0.0:
-        share = group_dropout_scale(dropout_seed, dropout_p, q.shape[:3], keys.block_in_document)
-        weights = torch.where(own, weights, weights * share)
+        factor = group_dropout_scale(dropout_seed, dropout_p, q.shape[:3], keys.block_in_document)
+        weights = torch.where(own, weights, weights * factor)
     out = (weights @ repeat_heads(v, q.shape[1]).to(weights.dtype)).to(q.dtype)
     return (out, lse) if return_lse else out
 
@@ -157,6 +166,26 @@ def _block_value(logits: Tensor, mask: Tensor, keys: KeyLayout) -> Tensor:
     value = logits.new_zeros(shape).scatter_add(-1, index, logits.masked_fill(~mask, 0.0))
     found = logits.new_zeros(shape).scatter_add(-1, index, mask.expand(logits.shape).to(logits.dtype))
     return value.masked_fill(found == 0, MINUS_INFINITY)
+
+
+def _controlled_blocks(keys: KeyLayout, controlled: Tensor | None) -> Tensor:
+    """(B or 1, 1, 1, N) bool: blocks whose landmark is controlled."""
+    if controlled is None:
+        return torch.zeros(1, 1, 1, keys.blocks, dtype=torch.bool, device=keys.block.device)
+    marked = (controlled & keys.landmark).long()
+    counts = torch.zeros(marked.shape[0], keys.blocks, dtype=torch.long, device=marked.device)
+    return (counts.scatter_add(-1, keys.block.expand(marked.shape), marked) > 0)[:, None, None]
+
+
+def _context_miss_share(group: Tensor, miss: Tensor, controlled: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm of each block's share, (B, H, Tq, N), and the outer log-sum-exp, (B, H, Tq).
+
+    group: (B, H, Tq, N) logits of the outer softmax. miss: (B, H, Tq, 1) that of the context-miss token.
+    """
+    lse = masked_logsumexp(torch.cat([group.masked_fill(controlled, MINUS_INFINITY), miss], dim=-1)).unsqueeze(-1)
+    among = masked_logsumexp(group.masked_fill(~controlled, MINUS_INFINITY)).unsqueeze(-1)
+    among = among.masked_fill(among == MINUS_INFINITY, 0.0)
+    return torch.where(controlled, miss - lse + group - among, group - lse), lse.squeeze(-1)
 
 
 def _fold(x: Tensor, keys: KeyLayout) -> Tensor:

@@ -16,6 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from landmark_cli.attention.cache import Chunk
+from landmark_cli.attention.recurrent import RecurrentMemory
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 
 
@@ -27,6 +29,9 @@ class GPTConfig(PreTrainedConfig):
     landmark_freq: text tokens between landmarks; None for the baseline, which knows no landmarks.
     landmark_token_id: the landmark's token. trained_length: stream tokens (landmarks included) of a training window.
     top_k_blocks: blocks retrieved by default at inference.
+    context_miss_token: a learned token in front of every input offers a key for "nothing earlier is needed" (4.1.3).
+    memory_length, segment_length: a Transformer-XL instead: inputs are read in segments, each attending to the last
+    memory_length tokens before it.
     """
 
     model_type = "landmark_gpt"
@@ -50,6 +55,9 @@ class GPTConfig(PreTrainedConfig):
     landmark_token_id: int | None = 50260
     trained_length: int = 512
     top_k_blocks: int = 4
+    context_miss_token: bool = False
+    memory_length: int | None = None
+    segment_length: int | None = None
     eos_token_id: int | None = 50256
     bos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -58,9 +66,16 @@ class GPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs) -> None:
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must be a whole, even head dim")
+        if (self.memory_length is None) != (self.segment_length is None):
+            raise ValueError("a Transformer-XL needs both memory_length and segment_length")
+        if self.landmark_freq and self.memory_length is not None:
+            raise ValueError("memory_length belongs to the baseline; a model with landmarks has landmark_freq alone")
+        if self.context_miss_token and not self.landmark_freq:
+            raise ValueError("context_miss_token needs landmarks: set landmark_freq")
         # A model directory opens with the attention it was trained with; from_pretrained's own argument still wins.
         if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = "landmark" if self.landmark_freq else "sdpa"
+            plain = "sdpa" if self.memory_length is None else "transformer_xl"
+            kwargs["attn_implementation"] = "landmark" if self.landmark_freq else plain
         super().__post_init__(**kwargs)
 
 
@@ -97,7 +112,13 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.config.dropout if self.training else 0.0
+        if self.config.context_miss_token:
+            kwargs["context_miss_key"] = k[:, :, :1]
+            q, k, v = q[:, :, 1:], k[:, :, 1:], v[:, :, 1:]
         out, _ = attend(self, q, k, v, None, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
+        if self.config.context_miss_token:
+            # The context-miss token itself attends to nothing.
+            out = nn.functional.pad(out, (0, 0, 0, 0, 1, 0))
         return self.dropout(self.o_proj(out.reshape(x.shape)))
 
 
@@ -159,6 +180,8 @@ class GPTModel(GPTPreTrainedModel):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.context_miss_token:
+            self.context_miss_embedding = nn.Embedding(1, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
@@ -183,11 +206,25 @@ class GPTModel(GPTPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        if self.config.context_miss_token:
+            x, position_ids = self._with_context_miss(x, position_ids, kwargs.get("landmark_chunk"))
         rotation = self.rotary_emb(position_ids)
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, rotation, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(x))
+        x = self.norm(x)
+        return BaseModelOutput(last_hidden_state=x[:, 1:] if self.config.context_miss_token else x)
+
+    def _with_context_miss(self, x: Tensor, position_ids: Tensor, chunk: Chunk | None) -> tuple[Tensor, Tensor]:
+        """Put the context-miss token in front of x (B, T, n_embd): right before position 0, or before the whole window
+        from which a chunk retrieves."""
+        position_ids = position_ids.expand(x.shape[:2])
+        if chunk is None:
+            front = position_ids.new_full((x.shape[0], 1), -1)
+        else:
+            front = chunk.window_start[:, None] - 1
+        token = self.context_miss_embedding.weight.expand(x.shape[0], 1, -1)
+        return torch.cat([token.to(x.dtype), x], dim=1), torch.cat([front, position_ids], dim=1)
 
 
 class GPTForCausalLM(GPTPreTrainedModel):
@@ -213,12 +250,27 @@ class GPTForCausalLM(GPTPreTrainedModel):
         """labels: (B, T), the inputs themselves, shifted inside as transformers does; or give shift_labels as well, the
         target of every position, -100 where there is none. logits_to_keep: only the last so many positions (0: all).
         """
-        hidden = self.model(
-            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
-        ).last_hidden_state
+        if self.config.memory_length is None:
+            hidden = self.model(
+                input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+            ).last_hidden_state
+        else:
+            hidden = self._read_segments(input_ids, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def _read_segments(self, input_ids: Tensor, recurrent_memory: RecurrentMemory | None = None, **kwargs) -> Tensor:
+        """Hidden states (B, T, n_embd) of a Transformer-XL, segment by segment, going on from `recurrent_memory`."""
+        memory = recurrent_memory or RecurrentMemory(self.config.memory_length)
+        hidden = []
+        for segment in input_ids.split(self.config.segment_length, dim=1):
+            end = memory.tokens_read + segment.shape[1]
+            position_ids = torch.arange(memory.tokens_read, end, device=segment.device)[None]
+            output = self.model(segment, position_ids=position_ids, recurrent_memory=memory, **kwargs)
+            hidden.append(output.last_hidden_state)
+            memory.tokens_read = end
+        return torch.cat(hidden, dim=1)

@@ -15,6 +15,7 @@ _NAMES = {
     "transformer.wte.weight": "model.embed_tokens.weight",
     "transformer.ln_f.{}": "model.norm.{}",
     "lm_head.weight": "lm_head.weight",
+    "rem_token_embedding.weight": "model.context_miss_embedding.weight",
     "transformer.h.N.ln_1.{}": "model.layers.N.attention_norm.{}",
     "transformer.h.N.ln_2.{}": "model.layers.N.mlp_norm.{}",
     "transformer.h.N.attn.c_attn.{}": "model.layers.N.attention.qkv_proj.{}",

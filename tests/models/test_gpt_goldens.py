@@ -14,7 +14,7 @@ register()
 TOLERANCE = 1e-5
 
 
-def golden_model(spec: dict, tensors: dict, block_size: int | None) -> GPTForCausalLM:
+def golden_model(spec: dict, tensors: dict, block_size: int | None, **options) -> GPTForCausalLM:
     config = GPTConfig(
         vocab_size=96,
         n_layer=3,
@@ -22,7 +22,8 @@ def golden_model(spec: dict, tensors: dict, block_size: int | None) -> GPTForCau
         n_embd=64,
         landmark_freq=block_size and block_size - 1,
         landmark_token_id=spec.get("landmark_id"),
-        attn_implementation="landmark" if block_size else "sdpa",
+        eos_token_id=None,
+        **options,
     )
     model = GPTForCausalLM(config).eval()
     state = convert_state(goldens.part(tensors, "w."), n_head=4)
@@ -47,6 +48,29 @@ def test_forward_loss_and_gradients(name):
     assert len(gradients) >= len(ours)
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(ours.get(parameter, model.lm_head.weight).grad, gradient, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", goldens.names("gpt_cmt_forward_*"))
+def test_context_miss_token(name):
+    spec, tensors = goldens.read(name)
+    model = golden_model(spec, tensors, spec["block_size"], context_miss_token=True)
+    targets = tensors["targets"].masked_fill(tensors["targets"] == -1, -100)
+    output = model(tensors["ids"], labels=targets, shift_labels=targets)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, tensors["logits"], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(output.loss, tensors["loss"], rtol=0, atol=TOLERANCE)
+    gradients = convert_state(goldens.part(tensors, "g."), n_head=4)
+    ours = dict(model.named_parameters())
+    assert "model.context_miss_embedding.weight" in gradients
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(ours.get(parameter, model.lm_head.weight).grad, gradient, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", goldens.names("gpt_xl_*"))
+def test_transformer_xl(name):
+    spec, tensors = goldens.read(name)
+    model = golden_model(spec, tensors, None, segment_length=spec["chunk"], memory_length=spec["memory"])
+    torch.testing.assert_close(model(tensors["ids"]).logits, tensors["logits"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", goldens.names("gpt_retrieval_*"))
