@@ -1,0 +1,178 @@
+"""The definition against a loop over queries that follows the paper's words."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from landmark_cli.attention.dropout import group_dropout_scale, philox_uniform
+from landmark_cli.attention.reference import landmark_attention
+
+
+def tensors(batch, heads, key_heads, queries, keys, dim, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, heads, queries, dim), (batch, key_heads, keys, dim), (batch, key_heads, keys, dim)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def by_the_words(q, k, v, landmarks, first=0, miss_key=None, controlled=()):
+    """One head: q (Tq, D), k, v (T, D); landmarks: their indices; first: the first real key. Returns (out, lse)."""
+    scale, offset = q.shape[-1] ** -0.5, len(k) - len(q)
+    out, lse = torch.zeros_like(q), torch.full((len(q),), -math.inf, dtype=q.dtype)
+    for row in range(len(q)):
+        i = row + offset
+        if i < first:
+            continue
+        blocks, begin = [], first
+        for end in [x for x in landmarks if first <= x < i]:
+            blocks.append((begin, end))
+            begin = end + 1
+        own = [j for j in range(begin, i + 1) if j not in landmarks]
+
+        def logit(j, row=row):
+            return math.exp(q[row] @ k[j] * scale)
+
+        free = [block for block in blocks if block[1] not in controlled]
+        held = [block for block in blocks if block[1] in controlled]
+        miss = math.exp(q[row] @ miss_key * scale) if miss_key is not None else 0.0
+        total = sum(logit(j) for j in own) + sum(logit(end) for _, end in free) + miss
+        if total == 0:
+            continue
+        lse[row] = math.log(total)
+        shares = [(block, logit(block[1]) / total) for block in free]
+        held_total = sum(logit(end) for _, end in held)
+        shares += [(block, miss / total * logit(block[1]) / held_total) for block in held]
+        for j in own:
+            out[row] += logit(j) / total * v[j]
+        for (start, end), share in shares:
+            inner = sum(logit(j) for j in range(start, end))
+            for j in range(start, end):
+                out[row] += share * logit(j) / inner * v[j]
+    return out, lse
+
+
+@given(st.integers(1, 30), st.integers(2, 9), st.integers(0, 12), st.integers(1, 2), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_even_blocks_padding_and_query_offset(length, block_size, padding, group, seed):
+    queries = 1 + seed % length
+    padding = min(padding, length - 1)
+    q, k, v = tensors(2, 2, 2 // group, queries, length, 4, seed)
+    start = torch.tensor([0, padding])
+    out, lse = landmark_attention(q, k, v, block_size=block_size, start=start, return_lse=True)
+    for b in range(2):
+        landmarks = [j for j in range(int(start[b]), length) if (j - int(start[b])) % block_size == block_size - 1]
+        for h in range(2):
+            expected, expected_lse = by_the_words(q[b, h], k[b, h // group], v[b, h // group], landmarks, int(start[b]))
+            torch.testing.assert_close(out[b, h], expected)
+            torch.testing.assert_close(lse[b, h], expected_lse)
+
+
+@given(st.integers(1, 25), st.floats(0.1, 0.6), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_uneven_landmarks(length, density, seed):
+    q, k, v = tensors(1, 1, 1, length, length, 4, seed)
+    mask = torch.rand(length, generator=torch.Generator().manual_seed(seed)) < density
+    # A landmark needs a text token to close: none first, no two in a row.
+    mask[0] = False
+    for i in range(1, length):
+        mask[i] &= not mask[i - 1]
+    out = landmark_attention(q, k, v, landmark_mask=mask[None])
+    expected, _ = by_the_words(q[0, 0], k[0, 0], v[0, 0], mask.nonzero().flatten().tolist())
+    torch.testing.assert_close(out[0, 0], expected)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(2, 6))
+@settings(max_examples=30, deadline=None)
+def test_packed_documents_do_not_see_each_other(lengths, block_size):
+    q, k, v = tensors(1, 2, 1, sum(lengths), sum(lengths), 4)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    packed = landmark_attention(q, k, v, block_size=block_size, cu_seqlens=bounds)
+    alone = [
+        landmark_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], block_size=block_size)
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=2))
+
+
+@given(st.integers(1, 25), st.integers(2, 6), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_context_miss_token_and_controlled_landmarks(length, block_size, seed):
+    q, k, v = tensors(1, 1, 1, length, length, 4, seed)
+    generator = torch.Generator().manual_seed(seed)
+    miss = torch.randn(1, 1, 1, 4, generator=generator, dtype=torch.float64)
+    controlled = torch.rand(1, length, generator=generator) < 0.5
+    landmarks = [j for j in range(length) if j % block_size == block_size - 1]
+    out, lse = landmark_attention(
+        q, k, v, block_size=block_size, context_miss_key=miss, controlled=controlled, return_lse=True
+    )
+    held = [j for j in landmarks if controlled[0, j]]
+    expected, expected_lse = by_the_words(q[0, 0], k[0, 0], v[0, 0], landmarks, 0, miss[0, 0, 0], held)
+    torch.testing.assert_close(out[0, 0], expected)
+    torch.testing.assert_close(lse[0, 0], expected_lse)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 3},
+        {"block_size": 3, "start": torch.tensor([0, 4])},
+        {"block_size": 3, "dropout_p": 0.4, "dropout_seed": 7},
+        {"landmark_mask": torch.tensor([[0, 1, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1, 0]], dtype=torch.bool)},
+    ],
+    ids=["even", "padded", "dropout", "uneven"],
+)
+def test_gradients(options):
+    inputs = [x.requires_grad_() for x in tensors(2, 2, 1, 7, 7, 3)]
+    assert torch.autograd.gradcheck(lambda *x: landmark_attention(*x, return_lse=False, **options), inputs)
+
+
+def test_weights_sum_to_one():
+    q, k, v = tensors(1, 2, 2, 40, 40, 8)
+    out = landmark_attention(q, k, torch.ones_like(v), block_size=7)
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_group_dropout_drops_whole_blocks_and_keeps_the_mean():
+    q, k, v = tensors(1, 4, 4, 64, 64, 8)
+    plain = landmark_attention(q, k, v, block_size=8)
+    dropped = [landmark_attention(q, k, v, block_size=8, dropout_p=0.5, dropout_seed=seed) for seed in range(400)]
+    torch.testing.assert_close(dropped[3], landmark_attention(q, k, v, block_size=8, dropout_p=0.5, dropout_seed=3))
+    assert not torch.allclose(dropped[0], dropped[1])
+    mean = torch.stack(dropped).mean(0)
+    assert (mean - plain).abs().max() < 0.35
+    assert torch.allclose(mean[:, :, :8], plain[:, :, :8])
+
+
+def test_philox_is_the_published_generator():
+    # Known answer of Philox 4x32-10 for an all-zero counter and key: first word 0x6627e8d5.
+    assert philox_uniform(0, torch.tensor(0), torch.tensor(0)).item() == (0x6627E8D5 >> 8) / 2**24
+    uniform = philox_uniform(5, torch.arange(1000)[:, None], torch.arange(50))
+    assert abs(uniform.mean() - 0.5) < 0.01 and uniform.min() >= 0 and uniform.max() < 1
+    scale = group_dropout_scale(5, 0.3, (1, 1, 1000), torch.arange(50)[None])
+    assert abs((scale == 0).float().mean() - 0.3) < 0.01
+    assert abs(scale.mean() - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": 1}, "block_size is 1"),
+        ({"block_size": None}, "either block_size or landmark_mask"),
+        ({"k": torch.zeros(1, 3, 6, 4), "v": torch.zeros(1, 3, 6, 4)}, "not a multiple of the 3 key heads"),
+        ({"v": torch.zeros(1, 2, 5, 4)}, "k and v differ in shape"),
+        ({"k": torch.zeros(1, 2, 5, 4), "v": torch.zeros(1, 2, 5, 4)}, "at most k's 5"),
+        ({"q": torch.zeros(1, 2, 0, 4)}, "at least one"),
+        ({"q": torch.zeros(1, 2, 6, 4, dtype=torch.float16)}, "differ in dtype"),
+        ({"q": torch.zeros(2, 2, 6, 4)}, "differ in batch"),
+        ({"dropout_p": 1.0}, "dropout_p is 1.0"),
+        ({"dropout_p": 0.5}, "needs dropout_seed"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "must rise from 0 to the 6 keys"),
+        ({"cu_seqlens": torch.tensor([0, 6]), "start": torch.tensor([0])}, "exclude each other"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    arguments = {name: torch.zeros(1, 2, 6, 4) for name in "qkv"} | {"block_size": 3} | change
+    with pytest.raises(ValueError, match=message):
+        landmark_attention(**arguments)
