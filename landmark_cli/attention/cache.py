@@ -31,6 +31,7 @@ class RetrievalSettings:
     top_k: blocks retrieved per query; 0 retrieves nothing, more than are cached retrieves all.
     selection: who shares a selection: nobody, all heads of a token, or all tokens of a chunk (paper, section 4.1).
     cache_blocks: newest complete blocks kept; None keeps all.
+    context_miss_cutoff: share of a context-miss token under which a query retrieves nothing (models that have one).
     positions: "bounded" places retrieved blocks in the window in front of the chunk, so no distance exceeds the trained
     length; "absolute" leaves every block at its true distance.
     """
@@ -40,6 +41,7 @@ class RetrievalSettings:
     selection: Selection = "per_token_and_head"
     cache_blocks: int | None = None
     positions: Positions = "bounded"
+    context_miss_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -50,6 +52,8 @@ class RetrievalSettings:
             raise ValueError(f"selection is {self.selection!r}; choose one of {', '.join(get_args(Selection))}")
         if self.positions not in get_args(Positions):
             raise ValueError(f"positions is {self.positions!r}; choose one of {', '.join(get_args(Positions))}")
+        if not 0.0 <= self.context_miss_cutoff <= 1.0:
+            raise ValueError(f"context_miss_cutoff is {self.context_miss_cutoff}; a share is between 0 and 1")
         if self.cache_blocks is not None and self.cache_blocks < 0:
             raise ValueError(f"cache_blocks is {self.cache_blocks}; it must be 0 or more, or None to keep all")
 
@@ -171,12 +175,25 @@ class Chunk:
         bound = self.cache.settings.cache_blocks
         return self.blocks if bound is None else self.blocks.clamp(max=bound)
 
+    @property
+    def window_start(self) -> Tensor:
+        """(B,) where the window of retrieved blocks begins: one slot more than blocks are retrieved, before position 0.
+
+        With absolute positions, where the row's stream begins.
+        """
+        settings = self.cache.settings
+        slots = self.blocks if settings.positions == "absolute" else self.cached.clamp(max=settings.top_k) + 1
+        return -slots * settings.block_size
+
 
 class BlockCache:
     """The blocks of all layers of one model, and how far each row of the batch has been read.
 
     inverse_frequencies: (rotary_dim / 2,) angle per position of the model's rotary embedding.
     batch: rows. device: where the counters live (keys and values live where the model puts them).
+
+    retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries chose, and how many of
+    these a share under the cutoff dropped.
 
     Use: chunk = begin_chunk(lengths); model(ids, position_ids=chunk.position_ids, landmark_chunk=chunk); end_chunk(chunk).
     """
@@ -200,6 +217,7 @@ class BlockCache:
         self.layers: dict[int, LayerBlocks] = {}
         self.host_blocks = [0] * self.batch
         self.host_partial = [0] * self.batch
+        self.retrievals = self.dropped_retrievals = 0
 
     def begin_chunk(self, lengths: Sequence[int], width: int | None = None) -> Chunk:
         """Place the next chunk: `lengths` stream tokens (landmarks included) of each row, padded on the left to `width`."""

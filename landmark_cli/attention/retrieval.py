@@ -82,28 +82,41 @@ def block_distance(ages: Tensor, chunk: Chunk) -> Tensor:
     return taken - rank + (ages > taken)
 
 
-def _add_retrieved(
-    q: Tensor, local: Tensor, local_lse: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float | None
-) -> Tensor:
-    """Merge the selected blocks into the local attention by the outer softmax; one block a query at a time."""
+def read_blocks(
+    q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """What each query finds in each of its selected blocks; ages as select_blocks gives.
+
+    Returns the landmark logits, (B, H, T, k), minus infinity where there is no block, and the blocks' outputs by their
+    inner softmax, (B, H, T, k, D), both float32 (float64 if q is).
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // blocks.keys.shape[1])
     rows = torch.arange(q.shape[0], device=q.device)
     where = rows[:, None, None], heads[None, :, None]
     turns = block_distance(ages, chunk) * blocks.settings.block_size
 
-    group, outputs = [local_lse], [local.to(local_lse.dtype)]
+    # One block a query at a time: all k at once would be k times the memory.
+    group, outputs = [], []
     for j in range(ages.shape[-1]):
         age = ages[..., j].expand(q.shape[:3])
         slot = (chunk.blocks[:, None, None] - age) % blocks.capacity
         cos, sin = rotation_table(turns[..., j].expand(q.shape[:3]), chunk.cache.inverse_frequencies)
-        turned = rotate(q, cos, sin).to(local_lse.dtype).unsqueeze(-2)
-        logits = (turned @ blocks.keys[(*where, slot)].to(local_lse.dtype).transpose(-1, -2)).squeeze(-2) * scale
+        turned = rotate(q, cos, sin).to(dtype).unsqueeze(-2)
+        logits = (turned @ blocks.keys[(*where, slot)].to(dtype).transpose(-1, -2)).squeeze(-2) * scale
         inner = torch.softmax(logits[..., :-1], dim=-1).unsqueeze(-2)
-        outputs.append((inner @ blocks.values[(*where, slot)][..., :-1, :].to(local_lse.dtype)).squeeze(-2))
+        outputs.append((inner @ blocks.values[(*where, slot)][..., :-1, :].to(dtype)).squeeze(-2))
         group.append(logits[..., -1].masked_fill(age == 0, MINUS_INFINITY))
+    return torch.stack(group, dim=-1), torch.stack(outputs, dim=-2)
 
-    group = torch.stack(group, dim=-1)
+
+def _add_retrieved(
+    q: Tensor, local: Tensor, local_lse: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float | None
+) -> Tensor:
+    """Merge the selected blocks into the local attention by the outer softmax."""
+    group, outputs = read_blocks(q, blocks, chunk, ages, scale)
+    group = torch.cat([local_lse.unsqueeze(-1), group], dim=-1)
+    outputs = torch.cat([local.to(outputs.dtype).unsqueeze(-2), outputs], dim=-2)
     share = torch.exp(group - masked_logsumexp(group).unsqueeze(-1)) * chunk.real[:, None, :, None]
-    share = share.nan_to_num(0.0)
-    return (torch.stack(outputs, dim=-2) * share.unsqueeze(-1)).sum(-2).to(q.dtype)
+    return (outputs * share.nan_to_num(0.0).unsqueeze(-1)).sum(-2).to(q.dtype)

@@ -50,8 +50,8 @@ class Reader:
     """Reads a batch of rows, each at its own pace, and remembers them in a block cache.
 
     model: any landmark model. top_k: blocks retrieved per query (config.top_k_blocks by default). chunk: text tokens a
-    chunk (by default what the trained length leaves). cache_blocks, selection, positions: see RetrievalSettings.
-    batch: rows.
+    chunk (by default what the trained length leaves). cache_blocks, selection, positions, context_miss_cutoff: see
+    RetrievalSettings. batch: rows.
 
     Raises LandmarkError where the model has no landmarks or the settings do not fit it.
     """
@@ -65,6 +65,7 @@ class Reader:
         cache_blocks: int | None = None,
         selection: Selection = "per_token_and_head",
         positions: Positions = "bounded",
+        context_miss_cutoff: float = 0.0,
         batch: int = 1,
     ):
         config = model.config
@@ -77,7 +78,7 @@ class Reader:
             raise LandmarkError(f"the chunk length is {chunk}; it must be at least 1 text token")
         self.chunk = chunk or default_chunk(config.trained_length, top_k, self.landmark_freq)
         self.cache = BlockCache(
-            RetrievalSettings(self.landmark_freq + 1, top_k, selection, cache_blocks, positions),
+            RetrievalSettings(self.landmark_freq + 1, top_k, selection, cache_blocks, positions, context_miss_cutoff),
             inverse_frequencies(model),
             batch=batch,
             device=model.device,
