@@ -1,0 +1,312 @@
+"""Text <-> token ids: GPT-2's vocabulary, which is part of this package, or any tokenizer of transformers.
+
+`load_tokenizer` gives either behind one small interface. tiktoken defines what GPT-2's ids are; many documents at once
+go through gigatoken where it is installed, which gives the same ids an order of magnitude faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from landmark_cli.console import info
+from landmark_cli.errors import LandmarkError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+ASSETS = Path(__file__).parent.parent / "assets"
+END_OF_TEXT = "<|endoftext|>"
+LANDMARK_TOKEN = "<landmark>"
+GPT2_EOT_ID = 50256
+GPT2_LANDMARK_ID = 50260
+GPT2_UNUSED = ("<unused0>", "<unused1>", "<unused2>")
+"""Special tokens of a GPT-2 tokenizer directory that keep `<landmark>` at 50260, the id of the authors' checkpoints."""
+
+# GPT-2 cuts text into these pieces before it merges bytes; possessive forms of the published expression.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+FINGERPRINT_PROBE = (
+    'It was the best of times, it was the worst of times; 1859\'s "Tale" cost £12.50.\n\n'
+    "\tdef f(x):\n        return x**2  # naïve\n$\\int_0^1 \\mathcal{O}_X$ — Größe, Москва, 東京, 🙂 end"
+)
+
+
+class TextTokenizer(ABC):
+    """A tokenizer as this project uses one: plain text in, ids out, no special token read from the text.
+
+    Attributes:
+        name: "gpt2", a directory, or a hub id: what `load_tokenizer` was given.
+        vocab_size: number of ids, special tokens included.
+        eot_id: the token that ends a document.
+        landmark_id: the id of `<landmark>` in what `save_pretrained` writes.
+        batch_bytes: how much text is worth handing to `encode_documents` at once.
+    """
+
+    name: str
+    vocab_size: int
+    eot_id: int
+    landmark_id: int
+    batch_bytes: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, without any token around it."""
+
+    @abstractmethod
+    def encode_documents(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
+        """The ids of many texts (bytes are UTF-8), each a uint32 array (n,), using all cores."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are written out."""
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
+        """Write a tokenizer directory that `transformers.AutoTokenizer` opens, with `<landmark>` unless told not to."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this tokenizer from another one: see `tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self.encode)
+
+
+def load_tokenizer(name: str = "gpt2") -> TextTokenizer:
+    """Open a tokenizer: "gpt2" (needs no network), a transformers tokenizer directory, or a hub id.
+
+    Raises:
+        LandmarkError: there is no such tokenizer, or it has no end-of-text token.
+    """
+    return GPT2Tokenizer() if name == "gpt2" else TransformersTokenizer(name)
+
+
+def tokenizer_fingerprint(encode: Callable[[str], Sequence[int]]) -> str:
+    """A short hash of the ids that `encode` gives to a fixed text of many kinds.
+
+    Tokenizers that read text alike share it, whatever special tokens were added to one of them, so it shows whether a
+    token file and a model belong together.
+    """
+    ids = np.asarray(encode(FINGERPRINT_PROBE), dtype="<u4")
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+
+
+class GPT2Tokenizer(TextTokenizer):
+    """GPT-2's byte-pair encoding (50257 ids) from the files in this package."""
+
+    name = "gpt2"
+    vocab_size = 50257
+    eot_id = GPT2_EOT_ID
+    landmark_id = GPT2_LANDMARK_ID
+    batch_bytes = 16 << 20
+
+    @functools.cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        """tiktoken's encoding, which defines the ids."""
+        import tiktoken
+
+        byte_of = _gpt2_byte_of_character()
+        ranks = {bytes(byte_of[c] for c in token): rank for token, rank in _gpt2_vocabulary().items()}
+        return tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: GPT2_EOT_ID},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    @functools.cached_property
+    def _bulk(self) -> BulkGPT2 | None:
+        try:
+            return BulkGPT2()
+        except ImportError:
+            info("encoding with tiktoken; the package gigatoken gives the same ids many times faster")
+            return None
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def encode_documents(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
+        if self._bulk is None:
+            return self._encode_with_tiktoken(documents)
+        data = [text.encode() if isinstance(text, str) else text for text in documents]
+        encoded = self._bulk.encode(data)
+        newer = [i for i, text in enumerate(data) if has_newer_characters(text)]
+        for i, ids in zip(newer, self._encode_with_tiktoken([data[i] for i in newer]), strict=True):
+            encoded[i] = ids
+        return encoded
+
+    def _encode_with_tiktoken(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
+        def encode(text: str | bytes) -> np.ndarray:
+            text = text.decode() if isinstance(text, bytes) else text
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+        if len(documents) < 2:
+            return [encode(text) for text in documents]
+        with ThreadPoolExecutor(available_cores()) as pool:
+            return list(pool.map(encode, documents))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ids = np.asarray(ids).tolist()
+        names = {GPT2_LANDMARK_ID: LANDMARK_TOKEN, **{GPT2_EOT_ID + 1 + i: name for i, name in enumerate(GPT2_UNUSED)}}
+        pieces, start = [], 0
+        for i in [i for i, token in enumerate(ids) if token in names]:
+            pieces += [self.encoding.decode(ids[start:i]), names[ids[i]]]
+            start = i + 1
+        return "".join([*pieces, self.encoding.decode(ids[start:])])
+
+    def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
+        from tokenizers import AddedToken
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = gpt2_fast_tokenizer()
+        names = [END_OF_TEXT, *GPT2_UNUSED, LANDMARK_TOKEN] if landmark else [END_OF_TEXT]
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            unk_token=END_OF_TEXT,
+            additional_special_tokens=names[1:],
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(directory)
+
+
+class TransformersTokenizer(TextTokenizer):
+    """Any tokenizer that `transformers.AutoTokenizer` opens."""
+
+    # An encoding of the tokenizers library takes a few hundred bytes a token, so batches are small.
+    batch_bytes = 2 << 20
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._tokenizer = _open_with_transformers(name)
+        if self._tokenizer.eos_token_id is None:
+            raise LandmarkError(f"the tokenizer {name} has no end-of-text token (eos_token), which ends every document")
+        self.eot_id = self._tokenizer.eos_token_id
+        self.vocab_size = len(self._tokenizer)
+        known = self._tokenizer.get_vocab().get(LANDMARK_TOKEN)
+        self.landmark_id = self.vocab_size if known is None else known
+        self._fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._fast is not None:
+            # A document that spells a special token must not end it.
+            self._fast.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_documents([text])[0].tolist()
+
+    def encode_documents(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
+        texts = [text.decode() if isinstance(text, bytes) else text for text in documents]
+        if self._fast is None:
+            ids = [self._tokenizer.encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
+        else:
+            ids = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return [np.asarray(row, dtype=np.uint32) for row in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
+
+    def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
+        # A second copy, so that this one keeps encoding as before.
+        tokenizer = _open_with_transformers(self.name)
+        if landmark and LANDMARK_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": [LANDMARK_TOKEN]}, False)
+        tokenizer.save_pretrained(directory)
+
+
+class BulkGPT2:
+    """GPT-2 ids through gigatoken, from UTF-8 bytes.
+
+    One call at a time on one core is already faster than text can be read and written, so it is left at that. Its
+    cache of words has no bound: it is made anew when the process has grown by `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 384 << 20) -> None:
+        import gigatoken
+        import psutil
+
+        self._limit = limit
+        self._definition = gpt2_fast_tokenizer().to_str()
+        self._make = gigatoken.Tokenizer.from_json
+        self._process = psutil.Process()
+        self._renew()
+
+    def _renew(self) -> None:
+        self._tokenizer = self._make(self._definition)
+        self._size = self._process.memory_info().rss
+
+    def encode(self, documents: list[bytes]) -> list[np.ndarray]:
+        encoded = [self._tokenizer.encode(text) for text in documents]
+        if self._process.memory_info().rss > self._size + self._limit:
+            self._renew()
+        return encoded
+
+
+# Letters and digits that Unicode 17 added: gigatoken reads them as such, tiktoken does not know them yet.
+_NEWER_RANGES = (
+    (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4),
+    (0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9),
+    (0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3), (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E),
+    (0x18D80, 0x18DF2), (0x1E6C0, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479),
+)  # fmt: skip
+_NEWER = re.compile("[" + "".join(f"{chr(a)}-{chr(b)}" for a, b in _NEWER_RANGES) + "]")
+_NEWER_LEADS = tuple({chr(a).encode()[:1] for a, _ in _NEWER_RANGES})
+
+
+def has_newer_characters(text: bytes) -> bool:
+    """Whether UTF-8 text holds a character on which gigatoken and tiktoken may differ."""
+    return any(lead in text for lead in _NEWER_LEADS) and _NEWER.search(text.decode()) is not None
+
+
+def available_cores() -> int:
+    """This process's share of the cores: all of them, or fewer when a launcher started several processes here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def gpt2_fast_tokenizer() -> Any:
+    """GPT-2 as a `tokenizers.Tokenizer` without any special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    lines = (ASSETS / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines[1:] if line]
+    tokenizer = Tokenizer(models.BPE(vocab=_gpt2_vocabulary(), merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _gpt2_vocabulary() -> dict[str, int]:
+    """Tokens as the published file spells them, one character a byte, without the end of text."""
+    vocabulary = json.loads((ASSETS / "encoder.json").read_text(encoding="utf-8"))
+    del vocabulary[END_OF_TEXT]
+    return vocabulary
+
+
+def _gpt2_byte_of_character() -> dict[str, int]:
+    """How the published file spells bytes: printable ones as themselves, the others from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _open_with_transformers(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LandmarkError(
+            f"cannot open the tokenizer {name!r}: it is neither 'gpt2' nor a directory or hub id that transformers "
+            f"opens ({reason})"
+        ) from error
