@@ -13,16 +13,21 @@ import typer
 from rich.markup import escape
 
 from landmark_cli import __version__, console
+from landmark_cli.commands import weight_diff
 from landmark_cli.errors import LandmarkError
 from landmark_cli.options import KINDS, Setting, build, load_recipe, settings_of
 
 Command = tuple[str, type, Callable[[Any], None], str]
 
 # The words on the command line, the options dataclass, the function that does the work, the examples that end the help.
-COMMANDS: list[Command] = []
+COMMANDS: list[Command] = [
+    ("weight-diff make", weight_diff.MakeOptions, weight_diff.run_make, weight_diff.MAKE_EXAMPLES),
+    ("weight-diff recover", weight_diff.RecoverOptions, weight_diff.run_recover, weight_diff.RECOVER_EXAMPLES),
+]
 
 GROUPS = {
     "eval": "Measure a model on held-out text.",
+    "weight-diff": "Publish a fine-tuned model as its difference from weights that may not be passed on.",
 }
 
 ABOUT = "Landmark attention: from raw text to a trained model that reads inputs of any length."

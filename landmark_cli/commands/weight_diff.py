@@ -1,0 +1,95 @@
+"""`landmark weight-diff make` and `landmark weight-diff recover`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from landmark_cli.errors import UsageError
+from landmark_cli.options import option
+
+MAKE_EXAMPLES = """
+landmark weight-diff make --path-raw llama-7b --path-tuned runs/llama-landmark --path-diff llama-landmark-diff
+landmark weight-diff make --path-raw huggyllama/llama-7b --path-tuned runs/llama-landmark --path-diff diff --overwrite
+"""
+
+RECOVER_EXAMPLES = """
+landmark weight-diff recover --path-raw llama-7b --path-diff llama-landmark-diff --path-tuned runs/llama-landmark
+landmark weight-diff recover --path-raw llama-7b --path-diff epfml/landmark-attention-llama7b-wdiff --path-tuned tuned
+"""
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass
+class MakeOptions:
+    """Write the difference of a fine-tuned model from the raw weights it was made of, to publish it without these.
+
+    Exact: with the raw weights, `recover` gives every bit of the tuned model back. The tuned tensors may have rows for
+    new tokens. Raw weights of another element type are cast to that of the tuned ones first.
+    """
+
+    path_raw: str = option(help="The weights before fine-tuning: a directory or hub id, .bin or safetensors.")
+    path_tuned: str = option(help="The fine-tuned model: a directory or hub id.")
+    path_diff: Path = option(help="The directory to write.")
+    max_shard_size: str = option("5GB", help="Largest file of weights to write, such as 500MB or 5GB.")
+    overwrite: bool = option(False, help="Replace the directory if it is not empty.")
+    threads: int | None = option(None, help="Tensors worked on at a time; as many as there are processors.", min=1)
+
+
+@dataclass
+class RecoverOptions:
+    """Put the difference of a fine-tuned model on the raw weights it was made of: the fine-tuned model.
+
+    Reads what `landmark weight-diff make` wrote, checking the sha256 of every tensor, and the differences that the
+    authors of landmark attention publish, checking the sum they give.
+    """
+
+    path_raw: str = option(help="The weights before fine-tuning: a directory or hub id, .bin or safetensors.")
+    path_diff: str = option(help="The difference: a directory or hub id.")
+    path_tuned: Path = option(help="The directory to write the fine-tuned model to.")
+    verify: bool = option(True, help="Check the result and keep none that is wrong.")
+    max_shard_size: str = option("5GB", help="Largest file of weights to write, such as 500MB or 5GB.")
+    overwrite: bool = option(False, help="Replace the directory if it is not empty.")
+    threads: int | None = option(None, help="Tensors worked on at a time; as many as there are processors.", min=1)
+
+
+def run_make(options: MakeOptions) -> None:
+    """Do what `landmark weight-diff make` with these options does."""
+    from landmark_cli.weight_diff.make import make
+    from landmark_cli.weight_diff.stream import default_threads
+
+    make(
+        options.path_raw,
+        options.path_tuned,
+        options.path_diff,
+        max_shard_bytes=parse_size(options.max_shard_size),
+        overwrite=options.overwrite,
+        threads=options.threads or default_threads(),
+    )
+
+
+def run_recover(options: RecoverOptions) -> None:
+    """Do what `landmark weight-diff recover` with these options does."""
+    from landmark_cli.weight_diff.recover import recover
+    from landmark_cli.weight_diff.stream import default_threads
+
+    recover(
+        options.path_raw,
+        options.path_diff,
+        options.path_tuned,
+        verify=options.verify,
+        max_shard_bytes=parse_size(options.max_shard_size),
+        overwrite=options.overwrite,
+        threads=options.threads or default_threads(),
+    )
+
+
+def parse_size(text: str) -> int:
+    """ "5GB" or "500 MB" or "1000000" -> bytes. Raises UsageError for anything else, and for 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UsageError(f'--max-shard-size: expected a size such as 500MB or 5GB, found "{text}"')
+    return size
