@@ -24,6 +24,7 @@ from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:
     import tiktoken
+    from transformers import PreTrainedTokenizerFast
 
 ASSETS = Path(__file__).parent.parent / "assets"
 END_OF_TEXT = "<|endoftext|>"
@@ -165,20 +166,24 @@ class GPT2Tokenizer(TextTokenizer):
         return "".join([*pieces, self.encoding.decode(ids[start:])])
 
     def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
+        self.as_transformers(landmark).save_pretrained(directory)
+
+    def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerFast:
+        """The same encoding as a tokenizer of the transformers library; landmark: with the landmark token."""
         from tokenizers import AddedToken
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = gpt2_fast_tokenizer()
         names = [END_OF_TEXT, *GPT2_UNUSED, LANDMARK_TOKEN] if landmark else [END_OF_TEXT]
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-        PreTrainedTokenizerFast(
+        return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             bos_token=END_OF_TEXT,
             eos_token=END_OF_TEXT,
             unk_token=END_OF_TEXT,
             additional_special_tokens=names[1:],
             clean_up_tokenization_spaces=False,
-        ).save_pretrained(directory)
+        )
 
 
 class TransformersTokenizer(TextTokenizer):

@@ -48,7 +48,9 @@ def newest_model(root: str | Path = "runs") -> Path:
     ]
     # Checkpoints of unfinished runs hold weights under other names, and are no models yet.
     if not finished:
-        raise LandmarkError(f"no model was named and none is under {root}/; name one with --model, or run landmark train")
+        raise LandmarkError(
+            f"no model was named and none is under {root}/; name one with --model, or run landmark train"
+        )
     return max(finished, key=lambda directory: (directory / "config.json").stat().st_mtime)
 
 
@@ -74,7 +76,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 def _load_authors(directory: Path, attention: str | None, dtype: str | torch.dtype):
     """A checkpoint of the authors' lm_benchmark: settings from summary.json, weights from ckpt.pt."""
-    from landmark_cli.data.tokenizers import gpt2_transformers_tokenizer
+    from landmark_cli.data.tokenizers import load_tokenizer
 
     summary = directory / "summary.json"
     if not summary.is_file():
@@ -111,7 +113,7 @@ def _load_authors(directory: Path, attention: str | None, dtype: str | torch.dty
     model.load_state_dict({name: converted[name] for name in expected})
     if dtype != "auto":
         model = model.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
-    return model, gpt2_transformers_tokenizer()
+    return model, load_tokenizer("gpt2").as_transformers()
 
 
 def _plain_name(name: str) -> str:

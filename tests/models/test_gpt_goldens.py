@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests import goldens
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.data.landmarks import landmark_positions, stream_length
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.models.import_authors import convert_state
+from tests import goldens
 
 register()
 TOLERANCE = 1e-5

@@ -1,0 +1,88 @@
+"""Opening models: our directories, the authors' checkpoints, and what is none of them."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import landmark_cli.models.store as store
+from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.errors import LandmarkError
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from tests import goldens
+
+TOLERANCE = 1e-5
+
+
+def tiny_model(**options) -> GPTForCausalLM:
+    torch.manual_seed(0)
+    return GPTForCausalLM(GPTConfig(vocab_size=50304, n_layer=1, n_head=2, n_embd=8, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"landmark_freq": None}, {"landmark_freq": None, "memory_length": 4, "segment_length": 4}]
+)
+def test_a_saved_model_opens_with_its_own_attention(tmp_path, options):
+    model = tiny_model(**options)
+    model.save_pretrained(tmp_path)
+    load_tokenizer("gpt2").save_pretrained(tmp_path)
+    opened, tokenizer = store.load(tmp_path, device="cpu")
+    ids = torch.tensor([tokenizer("It is a truth universally acknowledged").input_ids])
+    assert torch.equal(opened(ids).logits, model(ids).logits)
+    assert opened.config._attn_implementation == model.config._attn_implementation
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is GPTForCausalLM
+    assert store.load(tmp_path, attention="sdpa", device="cpu")[0].config._attn_implementation == "sdpa"
+    assert store.load(tmp_path, dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+
+
+def authors_checkpoint(folder, prefix="", **changes):
+    spec, tensors = goldens.read("gpt_forward_0")
+    state = {prefix + name: t for name, t in goldens.part(tensors, "w.").items()}
+    state[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    torch.save({"model": state, "itr": 10, "optimizer": {}, "scheduler": {}}, folder / "ckpt.pt")
+    args = {"model": "landmark", "n_layer": 3, "n_head": 4, "n_embd": 64, "sequence_length": 204, "mem_freq": 50}
+    args |= {"landmark_id": spec["landmark_id"], "bias": False, "dropout": 0.0, "device": None} | changes
+    (folder / "summary.json").write_text(json.dumps({"args": args}))
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_the_authors_checkpoints(tmp_path, prefix):
+    tensors = authors_checkpoint(tmp_path, prefix)
+    model, tokenizer = store.load(tmp_path, device="cpu")
+    torch.testing.assert_close(model(tensors["ids"]).logits, tensors["logits"], rtol=0, atol=TOLERANCE)
+    assert (model.config.landmark_freq, model.config.landmark_token_id, model.config.trained_length) == (50, 95, 204)
+    assert tokenizer.convert_tokens_to_ids("<landmark>") == 50260
+
+
+def test_the_authors_baseline_has_no_landmarks(tmp_path):
+    authors_checkpoint(tmp_path, model="base_rotary")
+    model, _ = store.load(tmp_path, device="cpu")
+    assert model.config.landmark_freq is None and model.config._attn_implementation == "sdpa"
+
+
+def test_a_checkpoint_that_does_not_fit_its_summary(tmp_path):
+    authors_checkpoint(tmp_path, n_layer=4)
+    with pytest.raises(LandmarkError, match=r"layers\.3\.attention.* found nothing"):
+        store.load(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(LandmarkError, match="no summary"):
+        store.load(tmp_path)
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(LandmarkError, match="is not there"):
+        store.load(tmp_path / "nowhere")
+    with pytest.raises(LandmarkError, match="no config"):
+        store.load(tmp_path)
+    with pytest.raises(LandmarkError, match="landmark train"):
+        store.newest_model(tmp_path)
+
+
+def test_newest_model_is_the_last_finished(tmp_path):
+    for name in ("a", "b"):
+        tiny_model().save_pretrained(tmp_path / name)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    assert store.newest_model(tmp_path) == tmp_path / "b"
