@@ -100,6 +100,11 @@ def padding_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tenso
     return None if attention_mask[:, 0].all() else attention_mask
 
 
+def no_mask(*args, **kwargs) -> None:
+    """transformers' mask function for an attention that is causal by itself and knows no padding."""
+    return None
+
+
 def _check_arguments(
     key: Tensor,
     attention_mask: Tensor | None,
