@@ -45,7 +45,7 @@ class RetrievalSettings:
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size}; a block needs a text token and a landmark, so at least 2")
+            raise ValueError(f"block_size is {self.block_size}; a text token and a landmark make it at least 2")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 or more")
         if self.selection not in get_args(Selection):
@@ -77,7 +77,7 @@ class LayerBlocks:
         return self.keys.shape[2]
 
     def reserve(self, blocks: int) -> None:
-        """Make room for `blocks` blocks, the incomplete one included, by doubling; a bounded cache stops at its bound."""
+        """Make room for `blocks` blocks, the incomplete one too, by doubling; a bounded cache stops at its bound."""
         bound = self.settings.cache_blocks
         wanted = blocks if bound is None else min(blocks, bound + 1)
         if wanted <= self.capacity:
@@ -195,7 +195,8 @@ class BlockCache:
     retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries chose, and how many of
     these a share under the cutoff dropped.
 
-    Use: chunk = begin_chunk(lengths); model(ids, position_ids=chunk.position_ids, landmark_chunk=chunk); end_chunk(chunk).
+    Use: chunk = begin_chunk(lengths); model(ids, position_ids=chunk.position_ids, landmark_chunk=chunk);
+    end_chunk(chunk).
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class BlockCache:
         self.retrievals = self.dropped_retrievals = 0
 
     def begin_chunk(self, lengths: Sequence[int], width: int | None = None) -> Chunk:
-        """Place the next chunk: `lengths` stream tokens (landmarks included) of each row, padded on the left to `width`."""
+        """Place the next chunk: `lengths` stream tokens (landmarks too) of each row, padded on the left to `width`."""
         lengths = list(lengths)
         width = max(lengths) if width is None else width
         if len(lengths) != self.batch or min(lengths) < 0 or max(lengths) > width or width == 0:
@@ -241,7 +242,7 @@ class BlockCache:
         )
 
     def layer(self, index: int, k: Tensor, chunk: Chunk) -> LayerBlocks:
-        """Layer `index`'s blocks with room for the chunk, made on first use after the shape of its keys k (B, G, T, D)."""
+        """Layer `index`'s blocks with room for the chunk; made on first use, shaped after its keys k (B, G, T, D)."""
         if index not in self.layers:
             self.layers[index] = LayerBlocks(self.settings, k.shape[0], k.shape[1], k.shape[3], k)
         blocks = self.layers[index]

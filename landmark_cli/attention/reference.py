@@ -33,14 +33,14 @@ def landmark_attention(
     """Attention in which a query reaches an earlier block only through that block's landmark.
 
     q: (B, H, Tq, D); the queries are the last Tq of the keys. k, v: (B, G, Tk, D), G divides H.
-    block_size: tokens a block, its landmark (the last) included. landmark_mask: (B, Tk) bool instead, for uneven blocks.
+    block_size: tokens a block, its landmark (the last) included. landmark_mask: (B, Tk) bool instead: uneven blocks.
     scale: factor on the logits, 1 / sqrt(D) by default.
     start: (B,) first real key of each row; queries before it give zeros. cu_seqlens: (n + 1,) packed documents, B = 1.
     dropout_p: group dropout, the probability that an earlier block's share is zeroed for a query and head (the others
     are divided by 1 - p); dropout_seed: the 64-bit seed of its random numbers.
-    context_miss_key: (B, G, 1, D) key of a context-miss token, which joins the outer softmax and has no value: its share
-    is lost, unless controlled, (B, Tk) bool, marks landmarks: these leave the outer softmax, are normalised among
-    themselves, and share out what the context-miss token got (paper, section 4.1.3).
+    context_miss_key: (B, G, 1, D) key of a context-miss token, which joins the outer softmax and has no value: its
+    share is lost, unless controlled, (B, Tk) bool, marks landmarks: these leave the outer softmax, are normalised
+    among themselves, and share out what the context-miss token got (paper, section 4.1.3).
     return_lse: also return the log-sum-exp of the outer softmax's logits, (B, H, Tq) float32.
 
     The weight of a text token of an earlier block is outer(its landmark) * inner(token in its block); of a token of the

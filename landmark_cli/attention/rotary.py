@@ -1,7 +1,7 @@
 """Rotary position embedding, half-split: dimension i is rotated together with dimension i + rotary_dim / 2.
 
 Rotations compose and only differences of angles matter, so a cached key stays rotated by its offset in its block and a
-query is turned by whole blocks to stand at the wanted distance. Source: arXiv 2104.09864; arXiv 2305.16300, section 3.2.
+query is turned by whole blocks to stand at the wanted distance. Sources: arXiv 2104.09864; 2305.16300, section 3.2.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; the attention itself is whatever transformers has registered under config._attn_implementation."""
+    """Self-attention; the attention itself is what transformers has registered as config._attn_implementation."""
 
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()

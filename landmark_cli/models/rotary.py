@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def inverse_frequencies(model: nn.Module) -> Tensor:
-    """The angle per position of each rotated pair of dimensions, (rotary_dim / 2,), of a model with one rotary embedding.
+    """The angle per position of each rotated pair of dimensions, (rotary_dim / 2,), of a model's rotary embedding.
 
     Raises ValueError where the model has none, or several that differ.
     """
