@@ -10,10 +10,14 @@ def register() -> None:
 
     from landmark_cli.attention import dispatch
 
+    from . import decoders
     from .gpt import GPTConfig, GPTForCausalLM, GPTModel
+    from .llama_with_landmark import LlamaWithLandmarkConfig
 
     dispatch.register()
+    decoders.register()
     AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
+    AutoConfig.register(LlamaWithLandmarkConfig.model_type, LlamaWithLandmarkConfig, exist_ok=True)
     AutoModel.register(GPTConfig, GPTModel, exist_ok=True)
     AutoModelForCausalLM.register(GPTConfig, GPTForCausalLM, exist_ok=True)
 

@@ -1,0 +1,135 @@
+"""Landmark attention for any rotary decoder of the transformers library.
+
+The model's code is transformers' own. It gets a landmark token, "landmark" as its attention implementation, and four
+settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks. A config with a landmark_freq
+opens with landmark attention wherever this package is imported; `attn_implementation="sdpa"` opens the plain decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from landmark_cli.data.tokenizers import LANDMARK_TOKEN
+from landmark_cli.errors import LandmarkError
+
+from .support import check_config, check_model
+
+PADDING_TOKEN = "[PAD]"
+DEFAULT_TOP_K = 4
+# Products with a matrix of a multiple of 64 rows run at full speed on a GPU; an aligned vocabulary stays aligned.
+VOCABULARY_MULTIPLE = 64
+
+
+def add_landmarks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    landmark_freq: int = 63,
+    trained_length: int | None = None,
+    top_k_blocks: int = DEFAULT_TOP_K,
+) -> None:
+    """Give a pretrained decoder and its tokenizer landmarks, in place.
+
+    The tokenizer gets a landmark token, and a padding token where it has none; their embedding rows (and the head's)
+    are the mean of the old rows. Done to a model that has landmarks, it changes the settings only.
+
+    landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows it
+    will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks retrieved by
+    default at inference.
+
+    Raises LandmarkError where landmark attention does not fit the model (see support.py), or the windows do not fit its
+    positions.
+    """
+    name = model.config._name_or_path or type(model).__name__
+    if landmark_freq < 1:
+        raise ValueError(f"landmark_freq is {landmark_freq}; a block needs at least one text token")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    trained_length = trained_length or min(limit or 2048, 2048)
+    check_length(trained_length, limit, landmark_freq, name)
+    check_config(model.config, name)
+    check_model(model, trained_length, name)
+
+    _add_tokens(model, tokenizer)
+    config = model.config
+    config.landmark_freq = landmark_freq
+    config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
+    config.trained_length, config.top_k_blocks = trained_length, top_k_blocks
+    model.set_attn_implementation("landmark")
+
+
+def check_length(trained_length: int, limit: int | None, landmark_freq: int, name: str) -> None:
+    """LandmarkError where a window of `trained_length` stream tokens holds no block or exceeds `limit` positions."""
+    if limit is not None and trained_length > limit:
+        raise LandmarkError(
+            f"{name} has {limit} positions, but a window with its landmarks takes {trained_length}; "
+            f"take a text length of at most {limit - limit // (landmark_freq + 1)}"
+        )
+    if trained_length <= landmark_freq:
+        raise LandmarkError(
+            f"a window of {trained_length} tokens holds no whole block of {landmark_freq} text tokens and a landmark; "
+            "take longer windows or a smaller landmark-freq"
+        )
+
+
+def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """LandmarkError where a landmark model's tokenizer has no landmark token, or another id for it."""
+    expected, vocabulary = config.landmark_token_id, tokenizer.get_vocab()
+    found = vocabulary.get(LANDMARK_TOKEN)
+    if found != expected:
+        has = "no landmark token" if found is None else f"{LANDMARK_TOKEN} as token {found}"
+        raise LandmarkError(
+            f"the tokenizer of {name} has {has}, but the model's landmark is token {expected}; "
+            "put the tokenizer files it was saved with beside it"
+        )
+
+
+@torch.no_grad()
+def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the tokens that are missing, and rows for them that are the mean of the rows before."""
+    config, before = model.config, len(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PADDING_TOKEN})
+        config.pad_token_id = tokenizer.pad_token_id
+        if model.generation_config is not None:
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if LANDMARK_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(LANDMARK_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if len(tokenizer) == before:
+        return
+    old = min(before, config.vocab_size)
+    if len(tokenizer) > config.vocab_size:
+        multiple = VOCABULARY_MULTIPLE if config.vocab_size % VOCABULARY_MULTIPLE == 0 else 1
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple, mean_resizing=False)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        # Rows that the vocabulary had to spare were never trained, so they count as new.
+        for parameter in embedding.parameters():
+            parameter[old:] = parameter[:old].mean(0, dtype=torch.float32)
+
+
+class OpensWithLandmarks:
+    """`landmark_freq` of every transformers config: one that has it set opens with landmark attention.
+
+    An `attn_implementation` that the caller gives has been set before, and wins. Stored and saved like any other value.
+    """
+
+    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Any:
+        if config is None:
+            return self
+        try:
+            return config.__dict__["landmark_freq"]
+        except KeyError:
+            raise AttributeError(f"{type(config).__name__} has no landmark_freq") from None
+
+    def __set__(self, config: PreTrainedConfig, value: int | None) -> None:
+        config.__dict__["landmark_freq"] = value
+        if value is not None and config._attn_implementation is None:
+            config._attn_implementation = "landmark"
+
+
+def register() -> None:
+    """Have saved landmark decoders open with landmark attention. May be called again."""
+    PreTrainedConfig.landmark_freq = OpensWithLandmarks()

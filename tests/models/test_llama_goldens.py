@@ -1,0 +1,62 @@
+"""LlamaForCausalLM of the installed library gives the outputs of the authors' LLaMA from their weights."""
+
+import pytest
+import torch
+from tests import goldens
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.models.rotary import inverse_frequencies
+
+TOLERANCE = 1e-5
+
+
+def golden_model(spec: dict, tensors: dict) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=spec["layers"],
+        num_attention_heads=spec["heads"],
+        landmark_freq=spec["block_size"] - 1,
+        landmark_token_id=spec["landmark_id"],
+    )
+    model = LlamaForCausalLM(config).eval()
+    assert model.config._attn_implementation == "landmark"
+    model.load_state_dict(goldens.part(tensors, "w."))
+    return model
+
+
+@pytest.mark.parametrize("name", goldens.names("llama_forward_*"))
+def test_forward_loss_and_gradients(name):
+    spec, tensors = goldens.read(name)
+    model = golden_model(spec, tensors)
+
+    output = model(tensors["ids"], labels=tensors["ids"])
+    output.loss.backward()
+
+    torch.testing.assert_close(output.logits, tensors["logits"], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(output.loss, tensors["loss"], rtol=0, atol=TOLERANCE)
+    gradients = goldens.part(tensors, "g.")
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(parameter).grad, gradient, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", goldens.names("llama_retrieval_*"))
+def test_chunked_reading(name):
+    spec, tensors = goldens.read(name)
+    model = golden_model(spec, tensors)
+    stream = tensors["stream_embeddings"]
+    settings = RetrievalSettings(spec["block_size"], spec["top_k"], spec["selection"])
+    cache = BlockCache(settings, inverse_frequencies(model), batch=stream.shape[0])
+
+    logits = []
+    with torch.no_grad():
+        for begin, end in spec["steps"]:
+            chunk = cache.begin_chunk([end - begin] * stream.shape[0])
+            given = {"position_ids": chunk.position_ids, "landmark_chunk": chunk, "use_cache": False}
+            logits.append(model(inputs_embeds=stream[:, begin:end], **given).logits)
+            cache.end_chunk(chunk)
+
+    torch.testing.assert_close(torch.cat(logits, dim=1), tensors["logits"], rtol=0, atol=TOLERANCE)
