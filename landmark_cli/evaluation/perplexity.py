@@ -1,0 +1,178 @@
+"""Perplexity over text of any length, read chunk by chunk through the block cache or in plain chunks without it.
+
+Protocol: the text is cut into consecutive windows of `eval_length` text tokens. Every token of a window predicts the
+text token after it, the window's last one the first of the next window; an end-of-text token predicts nothing. Landmarks
+neither predict nor are predicted. Source: arXiv 2305.16300, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from landmark_cli.console import progress, warn
+from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, next_token_targets
+from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.settings import ReadingSettings, has_landmarks, open_reader, trained_text_length
+
+# Text tokens in one forward pass, which bounds the memory of the logits.
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Logits in float32 at a time.
+PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the predicted tokens of a text or of a part of it.
+
+    tokens: predicted. negative_log_likelihood: their sum, in nats. correct: how many were the likeliest token.
+    """
+
+    tokens: int
+    negative_log_likelihood: float
+    correct: int
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood in nats; nan where nothing was predicted."""
+        return self.negative_log_likelihood / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0)) if self.tokens else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.tokens if self.tokens else math.nan
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `evaluate_perplexity` measured.
+
+    overall: over all windows. chunks: over the i-th chunks of the windows. windows: how many were read.
+    eval_length, chunk: text tokens of a window and of a chunk. memory: whether chunks were read through a block cache.
+    """
+
+    overall: Score
+    chunks: list[Score]
+    windows: int
+    eval_length: int
+    chunk: int
+    memory: bool
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    tokens: np.ndarray | Tensor,
+    *,
+    eot_id: int | None,
+    eval_length: int | None = None,
+    memory: bool = True,
+    reading: ReadingSettings | None = None,
+    batch_size: int | None = None,
+    sample_tokens: int | None = None,
+    seed: int = 0,
+) -> PerplexityResult:
+    """Measure how well a model predicts a text.
+
+    tokens: (n,) ids of text without landmarks. eot_id: the end-of-text token, which predicts nothing.
+    eval_length: text tokens of a window, by default 4 times the trained length (or all there is, where that is less).
+    memory: False reads every chunk by itself; a model without landmarks never has a memory.
+    reading: how to read. Without memory only its `chunk` counts, by default what the trained length holds.
+    batch_size: windows read at a time, by default as many as a moderate amount of memory allows.
+    sample_tokens: measure on a random choice of windows of about so many tokens, drawn with `seed`.
+
+    Raises LandmarkError where the text is shorter than a window.
+    """
+    reading = reading or ReadingSettings()
+    memory = memory and has_landmarks(model)
+    fitting = trained_text_length(model)
+    eval_length = eval_length or max(1, min(4 * fitting, len(tokens) - 1))
+    starts = _window_starts(len(tokens), eval_length, sample_tokens, seed)
+    chunk = open_reader(model, reading).chunk if memory else min(reading.chunk or fitting, eval_length)
+    if not memory and chunk > fitting:
+        warn(f"chunks of {chunk} text tokens are longer than the {fitting} the model was trained on")
+    batch_size = batch_size or max(1, FORWARD_TOKENS.get(model.device.type, FORWARD_TOKENS["cpu"]) // chunk)
+
+    sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64)
+    with progress("perplexity", len(starts) * eval_length, "tokens") as shown:
+        for first in range(0, len(starts), batch_size):
+            rows = _windows(tokens, starts[first : first + batch_size], eval_length)
+            targets = next_token_targets(rows[:, :-1], landmark_token_id=None, eot_id=eot_id, following=rows[:, -1])
+            read = _read_with_memory(model, rows[:, :-1], reading) if memory else _read_plain(model, rows[:, :-1], chunk)
+            for index, logits in enumerate(read):
+                sums[index] += score(logits, targets[:, index * chunk : (index + 1) * chunk]).cpu()
+            shown.advance(len(rows) * eval_length, perplexity=_score(sums.sum(0)).perplexity)
+    return PerplexityResult(
+        overall=_score(sums.sum(0)),
+        chunks=[_score(part) for part in sums],
+        windows=len(starts),
+        eval_length=eval_length,
+        chunk=chunk,
+        memory=memory,
+    )
+
+
+def score(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (B, W, V) of any float type, targets (B, W) -> (3,) float64: tokens, their summed negative log-likelihood,
+    how many were the likeliest. Targets of -100 do not count."""
+    logits, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
+    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    # Float32 logits of one piece at a time.
+    size = max(1, PIECE // logits.shape[-1])
+    for piece, wanted in zip(logits.split(size), targets.split(size), strict=True):
+        losses = torch.nn.functional.cross_entropy(piece.float(), wanted, ignore_index=IGNORED_TARGET, reduction="none")
+        sums[0] += (wanted != IGNORED_TARGET).sum()
+        sums[1] += losses.double().sum()
+        sums[2] += (piece.argmax(-1) == wanted).sum()
+    return sums
+
+
+def _score(sums: Tensor) -> Score:
+    tokens, negative_log_likelihood, correct = sums.tolist()
+    return Score(int(tokens), negative_log_likelihood, int(correct))
+
+
+def _window_starts(length: int, eval_length: int, sample_tokens: int | None, seed: int) -> np.ndarray:
+    """Where the windows begin; each is followed by at least one more token."""
+    windows = (length - 1) // eval_length
+    if windows < 1:
+        raise LandmarkError(
+            f"the text has {length} tokens, too few for one window of {eval_length} and the token after it; "
+            f"take a shorter --eval-length"
+        )
+    chosen = np.arange(windows)
+    if sample_tokens is not None and sample_tokens < windows * eval_length:
+        count = max(1, round(sample_tokens / eval_length))
+        chosen = np.sort(np.random.default_rng(seed).choice(windows, count, replace=False))
+    return chosen * eval_length
+
+
+def _windows(tokens: np.ndarray | Tensor, starts: np.ndarray, eval_length: int) -> Tensor:
+    """The windows and the token after each: (n, eval_length + 1) int64."""
+    rows = [np.asarray(tokens[start : start + eval_length + 1]).astype(np.int64) for start in starts.tolist()]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _read_with_memory(model: PreTrainedModel, rows: Tensor, reading: ReadingSettings) -> Iterator[Tensor]:
+    for part in open_reader(model, reading, batch=len(rows)).read(list(rows)):
+        yield part.logits
+
+
+@torch.no_grad()
+def _read_plain(model: PreTrainedModel, rows: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Logits at the text positions of every chunk, each read as if nothing came before it."""
+    for text in rows.split(chunk, dim=1):
+        stream, kept = text, 0
+        if has_landmarks(model):
+            freq = model.config.landmark_freq
+            stream = insert_landmarks(text, freq, model.config.landmark_token_id)
+            kept = (~landmark_positions(stream.shape[1], freq + 1)).nonzero().squeeze(-1).to(model.device)
+        yield model(input_ids=stream.to(model.device), logits_to_keep=kept, use_cache=False).logits
