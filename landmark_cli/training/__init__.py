@@ -1,0 +1,1 @@
+"""Training: one loop on accelerate for every model, its optimizer, its checkpoints and what it measures."""

@@ -1,0 +1,47 @@
+"""What a run will take, before it starts: parameters, tokens, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+# Bytes that the backward pass keeps of one token in one layer, for each unit of the width: the residual stream and the
+# norms' inputs in float32; inputs of the four linear layers, queries, keys, values and the MLP's hidden layer, twice.
+LAYER_BYTES_16, LAYER_BYTES_32 = 50, 84
+# Bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its gradient.
+LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
+# float32 weight and gradient, AdamW's two moments.
+PARAMETER_BYTES = 16
+CHECKPOINT_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take. memory: bytes on each device, state and activations together, in eager mode."""
+
+    parameters: int
+    state: int
+    activations: int
+
+    @property
+    def memory(self) -> int:
+        return self.state + self.activations
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint."""
+        return CHECKPOINT_BYTES * self.parameters
+
+
+def estimate(model: nn.Module, batch_size: int, precision: str) -> Estimate:
+    """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows of its trained length.
+
+    Memory is counted for a replica on every device (one process, DDP) with a fused attention, which keeps no
+    (T, T) matrices.
+    """
+    config, half = model.config, precision != "fp32"
+    per_token = config.num_hidden_layers * config.hidden_size * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
+    per_token += config.vocab_size * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Estimate(parameters, PARAMETER_BYTES * parameters, per_token * batch_size * config.trained_length)

@@ -1,0 +1,86 @@
+"""What stands around the loop: the accelerate object, the model as its loss, the seed of a step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, TorchDynamoPlugin
+from torch import Tensor, nn
+
+from landmark_cli.data.landmarks import IGNORED_TARGET
+from landmark_cli.errors import LandmarkError, import_extra
+
+
+def make_accelerator(
+    *,
+    precision: str,
+    accumulation: int,
+    device: str = "auto",
+    compile: bool = False,
+    tf32: bool = True,
+    log_with: list[str] | None = None,
+    output: Path | None = None,
+) -> Accelerator:
+    """The accelerate object of a run; how many processes there are, FSDP and DeepSpeed come from the launcher.
+
+    Raises LandmarkError where a tracker's package is missing or the precision needs a GPU.
+    """
+    for tracker in log_with or ():
+        import_extra(tracker, tracker)
+    dynamo = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor", dynamic=False)} if compile else {}
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if precision == "fp16" and not on_gpu:
+        raise LandmarkError("--precision fp16 needs a GPU, and none is in use: take bf16 or fp32")
+    if on_gpu and tf32:
+        torch.set_float32_matmul_precision("high")
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=log_with or None,
+        project_dir=output,
+        **dynamo,
+    )
+
+
+class LossModel(nn.Module):
+    """A causal language model as its summed loss, so that logits never leave what is wrapped or compiled around it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        # accelerate's FSDP reads here which layers to shard.
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """input_ids, targets: (B, T) -> sum over the targets that are not -100 of their negative log-likelihood."""
+        mean = self.model(input_ids=input_ids, labels=targets, shift_labels=targets, use_cache=False).loss
+        count = (targets != IGNORED_TARGET).sum()
+        return torch.where(count > 0, mean * count, 0.0)
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed torch for one step of one process, so that dropout needs no saved state to be repeated."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{process}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars inside."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,96 @@
+"""What a run measures: throughput without pauses, FLOPs by the book, a metrics file that survives being killed."""
+
+import json
+
+import pytest
+import torch
+
+from landmark_cli.errors import LandmarkError
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from landmark_cli.training import metrics
+from landmark_cli.training.estimate import estimate
+from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, progress_fields
+from tests.training.tiny import tiny_model
+
+
+def test_throughput_leaves_pauses_out(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    meter = Meter(step=10, steps=50, tokens=1000, flops=2e9, peak=4e12)
+    clock[0] += 6.0
+    with meter.pause():
+        clock[0] += 30.0
+    clock[0] += 4.0
+    reading = meter.read(15)
+    assert reading == pytest.approx(
+        {"seconds_per_step": 2.0, "tokens_per_second": 500.0, "seconds_left": 70.0, "mfu": 0.25}
+    )
+    clock[0] += 1.0
+    assert meter.read(16)["seconds_per_step"] == pytest.approx(1.0)
+
+
+def test_flops_of_the_papers_model():
+    with torch.device("meta"):
+        model = GPTForCausalLM(GPTConfig())
+    matrices = 12 * 12 * 1024**2 + 50304 * 1024
+    assert flops_per_token(model, 512) == 6 * matrices + 6 * 12 * 1024 * 512
+
+
+def test_frozen_weights_cost_no_gradient():
+    model = tiny_model()
+    full = flops_per_token(model, 20)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    assert full - flops_per_token(model, 20) == 2 * 4 * 16 * 16
+
+
+def test_only_a_known_chip_has_a_peak(monkeypatch):
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(torch.device("cuda"), "bf16") == 989e12
+    assert peak_flops(torch.device("cuda"), "fp32") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    assert peak_flops(torch.device("cuda"), "fp16") == 756e12
+
+
+def test_rewinding_drops_later_records_and_half_a_line(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        file.append({"step": step})
+    with file.path.open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    file.rewind(3)
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3]
+    file.append({"step": 4})
+    assert len(file.path.read_text().splitlines()) == 4
+
+
+def test_metrics_that_cannot_be_written_say_so(tmp_path):
+    with pytest.raises(LandmarkError, match=r"metrics\.jsonl cannot be written"):
+        MetricsFile(tmp_path / "gone" / "metrics.jsonl").append({"step": 1})
+
+
+def test_the_progress_line_shows_mfu_only_where_it_is_known():
+    record = {
+        "loss": 3.21,
+        "learning_rate": 1e-3,
+        "gradient_norm": 0.5,
+        "tokens_per_second": 330_000.0,
+        "peak_memory": 8_100_000_000,
+    }
+    assert progress_fields(record) == {
+        "loss": "3.2100",
+        "lr": "1.00e-03",
+        "grad": "0.50",
+        "tok/s": "330k",
+        "peak": "8.1 GB",
+    }
+    assert progress_fields(record | {"mfu": 0.394})["MFU"] == "39.4%"
+
+
+def test_the_estimate_counts_state_exactly():
+    with torch.device("meta"):
+        model = GPTForCausalLM(GPTConfig())
+    needs = estimate(model, batch_size=16, precision="bf16")
+    assert needs.parameters == sum(p.numel() for p in model.parameters())
+    assert needs.state == 16 * needs.parameters and needs.memory > needs.state
+    assert estimate(model, 16, "fp32").memory > needs.memory

@@ -1,0 +1,65 @@
+"""A model of a few thousand weights and batches that need no files."""
+
+import torch
+
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from landmark_cli.training.loop import Loop, LoopSettings
+from landmark_cli.training.optimizer import Schedule
+from landmark_cli.training.setup import make_accelerator
+
+VOCABULARY, LENGTH = 64, 20
+
+
+class RandomBatches:
+    """Rows drawn from (seed, step, row), some positions without a target, a different number in every row."""
+
+    def __init__(self, global_batch, seed=0):
+        self.global_batch, self.sequence_length, self.seed = global_batch, LENGTH, seed
+
+    def batch(self, step, start, stop):
+        ids, labels = [], []
+        for row in range(start, stop):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * 1009 + row)
+            tokens = torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator)
+            targets = (tokens[:-1] * 3 + 1) % VOCABULARY
+            targets[: (5 * row + step) % (LENGTH - 2)] = -100
+            ids.append(tokens[:-1])
+            labels.append(targets)
+        return {"input_ids": torch.stack(ids), "labels": torch.stack(labels)}
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 2, "n_embd": 16, "landmark_freq": 7}
+    tokens = {"landmark_token_id": VOCABULARY - 1, "eos_token_id": VOCABULARY - 2, "trained_length": LENGTH}
+    return GPTForCausalLM(GPTConfig(**(shape | tokens | changes)))
+
+
+def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, identity=None, validation=None, **changes):
+    """A loop over `batch_size * accumulation` rows a step that logs every step; `changes` are LoopSettings' fields."""
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "output": output,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "schedule": Schedule("one-cycle", 1e-2, steps, 0.2),
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.95),
+        "clip": 1.0,
+        "precision": "fp32",
+        "seed": 3,
+        "log_every": 1,
+        "evaluate_every": 0,
+        "evaluation_rows": 6,
+        "save_every": 0,
+        "keep": 2,
+    }
+    return Loop(
+        make_accelerator(precision="fp32", accumulation=accumulation, device="cpu", output=output),
+        model if model is not None else tiny_model(),
+        RandomBatches(batch_size * accumulation),
+        LoopSettings(**(settings | changes)),
+        identity if identity is not None else {"n_layer": 2},
+        validation=validation,
+    )
