@@ -1,0 +1,368 @@
+"""Token files: the ids of a corpus in one memory-mapped file, with what is needed to trust and use them.
+
+`train.bin` holds the ids, little-endian uint16 or uint32, every document followed by the end-of-text token. Beside it
+`train.offsets` holds where each document starts (little-endian int64, the end of the last one included) and
+`train.json` the metadata. The metadata comes last: a token file without it is an unfinished one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from landmark_cli.errors import LandmarkError
+
+FORMAT = 1
+READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TokenFileMetadata:
+    """What `<name>.json` says of a token file.
+
+    Attributes:
+        tokenizer: name, directory or hub id of the tokenizer that made the ids.
+        tokenizer_fingerprint: see `tokenizers.tokenizer_fingerprint`.
+        vocab_size: ids are below this.
+        eot_id: the token after every document.
+        tokens: how many, end-of-text tokens included.
+        documents: how many.
+        text_bytes: size of the text in UTF-8.
+        dtype: "uint16" or "uint32".
+        sha256: of the file with the ids.
+        offsets_sha256: of the file with the documents' places.
+        source: where the text came from, in words.
+        made_from: fingerprint of all that the file was made from; empty if nobody needs it.
+        modified_ns: when the two files were last written, in the file system's nanoseconds.
+    """
+
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eot_id: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    dtype: str
+    sha256: str
+    offsets_sha256: str
+    source: str
+    made_from: str
+    modified_ns: list[int]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A token file opened for reading.
+
+    Attributes:
+        path: of the ids (`.bin`).
+        tokens: (tokens,) uint16 or uint32, memory-mapped.
+        document_offsets: (documents + 1,) int64, memory-mapped: document i is `tokens[offsets[i]:offsets[i + 1]]`, its
+            end-of-text token included.
+        metadata: what the file says of itself.
+    """
+
+    path: Path
+    tokens: np.ndarray
+    document_offsets: np.ndarray
+    metadata: TokenFileMetadata
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenFile:
+        """Open `<name>.bin` (the ending may be left out) and check that it is the file that was written.
+
+        Sizes are checked always, contents (sha256) when the file was touched since, by a copy for instance.
+
+        Raises:
+            LandmarkError: it is missing, unfinished, truncated, or was changed.
+        """
+        if Path(path).is_dir():
+            raise LandmarkError(f"{path} is a directory, not a token file: name one in it, such as {path}/train.bin")
+        path = _with_ending(Path(path))
+        metadata = read_metadata(path)
+        _check_size(path, metadata.tokens * np.dtype(metadata.dtype).itemsize)
+        _check_size(_offsets_path(path), (metadata.documents + 1) * 8)
+        modified = _modified_ns(path)
+        if modified != metadata.modified_ns:
+            for file, expected in ((path, metadata.sha256), (_offsets_path(path), metadata.offsets_sha256)):
+                if _sha256_of(file).hexdigest() != expected:
+                    raise _changed(file, "its contents are not those that were written")
+            _remember_modified(path, metadata, modified)
+        return cls(
+            path=path,
+            tokens=_map(path, metadata.dtype, metadata.tokens),
+            document_offsets=_map(_offsets_path(path), "int64", metadata.documents + 1),
+            metadata=metadata,
+        )
+
+    def document(self, index: int) -> np.ndarray:
+        """The ids of one document, without its end-of-text token."""
+        start, end = self.document_offsets[index : index + 2]
+        return self.tokens[start : end - 1]
+
+    def check_tokenizer(self, encode: Callable[[str], Any], whose: str) -> None:
+        """Make sure that another tokenizer reads text as this file's did.
+
+        Raises:
+            LandmarkError: it does not; the message says `whose` tokenizer it is.
+        """
+        from landmark_cli.data.tokenizers import tokenizer_fingerprint
+
+        if tokenizer_fingerprint(encode) != self.metadata.tokenizer_fingerprint:
+            raise LandmarkError(
+                f"{self.path} was prepared with the tokenizer {self.metadata.tokenizer}, which is not that of {whose}: "
+                f"prepare the corpus with the model's own tokenizer (landmark prepare --tokenizer)"
+            )
+
+
+class TokenFileWriter:
+    """Writes a token file; nothing stands under its final name before it is whole.
+
+        with TokenFileWriter("data/mine/train.bin", tokenizer, source="my texts") as writer:
+            writer.add_document(ids)
+
+    Leaving the block in order finishes the file; leaving it by an error removes what was written. Long work calls
+    `checkpoint` now and then and, instead of the block, `finish` or `close`; a later writer takes the returned state
+    as `resume` and goes on there.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Any,
+        *,
+        source: str,
+        made_from: str = "",
+        resume: dict[str, int] | None = None,
+        partial_suffix: str = ".partial",
+    ) -> None:
+        """Start a file, or go on with the one that `checkpoint` left in the state `resume`.
+
+        tokenizer: a `TextTokenizer`, whose name, size and end of text the file is for.
+        """
+        self.path = _with_ending(Path(path))
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._tokenizer = tokenizer
+        self._source, self._made_from = source, made_from
+        self._partial = [file.with_name(file.name + partial_suffix) for file in (self.path, _offsets_path(self.path))]
+        state = resume or {"tokens": 0, "documents": 0, "text_bytes": 0}
+        self.tokens, self.documents, self.text_bytes = (state[key] for key in ("tokens", "documents", "text_bytes"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        sizes = (self.tokens * self.dtype.itemsize, (self.documents + 1) * 8)
+        if resume is None:
+            self._hashes = [hashlib.sha256(), hashlib.sha256()]
+            self._files = [open(file, "wb") for file in self._partial]
+            self._write(1, np.zeros(1, dtype="<i8"))
+        else:
+            self._hashes = [_sha256_of(file, size) for file, size in zip(self._partial, sizes, strict=True)]
+            self._files = [open(file, "r+b") for file in self._partial]
+            for file, size in zip(self._files, sizes, strict=True):
+                file.truncate(size)
+                file.seek(size)
+
+    def __enter__(self) -> TokenFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.discard()
+
+    def append(self, ids: np.ndarray, text_bytes: int = 0) -> None:
+        """Write ids of the document under way.
+
+        Raises:
+            ValueError: an id is not of the tokenizer.
+        """
+        if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
+            raise ValueError(f"ids must be below the vocabulary's {self._tokenizer.vocab_size}, found {ids.max()}")
+        self._write(0, np.asarray(ids, dtype=self.dtype))
+        self.tokens += len(ids)
+        self.text_bytes += text_bytes
+
+    def end_document(self) -> None:
+        """Write the end-of-text token after the document under way."""
+        self.append(np.array([self._tokenizer.eot_id]))
+        self._write(1, np.array([self.tokens], dtype="<i8"))
+        self.documents += 1
+
+    def add_document(self, ids: np.ndarray, text_bytes: int = 0) -> None:
+        """Write a whole document and its end-of-text token."""
+        self.append(ids, text_bytes)
+        self.end_document()
+
+    def checkpoint(self) -> dict[str, int]:
+        """Put everything on the disk and return the state to `resume` from. Only between documents."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        return {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
+
+    def close(self) -> None:
+        """Let go of the unfinished files and leave them where they are."""
+        for file in self._files:
+            # What a full disk did not take is lost in any case: `resume` starts from what a checkpoint put there.
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def discard(self) -> None:
+        """Remove the unfinished files."""
+        self.close()
+        for file in self._partial:
+            file.unlink(missing_ok=True)
+
+    def finish(self) -> TokenFileMetadata:
+        """Give the file its name: ids, then documents' places, then metadata. What stood there before is replaced."""
+        self.checkpoint()
+        self.close()
+        _metadata_path(self.path).unlink(missing_ok=True)
+        for partial, final in zip(self._partial, (self.path, _offsets_path(self.path)), strict=True):
+            os.replace(partial, final)
+        metadata = TokenFileMetadata(
+            tokenizer=self._tokenizer.name,
+            tokenizer_fingerprint=self._tokenizer.fingerprint,
+            vocab_size=self._tokenizer.vocab_size,
+            eot_id=self._tokenizer.eot_id,
+            tokens=self.tokens,
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+            dtype=self.dtype.name,
+            sha256=self._hashes[0].hexdigest(),
+            offsets_sha256=self._hashes[1].hexdigest(),
+            source=self._source,
+            made_from=self._made_from,
+            modified_ns=_modified_ns(self.path),
+        )
+        write_json(_metadata_path(self.path), dataclasses.asdict(metadata))
+        return metadata
+
+    def _write(self, which: int, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self._hashes[which].update(data)
+        self._files[which].write(data)
+
+
+def read_metadata(path: str | Path) -> TokenFileMetadata:
+    """What a token file says of itself, without looking at its ids.
+
+    Raises:
+        LandmarkError: there is no such file, it was never finished, or its metadata cannot be read.
+    """
+    path = _with_ending(Path(path))
+    described = _metadata_path(path)
+    try:
+        fields = json.loads(described.read_text(encoding="utf-8"))
+        metadata = TokenFileMetadata(**fields)
+    except FileNotFoundError:
+        if path.exists():
+            found = f"{path} has no {described.name} beside it: it was not finished, or is not a token file"
+        else:
+            found = f"there is no token file {path}"
+        raise LandmarkError(f"{found}; make one with: landmark prepare") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise LandmarkError(f"{described} cannot be read ({error}): prepare the corpus again") from error
+    if metadata.format != FORMAT or metadata.dtype not in ("uint16", "uint32"):
+        raise LandmarkError(f"{described} is not of a kind that this version reads: prepare the corpus again")
+    return metadata
+
+
+def remove_token_file(path: str | Path) -> None:
+    """Delete a token file and what stands beside it, metadata first. Nothing happens where there is none."""
+    path = _with_ending(Path(path))
+    for file in (_metadata_path(path), path, _offsets_path(path)):
+        file.unlink(missing_ok=True)
+
+
+def find_corpus(data_root: str | Path = "data") -> Path:
+    """The directory under `data_root` whose `train` token file was finished last.
+
+    Raises:
+        LandmarkError: none has one.
+    """
+    finished = [file for file in Path(data_root).glob("*/train.bin") if _metadata_path(file).exists()]
+    if not finished:
+        raise LandmarkError(f"no prepared corpus under {data_root}/: run `landmark prepare` first, or name one")
+    return max(finished, key=lambda file: file.stat().st_mtime_ns).parent
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _with_ending(path: Path) -> Path:
+    return path if path.suffix == ".bin" else path.with_name(path.name + ".bin")
+
+
+def _offsets_path(path: Path) -> Path:
+    return path.with_suffix(".offsets")
+
+
+def _metadata_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _modified_ns(path: Path) -> list[int]:
+    return [file.stat().st_mtime_ns for file in (path, _offsets_path(path))]
+
+
+def _map(path: Path, dtype: str, length: int) -> np.ndarray:
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    if length == 0:
+        return np.zeros(0, dtype=little_endian)
+    return np.memmap(path, dtype=little_endian, mode="r", shape=(length,))
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise _changed(path, "it is missing") from None
+    if size != expected:
+        raise _changed(path, f"it has {size} bytes instead of {expected}")
+
+
+def _changed(path: Path, what: str) -> LandmarkError:
+    return LandmarkError(f"{path} was truncated or changed after it was prepared: {what}; prepare the corpus again")
+
+
+def _sha256_of(path: Path, size: int | None = None) -> Any:
+    """The running hash of a file's first `size` bytes; LandmarkError when it has fewer."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
+    with open(path, "rb") as file:
+        while left and (data := file.read(min(left, READ_BYTES))):
+            digest.update(data)
+            left -= len(data)
+    if left:
+        raise LandmarkError(f"{path} is {left} bytes shorter than what had been written to it")
+    return digest
+
+
+def _remember_modified(path: Path, metadata: TokenFileMetadata, modified: list[int]) -> None:
+    """Note that the contents were found right as of now, so that the next opening is cheap; not vital."""
+    try:
+        write_json(_metadata_path(path), dataclasses.asdict(dataclasses.replace(metadata, modified_ns=modified)))
+    except OSError:
+        return

@@ -1,0 +1,179 @@
+"""Token files: what goes in comes out, and nothing unfinished, truncated or changed is ever taken for whole."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from landmark_cli.data.token_file import TokenFile, TokenFileWriter, find_corpus, read_metadata, remove_token_file
+from landmark_cli.errors import LandmarkError
+
+
+class Letters:
+    """A tokenizer whose ids are bytes."""
+
+    name = "letters"
+    vocab_size = 257
+    eot_id = 256
+    fingerprint = "abc"
+
+
+class ManyLetters(Letters):
+    vocab_size = 70_000
+    eot_id = 69_999
+
+
+def write(path, documents, tokenizer=Letters, **settings):
+    with TokenFileWriter(path, tokenizer, source="a test", **settings) as writer:
+        for document in documents:
+            writer.add_document(np.array(document, dtype=np.uint32), text_bytes=len(document))
+    return TokenFile.open(path)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.integers(0, 255), max_size=20), max_size=8), st.sampled_from([Letters, ManyLetters]))
+def test_documents_come_back(tmp_path_factory, documents, tokenizer):
+    opened = write(tmp_path_factory.mktemp("t") / "train.bin", documents, tokenizer)
+    assert [opened.document(i).tolist() for i in range(len(documents))] == documents
+    assert opened.tokens.tolist() == [t for document in documents for t in [*document, tokenizer.eot_id]]
+    assert opened.tokens.dtype == (np.uint16 if tokenizer is Letters else np.uint32)
+    metadata = opened.metadata
+    assert (metadata.tokens, metadata.documents) == (len(opened.tokens), len(documents))
+    assert metadata.text_bytes == sum(map(len, documents))
+    assert (metadata.tokenizer, metadata.eot_id, metadata.source) == ("letters", tokenizer.eot_id, "a test")
+
+
+def test_pieces_make_one_document(tmp_path):
+    with TokenFileWriter(tmp_path / "train", Letters, source="a test") as writer:
+        writer.append(np.array([1, 2]))
+        writer.append(np.array([3]))
+        writer.end_document()
+    opened = TokenFile.open(tmp_path / "train")
+    assert opened.path == tmp_path / "train.bin"
+    assert opened.document(0).tolist() == [1, 2, 3] and opened.document_offsets.tolist() == [0, 4]
+
+
+def test_an_error_leaves_what_stood_there(tmp_path):
+    write(tmp_path / "train.bin", [[1, 2]])
+    with pytest.raises(ZeroDivisionError), TokenFileWriter(tmp_path / "train.bin", Letters, source="new") as writer:
+        writer.add_document(np.array([3]))
+        raise ZeroDivisionError
+    assert TokenFile.open(tmp_path / "train.bin").document(0).tolist() == [1, 2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.bin", "train.json", "train.offsets"]
+
+
+def test_a_writer_goes_on_from_a_checkpoint(tmp_path):
+    whole = write(tmp_path / "whole.bin", [[1, 2], [3]])
+    writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
+    writer.add_document(np.array([1, 2]), text_bytes=2)
+    state = json.loads(json.dumps(writer.checkpoint()))
+    writer.append(np.array([7, 7, 7]), text_bytes=3)
+    writer.close()
+    with TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state) as writer:
+        writer.add_document(np.array([3]), text_bytes=1)
+    opened = TokenFile.open(tmp_path / "train.bin")
+    assert opened.metadata.sha256 == whole.metadata.sha256
+    assert opened.metadata.offsets_sha256 == whole.metadata.offsets_sha256
+    assert opened.metadata.text_bytes == 3
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path):
+    writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
+    writer.add_document(np.array([1, 2]))
+    state = writer.checkpoint()
+    writer.close()
+    os.truncate(tmp_path / "train.bin.partial", 2)
+    with pytest.raises(LandmarkError, match=r"train\.bin\.partial is 4 bytes shorter"):
+        TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="below the vocabulary's 257, found 300"):
+        write(tmp_path / "train.bin", [[300]])
+
+
+def flip_a_byte(path, at=0):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    # A coarse clock of the file system could hide so quick a change.
+    os.utime(path, ns=(1, 1))
+
+
+DAMAGE = {
+    "truncated": (lambda d: os.truncate(d / "train.bin", 4), r"train\.bin .*4 bytes instead of 10"),
+    "longer": (lambda d: open(d / "train.bin", "ab").write(b"xx"), r"train\.bin .*12 bytes instead of 10"),
+    "changed": (lambda d: flip_a_byte(d / "train.bin"), r"train\.bin .*contents are not those"),
+    "changed offsets": (lambda d: flip_a_byte(d / "train.offsets"), r"train\.offsets .*contents are not those"),
+    "lost offsets": (lambda d: (d / "train.offsets").unlink(), r"train\.offsets .*missing"),
+    "unfinished": (lambda d: (d / "train.json").unlink(), r"not finished.*landmark prepare"),
+    "garbled": (lambda d: (d / "train.json").write_text("{"), r"train\.json cannot be read"),
+    "other json": (lambda d: (d / "train.json").write_text("{}"), r"train\.json cannot be read"),
+    "gone": (lambda d: remove_token_file(d / "train.bin"), r"there is no token file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_and_named(tmp_path, damage):
+    write(tmp_path / "train.bin", [[1, 2], [3]])
+    do, message = DAMAGE[damage]
+    do(tmp_path)
+    with pytest.raises(LandmarkError, match=message):
+        TokenFile.open(tmp_path / "train.bin")
+
+
+def test_a_format_of_the_future_is_refused(tmp_path):
+    write(tmp_path / "train.bin", [[1]])
+    described = tmp_path / "train.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"format": 99}))
+    with pytest.raises(LandmarkError, match="not of a kind that this version reads"):
+        TokenFile.open(tmp_path / "train.bin")
+
+
+def test_a_directory_is_not_a_token_file(tmp_path):
+    with pytest.raises(LandmarkError, match=r"is a directory.*train\.bin"):
+        TokenFile.open(tmp_path)
+
+
+def test_a_copy_is_checked_once_and_then_trusted(tmp_path, monkeypatch):
+    write(tmp_path / "train.bin", [[1, 2]])
+    copied = tmp_path / "copy"
+    copied.mkdir()
+    for file in ("train.bin", "train.offsets", "train.json"):
+        shutil.copyfile(tmp_path / file, copied / file)
+        os.utime(copied / file, ns=(10**18, 10**18))
+    assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
+    monkeypatch.setattr("landmark_cli.data.token_file._sha256_of", None)
+    assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
+
+
+def test_another_tokenizer_is_noticed(tmp_path):
+    from landmark_cli.data.tokenizers import tokenizer_fingerprint
+
+    def encode(text):
+        return list(text.encode())
+
+    letters = Letters()
+    letters.fingerprint = tokenizer_fingerprint(encode)
+    opened = write(tmp_path / "train.bin", [[1]], letters)
+    opened.check_tokenizer(encode, "the model")
+    with pytest.raises(LandmarkError, match="prepared with the tokenizer letters, which is not that of runs/m"):
+        opened.check_tokenizer(lambda text: [1], "runs/m")
+
+
+def test_the_newest_corpus_is_found(tmp_path):
+    with pytest.raises(LandmarkError, match="no prepared corpus under .*landmark prepare"):
+        find_corpus(tmp_path)
+    for age, name in enumerate(["new", "old", "unfinished"]):
+        write(tmp_path / name / "train.bin", [[1]])
+        os.utime(tmp_path / name / "train.bin", (1_000_000 - age, 1_000_000 - age))
+    os.utime(tmp_path / "unfinished" / "train.bin")
+    (tmp_path / "unfinished" / "train.json").unlink()
+    assert find_corpus(tmp_path) == tmp_path / "new"
+    assert read_metadata(tmp_path / "new" / "train").documents == 1
