@@ -1,0 +1,287 @@
+"""Token files -> batches with landmarks. The batch of a step is a pure function of the seed and the step.
+
+Every epoch of a file cuts it into windows that do not overlap, at a shift drawn for that epoch, and takes them in a
+shuffled order. Nothing is stored but the numbers of tokens: the order is a permutation that is computed where it is
+needed, so billions of tokens cost no memory and any step can be asked for at once. Windows may cross documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from landmark_cli.data.landmarks import insert_landmarks, next_token_targets, text_length
+from landmark_cli.data.prefetch import prefetched
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.errors import LandmarkError
+
+WEIGHT_UNITS = 1 << 32
+
+
+class Windows:
+    """Cuts windows out of token files and puts landmarks in: what training batches and evaluation share.
+
+    Args:
+        sequence_length: positions of a window's stream, landmarks included.
+        landmark_freq: text tokens between landmarks; None for plain text. Every window starts a block.
+        landmark_token_id: required with `landmark_freq`.
+        eot_id: positions that hold it predict nothing; None if there is no such token.
+        include_landmarks: count landmarks as targets (see `landmarks.next_token_targets`).
+    """
+
+    def __init__(
+        self,
+        sequence_length: int,
+        landmark_freq: int | None,
+        landmark_token_id: int | None,
+        eot_id: int | None,
+        include_landmarks: bool = False,
+    ) -> None:
+        if landmark_freq is not None and sequence_length < landmark_freq + 1:
+            raise LandmarkError(
+                f"the sequence length {sequence_length} is shorter than one block of {landmark_freq} text tokens and "
+                f"their landmark: make it at least {landmark_freq + 1}, or landmark_freq smaller"
+            )
+        if sequence_length < 1:
+            raise LandmarkError(f"the sequence length must be at least 1, not {sequence_length}")
+        if landmark_freq is not None and landmark_token_id is None:
+            raise ValueError("landmark_token_id is needed where landmark_freq is given")
+        self.sequence_length = sequence_length
+        self.landmark_freq = landmark_freq
+        self.landmark_token_id = None if landmark_freq is None else landmark_token_id
+        self.eot_id = eot_id
+        self.include_landmarks = include_landmarks
+        self.text_length = sequence_length if landmark_freq is None else text_length(sequence_length, landmark_freq)
+
+    def cut(self, places: Sequence[tuple[TokenFile, int]]) -> dict[str, Tensor]:
+        """Windows that start at these tokens of these files.
+
+        Returns:
+            input_ids and labels, both (n, sequence_length) int64; labels are the targets of their own position (already
+            shifted), -100 where there is none.
+        """
+        text = np.empty((len(places), self.text_length + 1), dtype=np.int64)
+        for row, (file, start) in zip(text, places, strict=True):
+            row[:] = file.tokens[start : start + self.text_length + 1]
+        stream = following = torch.from_numpy(text)
+        if self.landmark_freq is not None:
+            stream = insert_landmarks(stream, self.landmark_freq, self.landmark_token_id)
+            following = stream if self.include_landmarks else following
+        # What comes after the window: the next position of the stream, or of the text where landmarks are no targets.
+        following = following[:, self.sequence_length if following is stream else -1]
+        input_ids = stream[:, : self.sequence_length].contiguous()
+        labels = next_token_targets(
+            input_ids,
+            landmark_token_id=self.landmark_token_id,
+            eot_id=self.eot_id,
+            include_landmarks=self.include_landmarks,
+            following=following,
+        )
+        return {"input_ids": input_ids, "labels": labels}
+
+
+class Batches:
+    """The training batches of one or several token files.
+
+    Row r of step s is row `s * global_batch + r` of an endless sequence that depends on the files, the lengths and the
+    seed alone. However a step's rows are split over processes and accumulation, the global batch is the same.
+
+    Args:
+        token_files: opened token files.
+        weights: how often each file is drawn from, relative to the others; None takes them by their size.
+        sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks: see `Windows`.
+        global_batch: windows in a step, over all processes and accumulation.
+        seed: of the order.
+
+    Raises:
+        LandmarkError: a file holds less than one window, or the weights do not fit the files.
+    """
+
+    def __init__(
+        self,
+        token_files: Sequence[TokenFile],
+        weights: Sequence[float] | None,
+        sequence_length: int,
+        landmark_freq: int | None,
+        landmark_token_id: int | None,
+        eot_id: int | None,
+        global_batch: int,
+        seed: int,
+        include_landmarks: bool = False,
+    ) -> None:
+        self.windows = Windows(sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks)
+        self.token_files = list(token_files)
+        self.global_batch = global_batch
+        self._orders = [_Order(file, self.windows.text_length, seed, i) for i, file in enumerate(self.token_files)]
+        self._shares = _conditional_shares(weights, [order.windows for order in self._orders])
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many windows are drawn as all files hold."""
+        return sum(order.windows for order in self._orders) / self.global_batch
+
+    def batch(self, step: int, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows `start` to `stop` of a step's global batch: see `Windows.cut`.
+
+        Raises:
+            ValueError: the rows are not in the global batch, or the step is negative.
+        """
+        if not 0 <= start <= stop <= self.global_batch or step < 0:
+            raise ValueError(f"step {step} has rows 0 to {self.global_batch}, not {start} to {stop}")
+        first = step * self.global_batch
+        return self.windows.cut([self._place(first + row) for row in range(start, stop)])
+
+    def _place(self, row: int) -> tuple[TokenFile, int]:
+        """The file and the token at which the window of a row of the endless sequence starts."""
+        for order, share in zip(self._orders, self._shares, strict=True):
+            # The first `row` rows held `drawn` of this file; what it left belongs to the files after it.
+            drawn = row * share // WEIGHT_UNITS
+            if (row + 1) * share // WEIGHT_UNITS > drawn:
+                return order.token_file, order.start(drawn)
+            row -= drawn
+        raise AssertionError("the last file takes every row that is left")
+
+
+class SequentialWindows:
+    """A token file read front to back in windows that do not overlap: what evaluation during training runs over.
+
+    Args:
+        token_file: an opened token file.
+        sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks: see `Windows`.
+        limit: at most so many windows, spread evenly over the file; None takes all.
+
+    Raises:
+        LandmarkError: the file holds less than one window.
+    """
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        sequence_length: int,
+        landmark_freq: int | None,
+        landmark_token_id: int | None,
+        eot_id: int | None,
+        limit: int | None = None,
+        include_landmarks: bool = False,
+    ) -> None:
+        self.windows = Windows(sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks)
+        self.token_file = token_file
+        self._available = _window_count(token_file, self.windows.text_length)
+        self._count = self._available if limit is None else min(limit, self._available)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Windows `start` to `stop` (at most as many as there are): see `Windows.cut`."""
+        chosen = [i * self._available // self._count for i in range(start, min(stop, self._count))]
+        return self.windows.cut([(self.token_file, i * self.windows.text_length) for i in chosen])
+
+
+def iterate(
+    batches: Batches,
+    first_step: int,
+    last_step: int | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    device: torch.device | str = "cpu",
+    prefetch: int = 4,
+) -> Iterator[list[dict[str, Tensor]]]:
+    """One process's share of every step from `first_step` on (to before `last_step`), made ahead in the background.
+
+    Each step gives `accumulation` micro-batches of equal size, together the rows `rank * n` to `(rank + 1) * n` of the
+    global batch, n = global_batch / world_size. For a GPU they are copied from pinned memory without waiting.
+
+    Raises:
+        LandmarkError: the global batch cannot be split like that.
+    """
+    rows, rest = divmod(batches.global_batch, world_size * accumulation)
+    if rest:
+        raise LandmarkError(
+            f"a global batch of {batches.global_batch} cannot be split evenly over {world_size} processes and "
+            f"{accumulation} accumulation steps"
+        )
+    device = torch.device(device)
+    pinned = device.type == "cuda"
+
+    def make() -> Iterator[list[dict[str, Tensor]]]:
+        step = first_step
+        while last_step is None or step < last_step:
+            first = rank * accumulation
+            micro = [batches.batch(step, i * rows, (i + 1) * rows) for i in range(first, first + accumulation)]
+            yield [{name: t.pin_memory() if pinned else t for name, t in batch.items()} for batch in micro]
+            step += 1
+
+    for micro in prefetched(make(), prefetch):
+        yield [{name: t.to(device, non_blocking=True) for name, t in batch.items()} for batch in micro]
+
+
+class _Order:
+    """The order in which one file's windows are drawn: window number n of the endless sequence -> first token."""
+
+    def __init__(self, token_file: TokenFile, length: int, seed: int, index: int) -> None:
+        self.token_file = token_file
+        self.length = length
+        self._key = _mix(_mix(seed) ^ index)
+        # One less than fit, so that every epoch has the same number of them and a shift that reaches both ends.
+        self.windows = max(1, _window_count(token_file, length) - 1)
+        self._shifts = len(token_file.tokens) - self.windows * length
+
+    def start(self, number: int) -> int:
+        epoch, position = divmod(number, self.windows)
+        key = _mix(self._key ^ _mix(epoch))
+        return key % self._shifts + permuted(position, self.windows, key) * self.length
+
+
+def permuted(position: int, size: int, key: int) -> int:
+    """Where `position` goes in the permutation of 0..size-1 that belongs to `key`, computed without storing it.
+
+    A Feistel network permutes the numbers of the next even number of bits; those outside the range are sent through
+    again until they fall inside.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(key ^ (turn << 60) ^ right) & mask)
+        position = left << half | right
+        if position < size:
+            return position
+
+
+def _mix(value: int) -> int:
+    """A 64-bit hash of an integer (the finalizer of splitmix64)."""
+    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return value ^ value >> 31
+
+
+def _window_count(token_file: TokenFile, length: int) -> int:
+    """Windows of `length` tokens in a file, each with a token after it."""
+    tokens = len(token_file.tokens)
+    if tokens < length + 1:
+        raise LandmarkError(
+            f"{token_file.path} holds {tokens} tokens, less than one window of {length} and the token after it: "
+            f"take a shorter sequence length or more text"
+        )
+    return (tokens - 1) // length
+
+
+def _conditional_shares(weights: Sequence[float] | None, sizes: Sequence[int]) -> list[int]:
+    """For each file, the share it takes of what the files before it leave, in `WEIGHT_UNITS`; the last takes all."""
+    if not sizes:
+        raise LandmarkError("no token file to draw batches from")
+    weights = list(sizes if weights is None else weights)
+    if len(weights) != len(sizes):
+        raise LandmarkError(f"{len(sizes)} token files need {len(sizes)} mixing weights, not {len(weights)}")
+    if not all(np.isfinite(weight) and weight > 0 for weight in weights):
+        raise LandmarkError(f"mixing weights must be above 0, not {', '.join(map(str, weights))}")
+    left = [sum(weights[i:]) for i in range(len(weights))]
+    return [round(weight / rest * WEIGHT_UNITS) for weight, rest in zip(weights, left, strict=True)]
