@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 LINE_SECONDS = 10.0
 LINE_SHARE = 0.1
 LINE_MOMENT = 2.0
-PLAIN_WIDTH = 160
+# There, a table takes the width it needs.
+PLAIN_WIDTH = 4096
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING
@@ -95,20 +96,20 @@ class Setting:
     @property
     def none_has_a_name(self) -> bool:
         """Whether the text "none" stands for None: only where it could be nothing else."""
-        return self.optional and (self.kind in (int, float) or bool(self.choices))
+        return self.optional and not self.many and (self.kind in (int, float) or bool(self.choices))
 
     def convert(self, value: Any) -> Any:
         """Text from the command line or a value of a recipe -> the field's type. ValueError says what is wrong."""
-        if value is None or not self.many:
+        if self.optional and (value is None or (value == "none" and self.none_has_a_name)):
+            return None
+        if not self.many:
             return self._convert_one(value)
         items = value if isinstance(value, (list, tuple)) else [value]
         if self.kind in (int, float):
             items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
-        return [self._convert_one(item) for item in items]
+        return [self._convert_one(item) for item in items] or (None if self.optional else [])
 
     def _convert_one(self, value: Any) -> Any:
-        if self.optional and (value is None or (value == "none" and self.none_has_a_name)):
-            return None
         if self.kind is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"expected true or false, found {value!r}")
@@ -119,9 +120,10 @@ class Setting:
             return value
         if self.kind in (int, float):
             return self._convert_number(value)
-        if not isinstance(value, (str, int, float, Path)) or isinstance(value, bool):
+        readable = (str, Path) if self.kind is Path else (str, Path, int, float)
+        if isinstance(value, bool) or not isinstance(value, readable):
             raise ValueError(f"expected text, found {value!r}")
-        return Path(value).expanduser() if self.kind is Path else str(value)
+        return Path(os.path.expanduser(value)) if self.kind is Path else str(value)
 
     def _convert_number(self, value: Any) -> int | float:
         readable = (int, str) if self.kind is int else (int, float, str)
@@ -210,10 +212,8 @@ def save_recipe(options: Any, path: str | Path, command: str) -> None:
     content: dict[str, Any] = {"command": command}
     for name, setting in settings_of(type(options)).items():
         if setting.metadata["saved"]:
-            value = getattr(options, name)
-            items = [str(item) if isinstance(item, Path) else item for item in (value if setting.many else [value])]
-            content[setting.key] = items if setting.many else items[0]
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+            content[setting.key] = _for_yaml(getattr(options, name))
+    text = yaml.safe_dump(content, sort_keys=False, width=120)
     Path(path).write_text(text, encoding="utf-8")
 
 
@@ -249,6 +249,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word.replace("_", "-"), known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known) or 'none'}"
+
+
+def _for_yaml(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_for_yaml(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""Messages, progress, tables and JSON: on a terminal, in a pipe, in the second process of two."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from landmark_cli import console
+
+
+@pytest.fixture(autouse=True)
+def fresh_console(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    console.console.cache_clear()
+    yield
+    console.console.cache_clear()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves when told to."""
+
+    class Clock:
+        now = 100.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    return clock
+
+
+def test_messages_go_to_stderr(capsys):
+    console.info("reading [a] file " + "x" * 200)
+    console.warn("odd")
+    console.error("broken")
+    assert capsys.readouterr() == ("", "reading [a] file " + "x" * 200 + "\nwarning: odd\nerror: broken\n")
+
+
+def test_only_the_first_process_talks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    console.info("hello")
+    console.warn("odd")
+    console.table(["a"], [[1]])
+    console.print_json({})
+    with console.progress("read", 2) as progress:
+        progress.advance(2)
+    console.error("broken")
+    assert capsys.readouterr() == ("", "[rank 1] error: broken\n")
+
+
+def test_progress_in_a_pipe_is_sparse(capsys, clock):
+    with console.progress("train", 1000) as progress:
+        for step in range(1000):
+            clock.now += 0.05
+            progress.advance(1, loss=1.0 + step, grad_norm="0.5")
+    assert capsys.readouterr().err.splitlines() == [
+        f"train  {share:3}%  {share * 10}/1000 steps  20 steps/s  loss {share * 10}  grad norm 0.5  {time}"
+        for share, time in zip(
+            range(10, 101, 10),
+            ["0:45 left", "0:40 left", "0:35 left", "0:30 left", "0:25 left", "0:20 left", "0:15 left", "0:10 left"]
+            + ["0:05 left", "0:50"],
+            strict=True,
+        )
+    ]
+
+
+def test_progress_in_a_pipe_of_long_and_of_short_work(capsys, clock):
+    with console.progress("long", 1000) as progress:
+        for _ in range(3):
+            clock.now += 10
+            progress.advance()
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    with console.progress("short", 10) as progress:
+        for _ in range(10):
+            clock.now += 0.1
+            progress.advance()
+    assert capsys.readouterr().err.splitlines() == ["short  100%  10/10 steps  10 steps/s  0:01"]
+
+
+def test_progress_of_bytes_without_a_known_end(capsys, clock):
+    with console.progress("write", unit="B") as progress:
+        clock.now += 2
+        progress.advance(5_000_000)
+    assert capsys.readouterr().err == "write  5.0 MB  2.5 MB/s  0:02\n"
+
+
+def test_resumed_progress_counts_the_rate_of_this_run(capsys, clock):
+    with console.progress("train", 200, initial=100) as progress:
+        clock.now += 10
+        progress.advance(50)
+    assert capsys.readouterr().err == "train   75%  150/200 steps  5 steps/s  0:10 left\n"
+
+
+def test_interrupted_work_prints_no_last_line(capsys, clock):
+    with pytest.raises(RuntimeError), console.progress("train", 10) as progress:
+        progress.advance()
+        raise RuntimeError
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    script = (
+        "from landmark_cli import console\n"
+        "with console.progress('read', 10, 'files') as progress:\n"
+        "    for _ in range(10): progress.advance(1, loss=2.5)\n"
+        "    console.info('in between')\n"
+    )
+    reader, writer = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=writer, env=environment)
+    os.close(writer)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(reader, 4096)
+        except OSError:
+            break
+    os.close(reader)
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "━" in text
+    assert "100%  10/10 files" in text
+    assert "loss 2.5" in text
+    assert "in between" in text
+
+
+def test_table_and_json(capsys, tmp_path):
+    rows = [["landmark", 2, 16.23456], ["baseline", 0, None]]
+    data = {"rows": rows, "path": Path("x"), "worst": math.inf, "odd": (math.nan, 1)}
+    console.results(["model", "blocks", "perplexity"], rows, data=data, title="Held-out text")
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [line.rstrip() for line in out.splitlines() if line.strip()]
+    assert lines[0] == "Held-out text"
+    assert lines[1].split() == ["model", "blocks", "perplexity"]
+    assert lines[3].split() == ["landmark", "2", "16.2346"]
+    assert lines[3].index("2") == lines[1].index("blocks") + len("blocks") - 1
+    assert lines[4].split() == ["baseline", "0", "-"]
+
+    console.results(["model"], [["landmark"]], data=data, json_target="-")
+    out, err = capsys.readouterr()
+    expected = {"rows": rows, "path": "x", "worst": None, "odd": [None, 1]}
+    assert json.loads(out) == expected
+    assert "landmark" in err
+
+    console.results(["model"], [["landmark"]], data=data, json_target=tmp_path / "new" / "results.json")
+    out, err = capsys.readouterr()
+    assert "landmark" in out
+    assert err == f"wrote {tmp_path / 'new' / 'results.json'}\n"
+    assert json.loads((tmp_path / "new" / "results.json").read_text()) == expected
+
+
+def test_wide_tables_are_not_cut_in_a_pipe(capsys):
+    console.table([f"column {number}" for number in range(30)], [["x" * 10] * 30])
+    out = capsys.readouterr().out
+    assert "column 29" in out
+    assert out.count("x" * 10) == 30
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "expected"),
+    [
+        (0, "", "0"),
+        (0.123456, "", "0.123"),
+        (99_999, "", "99999"),
+        (123_456, "", "123.5k"),
+        (1_234_567, "", "1.235M"),
+        (3e15, "", "3000T"),
+        (0, "B", "0 B"),
+        (999, "B", "999 B"),
+        (1500, "B", "1.5 kB"),
+        (2.5e9, "B", "2.5 GB"),
+        (7e15, "B", "7000.0 TB"),
+    ],
+)
+def test_quantity(amount, unit, expected):
+    assert console.quantity(amount, unit) == expected
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.4, "0:00"), (59.6, "1:00"), (7400, "2:03:20")])
+def test_duration(seconds, expected):
+    assert console.duration(seconds) == expected

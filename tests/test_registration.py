@@ -1,0 +1,73 @@
+"""`import landmark_cli` makes transformers know the models, and does not import transformers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from landmark_cli import registration
+
+KNOWS = """
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("landmark_gpt", n_layer=1, n_head=1, n_embd=8, vocab_size=64, landmark_token_id=63)
+assert type(AutoModelForCausalLM.from_config(config)).__name__ == "GPTForCausalLM"
+assert "landmark" in AttentionInterface().valid_keys()
+"""
+
+
+def run(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import landmark_cli", "import transformers, landmark_cli", "import landmark_cli.models.gpt"],
+    ids=["before transformers", "after transformers", "by a model of ours"],
+)
+def test_transformers_knows_our_models(imports):
+    run(imports + KNOWS)
+
+
+def test_import_alone_is_light():
+    run("import sys, landmark_cli; assert not {'torch', 'transformers', 'typer'} & set(sys.modules)")
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    """A stand-in for transformers that can be imported afresh, and how often it was met by a registration."""
+    (tmp_path / "stand_in_library.py").write_text("loaded = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registration, "TARGET", "stand_in_library")
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, registration._AfterImport)])
+    calls = []
+    monkeypatch.setattr(registration, "_register", lambda: calls.append(sys.modules["stand_in_library"].loaded))
+    yield calls
+    sys.modules.pop("stand_in_library", None)
+
+
+def test_looking_for_the_spec_is_not_importing(library):
+    registration.register_with_transformers()
+    registration.register_with_transformers()
+    assert importlib.util.find_spec("stand_in_library") is not None
+    assert library == []
+    importlib.import_module("stand_in_library")
+    assert library == [True]
+    assert not any(isinstance(finder, registration._AfterImport) for finder in sys.meta_path)
+
+
+def test_library_that_is_there_already_is_told_at_once(library):
+    importlib.import_module("stand_in_library")
+    registration.register_with_transformers()
+    assert library == [True]
+
+
+def test_missing_library_stays_missing(library, monkeypatch):
+    monkeypatch.setattr(registration, "TARGET", "library_that_is_not_there")
+    registration.register_with_transformers()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("library_that_is_not_there")
