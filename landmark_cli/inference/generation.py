@@ -1,0 +1,246 @@
+"""Generate text after prompts of any length: read in chunks, then sampled token by token.
+
+Sampling is transformers' own: logits processors, stopping criteria and streamers; only the reading is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from landmark_cli.console import progress
+from landmark_cli.data.tokenizers import GPT2_UNUSED, LANDMARK_TOKEN
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
+from landmark_cli.inference.text import TextStream
+from landmark_cli.inference.window import WindowReader
+
+Finish = Literal["end of text", "stop string", "length"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated after one prompt.
+
+    text: without the prompt, the end-of-text token and the stop string. tokens: all that were sampled.
+    finish: why it ended.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish: Finish
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    sampling: SamplingSettings | None = None,
+    *,
+    reading: ReadingSettings | None = None,
+    processors: LogitsProcessorList | None = None,
+    criteria: StoppingCriteriaList | None = None,
+    streamer: BaseStreamer | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    show_progress: bool = False,
+) -> list[Generation]:
+    """Continue prompts, texts or token ids of any lengths, as one batch.
+
+    Row r samples with the seed `sampling.seed + r`, so it gives what it would give alone with that seed.
+    processors, criteria: further ones of transformers, after ours; criteria see the generated tokens only.
+    streamer: one of transformers', for a single prompt; it gets the prompt's ids and then every token as it comes.
+    on_text: called with a row and its next piece of text. show_progress: while the prompts are read.
+
+    Raises LandmarkError where a prompt holds the landmark token or is empty and the tokenizer has nothing to begin with.
+    """
+    sampling, reading = sampling or SamplingSettings(), reading or ReadingSettings()
+    rows = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    if streamer is not None and len(rows) != 1:
+        raise ValueError("streamer: transformers' streamers take a single prompt")
+    ends = end_tokens(model, tokenizer)
+    streams = [TextStream(tokenizer, row, sampling.stop or ()) for row in rows]
+    tokens: list[list[int]] = [[] for _ in rows]
+    if streamer is not None:
+        streamer.put(torch.tensor(rows))
+
+    def give(row: int, piece: str) -> None:
+        if piece and on_text is not None:
+            on_text(row, piece)
+
+    for step in sample(
+        open_reader(model, reading, batch=len(rows)),
+        rows,
+        sampling,
+        LogitsProcessorList([*logits_processors(model, tokenizer, sampling), *(processors or ())]),
+        StoppingCriteriaList([*stopping_criteria(tokenizer, ends, sampling), *(criteria or ())]),
+        show_progress=show_progress,
+    ):
+        for row, token in enumerate(step):
+            if token is None:
+                continue
+            tokens[row].append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+            if token not in ends:
+                give(row, streams[row].add(token))
+    for row, stream in enumerate(streams):
+        give(row, stream.end())
+    if streamer is not None:
+        streamer.end()
+
+    def finish(row: int) -> Finish:
+        if streams[row].stopped:
+            return "stop string"
+        return "end of text" if tokens[row][-1] in ends else "length"
+
+    return [Generation(streams[r].text, tokens[r], len(rows[r]), finish(r)) for r in range(len(rows))]
+
+
+def sample(
+    reader: Reader | WindowReader,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingSettings,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    *,
+    show_progress: bool = False,
+) -> Iterator[list[int | None]]:
+    """Read prompts (a row of text tokens each, none empty) and sample until the criteria have stopped every row.
+
+    Yields the next token of each row; None for a row that has stopped.
+    """
+    device = reader.model.device
+    logits = read_prompts(reader, prompts, show_progress=show_progress)
+    width, most = max(map(len, prompts)), sampling.max_new_tokens
+    # Padded with a token of the row's own, so a repetition penalty makes no difference between alone and in a batch.
+    ids = torch.tensor([[row[0]] * (width - len(row)) + list(row) for row in prompts], device=device)
+    ids = torch.cat([ids, ids.new_zeros(len(prompts), most)], dim=1)
+    generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for step in range(most):
+        end = width + step
+        scores = processors(ids[:, :end], logits.float())
+        ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else _draw(scores, generators)
+        alive = going.tolist()
+        tokens = [token if on else None for token, on in zip(ids[:, end].tolist(), alive, strict=True)]
+        yield tokens
+        going &= ~criteria(ids[:, width : end + 1], None)
+        if not going.any():
+            return
+        alive = going.tolist()
+        logits = reader.step([token if on else None for token, on in zip(tokens, alive, strict=True)])
+
+
+def read_prompts(
+    reader: Reader | WindowReader, prompts: Sequence[Sequence[int]], *, show_progress: bool = False
+) -> Tensor:
+    """Read a row of text tokens each and return the logits after its last one, (B, vocabulary)."""
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in prompts]
+    total = sum(map(len, rows)) if show_progress else 0
+    last = None
+    with progress("reading", total, "tokens") as shown:
+        for part in reader.read(rows, last_only=True):
+            logits = part.logits[:, -1]
+            has = torch.tensor([length > 0 for length in part.lengths], device=logits.device)
+            last = logits if last is None else torch.where(has[:, None], logits, last)
+            if show_progress:
+                shown.advance(sum(part.lengths))
+    return last
+
+
+def _draw(scores: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """A token of each row by its own generator: scores (B, V) -> (B,)."""
+    shares = scores.softmax(-1)
+    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(shares, generators, strict=True)]
+    return torch.cat(drawn)
+
+
+def logits_processors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> LogitsProcessorList:
+    """transformers' processors for the settings; tokens that are no text never pass."""
+    processors = LogitsProcessorList()
+    silent = tokens_without_text(model, tokenizer)
+    if silent:
+        processors.append(SuppressTokensLogitsProcessor(silent, device=str(model.device)))
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature == 0:
+        return processors
+    if sampling.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k > 0:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
+
+
+def stopping_criteria(
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], sampling: SamplingSettings
+) -> StoppingCriteriaList:
+    """transformers' criteria for the settings, to be asked about the generated tokens alone."""
+    criteria = StoppingCriteriaList([MaxLengthCriteria(sampling.max_new_tokens)])
+    if ends:
+        criteria.append(EosTokenCriteria(list(ends)))
+    if sampling.stop:
+        criteria.append(StopStringCriteria(tokenizer, list(sampling.stop)))
+    return criteria
+
+
+def tokens_without_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The landmark, placeholders of the vocabulary, and the ids that only pad the output layer."""
+    vocabulary = tokenizer.get_vocab()
+    silent = {vocabulary[name] for name in (*GPT2_UNUSED, LANDMARK_TOKEN) if name in vocabulary}
+    silent.update(range(max(vocabulary.values()) + 1, model.config.vocab_size))
+    landmark = getattr(model.config, "landmark_token_id", None)
+    return sorted(silent if landmark is None else silent | {landmark})
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text, by whoever names one: tokenizer, config, generation config."""
+    found: set[int] = set()
+    for source in (tokenizer, model.config, getattr(model, "generation_config", None)):
+        named = getattr(source, "eos_token_id", None)
+        found.update([named] if isinstance(named, int) else named or ())
+    return sorted(found)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
+    """The ids of a prompt, at least one. chat: as a user's message in the tokenizer's chat template.
+
+    Raises UsageError where the tokenizer has no chat template, LandmarkError where an empty prompt cannot be begun.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise UsageError("--chat: this model's tokenizer has no chat template; give the prompt without it")
+        message = [{"role": "user", "content": prompt}]
+        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if ids:
+        return list(ids)
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise LandmarkError("the prompt is empty, and this tokenizer has no token to begin a text with; give some text")
+    return [begin]
