@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,25 +22,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from landmark_cli.console import info, progress
+from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
-from landmark_cli.data.prefetch import prefetched
 from landmark_cli.errors import LandmarkError
 from landmark_cli.training.checkpoints import Checkpoints, first_line, flush_tree, plain_name
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
 from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups, set_learning_rate
 from landmark_cli.training.setup import LossModel, quiet_transformers, seed_step
 
-BATCHES_AHEAD = 3
 
+class ValidationWindows(Protocol):
+    """What evaluation reads: a number of windows, any of them on request (see data.batches.SequentialWindows)."""
 
-class BatchSource(Protocol):
-    """What the loop trains on: rows of any step, a pure function of the step and the rows asked for."""
+    def __len__(self) -> int: ...
 
-    global_batch: int
-    sequence_length: int
-
-    def batch(self, step: int, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows start..stop of a step's global batch: "input_ids" and "labels" (targets, -100: none), (n, T) int64."""
+    def batch(self, start: int, stop: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -48,14 +44,15 @@ class LoopSettings:
     """How to train. Steps are optimizer steps; every N steps means never where N is 0.
 
     output: the run's directory. batch_size: rows a process takes at a time; accumulation: how often in a step.
-    clip: largest gradient norm, 0 for none. evaluation_rows: rows of the validation source that count.
-    keep: checkpoints kept. precision: "bf16", "fp16" or "fp32".
+    sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints kept.
+    precision: "bf16", "fp16" or "fp32".
     """
 
     output: Path
     steps: int
     batch_size: int
     accumulation: int
+    sequence_length: int
     schedule: Schedule
     weight_decay: float
     betas: tuple[float, float]
@@ -64,7 +61,6 @@ class LoopSettings:
     seed: int
     log_every: int
     evaluate_every: int
-    evaluation_rows: int
     save_every: int
     keep: int
 
@@ -72,30 +68,30 @@ class LoopSettings:
 class Loop:
     """A run: a model, its batches and settings, made ready on construction.
 
-    identity: what must stay the same when the run is resumed, by name (see Checkpoints).
-    validation: rows for evaluation, those of its step 0.
+    batches: what to train on. identity: what must stay the same when the run is resumed, by name (see Checkpoints).
+    validation: what evaluation reads, all of it together.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        batches: BatchSource,
+        batches: Batches,
         settings: LoopSettings,
         identity: dict[str, Any],
-        validation: BatchSource | None = None,
+        validation: Sequence[ValidationWindows] = (),
     ) -> None:
         self.accelerator, self.batches, self.validation, self.settings = accelerator, batches, validation, settings
-        self.rows = settings.batch_size * settings.accumulation
-        if batches.global_batch != self.rows * accelerator.num_processes:
+        rows = settings.batch_size * settings.accumulation * accelerator.num_processes
+        if batches.global_batch != rows:
             raise ValueError(
                 f"batches: {batches.global_batch} rows a step, but {accelerator.num_processes} processes x "
-                f"{settings.accumulation} x {settings.batch_size} take {self.rows * accelerator.num_processes}"
+                f"{settings.accumulation} x {settings.batch_size} take {rows}"
             )
         peak = peak_flops(accelerator.device, settings.precision)
         self.peak_flops = peak and peak * accelerator.num_processes
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.flops_per_token = flops_per_token(model, batches.sequence_length)
+        self.flops_per_token = flops_per_token(model, settings.sequence_length)
         self.metrics = MetricsFile(settings.output / "metrics.jsonl")
         self.checkpoints = Checkpoints(settings.output / "checkpoints", identity, settings.keep)
         self._prepare(model)
@@ -135,11 +131,11 @@ class Loop:
         self.module.train()
         parameters = list(self.module.parameters())
         loss_since, logged = torch.zeros((), device=accelerator.device), self.step
-        tokens = self.batches.global_batch * self.batches.sequence_length
+        tokens = self.batches.global_batch * settings.sequence_length
         meter = Meter(self.step, settings.steps, tokens, self.flops_per_token, self.peak_flops)
         with progress("training", settings.steps, "steps", initial=self.step) as shown:
-            for batch in self._prepared_batches():
-                loss, norm = self._train_step(batch, parameters)
+            for micro_batches in self._batches():
+                loss, norm = self._train_step(micro_batches, parameters)
                 loss_since += loss
                 self.step += 1
                 fields = {}
@@ -148,7 +144,7 @@ class Loop:
                     fields, logged = progress_fields(record), self.step
                     loss_since.zero_()
                 with meter.pause():
-                    if self.validation is not None and self._due(settings.evaluate_every):
+                    if self.validation and self._due(settings.evaluate_every):
                         self._report_evaluation()
                     if self._due(settings.save_every):
                         self.checkpoints.save(self.step)
@@ -157,19 +153,22 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.settings.steps)
 
-    def _prepared_batches(self) -> Iterator[dict[str, Tensor]]:
-        """This process's rows of every step that is left, made ahead in a thread and on their way to the device."""
-        device, start = self.accelerator.device, self.accelerator.process_index * self.rows
+    def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
+        """This process's micro-batches of every step that is left."""
+        accelerator = self.accelerator
+        return iterate(
+            self.batches,
+            self.step,
+            self.settings.steps,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            accumulation=self.settings.accumulation,
+            device=accelerator.device,
+        )
 
-        def make() -> Iterator[dict[str, Tensor]]:
-            for step in range(self.step, self.settings.steps):
-                batch = self.batches.batch(step, start, start + self.rows)
-                yield {name: t.pin_memory() for name, t in batch.items()} if device.type == "cuda" else batch
-
-        for batch in prefetched(make(), depth=BATCHES_AHEAD):
-            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-    def _train_step(self, batch: dict[str, Tensor], parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    def _train_step(
+        self, micro_batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor]:
         """One optimizer step on this process's rows -> this process's share of the loss, and the gradient's norm.
 
         Nothing here waits for the device.
@@ -177,14 +176,14 @@ class Loop:
         settings, accelerator = self.settings, self.accelerator
         seed_step(settings.seed, self.step, accelerator.process_index)
         set_learning_rate(self.optimizer, settings.schedule(self.step))
-        targets = accelerator.reduce((batch["labels"] != IGNORED_TARGET).sum(), "sum").clamp(min=1)
+        counts = [(batch["labels"] != IGNORED_TARGET).sum() for batch in micro_batches]
+        targets = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
         # The gradient is averaged over processes, and over micro-batches by accelerate; this turns means into the sum.
         scale = accelerator.num_processes * settings.accumulation / targets
         loss, norm = torch.zeros((), device=accelerator.device), None
-        micro_batches = (batch[name].split(settings.batch_size) for name in ("input_ids", "labels"))
-        for ids, labels in zip(*micro_batches, strict=True):
+        for batch in micro_batches:
             with accelerator.accumulate(self.module):
-                part = self.module(ids, labels)
+                part = self.module(batch["input_ids"], batch["labels"])
                 accelerator.backward(part * scale)
                 loss += part.detach() / targets
                 if accelerator.sync_gradients:
@@ -227,20 +226,19 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The mean loss over the validation rows (at least one micro-batch), whatever the number of processes."""
+        """The mean loss over all validation windows, the same for any number of processes."""
         accelerator, size = self.accelerator, self.settings.batch_size
-        rows = max(self.settings.evaluation_rows, size)
-        stride = size * accelerator.num_processes
         sums = torch.zeros(2, device=accelerator.device)
         self.module.eval()
-        for begin in range(0, rows, stride):
-            start = begin + accelerator.process_index * size
-            # The last window moves back to have its full shape; what was counted before has no targets then.
-            first = min(start, rows - size)
-            batch = self.validation.batch(0, first, first + size)
-            batch["labels"][: start - first] = IGNORED_TARGET
-            ids, labels = batch["input_ids"].to(accelerator.device), batch["labels"].to(accelerator.device)
-            sums += torch.stack([self.module(ids, labels), (labels != IGNORED_TARGET).sum()])
+        for windows in self.validation:
+            for begin in range(0, len(windows), size * accelerator.num_processes):
+                start = begin + accelerator.process_index * size
+                # The last rows move back to make a full batch; what was counted before has no targets then.
+                first = max(min(start, len(windows) - size), 0)
+                batch = windows.batch(first, first + size)
+                batch["labels"][: start - first] = IGNORED_TARGET
+                ids, labels = batch["input_ids"].to(accelerator.device), batch["labels"].to(accelerator.device)
+                sums += torch.stack([self.module(ids, labels), (labels != IGNORED_TARGET).sum()])
         self.module.train()
         total, count = accelerator.reduce(sums, "sum").tolist()
         return total / max(count, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError
 from landmark_cli.training.checkpoints import Checkpoints
 
@@ -75,12 +77,14 @@ def model_identity(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY}
 
 
-def run_identity(config: Any, files: list[Any], batches: Any) -> dict[str, Any]:
+def run_identity(
+    config: Any, files: Sequence[TokenFile], weights: Sequence[float] | None, global_batch: int, seed: int
+) -> dict[str, Any]:
     """What must stay the same for a run to be resumed exactly: the model, the tokens and how they make batches."""
     return model_identity(config) | {
         "tokenizer": files[0].metadata.tokenizer,
         "data": [file.metadata.sha256 for file in files],
-        "data_weights": [round(float(weight), 6) for weight in batches.weights],
-        "sequence_length": batches.sequence_length,
-        "global_batch": batches.global_batch,
+        "data_weights": weights,
+        "global_batch": global_batch,
+        "seed": seed,
     }

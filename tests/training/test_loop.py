@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from landmark_cli.errors import LandmarkError
-from tests.training.tiny import RandomBatches, tiny_loop, tiny_model
+from tests.training.tiny import RandomBatches, RandomWindows, tiny_loop, tiny_model
 
 
 def records(output, key="loss"):
@@ -76,12 +76,13 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
 
 
 def test_evaluation_is_the_mean_over_its_rows_whatever_the_batch(tmp_path):
-    validation = RandomBatches(6, seed=5)
-    batch = validation.batch(0, 0, 6)
+    validation = [RandomWindows(4), RandomWindows(2)]
+    batches = [windows.batch(0, len(windows)) for windows in validation]
+    batch = {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
     with torch.no_grad():
         model = tiny_model()
         expected = model(input_ids=batch["input_ids"], labels=batch["labels"], shift_labels=batch["labels"]).loss
-    for size in (1, 4, 6):
+    for size in (1, 3, 4, 6):
         loop = tiny_loop(tmp_path, batch_size=size, accumulation=1, validation=validation)
         assert loop.evaluate() == pytest.approx(expected.item(), rel=1e-6)
         assert loop.module.training
@@ -90,7 +91,7 @@ def test_evaluation_is_the_mean_over_its_rows_whatever_the_batch(tmp_path):
 def test_evaluation_and_saving_do_not_disturb_training(tmp_path):
     model = {"dropout": 0.2}
     tiny_loop(tmp_path / "quiet", model=tiny_model(**model)).run()
-    validation = RandomBatches(6, seed=5)
+    validation = [RandomWindows(6)]
     busy = tiny_loop(
         tmp_path / "busy", model=tiny_model(**model), validation=validation, evaluate_every=1, save_every=2
     )

@@ -14,7 +14,7 @@ class RandomBatches:
     """Rows drawn from (seed, step, row), some positions without a target, a different number in every row."""
 
     def __init__(self, global_batch, seed=0):
-        self.global_batch, self.sequence_length, self.seed = global_batch, LENGTH, seed
+        self.global_batch, self.seed = global_batch, seed
 
     def batch(self, step, start, stop):
         ids, labels = [], []
@@ -28,6 +28,19 @@ class RandomBatches:
         return {"input_ids": torch.stack(ids), "labels": torch.stack(labels)}
 
 
+class RandomWindows:
+    """Rows for evaluation, others than a run's."""
+
+    def __init__(self, count):
+        self.count, self.rows = count, RandomBatches(count, seed=5)
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, start, stop):
+        return self.rows.batch(0, start, min(stop, self.count))
+
+
 def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)
     shape = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 2, "n_embd": 16, "landmark_freq": 7}
@@ -35,7 +48,7 @@ def tiny_model(seed=0, **changes):
     return GPTForCausalLM(GPTConfig(**(shape | tokens | changes)))
 
 
-def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, identity=None, validation=None, **changes):
+def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, identity=None, validation=(), **changes):
     """A loop over `batch_size * accumulation` rows a step that logs every step; `changes` are LoopSettings' fields."""
     output.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -43,6 +56,7 @@ def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, iden
         "steps": steps,
         "batch_size": batch_size,
         "accumulation": accumulation,
+        "sequence_length": LENGTH,
         "schedule": Schedule("one-cycle", 1e-2, steps, 0.2),
         "weight_decay": 0.1,
         "betas": (0.9, 0.95),
@@ -51,7 +65,6 @@ def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, iden
         "seed": 3,
         "log_every": 1,
         "evaluate_every": 0,
-        "evaluation_rows": 6,
         "save_every": 0,
         "keep": 2,
     }
