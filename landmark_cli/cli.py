@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from landmark_cli import __version__, console
-from landmark_cli.commands import weight_diff
+from landmark_cli.commands import evaluate, generate, train, weight_diff
 from landmark_cli.errors import LandmarkError
 from landmark_cli.options import KINDS, Setting, build, load_recipe, settings_of
 
@@ -21,6 +21,9 @@ Command = tuple[str, type, Callable[[Any], None], str]
 
 # The words on the command line, the options dataclass, the function that does the work, the examples that end the help.
 COMMANDS: list[Command] = [
+    ("train", train.TrainOptions, train.run, train.EXAMPLES),
+    ("eval perplexity", evaluate.PerplexityOptions, evaluate.run_perplexity, evaluate.PERPLEXITY_EXAMPLES),
+    ("generate", generate.GenerateOptions, generate.run, generate.EXAMPLES),
     ("weight-diff make", weight_diff.MakeOptions, weight_diff.run_make, weight_diff.MAKE_EXAMPLES),
     ("weight-diff recover", weight_diff.RecoverOptions, weight_diff.run_recover, weight_diff.RECOVER_EXAMPLES),
 ]
