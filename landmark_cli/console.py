@@ -196,17 +196,23 @@ def results(
     table(columns, rows, title=title, stderr=to_stdout)
     if to_stdout:
         print_json(data)
-    elif json_target is not None and is_main_process():
-        path = Path(json_target)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_json(data) + "\n", encoding="utf-8")
-        info(f"wrote {path}")
+    elif json_target is not None:
+        write_json(data, json_target)
 
 
 def print_json(data: Any) -> None:
     """Print data as JSON on stdout; numbers JSON has no word for (nan, inf) become null, paths become text."""
     if is_main_process():
         print(_json(data))
+
+
+def write_json(data: Any, path: str | Path) -> None:
+    """Write data to a file as `print_json` prints it, and say so."""
+    if is_main_process():
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_json(data) + "\n", encoding="utf-8")
+        info(f"wrote {path}")
 
 
 def quantity(amount: float, unit: str = "") -> str:

@@ -72,7 +72,7 @@ def generate(
     streamer: one of transformers', for a single prompt; it gets the prompt's ids and then every token as it comes.
     on_text: called with a row and its next piece of text. show_progress: while the prompts are read.
 
-    Raises LandmarkError where a prompt holds the landmark token or is empty and the tokenizer has nothing to begin with.
+    Raises LandmarkError where a prompt holds the landmark token, or is empty and nothing can begin a text.
     """
     sampling, reading = sampling or SamplingSettings(), reading or ReadingSettings()
     rows = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]

@@ -69,7 +69,7 @@ class WindowReader:
         return self._forward_cached(ids, real)
 
     def _forgotten(self, length: int) -> int:
-        """How many of a row's oldest tokens go: none while it fits, else enough to leave three quarters of the window."""
+        """How many of a row's oldest tokens go: none while it fits, else all but three quarters of the window."""
         return 0 if length <= self.window else length - max(1, self.window * 3 // 4)
 
     def _read_anew(self) -> Tensor:
@@ -88,7 +88,7 @@ class WindowReader:
 
     @torch.no_grad()
     def _forward_cached(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Logits (B, vocabulary) at the last of the columns ids (B, T), which go into the cache; real: (B, T), 0 or 1."""
+        """Logits (B, vocabulary) at the last column of ids (B, T), which go into the cache; real: (B, T), 0 or 1."""
         self._mask = torch.cat([self._mask, real], dim=1)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         # Without padding there is nothing to mask, and the fast causal path of sdpa can run.

@@ -1,0 +1,115 @@
+"""`landmark generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from landmark_cli.commands.models import ModelOptions, name_model, open_model
+from landmark_cli.console import info, print_json, write_json
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, has_landmarks, is_recurrent, open_reader
+from landmark_cli.options import option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXAMPLES = """
+landmark generate --prompt "It was the best of times"
+landmark generate --model runs/pg19-landmark --prompt-file novel.txt --top-k-blocks 4 --max-new-tokens 500
+cat novel.txt | landmark generate --temperature 0 --stop "CHAPTER"
+"""
+
+PROMPT = "Prompt"
+
+
+@dataclass
+class PromptOptions:
+    """Where the prompt comes from and what is written besides the text."""
+
+    prompt: str | None = option(None, panel=PROMPT, help="The text to continue.")
+    prompt_file: Path | None = option(None, panel=PROMPT, help="A UTF-8 file with the text to continue.")
+    chat: bool = option(False, panel=PROMPT, help="Put the prompt into the model's chat template.")
+    json: str | None = option(
+        None, panel=PROMPT, saved=False, help="Write the text, its tokens and why it ended to this file; - for stdout."
+    )
+
+
+@dataclass
+class GenerateOptions(ReadingSettings, SamplingSettings, ModelOptions, PromptOptions):
+    """Continue a text of any length; the text goes to standard output as it comes.
+
+    The prompt is --prompt, --prompt-file or standard input. It is read in chunks through the block cache; a model
+    without landmarks sees the last tokens that its trained length holds.
+    """
+
+
+def run(options: GenerateOptions) -> None:
+    """Read the prompt, stream the text after it to standard output, and say how fast it went.
+
+    Raises UsageError for none or several prompts, LandmarkError for one that cannot be read.
+    """
+    prompt = read_prompt(options)
+    name = name_model(options)
+    model, tokenizer = open_model(name, options)
+    from landmark_cli.inference.generation import encode_prompt, generate
+
+    ids = encode_prompt(tokenizer, prompt, chat=options.chat)
+    tell_window(model, name, len(ids))
+    to_stdout = options.json == "-"
+    started = time.monotonic()
+    first: list[float] = []
+
+    def show(row: int, piece: str) -> None:
+        first.append(time.monotonic())
+        if not to_stdout:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    (generation,) = generate(model, tokenizer, [ids], options, reading=options, on_text=show, show_progress=True)
+    ended = time.monotonic()
+    data = {"model": name, **asdict(generation)}
+    if to_stdout:
+        print_json(data)
+    else:
+        print(flush=True)
+    if options.json is not None and not to_stdout:
+        write_json(data, options.json)
+    info(_summary(generation.prompt_tokens, len(generation.tokens), generation.finish, started, first, ended))
+
+
+def read_prompt(options: GenerateOptions) -> str:
+    """The prompt from where the options say, or standard input."""
+    if options.prompt is not None and options.prompt_file is not None:
+        raise UsageError("--prompt and --prompt-file: both given; give one")
+    if options.prompt is not None:
+        return options.prompt
+    if options.prompt_file is None and sys.stdin.isatty():
+        raise UsageError("no prompt: give --prompt, --prompt-file, or text on standard input")
+    source: Any = options.prompt_file or "standard input"
+    try:
+        data = options.prompt_file.read_bytes() if options.prompt_file else sys.stdin.buffer.read()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise LandmarkError(f"--prompt-file {source} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LandmarkError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+def tell_window(model: PreTrainedModel, name: str, tokens: int) -> None:
+    """Say what a model without any memory makes of a prompt of so many tokens."""
+    if has_landmarks(model) or is_recurrent(model):
+        return
+    window = open_reader(model, ReadingSettings()).window
+    if tokens > window:
+        info(f"{name} has no landmarks: of the prompt's {tokens} tokens it sees the last {window * 3 // 4} at most")
+
+
+def _summary(prompt: int, new: int, finish: str, started: float, first: list[float], ended: float) -> str:
+    text = f"read {prompt} tokens, generated {new}"
+    if len(first) > 1 and ended > first[0]:
+        text += f"; first text after {first[0] - started:.2f} s, then {(new - 1) / (ended - first[0]):.1f} tokens/s"
+    return f"{text}; ended by {finish}"

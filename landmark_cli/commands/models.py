@@ -1,0 +1,61 @@
+"""The options by which a command opens a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from landmark_cli.console import info
+from landmark_cli.errors import LandmarkError
+from landmark_cli.options import option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL = "Model"
+
+
+@dataclass
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: str | None = option(
+        None,
+        panel=MODEL,
+        help="A model directory, a hub id, or the authors' checkpoint. [default: the newest finished one under runs/]",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", panel=MODEL, help="Of the weights and the computation; auto: as they are stored."
+    )
+    device: str = option("auto", panel=MODEL, help="Where to run: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+
+
+def name_model(options: ModelOptions) -> str:
+    """The model an option names, or the newest finished one under runs/, saying which."""
+    if options.model is not None:
+        return options.model
+    from landmark_cli.models.store import newest_model
+
+    newest = newest_model(Path("runs"))
+    info(f"using {newest}, the newest finished model under runs/ (--model names another)")
+    return str(newest)
+
+
+def open_model(
+    name: str, options: ModelOptions, attention: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model by name as the options say; attention: in place of the one it was saved with.
+
+    Raises LandmarkError where it cannot be opened or the device is not there.
+    """
+    import torch
+
+    from landmark_cli.models.store import load
+
+    device = None if options.device == "auto" else options.device
+    try:
+        return load(name, attention=attention, dtype=options.dtype, device=device and torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LandmarkError(f"cannot run {name} on --device {options.device}: {reason}") from error

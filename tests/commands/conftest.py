@@ -1,0 +1,49 @@
+"""A place to work in, as a user has it: models under runs/, a corpus under data/."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from landmark_cli import cli, console
+from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from tests.tiny import tiny_baseline, tiny_model
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 12
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """runs/landmark is newer than runs/baseline; data/mine holds two documents."""
+    root = tmp_path_factory.mktemp("workplace")
+    tokenizer = load_tokenizer("gpt2")
+    common = {"vocab_size": 50304, "eos_token_id": tokenizer.eot_id}
+    models = {"baseline": tiny_baseline(**common), "landmark": tiny_model(landmark_token_id=GPT2_LANDMARK_ID, **common)}
+    for age, (name, model) in enumerate(models.items()):
+        model.save_pretrained(root / "runs" / name)
+        tokenizer.save_pretrained(root / "runs" / name)
+        then = time.time() - 100 + age
+        os.utime(root / "runs" / name / "config.json", (then, then))
+    for split in ("train", "validation"):
+        with TokenFileWriter(root / "data" / "mine" / f"{split}.bin", tokenizer, source="a test") as writer:
+            for document in tokenizer.encode_documents([TEXT, TEXT[::-1]]):
+                writer.add_document(document)
+    return root
+
+
+@pytest.fixture
+def landmark(workplace, monkeypatch, capsys):
+    """Run the command in the workplace, in this process: exit code, stdout, stderr."""
+    monkeypatch.chdir(workplace)
+    console.console.cache_clear()
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=exit.value.code, out=out, err=err)
+
+    yield call
+    console.console.cache_clear()

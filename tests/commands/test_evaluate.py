@@ -1,0 +1,90 @@
+"""`landmark eval perplexity` as a user runs it."""
+
+import json
+import math
+
+import pytest
+
+from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.evaluation.perplexity import evaluate_perplexity
+from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.models.store import load
+
+SETTINGS = ["--eval-length", "60", "--chunk", "16", "--top-k", "2"]
+
+
+def test_the_newest_model_on_the_newest_corpus(landmark, workplace):
+    result = landmark("eval", "perplexity", *SETTINGS, "--json", "out/perplexity.json")
+    assert result.code == 0, result.err
+    assert "using runs/landmark, the newest" in result.err and "data/mine/validation.bin of the newest" in result.err
+    data = json.loads((workplace / "out" / "perplexity.json").read_text())
+    model, _ = load("runs/landmark", device="cpu")
+    file = TokenFile.open("data/mine/validation.bin")
+    expected = evaluate_perplexity(
+        model,
+        file.tokens,
+        eot_id=file.metadata.eot_id,
+        eval_length=60,
+        reading=ReadingSettings(chunk=16, top_k_blocks=2),
+    )
+    assert data["perplexity"] == expected.overall.perplexity and data["tokens"] == expected.overall.tokens
+    assert [part["loss"] for part in data["chunks"]] == [part.loss for part in expected.chunks]
+    assert data["reading"] == {
+        "top_k": 2,
+        "cache_blocks": None,
+        "selection": "per_token_and_head",
+        "positions": "bounded",
+    }
+    assert f"{expected.overall.perplexity:.4f}" in result.out
+    assert "top-k 2 of all blocks" in " ".join(result.out.split())
+    assert math.isclose(data["loss"], math.log(data["perplexity"]))
+
+
+def test_json_on_standard_output_and_no_memory(landmark):
+    arguments = ["eval", "perplexity", "--model", "runs/landmark", "--data", "data/mine/train.bin", "--no-memory"]
+    arguments += ["--sample-tokens", "100", "--eval-length", "40", "--json", "-"]
+    first, second = landmark(*arguments), landmark(*arguments)
+    assert first.code == 0, first.err
+    data = json.loads(first.out)
+    assert first.out == second.out
+    assert data["memory"] is False and data["reading"] is None and data["windows"] == 2
+    assert json.loads(landmark(*arguments, "--seed", "2").out)["loss"] != data["loss"]
+
+
+def test_a_baseline_is_read_in_plain_windows(landmark):
+    result = landmark("eval", "perplexity", "--model", "runs/baseline", "--eval-length", "36", "--json", "-")
+    data = json.loads(result.out)
+    assert (data["memory"], data["eval_length"], data["chunk"], len(data["chunks"])) == (False, 36, 36, 1)
+    warned = landmark("eval", "perplexity", "--model", "runs/baseline", "--eval-length", "90", "--chunk", "80")
+    assert warned.code == 0 and "chunks of 80 text tokens are longer than the 40" in warned.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--eval-length", "5000"], 1, "too few for one window of 5000"),
+        (["--data", "data/other"], 1, "there is no token file data/other.bin"),
+        (["--model", "./runs/none"], 1, "cannot open the model ./runs/none"),
+        (["--eval-length", "0"], 2, "must be at least 1"),
+        (["--top-k", "20"], 1, "leaves no room for a chunk"),
+        (["--device", "nowhere"], 1, "--device nowhere"),
+    ],
+)
+def test_mistakes(landmark, arguments, code, message):
+    result = landmark("eval", "perplexity", *arguments)
+    assert (result.code, message in result.err) == (code, True), result.err
+    assert "Traceback" not in result.err and not result.out
+
+
+def test_tokens_of_another_tokenizer(landmark, workplace):
+    tokenizer = load_tokenizer("gpt2")
+
+    class Reversed:
+        name, vocab_size, eot_id, fingerprint = "reversed", tokenizer.vocab_size, tokenizer.eot_id, "another"
+
+    with TokenFileWriter(workplace / "other" / "validation.bin", Reversed(), source="a test") as writer:
+        writer.add_document(tokenizer.encode_documents(["Call me Ishmael. " * 40])[0])
+    result = landmark("eval", "perplexity", "--data", "other")
+    assert result.code == 1
+    assert "prepared with the tokenizer reversed, which is not that of runs/landmark" in result.err

@@ -1,0 +1,65 @@
+"""`landmark generate` as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from landmark_cli.data.tokenizers import load_tokenizer
+
+SAMPLING = ["--max-new-tokens", "8", "--temperature", "0"]
+
+
+def test_three_ways_to_give_the_prompt(landmark, workplace):
+    prompt = "It was the best of times, it was the worst of times. " * 6
+    (workplace / "prompt.txt").write_text(prompt)
+    given = landmark("generate", "--prompt", prompt, *SAMPLING, "--json", "out.json")
+    assert given.code == 0, given.err
+    assert "using runs/landmark" in given.err and "generated 8" in given.err
+    data = json.loads((workplace / "out.json").read_text())
+    assert given.out == data["text"] + "\n" == load_tokenizer("gpt2").decode(data["tokens"]) + "\n"
+    assert (data["finish"], len(data["tokens"]), data["prompt_tokens"]) == ("length", 8, 85)
+    assert landmark("generate", "--prompt-file", "prompt.txt", *SAMPLING).out == given.out
+    command = [sys.executable, "-m", "landmark_cli", "generate", *SAMPLING]
+    piped = subprocess.run(command, input=prompt, cwd=workplace, capture_output=True, text=True, timeout=120)
+    assert piped.stdout == given.out, piped.stderr
+
+
+def test_seed_and_json_on_standard_output(landmark):
+    arguments = ["generate", "--prompt", "Call me", "--max-new-tokens", "6", "--top-k", "0", "--json", "-"]
+    first, again, other = (landmark(*arguments, "--seed", seed) for seed in (1, 1, 2))
+    assert first.out == again.out != other.out
+    assert set(json.loads(first.out)) == {"model", "text", "tokens", "prompt_tokens", "finish"}
+
+
+def test_a_stop_string_ends_the_text(landmark):
+    free = landmark("generate", "--prompt", "Call me", *SAMPLING).out
+    stopped = landmark("generate", "--prompt", "Call me", *SAMPLING, "--stop", free[10:13])
+    assert stopped.out == free[: free.index(free[10:13])] + "\n"
+    assert "ended by stop string" in stopped.err
+
+
+def test_a_baseline_sees_its_window(landmark):
+    result = landmark("generate", "--model", "runs/baseline", "--prompt", "word " * 100, *SAMPLING)
+    assert result.code == 0 and "it sees the last 30 at most" in result.err and "generated 8" in result.err
+    short = landmark("generate", "--model", "runs/baseline", "--prompt", "word", *SAMPLING)
+    assert short.code == 0 and "it sees" not in short.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--prompt", "a", "--prompt-file", "b"], 2, "both given"),
+        (["--prompt-file", "none.txt"], 1, "none.txt cannot be read: No such file"),
+        (["--prompt-file", "latin.txt"], 1, "latin.txt is not UTF-8 text (byte 3)"),
+        (["--prompt", "a", "--chat"], 2, "no chat template"),
+        (["--prompt", "a <landmark> b"], 1, "contains the landmark token"),
+        (["--prompt", "a", "--temperature", "-1"], 2, "must be at least 0"),
+    ],
+)
+def test_mistakes(landmark, workplace, arguments, code, message):
+    (workplace / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    result = landmark("generate", *arguments)
+    assert (result.code, message in result.err) == (code, True), result.err
+    assert "Traceback" not in result.err and not result.out
