@@ -1,7 +1,12 @@
 """A model of a few thousand weights and batches that need no files."""
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.loop import Loop, LoopSettings
 from landmark_cli.training.optimizer import Schedule
@@ -76,3 +81,24 @@ def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, iden
         identity if identity is not None else {"n_layer": 2},
         validation=validation,
     )
+
+
+def byte_tokenizer(directory):
+    """A tokenizer directory whose 256 ids are bytes, and an end of text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return directory
+
+
+def write_corpus(directory, tokenizer, characters=6000):
+    """train and validation token files of text that repeats itself with small changes."""
+    tokenizer = load_tokenizer(str(tokenizer))
+    for split, first in (("train", 0), ("validation", 1000)):
+        text = " ".join(f"the {n} cats of {n * 7 % 31} houses sat on {n % 5} mats." for n in range(first, first + 400))
+        with TokenFileWriter(directory / f"{split}.bin", tokenizer, source="made up") as writer:
+            for start in range(0, characters, 1500):
+                writer.add_document(np.array(tokenizer.encode(text[start : start + 1500])))
+    return directory

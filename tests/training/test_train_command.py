@@ -1,0 +1,234 @@
+"""`landmark train` itself: its defaults, its directory, its refusals, and runs that are killed or split."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import landmark_cli
+from landmark_cli.cli import main
+from landmark_cli.commands.train import TrainOptions, run
+from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.errors import LandmarkError, UsageError
+from tests.training.tiny import byte_tokenizer, write_corpus
+
+CHECKOUT = Path(landmark_cli.__file__).parent.parent
+SMALL = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "sequence_length": 34,
+    "landmark_freq": 7,
+    "lr": 1e-2,
+    "device": "cpu",
+}
+SHORT = SMALL | {"steps": 4, "batch_size": 2, "accumulation": 2, "log_every": 1, "eval_every": 2, "eval_windows": 5}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    return write_corpus(root / "data" / "cats", byte_tokenizer(root / "bytes"))
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def train(corpus, output, **changes):
+    run(TrainOptions(**(SHORT | {"data": [corpus], "output": output} | changes)))
+    return output
+
+
+def arguments(corpus, output, **changes):
+    """The same run for the command line."""
+    options = SHORT | {"data": corpus, "output": output} | changes
+    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+
+
+def environment(**changes):
+    threads = str(torch.get_num_threads())
+    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(CHECKOUT), "PATH": scripts_path()} | changes
+
+
+def scripts_path():
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def records(output, key="loss"):
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [record[key] for record in map(json.loads, lines) if key in record]
+
+
+def test_the_directory_holds_a_model_that_opens_anywhere(corpus, tmp_path):
+    output = train(corpus, tmp_path / "run")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    config = model.config
+    assert (config.landmark_freq, config.trained_length, config.vocab_size) == (7, 34, 320)
+    assert config._attn_implementation == "landmark"
+    assert tokenizer.convert_tokens_to_ids("<landmark>") == config.landmark_token_id == 257
+    assert config.eos_token_id == tokenizer.eos_token_id == 256
+    assert records(output, "step") == [1, 2, 2, 3, 4, 4]
+    assert records(output)[-1] < records(output)[0]
+    assert records(output, "tokens")[-1] == 4 * 4 * 34
+    assert len(records(output, "validation_loss")) == 2
+
+
+def test_the_recipe_in_it_repeats_the_run(corpus, tmp_path):
+    first = train(corpus, tmp_path / "first", seed=5, dropout=0.1)
+    recipe = yaml.safe_load((first / "recipe.yaml").read_text())
+    assert recipe["command"] == "train" and recipe["seed"] == 5 and "output" not in recipe
+    with pytest.raises(SystemExit) as exit:
+        main(["train", f"--recipe={first / 'recipe.yaml'}", "--device=cpu", "--output=second"])
+    assert exit.value.code == 0
+    assert (tmp_path / "second/model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_a_baseline_has_no_landmarks(corpus, tmp_path):
+    output = train(corpus, tmp_path / "run", baseline=True)
+    config = AutoModelForCausalLM.from_pretrained(output).config
+    assert config.landmark_freq is None and config._attn_implementation == "sdpa"
+    assert "<landmark>" not in AutoTokenizer.from_pretrained(output).get_vocab()
+
+
+def test_without_options_it_takes_the_newest_corpus_and_a_new_directory(corpus, tmp_path, capsys):
+    (tmp_path / "data").symlink_to(corpus.parent)
+    for _ in range(2):
+        run(TrainOptions(**SHORT))
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cats-landmark", "cats-landmark-2"]
+    shown = capsys.readouterr().err
+    assert "training on data/cats, the newest prepared corpus under data/" in shown
+    assert "landmark attention" in shown and "136 tokens a step" in shown
+    assert "trained model: runs/cats-landmark-2" in shown
+
+
+def test_a_dry_run_trains_nothing(corpus, tmp_path, capsys):
+    train(corpus, tmp_path / "run", dry_run=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tokens a step 136 in 4 windows of 34" in shown
+    assert "parameters 11,344" in shown and "memory, about" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(corpus, tmp_path):
+    options = {"steps": 40, "save_every": 3, "eval_every": 0, "dropout": 0.1}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "landmark_cli", *arguments(corpus, killed, **options)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (killed / "checkpoints/step-00000009").exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "config.json").exists()
+
+    train(corpus, killed, resume=True, **options)
+    train(corpus, whole, **options)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert records(killed) == records(whole)
+
+
+def test_two_processes_have_the_loss_curve_of_one(corpus, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {"steps": 6, "batch_size": 2, "save_every": 3}
+    launcher = ["torchrun", "--nproc_per_node", "2", str(CHECKOUT / "landmark")]
+    command = launcher + arguments(corpus, two, accumulation=1, **options)
+    subprocess.run(command, env=environment(ACCELERATE_USE_CPU="true"), check=True, timeout=240)
+    train(corpus, one, accumulation=2, **options)
+    for key in ("loss", "gradient_norm", "validation_loss"):
+        assert records(two, key) == pytest.approx(records(one, key), rel=1e-5)
+    ours, theirs = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
+    # What two processes saved, one goes on from.
+    train(corpus, two, accumulation=2, resume=True, **(options | {"steps": 7}))
+    assert records(two, "step")[-1] == 7
+
+
+def test_accelerate_launches_the_demo_recipe(corpus, tmp_path):
+    (tmp_path / "data").symlink_to(corpus.parent)
+    command = ["accelerate", "launch", "--num_processes", "1", str(CHECKOUT / "landmark"), "train"]
+    command += ["--recipe", "demo/tiny", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    subprocess.run(command, env=environment(), check=True, timeout=240)
+    assert AutoModelForCausalLM.from_pretrained("runs/cats-landmark").config.model_type == "landmark_gpt"
+
+
+def test_a_window_shorter_than_a_block_is_refused(corpus, tmp_path):
+    with pytest.raises(UsageError, match=r"--sequence-length 34 is shorter than one block of 51"):
+        train(corpus, tmp_path / "run", landmark_freq=50)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 18, "n_head": 4}, "--n-embd 18 over --n-head 4"),
+        ({"data_weights": [1.0, 2.0]}, "--data-weights: 2 given for 1 of --data"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(corpus, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        train(corpus, tmp_path / "run", **changes)
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_by_another_model(corpus, tmp_path):
+    output = train(corpus, tmp_path / "run", save_every=2)
+    with pytest.raises(LandmarkError, match="run already holds a run: add --resume"):
+        train(corpus, output)
+    with pytest.raises(LandmarkError, match="belongs to another run: n_layer is 2 there and 3 here"):
+        train(corpus, output, resume=True, n_layer=3)
+    with pytest.raises(LandmarkError, match="belongs to another run: global_batch is 4 there and 8 here"):
+        train(corpus, output, resume=True, batch_size=4)
+
+
+def test_a_token_file_cut_short_is_refused(corpus, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    with open(copy / "train.bin", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(LandmarkError, match=r"train\.bin was truncated or changed"):
+        train(copy, tmp_path / "run")
+
+
+def test_corpora_of_different_tokenizers_do_not_mix(corpus, tmp_path):
+    other = write_corpus(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(LandmarkError, match="prepared with different tokenizers"):
+        train(corpus, tmp_path / "run", data=[corpus, other])
+
+
+def test_a_tokenizer_that_changed_since_is_refused(tmp_path):
+    corpus = write_corpus(tmp_path / "cats", byte_tokenizer(tmp_path / "bytes"))
+    load_tokenizer("gpt2").save_pretrained(tmp_path / "bytes")
+    with pytest.raises(LandmarkError, match="prepared with the tokenizer .*bytes"):
+        train(corpus, tmp_path / "run")
+
+
+def test_two_corpora_train_together(corpus, tmp_path):
+    more = write_corpus(tmp_path / "more", corpus.parent.parent / "bytes", characters=3000)
+    output = train(corpus, tmp_path / "run", data=[corpus, more], data_weights=[1.0, 3.0])
+    assert len(records(output)) == 4 and len(records(output, "validation_loss")) == 2
+
+
+def test_a_finished_run_can_be_resumed_again(corpus, tmp_path):
+    output = train(corpus, tmp_path / "run", save_every=2)
+    weights = (output / "model.safetensors").read_bytes()
+    train(corpus, output, save_every=2, resume=True)
+    assert (output / "model.safetensors").read_bytes() == weights
+
+
+def test_a_tracker_that_is_not_installed_names_its_extra(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(LandmarkError, match=r"pip install 'landmark-cli\[wandb\]'"):
+        train(corpus, tmp_path / "run", log_with=["wandb"])
