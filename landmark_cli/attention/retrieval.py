@@ -13,6 +13,7 @@ from .reference import attention_logits, landmark_attention, masked_logsumexp
 from .rotary import rotate, rotation_table
 
 MINUS_INFINITY = float("-inf")
+TIE = 1e-5
 
 
 def attend_chunk(
@@ -43,29 +44,45 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | N
     settings = blocks.settings
     ages = torch.arange(1, chunk.most_cached + 1, device=q.device)
     cached = chunk.cached[:, None]
-    taken = cached.clamp(max=settings.top_k)
-
-    # The last k blocks are scored at their true distance, all older ones just behind them.
-    distance = ages.expand(q.shape[0], -1)
-    if settings.positions == "bounded":
-        distance = torch.minimum(distance, taken + 1)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     keys = blocks.landmark_keys[rows, :, (chunk.blocks[:, None] - ages) % blocks.capacity].transpose(1, 2)
-    cos, sin = rotation_table(-distance * settings.block_size, chunk.cache.inverse_frequencies)
-    scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale)
+    if settings.positions == "absolute":
+        cos, sin = chunk.stream_turn
+        scores = attention_logits(rotate(q, cos[:, None, None], sin[:, None, None]), keys, scale)
+    else:
+        # The last k blocks are scored at their true distance, all older ones just behind them.
+        distance = torch.minimum(ages, cached.clamp(max=settings.top_k) + 1)
+        cos, sin = rotation_table(-distance * settings.block_size, chunk.inverse_frequencies)
+        scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale)
     scores = scores.masked_fill((ages > cached)[:, None, None], MINUS_INFINITY)
 
     if settings.selection != "per_token_and_head":
-        # A row that has no block yet has no softmax: all its scores stay equal and none is taken below.
-        scores = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+        # Logarithms of a softmax compare as the softmax does. A row that has no block yet has none.
+        scores = torch.log_softmax(scores, dim=-1).nan_to_num(MINUS_INFINITY, neginf=MINUS_INFINITY)
         if settings.selection == "max_over_heads":
             scores = scores.amax(1, keepdim=True)
         else:
             scores = scores.masked_fill(~chunk.real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
-    count = min(settings.top_k, chunk.most_cached)
-    best = ages[scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]]
+    best = ages[_newest_of_the_best(scores, min(settings.top_k, chunk.most_cached))]
     best = best.masked_fill(best > cached[:, None, None], 0)
     return best.sort(dim=-1, descending=True).values
+
+
+def _newest_of_the_best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` best scores, (..., count); of scores that tie, the first indices.
+
+    In the first layer all landmarks have one key, which rounding blurs differently from chunk to chunk, so scores tie
+    that differ by less than TIE, or TIE of their size.
+    """
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    best = []
+    for _ in range(count):
+        top = scores.masked_fill(taken, MINUS_INFINITY).amax(-1, keepdim=True)
+        ties = (scores >= top - TIE * top.abs().clamp(min=1.0)) & ~taken
+        best.append(torch.where(ties, index, len(index)).amin(-1, keepdim=True))
+        taken.scatter_(-1, best[-1], True)
+    return torch.cat(best, dim=-1)
 
 
 def block_distance(ages: Tensor, chunk: Chunk) -> Tensor:
@@ -102,11 +119,12 @@ def read_blocks(
     for j in range(ages.shape[-1]):
         age = ages[..., j].expand(q.shape[:3])
         slot = (chunk.blocks[:, None, None] - age) % blocks.capacity
-        cos, sin = rotation_table(turns[..., j].expand(q.shape[:3]), chunk.cache.inverse_frequencies)
+        cos, sin = rotation_table(turns[..., j].expand(q.shape[:3]), chunk.inverse_frequencies)
         turned = rotate(q, cos, sin).to(dtype).unsqueeze(-2)
-        logits = (turned @ blocks.keys[(*where, slot)].to(dtype).transpose(-1, -2)).squeeze(-2) * scale
+        k, v = blocks.gather((*where, slot))
+        logits = (turned @ k.to(dtype).transpose(-1, -2)).squeeze(-2) * scale
         inner = torch.softmax(logits[..., :-1], dim=-1).unsqueeze(-2)
-        outputs.append((inner @ blocks.values[(*where, slot)][..., :-1, :].to(dtype)).squeeze(-2))
+        outputs.append((inner @ v[..., :-1, :].to(dtype)).squeeze(-2))
         group.append(logits[..., -1].masked_fill(age == 0, MINUS_INFINITY))
     return torch.stack(group, dim=-1), torch.stack(outputs, dim=-2)
 
@@ -119,4 +137,7 @@ def _add_retrieved(
     group = torch.cat([local_lse.unsqueeze(-1), group], dim=-1)
     outputs = torch.cat([local.to(outputs.dtype).unsqueeze(-2), outputs], dim=-2)
     share = torch.exp(group - masked_logsumexp(group).unsqueeze(-1)) * chunk.real[:, None, :, None]
-    return (outputs * share.nan_to_num(0.0).unsqueeze(-1)).sum(-2).to(q.dtype)
+    share = share.nan_to_num(0.0)
+    if chunk.cache.trace is not None:
+        chunk.cache.trace.record(blocks.index, chunk, ages, share[..., 1:])
+    return (outputs * share.unsqueeze(-1)).sum(-2).to(q.dtype)

@@ -1,14 +1,14 @@
 """Perplexity over text of any length, read chunk by chunk through the block cache or in plain chunks without it.
 
 Protocol: the text is cut into consecutive windows of `eval_length` text tokens. Every token of a window predicts the
-text token after it, the window's last one the first of the next window; an end-of-text token predicts nothing. Landmarks
+text token after it, the last one the first of the next window; an end-of-text token predicts nothing. Landmarks
 neither predict nor are predicted. Source: arXiv 2305.16300, section 4.1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 from landmark_cli.console import progress, warn
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, next_token_targets
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.settings import ReadingSettings, has_landmarks, open_reader, trained_text_length
+from landmark_cli.inference.reader import ReadChunk
+from landmark_cli.inference.settings import (
+    ReadingSettings,
+    has_landmarks,
+    is_recurrent,
+    open_reader,
+    trained_text_length,
+)
 
 # Text tokens in one forward pass, which bounds the memory of the logits.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -58,6 +65,7 @@ class PerplexityResult:
 
     overall: over all windows. chunks: over the i-th chunks of the windows. windows: how many were read.
     eval_length, chunk: text tokens of a window and of a chunk. memory: whether chunks were read through a block cache.
+    dropped: of models with a context-miss token, the share of retrievals that the cutoff left out; else None.
     """
 
     overall: Score
@@ -66,6 +74,7 @@ class PerplexityResult:
     eval_length: int
     chunk: int
     memory: bool
+    dropped: float | None = None
 
 
 def evaluate_perplexity(
@@ -92,7 +101,7 @@ def evaluate_perplexity(
     Raises LandmarkError where the text is shorter than a window.
     """
     reading = reading or ReadingSettings()
-    memory = memory and has_landmarks(model)
+    memory = memory and (has_landmarks(model) or is_recurrent(model))
     fitting = trained_text_length(model)
     eval_length = eval_length or max(1, min(4 * fitting, len(tokens) - 1))
     starts = _window_starts(len(tokens), eval_length, sample_tokens, seed)
@@ -102,13 +111,17 @@ def evaluate_perplexity(
     batch_size = batch_size or max(1, FORWARD_TOKENS.get(model.device.type, FORWARD_TOKENS["cpu"]) // chunk)
 
     sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64)
+    retrievals = dropped = 0
     with progress("perplexity", len(starts) * eval_length, "tokens") as shown:
         for first in range(0, len(starts), batch_size):
             rows = _windows(tokens, starts[first : first + batch_size], eval_length)
             targets = next_token_targets(rows[:, :-1], landmark_token_id=None, eot_id=eot_id, following=rows[:, -1])
-            read = _read_with_memory(model, rows[:, :-1], reading) if memory else _read_plain(model, rows[:, :-1], chunk)
-            for index, logits in enumerate(read):
-                sums[index] += score(logits, targets[:, index * chunk : (index + 1) * chunk]).cpu()
+            reader = open_reader(model, reading, batch=len(rows)) if memory else PlainChunks(model, chunk)
+            for index, read in enumerate(reader.read(list(rows[:, :-1]))):
+                sums[index] += score(read.logits, targets[:, index * chunk : (index + 1) * chunk]).cpu()
+            if memory and getattr(model.config, "context_miss_token", False):
+                retrievals += reader.cache.retrievals
+                dropped += reader.cache.dropped_retrievals
             shown.advance(len(rows) * eval_length, perplexity=_score(sums.sum(0)).perplexity)
     return PerplexityResult(
         overall=_score(sums.sum(0)),
@@ -117,6 +130,7 @@ def evaluate_perplexity(
         eval_length=eval_length,
         chunk=chunk,
         memory=memory,
+        dropped=dropped / retrievals if retrievals else None,
     )
 
 
@@ -161,18 +175,21 @@ def _windows(tokens: np.ndarray | Tensor, starts: np.ndarray, eval_length: int) 
     return torch.from_numpy(np.stack(rows))
 
 
-def _read_with_memory(model: PreTrainedModel, rows: Tensor, reading: ReadingSettings) -> Iterator[Tensor]:
-    for part in open_reader(model, reading, batch=len(rows)).read(list(rows)):
-        yield part.logits
+@dataclass(frozen=True)
+class PlainChunks:
+    """Reads rows of one length in chunks of `chunk` text tokens, each as if nothing came before it."""
 
+    model: PreTrainedModel
+    chunk: int
 
-@torch.no_grad()
-def _read_plain(model: PreTrainedModel, rows: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Logits at the text positions of every chunk, each read as if nothing came before it."""
-    for text in rows.split(chunk, dim=1):
-        stream, kept = text, 0
-        if has_landmarks(model):
-            freq = model.config.landmark_freq
-            stream = insert_landmarks(text, freq, model.config.landmark_token_id)
-            kept = (~landmark_positions(stream.shape[1], freq + 1)).nonzero().squeeze(-1).to(model.device)
-        yield model(input_ids=stream.to(model.device), logits_to_keep=kept, use_cache=False).logits
+    @torch.no_grad()
+    def read(self, rows: Sequence[Tensor]) -> Iterator[ReadChunk]:
+        """Yields the logits at the text positions of every chunk."""
+        for index, text in enumerate(torch.stack(list(rows)).split(self.chunk, dim=1)):
+            stream, kept = text, 0
+            if has_landmarks(self.model):
+                freq = self.model.config.landmark_freq
+                stream = insert_landmarks(text, freq, self.model.config.landmark_token_id)
+                kept = (~landmark_positions(stream.shape[1], freq + 1)).nonzero().squeeze(-1).to(self.model.device)
+            output = self.model(input_ids=stream.to(self.model.device), logits_to_keep=kept, use_cache=False)
+            yield ReadChunk(output.logits, [text.shape[1]] * len(rows), index * self.chunk)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from landmark_cli.inference.reader import Reader
+    from landmark_cli.inference.recurrent import RecurrentReader
     from landmark_cli.inference.window import WindowReader
 
 READING = "Reading"
@@ -44,7 +45,14 @@ class ReadingSettings:
     positions: Literal["bounded", "absolute"] = option(
         "bounded",
         panel=READING,
-        help="Retrieved blocks stand right in front of the chunk, within the trained length, or at their true distance.",
+        help="Retrieved blocks stand right before the chunk, within the trained length, or at their true distance.",
+    )
+    context_miss_cutoff: float = option(
+        0.0,
+        panel=READING,
+        min=0,
+        max=1,
+        help="Models with a context-miss token: retrieve nothing where its share is smaller.",
     )
 
 
@@ -67,8 +75,15 @@ class SamplingSettings:
     seed: int = option(0, panel=SAMPLING, min=0, help="The same seed gives the same text.")
 
 
-def open_reader(model: PreTrainedModel, settings: ReadingSettings, batch: int = 1) -> Reader | WindowReader:
-    """What reads for a model: a Reader through the block cache, or a WindowReader where the model has no landmarks."""
+def open_reader(
+    model: PreTrainedModel, settings: ReadingSettings, batch: int = 1
+) -> Reader | RecurrentReader | WindowReader:
+    """What reads for a model: a Reader through the block cache, a RecurrentReader for a Transformer-XL, or a
+    WindowReader where the model has no memory of any kind."""
+    if is_recurrent(model):
+        from landmark_cli.inference.recurrent import RecurrentReader
+
+        return RecurrentReader(model, batch=batch)
     if not has_landmarks(model):
         from landmark_cli.inference.window import WindowReader
 
@@ -82,6 +97,7 @@ def open_reader(model: PreTrainedModel, settings: ReadingSettings, batch: int = 
         cache_blocks=settings.cache_blocks,
         selection=settings.selection,
         positions=settings.positions,
+        context_miss_cutoff=settings.context_miss_cutoff,
         batch=batch,
     )
 
@@ -89,6 +105,11 @@ def open_reader(model: PreTrainedModel, settings: ReadingSettings, batch: int = 
 def has_landmarks(model: PreTrainedModel) -> bool:
     """Whether the model was trained with landmarks."""
     return bool(getattr(model.config, "landmark_freq", None))
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether the model is a Transformer-XL."""
+    return getattr(model.config, "memory_length", None) is not None
 
 
 def trained_text_length(model: PreTrainedModel) -> int:

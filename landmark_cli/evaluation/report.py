@@ -1,0 +1,74 @@
+"""A study's results as a table (terminal, Markdown, CSV, JSON) and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from landmark_cli.errors import import_extra
+
+from .studies import Study, describe
+
+
+def study_table(
+    study: Study, results: list[dict[str, Any] | None], corpus: str | None
+) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: role, settings, what was measured, and the paper's figure for `corpus` where there is one."""
+    with_paper = corpus is not None and any(corpus in row.paper for row in study.rows)
+    with_dropped = any(result and "dropped" in result for result in results)
+    columns = ["model", *study.columns, "perplexity", "accuracy"]
+    columns += ["dropped"] * with_dropped + [f"paper ({corpus})"] * with_paper
+    rows = []
+    for row, result in zip(study.rows, results, strict=True):
+        result = result or {}
+        cells = [row.role, *(row.settings.get(key) for key in study.columns)]
+        cells += [result.get("perplexity"), result.get("accuracy")]
+        cells += [result.get("dropped")] * with_dropped + [row.paper.get(corpus)] * with_paper
+        rows.append(cells)
+    return columns, rows
+
+
+def write_tables(folder: Path, study: Study, columns: list[str], rows: list[list[Any]], data: dict[str, Any]) -> None:
+    """Write NAME.md, NAME.csv and NAME.json into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {study.title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    (folder / f"{study.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (folder / f"{study.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(["" if value is None else value for value in row] for row in rows)
+    (folder / f"{study.name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -> None:
+    """Perplexity against evaluation length, one line for each model and way of reading. Needs the extra `plot`."""
+    import_extra("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row, result in zip(study.rows, results, strict=True):
+        if result is None:
+            continue
+        others = {key: value for key, value in row.settings.items() if key != "eval-length"}
+        label = f"{row.role} {describe(others)}".strip()
+        lines.setdefault(label, []).append((result["eval_length"], result["perplexity"]))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for label, points in lines.items():
+        lengths, perplexities = zip(*sorted(points), strict=True)
+        axes.plot(lengths, perplexities, marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("text tokens of a window")
+    axes.set_ylabel("perplexity")
+    axes.set_title(study.title)
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=150)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
