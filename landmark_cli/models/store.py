@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.errors import LandmarkError
 
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
+from .pretrained import open_pretrained
 
 
 def load(
@@ -34,7 +34,7 @@ def load(
     if (directory / "ckpt.pt").is_file():
         model, tokenizer = _load_authors(directory, attention, dtype)
     else:
-        model, tokenizer = _load_transformers(path, attention, dtype)
+        model, tokenizer = open_pretrained(path, attention=attention, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer
 
@@ -52,26 +52,6 @@ def newest_model(root: str | Path = "runs") -> Path:
             f"no model was named and none is under {root}/; name one with --model, or run landmark train"
         )
     return max(finished, key=lambda directory: (directory / "config.json").stat().st_mtime)
-
-
-def _load_transformers(path: str | Path, attention: str | None, dtype: str | torch.dtype):
-    directory = Path(path)
-    local = directory.exists() or os.sep in str(path) and not _looks_like_hub_id(str(path))
-    if local and not (directory / "config.json").is_file():
-        found = "is not there" if not directory.exists() else "has no config.json"
-        raise LandmarkError(f"cannot open the model {path}: it {found}; name a model directory or a hub id")
-    options = {} if attention is None else {"attn_implementation": attention}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LandmarkError(f"cannot open the model {path}: {reason}") from error
-    return model, tokenizer
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _load_authors(directory: Path, attention: str | None, dtype: str | torch.dtype):

@@ -29,6 +29,7 @@ from .rotary import inverse_frequencies
 PROBE = "landmark_probe"
 # Keys of half precision differ from exact rotations by less than a hundredth; another kind of position by about one.
 ROTATION_TOLERANCE = 0.05
+ADJACENT_PAIRS = "turns adjacent pairs of dimensions (interleaved), not half-split ones"
 CHANGING_ANGLES = {
     "dynamic": "its angles change with the length of the input",
     "longrope": "its angles change once the input is longer than the original training length",
@@ -49,11 +50,11 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refusal(name, f"it is no causal language model ({kind})")
     rope = getattr(config, "rope_parameters", None) or {}
-    # One set of parameters, or one for each type of layer.
-    for parameters in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
-        reason = CHANGING_ANGLES.get(parameters.get("rope_type"))
-        if reason:
-            raise _refusal(name, f"its rotary embedding is of the type {parameters['rope_type']}: {reason}")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise _refusal(name, f"its layers of different kinds ({', '.join(rope)}) have rotary embeddings of their own")
+    reason = CHANGING_ANGLES.get(rope.get("rope_type"))
+    if reason:
+        raise _refusal(name, f"its rotary embedding is of the type {rope['rope_type']}: {reason}")
 
 
 def check_model(model: PreTrainedModel, trained_length: int, name: str) -> None:
@@ -67,15 +68,15 @@ def check_model(model: PreTrainedModel, trained_length: int, name: str) -> None:
     except ValueError:
         raise _refusal(name, _other_positions(model)) from None
     if getattr(model.config, "rotary_dim", None) and not hasattr(model.config, "rope_parameters"):
-        raise _refusal(name, "its rotary embedding turns adjacent pairs of dimensions (interleaved), not half-split ones")
+        raise _refusal(name, f"its rotary embedding {ADJACENT_PAIRS}")
     longest = max(trained_length - 1, 1)
     seen = _probe(model, torch.tensor([0, 1, 1 + longest // 3, longest]).unique())
     layers = model.config.num_hidden_layers
     if len(seen.layers) != layers:
         raise _refusal(
             name,
-            f"{len(seen.layers)} of its {layers} layers reach transformers' AttentionInterface; "
-            "the others have an attention of their own or none",
+            f"{len(seen.layers)} of its {layers} layers hand what the model is given on to transformers' "
+            "AttentionInterface; the others have an attention of their own, or none",
         )
     for index, layer in enumerate(seen.layers):
         reason = layer.unusual(trained_length) or layer.wrong_rotation(seen.positions, frequencies)
@@ -84,7 +85,10 @@ def check_model(model: PreTrainedModel, trained_length: int, name: str) -> None:
 
 
 def _refusal(name: str, reason: str) -> LandmarkError:
-    return LandmarkError(f"landmark attention cannot be given to {name}: {reason}; take a decoder with rotary positions")
+    return LandmarkError(
+        f"landmark attention cannot be given to {name}: {reason}. "
+        "Models it can be given to are Llama, Mistral, Qwen2, Qwen3, Phi3, OLMo2 and GPT-NeoX, among others"
+    )
 
 
 def _other_positions(model: PreTrainedModel) -> str:
@@ -96,7 +100,7 @@ def _other_positions(model: PreTrainedModel) -> str:
         if isinstance(module, nn.Embedding) and any(part in child for part in ("wpe", "position", "pos_emb"))
     ]
     if getattr(config, "rotary_dim", None):
-        return "its rotary embedding turns adjacent pairs of dimensions (interleaved), not half-split ones"
+        return f"its rotary embedding {ADJACENT_PAIRS}"
     if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
         return f"it has no rotary embedding but ALiBi biases ({kind})"
     if any("relative" in child for child in learned):
@@ -138,28 +142,23 @@ class _Layer:
         """How positions enter, in words, where it is not by rotating half-split pairs; None where it is."""
         cos, sin = rotation_table(positions.to(self.key.device), frequencies.to(self.key.device))
         for part in (self.key, self.query):
-            first, size = part[:, :, :1].float(), part.float().norm().clamp(min=1e-12)
-            if not part.isfinite().all():
+            part = part.float()
+            first, size = part[:, :, :1].expand_as(part), part.norm().clamp(min=1e-12)
+            if not size.isfinite():
                 return "keys are not finite numbers: the weights are damaged"
-            if (part - rotate(first, cos, sin)).float().norm() / size > ROTATION_TOLERANCE:
-                if (part - first).float().norm() / size < ROTATION_TOLERANCE:
-                    return "there is no rotary embedding (NoPE): keys are the same at every position"
-                pairs = torch.cat([first[..., 0::2], first[..., 1::2]], dim=-1)
-                if _interleaved_matches(part.float(), pairs, cos, sin) < ROTATION_TOLERANCE * size:
-                    return "the rotary embedding turns adjacent pairs of dimensions (interleaved), not half-split ones"
-                return "positions change the keys otherwise than by the rotary embedding's angles"
+            if (part - rotate(first, cos, sin)).norm() / size < ROTATION_TOLERANCE:
+                continue
+            if (part - first).norm() / size < ROTATION_TOLERANCE:
+                return "there is no rotary embedding (NoPE): keys are the same at every position"
+            # Adjacent pairs, put in the order of half-split ones.
+            rotated = slice(2 * cos.shape[-1])
+            part, first = (
+                torch.cat([x[..., rotated][..., 0::2], x[..., rotated][..., 1::2]], -1) for x in (part, first)
+            )
+            if (part - rotate(first, cos, sin)).norm() / size < ROTATION_TOLERANCE:
+                return f"the rotary embedding {ADJACENT_PAIRS}"
+            return "positions change the keys otherwise than by the rotary embedding's angles"
         return None
-
-
-def _interleaved_matches(part: Tensor, pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Distance of keys from rotations of adjacent pairs; pairs: the first key, its even dimensions before its odd."""
-    if 2 * cos.shape[-1] != part.shape[-1]:
-        # Partial rotary: the pairs lie within the rotated dimensions.
-        width = 2 * cos.shape[-1]
-        first = part[:, :, :1, :width]
-        pairs, part = torch.cat([first[..., 0::2], first[..., 1::2]], dim=-1), part[..., :width]
-    split = torch.cat([part[..., 0::2], part[..., 1::2]], dim=-1)
-    return (split - rotate(pairs, cos, sin)).norm()
 
 
 @dataclass
@@ -178,7 +177,8 @@ def _record(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """An attention function that notes what it is given. All tokens are equal, so every value is the weighted mean."""
-    landmark_probe.layers.append(_Layer(query, key, value, attention_mask, kwargs))
+    if landmark_probe is not None:
+        landmark_probe.layers.append(_Layer(query, key, value, attention_mask, kwargs))
     return repeat_heads(value, query.shape[1]).transpose(1, 2), None
 
 

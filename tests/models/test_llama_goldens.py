@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests import goldens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.models.rotary import inverse_frequencies
+from tests import goldens
 
 TOLERANCE = 1e-5
 

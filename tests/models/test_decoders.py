@@ -1,0 +1,195 @@
+"""Decoders of the transformers library with landmarks: the same definition, files and reading for every family."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from landmark_cli.attention.dispatch import LandmarkLayout
+from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
+from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.reader import Reader
+from landmark_cli.models import store
+from landmark_cli.models.decoders import add_landmarks, check_tokenizer
+from tests.models.families import FAMILIES, VOCABULARY, tiny_decoder, tiny_tokenizer
+
+FREQ, LENGTH = 7, 64
+BLOCK = FREQ + 1
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+def landmark_decoder(family: str, **settings):
+    model, tokenizer = tiny_decoder(family, **settings), tiny_tokenizer()
+    add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=LENGTH, top_k_blocks=2)
+    return model, tokenizer
+
+
+def texts(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(1, 257, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def attention_by_the_rule(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Landmark attention query by query, as the paper words it: outer softmax, inner softmax, product."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = query @ key.transpose(-1, -2) * scaling
+    weights = torch.zeros_like(logits)
+    for i in range(query.shape[2]):
+        own = i // BLOCK
+        text = [j for j in range(own * BLOCK, i + 1) if j % BLOCK != FREQ]
+        outer = logits[:, :, i, text + [b * BLOCK + FREQ for b in range(own)]].softmax(-1)
+        weights[:, :, i, text] = outer[..., : len(text)]
+        for b in range(own):
+            inside = slice(b * BLOCK, b * BLOCK + FREQ)
+            weights[:, :, i, inside] = outer[..., len(text) + b, None] * logits[:, :, i, inside].softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family, tmp_path):
+    model, tokenizer = landmark_decoder(family)
+    AttentionInterface.register("by_the_rule", attention_by_the_rule)
+    ids = texts(2, 53)
+    stream = insert_landmarks(ids, FREQ, model.config.landmark_token_id)
+    with torch.no_grad():
+        logits = model(stream).logits
+
+        model.set_attn_implementation("by_the_rule")
+        torch.testing.assert_close(logits, model(stream).logits, **CLOSE)
+        model.set_attn_implementation("landmark")
+
+    read = torch.cat([chunk.logits for chunk in Reader(model, top_k=9, chunk=20, batch=2).read(list(ids))], 1)
+    torch.testing.assert_close(read, logits[:, ~landmark_positions(stream.shape[1], BLOCK)], rtol=0, atol=1e-4)
+
+    # As a user would: saved, opened by transformers, saved again, opened by us.
+    model.save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.config._attn_implementation == "landmark"
+    again.save_pretrained(tmp_path / "b")
+    AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    opened, opened_tokenizer = store.load(tmp_path / "b", device="cpu")
+    settings = ("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks")
+    assert [getattr(opened.config, name) for name in settings] == [FREQ, len(tokenizer) - 1, LENGTH, 2]
+    assert opened_tokenizer.convert_tokens_to_ids("<landmark>") == opened.config.landmark_token_id
+    with torch.no_grad():
+        assert torch.equal(again(stream).logits, logits)
+        assert torch.equal(opened(stream).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_without_landmarks_it_is_the_model_it_was(family, tmp_path):
+    plain, ids = tiny_decoder(family), texts(2, 40)
+    model, _ = landmark_decoder(family)
+    model.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    with torch.no_grad():
+        assert torch.equal(opened(ids).logits[..., :257], plain(ids).logits[..., :257])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocabulary", [257, 320, 300])
+def test_new_rows_are_the_mean_of_the_old(tied, vocabulary):
+    model, tokenizer = tiny_decoder("llama", vocab_size=vocabulary, tie_word_embeddings=tied), tiny_tokenizer()
+    before = [m.weight.detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=LENGTH)
+
+    assert tokenizer.pad_token == "[PAD]" and model.config.pad_token_id == tokenizer.pad_token_id == 257
+    assert model.config.landmark_token_id == 258 and len(tokenizer) == 259
+    # A vocabulary with rows to spare keeps its size; an aligned one stays aligned.
+    assert model.config.vocab_size == {257: 259, 320: 320, 300: 300}[vocabulary]
+    after = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert (after[0] is after[1]) == tied
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(new[:257], old[:257])
+        torch.testing.assert_close(new[257:], old[:257].mean(0).expand_as(new[257:]))
+
+
+def test_an_aligned_vocabulary_stays_aligned():
+    model = tiny_decoder("llama", vocab_size=256)
+    add_landmarks(model, tiny_tokenizer(pad_token="<|end|>"), landmark_freq=FREQ, trained_length=LENGTH)
+    assert model.config.vocab_size == 320 and model.config.landmark_token_id == 257
+
+
+def test_landmarks_added_twice_are_added_once():
+    model, tokenizer = landmark_decoder("llama")
+    rows, size = model.get_input_embeddings().weight.detach().clone(), len(tokenizer)
+    add_landmarks(model, tokenizer, landmark_freq=15, trained_length=2 * LENGTH)
+    assert torch.equal(model.get_input_embeddings().weight, rows) and len(tokenizer) == size
+    assert (model.config.landmark_freq, model.config.trained_length) == (15, 2 * LENGTH)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma2-unbounded"])
+def test_padding_changes_nothing(family):
+    model, _ = landmark_decoder(family)
+    rows = [insert_landmarks(ids, FREQ, model.config.landmark_token_id) for ids in (texts(1, 50), texts(1, 31))]
+    width = rows[0].shape[1]
+    with torch.no_grad():
+        alone = [model(row).logits[0] for row in rows]
+        for side in ("left", "right"):
+            ids, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+            for i, row in enumerate(rows):
+                place = slice(width - row.shape[1], width) if side == "left" else slice(0, row.shape[1])
+                ids[i, place], mask[i, place] = row[0], 1
+            logits = model(ids, attention_mask=mask).logits
+            for i in range(2):
+                torch.testing.assert_close(logits[i, mask[i].bool()], alone[i], **CLOSE)
+
+
+def test_uneven_and_packed_blocks_are_told_by_the_layout():
+    model, _ = landmark_decoder("llama")
+    first, second = (insert_landmarks(texts(1, n), FREQ, model.config.landmark_token_id) for n in (20, 33))
+    with torch.no_grad():
+        packed = torch.cat([first, second], 1)
+        bounds = torch.tensor([0, first.shape[1], packed.shape[1]])
+        logits = model(packed, landmark_layout=LandmarkLayout(cu_seqlens=bounds)).logits
+        torch.testing.assert_close(logits[:, : first.shape[1]], model(first).logits, **CLOSE)
+        torch.testing.assert_close(logits[:, first.shape[1] :], model(second).logits, **CLOSE)
+
+        mask = first == model.config.landmark_token_id
+        uneven = model(first, landmark_layout=LandmarkLayout(landmark_mask=mask)).logits
+        torch.testing.assert_close(uneven, model(first).logits, **CLOSE)
+
+
+def test_masks_that_cannot_be_honoured():
+    model, _ = landmark_decoder("llama")
+    ids, mask = texts(1, 20), torch.ones(1, 20, dtype=torch.long)
+    mask[0, 5] = 0
+    with pytest.raises(ValueError, match="middle of a row"):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="4 dimensions"):
+        model(ids, attention_mask=torch.zeros(1, 1, 20, 20))
+
+
+def test_what_landmark_attention_does_not_have_is_refused_in_the_forward_pass_too():
+    model = tiny_decoder("llama")
+    model.set_attn_implementation("landmark")
+    with pytest.raises(ValueError, match="add_landmarks"):
+        model(texts(1, 20))
+    model, _ = landmark_decoder("mistral-wide-window")
+    with pytest.raises(ValueError, match="sliding_window is 128"):
+        model(texts(1, 130))
+    model = tiny_decoder("gemma2-unbounded", attn_logit_softcapping=30.0, landmark_freq=FREQ)
+    with pytest.raises(ValueError, match="soft-capping"):
+        model(texts(1, 20))
+
+
+def test_windows_that_do_not_fit():
+    model, tokenizer = tiny_decoder("llama"), tiny_tokenizer()
+    with pytest.raises(LandmarkError, match="has 512 positions, .* takes 600; take a text length of at most 448"):
+        add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=600)
+    with pytest.raises(LandmarkError, match="no whole block of 63"):
+        add_landmarks(model, tokenizer, landmark_freq=63, trained_length=63)
+    with pytest.raises(ValueError, match="landmark_freq is 0"):
+        add_landmarks(model, tokenizer, landmark_freq=0)
+    assert len(tokenizer) == 257 and model.config.vocab_size == VOCABULARY
+
+
+def test_a_tokenizer_of_another_model():
+    model, tokenizer = landmark_decoder("llama")
+    check_tokenizer(model.config, tokenizer, "it")
+    with pytest.raises(LandmarkError, match="no landmark token, but the model's landmark is token 258"):
+        check_tokenizer(model.config, tiny_tokenizer(), "it")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<landmark>"])
+    with pytest.raises(LandmarkError, match="<landmark> as token 257"):
+        check_tokenizer(model.config, tokenizer, "it")
