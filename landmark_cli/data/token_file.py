@@ -102,8 +102,8 @@ class TokenFile:
             _remember_modified(path, metadata, modified)
         return cls(
             path=path,
-            tokens=_map(path, metadata.dtype, metadata.tokens),
-            document_offsets=_map(_offsets_path(path), "int64", metadata.documents + 1),
+            tokens=map_values(path, metadata.dtype, metadata.tokens),
+            document_offsets=map_values(_offsets_path(path), "int64", metadata.documents + 1),
             metadata=metadata,
         )
 
@@ -159,6 +159,7 @@ class TokenFileWriter:
         self._partial = [file.with_name(file.name + partial_suffix) for file in (self.path, _offsets_path(self.path))]
         state = resume or {"tokens": 0, "documents": 0, "text_bytes": 0}
         self.tokens, self.documents, self.text_bytes = (state[key] for key in ("tokens", "documents", "text_bytes"))
+        self._document_start = self.tokens
         self.path.parent.mkdir(parents=True, exist_ok=True)
         sizes = (self.tokens * self.dtype.itemsize, (self.documents + 1) * 8)
         if resume is None:
@@ -199,7 +200,13 @@ class TokenFileWriter:
         """Write the end-of-text token after the document under way."""
         self.append(np.array([self._tokenizer.eot_id]))
         self._write(1, np.array([self.tokens], dtype="<i8"))
+        self._document_start = self.tokens
         self.documents += 1
+
+    @property
+    def document_tokens(self) -> int:
+        """Ids of the document under way so far."""
+        return self.tokens - self._document_start
 
     def add_document(self, ids: np.ndarray, text_bytes: int = 0) -> None:
         """Write a whole document and its end-of-text token."""
@@ -327,7 +334,8 @@ def _modified_ns(path: Path) -> list[int]:
     return [file.stat().st_mtime_ns for file in (path, _offsets_path(path))]
 
 
-def _map(path: Path, dtype: str, length: int) -> np.ndarray:
+def map_values(path: Path, dtype: str, length: int) -> np.ndarray:
+    """A file of `length` little-endian numbers, memory-mapped for reading."""
     little_endian = np.dtype(dtype).newbyteorder("<")
     if length == 0:
         return np.zeros(0, dtype=little_endian)

@@ -1,0 +1,93 @@
+"""`landmark prepare`: documents -> token files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from landmark_cli.console import info, quantity, results
+from landmark_cli.options import option
+
+EXAMPLES = """\
+landmark prepare
+landmark prepare pg19 --source ~/pg19
+landmark prepare pg19
+landmark prepare redpajama --source RedPajama-Data-1T-Sample --tokenizer meta-llama/Llama-2-7b-hf
+landmark prepare text --source notes/ --source thesis.tex --output data/mine
+accelerate launch --num_processes 8 landmark prepare arxiv-math
+"""
+
+
+@dataclass
+class PrepareOptions:
+    """Turn text into token files that training and evaluation read.
+
+    Without options: six novels of Jane Austen that are part of this program, Persuasion held out for validation, into
+    data/sample. The other corpora come from --source or from their copy on the Hugging Face hub: pg19, arxiv-math
+    (the arXiv papers of the proof-pile), redpajama (the 1T sample); text is any files or folders of yours (.txt, .md,
+    .tex, .jsonl also .gz or .zst, .parquet). Folders train/, validation/ and test/ become those splits.
+    Interrupted, it goes on where it was when the same command is run again.
+    """
+
+    corpus: Literal["sample", "pg19", "arxiv-math", "redpajama", "text"] = option(
+        "sample", positional=True, help="Which corpus."
+    )
+    source: list[str] | None = option(
+        None, help="A file or folder (repeatable), or the hub id of a copy. [default: the corpus's own copy on the hub]"
+    )
+    output: Path | None = option(None, saved=False, help="Where the token files go. [default: data/CORPUS]")
+    tokenizer: str = option("gpt2", help="gpt2, or the directory or hub id of any tokenizer of transformers.")
+    validation_share: float = option(
+        0.01, min=0, max=0.5, help="Share of the documents held out where the corpus has no validation split."
+    )
+    max_documents: int | None = option(None, min=1, help="Read only so many documents of each split.")
+    text_field: str = option("text", help="The field or column that holds the text of .jsonl and .parquet.")
+    revision: str | None = option(None, help="Of a copy on the hub: branch, tag or commit.")
+    subset: str | None = option(None, help="Of a copy on the hub: the name of its configuration.")
+    on_bad_text: Literal["stop", "skip"] = option("stop", help="What to do about a document that is not UTF-8.")
+    json: Path | None = option(None, saved=False, help="Write the result to this file too; - for standard output.")
+
+
+def run(options: PrepareOptions) -> None:
+    """Prepare a corpus and say what came of it.
+
+    Raises UsageError for options that contradict each other, LandmarkError for what is wrong with source or output.
+    """
+    from landmark_cli.data.corpora import SAMPLE_HELD_OUT, open_corpus
+    from landmark_cli.data.merge import Process
+    from landmark_cli.data.prepare import prepare
+    from landmark_cli.data.tokenizers import load_tokenizer
+
+    output = options.output or Path("data") / options.corpus
+    corpus = open_corpus(
+        options.corpus,
+        options.source,
+        revision=options.revision,
+        subset=options.subset,
+        text_field=options.text_field,
+        validation_share=options.validation_share,
+        max_documents=options.max_documents,
+    )
+    tokenizer = load_tokenizer(options.tokenizer)
+    info(f"{options.corpus}: {corpus.source} -> {output} (tokenizer {tokenizer.name})")
+    if options.corpus == "sample":
+        info(f"the novel held out for validation is {SAMPLE_HELD_OUT}")
+    written = prepare(
+        corpus,
+        tokenizer,
+        output,
+        skip_bad_text=options.on_bad_text == "skip",
+        process=Process.from_environment(),
+    )
+    if written:
+        rows = [
+            (split, str(output / f"{split}.bin"), m.documents, m.tokens, quantity(m.text_bytes, "B"), m.dtype)
+            for split, m in written.items()
+        ]
+        results(
+            ("split", "file", "documents", "tokens", "text", "ids"),
+            rows,
+            data={split: vars(metadata) for split, metadata in written.items()},
+            json_target=options.json,
+        )

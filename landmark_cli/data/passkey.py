@@ -1,0 +1,135 @@
+"""Pass keys: a number hidden in filler text, to be found again. Prompts of any exact length in tokens.
+
+Source: arXiv 2305.16300, section 4.2, whose wording these prompts have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from landmark_cli.data.readers import Document, text_document
+from landmark_cli.errors import LandmarkError, UsageError
+
+if TYPE_CHECKING:
+    from landmark_cli.data.corpora import Corpus
+    from landmark_cli.data.tokenizers import TextTokenizer
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+ANSWER = " {key}."
+LARGEST_KEY = 50_000
+
+
+@dataclass(frozen=True)
+class PassKey:
+    """One prompt.
+
+    tokens: (length,) int64, ends with the question. key: what it hides. depth: share of the filler in front of it.
+    """
+
+    tokens: np.ndarray
+    key: int
+    depth: float
+
+
+class PassKeyPrompts:
+    """Makes prompts with one tokenizer, from pieces that are encoded once.
+
+    encode: text -> ids, without special tokens. begin: tokens in front of every prompt, such as a begin-of-text token.
+    """
+
+    def __init__(self, encode: Callable[[str], Sequence[int]], begin: Sequence[int] = ()):
+        self._encode = encode
+        self._task = [*begin, *encode(f"{TASK}\n")]
+        self._first, self._period = (np.asarray(encode(text), dtype=np.int64) for text in (FILLER, f" {FILLER}"))
+        self._question = list(encode(f"\n{QUESTION}"))
+
+    @property
+    def shortest(self) -> int:
+        """Tokens that a prompt of any key can do with: one without filler."""
+        return len(self._task) + len(self._key_line(LARGEST_KEY)) + len(self._question)
+
+    def make(self, length: int, key: int, depth: float) -> PassKey:
+        """A prompt of exactly `length` tokens, the line with the key behind a share `depth` (0 to 1) of its filler.
+
+        Raises LandmarkError where the length leaves no room for the line and the question.
+        """
+        key_line = self._key_line(key)
+        filler = length - len(self._task) - len(key_line) - len(self._question)
+        if filler < 0:
+            raise LandmarkError(
+                f"a pass-key prompt of {length} tokens cannot be: without any filler it takes {length - filler}; "
+                f"ask for a longer one"
+            )
+        before = round(depth * filler)
+        parts = [self._task, self._filler(before), key_line, self._filler(filler - before), self._question]
+        return PassKey(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]), key, depth)
+
+    def _key_line(self, key: int) -> list[int]:
+        return list(self._encode(f"\n{KEY_LINE.format(key=key)}\n"))
+
+    def _filler(self, length: int) -> np.ndarray:
+        """The first `length` tokens of the filler repeated without end."""
+        repeats = -(-max(0, length - len(self._first)) // len(self._period))
+        return np.concatenate([self._first, np.tile(self._period, repeats)])[:length]
+
+
+def random_key(generator: np.random.Generator) -> int:
+    """A key from 1 to LARGEST_KEY, all alike likely."""
+    return int(generator.integers(1, LARGEST_KEY + 1))
+
+
+def passkey_corpus(
+    tokenizer: TextTokenizer,
+    *,
+    documents: int = 2000,
+    shortest: int = 256,
+    longest: int = 4096,
+    validation_share: float = 0.01,
+    seed: int = 0,
+) -> Corpus:
+    """Documents that train the skill: prompts with the answer, `documents` of them.
+
+    Their lengths are spread evenly on a logarithmic scale from `shortest` to `longest` tokens, the depths of their keys
+    evenly from 0 to 1. Document i is a function of the seed and i alone.
+
+    Raises UsageError for lengths that no prompt can have.
+    """
+    from landmark_cli.data.corpora import Corpus
+
+    prompts = PassKeyPrompts(tokenizer.encode)
+    answer = len(tokenizer.encode(ANSWER.format(key=LARGEST_KEY)))
+    if not prompts.shortest + answer <= shortest <= longest:
+        raise UsageError(
+            f"pass-key documents of {shortest} to {longest} tokens cannot be: the shortest takes "
+            f"{prompts.shortest + answer}, and the longest must not be shorter than the shortest"
+        )
+    every = round(1 / validation_share) if validation_share else 0
+
+    def pieces(index: int, limit: int) -> Iterator[bytes]:
+        generator = np.random.default_rng([seed, index])
+        length = round(math.exp(generator.uniform(math.log(shortest), math.log(longest))))
+        key = random_key(generator)
+        prompt = prompts.make(length - answer, key, generator.random())
+        text = tokenizer.decode(prompt.tokens) + ANSWER.format(key=key)
+        yield from text_document(f"pass key {index}", text).pieces(limit)
+
+    def all_documents() -> Iterator[tuple[str, Document]]:
+        for index in range(documents):
+            split = "validation" if every and index % every == every // 2 else "train"
+            # A document is made when it is asked for, so its place in the progress is counted in documents of one byte.
+            yield split, Document(f"pass key {index}", 1, partial(pieces, index))
+
+    identity = [documents, shortest, longest, validation_share, seed]
+    return Corpus("passkey", "pass keys hidden in filler", all_documents, documents, identity)
