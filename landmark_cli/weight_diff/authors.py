@@ -115,7 +115,7 @@ class AuthorsDiff:
         import torch
 
         rows = bits.to_float32(self.raw.read(raw.name, 0, raw.count), raw.dtype).reshape(raw.shape)
-        return torch.from_numpy(rows).mean(0).numpy()
+        return torch.from_numpy(np.require(rows, requirements="W")).mean(0).numpy()
 
 
 def _sum(numbers: np.ndarray) -> float:

@@ -33,6 +33,8 @@ ITEM_BYTES = {
 UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 SIGNED = {1: np.dtype(np.int8), 2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
 CASTABLE = ("F64", "F32", "F16", "BF16")
+# Machines differ in which NaN a cast gives, so here there is one.
+NAN = {"F64": 0x7FF8000000000000, "F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}
 
 
 def pattern(dtype: str) -> np.dtype:
@@ -86,12 +88,14 @@ def to_float32(values: np.ndarray, source: str) -> np.ndarray:
 
 
 def from_float32(numbers: np.ndarray, target: str) -> np.ndarray:
-    """float32 numbers -> bit patterns of a float type, rounded to nearest, ties to even."""
-    if target == "F32":
-        return numbers.view(np.uint32)
-    if target != "BF16":
-        with np.errstate(over="ignore"):
-            return numbers.astype({"F16": np.float16, "F64": np.float64}[target]).view(pattern(target))
+    """float32 numbers -> bit patterns of a float type, rounded to nearest, ties to even; every NaN becomes one NaN."""
     wide = numbers.view(np.uint32)
-    rounded = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(numbers), (wide >> 16).astype(np.uint16) | np.uint16(0x40), rounded)
+    if target == "F32":
+        result = wide
+    elif target == "BF16":
+        result = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
+    else:
+        with np.errstate(over="ignore"):
+            result = numbers.astype({"F16": np.float16, "F64": np.float64}[target]).view(pattern(target))
+    nan = np.isnan(numbers)
+    return np.where(nan, pattern(target).type(NAN[target]), result) if nan.any() else result

@@ -47,7 +47,8 @@ def recover(
             verified = diff.write(writer, verify=verify, threads=threads)
         if len(plans) > 1:
             write_file(folder / "model.safetensors.index.json", _index(plans, diff.tensors))
-        for path in carried:
+        # What makes it a model comes last.
+        for path in sorted(carried, key=lambda path: path.name == "config.json"):
             write_file(folder / path.name, path.read_bytes())
     console.info(f"wrote {path_tuned}: {len(diff.tensors)} tensors, {console.quantity(needed, 'B')}, {verified}")
 
@@ -92,7 +93,7 @@ class OurDiff:
         original = self._entries.get(str(entry.same_as))
         if original is None or replace(original.tensor, name=entry.tensor.name) != entry.tensor:
             raise LandmarkError(
-                f"{DIFF} {self.diff.folder}: its manifest has nothing that {entry.tensor.name} could repeat; get it again"
+                f"{DIFF} {self.diff.folder}: its manifest has no tensor for {entry.tensor.name} to repeat; get it again"
             )
         return True
 
