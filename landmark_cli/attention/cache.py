@@ -10,17 +10,22 @@ it, then on). A block standing d block slots before that start is reached by tur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .rotary import rotate, rotation_table
 
+if TYPE_CHECKING:
+    from .offload import Offload, ResidentBlocks
+    from .trace import Trace
+
 Selection = Literal["per_token_and_head", "max_over_heads", "max_over_tokens"]
 Positions = Literal["bounded", "absolute"]
-SMALLEST_CAPACITY = 16
+SMALLEST_CAPACITY, LARGEST_STEP = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -57,40 +62,85 @@ class RetrievalSettings:
         if self.cache_blocks is not None and self.cache_blocks < 0:
             raise ValueError(f"cache_blocks is {self.cache_blocks}; it must be 0 or more, or None to keep all")
 
+    @property
+    def retrievable(self) -> int:
+        """The most complete blocks a row can choose from."""
+        return 2**31 - 1 if self.cache_blocks is None else self.cache_blocks
+
 
 class LayerBlocks:
     """One layer's blocks: a ring in which block number b stands at slot b % capacity.
 
-    keys, values: (B, G, capacity, block_size, D), keys rotated by their offset in the block.
-    landmark_keys: (B, G, capacity, D), the last key of each block once more, side by side for scoring.
+    blocks: (B, G, capacity, 2, block_size, D), the keys of a block, rotated by their offset in it, and its values.
+    landmark_keys: (B, G, capacity, D), the last key of each block once more, side by side for scoring; with absolute
+    positions it is rotated by its position in the row's stream instead.
+
+    With offloading, blocks lie in (pinned) host memory and `resident` holds copies of those used lately.
     """
 
-    def __init__(self, settings: RetrievalSettings, batch: int, heads: int, head_dim: int, like: Tensor):
-        self.settings = settings
-        size = settings.block_size
-        self.keys = like.new_empty(batch, heads, 0, size, head_dim)
-        self.values = like.new_empty(batch, heads, 0, size, head_dim)
-        self.landmark_keys = like.new_empty(batch, heads, 0, head_dim)
+    def __init__(self, settings: RetrievalSettings, index: int, like: Tensor, offload: Offload | None = None):
+        """index: of the layer. like: its keys, (B, G, T, D)."""
+        batch, heads, _, head_dim = like.shape
+        self.settings, self.index = settings, index
+        self.offload = offload
+        self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
+        self.resident: ResidentBlocks | None = None
+        self._allocate(0)
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[2]
+        return self.landmark_keys.shape[2]
 
-    def reserve(self, blocks: int) -> None:
-        """Make room for `blocks` blocks, the incomplete one too, by doubling; a bounded cache stops at its bound."""
-        bound = self.settings.cache_blocks
-        wanted = blocks if bound is None else min(blocks, bound + 1)
+    @property
+    def keys(self) -> Tensor:
+        """(B, G, capacity, block_size, D), a view of blocks."""
+        return self.blocks[:, :, :, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """(B, G, capacity, block_size, D), a view of blocks."""
+        return self.blocks[:, :, :, 1]
+
+    def reserve(self, complete: Sequence[int], added: Sequence[int], expected: int = 0) -> bool:
+        """Make room, by doubling at first, for each row's `complete` blocks and for `added` more, the incomplete one included.
+
+        A bounded cache needs room for its bound and one chunk only. expected: blocks to make room for in one go.
+        Returns whether the tensors are new ones.
+        """
+        bound = self.settings.retrievable
+        wanted = max(min(n, bound) + more for n, more in zip(complete, added, strict=True))
         if wanted <= self.capacity:
-            return
-        capacity = max(wanted, 2 * self.capacity, SMALLEST_CAPACITY)
-        if bound is not None:
-            capacity = min(capacity, bound + 1)
-        # The ring has not wrapped yet: it wraps only once its capacity is final.
-        for name in ("keys", "values", "landmark_keys"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
-            new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+            return False
+        capacity = max(wanted, expected, self.capacity + min(self.capacity, LARGEST_STEP), SMALLEST_CAPACITY)
+        capacity = min(capacity, bound + max(added))
+        old = self.landmark_keys, self.blocks
+        self._allocate(capacity)
+        for row, n in enumerate(complete):
+            # What a row still holds: its newest blocks and the incomplete one, in runs that wrap in neither ring.
+            at = max(0, n + 1 - old[0].shape[2])
+            while at <= n:
+                source, to = at % old[0].shape[2], at % capacity
+                run = min(n + 1 - at, old[0].shape[2] - source, capacity - to)
+                self.landmark_keys[row, :, to : to + run] = old[0][row, :, source : source + run]
+                self.blocks[row, :, to : to + run] = old[1][row, :, source : source + run]
+                at += run
+        return True
+
+    def _allocate(self, capacity: int) -> None:
+        batch, heads, _, head_dim = self.landmark_keys.shape
+        shape = batch, heads, capacity, 2, self.settings.block_size, head_dim
+        self.landmark_keys = self.landmark_keys.new_zeros(batch, heads, capacity, head_dim)
+        if self.offload is None:
+            self.blocks = self.landmark_keys.new_zeros(shape)
+        else:
+            self.blocks = self.offload.empty(shape, self.landmark_keys)
+            self.resident = None
+
+    def gather(self, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values at (row, head, slot) or (row, head, slot, offset), broadcast, on the model's device."""
+        device = self.landmark_keys.device
+        index = tuple(x.to(self.blocks.device) for x in index)
+        return self.keys[index].to(device), self.values[index].to(device)
 
     def window(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """The incomplete block in front of the chunk, then the chunk: what a query attends to without retrieval.
@@ -106,41 +156,42 @@ class LayerBlocks:
         in_chunk = (index >= longest + chunk.start[:, None])[:, None, :, None]
         offset = (index - first[:, None]).clamp(0, self.settings.block_size - 1)
         rows = torch.arange(k.shape[0], device=k.device)
+        heads = torch.arange(k.shape[1], device=k.device)
         slot = chunk.blocks % self.capacity
+        incomplete = self.gather((rows[:, None, None], heads[:, None], slot[:, None, None], offset[:, None]))
 
         def join(stored: Tensor, fresh: Tensor) -> Tensor:
-            incomplete = stored[rows, :, slot].gather(
-                2, offset[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[-1])
-            )
-            return torch.where(in_chunk, torch.nn.functional.pad(fresh, (0, 0, longest, 0)), incomplete)
+            return torch.where(in_chunk, torch.nn.functional.pad(fresh, (0, 0, longest, 0)), stored)
 
-        return join(self.keys, k), join(self.values, v), first
+        return join(incomplete[0], k), join(incomplete[1], v), first
 
     def append(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Store the chunk's keys (rotated at chunk.position_ids) and values, (B, G, T, D), in their blocks."""
         size = self.settings.block_size
         block = chunk.blocks[:, None] + chunk.position_ids // size
-        # Of a chunk longer than the ring only the end is kept.
-        keep = (chunk.real) & (block > chunk.last_block[:, None] - self.capacity)
-        row, token = keep.nonzero(as_tuple=True)
+        row, token = chunk.real.nonzero(as_tuple=True)
         slot, offset = (block % self.capacity)[row, token], (chunk.position_ids % size)[row, token]
 
         turn = -(chunk.position_ids // size * size)
-        cos, sin = rotation_table(turn, chunk.cache.inverse_frequencies)
-        k = rotate(k, cos[:, None], sin[:, None])[row, :, token]
-        self.keys[row, :, slot, offset] = k
-        self.values[row, :, slot, offset] = v[row, :, token]
+        cos, sin = rotation_table(turn, chunk.inverse_frequencies)
+        turned = rotate(k, cos[:, None], sin[:, None])[row, :, token]
+        where = tuple(x.to(self.blocks.device) for x in (row, slot, offset))
+        self.keys[where[0], :, where[1], where[2]] = turned.to(self.blocks.device)
+        self.values[where[0], :, where[1], where[2]] = v[row, :, token].to(self.blocks.device)
         landmark = offset == size - 1
-        self.landmark_keys[row[landmark], :, slot[landmark]] = k[landmark]
+        if self.settings.positions == "absolute":
+            cos, sin = chunk.stream_turn
+            turned = rotate(k, cos[:, None, None], sin[:, None, None])[row, :, token]
+        self.landmark_keys[row[landmark], :, slot[landmark]] = turned[landmark]
 
 
 @dataclass
 class Chunk:
     """The next tokens of every row, and where they stand. Rows of unequal length are padded on the left.
 
-    start: (B,) padding in front of each row. blocks: (B,) complete blocks before the chunk, evicted ones counted.
-    partial: (B,) tokens of the incomplete block before the chunk. position_ids: (B, T), counted from the start of the
-    incomplete block, 0 on padding. real: (B, T) bool. host_*: the same numbers on the host.
+    counters: (3, B) int32, on the model's device: start, the padding in front of each row; blocks, its complete blocks
+    before the chunk, evicted ones counted; partial, tokens of the incomplete block before the chunk.
+    host_lengths, host_blocks, host_partial: tokens of each row in the chunk, and blocks and partial, on the host.
     """
 
     cache: BlockCache
@@ -148,32 +199,58 @@ class Chunk:
     host_lengths: list[int]
     host_blocks: list[int]
     host_partial: list[int]
-    start: Tensor
-    blocks: Tensor
-    partial: Tensor
-    position_ids: Tensor = field(init=False)
-    real: Tensor = field(init=False)
-    last_block: Tensor = field(init=False)
+    counters: Tensor
+    _moved: dict[torch.device, Chunk] = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        index = torch.arange(self.width, device=self.start.device)
-        self.real = index >= self.start[:, None]
-        self.position_ids = (index - self.start[:, None] + self.partial[:, None]).clamp(min=0) * self.real
-        last = self.partial + self.width - self.start - 1
-        self.last_block = self.blocks + last.clamp(min=0) // self.cache.settings.block_size
+    @property
+    def start(self) -> Tensor:
+        return self.counters[0]
+
+    @property
+    def blocks(self) -> Tensor:
+        return self.counters[1]
+
+    @property
+    def partial(self) -> Tensor:
+        return self.counters[2]
+
+    def to(self, device: torch.device) -> Chunk:
+        """The same chunk for a layer that lives on another device."""
+        if device == self.counters.device:
+            return self
+        if device not in self._moved:
+            self._moved[device] = replace(self, counters=self.counters.to(device))
+        return self._moved[device]
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(B, T) int64, counted from the start of the incomplete block; on padding a number without meaning."""
+        index = torch.arange(self.width, device=self.counters.device)
+        return (index + (self.partial - self.start)[:, None]).clamp_(min=0)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """(B, T) bool: no padding."""
+        return torch.arange(self.width, device=self.counters.device) >= self.start[:, None]
+
+    @cached_property
+    def inverse_frequencies(self) -> Tensor:
+        return self.cache.inverse_frequencies.to(self.counters.device)
+
+    @cached_property
+    def stream_turn(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B, rotary_dim / 2), of the turn from chunk positions to positions in each row's stream."""
+        return rotation_table(self.blocks * self.cache.settings.block_size, self.inverse_frequencies)
 
     @property
     def most_cached(self) -> int:
         """Complete blocks that can be retrieved in the row that has most."""
-        bound = self.cache.settings.cache_blocks
-        most = max(self.host_blocks)
-        return most if bound is None else min(most, bound)
+        return min(max(self.host_blocks), self.cache.settings.retrievable)
 
     @property
     def cached(self) -> Tensor:
         """(B,) complete blocks that can be retrieved."""
-        bound = self.cache.settings.cache_blocks
-        return self.blocks if bound is None else self.blocks.clamp(max=bound)
+        return self.blocks.clamp(max=self.cache.settings.retrievable)
 
     @property
     def window_start(self) -> Tensor:
@@ -191,7 +268,10 @@ class BlockCache:
 
     inverse_frequencies: (rotary_dim / 2,) angle per position of the model's rotary embedding.
     batch: rows. device: where the counters live (keys and values live where the model puts them).
+    offload: keep blocks in host memory, see offload.Offload; landmark keys stay on the model's device.
 
+    trace: set to a trace.Trace to record which blocks queries read.
+    generation: rises whenever tensors of the cache are replaced by larger ones.
     retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries chose, and how many of
     these a share under the cutoff dropped.
 
@@ -206,19 +286,30 @@ class BlockCache:
         *,
         batch: int = 1,
         device: torch.device | str = "cpu",
+        offload: Offload | None = None,
     ):
         self.settings = settings
         self.device = torch.device(device)
         self.inverse_frequencies = inverse_frequencies.to(self.device)
         self.batch = batch
+        self.offload = offload
+        self.trace: Trace | None = None
+        self.generation = 0
+        self.expected_blocks = 0
+        self._turns: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, LayerBlocks] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything read."""
-        self.layers: dict[int, LayerBlocks] = {}
+        """Forget everything read; the memory stays for the next text."""
         self.host_blocks = [0] * self.batch
         self.host_partial = [0] * self.batch
         self.retrievals = self.dropped_retrievals = 0
+
+    def expect(self, tokens: int) -> None:
+        """Say how many stream tokens (landmarks too) the longest row will have in the end: room for all of them is then
+        made at once, where doubling would hold up to twice as much, and old and new room at the same time."""
+        self.expected_blocks = tokens // self.settings.block_size + 1
 
     def begin_chunk(self, lengths: Sequence[int], width: int | None = None) -> Chunk:
         """Place the next chunk: `lengths` stream tokens (landmarks too) of each row, padded on the left to `width`."""
@@ -226,34 +317,40 @@ class BlockCache:
         width = max(lengths) if width is None else width
         if len(lengths) != self.batch or min(lengths) < 0 or max(lengths) > width or width == 0:
             raise ValueError(f"lengths {lengths} do not fit a chunk of {self.batch} rows of {width} tokens")
+        counters = self.counters(lengths, width)
+        # Copied from pinned memory, so that the host need not wait for the device.
+        counters = counters.pin_memory() if self.device.type == "cuda" else counters
+        counters = counters.to(self.device, non_blocking=True)
+        return Chunk(self, width, lengths, list(self.host_blocks), list(self.host_partial), counters)
 
-        def tensor(x: list[int]) -> Tensor:
-            return torch.tensor(x, dtype=torch.long, device=self.device)
-
-        return Chunk(
-            cache=self,
-            width=width,
-            host_lengths=lengths,
-            host_blocks=list(self.host_blocks),
-            host_partial=list(self.host_partial),
-            start=tensor([width - n for n in lengths]),
-            blocks=tensor(self.host_blocks),
-            partial=tensor(self.host_partial),
-        )
+    def counters(self, lengths: Sequence[int], width: int) -> Tensor:
+        """The counters of the next chunk, on the host."""
+        return torch.tensor([[width - n for n in lengths], self.host_blocks, self.host_partial], dtype=torch.int32)
 
     def layer(self, index: int, k: Tensor, chunk: Chunk) -> LayerBlocks:
         """Layer `index`'s blocks with room for the chunk; made on first use, shaped after its keys k (B, G, T, D)."""
         if index not in self.layers:
-            self.layers[index] = LayerBlocks(self.settings, k.shape[0], k.shape[1], k.shape[3], k)
+            self.layers[index] = LayerBlocks(self.settings, index, k, self.offload)
         blocks = self.layers[index]
-        size = self.settings.block_size
-        blocks.reserve(
-            max(
-                n + (r + new) // size + 1
-                for n, r, new in zip(chunk.host_blocks, chunk.host_partial, chunk.host_lengths, strict=True)
-            )
-        )
+        added = self._added_blocks(chunk.host_lengths, chunk.host_partial)
+        self.generation += blocks.reserve(chunk.host_blocks, added, self.expected_blocks)
         return blocks
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Make room for a chunk of `lengths` stream tokens in every layer that has been used."""
+        added = self._added_blocks(lengths, self.host_partial)
+        for blocks in self.layers.values():
+            self.generation += blocks.reserve(self.host_blocks, added, self.expected_blocks)
+
+    def turns(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of 0, 1, .. block slots' turn, (at least `rows`, rotary_dim / 2)."""
+        if (device, dtype) not in self._turns or self._turns[device, dtype][0].shape[0] < rows:
+            slots = torch.arange(1 << (rows - 1).bit_length(), device=device)
+            frequencies = self.inverse_frequencies.to(device)
+            cos, sin = rotation_table(slots * self.settings.block_size, frequencies)
+            self._turns[device, dtype] = cos.to(dtype), sin.to(dtype)
+            self.generation += 1
+        return self._turns[device, dtype]
 
     def end_chunk(self, chunk: Chunk) -> None:
         """Count the chunk as read, after every layer has seen it."""
@@ -262,3 +359,7 @@ class BlockCache:
             total = self.host_partial[row] + new
             self.host_blocks[row] += total // size
             self.host_partial[row] = total % size
+
+    def _added_blocks(self, lengths: Sequence[int], partial: Sequence[int]) -> list[int]:
+        """Blocks each row touches in a chunk, plus one: the next incomplete one."""
+        return [(r + new) // self.settings.block_size + 1 for r, new in zip(partial, lengths, strict=True)]
