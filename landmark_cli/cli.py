@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from landmark_cli import __version__, console
-from landmark_cli.commands import evaluate, generate, train, weight_diff
+from landmark_cli.commands import evaluate, generate, prepare, study, train, weight_diff
 from landmark_cli.errors import LandmarkError
 from landmark_cli.options import KINDS, Setting, build, load_recipe, settings_of
 
@@ -21,8 +22,11 @@ Command = tuple[str, type, Callable[[Any], None], str]
 
 # The words on the command line, the options dataclass, the function that does the work, the examples that end the help.
 COMMANDS: list[Command] = [
+    ("prepare", prepare.PrepareOptions, prepare.run, prepare.EXAMPLES),
     ("train", train.TrainOptions, train.run, train.EXAMPLES),
     ("eval perplexity", evaluate.PerplexityOptions, evaluate.run_perplexity, evaluate.PERPLEXITY_EXAMPLES),
+    ("eval study", study.StudyOptions, study.run, study.EXAMPLES),
+    ("eval passkey", evaluate.PassKeyOptions, evaluate.run_passkey, evaluate.PASSKEY_EXAMPLES),
     ("generate", generate.GenerateOptions, generate.run, generate.EXAMPLES),
     ("weight-diff make", weight_diff.MakeOptions, weight_diff.run_make, weight_diff.MAKE_EXAMPLES),
     ("weight-diff recover", weight_diff.RecoverOptions, weight_diff.run_recover, weight_diff.RECOVER_EXAMPLES),
@@ -57,6 +61,9 @@ def build_app(commands: Iterable[Command]) -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `landmark` with these arguments (sys.argv's without any), print what goes wrong, and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not sys.stderr.isatty():
+        # transformers' own bars are for a terminal; in a log they would be line after line.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         build_app(COMMANDS)(args=arguments, prog_name="landmark")
     except Exception as error:

@@ -17,7 +17,17 @@ MODEL = "Model"
 
 
 @dataclass
-class ModelOptions:
+class MachineOptions:
+    """Where models run, and in which precision."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", panel=MODEL, help="Of the weights and the computation; auto: as they are stored."
+    )
+    device: str = option("auto", panel=MODEL, help="Where to run: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+
+
+@dataclass
+class ModelOptions(MachineOptions):
     """Which model, and where it runs."""
 
     model: str | None = option(
@@ -25,10 +35,6 @@ class ModelOptions:
         panel=MODEL,
         help="A model directory, a hub id, or the authors' checkpoint. [default: the newest finished one under runs/]",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", panel=MODEL, help="Of the weights and the computation; auto: as they are stored."
-    )
-    device: str = option("auto", panel=MODEL, help="Where to run: cpu, cuda, cuda:1; auto: a GPU where there is one.")
 
 
 def name_model(options: ModelOptions) -> str:
@@ -43,16 +49,18 @@ def name_model(options: ModelOptions) -> str:
 
 
 def open_model(
-    name: str, options: ModelOptions, attention: str | None = None
+    name: str, options: MachineOptions, attention: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model by name as the options say; attention: in place of the one it was saved with.
 
     Raises LandmarkError where it cannot be opened or the device is not there.
     """
     import torch
+    from transformers.utils import logging
 
     from landmark_cli.models.store import load
 
+    logging.disable_progress_bar()
     device = None if options.device == "auto" else options.device
     try:
         return load(name, attention=attention, dtype=options.dtype, device=device and torch.device(device))

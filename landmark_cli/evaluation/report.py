@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,18 @@ from .studies import Study, describe
 
 
 def study_table(
-    study: Study, results: list[dict[str, Any] | None], corpus: str | None
+    study: Study, results: list[dict[str, Any] | None], corpora: Sequence[str]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: role, settings, what was measured, and the paper's figure for `corpus` where there is one."""
-    with_paper = corpus is not None and any(corpus in row.paper for row in study.rows)
-    with_dropped = any(result and "dropped" in result for result in results)
+    """Columns and rows: role, settings, what was measured, and the paper's figures for `corpora`."""
+    with_dropped = any(result and result["dropped_retrievals"] is not None for result in results)
     columns = ["model", *study.columns, "perplexity", "accuracy"]
-    columns += ["dropped"] * with_dropped + [f"paper ({corpus})"] * with_paper
+    columns += ["dropped"] * with_dropped + [f"paper: {corpus}" for corpus in corpora]
     rows = []
     for row, result in zip(study.rows, results, strict=True):
         result = result or {}
         cells = [row.role, *(row.settings.get(key) for key in study.columns)]
         cells += [result.get("perplexity"), result.get("accuracy")]
-        cells += [result.get("dropped")] * with_dropped + [row.paper.get(corpus)] * with_paper
+        cells += [result.get("dropped_retrievals")] * with_dropped + [row.paper.get(corpus) for corpus in corpora]
         rows.append(cells)
     return columns, rows
 

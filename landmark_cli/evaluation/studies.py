@@ -135,6 +135,19 @@ class FinishedRows:
             file.write(json.dumps({"key": key, "result": result}) + "\n")
 
 
+def check_roles(study: Study, models: dict[str, str]) -> None:
+    """Raise UsageError for a role the study does not have, or where no role has a model; say which rows are left out."""
+    for role in models:
+        if role not in study.roles:
+            raise UsageError(f'--role {role}=...: {study.name} has no role "{role}"{nearest(role, study.roles)}')
+    missing = [role for role in study.roles if role not in models]
+    if len(missing) == len(study.roles):
+        roles = ", ".join(f"{role} ({what})" for role, what in study.roles.items())
+        raise UsageError(f"{study.name} needs models: give --role {missing[0]}=DIRECTORY. Its roles: {roles}")
+    if missing:
+        info(f"no model for {', '.join(missing)}: their rows are left out")
+
+
 Measure = Callable[[Row], dict[str, Any]]
 
 
@@ -144,19 +157,7 @@ def run_study(
     """Measure the rows whose role has a model and that are not finished yet; None for rows without a model.
 
     models: role to model directory or hub id. common: what else a result depends on (data, sample, seed, dtype).
-    Raises UsageError for a role the study does not have, or where no row has a model.
     """
-    for role in models:
-        if role not in study.roles:
-            raise UsageError(f'--role {role}=...: {study.name} has no role "{role}"{nearest(role, study.roles)}')
-    missing = sorted(set(study.roles) - set(models))
-    if len(missing) == len(study.roles):
-        raise UsageError(
-            f"{study.name} needs a model: give --role {missing[0]}=DIRECTORY (roles: {', '.join(missing)})"
-        )
-    if missing:
-        info(f"no model for {', '.join(missing)}: their rows are left out")
-
     results: list[dict[str, Any] | None] = []
     for number, row in enumerate(study.rows, 1):
         if row.role not in models:

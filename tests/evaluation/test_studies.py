@@ -1,0 +1,135 @@
+"""Studies: the shipped ones are the paper's, an interrupted one goes on, and mistakes are named."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from landmark_cli.commands import study as command
+from landmark_cli.commands.study import StudyOptions
+from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.evaluation.studies import FinishedRows, load_study
+from landmark_cli.models import register
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+
+register()
+STUDY = """
+study: perplexity
+title: A small study
+roles: {landmark: with landmarks, xl: with a memory, miss: with a context-miss token}
+rows:
+  - {role: landmark, eval-length: 40, chunk: 8, top-k: 1, paper: {pg19: 16.5}}
+  - {role: landmark, eval-length: 40, chunk: 8, top-k: 2, selection: max_over_heads}
+  - {role: landmark, eval-length: 40, memory: false, chunk: 20}
+  - {role: xl, eval-length: 40}
+  - {role: miss, eval-length: 40, chunk: 8, top-k: 2, context-miss-cutoff: 0.2}
+"""
+SHAPES = {
+    "landmark": {"landmark_freq": 4, "trained_length": 40},
+    "xl": {"landmark_freq": None, "memory_length": 8, "segment_length": 8},
+    "miss": {"landmark_freq": 4, "trained_length": 40, "context_miss_token": True},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A study file, a token file and tiny models of every role."""
+    folder = tmp_path_factory.mktemp("study")
+    tokenizer = load_tokenizer("gpt2")
+    (folder / "small.yaml").write_text(STUDY)
+    with TokenFileWriter(folder / "validation.bin", tokenizer, source="random ids") as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, 50000, 130))
+    for role, shape in SHAPES.items():
+        GPTForCausalLM(GPTConfig(n_layer=1, n_head=2, n_embd=8, **shape)).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    return folder
+
+
+def options(place, output, roles=("landmark", "xl", "miss"), **changes):
+    chosen = [f"{role}={place / role}" for role in roles]
+    settings = {"study": str(place / "small.yaml"), "role": chosen, "data": place / "validation.bin", "output": output}
+    return StudyOptions(**settings | {"device": "cpu"} | changes)
+
+
+def test_a_study_measures_every_row_and_writes_its_tables(place, tmp_path):
+    command.run(options(place, tmp_path, plot=True))
+    data = json.loads((tmp_path / "small.json").read_text())
+    results = [row["result"] for row in data["rows"]]
+    assert [result["eval_length"] for result in results] == [40] * 5
+    assert [result["memory"] for result in results] == [True, True, False, True, True]
+    assert results[0]["reading"]["top_k"] == 1 and results[1]["reading"]["selection"] == "max_over_heads"
+    assert results[3]["chunk"] == 8 and results[3]["reading"] is None
+    assert 0 <= results[4]["dropped_retrievals"] <= 1
+    assert len({result["perplexity"] for result in results}) == 5
+    with (tmp_path / "small.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["paper: pg19"] == "16.5" and rows[1]["paper: pg19"] == ""
+    assert [float(row["perplexity"]) for row in rows] == [result["perplexity"] for result in results]
+    assert (tmp_path / "small.md").read_text().count("\n| ") == 7
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_study_measures_only_what_is_missing(place, tmp_path, monkeypatch, capsys):
+    command.run(options(place, tmp_path))
+    whole = (tmp_path / "small.json").read_text()
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:3], lines[3][: len(lines[3]) // 2]]) + "\n")
+    capsys.readouterr()
+    command.run(options(place, tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("kept from an earlier run") == 3
+    assert (tmp_path / "small.json").read_text() == whole
+    # The same settings over another choice of text are another measurement.
+    command.run(options(place, tmp_path, sample_tokens=40))
+    assert capsys.readouterr().err.count("kept from an earlier run") == 0
+
+
+def test_a_changed_model_is_measured_anew(place, tmp_path, capsys):
+    folder = tmp_path / "landmark"
+    for seed in range(2):
+        model = GPTForCausalLM(GPTConfig(n_layer=1, n_head=2, n_embd=8, initializer_range=0.1, **SHAPES["landmark"]))
+        model.save_pretrained(folder)
+        load_tokenizer("gpt2").save_pretrained(folder)
+        command.run(options(place, tmp_path / "out", roles=(), role=[f"landmark={folder}"]))
+        said = capsys.readouterr().err
+        assert "kept from an earlier run" not in said, seed
+        assert "no model for xl, miss" in said
+    assert len(FinishedRows(tmp_path / "out" / "rows.jsonl").rows) == 6
+
+
+@pytest.mark.parametrize(("name", "rows"), [("table1", 13), ("table2", 9), ("table3", 2)])
+def test_the_paper_s_tables_are_shipped(name, rows):
+    study = load_study(name)
+    assert len(study.rows) == rows
+    assert all(row.paper for row in study.rows)
+    for row in study.rows:
+        assert row.role in study.roles
+        assert row.settings["eval-length"] in (360, 512, 2048, 4096)
+        assert (row.reading().top_k_blocks is not None) == (row.role in ("landmark", "context-miss"))
+
+
+def test_mistakes_are_named(place, tmp_path):
+    with pytest.raises(UsageError, match="did you mean table1"):
+        load_study("tabel1")
+    with pytest.raises(UsageError, match=r'row 1: unknown key "topk"; did you mean top-k'):
+        (tmp_path / "s.yaml").write_text("study: perplexity\nroles: {a: x}\nrows: [{role: a, topk: 1}]")
+        load_study(tmp_path / "s.yaml")
+    with pytest.raises(UsageError, match="row 1: role 'b' is none of"):
+        (tmp_path / "s.yaml").write_text("study: perplexity\nroles: {a: x}\nrows: [{role: b}]")
+        load_study(tmp_path / "s.yaml")
+    with pytest.raises(UsageError, match="at least one row"):
+        (tmp_path / "s.yaml").write_text("study: perplexity\n")
+        load_study(tmp_path / "s.yaml")
+    with pytest.raises(UsageError, match="needs models: give --role landmark=DIRECTORY"):
+        command.run(options(place, tmp_path, roles=()))
+    with pytest.raises(UsageError, match='no role "landmrk"; did you mean landmark'):
+        command.run(options(place, tmp_path, role=["landmrk=x"]))
+    with pytest.raises(UsageError, match="expected role=model"):
+        command.run(options(place, tmp_path, role=["landmark"]))
+    with pytest.raises(UsageError, match="--compare books: small has figures of pg19"):
+        command.run(options(place, tmp_path, compare="books"))
+    with pytest.raises(LandmarkError, match="is not there"):
+        command.run(options(place, tmp_path, roles=(), role=[f"landmark={tmp_path / 'nowhere'}"]))
