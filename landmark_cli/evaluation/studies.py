@@ -136,7 +136,7 @@ class FinishedRows:
 
 
 def check_roles(study: Study, models: dict[str, str]) -> None:
-    """Raise UsageError for a role the study does not have, or where no role has a model; say which rows are left out."""
+    """Raise UsageError for a role the study does not have, or where no role has a model; say what is left out."""
     for role in models:
         if role not in study.roles:
             raise UsageError(f'--role {role}=...: {study.name} has no role "{role}"{nearest(role, study.roles)}')
