@@ -20,8 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/run.sh
 
+# Two processes of one thread each do better than one of two: much of the time is starting processes.
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not real" -n 2 --dist worksteal
 
 test-real: $(INSTALLED)
 	$(BIN)/python -m pytest -m real
