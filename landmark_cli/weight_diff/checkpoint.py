@@ -75,6 +75,7 @@ class Checkpoint:
                 raise LandmarkError(f"{role} {folder}: {file.name} lacks {name}, which the index says it holds")
         self._lock = threading.Lock()
         self._read_bytes = 0
+        self._touched: set[SafetensorsShard | BinShard] = set()
         self._release_bytes = max(RELEASE_BYTES[file.suffix] for file in self.files)
 
     @property
@@ -87,13 +88,15 @@ class Checkpoint:
         dtype = pattern(self.tensors[name].dtype)
         if stop <= start:
             return np.empty(0, dtype)
+        shard = self._shard_of[name]
         with self._lock:
+            self._touched.add(shard)
             self._read_bytes += (stop - start) * dtype.itemsize
             if self._read_bytes >= self._release_bytes:
                 self._read_bytes = 0
-                for shard in self.shards.values():
-                    shard.release()
-        return self._shard_of[name].read(name, start, stop, dtype)
+                while self._touched:
+                    self._touched.pop().release()
+        return shard.read(name, start, stop, dtype)
 
     def inside(self, file: str) -> Path:
         """The path of a file of this directory by the name an index gives. Raises LandmarkError for one outside."""

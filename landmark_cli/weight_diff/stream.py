@@ -29,7 +29,8 @@ def pieces(start: int, stop: int, itemsize: int) -> Iterator[tuple[int, int]]:
 
 def default_threads() -> int:
     """As many as there are processors, within reason: reading, arithmetic, sha256 and writing all run side by side."""
-    return min(os.cpu_count() or 1, MOST_THREADS)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_THREADS)
 
 
 def for_each_tensor(
