@@ -23,15 +23,19 @@ accelerate launch --num_processes 8 landmark prepare arxiv-math
 class PrepareOptions:
     """Turn text into token files that training and evaluation read.
 
-    Without options: six novels of Jane Austen that are part of this program, Persuasion held out for validation, into
-    data/sample. The other corpora come from --source or from their copy on the Hugging Face hub: pg19, arxiv-math
-    (the arXiv papers of the proof-pile), redpajama (the 1T sample); text is any files or folders of yours (.txt, .md,
-    .tex, .jsonl also .gz or .zst, .parquet). Folders train/, validation/ and test/ become those splits.
+    Without options: six novels of Jane Austen that are part of this program,
+    Persuasion held out for validation, into data/sample.
+
+    pg19, arxiv-math (the arXiv papers of the proof-pile) and redpajama (the 1T
+    sample) come from --source or from their copy on the Hugging Face hub. text
+    is any files or folders of yours: .txt, .md, .tex, .parquet, and .jsonl, also
+    .jsonl.gz or .jsonl.zst. Folders train/, validation/ and test/ make splits.
+
     Interrupted, it goes on where it was when the same command is run again.
     """
 
     corpus: Literal["sample", "pg19", "arxiv-math", "redpajama", "text"] = option(
-        "sample", positional=True, help="Which corpus."
+        "sample", positional=True, help="sample, pg19, arxiv-math, redpajama or text."
     )
     source: list[str] | None = option(
         None, help="A file or folder (repeatable), or the hub id of a copy. [default: the corpus's own copy on the hub]"
