@@ -43,14 +43,17 @@ ABOUT = "Landmark attention: from raw text to a trained model that reads inputs 
 def build_app(commands: Iterable[Command]) -> typer.Typer:
     """The Typer application of these commands; a command of two words ("eval perplexity") stands in a group."""
     commands = list(commands)
-    firsts = [_first_example(examples) for _, _, _, examples in commands]
-    app = _group(ABOUT, firsts)
+    shortest = {words: _shortest_example(examples) for words, _, _, examples in commands}
+    one_each: dict[str, str] = {}
+    for words, example in shortest.items():
+        one_each.setdefault(words.split()[0], example)
+    app = _group(ABOUT, one_each.values())
     app.callback()(_root)
     groups: dict[str, typer.Typer] = {}
     for words, options_class, run, examples in commands:
         group, _, name = words.rpartition(" ")
         if group and group not in groups:
-            inside = [first for first, command in zip(firsts, commands, strict=True) if command[0].startswith(group)]
+            inside = [example for words, example in shortest.items() if words.startswith(f"{group} ")]
             groups[group] = _group(GROUPS[group], inside)
             app.add_typer(groups[group], name=group)
         parent = groups[group] if group else app
@@ -95,8 +98,8 @@ def _epilog(examples: str) -> str:
     return "Examples:\n" + escape("\n".join(line.strip() for line in examples.strip().splitlines()))
 
 
-def _first_example(examples: str) -> str:
-    return next(line for line in map(str.strip, examples.splitlines()) if line.startswith("landmark "))
+def _shortest_example(examples: str) -> str:
+    return min((line for line in map(str.strip, examples.splitlines()) if line.startswith("landmark ")), key=len)
 
 
 def _show_version(wanted: bool) -> None:
@@ -141,7 +144,8 @@ def _callback(words: str, options_class: type, run: Callable[[Any], None]) -> Ca
     parameters += [_keyword("recipe", Annotated[str | None, recipe], None), _keyword("debug", Debug, False)]
     callback.__signature__ = inspect.Signature(parameters)
     callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    callback.__doc__ = escape(inspect.getdoc(options_class) or "")
+    paragraphs = (inspect.getdoc(options_class) or "").split("\n\n")
+    callback.__doc__ = escape("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
     return callback
 
 
@@ -172,7 +176,7 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def _names(setting: Setting) -> tuple[str, ...]:
     names = setting.metadata["names"] or (f"--{setting.key}",)
-    if setting.kind is not bool:
+    if setting.kind is not bool or not setting.metadata["saved"]:
         return names
     return tuple(f"{name}/--no-{name[2:]}" if name.startswith("--") else name for name in names)
 

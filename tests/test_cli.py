@@ -184,6 +184,7 @@ def test_help_tells_all(greet, monkeypatch):
     ]:
         assert text in out
     assert "--secret" not in out
+    assert "--no-resume" not in out
     assert out.rstrip().endswith("landmark greet me --times 3 --words [x]")
 
 
