@@ -6,18 +6,24 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from landmark_cli.console import info, quantity, table, warn
-from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.commands.run_options import (
+    RunOptions,
+    begin,
+    carry_out,
+    loop_settings,
+    open_split,
+    validation_windows,
+)
+from landmark_cli.console import info, quantity, table
+from landmark_cli.errors import UsageError
 from landmark_cli.options import option, save_recipe
 
 if TYPE_CHECKING:
-    from landmark_cli.data.batches import SequentialWindows
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.data.tokenizers import TextTokenizer
     from landmark_cli.models.gpt import GPTConfig
-    from landmark_cli.training.loop import Loop, LoopSettings
 
 EXAMPLES = """\
 accelerate launch landmark train
@@ -29,12 +35,8 @@ landmark train --data data/pg19 --output runs/pg19-landmark --compile --resume
 
 
 @dataclass
-class TrainOptions:
-    """Train the paper's language model, or its baseline, on prepared token files.
-
-    Without options: the paper's shape on the newest corpus under data/, into runs/. Runs on one device as it is, on
-    several through `accelerate launch` or torchrun.
-    """
+class CorpusAndShape:
+    """What the paper's model is trained on, and its shape."""
 
     data: list[Path] | None = option(
         None, panel="Data", help="Directories that `landmark prepare` made. [default: the newest under data/]"
@@ -53,44 +55,15 @@ class TrainOptions:
     dropout: float = option(0.0, panel="Model", min=0, max=1, help="Dropout after embedding, attention and MLP.")
     top_k_blocks: int = option(4, panel="Model", min=0, help="Blocks the model retrieves unless it is told otherwise.")
 
-    steps: int = option(15_000, panel="Training", min=1, help="Optimizer steps.")
-    batch_size: int = option(16, panel="Training", min=1, help="Windows a device takes at a time.")
-    accumulation: int = option(8, panel="Training", min=1, help="Times that it does so in a step.")
-    lr: float = option(2e-3, panel="Training", min=0, help="The highest learning rate.")
-    schedule: Literal["one-cycle", "cosine", "linear", "constant"] = option(
-        "one-cycle", panel="Training", help="How the learning rate climbs and falls."
-    )
-    warmup: float = option(0.02, panel="Training", min=0, max=1, help="Share of the steps in which it climbs.")
-    final_lr: float = option(0.2, panel="Training", min=0, max=1, help="The last learning rate, as a share of --lr.")
-    weight_decay: float = option(1e-3, panel="Training", min=0, help="On matrices of linear layers only.")
-    beta1: float = option(0.9, panel="Training", min=0, max=1, help="AdamW's first beta.")
-    beta2: float = option(0.95, panel="Training", min=0, max=1, help="AdamW's second beta.")
-    clip: float = option(1.0, panel="Training", min=0, help="Largest gradient norm; 0 for none.")
-    seed: int = option(0, panel="Training", min=0, help="Of the initial weights, the data's order and dropout.")
 
-    device: Literal["auto", "cpu"] = option("auto", panel="Machine", saved=False, help="Where to train.")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto",
-        panel="Machine",
-        help="auto: accelerate's own setting, else bf16 on a GPU that has it, else fp32.",
-    )
-    tf32: bool = option(True, panel="Machine", help="TF32 for what stays in fp32 on a GPU.")
-    compile: bool = option(False, panel="Machine", help="Compile the model with torch.compile.")
+@dataclass
+class TrainOptions(RunOptions, CorpusAndShape):
+    """Train the paper's language model, or its baseline, on prepared token files.
 
-    output: Path | None = option(
-        None, panel="Output", saved=False, help="The run's directory. [default: a new one under runs/]"
-    )
-    resume: bool = option(
-        False, panel="Output", saved=False, help="Go on from the newest checkpoint there; start where there is none."
-    )
-    log_every: int = option(10, panel="Output", min=1, help="Steps between two lines of metrics.jsonl.")
-    eval_every: int = option(500, panel="Output", min=0, help="Steps between two evaluations; 0 for none.")
-    eval_windows: int = option(128, panel="Output", min=1, help="Windows of validation text that an evaluation reads.")
-    save_every: int = option(1000, panel="Output", min=0, help="Steps between two checkpoints; 0 for none.")
-    keep: int = option(2, panel="Output", min=1, help="The newest checkpoints kept.")
-    log_with: list[Literal["wandb", "tensorboard"]] | None = option(
-        None, panel="Output", saved=False, help="Trackers to log to besides metrics.jsonl."
-    )
+    Without options: the paper's shape on the newest corpus under data/, into runs/. Runs on one device as it is, on
+    several through `accelerate launch` or torchrun.
+    """
+
     dry_run: bool = option(
         False, panel="Output", saved=False, help="Print parameters, tokens per step and estimated memory, and stop."
     )
@@ -134,18 +107,6 @@ def check(options: TrainOptions) -> None:
         raise UsageError(f"--data-weights: {len(options.data_weights)} given for {len(options.data or ())} of --data")
 
 
-def open_split(directories: list[Path], split: str) -> list[TokenFile]:
-    """The token files of one split, all of one tokenizer; directories without a split other than train are left out."""
-    from landmark_cli.data.token_file import TokenFile
-
-    paths = [directory / f"{split}.bin" for directory in directories]
-    files = [TokenFile.open(path) for path in paths if split == "train" or path.exists()]
-    if len({file.metadata.tokenizer_fingerprint for file in files}) > 1:
-        names = ", ".join(f"{file.path} with {file.metadata.tokenizer}" for file in files)
-        raise LandmarkError(f"--data: prepared with different tokenizers ({names}); prepare all with one")
-    return files
-
-
 def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
     """The model's config: the shape from the options, token ids from the tokenizer, the vocabulary padded to 64s."""
     from landmark_cli.models.gpt import GPTConfig
@@ -168,42 +129,25 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
 
 def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, files: list[TokenFile]) -> None:
     """The run itself, in every process."""
-    from accelerate import PartialState
-    from accelerate.utils import set_seed
-
     from landmark_cli.data.batches import Batches
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.loop import Loop
-    from landmark_cli.training.runs import resolve_precision, run_directory, run_identity
-    from landmark_cli.training.setup import make_accelerator
+    from landmark_cli.training.runs import run_identity
 
-    state = PartialState(cpu=options.device == "cpu")
-    output = run_directory(options.output, run_name(options), options.resume, state)
-    precision = resolve_precision(options.precision, options.device)
-    accelerator = make_accelerator(
-        precision=precision,
-        accumulation=options.accumulation,
-        device=options.device,
-        compile=options.compile,
-        tf32=options.tf32,
-        log_with=options.log_with,
-        output=output,
-    )
-    set_seed(options.seed)
+    accelerator, output, precision = begin(options, run_name(options))
     model = GPTForCausalLM(config)
     global_batch = options.batch_size * options.accumulation * accelerator.num_processes
-    batches = Batches(
-        files, options.data_weights, global_batch=global_batch, seed=options.seed, **window_settings(options, config)
+    windows = window_settings(options, config)
+    batches = Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows)
+    loop = Loop(
+        accelerator,
+        model,
+        batches,
+        loop_settings(options, output, precision, options.sequence_length),
+        identity=run_identity(config, files, options.data_weights, global_batch, options.seed),
+        validation=validation_windows(options, options.data, windows),
     )
-    identity = run_identity(config, files, options.data_weights, global_batch, options.seed)
-    validation = validation_windows(options, config)
-    loop = Loop(accelerator, model, batches, loop_settings(options, output, precision), identity, validation)
-    describe(config, loop)
-    if options.resume:
-        info(f"going on from step {loop.step}" if loop.resume() else f"{output} has no checkpoint yet: starting")
-    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(options).items()}
-    accelerator.init_trackers("landmark", config=settings)
-    loop.run()
+    carry_out(options, config, loop)
 
     def save_rest(directory: Path) -> None:
         tokenizer.save_pretrained(directory, landmark=not options.baseline)
@@ -219,17 +163,6 @@ def run_name(options: TrainOptions) -> str:
     return f"{options.data[0].resolve().name}-{'baseline' if options.baseline else 'landmark'}"
 
 
-def validation_windows(options: TrainOptions, config: GPTConfig) -> list[SequentialWindows]:
-    """The windows that evaluations read: --eval-windows of them, spread over all validation files."""
-    from landmark_cli.data.batches import SequentialWindows
-
-    files = open_split(options.data, "validation") if options.eval_every else []
-    if options.eval_every and not files:
-        warn(f"{options.data[0]} has no validation.bin: training without evaluation")
-    limit = max(options.eval_windows // max(len(files), 1), 1)
-    return [SequentialWindows(file, limit=limit, **window_settings(options, config)) for file in files]
-
-
 def window_settings(options: TrainOptions, config: GPTConfig) -> dict[str, int | None]:
     """What cuts windows out of token files: the same for training and evaluation."""
     return {
@@ -238,42 +171,6 @@ def window_settings(options: TrainOptions, config: GPTConfig) -> dict[str, int |
         "landmark_token_id": config.landmark_token_id,
         "eot_id": config.eos_token_id,
     }
-
-
-def loop_settings(options: TrainOptions, output: Path, precision: str) -> LoopSettings:
-    """The options as the training loop takes them."""
-    from landmark_cli.training.loop import LoopSettings
-    from landmark_cli.training.optimizer import Schedule
-
-    return LoopSettings(
-        output=output,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        accumulation=options.accumulation,
-        sequence_length=options.sequence_length,
-        schedule=Schedule(options.schedule, options.lr, options.steps, options.warmup, options.final_lr),
-        weight_decay=options.weight_decay,
-        betas=(options.beta1, options.beta2),
-        clip=options.clip,
-        precision=precision,
-        seed=options.seed,
-        log_every=options.log_every,
-        evaluate_every=options.eval_every,
-        save_every=options.save_every,
-        keep=options.keep,
-    )
-
-
-def describe(config: GPTConfig, loop: Loop) -> None:
-    """Say what is about to run."""
-    from landmark_cli.training.runs import attention_name, device_name
-
-    accelerator, settings = loop.accelerator, loop.settings
-    processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
-    windows, length = loop.batches.global_batch, settings.sequence_length
-    info(f"model: {quantity(loop.parameters)} parameters, {attention_name(config, accelerator.device)}")
-    info(f"on {processes}{device_name(accelerator.device)} in {settings.precision}")
-    info(f"{windows} windows of {length} = {quantity(windows * length)} tokens a step")
 
 
 def show_plan(options: TrainOptions, config: GPTConfig, files: list[TokenFile]) -> None:

@@ -1,0 +1,171 @@
+"""What every training run is told: how to train, on what machine, what to write. train and finetune share it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from landmark_cli.console import info, quantity, warn
+from landmark_cli.errors import LandmarkError
+from landmark_cli.options import option
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedConfig
+
+    from landmark_cli.data.batches import SequentialWindows
+    from landmark_cli.data.token_file import TokenFile
+    from landmark_cli.training.loop import Loop, LoopSettings
+
+
+@dataclass
+class RunOptions:
+    """How to train, where, and what to write."""
+
+    steps: int = option(15_000, panel="Training", min=1, help="Optimizer steps.")
+    batch_size: int = option(16, panel="Training", min=1, help="Windows a device takes at a time.")
+    accumulation: int = option(8, panel="Training", min=1, help="Times that it does so in a step.")
+    lr: float = option(2e-3, panel="Training", min=0, help="The highest learning rate.")
+    schedule: Literal["one-cycle", "cosine", "linear", "constant"] = option(
+        "one-cycle", panel="Training", help="How the learning rate climbs and falls."
+    )
+    warmup: float = option(0.02, panel="Training", min=0, max=1, help="Share of the steps in which it climbs.")
+    final_lr: float = option(0.2, panel="Training", min=0, max=1, help="The last learning rate, as a share of --lr.")
+    weight_decay: float = option(1e-3, panel="Training", min=0, help="On matrices of linear layers only.")
+    beta1: float = option(0.9, panel="Training", min=0, max=1, help="AdamW's first beta.")
+    beta2: float = option(0.95, panel="Training", min=0, max=1, help="AdamW's second beta.")
+    clip: float = option(1.0, panel="Training", min=0, help="Largest gradient norm; 0 for none.")
+    seed: int = option(0, panel="Training", min=0, help="Of the initial weights, the data's order and dropout.")
+
+    device: Literal["auto", "cpu"] = option("auto", panel="Machine", saved=False, help="Where to train.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto",
+        panel="Machine",
+        help="auto: accelerate's own setting, else bf16 on a GPU that has it, else fp32.",
+    )
+    tf32: bool = option(True, panel="Machine", help="TF32 for what stays in fp32 on a GPU.")
+    compile: bool = option(False, panel="Machine", help="Compile the model with torch.compile.")
+
+    output: Path | None = option(
+        None, panel="Output", saved=False, help="The run's directory. [default: a new one under runs/]"
+    )
+    resume: bool = option(
+        False, panel="Output", saved=False, help="Go on from the newest checkpoint there; start where there is none."
+    )
+    log_every: int = option(10, panel="Output", min=1, help="Steps between two lines of metrics.jsonl.")
+    eval_every: int = option(500, panel="Output", min=0, help="Steps between two evaluations; 0 for none.")
+    eval_windows: int = option(128, panel="Output", min=1, help="Windows of validation text that an evaluation reads.")
+    save_every: int = option(1000, panel="Output", min=0, help="Steps between two checkpoints; 0 for none.")
+    keep: int = option(2, panel="Output", min=1, help="The newest checkpoints kept.")
+    log_with: list[Literal["wandb", "tensorboard"]] | None = option(
+        None, panel="Output", saved=False, help="Trackers to log to besides metrics.jsonl."
+    )
+
+
+def changed(name: str, default: Any) -> Any:
+    """The option `name` of every run, with another default for one command."""
+    return dataclasses.field(default=default, metadata=RunOptions.__dataclass_fields__[name].metadata)
+
+
+def open_split(directories: list[Path], split: str) -> list[TokenFile]:
+    """The token files of one split, all of one tokenizer; directories without a split other than train are left out."""
+    from landmark_cli.data.token_file import TokenFile
+
+    paths = [directory / f"{split}.bin" for directory in directories]
+    files = [TokenFile.open(path) for path in paths if split == "train" or path.exists()]
+    if len({file.metadata.tokenizer_fingerprint for file in files}) > 1:
+        names = ", ".join(f"{file.path} with {file.metadata.tokenizer}" for file in files)
+        raise LandmarkError(f"--data: prepared with different tokenizers ({names}); prepare all with one")
+    return files
+
+
+def validation_windows(
+    options: RunOptions, directories: list[Path], settings: dict[str, Any]
+) -> list[SequentialWindows]:
+    """The windows that evaluations read: --eval-windows of them, spread over all validation files.
+
+    settings: what cuts windows out of a file, the same as for training.
+    """
+    from landmark_cli.data.batches import SequentialWindows
+
+    files = open_split(directories, "validation") if options.eval_every else []
+    if options.eval_every and not files:
+        warn(f"{directories[0]} has no validation.bin: training without evaluation")
+    limit = max(options.eval_windows // max(len(files), 1), 1)
+    return [SequentialWindows(file, limit=limit, **settings) for file in files]
+
+
+def loop_settings(options: RunOptions, output: Path, precision: str, sequence_length: int) -> LoopSettings:
+    """The options as the training loop takes them. sequence_length: positions of a window, landmarks included."""
+    from landmark_cli.training.loop import LoopSettings
+    from landmark_cli.training.optimizer import Schedule
+
+    return LoopSettings(
+        output=output,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        accumulation=options.accumulation,
+        sequence_length=sequence_length,
+        schedule=Schedule(options.schedule, options.lr, options.steps, options.warmup, options.final_lr),
+        weight_decay=options.weight_decay,
+        betas=(options.beta1, options.beta2),
+        clip=options.clip,
+        precision=precision,
+        seed=options.seed,
+        log_every=options.log_every,
+        evaluate_every=options.eval_every,
+        save_every=options.save_every,
+        keep=options.keep,
+    )
+
+
+def begin(options: RunOptions, name: str) -> tuple[Accelerator, Path, str]:
+    """What a run stands on, in every process: the accelerate object, the run's directory, the precision.
+
+    name: of the directory under runs/ where no --output is given.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import set_seed
+
+    from landmark_cli.training.runs import resolve_precision, run_directory
+    from landmark_cli.training.setup import make_accelerator
+
+    state = PartialState(cpu=options.device == "cpu")
+    output = run_directory(options.output, name, options.resume, state)
+    precision = resolve_precision(options.precision, options.device)
+    accelerator = make_accelerator(
+        precision=precision,
+        accumulation=options.accumulation,
+        device=options.device,
+        compile=options.compile,
+        tf32=options.tf32,
+        log_with=options.log_with,
+        output=output,
+    )
+    set_seed(options.seed)
+    return accelerator, output, precision
+
+
+def carry_out(options: RunOptions, config: PreTrainedConfig, loop: Loop) -> None:
+    """Say what is about to run, go on from a checkpoint where that is wanted, and train to the last step."""
+    describe(config, loop)
+    if options.resume:
+        output = loop.settings.output
+        info(f"going on from step {loop.step}" if loop.resume() else f"{output} has no checkpoint yet: starting")
+    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(options).items()}
+    loop.accelerator.init_trackers("landmark", config=settings)
+    loop.run()
+
+
+def describe(config: PreTrainedConfig, loop: Loop) -> None:
+    """Say what is about to run."""
+    from landmark_cli.training.runs import attention_name, device_name
+
+    accelerator, settings = loop.accelerator, loop.settings
+    processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
+    windows, length = loop.batches.global_batch, settings.sequence_length
+    info(f"model: {quantity(loop.parameters)} parameters, {attention_name(config, accelerator.device)}")
+    info(f"on {processes}{device_name(accelerator.device)} in {settings.precision}")
+    info(f"{windows} windows of {length} = {quantity(windows * length)} tokens a step")
