@@ -22,7 +22,6 @@ from landmark_cli import __version__
 from landmark_cli.errors import LandmarkError
 from landmark_cli.weight_diff.bits import ITEM_BYTES, UNSIGNED
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor, read_json
-from landmark_cli.weight_diff.matching import Pair
 
 MANIFEST = "landmark_diff.json"
 FORMAT = "landmark-weight-diff"
@@ -66,8 +65,9 @@ class Entry:
     raw_sha256: str = ""
 
     @property
-    def pair(self) -> Pair:
-        return Pair(self.tensor, self.raw, self.raw.count if self.raw else 0)
+    def shared(self) -> int:
+        """How many leading elements raw has too."""
+        return self.raw.count if self.raw else 0
 
 
 def stored(tensor: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class OurDiff:
         dtype = bits.pattern(entry.tensor.dtype)
         out, spare = np.empty((2, PIECE_BYTES // dtype.itemsize), dtype)
         digest = hashlib.sha256()
-        shared = entry.pair.shared
+        shared = entry.shared
         spans = [*pieces(0, shared, dtype.itemsize), *pieces(shared, entry.tensor.count, dtype.itemsize)]
         for start, stop in spans:
             check()
@@ -138,7 +138,7 @@ class OurDiff:
     def _blame(self, entry: manifest.Entry) -> str:
         name = entry.tensor.name
         digest = hashlib.sha256()
-        for start, stop in pieces(0, entry.pair.shared, bits.ITEM_BYTES[entry.tensor.dtype]):
+        for start, stop in pieces(0, entry.shared, bits.ITEM_BYTES[entry.tensor.dtype]):
             digest.update(self._read_raw(entry, start, stop))
         if entry.raw is not None and digest.hexdigest() != entry.raw_sha256:
             return (
