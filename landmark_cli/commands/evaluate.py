@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
-from landmark_cli.console import info, results
-from landmark_cli.errors import LandmarkError
+from landmark_cli.console import console, info, results
+from landmark_cli.errors import LandmarkError, import_extra
 from landmark_cli.inference.settings import ReadingSettings, has_landmarks
 from landmark_cli.options import option
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from landmark_cli.data.token_file import TokenFile
+    from landmark_cli.evaluation.passkey import Cell, PassKeyResult
     from landmark_cli.evaluation.perplexity import PerplexityResult, Score
 
 PERPLEXITY_EXAMPLES = """
@@ -25,17 +26,19 @@ landmark eval perplexity --model runs/pg19-landmark --no-memory --eval-length 51
 landmark eval perplexity --model runs/pg19-baseline --data data/pg19 --eval-length 360
 """
 
+PASSKEY_EXAMPLES = """
+landmark eval passkey --model runs/llama-landmark --lengths 2048,4096,8192,16384 --prompts 20
+landmark eval passkey --model runs/llama-landmark --lengths 1000000 --depths 5 --prompts 2 --top-k 4
+landmark eval passkey --model HuggingFaceTB/SmolLM2-135M-Instruct --full-attention --depths 5 --plot passkey.png
+"""
+
 MEASUREMENT = "Measurement"
 OUTPUT = "Output"
 
 
 @dataclass
-class PerplexityOptions(ReadingSettings, ModelOptions):
-    """Perplexity and accuracy of a model on a token file, overall and by chunk.
-
-    The text is cut into windows of --eval-length text tokens, each read in chunks through the block cache. Every token
-    predicts the one after it; landmarks and ends of documents predict nothing.
-    """
+class EvaluationOptions(ReadingSettings, ModelOptions):
+    """How a command that measures opens a model and reads with it."""
 
     top_k_blocks: int | None = option(
         None,
@@ -44,6 +47,16 @@ class PerplexityOptions(ReadingSettings, ModelOptions):
         min=0,
         help="Blocks retrieved for each token; 0 for none. [default: as the model says]",
     )
+
+
+@dataclass
+class PerplexityOptions(EvaluationOptions):
+    """Perplexity and accuracy of a model on a token file, overall and by chunk.
+
+    The text is cut into windows of --eval-length text tokens, each read in chunks through the block cache. Every token
+    predicts the one after it; landmarks and ends of documents predict nothing.
+    """
+
     data: Path | None = option(
         None,
         panel=MEASUREMENT,
@@ -62,6 +75,38 @@ class PerplexityOptions(ReadingSettings, ModelOptions):
     )
     json: str | None = option(
         None, panel=OUTPUT, saved=False, help="Write the results to this file as data too; - for standard output."
+    )
+
+
+@dataclass
+class PassKeyOptions(EvaluationOptions):
+    """Hide a number in filler text and ask the model for it.
+
+    Lengths count text tokens, the question included. The table gives the share of keys found with its 95 % interval
+    (Wilson), the heat map the share by depth of the key and length of the prompt.
+    """
+
+    lengths: list[int] = option(
+        [512, 1024, 2048, 4096], panel=MEASUREMENT, min=1, help="Text tokens of the prompts, with commas between."
+    )
+    prompts: int = option(
+        10, panel=MEASUREMENT, min=1, help="Prompts of each length; with --depths, of each depth too."
+    )
+    depths: int | None = option(
+        None, panel=MEASUREMENT, min=1, help="Put keys at so many depths, evenly from 0 to 1. [default: drawn evenly]"
+    )
+    full_attention: bool = option(
+        False, panel=MEASUREMENT, help="Read by the model's ordinary attention, as an untouched model does."
+    )
+    batch_size: int | None = option(
+        None, panel=MEASUREMENT, min=1, help="Prompts read at a time. [default: by their length]"
+    )
+    seed: int = option(0, panel=MEASUREMENT, min=0, help="Of keys and depths.")
+    json: str | None = option(
+        None, panel=OUTPUT, saved=False, help="Write the results to this file as data too; - for standard output."
+    )
+    plot: Path | None = option(
+        None, panel=OUTPUT, saved=False, help="Write the heat map to this file as a picture. Needs the extra plot."
     )
 
 
@@ -98,6 +143,50 @@ def run_perplexity(options: PerplexityOptions) -> None:
     )
 
 
+def run_passkey(options: PassKeyOptions) -> None:
+    """Measure, print table and heat map and, where asked, write the results as JSON and as a picture.
+
+    Raises LandmarkError for a length that no prompt can have, or where the picture's package is missing.
+    """
+    if options.plot is not None:
+        import_extra("matplotlib", "plot")
+    name = name_model(options)
+    model, tokenizer = open_model(name, options, attention="sdpa" if options.full_attention else None)
+    from landmark_cli.evaluation.heat_map import draw_heat_map, terminal_heat_map
+    from landmark_cli.evaluation.passkey import evaluate_passkey
+
+    result = evaluate_passkey(
+        model,
+        tokenizer,
+        options.lengths,
+        prompts=options.prompts,
+        depths=options.depths,
+        reading=options,
+        full_attention=options.full_attention,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    rows = [
+        [length, cell.prompts, cell.found, cell.accuracy, "{:.3f}-{:.3f}".format(*cell.interval)]
+        for length, cell in ((length, result.cell(length)) for length in result.lengths)
+    ]
+    data = {"model": name, **passkey_data(result, model, options)}
+    how = f"top-k {data['reading']['top_k']}" if data["reading"] else "its own window"
+    if options.full_attention:
+        how = "full attention"
+    results(
+        ["tokens", "prompts", "found", "accuracy", "95 % interval"],
+        rows,
+        data=data,
+        json_target=options.json,
+        title=f"pass keys, {name}, {how}",
+    )
+    console(stderr=options.json == "-").print(terminal_heat_map(result))
+    if options.plot is not None:
+        draw_heat_map(result, options.plot, f"keys found: {Path(name).name}, {how}")
+        info(f"wrote {options.plot}")
+
+
 def open_text(path: Path | None) -> TokenFile:
     """The token file a path names: itself, or a corpus directory's validation.bin; by default the newest corpus's."""
     from landmark_cli.data.token_file import TokenFile, find_corpus
@@ -120,24 +209,53 @@ def check_fits(file: TokenFile, name: str, model: PreTrainedModel, tokenizer: Pr
 
 def perplexity_data(result: PerplexityResult, model: PreTrainedModel, reading: ReadingSettings) -> dict[str, Any]:
     """A result as plain data; the same run gives the same data. "reading" is None where no block is retrieved."""
-    retrieval = None
-    if result.memory and has_landmarks(model):
-        retrieval = {
-            "top_k": model.config.top_k_blocks if reading.top_k_blocks is None else reading.top_k_blocks,
-            "cache_blocks": reading.cache_blocks,
-            "selection": reading.selection,
-            "positions": reading.positions,
-        }
     return {
         "eval_length": result.eval_length,
         "chunk": result.chunk,
         "windows": result.windows,
         "memory": result.memory,
-        "reading": retrieval,
+        "reading": retrieval_data(model, reading) if result.memory else None,
         "dropped_retrievals": result.dropped,
         **_score_data(result.overall),
         "chunks": [_score_data(score) for score in result.chunks],
     }
+
+
+def passkey_data(result: PassKeyResult, model: PreTrainedModel, options: PassKeyOptions) -> dict[str, Any]:
+    """A result as plain data; the same run gives the same data."""
+    return {
+        "full_attention": options.full_attention,
+        "reading": None if options.full_attention else retrieval_data(model, options),
+        "seed": options.seed,
+        "lengths": [
+            {
+                "tokens": length,
+                **_cell_data(result.cell(length)),
+                "depths": [
+                    {"from": depths[0], "to": depths[1], **_cell_data(result.cell(length, depths))}
+                    for depths in result.depths
+                ],
+            }
+            for length in result.lengths
+        ],
+        "trials": [{**asdict(trial), "found": trial.found} for trial in result.trials],
+    }
+
+
+def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str, Any] | None:
+    """How a model retrieves, as plain data; None for one without landmarks."""
+    if not has_landmarks(model):
+        return None
+    return {
+        "top_k": model.config.top_k_blocks if reading.top_k_blocks is None else reading.top_k_blocks,
+        "cache_blocks": reading.cache_blocks,
+        "selection": reading.selection,
+        "positions": reading.positions,
+    }
+
+
+def _cell_data(cell: Cell) -> dict[str, Any]:
+    return {"prompts": cell.prompts, "found": cell.found, "accuracy": cell.accuracy, "interval": cell.interval}
 
 
 def _score_data(score: Score) -> dict[str, Any]:

@@ -29,6 +29,8 @@ KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 ANSWER = " {key}."
 LARGEST_KEY = 50_000
+# About what a token of this text takes, for the progress of preparing.
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -116,20 +118,29 @@ def passkey_corpus(
             f"{prompts.shortest + answer}, and the longest must not be shorter than the shortest"
         )
     every = round(1 / validation_share) if validation_share else 0
+    plan = [_draw(np.random.default_rng([seed, index]), shortest, longest) for index in range(documents)]
 
     def pieces(index: int, limit: int) -> Iterator[bytes]:
-        generator = np.random.default_rng([seed, index])
-        length = round(math.exp(generator.uniform(math.log(shortest), math.log(longest))))
-        key = random_key(generator)
-        prompt = prompts.make(length - answer, key, generator.random())
+        length, key, depth = plan[index]
+        prompt = prompts.make(length - answer, key, depth)
         text = tokenizer.decode(prompt.tokens) + ANSWER.format(key=key)
         yield from text_document(f"pass key {index}", text).pieces(limit)
 
     def all_documents() -> Iterator[tuple[str, Document]]:
-        for index in range(documents):
+        for index, (length, _, _) in enumerate(plan):
             split = "validation" if every and index % every == every // 2 else "train"
-            # A document is made when it is asked for, so its place in the progress is counted in documents of one byte.
-            yield split, Document(f"pass key {index}", 1, partial(pieces, index))
+            yield split, Document(f"pass key {index}", length * TOKEN_BYTES, partial(pieces, index))
 
-    identity = [documents, shortest, longest, validation_share, seed]
-    return Corpus("passkey", "pass keys hidden in filler", all_documents, documents, identity)
+    return Corpus(
+        "passkey",
+        "pass keys hidden in filler",
+        all_documents,
+        sum(length for length, _, _ in plan) * TOKEN_BYTES,
+        [documents, shortest, longest, validation_share, seed],
+    )
+
+
+def _draw(generator: np.random.Generator, shortest: int, longest: int) -> tuple[int, int, float]:
+    """Length, key and depth of one document."""
+    length = round(math.exp(generator.uniform(math.log(shortest), math.log(longest))))
+    return length, random_key(generator), generator.random()

@@ -6,6 +6,7 @@ Sampling is transformers' own: logits processors, stopping criteria and streamer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,10 +32,12 @@ from landmark_cli.console import progress
 from landmark_cli.data.tokenizers import GPT2_UNUSED, LANDMARK_TOKEN
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.recurrent import RecurrentReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
 from landmark_cli.inference.text import TextStream
 from landmark_cli.inference.window import WindowReader
 
+AnyReader = Reader | RecurrentReader | WindowReader
 Finish = Literal["end of text", "stop string", "length"]
 
 
@@ -59,6 +62,7 @@ def generate(
     sampling: SamplingSettings | None = None,
     *,
     reading: ReadingSettings | None = None,
+    reader: AnyReader | None = None,
     processors: LogitsProcessorList | None = None,
     criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
@@ -68,13 +72,14 @@ def generate(
     """Continue prompts, texts or token ids of any lengths, as one batch.
 
     Row r samples with the seed `sampling.seed + r`, so it gives what it would give alone with that seed.
+    reader: one that has read nothing or a text that the prompts go on from; by default `reading` says how to read.
     processors, criteria: further ones of transformers, after ours; criteria see the generated tokens only.
     streamer: one of transformers', for a single prompt; it gets the prompt's ids and then every token as it comes.
     on_text: called with a row and its next piece of text. show_progress: while the prompts are read.
 
     Raises LandmarkError where a prompt holds the landmark token, or is empty and nothing can begin a text.
     """
-    sampling, reading = sampling or SamplingSettings(), reading or ReadingSettings()
+    sampling = sampling or SamplingSettings()
     rows = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     if streamer is not None and len(rows) != 1:
         raise ValueError("streamer: transformers' streamers take a single prompt")
@@ -89,7 +94,7 @@ def generate(
             on_text(row, piece)
 
     for step in sample(
-        open_reader(model, reading, batch=len(rows)),
+        reader or open_reader(model, reading or ReadingSettings(), batch=len(rows)),
         rows,
         sampling,
         LogitsProcessorList([*logits_processors(model, tokenizer, sampling), *(processors or ())]),
@@ -118,7 +123,7 @@ def generate(
 
 
 def sample(
-    reader: Reader | WindowReader,
+    reader: AnyReader,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingSettings,
     processors: LogitsProcessorList,
@@ -152,19 +157,16 @@ def sample(
         logits = reader.step([token if on else None for token, on in zip(tokens, alive, strict=True)])
 
 
-def read_prompts(
-    reader: Reader | WindowReader, prompts: Sequence[Sequence[int]], *, show_progress: bool = False
-) -> Tensor:
+def read_prompts(reader: AnyReader, prompts: Sequence[Sequence[int]], *, show_progress: bool = False) -> Tensor:
     """Read a row of text tokens each and return the logits after its last one, (B, vocabulary)."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in prompts]
-    total = sum(map(len, rows)) if show_progress else 0
     last = None
-    with progress("reading", total, "tokens") as shown:
+    with progress("reading", sum(map(len, rows)), "tokens") if show_progress else nullcontext() as shown:
         for part in reader.read(rows, last_only=True):
             logits = part.logits[:, -1]
             has = torch.tensor([length > 0 for length in part.lengths], device=logits.device)
             last = logits if last is None else torch.where(has[:, None], logits, last)
-            if show_progress:
+            if shown is not None:
                 shown.advance(sum(part.lengths))
     return last
 

@@ -1,4 +1,4 @@
-"""`landmark eval perplexity` as a user runs it."""
+"""`landmark eval perplexity` and `landmark eval passkey` as a user runs them."""
 
 import json
 import math
@@ -88,3 +88,26 @@ def test_tokens_of_another_tokenizer(landmark, workplace):
     result = landmark("eval", "perplexity", "--data", "other")
     assert result.code == 1
     assert "prepared with the tokenizer reversed, which is not that of runs/landmark" in result.err
+
+
+def test_passkey(landmark, workplace):
+    arguments = ["eval", "passkey", "--lengths", "140,150", "--prompts", "2", "--depths", "2", "--chunk", "64"]
+    result = landmark(*arguments, "--json", "keys.json", "--plot", "keys.png")
+    assert result.code == 0, result.err
+    data = json.loads((workplace / "keys.json").read_text())
+    assert [(length["tokens"], length["prompts"], length["found"]) for length in data["lengths"]] == [
+        (140, 4, 0),
+        (150, 4, 0),
+    ]
+    assert [depth["from"] for depth in data["lengths"][0]["depths"]] == [0.0, 1.0]
+    assert len(data["trials"]) == 8 and data["reading"]["top_k"] == 2 and data["model"] == "runs/landmark"
+    assert (workplace / "keys.png").stat().st_size > 1000
+    assert "0.000-0.490" in result.out and "keys found, by depth and length" in result.out
+    assert landmark(*arguments, "--json", "-").out == (workplace / "keys.json").read_text()
+
+
+def test_passkey_of_a_baseline_by_full_attention(landmark):
+    arguments = ["eval", "passkey", "--model", "runs/baseline", "--lengths", "140", "--prompts", "1", "--json", "-"]
+    data = json.loads(landmark(*arguments, "--full-attention").out)
+    assert (data["full_attention"], data["reading"], data["lengths"][0]["prompts"]) == (True, None, 1)
+    assert landmark(*arguments[:5], "20").code == 1

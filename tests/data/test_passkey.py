@@ -31,7 +31,7 @@ def test_prompts_have_their_length_and_hide_their_key(length, key, depth):
 
 
 def test_ends_of_the_filler():
-    for depth, place in ((0.0, len(TASK)), (1.0, -len(QUESTION) - 1)):
+    for depth, place in ((0.0, len(TASK) + 1), (1.0, -len(QUESTION) - 1)):
         text = GPT2.decode(PROMPTS.make(400, 7, depth).tokens)
         line = "\nThe pass key is 7. Remember it. 7 is the pass key.\n"
         assert text[place:].startswith(line) if depth == 0 else text[:place].endswith(line)

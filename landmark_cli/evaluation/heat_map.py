@@ -1,0 +1,76 @@
+"""Pass keys found by depth and length, as coloured cells in the terminal and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from landmark_cli.errors import import_extra
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from landmark_cli.evaluation.passkey import PassKeyResult
+
+# From nothing found over half to all, red, green and blue.
+COLOURS = ((215, 48, 39), (254, 224, 139), (26, 152, 80))
+
+
+def colour(share: float) -> tuple[int, int, int]:
+    """The colour of a share from 0 to 1."""
+    place = min(max(share, 0.0), 1.0) * (len(COLOURS) - 1)
+    first = min(int(place), len(COLOURS) - 2)
+    return tuple(round(a + (b - a) * (place - first)) for a, b in zip(COLOURS[first], COLOURS[first + 1], strict=True))
+
+
+def terminal_heat_map(result: PassKeyResult) -> Table:
+    """A row for each depth, a column for each length; a cell says the share found and shows it."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="keys found, by depth and length", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("depth", no_wrap=True)
+    for length in result.lengths:
+        table.add_column(f"{length}", justify="center", no_wrap=True)
+    for depths in result.depths:
+        cells = [result.cell(length, depths) for length in result.lengths]
+        shown = [
+            Text(f" {cell.accuracy:4.0%} ", style="black on rgb({},{},{})".format(*colour(cell.accuracy)))
+            if cell.prompts
+            else Text("  -  ")
+            for cell in cells
+        ]
+        table.add_row(depth_name(depths), *shown)
+    return table
+
+
+def draw_heat_map(result: PassKeyResult, path: Path, title: str) -> None:
+    """Write the same as a picture. Needs the extra `plot`."""
+    import_extra("matplotlib", "plot")
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    lengths, rows = result.lengths, result.depths
+    shares = [[result.cell(length, depths).accuracy for length in lengths] for depths in rows]
+    figure = Figure(figsize=(1.6 + 0.9 * len(lengths), 1.3 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("found", [[c / 255 for c in one] for one in COLOURS])
+    axes.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    for row, values in enumerate(shares):
+        for column, share in enumerate(values):
+            axes.text(column, row, "" if share != share else f"{share:.0%}", ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(len(lengths)), [f"{length}" for length in lengths])
+    axes.set_yticks(range(len(rows)), [depth_name(depths) for depths in rows])
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel("depth of the key")
+    axes.set_title(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def depth_name(depths: Sequence[float]) -> str:
+    """A depth, or a range of depths, in per cent."""
+    low, high = depths
+    return f"{low:.0%}" if low == high else f"{low:.0%}-{high:.0%}"

@@ -1,0 +1,171 @@
+"""Pass keys: can a model find a number that stands somewhere in a long text? Source: arXiv 2305.16300, section 4.2."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from landmark_cli.console import progress
+from landmark_cli.data.passkey import PassKey, PassKeyPrompts, random_key
+from landmark_cli.inference.generation import generate
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
+from landmark_cli.inference.window import WindowReader
+
+# Room for five digits, each a token of its own, and the space and full stop around them.
+ANSWER = SamplingSettings(max_new_tokens=10, temperature=0.0, stop=["\n", "."])
+# Prompts read at a time have about so many tokens together.
+BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
+DEPTH_BINS = 10
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One prompt and what the model answered. length: of the prompt, in text tokens. depth: of the key, 0 to 1."""
+
+    length: int
+    depth: float
+    key: int
+    answer: str
+
+    @property
+    def found(self) -> bool:
+        """Whether the first number of the answer is the key."""
+        number = re.search(r"\d+", self.answer)
+        return number is not None and int(number.group()) == self.key
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Prompts of one length (and of one depth or range of depths), and how many keys were found in them."""
+
+    prompts: int
+    found: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.found / self.prompts if self.prompts else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.found, self.prompts)
+
+
+@dataclass(frozen=True)
+class PassKeyResult:
+    """All trials, by length and by depth.
+
+    grid: the depths that were asked for; None where they were drawn evenly, to be counted in DEPTH_BINS ranges.
+    """
+
+    trials: list[Trial]
+    grid: list[float] | None
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted({trial.length for trial in self.trials})
+
+    @property
+    def depths(self) -> list[tuple[float, float]]:
+        """The rows of the heat map: from and to a depth, the same one on a grid."""
+        if self.grid is not None:
+            return [(depth, depth) for depth in self.grid]
+        return [(row / DEPTH_BINS, (row + 1) / DEPTH_BINS) for row in range(DEPTH_BINS)]
+
+    def cell(self, length: int, depths: tuple[float, float] = (0.0, 1.0)) -> Cell:
+        """The trials of a length whose depth lies in a range: its end counts where it is 1 or the range is a point."""
+        low, high = depths
+        inside = [
+            trial
+            for trial in self.trials
+            if trial.length == length and (low <= trial.depth < high or trial.depth == high in (low, 1.0))
+        ]
+        return Cell(len(inside), sum(trial.found for trial in inside))
+
+
+def evaluate_passkey(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    *,
+    prompts: int = 10,
+    depths: int | None = None,
+    reading: ReadingSettings | None = None,
+    full_attention: bool = False,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> PassKeyResult:
+    """Hide keys in prompts of these lengths (text tokens, the question included) and ask the model for them, greedily.
+
+    prompts: of each length, their depths drawn evenly from 0 to 1; with `depths`, of each of so many depths from 0 to 1
+    at even distances. full_attention: read without landmarks and retrieval, by the attention and key/value cache that
+    the model has of itself; its trained length is no bound then. batch_size: prompts read at a time.
+
+    A trial depends on seed, length and its number only. Raises LandmarkError for a length that is too short.
+    """
+    reading = reading or ReadingSettings()
+    maker = prompt_maker(tokenizer)
+    grid = None if depths is None else np.linspace(0.0, 1.0, depths).tolist() if depths > 1 else [0.5]
+    plan = {length: list(_plan(maker, length, prompts, grid, seed)) for length in sorted(set(lengths))}
+    trials: list[Trial] = []
+    with progress("pass keys", sum(length * len(keys) for length, keys in plan.items()), "tokens") as shown:
+        for length, keys in plan.items():
+            size = batch_size or max(1, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // length)
+            for first in range(0, len(keys), size):
+                batch = [maker.make(length, key, depth) for key, depth in keys[first : first + size]]
+                trials += _ask(model, tokenizer, batch, reading, full_attention)
+                accuracy = sum(trial.found for trial in trials) / len(trials)
+                shown.advance(length * len(batch), length=length, found=accuracy)
+    return PassKeyResult(trials, grid)
+
+
+def prompt_maker(tokenizer: PreTrainedTokenizerBase) -> PassKeyPrompts:
+    """Prompts as the tokenizer begins texts: behind its begin-of-text token, if it puts one there by itself."""
+    ids = tokenizer("a")["input_ids"]
+    begin = ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+    return PassKeyPrompts(lambda text: tokenizer.encode(text, add_special_tokens=False), begin)
+
+
+def wilson_interval(found: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share, 95 % by default; (0, 1) without trials.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    share, spread = found / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    # Exact at the ends, where rounding would leave a trace.
+    return (centre - half if found else 0.0), (centre + half if found < trials else 1.0)
+
+
+def _plan(maker: PassKeyPrompts, length: int, prompts: int, grid: list[float] | None, seed: int):
+    """Keys and depths of the prompts of one length."""
+    # Made once here, so that a length that is too short is known before any work.
+    maker.make(length, 1, 0.0)
+    for number in range(prompts * len(grid or [0.0])):
+        generator = np.random.default_rng([seed, length, number])
+        key, depth = random_key(generator), float(generator.random())
+        yield key, depth if grid is None else grid[number // prompts]
+
+
+def _ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[PassKey],
+    reading: ReadingSettings,
+    full_attention: bool,
+) -> list[Trial]:
+    length = len(batch[0].tokens)
+    if full_attention:
+        reader = WindowReader(model, window=length + ANSWER.max_new_tokens, batch=len(batch))
+    else:
+        reader = open_reader(model, reading, batch=len(batch))
+    answers = generate(model, tokenizer, [prompt.tokens for prompt in batch], ANSWER, reader=reader)
+    pairs = zip(batch, answers, strict=True)
+    return [Trial(length, prompt.depth, prompt.key, answer.text) for prompt, answer in pairs]
