@@ -6,11 +6,13 @@ go through gigatoken where it is installed, which gives the same ids an order of
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
 import os
 import re
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,20 +117,23 @@ class GPT2Tokenizer(TextTokenizer):
         """tiktoken's encoding, which defines the ids."""
         import tiktoken
 
-        byte_of = _gpt2_byte_of_character()
-        ranks = {bytes(byte_of[c] for c in token): rank for token, rank in _gpt2_vocabulary().items()}
         return tiktoken.Encoding(
             "gpt2",
             pat_str=GPT2_PATTERN,
-            mergeable_ranks=ranks,
+            mergeable_ranks=self._ranks,
             special_tokens={END_OF_TEXT: GPT2_EOT_ID},
             explicit_n_vocab=self.vocab_size,
         )
 
     @functools.cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        byte_of = _gpt2_byte_of_character()
+        return {bytes([byte_of[c] for c in token]): rank for token, rank in _gpt2_vocabulary().items()}
+
+    @functools.cached_property
     def _bulk(self) -> BulkGPT2 | None:
         try:
-            return BulkGPT2()
+            return BulkGPT2(self._ranks)
         except ImportError:
             info("encoding with tiktoken; the package gigatoken gives the same ids many times faster")
             return None
@@ -235,18 +240,21 @@ class BulkGPT2:
     cache of words has no bound: it is made anew when the process has grown by `limit` bytes.
     """
 
-    def __init__(self, limit: int = 384 << 20) -> None:
+    def __init__(self, ranks: dict[bytes, int], limit: int = 384 << 20) -> None:
         import gigatoken
         import psutil
 
         self._limit = limit
-        self._definition = gpt2_fast_tokenizer().to_str()
-        self._make = gigatoken.Tokenizer.from_json
+        self._ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+        self._open = gigatoken.Tokenizer.from_tiktoken
         self._process = psutil.Process()
         self._renew()
 
     def _renew(self) -> None:
-        self._tokenizer = self._make(self._definition)
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(self._ranks)
+            file.flush()
+            self._tokenizer = self._open(file.name, "gpt2")
         self._size = self._process.memory_info().rss
 
     def encode(self, documents: list[bytes]) -> list[np.ndarray]:

@@ -107,8 +107,8 @@ def test_bulk_encoding_equals_tiktoken_on_a_sample_of_all_characters(gpt2):
         assert ids.tolist() == gpt2.encode(text), repr(text)
 
 
-def test_bulk_encoder_forgets_when_the_process_grows():
-    bulk = tokenizers.BulkGPT2(limit=-(1 << 40))
+def test_bulk_encoder_forgets_when_the_process_grows(gpt2):
+    bulk = tokenizers.BulkGPT2(gpt2._ranks, limit=-(1 << 40))
     before = bulk._tokenizer
     assert as_lists(bulk.encode([b"Hello world"])) == [[15496, 995]]
     assert bulk._tokenizer is not before
