@@ -1,0 +1,239 @@
+"""Models for EleutherAI's evaluation harness, contexts of any length read in chunks through the block cache.
+
+    python -m landmark_cli.evaluation.harness --model landmark --model_args pretrained=runs/mine --tasks lambada
+
+is the harness's own command with the model class "landmark"; from Python, import this module and call
+`lm_eval.simple_evaluate(model="landmark", ...)`. Needs the extra `lm-eval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landmark_cli.errors import UsageError, import_extra
+from landmark_cli.inference.generation import generate
+from landmark_cli.inference.settings import (
+    ReadingSettings,
+    SamplingSettings,
+    has_landmarks,
+    is_recurrent,
+    open_reader,
+    trained_text_length,
+)
+from landmark_cli.models.store import load
+
+import_extra("lm_eval", "lm-eval")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import TemplateLM  # noqa: E402
+from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+Scored = tuple[float, bool]
+
+
+@register_model("landmark")
+class LandmarkLM(TemplateLM):
+    """Any model that `landmark` opens. One with landmarks, or a Transformer-XL, reads whole contexts; one without sees
+    of each the last tokens that its trained length holds.
+
+    pretrained: model directory, hub id or the authors' checkpoint. top_k, chunk, cache_blocks, selection, positions:
+    how it reads (see ReadingSettings). max_gen_toks: where a task does not say how much to generate.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        top_k: int | None = None,
+        chunk: int | None = None,
+        cache_blocks: int | None = None,
+        selection: str = "per_token_and_head",
+        positions: str = "bounded",
+        max_gen_toks: int = 256,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UsageError(f"batch_size is {batch_size!r}: the landmark model takes a number of 1 or more")
+        self.pretrained, self.batch_size, self.max_gen_toks = pretrained, int(batch_size), max_gen_toks
+        self.reading = ReadingSettings(
+            top_k_blocks=top_k, chunk=chunk, cache_blocks=cache_blocks, selection=selection, positions=positions
+        )
+        self.model, self.tokenizer = load(pretrained, dtype=dtype, device=device)
+        self._device = self.model.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.pretrained).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None:
+            begin = self.tokenizer.bos_token
+            add_special_tokens = not (begin and string.startswith(begin))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of a model with a memory, each text is read in one go; without, window by window, as the harness does."""
+        whole = has_landmarks(self.model) or is_recurrent(self.model)
+        length = trained_text_length(self.model)
+        pieces: list[tuple[None, list[int], list[int]]] = []
+        owners = []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, length, 1))
+            for context, continuation in [([self.prefix_token_id], ids)] if whole else windows:
+                pieces.append((None, context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (loss, _) in zip(owners, self._loglikelihood_tokens(pieces, disable_tqdm), strict=True):
+            totals[owner] += loss
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        arguments = [request.args for request in requests]
+
+        def answer(batch: list[tuple[str, dict]]) -> list[str]:
+            sampling = self._sampling(batch[0][1])
+            prompts = [self.tok_encode(context) for context, _ in batch]
+            texts = [one.text for one in generate(self.model, self.tokenizer, prompts, sampling, reading=self.reading)]
+            for request, text in zip(batch, texts, strict=True):
+                self.cache_hook.add_partial("generate_until", request, text)
+            return texts
+
+        return self._in_batches(
+            arguments,
+            answer,
+            group=lambda request: repr(sorted(request[1].items())),
+            size=lambda request: len(request[0]),
+            what="generating",
+            quiet=disable_tqdm,
+        )
+
+    def _sampling(self, wanted: dict[str, Any]) -> SamplingSettings:
+        """A task's generation arguments as our settings; without do_sample it is greedy."""
+        limits = [wanted[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in wanted]
+        until = wanted.get("until") or []
+        return SamplingSettings(
+            max_new_tokens=limits[0] if limits else self.max_gen_toks,
+            temperature=wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0,
+            top_p=wanted.get("top_p", 1.0),
+            top_k=wanted.get("top_k", 0),
+            repetition_penalty=wanted.get("repetition_penalty", 1.0),
+            stop=[until] if isinstance(until, str) else until,
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Scored]:
+        """requests: (the harness's key, context ids, continuation ids) -> the continuation's log-likelihood in nats,
+        and whether each of its tokens was the likeliest."""
+
+        def score(batch: list[tuple[Any, list[int], list[int]]]) -> list[Scored]:
+            found = self._score([(context, continuation) for _, context, continuation in batch])
+            for (key, _, _), result in zip(batch, found, strict=True):
+                if key is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, result)
+            return found
+
+        return self._in_batches(
+            requests,
+            score,
+            # The recurrence takes rows of one length only.
+            group=lambda request: len(request[1]) + len(request[2]) if is_recurrent(self.model) else 0,
+            size=lambda request: len(request[1]) + len(request[2]),
+            what="reading",
+            quiet=disable_tqdm,
+        )
+
+    def _in_batches(
+        self,
+        requests: Sequence[Any],
+        work: Callable[[list[Any]], list[Any]],
+        *,
+        group: Callable[[Any], Any],
+        size: Callable[[Any], int],
+        what: str,
+        quiet: bool,
+    ) -> list[Any]:
+        """work(batch) over requests of one group each, longest first; results in the order of the requests."""
+        groups: dict[Any, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(group(request), []).append(index)
+        results: list[Any] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=quiet, desc=what) as shown:
+            for members in groups.values():
+                members.sort(key=lambda index: -size(requests[index]))
+                for first in range(0, len(members), self.batch_size):
+                    batch = members[first : first + self.batch_size]
+                    for index, result in zip(batch, work([requests[index] for index in batch]), strict=True):
+                        results[index] = result
+                    shown.update(len(batch))
+        return results
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Scored]:
+        rows = [torch.tensor(context + continuation) for context, continuation in pairs]
+        sums, likeliest = torch.zeros(len(rows), dtype=torch.float64), [True] * len(rows)
+        for begins, chunks in self._read([row[:-1] for row in rows]):
+            for index, (begin, logits) in enumerate(zip(begins, chunks, strict=True)):
+                # Position p predicts token p + 1, of which the first of the continuation is the first that counts.
+                skipped = max(0, len(pairs[index][0]) - 1 - begin)
+                targets = rows[index][begin + skipped + 1 : begin + len(logits) + 1].to(logits.device)
+                if len(targets):
+                    logits = logits[skipped:].float()
+                    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+                    sums[index] -= losses.double().cpu()
+                    likeliest[index] &= bool((logits.argmax(-1) == targets).all())
+        return list(zip(sums.tolist(), likeliest, strict=True))
+
+    @torch.no_grad()
+    def _read(self, rows: list[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Logits of every text position of every row that the model sees, in pieces: where a row's piece begins in the
+        row, and (n, vocabulary) of it."""
+        if has_landmarks(self.model) or is_recurrent(self.model):
+            for part in open_reader(self.model, self.reading, batch=len(rows)).read(rows):
+                width = part.logits.shape[1]
+                pieces = [part.logits[row, width - length :] for row, length in enumerate(part.lengths)]
+                yield [part.begin] * len(rows), pieces
+            return
+        window = trained_text_length(self.model)
+        begins = [max(0, len(row) - window) for row in rows]
+        # Padded on the right, where causal attention never looks.
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [row[begin:] for row, begin in zip(rows, begins, strict=True)], batch_first=True
+        )
+        logits = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+        yield begins, [logits[row, : len(text) - begins[row]] for row, text in enumerate(rows)]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

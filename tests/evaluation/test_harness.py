@@ -1,0 +1,137 @@
+"""Our models in EleutherAI's harness: on tasks of local files, and every request as one forward pass has it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
+from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from landmark_cli.errors import UsageError
+from landmark_cli.evaluation.harness import LandmarkLM
+from tests.tiny import FREQ, tiny_baseline, tiny_model
+
+GPT2 = load_tokenizer("gpt2")
+QUESTIONS = [
+    {"question": "The grass is green and the sky is", "choices": [" blue", " seven"], "answer": 0},
+    {"question": "Here we go. There and back again. " * 4 + "Here we", "choices": [" go", " blue"], "answer": 0},
+]
+TASKS = {
+    "local_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "local_generate": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "local_perplexity": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("harness")
+    ids = {"vocab_size": 50304, "eos_token_id": GPT2.eot_id}
+    models = {"landmark": tiny_model(landmark_token_id=GPT2_LANDMARK_ID, **ids), "baseline": tiny_baseline(**ids)}
+    models["xl"] = tiny_baseline(memory_length=12, segment_length=12, **ids)
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        GPT2.save_pretrained(root / name)
+    (root / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(root / "questions.jsonl")}}}
+    (root / "tasks").mkdir()
+    for name, task in TASKS.items():
+        content = {"task": name, "test_split": "test", **common, **task}
+        (root / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return root
+
+
+def log_likelihood(lm: LandmarkLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """By one forward pass over the whole."""
+    row = torch.tensor(context + continuation)
+    stream, text = row[:-1], slice(None)
+    if lm.model.config.landmark_freq:
+        stream = insert_landmarks(stream, FREQ, GPT2_LANDMARK_ID)
+        text = ~landmark_positions(len(stream), FREQ + 1)
+    with torch.no_grad():
+        logits = lm.model(stream[None].to(lm.device)).logits[0, text][len(context) - 1 :].cpu()
+    targets = torch.tensor(continuation)
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).sum().item(), (logits.argmax(-1) == targets).all().item()
+
+
+def instances(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("kind", ["landmark", "baseline", "xl"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_requests_equal_one_forward_pass(place, kind, batch_size):
+    lm = LandmarkLM(str(place / kind), batch_size=batch_size, top_k=64, chunk=7, device="cpu")
+    pairs = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]] + [("", "The sky")]
+    found = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+    for (context, continuation), (loss, likeliest) in zip(pairs, found, strict=True):
+        context = GPT2.encode(context) or [GPT2.eot_id]
+        expected, expected_likeliest = log_likelihood(lm, context, GPT2.encode(continuation))
+        assert math.isclose(loss, expected, rel_tol=1e-4) and likeliest == expected_likeliest
+
+
+def test_whole_texts(place):
+    texts = [QUESTIONS[1]["question"] * 2, "The sky"]
+    lm = LandmarkLM(str(place / "landmark"), batch_size=2, top_k=64, chunk=9, device="cpu")
+    found = lm.loglikelihood_rolling(instances("loglikelihood_rolling", *((text,) for text in texts)), True)
+    expected = [log_likelihood(lm, [GPT2.eot_id], GPT2.encode(text))[0] for text in texts]
+    assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found, expected, strict=True))
+    # Without a memory, windows of the trained length.
+    lm = LandmarkLM(str(place / "baseline"), batch_size=2, device="cpu")
+    (found,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", (texts[0],)), True)
+    ids = [GPT2.eot_id, *GPT2.encode(texts[0])]
+    assert 41 < len(ids) <= 81
+    expected = log_likelihood(lm, ids[:1], ids[1:41])[0] + log_likelihood(lm, ids[len(ids) - 41 : 41], ids[41:])[0]
+    assert math.isclose(found, expected, rel_tol=1e-4)
+
+
+def test_tasks_of_local_files(place):
+    lm = LandmarkLM(str(place / "landmark"), batch_size=2, top_k=2, device="cpu")
+    tasks = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
+    results = [simple_evaluate(lm, tasks=[*TASKS], task_manager=tasks, bootstrap_iters=0) for _ in range(2)]
+    assert results[0]["results"] == results[1]["results"]
+    assert results[0]["results"]["local_choice"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert results[0]["results"]["local_perplexity"]["bits_per_byte,none"] > 0
+    answers = [sample["resps"][0][0] for sample in results[0]["samples"]["local_generate"]]
+    assert len(answers) == 2 and not any("." in answer or "<landmark>" in answer for answer in answers)
+
+
+@pytest.mark.slow
+def test_the_harness_s_own_command(place):
+    command = [sys.executable, "-m", "landmark_cli.evaluation.harness", "run", "--model", "landmark"]
+    command += ["--model_args", f"pretrained={place / 'landmark'},top_k=2", "--tasks", "local_choice"]
+    command += ["--include_path", str(place / "tasks"), "--device", "cpu", "--batch_size", "2"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert "local_choice" in result.stdout, result.stderr
+
+
+def test_a_batch_size_of_its_own_choice_is_refused(place):
+    with pytest.raises(UsageError, match="batch_size is 'auto'"):
+        LandmarkLM(str(place / "landmark"), batch_size="auto")
