@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from landmark_cli.cli import COMMANDS
-from landmark_cli.options import build, load_recipe, recipe_names, recipes_folder
+from landmark_cli.options import load_recipe, recipe_names, recipes_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,7 +67,7 @@ def test_there_are_recipes_of_the_paper_and_the_demo():
 
 @pytest.mark.parametrize(("words", "options_class", "name"), RECIPES, ids=[name for *_, name in RECIPES])
 def test_every_recipe_fits_its_command(words, options_class, name):
-    build(options_class, load_recipe(name, options_class, words))
+    assert load_recipe(name, options_class, words)
 
 
 def test_every_recipe_names_a_command_there_is():
@@ -80,11 +81,16 @@ def test_every_requirement_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     requirements = [Requirement(text) for text in wanted]
-    names = {needed.name.lower() for needed in requirements if not needed.marker or needed.marker.evaluate()}
+    names = {canonicalize_name(needed.name) for needed in requirements if not needed.marker or needed.marker.evaluate()}
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(re.fullmatch(r"([\w.-]+)==([\w.]+)(?: ; .*)?", line).groups() for line in lines)
-    assert names - {name.lower() for name in pins} == set()
+    assert names - set(map(canonicalize_name, pins)) == set()
     assert pins["torch"] == "2.13.0"
+
+
+def test_readme_lists_every_command():
+    rows = re.findall(r"^\| `landmark ([a-z -]+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(words for words, *_ in COMMANDS)
 
 
 def test_launcher_is_four_lines():
