@@ -173,11 +173,13 @@ class _Part:
         for number, (split, document) in enumerate(self._corpus.documents()):
             if number < self._next_document or not self._process.takes(number):
                 continue
-            last = b""
+            last, counted = b"", 0
             try:
                 for count, piece in enumerate(document.pieces(limit)):
                     if count:
                         batch.add(last, split, ends=False)
+                        batch.read += len(last)
+                        counted += len(last)
                         batch.whole = False
                         if batch.text_bytes >= limit:
                             yield batch
@@ -188,7 +190,7 @@ class _Part:
                     raise LandmarkError(f"{bad}; --on-bad-text skip leaves such documents out") from None
                 batch.skipped.append(str(bad))
             batch.add(last, split, ends=True)
-            batch.read += document.size
+            batch.read += document.size - counted
             batch.next_document, batch.whole = number + 1, True
             if batch.text_bytes >= limit or len(batch.pieces) >= BATCH_DOCUMENTS:
                 yield batch

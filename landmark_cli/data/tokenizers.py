@@ -110,7 +110,7 @@ class GPT2Tokenizer(TextTokenizer):
     vocab_size = 50257
     eot_id = GPT2_EOT_ID
     landmark_id = GPT2_LANDMARK_ID
-    batch_bytes = 16 << 20
+    batch_bytes = 8 << 20
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
