@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,9 @@ from landmark_cli.inference.settings import (
     trained_text_length,
 )
 
-# Text tokens in one forward pass, which bounds the memory of the logits.
+# Text tokens in one forward pass and in the cache by default: they bound the memory of logits and of keys and values.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
+CACHE_TOKENS = {"cpu": 16384, "cuda": 32768}
 # Logits in float32 at a time.
 PIECE = 1 << 24
 
@@ -108,17 +110,21 @@ def evaluate_perplexity(
     chunk = open_reader(model, reading).chunk if memory else min(reading.chunk or fitting, eval_length)
     if not memory and chunk > fitting:
         warn(f"chunks of {chunk} text tokens are longer than the {fitting} the model was trained on")
-    batch_size = batch_size or max(1, FORWARD_TOKENS.get(model.device.type, FORWARD_TOKENS["cpu"]) // chunk)
+    batch_size = batch_size or _default_batch(model.device.type, chunk, eval_length if memory else chunk)
 
-    sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64)
+    sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64, device=model.device)
     retrievals = dropped = 0
+    reader: Any = None if memory else PlainChunks(model, chunk)
     with progress("perplexity", len(starts) * eval_length, "tokens") as shown:
         for first in range(0, len(starts), batch_size):
             rows = _windows(tokens, starts[first : first + batch_size], eval_length)
             targets = next_token_targets(rows[:, :-1], landmark_token_id=None, eot_id=eot_id, following=rows[:, -1])
-            reader = open_reader(model, reading, batch=len(rows)) if memory else PlainChunks(model, chunk)
+            if memory and (first == 0 or len(rows) != batch_size):
+                reader = open_reader(model, reading, batch=len(rows))
+            elif memory:
+                reader.reset()
             for index, read in enumerate(reader.read(list(rows[:, :-1]))):
-                sums[index] += score(read.logits, targets[:, index * chunk : (index + 1) * chunk]).cpu()
+                sums[index] += score(read.logits, targets[:, index * chunk : (index + 1) * chunk])
             if memory and getattr(model.config, "context_miss_token", False):
                 retrievals += reader.cache.retrievals
                 dropped += reader.cache.dropped_retrievals
@@ -132,6 +138,12 @@ def evaluate_perplexity(
         memory=memory,
         dropped=dropped / retrievals if retrievals else None,
     )
+
+
+def _default_batch(device: str, chunk: int, remembered: int) -> int:
+    """Windows read at a time. remembered: text tokens of each that stay in memory."""
+    forward, cache = (limits.get(device, limits["cpu"]) for limits in (FORWARD_TOKENS, CACHE_TOKENS))
+    return max(1, min(forward // chunk, cache // remembered))
 
 
 def score(logits: Tensor, targets: Tensor) -> Tensor:

@@ -122,3 +122,11 @@ def test_score_in_pieces(monkeypatch):
 def test_nothing_predicted_has_no_loss():
     empty = Score(0, 0.0, 0)
     assert all(math.isnan(x) for x in (empty.loss, empty.perplexity, empty.accuracy))
+
+
+def test_windows_know_nothing_of_each_other():
+    text = tiny_text(201)
+    together = evaluate_perplexity(MODEL, text, eot_id=None, eval_length=40, batch_size=2)
+    alone = [evaluate_perplexity(MODEL, text[at : at + 41], eot_id=None, eval_length=40) for at in range(0, 200, 40)]
+    expected = sum(result.overall.negative_log_likelihood for result in alone)
+    assert math.isclose(together.overall.negative_log_likelihood, expected, rel_tol=1e-5)
