@@ -243,22 +243,29 @@ class Loop:
         total, count = accelerator.reduce(sums, "sum").tolist()
         return total / max(count, 1.0)
 
-    def write_model(self, save_rest: Callable[[Path], None]) -> None:
+    def write_model(
+        self,
+        save_rest: Callable[[Path], None],
+        save_model: Callable[[nn.Module, Path, dict[str, Tensor]], None] | None = None,
+    ) -> None:
         """Write the trained model into the run's directory in the form that `from_pretrained` opens.
 
-        save_rest(directory) adds what belongs beside it (tokenizer, recipe). config.json comes last, so a directory
-        that has one is finished.
+        save_rest(directory) adds what belongs beside it (tokenizer, recipe). save_model(model, directory, weights)
+        writes a model that has another form. config.json comes last, so a directory that has one is finished.
         """
         output = self.settings.output
         state = self.accelerator.get_state_dict(self.module)
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.module, keep_torch_compile=False).model
-            weights = {plain_name(name).removeprefix("model."): tensor for name, tensor in state.items()}
+            model = self.accelerator.unwrap_model(self.module, keep_torch_compile=False).wrapped
+            weights = {plain_name(name).removeprefix("wrapped."): tensor for name, tensor in state.items()}
             partial = output / "model.partial"
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 with quiet_transformers():
-                    model.save_pretrained(partial, state_dict=weights)
+                    if save_model is None:
+                        model.save_pretrained(partial, state_dict=weights)
+                    else:
+                        save_model(model, partial, weights)
                 save_rest(partial)
                 flush_tree(partial)
                 for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -50,18 +51,24 @@ def make_accelerator(
 
 
 class LossModel(nn.Module):
-    """A causal language model as its summed loss, so that logits never leave what is wrapped or compiled around it."""
+    """A causal language model as its summed loss, so that logits never leave what is wrapped or compiled around it.
+
+    For all else it stands in for the model: accelerate asks for its layers to shard, its tied weights, its config.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
-        self.config = model.config
-        # accelerate's FSDP reads here which layers to shard.
-        self._no_split_modules = getattr(model, "_no_split_modules", None)
+        self.wrapped = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """input_ids, targets: (B, T) -> sum over the targets that are not -100 of their negative log-likelihood."""
-        mean = self.model(input_ids=input_ids, labels=targets, shift_labels=targets, use_cache=False).loss
+        mean = self.wrapped(input_ids=input_ids, labels=targets, shift_labels=targets, use_cache=False).loss
         count = (targets != IGNORED_TARGET).sum()
         return torch.where(count > 0, mean * count, 0.0)
 

@@ -70,7 +70,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     tiny_loop(tmp_path).checkpoints.save(2)
-    with pytest.raises(LandmarkError, match="holds the weights of another model: model.model.layers.0.attention"):
+    with pytest.raises(LandmarkError, match="holds the weights of another model: wrapped.model.layers.0.attention"):
         tiny_loop(tmp_path, model=tiny_model(bias=True)).resume()
 
 

@@ -111,7 +111,7 @@ def test_the_written_model_opens_with_transformers(tmp_path):
     assert opened.config.landmark_freq == 7 and opened.config._attn_implementation == "landmark"
     ids = RandomBatches(1).batch(0, 0, 1)["input_ids"]
     with torch.no_grad():
-        assert torch.equal(opened.eval()(ids).logits, loop.module.eval().model(ids).logits)
+        assert torch.equal(opened.eval()(ids).logits, loop.module.eval().wrapped(ids).logits)
 
 
 def test_frozen_weights_neither_train_nor_fill_the_checkpoint(tmp_path):
