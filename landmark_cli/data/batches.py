@@ -8,6 +8,7 @@ needed, so billions of tokens cost no memory and any step can be asked for at on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -217,8 +218,9 @@ def iterate(
             yield [{name: t.pin_memory() if pinned else t for name, t in batch.items()} for batch in micro]
             step += 1
 
-    for micro in prefetched(make(), prefetch):
-        yield [{name: t.to(device, non_blocking=True) for name, t in batch.items()} for batch in micro]
+    with closing(prefetched(make(), prefetch)) as steps:
+        for micro in steps:
+            yield [{name: t.to(device, non_blocking=True) for name, t in batch.items()} for batch in micro]
 
 
 class _Order:

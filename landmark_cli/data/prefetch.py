@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,8 +15,8 @@ _END = object()
 def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
     """The same items, made up to `depth` ahead in a background thread.
 
-    What the source raises is raised here, in its place. Closing this generator (or dropping it) stops the thread, and
-    closes the source if it is a generator.
+    What the source raises is raised here, in its place. Closing this generator stops the thread, and closes the source
+    if it is a generator; so does the end of the program, since a thread that still runs then can crash in native code.
     """
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -43,7 +44,12 @@ def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
             if hasattr(source, "close"):
                 source.close()
 
+    def stop() -> None:
+        stopped.set()
+        thread.join()
+
     thread = threading.Thread(target=work, daemon=True, name="landmark-prefetch")
+    atexit.register(stop)
     thread.start()
     try:
         while True:
@@ -54,5 +60,5 @@ def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
                 return
             yield item
     finally:
-        stopped.set()
-        thread.join()
+        stop()
+        atexit.unregister(stop)

@@ -236,8 +236,8 @@ class TransformersTokenizer(TextTokenizer):
 class BulkGPT2:
     """GPT-2 ids through gigatoken, from UTF-8 bytes.
 
-    One call at a time on one core is already faster than text can be read and written, so it is left at that. Its
-    cache of words has no bound: it is made anew when the process has grown by `limit` bytes.
+    One core does several hundred MB a second, about what one thread reads and checks, so it is left at one. Its cache
+    of words has no bound: it is made anew when the process has grown by `limit` bytes.
     """
 
     def __init__(self, ranks: dict[bytes, int], limit: int = 384 << 20) -> None:

@@ -1,5 +1,7 @@
 """Working ahead in a background thread."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -52,3 +54,20 @@ def test_closing_stops_the_thread_and_closes_the_source():
     items.close()
     assert closed.is_set()
     assert not any(thread.name == "landmark-prefetch" and thread.is_alive() for thread in threading.enumerate())
+
+
+def test_a_program_that_ends_first_stops_the_thread():
+    """Without closing anything: the source's own end is reached before the interpreter's."""
+    program = (
+        "from landmark_cli.data.prefetch import prefetched\n"
+        "def source():\n"
+        "    try:\n"
+        "        while True:\n"
+        "            yield 1\n"
+        "    finally:\n"
+        "        print('closed')\n"
+        "items = prefetched(source())\n"
+        "next(items)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "closed\n"
