@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from landmark_cli.console import info
 from landmark_cli.data.readers import (
     JSON_LINES,
     PARQUET,
@@ -151,6 +152,8 @@ def open_corpus(
     hub = kind.hub
     if sources or revision or subset:
         hub = HubCopy(sources[0] if sources else kind.hub.id, revision, subset)
+    not_here = f"there is no file or folder {sources[0]}; " if sources else ""
+    info(f"{not_here}opening the data set {hub.id} on the Hugging Face hub")
     return on_the_hub(name, hub, selection)
 
 

@@ -11,6 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from landmark_cli.data import corpora
 from landmark_cli.data.corpora import KINDS, HubCopy, Selection, is_arxiv, on_the_hub, open_corpus
 from landmark_cli.data.readers import BadText, cut_before, text_document, text_file
 from landmark_cli.data.tokenizers import load_tokenizer
@@ -175,6 +176,22 @@ def test_redpajama_through_datasets_and_from_a_local_copy(tmp_path):
     expected = {"validation": ["0", "10"], "train": [str(i) for i in range(20) if i % 10]}
     assert texts(on_the_hub("redpajama", hub, Selection(validation_share=0.1))) == expected
     assert texts(open_corpus("redpajama", [str(tmp_path)], validation_share=0.1)) == expected
+
+
+def test_a_source_that_is_not_here_is_looked_for_on_the_hub(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(corpora, "on_the_hub", lambda name, hub, selection: asked.append((name, hub)))
+    open_corpus("pg19")
+    open_corpus("pg19", revision="refs/convert/parquet")
+    open_corpus("text", ["somebody/texts"], subset="en")
+    open_corpus("arxiv-math")
+    assert asked == [
+        ("pg19", HubCopy("emozilla/pg19")),
+        ("pg19", HubCopy("emozilla/pg19", "refs/convert/parquet")),
+        ("text", HubCopy("somebody/texts", None, "en")),
+        ("arxiv-math", KINDS["arxiv-math"].hub),
+    ]
+    assert "there is no file or folder somebody/texts; opening" in capsys.readouterr().err
 
 
 def test_hub_copies_that_do_not_open(tmp_path):
