@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -36,6 +37,9 @@ class PromptOptions:
     json: str | None = option(
         None, panel=PROMPT, saved=False, help="Write the text, its tokens and why it ended to this file; - for stdout."
     )
+    trace: Path | None = option(
+        None, panel=PROMPT, saved=False, help="Write the blocks that each generated token read to this file, as JSON."
+    )
 
 
 @dataclass
@@ -57,6 +61,8 @@ def run(options: GenerateOptions) -> None:
     model, tokenizer = open_model(name, options)
     from landmark_cli.inference.generation import encode_prompt, generate
 
+    if options.trace is not None and not has_landmarks(model):
+        raise UsageError(f"--trace: {name} has no landmarks, so it reads no blocks")
     ids = encode_prompt(tokenizer, prompt, chat=options.chat)
     tell_window(model, name, len(ids))
     to_stdout = options.json == "-"
@@ -69,15 +75,29 @@ def run(options: GenerateOptions) -> None:
             sys.stdout.write(piece)
             sys.stdout.flush()
 
-    (generation,) = generate(model, tokenizer, [ids], options, reading=options, on_text=show, show_progress=True)
+    (generation,) = generate(
+        model,
+        tokenizer,
+        [ids],
+        options,
+        reading=options,
+        on_text=show,
+        trace=options.trace is not None,
+        show_progress=True,
+    )
     ended = time.monotonic()
     data = {"model": name, **asdict(generation)}
+    reads = data.pop("reads")
     if to_stdout:
         print_json(data)
     else:
         print(flush=True)
     if options.json is not None and not to_stdout:
         write_json(data, options.json)
+    if options.trace is not None:
+        texts = [tokenizer.decode([token]) for token in generation.tokens]
+        about = {"model": name, "prompt_tokens": len(ids), "landmark_freq": model.config.landmark_freq}
+        write_trace(options.trace, about, texts, reads)
     info(_summary(generation.prompt_tokens, len(generation.tokens), generation.finish, started, first, ended))
 
 
@@ -106,6 +126,16 @@ def tell_window(model: PreTrainedModel, name: str, tokens: int) -> None:
     window = open_reader(model, ReadingSettings()).window
     if tokens > window:
         info(f"{name} has no landmarks: of the prompt's {tokens} tokens it sees the last {window * 3 // 4} at most")
+
+
+def write_trace(path: Path, about: dict[str, Any], texts: list[str], reads: list[list[dict[str, Any]]]) -> None:
+    """Write which blocks the query read that predicted each token: a token a line, so that a long file can be looked
+    through. Block n holds the text tokens from n * landmark_freq on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text, "reads": read}) for text, read in zip(texts, reads, strict=True)]
+    head = json.dumps(about).removesuffix("}")
+    path.write_text(head + ', "tokens": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+    info(f"wrote {path}")
 
 
 def _summary(prompt: int, new: int, finish: str, started: float, first: list[float], ended: float) -> str:

@@ -121,6 +121,8 @@ def evaluate_perplexity(
             targets = next_token_targets(rows[:, :-1], landmark_token_id=None, eot_id=eot_id, following=rows[:, -1])
             if memory and (first == 0 or len(rows) != batch_size):
                 reader = open_reader(model, reading, batch=len(rows))
+                if has_landmarks(model):
+                    reader.expect(eval_length)
             elif memory:
                 reader.reset()
             for index, read in enumerate(reader.read(list(rows[:, :-1]))):

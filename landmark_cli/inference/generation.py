@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from landmark_cli.attention.trace import Trace
 from landmark_cli.console import progress
 from landmark_cli.data.tokenizers import GPT2_UNUSED, LANDMARK_TOKEN
 from landmark_cli.errors import LandmarkError, UsageError
@@ -46,13 +47,15 @@ class Generation:
     """What was generated after one prompt.
 
     text: without the prompt, the end-of-text token and the stop string. tokens: all that were sampled.
-    finish: why it ended.
+    finish: why it ended. reads: where a trace was asked for, for each token the blocks that the query read which
+    predicted it (see Trace.read_by).
     """
 
     text: str
     tokens: list[int]
     prompt_tokens: int
     finish: Finish
+    reads: list[list[dict[str, int | float]]] | None = None
 
 
 def generate(
@@ -67,6 +70,7 @@ def generate(
     criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    trace: bool = False,
     show_progress: bool = False,
 ) -> list[Generation]:
     """Continue prompts, texts or token ids of any lengths, as one batch.
@@ -75,7 +79,8 @@ def generate(
     reader: one that has read nothing or a text that the prompts go on from; by default `reading` says how to read.
     processors, criteria: further ones of transformers, after ours; criteria see the generated tokens only.
     streamer: one of transformers', for a single prompt; it gets the prompt's ids and then every token as it comes.
-    on_text: called with a row and its next piece of text. show_progress: while the prompts are read.
+    on_text: called with a row and its next piece of text. trace: record which blocks were read, for a single prompt of
+    a model with landmarks. show_progress: while the prompts are read.
 
     Raises LandmarkError where a prompt holds the landmark token, or is empty and nothing can begin a text.
     """
@@ -83,6 +88,12 @@ def generate(
     rows = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     if streamer is not None and len(rows) != 1:
         raise ValueError("streamer: transformers' streamers take a single prompt")
+    reader = reader or open_reader(model, reading or ReadingSettings(), batch=len(rows))
+    if trace and (len(rows) != 1 or not isinstance(reader, Reader)):
+        raise ValueError("trace: only a single prompt of a model with landmarks can be traced")
+    reads = [] if trace else None
+    if trace:
+        reader.cache.trace = Trace()
     ends = end_tokens(model, tokenizer)
     streams = [TextStream(tokenizer, row, sampling.stop or ()) for row in rows]
     tokens: list[list[int]] = [[] for _ in rows]
@@ -94,13 +105,16 @@ def generate(
             on_text(row, piece)
 
     for step in sample(
-        reader or open_reader(model, reading or ReadingSettings(), batch=len(rows)),
+        reader,
         rows,
         sampling,
         LogitsProcessorList([*logits_processors(model, tokenizer, sampling), *(processors or ())]),
         StoppingCriteriaList([*stopping_criteria(tokenizer, ends, sampling), *(criteria or ())]),
         show_progress=show_progress,
     ):
+        if trace:
+            # The last thing read is the text token that predicted this one, or the landmark after it.
+            reads.append(reader.cache.trace.read_by(0, -1 if reader.cache.host_partial[0] else -2))
         for row, token in enumerate(step):
             if token is None:
                 continue
@@ -119,7 +133,7 @@ def generate(
             return "stop string"
         return "end of text" if tokens[row][-1] in ends else "length"
 
-    return [Generation(streams[r].text, tokens[r], len(rows[r]), finish(r)) for r in range(len(rows))]
+    return [Generation(streams[r].text, tokens[r], len(rows[r]), finish(r), reads) for r in range(len(rows))]
 
 
 def sample(
@@ -136,6 +150,8 @@ def sample(
     Yields the next token of each row; None for a row that has stopped.
     """
     device = reader.model.device
+    if isinstance(reader, Reader):
+        reader.expect(max(map(len, prompts)) + sampling.max_new_tokens)
     logits = read_prompts(reader, prompts, show_progress=show_progress)
     width, most = max(map(len, prompts)), sampling.max_new_tokens
     # Padded with a token of the row's own, so a repetition penalty makes no difference between alone and in a batch.

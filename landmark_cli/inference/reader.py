@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Positions, RetrievalSettings, Selection
-from landmark_cli.data.landmarks import insert_landmarks
+from landmark_cli.attention.offload import Offload, require_host_memory
+from landmark_cli.data.landmarks import insert_landmarks, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.rotary import inverse_frequencies
 
@@ -51,7 +53,7 @@ class Reader:
 
     model: any landmark model. top_k: blocks retrieved per query (config.top_k_blocks by default). chunk: text tokens a
     chunk (by default what the trained length leaves). cache_blocks, selection, positions, context_miss_cutoff: see
-    RetrievalSettings. batch: rows.
+    RetrievalSettings. offload: "cpu" keeps blocks in host memory. batch: rows.
 
     Raises LandmarkError where the model has no landmarks or the settings do not fit it.
     """
@@ -66,6 +68,7 @@ class Reader:
         selection: Selection = "per_token_and_head",
         positions: Positions = "bounded",
         context_miss_cutoff: float = 0.0,
+        offload: Literal["none", "cpu"] = "none",
         batch: int = 1,
     ):
         config = model.config
@@ -82,7 +85,22 @@ class Reader:
             inverse_frequencies(model),
             batch=batch,
             device=model.device,
+            offload=Offload(config.num_hidden_layers) if offload == "cpu" else None,
         )
+
+    def expect(self, tokens: int) -> None:
+        """Say that the longest row goes on for `tokens` text tokens more: memory for all of them is then taken at once.
+
+        Raises LandmarkError where they are to be offloaded and host memory will not hold them.
+        """
+        size = self.landmark_freq + 1
+        read = max(n * size + r for n, r in zip(self.cache.host_blocks, self.cache.host_partial, strict=True))
+        stream = read + stream_length(tokens, self.landmark_freq) + 1
+        self.cache.expect(stream)
+        if self.cache.offload is not None:
+            require_host_memory(
+                self.cache.settings, self.model.config, stream, self.cache.batch, next(self.model.parameters()).dtype
+            )
 
     def reset(self) -> None:
         """Forget everything read."""

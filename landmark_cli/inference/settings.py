@@ -54,6 +54,9 @@ class ReadingSettings:
         max=1,
         help="Models with a context-miss token: retrieve nothing where its share is smaller.",
     )
+    offload: Literal["none", "cpu"] = option(
+        "none", panel=READING, help="cpu: blocks lie in host memory, and the GPU fetches those it reads."
+    )
 
 
 @dataclass
@@ -98,6 +101,7 @@ def open_reader(
         selection=settings.selection,
         positions=settings.positions,
         context_miss_cutoff=settings.context_miss_cutoff,
+        offload=settings.offload,
         batch=batch,
     )
 

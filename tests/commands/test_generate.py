@@ -63,3 +63,14 @@ def test_mistakes(landmark, workplace, arguments, code, message):
     result = landmark("generate", *arguments)
     assert (result.code, message in result.err) == (code, True), result.err
     assert "Traceback" not in result.err and not result.out
+
+
+def test_a_trace(landmark, workplace):
+    result = landmark("generate", "--prompt", "word " * 40, *SAMPLING, "--trace", "new/trace.json", "--offload", "cpu")
+    assert result.code == 0, result.err
+    trace = json.loads((workplace / "new" / "trace.json").read_text())
+    assert (trace["model"], trace["landmark_freq"], trace["prompt_tokens"]) == ("runs/landmark", 4, 41)
+    assert "".join(token["text"] for token in trace["tokens"]) == result.out.removesuffix("\n")
+    assert len(trace["tokens"]) == 8 and set(trace["tokens"][3]["reads"][0]) == {"layer", "head", "block", "share"}
+    refused = landmark("generate", "--model", "runs/baseline", "--prompt", "word", "--trace", "trace.json")
+    assert refused.code == 2 and "has no landmarks" in refused.err

@@ -201,3 +201,36 @@ def test_prompts(tokenizer):
         encode_prompt(tokenizer, "Call me", chat=True)
     with pytest.raises(LandmarkError, match="landmark token"):
         generate(tiny_model(), tokenizer, [[1, LANDMARK]])
+
+
+def test_a_trace_says_which_blocks_predicted_each_token(tokenizer):
+    model = gpt2_model("landmark")
+    prompt = [*range(100, 122)]
+    sampling = SamplingSettings(max_new_tokens=7, temperature=0.0)
+    for chunk in (22, 20, 7):
+        reading = ReadingSettings(chunk=chunk, top_k_blocks=16)
+        (result,) = generate(model, tokenizer, [prompt], sampling, reading=reading, trace=True)
+        assert len(result.reads) == 7
+        for step, reads in enumerate(result.reads):
+            # The query stands at the end of prompt and text so far; in its own chunk blocks are not retrieved.
+            at = 22 + step
+            before = at - 1 if step else (21 // chunk) * chunk
+            expected = {(layer, head, block) for layer in range(2) for head in range(2) for block in range(before // 4)}
+            assert {(read["layer"], read["head"], read["block"]) for read in reads} == expected
+            assert all(0 <= read["share"] <= 1 for read in reads)
+    for bad in ({"prompts": PROMPTS, "model": model}, {"prompts": ["a"], "model": gpt2_model("baseline")}):
+        with pytest.raises(ValueError, match="trace: only a single prompt"):
+            generate(tokenizer=tokenizer, trace=True, **bad)
+
+
+def test_blocks_in_host_memory_give_the_same(tokenizer, monkeypatch):
+    model, sampling = gpt2_model("landmark"), SamplingSettings(max_new_tokens=6, temperature=0.0)
+    prompt = [*range(100, 180)]
+    results = [
+        generate(model, tokenizer, [prompt], sampling, reading=ReadingSettings(offload=offload))
+        for offload in ("none", "cpu")
+    ]
+    assert results[0] == results[1]
+    monkeypatch.setattr("landmark_cli.attention.offload.available_host_memory", lambda: 1000)
+    with pytest.raises(LandmarkError, match="of host memory"):
+        generate(model, tokenizer, [prompt], sampling, reading=ReadingSettings(offload="cpu"))
