@@ -85,6 +85,7 @@ class LayerBlocks:
         self.offload = offload
         self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
         self.resident: ResidentBlocks | None = None
+        self._arrivals = like.new_zeros(0, dtype=torch.int32)
         self._allocate(0)
 
     @property
@@ -102,7 +103,7 @@ class LayerBlocks:
         return self.blocks[:, :, :, 1]
 
     def reserve(self, complete: Sequence[int], added: Sequence[int], expected: int = 0) -> bool:
-        """Make room, by doubling at first, for each row's `complete` blocks and for `added` more, the incomplete one included.
+        """Make room, by doubling at first, for each row's `complete` blocks and `added` more (the incomplete one too).
 
         A bounded cache needs room for its bound and one chunk only. expected: blocks to make room for in one go.
         Returns whether the tensors are new ones.
@@ -135,6 +136,12 @@ class LayerBlocks:
         else:
             self.blocks = self.offload.empty(shape, self.landmark_keys)
             self.resident = None
+
+    def arrivals(self, rows: int) -> Tensor:
+        """(rows,) int32 zeros in which the programs of a decoding step count themselves; they leave zeros behind."""
+        if len(self._arrivals) < rows:
+            self._arrivals = self._arrivals.new_zeros(rows)
+        return self._arrivals[:rows]
 
     def gather(self, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values at (row, head, slot) or (row, head, slot, offset), broadcast, on the model's device."""

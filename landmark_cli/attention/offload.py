@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from landmark_cli.errors import LandmarkError
+
+if TYPE_CHECKING:
+    from .cache import LayerBlocks
 
 GIB = 2**30
 
@@ -38,16 +42,17 @@ class ResidentBlocks:
     The last entry of each is a dummy, so that everything below has a fixed shape and runs without the host.
     """
 
-    def __init__(self, like: Tensor, units: int, resident_bytes: int):
-        """like: the layer's blocks, (B, G, capacity, 2, block_size, D). resident_bytes: for this layer."""
-        size = like[0, 0, 0].numel() * like.element_size()
-        self.places, self.units = max(1, min(units, resident_bytes // size)), units
-        self.pool = like.new_zeros(self.places, *like.shape[3:])
+    def __init__(self, blocks: LayerBlocks):
+        shape, like = blocks.blocks.shape, blocks.landmark_keys
+        size = shape[3:].numel() * like.element_size()
+        self.units = shape[:3].numel()
+        self.places = max(1, min(self.units, blocks.offload.resident_bytes // blocks.offload.layers // size))
+        self.pool = like.new_zeros(self.places, *shape[3:])
 
         def filled(count: int, value: int) -> Tensor:
             return torch.full((count + 1,), value, dtype=torch.int32, device=like.device)
 
-        self.place, self.unit, self.used = filled(units, -1), filled(self.places, -1), filled(self.places, 0)
+        self.place, self.unit, self.used = filled(self.units, -1), filled(self.places, -1), filled(self.places, 0)
         self.now = torch.zeros((), dtype=torch.int32, device=like.device)
 
     def admit(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,39 @@
+"""How large the kernels' tiles are, and on how many warps they run; benchmarks/long_context.py measures others."""
+
+from __future__ import annotations
+
+import triton
+
+from ..fused.configurations import Configuration, on_interpreter
+from .call import TILE, Call, padded
+
+# Bytes of a token of one head, up to which tiles of 64 rows fit into a multiprocessor's registers.
+LARGE_ROW = 256
+
+
+def select_configuration(call: Call) -> Configuration:
+    """For scoring landmarks; rows are the queries of the heads on a key head."""
+    rows = min(64 if call.row_bytes <= 512 else 32, padded(call.group_rows))
+    return Configuration(rows, TILE, warps=8 if call.row_bytes > LARGE_ROW and rows == 64 else 4)
+
+
+def attend_configuration(call: Call, pairs: float) -> Configuration:
+    """For reading the selected blocks, each for `pairs` queries or so."""
+    cols = min(64, padded(call.settings.block_size))
+    large = call.row_bytes > LARGE_ROW or call.settings.block_size > 64
+    if on_interpreter() or pairs < 24 or call.row_bytes > 2 * LARGE_ROW:
+        return Configuration(16, cols, warps=4 if large else 1, stages=1)
+    return Configuration(64, cols, warps=8, stages=1) if large else Configuration(64, cols, stages=1, registers=128)
+
+
+def finish_configuration(call: Call) -> Configuration:
+    """For a chunk's attention to itself; columns are at least 16 and, up to 64, hold a block."""
+    rows, cols = min(64, padded(call.tokens)), min(64, padded(call.settings.block_size))
+    if call.row_bytes > LARGE_ROW:
+        return Configuration(min(rows, 32), min(cols, 32), stages=1)
+    return Configuration(rows, cols)
+
+
+def store_rows(call: Call) -> int:
+    """Tokens that one warp stores."""
+    return min(triton.next_power_of_2(call.tokens), max(1, 4096 // call.row_bytes))

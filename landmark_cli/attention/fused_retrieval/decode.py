@@ -1,0 +1,137 @@
+"""Attention of the few tokens of a decoding step: each block by a program of its own, put together by the last.
+
+Every query head has one program for each selected block and one for the block it stands in; all they read is the
+cache, since the step's own keys and values have been stored before. Shapes do not depend on what has been read, so the
+kernels fit into a CUDA graph. Source: arXiv 2305.16300, section 3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .route import distance_of
+from .select import best_candidates
+from .tiles import block_base, load_columns, load_parts, place_of, turn
+
+NOTHING = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def sum_products(q, k):
+    """Products of one query with rows of keys, both in parts, in float32."""
+    s = tl.sum(k[0].to(tl.float32) * q[0].to(tl.float32), 1)
+    s += tl.sum(k[1].to(tl.float32) * q[1].to(tl.float32), 1)
+    if len(q) == 3:
+        s += tl.sum(k[2].to(tl.float32) * q[2].to(tl.float32), 1)
+    return s
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
+def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_OUT, PARTS_LOGIT, ARRIVED, OUT,
+                  CHOSEN, SHARES, q_strides, out_strides, tokens, batch, heads, capacity, retrievable, top_k, scale,
+                  GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
+                  REST_PAD: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
+                  ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
+                  TILE: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr,
+                  TIE: tl.constexpr):  # fmt: skip
+    """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that select_kernel left.
+
+    Program (item, query of a head). Items: K selected blocks, the query's own block, and, where a step may begin a new
+    block, the one before. PARTS_OUT (B, H, T, ITEMS, D) and PARTS_LOGIT hold what they find; ARRIVED (B, H, T) counts
+    programs that are through, from 0 and back to 0. CHOSEN and SHARES (B, H, T, K), unless None: ages and shares of the
+    selected blocks. TILE: landmarks a tile of select_kernel's.
+    """
+    item = tl.program_id(0)
+    row = tl.program_id(1)
+    query_heads = heads * GROUP
+    D: tl.constexpr = 2 * HALF + REST
+    batch_row = row // (query_heads * tokens)
+    head = row // tokens % query_heads
+    token = row % tokens
+    start, blocks, partial = place_of(COUNTERS, batch, batch_row)
+    cached = tl.minimum(blocks, retrievable)
+    taken = tl.minimum(cached, top_k)
+    real = token >= start
+    position = tl.maximum(token - start + partial, 0)
+
+    # What this item reads: the ring's block `slot`, of which the first `texts` keys are seen, `distance` slots before.
+    texts = BLOCK - 1
+    distance = 0
+    slot = (blocks + position // BLOCK) % capacity
+    ok = real
+    if item < K:
+        best = best_candidates(AGES, SCORES, row, cached, K, SPLITS, CANDIDATES, TILE, K_PAD, TIE)
+        rank = tl.arange(0, K_PAD)
+        age = tl.sum(tl.where(rank == item, best, 0), 0)
+        older = tl.sum((best > age).to(tl.int32), 0)
+        ok = real & (age > 0)
+        distance = tl.where(ok, distance_of(age, older, taken, ABSOLUTE), 0)
+        slot = tl.where(ok, (blocks - age) % capacity, 0)
+        if CHOSEN is not None:
+            tl.store(CHOSEN + row * K + item, tl.where(ok, age, 0))
+    else:
+        if item == K:
+            texts = tl.minimum(position % BLOCK + 1, BLOCK - 1)
+            distance = -(position // BLOCK)
+        else:
+            slot = blocks % capacity
+            ok = real & (position >= BLOCK)
+
+    one = tl.arange(0, 1)
+    at = tl.cast(batch_row, tl.int64) * q_strides[0] + tl.cast(head, tl.int64) * q_strides[1]
+    at += tl.cast(token, tl.int64) * q_strides[2]
+    q = load_parts(Q, at + one, one == 0, HALF, REST, HALF_PAD, REST_PAD)
+    if distance < 0:
+        q = turn(q, COS, SIN, -distance, HALF, HALF_PAD, True)
+    else:
+        q = turn(q, COS, SIN, distance, HALF, HALF_PAD)
+    key_row = batch_row * heads + head // GROUP
+    unit = tl.cast(key_row, tl.int64) * capacity + slot
+    base = HOME + unit * (2 * BLOCK * D)
+    if item < K:
+        base = block_base(HOME, POOL, PLACE, unit, 2 * BLOCK * D)
+
+    dim = tl.arange(0, D_PAD)
+    landmark = float("-inf")
+    top = -1.0e30
+    total = 0.0
+    out = tl.zeros([D_PAD], tl.float32)
+    for part in tl.static_range((BLOCK + COLS - 1) // COLS):
+        column = part * COLS + tl.arange(0, COLS)
+        seen = (column < BLOCK) & ok
+        k = load_parts(base, column * D, seen, HALF, REST, HALF_PAD, REST_PAD)
+        v = load_columns(base + BLOCK * D, column * D, seen & (column < texts), dim, D)
+        s = sum_products(q, k) * scale
+        landmark = tl.maximum(landmark, tl.max(tl.where(column == BLOCK - 1, s, NOTHING), 0))
+        s = tl.where(column < texts, s, NOTHING)
+        higher = tl.maximum(top, tl.max(s, 0))
+        fade = tl.exp2(top - higher)
+        p = tl.exp2(s - higher)
+        total = total * fade + tl.sum(p, 0)
+        out = out * fade + tl.sum(p[:, None] * v.to(tl.float32), 0)
+        top = higher
+    logit = tl.where(item == K, top + tl.log2(total), landmark)
+    logit = tl.where(ok, logit, NOTHING)
+    at = tl.cast(row, tl.int64) * ITEMS
+    tl.store(PARTS_OUT + (at + item) * D + dim, out / total, mask=dim < D)
+    tl.store(PARTS_LOGIT + at + item, logit)
+
+    # The program that comes last puts the parts together, and leaves the count at 0 for the next step.
+    tl.debug_barrier()
+    if tl.atomic_add(ARRIVED + row, 1, sem="acq_rel") == ITEMS - 1:
+        tl.debug_barrier()
+        items = tl.arange(0, ITEMS_PAD)
+        logits = tl.load(PARTS_LOGIT + at + items, mask=items < ITEMS, other=NOTHING, cache_modifier=".cg")
+        share = tl.exp2(logits - tl.maximum(tl.max(logits, 0), -1.0e30))
+        share = share / tl.maximum(tl.sum(share, 0), 1.0e-30)
+        parts = PARTS_OUT + (at + items)[:, None] * D + dim[None, :]
+        mask = (items < ITEMS)[:, None] & (dim < D)[None, :]
+        found = tl.load(parts, mask=mask, other=0.0, cache_modifier=".cg")
+        to = tl.cast(batch_row, tl.int64) * out_strides[0] + tl.cast(head, tl.int64) * out_strides[1]
+        to += tl.cast(token, tl.int64) * out_strides[2]
+        out = tl.sum(found * share[:, None], 0)
+        tl.store(OUT + to + dim, out.to(OUT.dtype.element_ty), mask=dim < D)
+        if SHARES is not None:
+            tl.store(SHARES + row * K + items, share, mask=items < K)
+        tl.store(ARRIVED + row, 0)

@@ -1,0 +1,215 @@
+"""Choosing blocks: every query scores all landmarks and keeps the best k, without writing the scores.
+
+Blocks are known by their age (1: the newest complete one). Tiles of landmarks come newest first, so a running list of
+the best that only a strictly better score enters gives ties to the newer block.
+
+Source: arXiv 2305.16300, section 3.2; selections shared by heads or tokens: its section 4.1 and appendix.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import dot, load_parts, place_of, query_rows, turn
+
+NO_SCORE = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def ordered(score):
+    """Float32 as int32 in the same order, and the other way round."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def sortable(score, column, EXACT: tl.constexpr):
+    """What take_top works on: the scores themselves, or (faster) integers of their upper bits and the column below.
+
+    Integers compare scores to 17 bits or more, which is finer than the rounding of 16-bit keys.
+    """
+    if EXACT:
+        return score
+    else:
+        return (ordered(score) & -column.shape[0]) | (column.shape[0] - 1 - column)[None, :]
+
+
+@triton.jit
+def take_top(tile, column, EXACT: tl.constexpr, TIE: tl.constexpr):
+    """Each row's best score and its column, the first of those that tie; and the tile without them."""
+    COLS: tl.constexpr = column.shape[0]
+    top = tl.max(tile, 1)
+    if EXACT:
+        tied = tile >= (top - TIE * tl.maximum(tl.abs(top), 1.0))[:, None]
+        found = tl.min(tl.where(tied, column[None, :], COLS - 1), 1)
+        return top, found, tl.where(column[None, :] == found[:, None], NO_SCORE, tile)
+    else:
+        score = top & -COLS
+        score = (score ^ ((score >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        # What is taken becomes the lowest integer, which read as a score is no number: it beats nothing.
+        return score, COLS - 1 - (top & (COLS - 1)), tl.where(tile == top[:, None], -2147483648, tile)
+
+
+@triton.jit
+def beats(score, other, TIE: tl.constexpr):
+    if TIE == 0.0:
+        return score > other
+    else:
+        return score > other + TIE * tl.maximum(tl.abs(score), 1.0)
+
+
+@triton.jit
+def insert(scores, ages, score, age, TIE: tl.constexpr):
+    """Put each row's new score into its list, which falls; the last one drops out."""
+    new_scores = ()
+    new_ages = ()
+    for j in tl.static_range(len(scores)):
+        better = beats(score, scores[j], TIE)
+        new_scores = new_scores + (tl.where(better, score, scores[j]),)
+        new_ages = new_ages + (tl.where(better, age, ages[j]),)
+        score, age = tl.where(better, scores[j], score), tl.where(better, ages[j], age)
+    return new_scores, new_ages
+
+
+@triton.jit
+def keep_best(scores, ages, tile, first_age, column, EXACT: tl.constexpr, TIE: tl.constexpr):
+    """Bring a tile of scores, whose columns have ages first_age, .., into the running lists."""
+    tile = sortable(tile, column, EXACT)
+    score, found, tile = take_top(tile, column, EXACT, TIE)
+    while tl.max(beats(score, scores[len(scores) - 1], TIE).to(tl.int32), 0) > 0:
+        scores, ages = insert(scores, ages, score, first_age + found, TIE)
+        score, found, tile = take_top(tile, column, EXACT, TIE)
+    return scores, ages
+
+
+@triton.jit
+def after(tile, first_age, column, score, age, EXACT: tl.constexpr):
+    """Strike out what an earlier pass kept: all up to a row's last (score, age)."""
+    if not EXACT:
+        # As the lists know a score: without its lower bits.
+        bits = ordered(tile) & -column.shape[0]
+        tile = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    older = (first_age + column)[None, :] > age[:, None]
+    return tl.where((tile < score[:, None]) | ((tile == score[:, None]) & older), tile, NO_SCORE)
+
+
+@triton.jit
+def landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity, scale,
+                    HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
+                    NEAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores of the blocks of ages first_age + column, (rows, columns), minus infinity where there is no such block.
+
+    q stands at the distance of far blocks. NEAR: the tile may hold some of the last `taken` blocks, which are scored at
+    their true distance: their keys are turned by the difference.
+    """
+    age = first_age + column
+    ok = age <= cached
+    slot = tl.where(ok, (blocks - age) % capacity, 0)
+    base = LANDMARK_KEYS + tl.cast(key_row, tl.int64) * capacity * (2 * HALF + REST)
+    k = load_parts(base, slot.to(tl.int64) * (2 * HALF + REST), ok, HALF, REST, HALF_PAD, REST_PAD)
+    if NEAR:
+        k = turn(k, COS, SIN, tl.maximum(taken + 1 - age, 0)[:, None], HALF, HALF_PAD)
+    return tl.where(ok[None, :], dot(q, k, PRECISION) * scale, NO_SCORE)
+
+
+@triton.jit
+def far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF: tl.constexpr,
+              REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, ABSOLUTE: tl.constexpr):  # fmt: skip
+    """Queries turned to the distance of far blocks or, with absolute positions, to their positions in the stream."""
+    q = load_parts(Q, offset, real, HALF, REST, HALF_PAD, REST_PAD)
+    if ABSOLUTE:
+        return turn(q, STREAM_COS, STREAM_SIN, batch_row, HALF, HALF_PAD)
+    else:
+        return turn(q, COS, SIN, taken + 1, HALF, HALF_PAD)
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "first"])
+def select_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, AGES, SCORES, q_strides, tokens, batch,
+                  heads, capacity, retrievable, top_k, first, scale,
+                  GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
+                  REST_PAD: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                  SPLITS: tl.constexpr, LATER: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr,
+                  TIE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The ages of the K best blocks of each query and head, into columns first.. of AGES (B, H, T, SPLITS, WIDTH).
+
+    Program (tile of rows, split, key head): rows are the queries of the GROUP heads on a key head; every split looks
+    at its own tiles of landmarks only and leaves its candidates, with SCORES of the same shape. LATER: look only at
+    what comes after column first - 1, which an earlier pass has filled.
+    """
+    split = tl.program_id(1)
+    key_row = tl.program_id(2)
+    batch_row = key_row // heads
+    start, blocks, _ = place_of(COUNTERS, batch, batch_row)
+    cached = tl.minimum(blocks, retrievable)
+    taken = tl.minimum(cached, top_k)
+    if (split > 0) & (split * COLS >= cached):
+        return
+
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, GROUP)
+    q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
+                  ABSOLUTE)  # fmt: skip
+    column = tl.arange(0, COLS)
+    out = ((tl.cast(key_row, tl.int64) * GROUP * tokens + row) * SPLITS + split) * WIDTH
+    in_range = row < GROUP * tokens
+    if LATER:
+        last_score = tl.load(SCORES + out + first - 1, mask=in_range, other=0.0)
+        last_age = tl.load(AGES + out + first - 1, mask=in_range, other=0)
+
+    scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
+    ages = (tl.zeros([ROWS], tl.int32),) * K
+    # A tile of padding looks at nothing.
+    tiles = tl.where(tl.max(real.to(tl.int32), 0) > 0, tl.cdiv(cached, COLS), 0)
+    if split == 0:
+        if tiles > 0:
+            s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1, column, key_row, blocks, cached, taken, capacity, scale,
+                                HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+            if LATER:
+                s = after(s, 1, column, last_score, last_age, EXACT)
+            scores, ages = keep_best(scores, ages, s, 1, column, EXACT, TIE)
+    for tile in range(tl.where(split == 0, SPLITS, split), tiles, SPLITS):
+        first_age = 1 + tile * COLS
+        s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity,
+                            scale, HALF, REST, HALF_PAD, REST_PAD, False, PRECISION)  # fmt: skip
+        if LATER:
+            s = after(s, first_age, column, last_score, last_age, EXACT)
+        scores, ages = keep_best(scores, ages, s, first_age, column, EXACT, TIE)
+
+    for j in tl.static_range(K):
+        tl.store(AGES + out + first + j, tl.where(real, ages[j], 0), mask=in_range)
+        if SCORES is not None:
+            tl.store(SCORES + out + first + j, scores[j], mask=in_range)
+
+
+@triton.jit
+def best_candidates(AGES, SCORES, row, cached, WIDTH: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
+                    COLS: tl.constexpr, K_PAD: tl.constexpr, TIE: tl.constexpr):  # fmt: skip
+    """The ages of a row's WIDTH best of all splits' candidates, (K_PAD,), 0 where there are not so many."""
+    index = tl.arange(0, CANDIDATES)
+    left = (index < SPLITS * WIDTH) & (index // WIDTH * COLS < cached)
+    at = tl.cast(row, tl.int64) * (SPLITS * WIDTH) + index
+    score = tl.load(SCORES + at, mask=left, other=NO_SCORE)
+    age = tl.load(AGES + at, mask=left, other=0)
+    rank = tl.arange(0, K_PAD)
+    best = tl.zeros([K_PAD], tl.int32)
+    for j in tl.static_range(WIDTH):
+        top = tl.max(score, 0)
+        tied = score >= top - TIE * tl.maximum(tl.abs(top), 1.0)
+        found = tl.min(tl.where(tied, age, 2147483647), 0)
+        best = tl.where(rank == j, tl.where(top > NO_SCORE, found, 0), best)
+        score = tl.where(age == found, NO_SCORE, score)
+    return best
+
+
+@triton.jit(do_not_specialize=["rows_per_batch", "batch", "retrievable"])
+def pick_kernel(AGES, SCORES, COUNTERS, OUT, rows_per_batch, batch, retrievable, WIDTH: tl.constexpr,
+                SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, COLS: tl.constexpr, K_PAD: tl.constexpr,
+                TIE: tl.constexpr):  # fmt: skip
+    """Each row's best of the candidates that the splits of select_kernel left: OUT (rows, WIDTH)."""
+    row = tl.program_id(0)
+    _, blocks, _ = place_of(COUNTERS, batch, row // rows_per_batch)
+    best = best_candidates(AGES, SCORES, row, tl.minimum(blocks, retrievable), WIDTH, SPLITS, CANDIDATES, COLS, K_PAD,
+                           TIE)  # fmt: skip
+    rank = tl.arange(0, K_PAD)
+    tl.store(OUT + tl.cast(row, tl.int64) * WIDTH + rank, best, mask=rank < WIDTH)

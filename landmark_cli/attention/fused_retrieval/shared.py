@@ -1,0 +1,135 @@
+"""Selections shared by heads or by tokens: softmax over blocks, its maximum over those who share, then the k best.
+
+Source: arXiv 2305.16300, section 4.1 and appendix. Log-probabilities compare as the softmax does.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .select import NO_SCORE, after, far_query, keep_best, landmark_scores
+from .tiles import place_of, query_rows
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
+def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, tokens, batch,
+                      heads, capacity, retrievable, top_k, scale,
+                      GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
+                      REST_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr,
+                      PRECISION: tl.constexpr):  # fmt: skip
+    """LSE (B, H, T): the log-sum-exp of each query's scores over all blocks. Program (tile of rows, key head)."""
+    key_row = tl.program_id(1)
+    batch_row = key_row // heads
+    start, blocks, _ = place_of(COUNTERS, batch, batch_row)
+    cached = tl.minimum(blocks, retrievable)
+    taken = tl.minimum(cached, top_k)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, GROUP)
+    q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
+                  ABSOLUTE)  # fmt: skip
+    column = tl.arange(0, COLS)
+    top = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for tile in range(tl.cdiv(cached, COLS)):
+        s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1 + tile * COLS, column, key_row, blocks, cached, taken,
+                            capacity, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+        higher = tl.maximum(top, tl.max(s, 1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
+        top = higher
+    lse = top + tl.log(tl.where(total > 0, total, 1.0))
+    tl.store(LSE + tl.cast(key_row, tl.int64) * GROUP * tokens + row, lse, mask=row < GROUP * tokens)
+
+
+@triton.jit
+def log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age, column,
+                    token, batch_row, head, tokens, batch, heads, capacity, retrievable, top_k, scale,
+                    GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
+                    REST_PAD: tl.constexpr, ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Log-probability of blocks first_age + column for the tokens of one head; minus infinity for padding."""
+    start, blocks, _ = place_of(COUNTERS, batch, batch_row)
+    cached = tl.minimum(blocks, retrievable)
+    taken = tl.minimum(cached, top_k)
+    key_head = head // GROUP
+    key_row = batch_row * heads + key_head
+    row = (head % GROUP) * tokens + token
+    real, _, _, offset = query_rows(row, tokens, start, key_head, batch_row, q_strides, GROUP)
+    real = real & (token < tokens)
+    q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
+                  ABSOLUTE)  # fmt: skip
+    s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity, scale,
+                        HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+    lse = tl.load(LSE + tl.cast(key_row, tl.int64) * GROUP * tokens + row, mask=real, other=0.0)
+    return tl.where(real[:, None], s - lse[:, None], NO_SCORE)
+
+
+@triton.jit(do_not_specialize=["tokens", "first_token", "shared_tokens", "batch", "heads", "capacity", "retrievable",
+                               "top_k"])  # fmt: skip
+def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, SHARED, q_strides, tokens,
+                         first_token, shared_tokens, batch, heads, capacity, retrievable, top_k, scale,
+                         GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
+                         REST_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OVER_HEADS: tl.constexpr,
+                         ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """SHARED: the best log-probability that those who share a selection give each block, by age from 1 on.
+
+    OVER_HEADS: (B, shared_tokens, capacity), tokens from first_token on; program (tile of blocks, tile of tokens, batch
+    row). Else (B, H, capacity), the maximum over all tokens; program (tile of blocks, 0, batch row and head).
+    """
+    column = tl.arange(0, COLS)
+    first_age = 1 + tl.program_id(0) * COLS
+    age = first_age + column
+    token = tl.arange(0, ROWS)
+    if OVER_HEADS:
+        batch_row = tl.program_id(2)
+        token += tl.program_id(1) * ROWS
+        best = tl.full([ROWS, COLS], NO_SCORE, tl.float32)
+        for head in range(heads * GROUP):
+            s = log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age,
+                                column, first_token + token, batch_row, head, tokens, batch, heads, capacity,
+                                retrievable, top_k, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE,
+                                PRECISION)  # fmt: skip
+            best = tl.maximum(best, s)
+        at = (tl.cast(batch_row, tl.int64) * shared_tokens + token) * capacity
+        mask = (token < shared_tokens)[:, None] & (age <= capacity)[None, :]
+        tl.store(SHARED + at[:, None] + age[None, :] - 1, best, mask=mask)
+    else:
+        batch_row = tl.program_id(2) // (heads * GROUP)
+        head = tl.program_id(2) % (heads * GROUP)
+        best = tl.full([COLS], NO_SCORE, tl.float32)
+        for first in range(0, tokens, ROWS):
+            s = log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age,
+                                column, first + token, batch_row, head, tokens, batch, heads, capacity, retrievable,
+                                top_k, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE, PRECISION)  # fmt: skip
+            best = tl.maximum(best, tl.max(s, 0))
+        at = tl.cast(tl.program_id(2), tl.int64) * capacity
+        tl.store(SHARED + at + age - 1, best, mask=age <= capacity)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_batch", "batch", "capacity", "retrievable", "first"])
+def top_kernel(SHARED, COUNTERS, AGES, SCORES, rows, rows_per_batch, batch, capacity, retrievable, first,
+               K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LATER: tl.constexpr,
+               TIE: tl.constexpr):  # fmt: skip
+    """The ages of the K best of each row of SHARED (rows, capacity), into columns first.. of AGES (rows, WIDTH)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_range = row < rows
+    blocks = tl.load(COUNTERS + batch + row // rows_per_batch, mask=in_range, other=0)
+    cached = tl.minimum(blocks, retrievable)
+    column = tl.arange(0, COLS)
+    base = row.to(tl.int64) * capacity
+    out = row.to(tl.int64) * WIDTH + first
+    if LATER:
+        last_score = tl.load(SCORES + out - 1, mask=in_range, other=0.0)
+        last_age = tl.load(AGES + out - 1, mask=in_range, other=0)
+    scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
+    ages = (tl.zeros([ROWS], tl.int32),) * K
+    for tile in range(tl.cdiv(tl.max(cached, 0), COLS)):
+        first_age = 1 + tile * COLS
+        age = first_age + column
+        mask = age[None, :] <= cached[:, None]
+        s = tl.load(SHARED + base[:, None] + age[None, :] - 1, mask=mask, other=NO_SCORE)
+        if LATER:
+            s = after(s, first_age, column, last_score, last_age, True)
+        scores, ages = keep_best(scores, ages, s, first_age, column, True, TIE)
+    for j in tl.static_range(K):
+        tl.store(AGES + out + j, ages[j], mask=in_range)
+        tl.store(SCORES + out + j, scores[j], mask=in_range)
