@@ -8,7 +8,7 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 
 
-def philox_uniform(seed: int, row: Tensor, block: Tensor) -> Tensor:
+def philox_uniform(seed: int | Tensor, row: Tensor, block: Tensor) -> Tensor:
     """Uniform numbers in [0, 1) from the Philox 4x32-10 counter (row, block, 0, 0) under the key `seed`.
 
     row, block: integer tensors that broadcast; row < 2**32, block < 2**32. Returns float32.
@@ -16,6 +16,7 @@ def philox_uniform(seed: int, row: Tensor, block: Tensor) -> Tensor:
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
     row, block = torch.broadcast_tensors(row.long(), block.long())
+    seed = int(seed)
     c0, c1, c2, c3 = row & _LOW, block & _LOW, torch.zeros_like(row), torch.zeros_like(row)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
@@ -33,7 +34,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def group_dropout_scale(seed: int, p: float, shape: tuple[int, int, int], block: Tensor) -> Tensor:
+def group_dropout_scale(seed: int | Tensor, p: float, shape: tuple[int, int, int], block: Tensor) -> Tensor:
     """Factor on each earlier block's share: 0 with probability p, otherwise 1 / (1 - p).
 
     shape: (B, H, T) of the queries, whose row number is (b * H + h) * T + t.

@@ -25,7 +25,7 @@ def landmark_attention(
     start: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     context_miss_key: Tensor | None = None,
     controlled: Tensor | None = None,
     return_lse: bool = False,
@@ -37,7 +37,8 @@ def landmark_attention(
     scale: factor on the logits, 1 / sqrt(D) by default.
     start: (B,) first real key of each row; queries before it give zeros. cu_seqlens: (n + 1,) packed documents, B = 1.
     dropout_p: group dropout, the probability that an earlier block's share is zeroed for a query and head (the others
-    are divided by 1 - p); dropout_seed: the 64-bit seed of its random numbers.
+    are divided by 1 - p); dropout_seed: the 64-bit seed of its random numbers, a number or
+    a tensor of one.
     context_miss_key: (B, G, 1, D) key of a context-miss token, which joins the outer softmax and has no value: its
     share is lost, unless controlled, (B, Tk) bool, marks landmarks: these leave the outer softmax, are normalised
     among themselves, and share out what the context-miss token got (paper, section 4.1.3).

@@ -55,6 +55,25 @@ class CorpusAndShape:
     dropout: float = option(0.0, panel="Model", min=0, max=1, help="Dropout after embedding, attention and MLP.")
     top_k_blocks: int = option(4, panel="Model", min=0, help="Blocks the model retrieves unless it is told otherwise.")
 
+    memory_length: int | None = option(
+        None, panel="Variants", min=1, help="Train a Transformer-XL that remembers so many tokens. [default: none]"
+    )
+    segment_length: int | None = option(
+        None, panel="Variants", min=1, help="Tokens of its segments. [default: --memory-length]"
+    )
+    context_miss_token: bool = option(
+        False, panel="Variants", help="Learn a token that says nothing is to be retrieved."
+    )
+    controlled_landmarks: float = option(
+        0.5, panel="Variants", min=0, max=1, help="Its training: the share of landmarks that it controls."
+    )
+    position_jump: int = option(
+        0, panel="Variants", min=0, help="After every landmark, positions jump ahead by a random number below this."
+    )
+    group_dropout: float = option(
+        0.0, panel="Variants", min=0, max=0.99, help="Probability that attention loses an earlier block."
+    )
+
 
 @dataclass
 class TrainOptions(RunOptions, CorpusAndShape):
@@ -101,6 +120,18 @@ def check(options: TrainOptions) -> None:
             f"--sequence-length {options.sequence_length} is shorter than one block of {block} "
             f"(--landmark-freq {options.landmark_freq} and its landmark): make it longer, or the blocks shorter"
         )
+    if options.segment_length and not options.memory_length:
+        raise UsageError("--segment-length is a Transformer-XL's: give --memory-length too")
+    if options.memory_length and not options.baseline:
+        raise UsageError("--memory-length makes a Transformer-XL, which has no landmarks: give --baseline too")
+    needs_landmarks = {
+        "--context-miss-token": options.context_miss_token,
+        "--position-jump": options.position_jump,
+        "--group-dropout": options.group_dropout,
+    }
+    for name, value in needs_landmarks.items():
+        if value and options.baseline:
+            raise UsageError(f"{name} is about landmarks: leave out --baseline or {name}")
     if options.n_embd % options.n_head or options.n_embd // options.n_head % 2:
         raise UsageError(f"--n-embd {options.n_embd} over --n-head {options.n_head} must give a whole, even head width")
     if options.data_weights and len(options.data_weights) != len(options.data or ()):
@@ -124,12 +155,16 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
         trained_length=options.sequence_length,
         top_k_blocks=options.top_k_blocks,
         eos_token_id=tokenizer.eot_id,
+        context_miss_token=options.context_miss_token,
+        memory_length=options.memory_length,
+        segment_length=options.memory_length and (options.segment_length or options.memory_length),
     )
 
 
 def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, files: list[TokenFile]) -> None:
     """The run itself, in every process."""
     from landmark_cli.data.batches import Batches
+    from landmark_cli.data.variants import VariantBatches
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.loop import Loop
     from landmark_cli.training.runs import run_identity
@@ -139,12 +174,19 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, fi
     global_batch = options.batch_size * options.accumulation * accelerator.num_processes
     windows = window_settings(options, config)
     batches = Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows)
+    controlled = options.controlled_landmarks if options.context_miss_token else 0.0
+    variants = {"position_jump": options.position_jump, "controlled_landmarks": controlled}
+    if any(variants.values()):
+        batches = VariantBatches(batches, options.seed, **variants)
+    variants["group_dropout"] = options.group_dropout
     loop = Loop(
         accelerator,
         model,
         batches,
-        loop_settings(options, output, precision, options.sequence_length),
-        identity=run_identity(config, files, options.data_weights, global_batch, options.seed),
+        dataclasses.replace(
+            loop_settings(options, output, precision, options.sequence_length), group_dropout=options.group_dropout
+        ),
+        identity=run_identity(config, files, options.data_weights, global_batch, options.seed) | variants,
         validation=validation_windows(options, options.data, windows),
     )
     carry_out(options, config, loop)

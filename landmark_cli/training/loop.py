@@ -45,7 +45,7 @@ class LoopSettings:
 
     output: the run's directory. batch_size: rows a process takes at a time; accumulation: how often in a step.
     sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints kept.
-    precision: "bf16", "fp16" or "fp32".
+    precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention loses an earlier block.
     """
 
     output: Path
@@ -63,6 +63,7 @@ class LoopSettings:
     evaluate_every: int
     save_every: int
     keep: int
+    group_dropout: float = 0.0
 
 
 class Loop:
@@ -100,7 +101,7 @@ class Loop:
 
     def _prepare(self, model: nn.Module) -> None:
         accelerator, settings = self.accelerator, self.settings
-        model = LossModel(model)
+        model = LossModel(model, settings.group_dropout)
         decayed = decayed_names(model)
         # FSDP 1 makes new parameters, so its optimizer comes after it; FSDP 2 wants to see both at once.
         wrap_first = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
@@ -183,7 +184,7 @@ class Loop:
         loss, norm = torch.zeros((), device=accelerator.device), None
         for batch in micro_batches:
             with accelerator.accumulate(self.module):
-                part = self.module(batch["input_ids"], batch["labels"])
+                part = self.module(**batch)
                 accelerator.backward(part * scale)
                 loss += part.detach() / targets
                 if accelerator.sync_gradients:

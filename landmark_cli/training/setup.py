@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor, nn
 
+from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
 
@@ -56,9 +57,10 @@ class LossModel(nn.Module):
     For all else it stands in for the model: accelerate asks for its layers to shard, its tied weights, its config.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, group_dropout: float = 0.0) -> None:
         super().__init__()
         self.wrapped = model
+        self.group_dropout = group_dropout
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,11 +68,27 @@ class LossModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("wrapped"), name)
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """input_ids, targets: (B, T) -> sum over the targets that are not -100 of their negative log-likelihood."""
-        mean = self.wrapped(input_ids=input_ids, labels=targets, shift_labels=targets, use_cache=False).loss
-        count = (targets != IGNORED_TARGET).sum()
-        return torch.where(count > 0, mean * count, 0.0)
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, controlled: Tensor | None = None
+    ) -> Tensor:
+        """Sum over the targets that are not -100 of their negative log-likelihood.
+
+        input_ids, labels: (B, T), labels being the target of their own position. position_ids, controlled: (B, T), of
+        the paper's variants.
+        """
+        extra = {} if position_ids is None else {"position_ids": position_ids}
+        if controlled is not None or (self.group_dropout and self.training):
+            extra["landmark_layout"] = self._layout(controlled)
+        output = self.wrapped(input_ids=input_ids, labels=labels, shift_labels=labels, use_cache=False, **extra)
+        count = (labels != IGNORED_TARGET).sum()
+        return torch.where(count > 0, output.loss * count, 0.0)
+
+    def _layout(self, controlled: Tensor | None) -> LandmarkLayout:
+        dropout = {}
+        if self.group_dropout and self.training:
+            # On the CPU, where reading it waits for nothing; the loop seeds every step.
+            dropout = {"dropout_p": self.group_dropout, "dropout_seed": torch.randint(1 << 62, ())}
+        return LandmarkLayout(controlled=controlled, **dropout)
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
