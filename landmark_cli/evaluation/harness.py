@@ -9,6 +9,7 @@ is the harness's own command with the model class "landmark"; from Python, impor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ class LandmarkLM(TemplateLM):
     """Any model that `landmark` opens. One with landmarks, or a Transformer-XL, reads whole contexts; one without sees
     of each the last tokens that its trained length holds.
 
-    pretrained: model directory, hub id or the authors' checkpoint. top_k, chunk, cache_blocks, selection, positions:
-    how it reads (see ReadingSettings). max_gen_toks: where a task does not say how much to generate.
+    pretrained: model directory, hub id or the authors' checkpoint. top_k: blocks retrieved; further arguments (chunk,
+    cache_blocks, selection, ...) are those of ReadingSettings. max_gen_toks: where a task does not say how much to
+    generate.
     """
 
     def __init__(
@@ -55,19 +57,17 @@ class LandmarkLM(TemplateLM):
         device: str | None = None,
         dtype: str = "auto",
         top_k: int | None = None,
-        chunk: int | None = None,
-        cache_blocks: int | None = None,
-        selection: str = "per_token_and_head",
-        positions: str = "bounded",
         max_gen_toks: int = 256,
+        **reading: Any,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UsageError(f"batch_size is {batch_size!r}: the landmark model takes a number of 1 or more")
         self.pretrained, self.batch_size, self.max_gen_toks = pretrained, int(batch_size), max_gen_toks
-        self.reading = ReadingSettings(
-            top_k_blocks=top_k, chunk=chunk, cache_blocks=cache_blocks, selection=selection, positions=positions
-        )
+        unknown = reading.keys() - {field.name for field in fields(ReadingSettings)}
+        if unknown:
+            raise UsageError(f"the landmark model has no argument {', '.join(sorted(unknown))}")
+        self.reading = ReadingSettings(top_k_blocks=top_k, **reading)
         self.model, self.tokenizer = load(pretrained, dtype=dtype, device=device)
         self._device = self.model.device
 

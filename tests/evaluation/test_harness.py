@@ -132,6 +132,8 @@ def test_the_harness_s_own_command(place):
     assert "local_choice" in result.stdout, result.stderr
 
 
-def test_a_batch_size_of_its_own_choice_is_refused(place):
+def test_arguments_that_cannot_be(place):
     with pytest.raises(UsageError, match="batch_size is 'auto'"):
         LandmarkLM(str(place / "landmark"), batch_size="auto")
+    with pytest.raises(UsageError, match="no argument chunks"):
+        LandmarkLM(str(place / "landmark"), chunks=3)
