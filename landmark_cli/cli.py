@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from landmark_cli import __version__, console
-from landmark_cli.commands import evaluate, generate, prepare, study, train, weight_diff
+from landmark_cli.commands import evaluate, finetune, generate, prepare, study, train, weight_diff
 from landmark_cli.errors import LandmarkError
 from landmark_cli.options import KINDS, Setting, build, load_recipe, settings_of
 
@@ -24,6 +24,7 @@ Command = tuple[str, type, Callable[[Any], None], str]
 COMMANDS: list[Command] = [
     ("prepare", prepare.PrepareOptions, prepare.run, prepare.EXAMPLES),
     ("train", train.TrainOptions, train.run, train.EXAMPLES),
+    ("finetune", finetune.FinetuneOptions, finetune.run, finetune.EXAMPLES),
     ("eval perplexity", evaluate.PerplexityOptions, evaluate.run_perplexity, evaluate.PERPLEXITY_EXAMPLES),
     ("eval study", study.StudyOptions, study.run, study.EXAMPLES),
     ("eval passkey", evaluate.PassKeyOptions, evaluate.run_passkey, evaluate.PASSKEY_EXAMPLES),

@@ -66,7 +66,7 @@ def check_length(trained_length: int, limit: int | None, landmark_freq: int, nam
     if limit is not None and trained_length > limit:
         raise LandmarkError(
             f"{name} has {limit} positions, but a window with its landmarks takes {trained_length}; "
-            f"take a text length of at most {limit - limit // (landmark_freq + 1)}"
+            f"take a text length (--sequence-length) of at most {limit - limit // (landmark_freq + 1)}"
         )
     if trained_length <= landmark_freq:
         raise LandmarkError(

@@ -12,6 +12,7 @@ from landmark_cli.errors import LandmarkError
 
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
+from .lora import is_adapter, open_adapted
 from .pretrained import open_pretrained
 
 
@@ -24,7 +25,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model and its tokenizer, ready for inference.
 
-    path: a model directory, a hub id, or a checkpoint directory of the authors' lm_benchmark (ckpt.pt, summary.json).
+    path: a model or adapter directory, a hub id, or a checkpoint directory of the authors' lm_benchmark (ckpt.pt and
+    summary.json).
     attention: transformers' `attn_implementation`; by default the one the model was saved with. dtype: of the weights,
     by default as stored. device: a GPU where there is one, by default.
 
@@ -33,6 +35,8 @@ def load(
     directory = Path(path)
     if (directory / "ckpt.pt").is_file():
         model, tokenizer = _load_authors(directory, attention, dtype)
+    elif is_adapter(directory):
+        model, tokenizer = open_adapted(directory, attention=attention, dtype=dtype)
     else:
         model, tokenizer = open_pretrained(path, attention=attention, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -82,9 +82,7 @@ def test_directories_of_the_original_project(tmp_path, form):
 
 def test_weights_of_another_shape(directory):
     change_config(directory, intermediate_size=32)
-    with pytest.raises(
-        LandmarkError, match=r"mlp\.down_proj\.weight is \(32, 48\) there and \(32, 32\) by"
-    ):
+    with pytest.raises(LandmarkError, match=r"mlp\.down_proj\.weight is \(32, 48\) there and \(32, 32\) by"):
         store.load(directory)
 
 

@@ -1,0 +1,304 @@
+"""`landmark finetune`: landmark attention for a pretrained decoder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from landmark_cli.commands.run_options import (
+    RunOptions,
+    begin,
+    carry_out,
+    changed,
+    loop_settings,
+    open_split,
+    validation_windows,
+)
+from landmark_cli.console import info
+from landmark_cli.errors import LandmarkError, UsageError, import_extra
+from landmark_cli.options import option, save_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from landmark_cli.models.lora import LoraSettings
+
+EXAMPLES = """\
+landmark finetune --model HuggingFaceTB/SmolLM2-135M --data notes/
+landmark finetune --model meta-llama/Llama-3.2-1B --data emozilla/pg19 --lora-rank 16 --merge
+landmark finetune --model llama-7b --data sample --sequence-length 504 --gradient-checkpointing --output runs/llama
+accelerate launch --config_file recipes/llama/fsdp_8gpu.yaml landmark finetune --recipe llama/finetune_7b --model llama
+"""
+
+DATA, MODEL, LORA = "Data", "Model", "LoRA"
+
+
+@dataclass
+class LoraOptions:
+    """Adapters in place of training every weight."""
+
+    lora_rank: int | None = option(None, panel=LORA, min=1, help="Train adapters of this rank, embeddings and head.")
+    lora_alpha: float | None = option(
+        None, panel=LORA, min=0, help="The adapters count alpha / rank times. [default: twice the rank]"
+    )
+    lora_dropout: float = option(0.0, panel=LORA, min=0, max=1, help="Dropout of the adapters' input.")
+    lora_targets: list[str] | None = option(
+        None, panel=LORA, help="Names of the layers that get adapters. [default: every linear layer but the head]"
+    )
+    merge: bool = option(False, panel=LORA, help="Write a plain model, the adapters merged into its weights.")
+    four_bit: bool = option(False, panel=LORA, help="Keep the frozen weights in 4 bits (needs bitsandbytes and a GPU).")
+
+
+@dataclass(kw_only=True)
+class PretrainedOptions:
+    """Which model, and its landmarks."""
+
+    model: str = option(panel=MODEL, help="A model directory or a hub id.")
+    landmark_freq: int = option(63, panel=MODEL, min=1, help="Text tokens between landmarks.")
+    top_k_blocks: int = option(4, panel=MODEL, min=0, help="Blocks the model retrieves unless it is told otherwise.")
+    gradient_checkpointing: bool = option(
+        False, panel=MODEL, help="Compute activations again in the backward pass: less memory, a third more work."
+    )
+
+
+@dataclass(kw_only=True)
+class TextOptions:
+    """What to train on."""
+
+    data: list[str] = option(
+        panel=DATA,
+        help="A directory of token files made with the model's tokenizer, files or folders of text (.txt, .md, .tex, "
+        ".jsonl, .parquet), a hub id, or sample, pg19, arxiv-math, redpajama. Repeatable.",
+    )
+    data_weights: list[float] | None = option(
+        None, panel=DATA, min=0, help="How often to draw from each of them. [default: by their number of tokens]"
+    )
+    sequence_length: int = option(
+        2016, panel=DATA, min=1, help="Text tokens of a training window; its landmarks come on top."
+    )
+    landmarks_in_loss: bool = option(False, panel=DATA, help="Train the model to predict landmarks too.")
+    text_field: str = option("text", panel=DATA, help="The field or column that holds the text of .jsonl and .parquet.")
+    validation_share: float = option(
+        0.01, panel=DATA, min=0, max=0.5, help="Share of text held out where the data has no validation split."
+    )
+
+
+@dataclass
+class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
+    """Give a pretrained decoder landmark attention and fine-tune it.
+
+    Works for decoders of the transformers library with rotary positions: Llama, Mistral, Qwen, Phi3, OLMo, GPT-NeoX
+    and others. Text is tokenized with the model's tokenizer into token files beside the run, packed into windows, and
+    landmarks are put in. Runs on one device as it is, on several, with FSDP or DeepSpeed through `accelerate launch`.
+    """
+
+    batch_size: int = changed("batch_size", 2)
+    lr: float = changed("lr", 2e-5)
+    schedule: Literal["one-cycle", "cosine", "linear", "constant"] = changed("schedule", "cosine")
+    warmup: float = changed("warmup", 0.03)
+    final_lr: float = changed("final_lr", 0.1)
+    weight_decay: float = changed("weight_decay", 0.1)
+    beta2: float = changed("beta2", 0.999)
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", panel="Output", help="Of the weights in the finished model; auto: as those it started from."
+    )
+
+
+def run(options: FinetuneOptions) -> None:
+    """Fine-tune, and leave a model directory (or, with adapters that are not merged, an adapter directory).
+
+    Raises UsageError for options that contradict each other, LandmarkError for a model that landmark attention does not
+    fit and for what is wrong with data or directories.
+    """
+    check(options)
+    from landmark_cli.data.batches import Batches
+    from landmark_cli.data.landmarks import stream_length
+    from landmark_cli.models import lora
+    from landmark_cli.training.loop import Loop
+    from landmark_cli.training.runs import run_identity
+    from landmark_cli.training.setup import quiet_transformers
+
+    trained_length = stream_length(options.sequence_length, options.landmark_freq)
+    check_model(options, trained_length)
+    accelerator, output, precision = begin(options, run_name(options))
+    model, tokenizer = landmark_model(options, trained_length, precision, accelerator)
+    directories = token_files(options, output, accelerator)
+    files = open_split(directories, "train")
+    check_data(files, tokenizer, options.model)
+
+    config, adapters = model.config, adapter_settings(options)
+    trained = lora.add_adapters(model, adapters) if adapters else model
+    windows = {
+        "sequence_length": trained_length,
+        "landmark_freq": config.landmark_freq,
+        "landmark_token_id": config.landmark_token_id,
+        "eot_id": files[0].metadata.eot_id,
+        "include_landmarks": options.landmarks_in_loss,
+    }
+    global_batch = options.batch_size * options.accumulation * accelerator.num_processes
+    identity = run_identity(config, files, options.data_weights, global_batch, options.seed)
+    loop = Loop(
+        accelerator,
+        trained,
+        Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows),
+        loop_settings(options, output, precision, trained_length),
+        identity=identity | {"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss},
+        validation=validation_windows(options, directories, windows),
+    )
+    carry_out(options, config, loop)
+
+    def save_rest(directory: Path) -> None:
+        tokenizer.save_pretrained(directory)
+        save_recipe(options, directory / "recipe.yaml", "finetune")
+
+    dtype = saved_dtype(options)
+
+    def save_model(model: PreTrainedModel, directory: Path, weights: dict[str, Tensor]) -> None:
+        model.to(dtype).save_pretrained(
+            directory, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()}
+        )
+
+    loop.write_model(save_rest, save_model=lora.save_adapters if adapters else save_model)
+    if options.merge and accelerator.is_main_process:
+        with quiet_transformers():
+            lora.merge(output, dtype)
+    accelerator.end_training()
+    info(f"trained {'adapters' if adapters and not options.merge else 'model'}: {output}")
+
+
+def check(options: FinetuneOptions) -> None:
+    """Raise UsageError for options that cannot go together, LandmarkError for a package that one of them needs."""
+    if options.sequence_length < options.landmark_freq:
+        raise UsageError(
+            f"--sequence-length {options.sequence_length} is shorter than one block of --landmark-freq "
+            f"{options.landmark_freq} text tokens: make it longer, or the blocks shorter"
+        )
+    if options.data_weights and len(options.data_weights) != len(options.data):
+        raise UsageError(f"--data-weights: {len(options.data_weights)} given for {len(options.data)} of --data")
+    given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
+    if given and options.lora_rank is None:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for adapters: give --lora-rank too")
+    if options.lora_rank is not None:
+        import_extra("peft", "lora")
+    if options.four_bit:
+        import_extra("bitsandbytes", "qlora")
+
+
+def check_model(options: FinetuneOptions, trained_length: int) -> None:
+    """Refuse by its config a model that will not do, before anything is read or written."""
+    from landmark_cli.models.decoders import check_length
+    from landmark_cli.models.pretrained import open_config
+    from landmark_cli.models.support import check_config
+
+    config = open_config(options.model)
+    check_config(config, options.model)
+    limit = getattr(config, "max_position_embeddings", None)
+    check_length(trained_length, limit, options.landmark_freq, options.model)
+
+
+def run_name(options: FinetuneOptions) -> str:
+    """The name of a run without --output."""
+    return f"{Path(options.model).name}-landmark"
+
+
+def token_files(options: FinetuneOptions, output: Path, accelerator: Accelerator) -> list[Path]:
+    """The directories of token files to train on; text is tokenized into the run's own, by all processes together."""
+    from landmark_cli.data.corpora import KINDS, open_corpus
+    from landmark_cli.data.merge import Process
+    from landmark_cli.data.prepare import prepare
+    from landmark_cli.data.tokenizers import load_tokenizer
+
+    directories, tokenizer = [], None
+    for number, name in enumerate(options.data):
+        if (Path(name) / "train.json").is_file():
+            directories.append(Path(name))
+            continue
+        known = name == "sample" or name in KINDS
+        corpus = open_corpus(
+            name if known else "text",
+            None if known else [name],
+            text_field=options.text_field,
+            validation_share=options.validation_share,
+        )
+        tokenizer = tokenizer or load_tokenizer(options.model)
+        directory = output / "data" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
+        info(f"{name}: {corpus.source} -> {directory} (tokenizer {tokenizer.name})")
+        prepare(corpus, tokenizer, directory, process=Process.from_environment())
+        directories.append(directory)
+    accelerator.wait_for_everyone()
+    return directories
+
+
+def landmark_model(
+    options: FinetuneOptions, trained_length: int, precision: str, accelerator: Accelerator
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained model and its tokenizer, with landmarks: float32 to train, in the run's precision to be frozen."""
+    import torch
+
+    from landmark_cli.models.decoders import add_landmarks
+    from landmark_cli.models.pretrained import open_pretrained
+
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    loading: dict[str, Any] = {"dtype": torch.float32 if options.lora_rank is None else half}
+    if options.four_bit:
+        from transformers import BitsAndBytesConfig
+
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=half,
+        )
+        loading["device_map"] = {"": accelerator.device}
+    model, tokenizer = open_pretrained(options.model, **loading)
+    add_landmarks(
+        model,
+        tokenizer,
+        landmark_freq=options.landmark_freq,
+        trained_length=trained_length,
+        top_k_blocks=options.top_k_blocks,
+    )
+    model.config.include_landmark_in_loss = options.landmarks_in_loss
+    if options.gradient_checkpointing:
+        # Newer versions of transformers have another name for it.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def saved_dtype(options: FinetuneOptions) -> torch.dtype:
+    """The dtype of the finished model's weights."""
+    import torch
+
+    from landmark_cli.models.pretrained import open_config
+
+    named = getattr(torch, options.save_dtype, None)
+    return named or open_config(options.model).dtype or torch.float32
+
+
+def check_data(files: list[Any], tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """LandmarkError where token files were made with another tokenizer than the model's."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    for file in files:
+        file.check_tokenizer(encode, model)
+        if file.metadata.vocab_size > len(tokenizer):
+            raise LandmarkError(f"{file.path} holds tokens up to {file.metadata.vocab_size}, beyond those of {model}")
+
+
+def adapter_settings(options: FinetuneOptions) -> LoraSettings | None:
+    """The options of the adapters, or None where every weight is trained."""
+    from landmark_cli.models.lora import LoraSettings
+
+    if options.lora_rank is None:
+        return None
+    alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
+    targets = tuple(options.lora_targets) if options.lora_targets else None
+    return LoraSettings(options.lora_rank, alpha, options.lora_dropout, targets)

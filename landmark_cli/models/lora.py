@@ -1,0 +1,133 @@
+"""LoRA adapters (peft) on a landmark decoder: small matrices beside the projections, embeddings and head in full.
+
+The landmark token has to be learned, and what its embedding row means to every layer, so embeddings and head are
+trained and saved whole; the other weights stay as they are. An adapter directory holds the adapters, embeddings and
+head, the landmark model's config.json and the tokenizer, and names the model that it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from landmark_cli.errors import LandmarkError, import_extra
+
+from .decoders import check_tokenizer
+from .pretrained import open_config, open_pretrained
+
+ADAPTER_CONFIG = "adapter_config.json"
+# What the landmark model's config has that its base has not.
+SETTINGS = ("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """rank: of the adapters. alpha: their output counts alpha / rank times. dropout: of their input.
+
+    targets: names of the layers that get one; None for all linear layers but the head.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+
+
+def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> nn.Module:
+    """Freeze a landmark decoder and put adapters on it; returns the PeftModel to train. Trained weights are float32.
+
+    Raises LandmarkError where peft is missing or a target is no layer of the model.
+    """
+    peft = import_extra("peft", "lora")
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets) if settings.targets else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with _without_deprecations():
+            adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise LandmarkError(f"--lora-targets: {str(error).strip().splitlines()[0]}") from error
+    # So that the base is found again from whatever directory.
+    base = model.config._name_or_path
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight.data = layer.weight.data.float()
+        layer.requires_grad_(True)
+    return adapted
+
+
+def save_adapters(model: nn.Module, directory: Path, weights: dict[str, Tensor]) -> None:
+    """Write an adapter directory, tokenizer aside. weights: all of the model's, by name."""
+    model.save_pretrained(directory, state_dict=weights, save_embedding_layers=True)
+    # peft's template of a model card says nothing about this model.
+    (directory / "README.md").unlink(missing_ok=True)
+    model.config.save_pretrained(directory)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory holds adapters rather than a whole model."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def open_adapted(
+    path: str | Path, *, attention: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open an adapter directory as a plain model: the base with the adapters merged into its weights.
+
+    Raises LandmarkError where peft is missing, or the base is not where it was.
+    """
+    peft = import_extra("peft", "lora")
+    directory = Path(path)
+    base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    config = open_config(directory)
+    try:
+        model, _ = open_pretrained(base, dtype=dtype)
+    except LandmarkError as error:
+        raise LandmarkError(f"{directory} holds adapters for the model {base}, which is needed too: {error}") from error
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    check_tokenizer(config, tokenizer, str(directory))
+    model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+    with _without_deprecations():
+        model = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
+    for name in SETTINGS:
+        setattr(model.config, name, getattr(config, name))
+    model.set_attn_implementation(attention or "landmark")
+    return model, tokenizer
+
+
+def merge(path: str | Path, dtype: torch.dtype) -> None:
+    """Turn an adapter directory into that of a plain model. The sum is computed in float32 and stored as dtype.
+
+    Raises LandmarkError where the base cannot be opened.
+    """
+    directory = Path(path)
+    model, _ = open_adapted(directory, dtype=torch.float32)
+    merged = directory / "model.partial"
+    model.to(dtype).save_pretrained(merged)
+    # config.json goes first and comes last: a directory that has one is finished.
+    for file in (directory / "config.json", *directory.glob("adapter_*")):
+        file.unlink()
+    for file in sorted(merged.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, directory / file.name)
+    merged.rmdir()
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """What peft and transformers have to tell each other is not the user's concern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
