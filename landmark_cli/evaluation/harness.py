@@ -118,21 +118,21 @@ class LandmarkLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        arguments = [request.args for request in requests]
+        prompts = [(request.args, self.tok_encode(request.args[0])) for request in requests]
 
-        def answer(batch: list[tuple[str, dict]]) -> list[str]:
-            sampling = self._sampling(batch[0][1])
-            prompts = [self.tok_encode(context) for context, _ in batch]
-            texts = [one.text for one in generate(self.model, self.tokenizer, prompts, sampling, reading=self.reading)]
-            for request, text in zip(batch, texts, strict=True):
+        def answer(batch: list[tuple[tuple[str, dict], list[int]]]) -> list[str]:
+            sampling = self._sampling(batch[0][0][1])
+            rows = [row for _, row in batch]
+            texts = [one.text for one in generate(self.model, self.tokenizer, rows, sampling, reading=self.reading)]
+            for (request, _), text in zip(batch, texts, strict=True):
                 self.cache_hook.add_partial("generate_until", request, text)
             return texts
 
         return self._in_batches(
-            arguments,
+            prompts,
             answer,
-            group=lambda request: repr(sorted(request[1].items())),
-            size=lambda request: len(request[0]),
+            group=lambda prompt: (repr(sorted(prompt[0][1].items())), self._kept_apart(len(prompt[1]))),
+            size=lambda prompt: len(prompt[1]),
             what="generating",
             quiet=disable_tqdm,
         )
@@ -166,12 +166,15 @@ class LandmarkLM(TemplateLM):
         return self._in_batches(
             requests,
             score,
-            # The recurrence takes rows of one length only.
-            group=lambda request: len(request[1]) + len(request[2]) if is_recurrent(self.model) else 0,
+            group=lambda request: self._kept_apart(len(request[1]) + len(request[2])),
             size=lambda request: len(request[1]) + len(request[2]),
             what="reading",
             quiet=disable_tqdm,
         )
+
+    def _kept_apart(self, length: int) -> int:
+        """What may not be in one batch: a Transformer-XL takes rows of one length only."""
+        return length if is_recurrent(self.model) else 0
 
     def _in_batches(
         self,

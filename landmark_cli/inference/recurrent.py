@@ -46,7 +46,8 @@ class RecurrentReader:
             logits = self.model(segment, recurrent_memory=self.memory, logits_to_keep=kept).logits
             yield ReadChunk(logits, [segment.shape[1]] * self.batch, begin)
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Read one more token of each row and return its logits, (B, vocabulary)."""
-        (chunk,) = self.read([[token] for token in tokens], last_only=True)
+    def step(self, tokens: Sequence[int | None]) -> Tensor:
+        """Read one more token of each row and return its logits, (B, vocabulary). A row of None is done with: what it
+        gives from then on means nothing."""
+        (chunk,) = self.read([[token or 0] for token in tokens], last_only=True)
         return chunk.logits[:, -1]

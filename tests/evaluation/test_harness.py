@@ -117,6 +117,8 @@ def test_tasks_of_local_files(place):
     assert results[0]["results"] == results[1]["results"]
     assert results[0]["results"]["local_choice"]["acc,none"] in (0.0, 0.5, 1.0)
     assert results[0]["results"]["local_perplexity"]["bits_per_byte,none"] > 0
+    lm = LandmarkLM(str(place / "xl"), batch_size=2, device="cpu")
+    assert simple_evaluate(lm, tasks=["local_generate"], task_manager=tasks, bootstrap_iters=0)["results"]
     answers = [sample["resps"][0][0] for sample in results[0]["samples"]["local_generate"]]
     assert len(answers) == 2 and not any("." in answer or "<landmark>" in answer for answer in answers)
 

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation import passkey
 from landmark_cli.evaluation.heat_map import COLOURS, colour, draw_heat_map, terminal_heat_map
 from landmark_cli.evaluation.passkey import Cell, PassKeyResult, Trial, evaluate_passkey, prompt_maker, wilson_interval
 from landmark_cli.inference.settings import ReadingSettings
-from tests.tiny import tiny_llama, tiny_model
+from tests.tiny import tiny_baseline, tiny_llama, tiny_model
 
 GPT2 = load_tokenizer("gpt2")
 
@@ -57,11 +57,19 @@ def test_keys_are_found_where_the_window_holds_them(tokenizer):
     assert {len(str(trial.key)) for trial in whole.trials} <= {3, 4, 5}
 
 
-@pytest.mark.parametrize("full_attention", [False, True])
-def test_batches_change_nothing(tokenizer, full_attention):
+@pytest.mark.parametrize("kind", ["landmark", "xl", "full attention"])
+def test_batches_change_nothing(tokenizer, kind):
     ids = {"vocab_size": 50304, "eos_token_id": GPT2.eot_id}
-    model = tiny_llama(max_position_embeddings=512, **ids) if full_attention else tiny_model(**ids)
-    settings = {"prompts": 2, "full_attention": full_attention, "reading": ReadingSettings(chunk=64, top_k_blocks=100)}
+    model = tiny_model(landmark_token_id=GPT2_LANDMARK_ID, **ids)
+    if kind == "xl":
+        model = tiny_baseline(memory_length=64, segment_length=64, **ids)
+    elif kind == "full attention":
+        model = tiny_llama(max_position_embeddings=512, **ids)
+    settings = {
+        "prompts": 2,
+        "full_attention": kind == "full attention",
+        "reading": ReadingSettings(chunk=64, top_k_blocks=100),
+    }
     whole = evaluate_passkey(model, tokenizer, [140, 150], **settings)
     assert whole == evaluate_passkey(model, tokenizer, [150, 140], **settings, batch_size=1)
     assert [trial.length for trial in whole.trials] == [140] * 2 + [150] * 2
