@@ -35,11 +35,11 @@ from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.reader import Reader
 from landmark_cli.inference.recurrent import RecurrentReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
-from landmark_cli.inference.text import TextStream
+from landmark_cli.inference.text import CONTEXT, TextStream
 from landmark_cli.inference.window import WindowReader
 
 AnyReader = Reader | RecurrentReader | WindowReader
-Finish = Literal["end of text", "stop string", "length"]
+Finish = Literal["end of text", "stop string", "length", "stopping criterion"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Generation:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[str | Sequence[int] | Tensor],
     sampling: SamplingSettings | None = None,
     *,
     reading: ReadingSettings | None = None,
@@ -85,7 +85,10 @@ def generate(
     Raises LandmarkError where a prompt holds the landmark token, or is empty and nothing can begin a text.
     """
     sampling = sampling or SamplingSettings()
-    rows = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    encoded = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+    rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in encoded]
+    if not all(map(len, rows)):
+        raise ValueError("prompts: a row of no tokens has nothing to go on from")
     if streamer is not None and len(rows) != 1:
         raise ValueError("streamer: transformers' streamers take a single prompt")
     reader = reader or open_reader(model, reading or ReadingSettings(), batch=len(rows))
@@ -95,10 +98,10 @@ def generate(
     if trace:
         reader.cache.trace = Trace()
     ends = end_tokens(model, tokenizer)
-    streams = [TextStream(tokenizer, row, sampling.stop or ()) for row in rows]
+    streams = [TextStream(tokenizer, row[-CONTEXT:].tolist(), sampling.stop or ()) for row in rows]
     tokens: list[list[int]] = [[] for _ in rows]
     if streamer is not None:
-        streamer.put(torch.tensor(rows))
+        streamer.put(rows[0][None])
 
     def give(row: int, piece: str) -> None:
         if piece and on_text is not None:
@@ -131,21 +134,23 @@ def generate(
     def finish(row: int) -> Finish:
         if streams[row].stopped:
             return "stop string"
-        return "end of text" if tokens[row][-1] in ends else "length"
+        if tokens[row][-1] in ends:
+            return "end of text"
+        return "length" if len(tokens[row]) == sampling.max_new_tokens else "stopping criterion"
 
     return [Generation(streams[r].text, tokens[r], len(rows[r]), finish(r), reads) for r in range(len(rows))]
 
 
 def sample(
     reader: AnyReader,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Tensor],
     sampling: SamplingSettings,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     *,
     show_progress: bool = False,
 ) -> Iterator[list[int | None]]:
-    """Read prompts (a row of text tokens each, none empty) and sample until the criteria have stopped every row.
+    """Read prompts, (n,) int64 text tokens each and none empty, and sample until the criteria have stopped every row.
 
     Yields the next token of each row; None for a row that has stopped.
     """
@@ -155,30 +160,27 @@ def sample(
     logits = read_prompts(reader, prompts, show_progress=show_progress)
     width, most = max(map(len, prompts)), sampling.max_new_tokens
     # Padded with a token of the row's own, so a repetition penalty makes no difference between alone and in a batch.
-    ids = torch.tensor([[row[0]] * (width - len(row)) + list(row) for row in prompts], device=device)
+    ids = torch.stack([torch.cat([row[:1].expand(width - len(row)), row]) for row in prompts]).to(device)
     ids = torch.cat([ids, ids.new_zeros(len(prompts), most)], dim=1)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for step in range(most):
-        end = width + step
+    going = [True] * len(prompts)
+    for end in range(width, width + most):
         scores = processors(ids[:, :end], logits.float())
         ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else _draw(scores, generators)
-        alive = going.tolist()
-        tokens = [token if on else None for token, on in zip(ids[:, end].tolist(), alive, strict=True)]
+        tokens = [token if on else None for token, on in zip(ids[:, end].tolist(), going, strict=True)]
         yield tokens
-        going &= ~criteria(ids[:, width : end + 1], None)
-        if not going.any():
+        stopped = criteria(ids[:, width : end + 1], None).tolist()
+        going = [on and not stop for on, stop in zip(going, stopped, strict=True)]
+        if not any(going):
             return
-        alive = going.tolist()
-        logits = reader.step([token if on else None for token, on in zip(tokens, alive, strict=True)])
+        logits = reader.step([token if on else None for token, on in zip(tokens, going, strict=True)])
 
 
-def read_prompts(reader: AnyReader, prompts: Sequence[Sequence[int]], *, show_progress: bool = False) -> Tensor:
-    """Read a row of text tokens each and return the logits after its last one, (B, vocabulary)."""
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in prompts]
+def read_prompts(reader: AnyReader, prompts: Sequence[Tensor], *, show_progress: bool = False) -> Tensor:
+    """Read a row of text tokens each, (n,) int64, and return the logits after its last one, (B, vocabulary)."""
     last = None
-    with progress("reading", sum(map(len, rows)), "tokens") if show_progress else nullcontext() as shown:
-        for part in reader.read(rows, last_only=True):
+    with progress("reading", sum(map(len, prompts)), "tokens") if show_progress else nullcontext() as shown:
+        for part in reader.read(prompts, last_only=True):
             logits = part.logits[:, -1]
             has = torch.tensor([length > 0 for length in part.lengths], device=logits.device)
             last = logits if last is None else torch.where(has[:, None], logits, last)

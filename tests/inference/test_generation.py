@@ -201,6 +201,16 @@ def test_prompts(tokenizer):
         encode_prompt(tokenizer, "Call me", chat=True)
     with pytest.raises(LandmarkError, match="landmark token"):
         generate(tiny_model(), tokenizer, [[1, LANDMARK]])
+    with pytest.raises(ValueError, match="prompts: a row of no tokens"):
+        generate(tiny_model(), tokenizer, [[1], []])
+
+
+def test_criteria_of_one_s_own(tokenizer):
+    def after_three(input_ids, scores):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 3)
+
+    results = generate(gpt2_model("landmark"), tokenizer, PROMPTS[:2], criteria=[after_three])
+    assert [(len(result.tokens), result.finish) for result in results] == [(3, "stopping criterion")] * 2
 
 
 def test_a_trace_says_which_blocks_predicted_each_token(tokenizer):
