@@ -130,9 +130,9 @@ def begin(options: RunOptions, name: str) -> tuple[Accelerator, Path, str]:
     from accelerate.utils import set_seed
 
     from landmark_cli.training.runs import resolve_precision, run_directory
-    from landmark_cli.training.setup import make_accelerator
+    from landmark_cli.training.setup import make_accelerator, uses_cpu
 
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=uses_cpu(options.device))
     output = run_directory(options.output, name, options.resume, state)
     precision = resolve_precision(options.precision, options.device)
     accelerator = make_accelerator(

@@ -222,11 +222,12 @@ def show_plan(options: TrainOptions, config: GPTConfig, files: list[TokenFile]) 
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.estimate import estimate
     from landmark_cli.training.runs import attention_name, resolve_precision
+    from landmark_cli.training.setup import uses_cpu
 
     with torch.device("meta"):
         model = GPTForCausalLM(config)
     precision = resolve_precision(options.precision, options.device)
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu") if uses_cpu(options.device) else torch.accelerator.current_accelerator()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     windows = options.batch_size * options.accumulation * processes
     needs = estimate(model, options.batch_size, precision)

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError
 from landmark_cli.training.checkpoints import Checkpoints
+from landmark_cli.training.setup import uses_cpu
 
 # Entries of a model's config that say nothing about which model it is.
 NOT_IDENTITY = {"transformers_version", "dtype", "_name_or_path", "architectures", "use_cache"}
@@ -26,8 +27,7 @@ def resolve_precision(precision: str, device: str) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched in ("bf16", "fp16"):
         return launched
-    use_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return "bf16" if not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if not uses_cpu(device) and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def run_directory(output: Path | None, name: str, resume: bool, state: PartialState) -> Path:

@@ -10,12 +10,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
+
+
+def uses_cpu(device: str) -> bool:
+    """Whether a run is on the CPU: device is "cpu", accelerate was told so, or there is nothing else."""
+    return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def make_accelerator(
@@ -35,13 +45,13 @@ def make_accelerator(
     for tracker in log_with or ():
         import_extra(tracker, tracker)
     dynamo = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor", dynamic=False)} if compile else {}
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if precision == "fp16" and not on_gpu:
+    cpu = uses_cpu(device)
+    if precision == "fp16" and cpu:
         raise LandmarkError("--precision fp16 needs a GPU, and none is in use: take bf16 or fp32")
-    if on_gpu and tf32:
+    if tf32 and not cpu:
         torch.set_float32_matmul_precision("high")
     return Accelerator(
-        cpu=device == "cpu",
+        cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],

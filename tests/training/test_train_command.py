@@ -52,9 +52,10 @@ def train(corpus, output, **changes):
 
 
 def arguments(corpus, output, **changes):
-    """The same run for the command line."""
+    """The same run for the command line; a change to None leaves the option out."""
     options = SHORT | {"data": corpus, "output": output} | changes
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    return ["train", *(f"--{name}={value}" for name, value in given.items())]
 
 
 def environment(**changes):
@@ -143,7 +144,7 @@ def test_two_processes_have_the_loss_curve_of_one(corpus, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = {"steps": 6, "batch_size": 2, "save_every": 3}
     launcher = ["torchrun", "--nproc_per_node", "2", str(CHECKOUT / "landmark")]
-    command = launcher + arguments(corpus, two, accumulation=1, **options)
+    command = launcher + arguments(corpus, two, accumulation=1, device=None, **options)
     subprocess.run(command, env=environment(ACCELERATE_USE_CPU="true"), check=True, timeout=240)
     train(corpus, one, accumulation=2, **options)
     for key in ("loss", "gradient_norm", "validation_loss"):
