@@ -16,8 +16,8 @@ from landmark_cli.inference.generation import generate
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
 from landmark_cli.inference.window import WindowReader
 
-# Room for five digits, each a token of its own, and the space and full stop around them.
-ANSWER = SamplingSettings(max_new_tokens=10, temperature=0.0, stop=["\n", "."])
+# Room for five digits, each a token of its own, and the space before and the full stop behind them.
+ANSWER = SamplingSettings(max_new_tokens=8, temperature=0.0)
 # Prompts read at a time have about so many tokens together.
 BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
 DEPTH_BINS = 10
