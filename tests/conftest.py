@@ -1,6 +1,13 @@
 """What all tests share."""
 
+import os
+
+import torch
 from hypothesis import settings
+
+# Without a GPU kernels run in Triton's interpreter, which is chosen when triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Continuous integration runs on slow and busy machines: an example's time says nothing.
 settings.register_profile("landmark", deadline=None)

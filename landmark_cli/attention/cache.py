@@ -279,6 +279,7 @@ class BlockCache:
 
     trace: set to a trace.Trace to record which blocks queries read.
     generation: rises whenever tensors of the cache are replaced by larger ones.
+    implementations: names of those that have read, "eager" or "fused".
     retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries chose, and how many of
     these a share under the cutoff dropped.
 
@@ -302,6 +303,7 @@ class BlockCache:
         self.offload = offload
         self.trace: Trace | None = None
         self.generation = 0
+        self.implementations: set[str] = set()
         self.expected_blocks = 0
         self._turns: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.layers: dict[int, LayerBlocks] = {}

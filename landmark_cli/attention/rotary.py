@@ -6,6 +6,10 @@ query is turned by whole blocks to stand at the wanted distance. Sources: arXiv 
 
 from __future__ import annotations
 
+import functools
+import os
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -30,8 +34,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: (..., D); cos, sin: broadcastable to (..., rotary_dim / 2). Computed in float32 (float64 if x is), returned in
     x's dtype.
     """
+    fused = _fused() if x.is_cuda else None
+    if fused is not None and fused.serves(x, cos, sin):
+        return fused.rotate(x, cos, sin)
     half = cos.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+@functools.cache
+def _fused() -> ModuleType | None:
+    """The kernel that does the same in one pass, unless Triton is missing or plain PyTorch was asked for."""
+    if os.environ.get("LANDMARK_ATTENTION") == "eager":
+        return None
+    try:
+        from . import fused_rotary
+    except ImportError:
+        return None
+    return fused_rotary

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from landmark_cli.console import progress, warn
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, next_token_targets
 from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.graphs import to_device
 from landmark_cli.inference.reader import ReadChunk
 from landmark_cli.inference.settings import (
     ReadingSettings,
@@ -125,7 +127,8 @@ def evaluate_perplexity(
                     reader.expect(eval_length)
             elif memory:
                 reader.reset()
-            for index, read in enumerate(reader.read(list(rows[:, :-1]))):
+            once = {"transient": True} if memory and has_landmarks(model) else {}
+            for index, read in enumerate(reader.read(list(rows[:, :-1]), **once)):
                 sums[index] += score(read.logits, targets[:, index * chunk : (index + 1) * chunk])
             if memory and getattr(model.config, "context_miss_token", False):
                 retrievals += reader.cache.retrievals
@@ -151,7 +154,11 @@ def _default_batch(device: str, chunk: int, remembered: int) -> int:
 def score(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (B, W, V) of any float type, targets (B, W) -> (3,) float64: tokens, their summed negative log-likelihood,
     how many were the likeliest. Targets of -100 do not count."""
-    logits, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
+    logits, targets = logits.flatten(0, -2), to_device(targets.flatten(), logits.device)
+    if logits.is_cuda and find_spec("triton") is not None:
+        from landmark_cli.evaluation.fused_score import score as fused_score
+
+        return fused_score(logits, targets, IGNORED_TARGET)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     # Float32 logits of one piece at a time.
     size = max(1, PIECE // logits.shape[-1])

@@ -18,6 +18,7 @@ from landmark_cli.attention.cache import BlockCache, Positions, RetrievalSetting
 from landmark_cli.attention.offload import Offload, require_host_memory
 from landmark_cli.data.landmarks import insert_landmarks, stream_length
 from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.graphs import ChunkForward, to_device
 from landmark_cli.models.rotary import inverse_frequencies
 
 
@@ -87,6 +88,7 @@ class Reader:
             device=model.device,
             offload=Offload(config.num_hidden_layers) if offload == "cpu" else None,
         )
+        self.forward = ChunkForward(model, self.cache)
 
     def expect(self, tokens: int) -> None:
         """Say that the longest row goes on for `tokens` text tokens more: memory for all of them is then taken at once.
@@ -106,11 +108,14 @@ class Reader:
         """Forget everything read."""
         self.cache.reset()
 
-    def read(self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False) -> Iterator[ReadChunk]:
+    def read(
+        self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
+    ) -> Iterator[ReadChunk]:
         """Read each row's text tokens on from where it stands, chunk by chunk; a row may be longer than another.
 
         Every row is cut as it would be alone, so a batch gives what its rows give one by one. last_only: logits of the
-        last text token of a chunk only (W = 1). Yields after every chunk.
+        last text token of a chunk only (W = 1). transient: the next chunk's logits may take the place of this one's, so
+        use them before (it saves a copy). Yields after every chunk.
         """
         rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
         if len(rows) != self.cache.batch:
@@ -122,35 +127,44 @@ class Reader:
                     "give plain text, landmarks are put in while reading"
                 )
         for begin in range(0, max(len(row) for row in rows), self.chunk):
-            yield self._read_chunk([row[begin : begin + self.chunk] for row in rows], begin, last_only)
+            yield self._read_chunk([row[begin : begin + self.chunk] for row in rows], begin, last_only, transient)
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
         """Read one more text token of each row (None: the row rests) and return its logits, (B, vocabulary)."""
-        rows = [torch.tensor([] if token is None else [token], dtype=torch.long) for token in tokens]
-        return self._read_chunk(rows, 0, last_only=True).logits[:, -1]
+        landmark = self.landmark_token_id
+        ends_block = [
+            token is not None and partial == self.landmark_freq - 1
+            for token, partial in zip(tokens, self.cache.host_partial, strict=True)
+        ]
+        width = 1 + any(ends_block)
+        streams = [
+            [] if token is None else [token, landmark] if ends else [token]
+            for token, ends in zip(tokens, ends_block, strict=True)
+        ]
+        ids = torch.tensor([[landmark] * (width - len(stream)) + stream for stream in streams])
+        columns = [width - 2 if ends else width - 1 for ends in ends_block]
+        kept = sorted(set(columns))
+        logits = self.forward(ids, [len(stream) for stream in streams], torch.tensor(kept))
+        if len(kept) == 1:
+            return logits[:, 0].clone()
+        index = to_device(torch.tensor(columns), logits.device)[:, None, None]
+        return logits.gather(1, index.expand(-1, 1, logits.shape[-1]))[:, 0]
 
-    @torch.no_grad()
-    def _read_chunk(self, texts: list[Tensor], begin: int, last_only: bool) -> ReadChunk:
+    def _read_chunk(self, texts: list[Tensor], begin: int, last_only: bool, transient: bool) -> ReadChunk:
         streams = [self._stream(text, r) for text, r in zip(texts, self.cache.host_partial, strict=True)]
-        chunk = self.cache.begin_chunk([len(stream) for stream in streams])
-        ids = torch.full((len(streams), chunk.width), self.landmark_token_id)
+        stream_lengths = [len(stream) for stream in streams]
+        ids = torch.full((len(streams), max(stream_lengths)), self.landmark_token_id)
         for row, stream in enumerate(streams):
-            ids[row, chunk.width - len(stream) :] = stream
+            ids[row, ids.shape[1] - len(stream) :] = stream
         lengths = [len(text) for text in texts]
         wanted = min(1, max(lengths)) if last_only else max(lengths)
         kept, index = _text_positions(ids == self.landmark_token_id, wanted)
-        hidden_to_logits = kept.to(self.model.device)
-        logits = self.model(
-            input_ids=ids.to(self.model.device),
-            position_ids=chunk.position_ids,
-            landmark_chunk=chunk,
-            logits_to_keep=hidden_to_logits,
-            use_cache=False,
-        ).logits
-        self.cache.end_chunk(chunk)
+        logits = self.forward(ids, stream_lengths, kept)
         if index is not None:
-            index = index.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1])
+            index = to_device(index, logits.device)[..., None].expand(-1, -1, logits.shape[-1])
             logits = logits.gather(1, index)
+        elif last_only or not transient:
+            logits = logits.clone()
         return ReadChunk(logits, lengths, begin)
 
     def _stream(self, text: Tensor, partial: int) -> Tensor:

@@ -25,7 +25,7 @@ def distance_of(age, rank, taken, ABSOLUTE: tl.constexpr):
 def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, GROUP_LOGIT, age_strides, tokens, batch, heads,
                  capacity, retrievable, top_k, GROUP: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
                  ROWS: tl.constexpr, ABSOLUTE: tl.constexpr):  # fmt: skip
-    """For each pair: SLOT of its block in the ring (-1: no block), its NUMBER in the block's list, DISTANCE to the block.
+    """For each pair: SLOT of its block in the ring (-1: none), its NUMBER in the block's list, DISTANCE to the block.
 
     COUNT (B, G, capacity) rises from 0 by each block's pairs. GROUP_LOGIT (B, H, T, K) becomes minus infinity where
     there is no block. AGES has strides (batch, head, token), its last dimension is dense. Program (rows, key head).
