@@ -126,13 +126,12 @@ def begin(options: RunOptions, name: str) -> tuple[Accelerator, Path, str]:
 
     name: of the directory under runs/ where no --output is given.
     """
-    from accelerate import PartialState
     from accelerate.utils import set_seed
 
     from landmark_cli.training.runs import resolve_precision, run_directory
-    from landmark_cli.training.setup import make_accelerator, uses_cpu
+    from landmark_cli.training.setup import make_accelerator, process_state
 
-    state = PartialState(cpu=uses_cpu(options.device))
+    state = process_state(options.device)
     output = run_directory(options.output, name, options.resume, state)
     precision = resolve_precision(options.precision, options.device)
     accelerator = make_accelerator(

@@ -92,8 +92,8 @@ def parameter_groups(
 
 
 def adamw(groups: list[dict[str, object]], betas: tuple[float, float], device: torch.device) -> torch.optim.AdamW:
-    """AdamW over parameter groups; one fused kernel on a GPU. The loop sets the learning rate before every step."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type == "cuda")
+    """AdamW over parameter groups, fused where torch can. The loop sets the learning rate before every step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -26,6 +27,14 @@ from landmark_cli.errors import LandmarkError, import_extra
 def uses_cpu(device: str) -> bool:
     """Whether a run is on the CPU: device is "cpu", accelerate was told so, or there is nothing else."""
     return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def process_state(device: str) -> PartialState:
+    """Which process this is of how many; the processes of a launch find each other here."""
+    if not torch.distributed.is_initialized():
+        # What an earlier run of this Python process left, which may have been on another device.
+        PartialState._reset_state()
+    return PartialState(cpu=uses_cpu(device))
 
 
 def make_accelerator(
@@ -45,6 +54,8 @@ def make_accelerator(
     for tracker in log_with or ():
         import_extra(tracker, tracker)
     dynamo = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor", dynamic=False)} if compile else {}
+    # Another run in this process may have been of another precision.
+    AcceleratorState._reset_state()
     cpu = uses_cpu(device)
     if precision == "fp16" and cpu:
         raise LandmarkError("--precision fp16 needs a GPU, and none is in use: take bf16 or fp32")

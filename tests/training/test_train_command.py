@@ -1,13 +1,10 @@
 """`landmark train` itself: its defaults, its directory, its refusals, and runs that are killed or split."""
 
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,24 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import landmark_cli
 from landmark_cli.cli import main
 from landmark_cli.commands.train import TrainOptions, run
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
+from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
-
-CHECKOUT = Path(landmark_cli.__file__).parent.parent
-SMALL = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 16,
-    "sequence_length": 34,
-    "landmark_freq": 7,
-    "lr": 1e-2,
-    "device": "cpu",
-}
-SHORT = SMALL | {"steps": 4, "batch_size": 2, "accumulation": 2, "log_every": 1, "eval_every": 2, "eval_windows": 5}
 
 
 @pytest.fixture(scope="module")
@@ -44,32 +29,6 @@ def corpus(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def train(corpus, output, **changes):
-    run(TrainOptions(**(SHORT | {"data": [corpus], "output": output} | changes)))
-    return output
-
-
-def arguments(corpus, output, **changes):
-    """The same run for the command line; a change to None leaves the option out."""
-    options = SHORT | {"data": corpus, "output": output} | changes
-    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    return ["train", *(f"--{name}={value}" for name, value in given.items())]
-
-
-def environment(**changes):
-    threads = str(torch.get_num_threads())
-    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(CHECKOUT), "PATH": scripts_path()} | changes
-
-
-def scripts_path():
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-
-def records(output, key="loss"):
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
 
 
 def test_the_directory_holds_a_model_that_opens_anywhere(corpus, tmp_path):
@@ -101,6 +60,17 @@ def test_a_baseline_has_no_landmarks(corpus, tmp_path):
     config = AutoModelForCausalLM.from_pretrained(output).config
     assert config.landmark_freq is None and config._attn_implementation == "sdpa"
     assert "<landmark>" not in AutoTokenizer.from_pretrained(output).get_vocab()
+
+
+def test_runs_of_different_precision_follow_each_other_in_one_process(corpus, tmp_path):
+    half = train(corpus, tmp_path / "half", precision="bf16")
+    whole = train(corpus, tmp_path / "whole", precision="fp32")
+    assert records(half) == pytest.approx(records(whole), rel=1e-2) and records(half) != records(whole)
+
+
+def test_fp16_without_a_gpu_is_refused(corpus, tmp_path):
+    with pytest.raises(LandmarkError, match="--precision fp16 needs a GPU"):
+        train(corpus, tmp_path / "run", precision="fp16")
 
 
 def test_without_options_it_takes_the_newest_corpus_and_a_new_directory(corpus, tmp_path, capsys):

@@ -1,0 +1,55 @@
+"""Training on an NVIDIA GPU: precisions, torch.compile, FSDP."""
+
+import shutil
+import subprocess
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.training.command import CHECKOUT, arguments, environment, records, train
+from tests.training.tiny import byte_tokenizer, write_corpus
+
+pytestmark = pytest.mark.gpu
+EXACT = {"device": "auto", "precision": "fp32", "tf32": False, "n_embd": 32}
+FSDP = ["--use_fsdp", "--num_processes", "1", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_version"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    return write_corpus(root / "cats", byte_tokenizer(root / "bytes"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "bf16", "compile": True}],
+    ids=["bf16", "fp16", "bf16-compiled"],
+)
+def test_faster_ways_to_compute_keep_the_loss_curve(corpus, tmp_path, changes):
+    exact = train(corpus, tmp_path / "exact", **EXACT)
+    fast = train(corpus, tmp_path / "fast", **(EXACT | changes))
+    assert records(fast) == pytest.approx(records(exact), rel=5e-3)
+    assert records(fast, "mfu") and not records(exact, "mfu")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["1", "--fsdp_use_orig_params", "true", "--fsdp_state_dict_type", "FULL_STATE_DICT"],
+        ["2", "--fsdp_state_dict_type", "SHARDED_STATE_DICT"],
+    ],
+    ids=["fsdp1", "fsdp2"],
+)
+def test_fsdp_trains_saves_and_resumes_as_one_process_does(corpus, tmp_path, settings):
+    plain = train(corpus, tmp_path / "plain", **EXACT)
+    sharded = tmp_path / "sharded"
+    options = EXACT | {"save_every": 2}
+    options["tf32"] = None
+    command = ["accelerate", "launch", *FSDP, *settings, str(CHECKOUT / "landmark")]
+    command += [*arguments(corpus, sharded, **options), "--no-tf32"]
+    subprocess.run(command, env=environment(), check=True, timeout=300)
+    assert records(sharded) == pytest.approx(records(plain), rel=1e-4)
+    shutil.rmtree(sharded / "checkpoints" / "step-00000004")
+    subprocess.run([*command, "--resume"], env=environment(), check=True, timeout=300)
+    assert records(sharded) == pytest.approx(records(plain), rel=1e-4)
+    assert AutoModelForCausalLM.from_pretrained(sharded).config.n_embd == 32
