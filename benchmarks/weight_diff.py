@@ -161,19 +161,13 @@ def measure(folder: Path, runs: int) -> list[str]:
         "| command | median s | min | max | GB/s | x cp | x cp, sync | peak MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    counted = {name: timings[1:] for name, timings in results.items()}
-    for name, timings in counted.items():
-        seconds = [second for second, _ in timings]
-        median = statistics.median(seconds)
-        # Speed against the copies of the same turn: what slows the machine down then slows both.
-        ratios = [
-            statistics.median(other[0] / own for other, own in zip(counted[rival], seconds, strict=True))
-            for rival in ("cp", "cp, sync")
-        ]
-        peak = max(memory for _, memory in timings)
+    seconds = {name: [second for second, _ in timings[1:]] for name, timings in results.items()}
+    medians = {name: statistics.median(timings) for name, timings in seconds.items()}
+    for name, median in medians.items():
+        peak = max(memory for _, memory in results[name])
         rows.append(
-            f"| {name} | {median:.2f} | {min(seconds):.2f} | {max(seconds):.2f} | {size / median:.2f} "
-            f"| {ratios[0]:.2f} | {ratios[1]:.2f} | {peak:.0f} |"
+            f"| {name} | {median:.2f} | {min(seconds[name]):.2f} | {max(seconds[name]):.2f} | {size / median:.2f} "
+            f"| {medians['cp'] / median:.2f} | {medians['cp, sync'] / median:.2f} | {peak:.0f} |"
         )
     rows.append(f"| make (once) | {make[0]:.2f} | | | {size / make[0]:.2f} | | | {make[1]:.0f} |")
     return rows

@@ -85,6 +85,7 @@ class ShardWriter:
         for plan in plans:
             file = os.open(folder / plan.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             self._files.append(file)
+            _reserve(file, plan.nbytes)
             self._places.update({name: (file, offset) for name, offset in plan.offsets.items()})
             _write_at(file, memoryview(plan.header), 0)
         self._flusher = threading.Thread(target=self._keep_flushing, daemon=True)
@@ -124,6 +125,16 @@ class ShardWriter:
                     os.fdatasync(file)
         except OSError as error:
             self._failure = error
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    """Take the room on the disk now: a full one shows at once, and writing becomes several times as fast (ext4)."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
 
 
 def _write_at(file: int, data: memoryview, offset: int) -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from landmark_cli import console
 from landmark_cli.weight_diff.checkpoint import Tensor
 
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 512 << 10
 MOST_THREADS = 8
 
 Result = TypeVar("Result")
