@@ -165,6 +165,6 @@ def describe(config: PreTrainedConfig, loop: Loop) -> None:
     accelerator, settings = loop.accelerator, loop.settings
     processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
     windows, length = loop.batches.global_batch, settings.sequence_length
-    info(f"model: {quantity(loop.parameters)} parameters, {attention_name(config, accelerator.device)}")
+    info(f"model: {quantity(loop.parameters)} parameters, {attention_name(config)}")
     info(f"on {processes}{device_name(accelerator.device)} in {settings.precision}")
     info(f"{windows} windows of {length} = {quantity(windows * length)} tokens a step")

@@ -222,12 +222,10 @@ def show_plan(options: TrainOptions, config: GPTConfig, files: list[TokenFile]) 
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.estimate import estimate
     from landmark_cli.training.runs import attention_name, resolve_precision
-    from landmark_cli.training.setup import uses_cpu
 
     with torch.device("meta"):
         model = GPTForCausalLM(config)
     precision = resolve_precision(options.precision, options.device)
-    device = torch.device("cpu") if uses_cpu(options.device) else torch.accelerator.current_accelerator()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     windows = options.batch_size * options.accumulation * processes
     needs = estimate(model, options.batch_size, precision)
@@ -236,7 +234,7 @@ def show_plan(options: TrainOptions, config: GPTConfig, files: list[TokenFile]) 
     share = 1.0 if options.baseline else options.landmark_freq / (options.landmark_freq + 1)
     rows = [
         ("parameters", f"{needs.parameters:,}"),
-        ("attention", attention_name(config, device)),
+        ("attention", attention_name(config)),
         ("tokens a step", f"{windows * options.sequence_length:,} in {windows} windows of {options.sequence_length}"),
         ("tokens in all", f"{quantity(tokens)} in {options.steps:,} steps"),
         ("passes over the data", f"{tokens * share / text:.3g} over {text:,} text tokens"),

@@ -59,8 +59,8 @@ def _last_or_next(name: str, resume: bool) -> Path:
     return taken if resume and taken is not None else path
 
 
-def attention_name(config: Any, device: torch.device) -> str:
-    """Which attention a model computes, and what computes it."""
+def attention_name(config: Any) -> str:
+    """Which attention a model has. What computes landmark attention is said when it first runs."""
     if getattr(config, "landmark_freq", None):
         return f"landmark attention, blocks of {config.landmark_freq} + 1 tokens"
     return f"ordinary attention ({config._attn_implementation})"
