@@ -11,9 +11,8 @@ from torch import nn
 LAYER_BYTES_16, LAYER_BYTES_32 = 50, 84
 # Bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its gradient.
 LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
-# float32 weight and gradient, AdamW's two moments.
-PARAMETER_BYTES = 16
-CHECKPOINT_BYTES = 12
+# Of one parameter: float32 weight, AdamW's two moments, and in memory the gradient.
+PARAMETER_BYTES, CHECKPOINT_BYTES = 16, 12
 
 
 @dataclass(frozen=True)

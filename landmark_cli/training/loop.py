@@ -25,7 +25,8 @@ from landmark_cli.console import info, progress
 from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
-from landmark_cli.training.checkpoints import Checkpoints, first_line, flush_tree, plain_name
+from landmark_cli.training.checkpoints import Checkpoints, first_line, flush_tree, plain_name, warn_if_full
+from landmark_cli.training.estimate import CHECKPOINT_BYTES
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
 from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups, set_learning_rate
 from landmark_cli.training.setup import LossModel, quiet_transformers, seed_step
@@ -92,6 +93,7 @@ class Loop:
         peak = peak_flops(accelerator.device, settings.precision)
         self.peak_flops = peak and peak * accelerator.num_processes
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.flops_per_token = flops_per_token(model, settings.sequence_length)
         self.metrics = MetricsFile(settings.output / "metrics.jsonl")
         self.checkpoints = Checkpoints(settings.output / "checkpoints", identity, settings.keep)
@@ -129,6 +131,8 @@ class Loop:
         settings, accelerator = self.settings, self.accelerator
         if accelerator.is_main_process:
             self.metrics.rewind(self.step)
+            if settings.save_every:
+                warn_if_full(settings.output, (settings.keep + 1) * CHECKPOINT_BYTES * self.trained)
         self.module.train()
         parameters = list(self.module.parameters())
         loss_since, logged = torch.zeros((), device=accelerator.device), self.step

@@ -2,8 +2,10 @@
 
 import json
 import resource
+import shutil
 import signal
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -99,3 +101,11 @@ def test_names_lose_what_wrappers_add():
 def test_the_record_says_what_the_run_is(tmp_path):
     path = tiny_loop(tmp_path, identity={"seed": 3, "data": ("a",)}).checkpoints.save(2)
     assert json.loads((path / "training.json").read_text()) == {"step": 2, "identity": {"seed": 3, "data": ["a"]}}
+
+
+def test_a_disk_with_little_room_is_pointed_out_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    tiny_loop(tmp_path, steps=1).run()
+    assert "GB left" not in capsys.readouterr().err
+    tiny_loop(tmp_path, steps=1, save_every=1).run()
+    assert "has 0.0 GB left; the checkpoints of this run need about" in capsys.readouterr().err
