@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 
-from ..fused.configurations import Configuration, on_interpreter
+from ..fused.configurations import Configuration
 from .call import TILE, Call, padded
 
 # Bytes of a token of one head, up to which tiles of 64 rows fit into a multiprocessor's registers.
@@ -21,7 +21,7 @@ def attend_configuration(call: Call, pairs: float) -> Configuration:
     """For reading the selected blocks, each for `pairs` queries or so."""
     cols = min(64, padded(call.settings.block_size))
     large = call.row_bytes > LARGE_ROW or call.settings.block_size > 64
-    if on_interpreter() or pairs < 24 or call.row_bytes > 2 * LARGE_ROW:
+    if pairs < 24 or call.row_bytes > 2 * LARGE_ROW:
         return Configuration(16, cols, warps=4 if large else 1, stages=1)
     return Configuration(64, cols, warps=8, stages=1) if large else Configuration(64, cols, stages=1, registers=128)
 

@@ -164,7 +164,7 @@ def finish(
         call.q, call.k, call.v, call.blocks.blocks, call.chunk.counters, outputs, logits, local_lse, lse, out,
         *map(strides, (call.q, call.k, call.v, out)), call.tokens, *call.ring, call.scale * LOG2E, GROUP=call.group,
         D=call.dim, D_PAD=call.dim_pad, BLOCK=block_size, RETRIEVED=0 if pairs is None else call.top_k,
-        ROWS=choice.rows, COLS=choice.cols, SPLIT=triton.cdiv(block_size, choice.cols),
+        ROWS=choice.rows, COLS=choice.cols, PARTS=triton.cdiv(block_size, choice.cols),
         MERGE_ONLY=local_lse is not None, PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     return out

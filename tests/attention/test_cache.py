@@ -1,0 +1,153 @@
+"""The block cache: rings that grow, room made in one go, traces, blocks in host memory, settings that cannot be."""
+
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.attention.reading import Case, read
+from tests.tiny import tiny_model, tiny_text
+
+from landmark_cli.attention import offload, retrieval
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.attention.offload import Offload, ResidentBlocks, require_host_memory
+from landmark_cli.attention.rotary import default_inverse_frequencies
+from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.reader import Reader
+
+DIM = 4
+
+
+def attend(cache: BlockCache, lengths, generator) -> torch.Tensor:
+    chunk = cache.begin_chunk(lengths)
+    q, k, v = (torch.randn(cache.batch, 1, chunk.width, DIM, generator=generator) for _ in range(3))
+    out = retrieval.attend_chunk(q, k, v, cache.layer(0, k, chunk), chunk)
+    cache.end_chunk(chunk)
+    return out
+
+
+def make(top_k: int = 2, batch: int = 1, **settings) -> BlockCache:
+    return BlockCache(RetrievalSettings(3, top_k, **settings), default_inverse_frequencies(DIM), batch=batch)
+
+
+@given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), min_size=1, max_size=12), st.sampled_from([1, 2, 5]))
+def test_what_a_ring_holds_does_not_depend_on_how_it_grew(lengths, bound):
+    lengths = [pair for pair in lengths if max(pair)]
+    grown, roomy = (make(batch=2, cache_blocks=bound) for _ in range(2))
+    roomy.layer(0, torch.zeros(2, 1, 1, DIM), roomy.begin_chunk([40, 40]))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for pair in lengths:
+        torch.testing.assert_close(attend(grown, pair, generators[0]), attend(roomy, pair, generators[1]))
+
+
+def test_room_is_doubled_or_made_at_once():
+    cache, generator = make(), torch.Generator().manual_seed(0)
+    attend(cache, [3], generator)
+    assert cache.layers[0].capacity == 16
+    attend(cache, [60], generator)
+    assert (cache.layers[0].capacity, cache.generation > 0) == (32, True)
+    before = cache.generation
+    cache.expect(300)
+    attend(cache, [60], generator)
+    assert (cache.layers[0].capacity, cache.generation) == (101, before + 1)
+    attend(cache, [60], generator)
+    assert cache.generation == before + 1
+
+
+def test_a_bounded_cache_has_room_for_its_bound_and_a_chunk():
+    cache, generator = make(cache_blocks=4), torch.Generator().manual_seed(0)
+    for _ in range(12):
+        attend(cache, [9], generator)
+    assert cache.layers[0].capacity == 8
+
+
+def test_reset_forgets_and_keeps_the_memory():
+    cache = make()
+    first = [attend(cache, [7], torch.Generator().manual_seed(0)), attend(cache, [5], torch.Generator().manual_seed(1))]
+    memory = cache.layers[0].blocks.data_ptr()
+    cache.reset()
+    again = [attend(cache, [7], torch.Generator().manual_seed(0)), attend(cache, [5], torch.Generator().manual_seed(1))]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert cache.layers[0].blocks.data_ptr() == memory
+
+
+@pytest.mark.parametrize("selection", ["per_token_and_head", "max_over_heads", "max_over_tokens"])
+def test_a_trace_names_the_blocks_and_their_shares(selection):
+    case = Case([24, 4], heads=2, block_size=4, top_k=3, settings={"selection": selection})
+    cache = read(case)[2][0]
+    entries = cache.trace.read_by(0, -1)
+    assert [entry["head"] for entry in entries] == [0] * 3 + [1] * 3
+    for head in range(2):
+        blocks = [entry["block"] for entry in entries if entry["head"] == head]
+        assert blocks == sorted(set(blocks)) and set(blocks) <= set(range(6))
+        assert 0 < sum(entry["share"] for entry in entries if entry["head"] == head) < 1
+    assert {entry["layer"] for entry in entries} == {0}
+
+
+@given(st.integers(1, 6), st.lists(st.sets(st.integers(0, 11), max_size=8), max_size=25))
+def test_the_least_recently_used_blocks_make_room(places, calls):
+    units = 12
+    blocks = types.SimpleNamespace(
+        blocks=torch.zeros(1, 2, 6, 2, 1, 1),
+        landmark_keys=torch.zeros(1, 2, 6, 1),
+        offload=Offload(1, places * 2 * 4),
+    )
+    resident = ResidentBlocks(blocks)
+    assert (resident.places, resident.units) == (places, units)
+    held: dict[int, int] = {}
+    for now, call in enumerate(calls, 1):
+        needed = torch.zeros(units, dtype=torch.bool)
+        needed[list(call)] = True
+        arriving, places_given, count = resident.admit(needed)
+        copied = dict(zip(arriving[:count].tolist(), places_given[:count].tolist(), strict=True))
+        missing = call - held.keys()
+        stay = {unit: used for unit, used in held.items() if unit not in call}
+        assert copied.keys() <= missing
+        # As many as fit beside those that are needed and here; the oldest of the others leave.
+        assert len(copied) == min(len(missing), places - len(call & held.keys()))
+        held.update({unit: now for unit in call & held.keys()})
+        leaving = max(0, len(held) + len(copied) - places)
+        oldest = sorted(stay.values())[:leaving]
+        held.update({unit: now for unit in copied})
+        in_pool = {unit for unit in range(units) if resident.place[unit] >= 0}
+        left = held.keys() - in_pool
+        assert sorted(stay[unit] for unit in left) == oldest
+        held = {unit: used for unit, used in held.items() if unit in in_pool}
+        assert in_pool == held.keys()
+        assert len({int(resident.place[unit]) for unit in in_pool}) == len(in_pool)
+
+
+def test_blocks_in_host_memory_change_nothing():
+    model, rows = tiny_model(), [tiny_text(37)]
+    plain, offloaded = (Reader(model, top_k=2, chunk=8, offload=where) for where in ("none", "cpu"))
+    for a, b in zip(plain.read(rows), offloaded.read(rows), strict=True):
+        assert torch.equal(a.logits, b.logits)
+
+
+def test_too_little_host_memory_is_said_before(monkeypatch):
+    monkeypatch.setattr(offload, "available_host_memory", lambda: 2**20)
+    reader = Reader(tiny_model(), top_k=2, offload="cpu")
+    reader.expect(100)
+    with pytest.raises(LandmarkError, match=r"offloading 125,000,001 tokens needs .* GiB of host memory, 0.0 GiB are"):
+        reader.expect(100_000_000)
+    monkeypatch.setattr(offload, "available_host_memory", lambda: None)
+    require_host_memory(reader.cache.settings, reader.model.config, 10**9, 1, torch.float32)
+
+
+def test_settings_and_lengths_that_cannot_be():
+    for settings, match in (
+        ({"block_size": 1, "top_k": 1}, "block_size is 1"),
+        ({"block_size": 4, "top_k": -1}, "top_k is -1"),
+        ({"block_size": 4, "top_k": 1, "selection": "best"}, "selection is 'best'"),
+        ({"block_size": 4, "top_k": 1, "positions": "far"}, "positions is 'far'"),
+        ({"block_size": 4, "top_k": 1, "cache_blocks": -1}, "cache_blocks is -1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            RetrievalSettings(**settings)
+    cache = make(batch=2)
+    for lengths in ([3], [3, 4, 5], [-1, 2]):
+        with pytest.raises(ValueError, match="do not fit a chunk of 2 rows"):
+            cache.begin_chunk(lengths)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.begin_chunk([3, 5], width=4)

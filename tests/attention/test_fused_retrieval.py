@@ -1,0 +1,109 @@
+"""The fused kernels read what the eager definition reads."""
+
+import pytest
+import torch
+from tests.attention.reading import Case, read
+
+from landmark_cli.attention import fused_retrieval
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.attention.rotary import default_inverse_frequencies
+
+# Small ones, since without a GPU every program of a kernel is interpreted.
+CASES = {
+    "chunks inside and across blocks": Case([12, 7, 19], dim=24),
+    "rows of their own lengths, 4 heads on 2": Case([[12, 5], [3, 16], [0, 7]], batch=2, heads=4, key_heads=2, top_k=3),
+    "steps": Case([22, 1, 1, 1, 1], heads=2),
+    "steps of rows in different phases": Case([[22, 13], [2, 1], [0, 2], [4, 3]], batch=2),
+    "eviction, the ring growing after it wrapped": Case([12, 8, 3, 1, 26, 11], settings={"cache_blocks": 3}),
+    "a selection shared by heads": Case([12, 9, 1, 14], top_k=3, settings={"selection": "max_over_heads"}),
+    "a selection shared by tokens": Case([12, 9, 1, 14], top_k=3, settings={"selection": "max_over_tokens"}),
+    "true distances": Case([12, 16, 1, 10], settings={"positions": "absolute"}),
+    "partial rotary": Case([12, 9, 1], dim=24, rotary=8),
+    "18 blocks retrieved": Case([60, 7], block_size=3, top_k=18),
+    "18 blocks retrieved, shared": Case([60, 5], block_size=3, top_k=18, settings={"selection": "max_over_heads"}),
+    "blocks wider than a tile": Case([150, 75, 1], block_size=70, heads=1),
+    "landmarks in several tiles": Case([136, 3, 1], block_size=2, heads=1),
+    "offloaded": Case([12, 9, 1, 16], top_k=3, resident=3),
+    "offloaded, evicted": Case([12, 9, 1, 16, 8], top_k=3, resident=2, settings={"cache_blocks": 3}),
+}
+
+GPU_CASES = {
+    "the paper's evaluation": Case([255] * 6 + [17], batch=3, heads=8, key_heads=8, dim=128, block_size=51, top_k=4),
+    "32 heads on 8": Case([1000, 1000, 700, 1, 1, 3], heads=32, key_heads=8, dim=128, block_size=64, top_k=8),
+    "9 heads on 3 of 64": Case([800, 777, 1, 900], heads=9, key_heads=3, dim=64, block_size=64, top_k=4),
+    "steps of 5 rows": Case(
+        [[900, 340, 2, 511, 60], [1] * 5, [2, 1, 0, 1, 1], [1, 0, 1, 2, 1]],
+        batch=5, heads=8, key_heads=4, dim=128, block_size=51, top_k=4,
+    ),
+    "many landmarks": Case([6000, 6000, 1, 1, 200], heads=4, key_heads=2, dim=64, block_size=7, top_k=4),
+    "head dim 256": Case([500, 300, 1], heads=4, key_heads=1, dim=256, block_size=64, top_k=4),
+    "head dim 80, 32 rotated": Case([500, 300, 1], heads=4, key_heads=4, dim=80, rotary=32, block_size=51, top_k=4),
+    "blocks of 200": Case([900, 700, 1], heads=4, key_heads=2, dim=128, block_size=200, top_k=2),
+    "64 blocks retrieved": Case([1500, 600, 1], heads=4, key_heads=2, dim=64, block_size=16, top_k=64),
+    "shared by heads": Case(
+        [900, 700, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, settings={"selection": "max_over_heads"}
+    ),
+    "shared by tokens": Case(
+        [900, 700, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, settings={"selection": "max_over_tokens"}
+    ),
+    "true distances": Case(
+        [900, 700, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, settings={"positions": "absolute"}
+    ),
+    "evicted": Case(
+        [900, 700, 1, 40], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, settings={"cache_blocks": 9}
+    ),
+    "offloaded": Case(
+        [900, 700, 1, 40, 1, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, resident=40
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_definition(name):
+    eager, fused, caches = read(CASES[name])
+    for chunk, (expected, found) in enumerate(zip(eager, fused, strict=True)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, c=chunk: f"chunk {c}: {m}")
+    _same_traces(*caches, tolerance=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", [*CASES, *GPU_CASES])
+def test_agrees_with_the_definition_on_a_gpu(name, dtype):
+    case = {**CASES, **GPU_CASES}[name]
+    if dtype == torch.float32 and name in GPU_CASES and case.dim > 64:
+        case.chunks = case.chunks[:3]
+    case.dtype = dtype
+    eager, fused, _ = read(case, "cuda")
+    far, rows = 0, 0
+    for expected, found in zip(eager, fused, strict=True):
+        assert found.isfinite().all()
+        error = (found - expected).norm(dim=-1)
+        size = expected.norm(dim=-1)
+        # Scores of two blocks may be closer than 16 bits tell: then another block is as good, for a few queries.
+        far += (error > (3e-2 if dtype == torch.bfloat16 else 1e-3) * size + 1e-6).sum().item()
+        rows += error.numel()
+        assert (error.median() / size.median()).item() < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert far <= (0.02 if dtype == torch.bfloat16 else 1e-3) * rows
+
+
+def _same_traces(eager: BlockCache, fused: BlockCache, tolerance: float) -> None:
+    if eager.trace is None:
+        return
+    assert set(eager.trace.layers) == set(fused.trace.layers)
+    lengths = eager.trace.layers[0][1].shape if eager.trace.layers else (0,)
+    for row in range(lengths[0]):
+        expected, found = (cache.trace.read_by(row, -1) for cache in (eager, fused))
+        assert [r["block"] for r in expected] == [r["block"] for r in found]
+        assert [r["share"] for r in found] == pytest.approx([r["share"] for r in expected], abs=tolerance)
+
+
+def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
+    cache = BlockCache(RetrievalSettings(4, 65), default_inverse_frequencies(16))
+    chunk = cache.begin_chunk([4])
+    x = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(ValueError, match="top_k is 65; the fused kernels retrieve at most 64"):
+        fused_retrieval.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk)
+    cache = BlockCache(RetrievalSettings(4, 2), default_inverse_frequencies(16))
+    with pytest.raises(ValueError, match="scale is -1"):
+        fused_retrieval.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk, scale=-1.0)

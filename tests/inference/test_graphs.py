@@ -1,0 +1,97 @@
+"""Recorded chunks give what unrecorded ones give."""
+
+import copy
+
+import pytest
+import torch
+from tests.tiny import tiny_llama, tiny_model, tiny_text
+
+from landmark_cli.attention.trace import Trace
+from landmark_cli.inference.graphs import ChunkForward
+from landmark_cli.inference.reader import Reader
+
+pytestmark = pytest.mark.gpu
+
+
+def read(reader: Reader, rows: list[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], list]:
+    """Logits of all chunks and steps, and what the steps' queries read."""
+    reader.cache.trace = Trace()
+    found = [chunk.logits.clone() for chunk in reader.read(rows)]
+    reads = []
+    for at in range(steps):
+        tokens = [(7 * at + row) % 30 if (at + row) % 5 else None for row in range(len(rows))]
+        found.append(reader.step(tokens))
+        reads.append([reader.cache.trace.read_by(row, -1) for row, token in enumerate(tokens) if token is not None])
+    return found, reads
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 3, "cache_blocks": 6},
+        {"selection": "max_over_heads"},
+        {"selection": "max_over_tokens"},
+        {"positions": "absolute"},
+        {"offload": "cpu"},
+        {"top_k": 0},
+    ],
+    ids=str,
+)
+def test_graphs_change_nothing(options):
+    model = tiny_model(n_head=2, n_embd=32).cuda()
+    rows = [tiny_text(200, 1), tiny_text(153, 2), tiny_text(9, 3)]
+    recorded, plain = (Reader(model, batch=3, **{"chunk": 8, **options}) for _ in range(2))
+    plain.forward.recording = False
+    for _ in range(2):
+        ours, our_reads = read(recorded, rows, 30)
+        theirs, their_reads = read(plain, rows, 30)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert [[(r["head"], r["block"]) for r in row] for step in our_reads for row in step] == [
+            [(r["head"], r["block"]) for r in row] for step in their_reads for row in step
+        ]
+        assert len(recorded.forward._recorded) >= 2
+        recorded.reset()
+        plain.reset()
+
+
+def test_a_gpu_reads_what_the_cpu_reads():
+    model = tiny_model(n_head=2, n_embd=32)
+    rows = [tiny_text(90, 1), tiny_text(40, 2)]
+    ours, _ = read(Reader(copy.deepcopy(model).cuda(), batch=2, chunk=8), rows, 20)
+    theirs, _ = read(Reader(model, batch=2, chunk=8), rows, 20)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_decoder_of_the_library_is_recorded():
+    from transformers import LlamaForCausalLM
+
+    config = tiny_llama(hidden_size=32).config
+    config.landmark_freq, config.landmark_token_id, config.trained_length, config.top_k_blocks = 4, 39, 40, 2
+    config._attn_implementation = "landmark"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().cuda()
+    recorded, plain = (Reader(model, batch=1, chunk=8) for _ in range(2))
+    plain.forward.recording = False
+    for a, b in zip(read(recorded, [tiny_text(60)], 12)[0], read(plain, [tiny_text(60)], 12)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert recorded.forward._recorded
+
+
+def test_a_model_that_cannot_be_recorded_is_read_all_the_same(monkeypatch, capsys):
+    model = tiny_model(n_head=2, n_embd=32).cuda()
+    forward = model.forward
+
+    def waits(*args, **kwargs):
+        torch.cuda.current_stream().synchronize()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", waits)
+    reader = Reader(model, chunk=8)
+    assert isinstance(reader.forward, ChunkForward)
+    found, _ = read(reader, [tiny_text(60)], 5)
+    assert all(logits.isfinite().all() for logits in found)
+    assert not reader.forward.recording
+    assert "without CUDA graphs" in capsys.readouterr().err
