@@ -60,7 +60,12 @@ class PretrainedOptions:
 
     model: str = option(panel=MODEL, help="A model directory or a hub id.")
     landmark_freq: int = option(63, panel=MODEL, min=1, help="Text tokens between landmarks.")
-    top_k_blocks: int = option(4, panel=MODEL, min=0, help="Blocks the model retrieves unless it is told otherwise.")
+    top_k_blocks: int | None = option(
+        None,
+        panel=MODEL,
+        min=0,
+        help="Blocks the model retrieves unless it is told otherwise. [default: 4, or what the window leaves room for]",
+    )
     gradient_checkpointing: bool = option(
         False, panel=MODEL, help="Compute activations again in the backward pass: less memory, a third more work."
     )
@@ -177,6 +182,12 @@ def check(options: FinetuneOptions) -> None:
         raise UsageError(
             f"--sequence-length {options.sequence_length} is shorter than one block of --landmark-freq "
             f"{options.landmark_freq} text tokens: make it longer, or the blocks shorter"
+        )
+    blocks = options.sequence_length // options.landmark_freq
+    if options.top_k_blocks is not None and options.top_k_blocks > max(blocks - 2, 0):
+        raise UsageError(
+            f"--top-k-blocks {options.top_k_blocks} leaves a window of {blocks} blocks no room for anything else: "
+            f"take at most {max(blocks - 2, 0)}, or a longer --sequence-length"
         )
     if options.data_weights and len(options.data_weights) != len(options.data):
         raise UsageError(f"--data-weights: {len(options.data_weights)} given for {len(options.data)} of --data")

@@ -30,7 +30,7 @@ def add_landmarks(
     *,
     landmark_freq: int = 63,
     trained_length: int | None = None,
-    top_k_blocks: int = DEFAULT_TOP_K,
+    top_k_blocks: int | None = None,
 ) -> None:
     """Give a pretrained decoder and its tokenizer landmarks, in place.
 
@@ -39,7 +39,7 @@ def add_landmarks(
 
     landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows it
     will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks retrieved by
-    default at inference.
+    default at inference; 4, or fewer where the windows leave no room beside them.
 
     Raises LandmarkError where landmark attention does not fit the model (see support.py), or the windows do not fit its
     positions.
@@ -57,7 +57,8 @@ def add_landmarks(
     config = model.config
     config.landmark_freq = landmark_freq
     config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
-    config.trained_length, config.top_k_blocks = trained_length, top_k_blocks
+    config.trained_length = trained_length
+    config.top_k_blocks = default_top_k(trained_length, landmark_freq) if top_k_blocks is None else top_k_blocks
     model.set_attn_implementation("landmark")
 
 
@@ -73,6 +74,12 @@ def check_length(trained_length: int, limit: int | None, landmark_freq: int, nam
             f"a window of {trained_length} tokens holds no whole block of {landmark_freq} text tokens and a landmark; "
             "take longer windows or a smaller landmark-freq"
         )
+
+
+def default_top_k(trained_length: int, landmark_freq: int) -> int:
+    """Blocks retrieved unless told otherwise: 4, if that many leave a window room for a chunk."""
+    # Beside them stand the incomplete block and a chunk of at least one.
+    return max(0, min(DEFAULT_TOP_K, trained_length // (landmark_freq + 1) - 2))
 
 
 def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

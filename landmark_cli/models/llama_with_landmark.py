@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from .decoders import DEFAULT_TOP_K
+from .decoders import default_top_k
 
 # Their names, and ours. Their context length counts landmarks, as ours does.
 SETTINGS = {"mem_freq": "landmark_freq", "mem_id": "landmark_token_id", "train_context_length": "trained_length"}
@@ -37,4 +37,5 @@ def translated(config_dict: dict[str, Any]) -> dict[str, Any]:
     ours = {name: value for name, value in config_dict.items() if name not in SETTINGS}
     for name, our_name in SETTINGS.items():
         ours[our_name] = config_dict.get(name, DEFAULTS.get(name))
-    return ours | {"model_type": LlamaConfig.model_type, "top_k_blocks": DEFAULT_TOP_K}
+    top_k = default_top_k(ours["trained_length"], ours["landmark_freq"])
+    return ours | {"model_type": LlamaConfig.model_type, "top_k_blocks": top_k}

@@ -104,6 +104,13 @@ def test_new_rows_are_the_mean_of_the_old(tied, vocabulary):
         torch.testing.assert_close(new[257:], old[:257].mean(0).expand_as(new[257:]))
 
 
+@pytest.mark.parametrize(("length", "top_k"), [(512, 4), (48, 4), (40, 3), (16, 0), (8, 0)])
+def test_the_blocks_retrieved_by_default_leave_room_for_a_chunk(length, top_k):
+    model = tiny_decoder("llama")
+    add_landmarks(model, tiny_tokenizer(), landmark_freq=FREQ, trained_length=length)
+    assert model.config.top_k_blocks == top_k
+
+
 def test_an_aligned_vocabulary_stays_aligned():
     model = tiny_decoder("llama", vocab_size=256)
     add_landmarks(model, tiny_tokenizer(pad_token="<|end|>"), landmark_freq=FREQ, trained_length=LENGTH)

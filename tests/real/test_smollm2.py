@@ -1,0 +1,103 @@
+"""A real pretrained decoder: fine-tuned for a few steps on the sample novels, reopened, read, generated with.
+
+The model is made in data/smollm2 the first time (see smollm2.py).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from landmark_cli import cli
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.inference.reader import Reader
+from landmark_cli.models import store
+from landmark_cli.models.decoders import add_landmarks
+from tests.real.smollm2 import make_model
+
+pytestmark = pytest.mark.real
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    directory = CHECKOUT / "data/smollm2"
+    make_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, tmp_path_factory):
+    """The output of a short run: windows of 252 text tokens and 4 landmarks."""
+    output = tmp_path_factory.mktemp("real") / "tuned"
+    command = f"finetune --model {pretrained} --data sample --output {output} --device cpu --sequence-length 252"
+    run(f"{command} --steps 4 --batch-size 1 --accumulation 2 --lr 2e-4 --warmup 0.2 --log-every 1 --eval-every 0")
+    return output
+
+
+def run(command: str | list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(command.split() if isinstance(command, str) else command)
+    assert exit.value.code == 0
+
+
+def test_with_landmarks_off_it_is_the_untouched_model(pretrained, tmp_path):
+    untouched = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    ids = tokenizer("The capital of France is Paris, and the capital of Italy is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, hidden = untouched(ids).logits, untouched.model(ids).last_hidden_state
+    assert tokenizer.decode(expected[0, -1].argmax()) == " Rome"
+
+    add_landmarks(untouched, tokenizer, landmark_freq=63, trained_length=2048)
+    untouched.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        off = store.load(tmp_path, attention="sdpa", device="cpu")[0]
+        # Within the first block there are no landmarks yet.
+        on = store.load(tmp_path, device="cpu")[0]
+        assert torch.equal(off.model(ids).last_hidden_state, hidden)
+        # The head has more rows now, so its product may be added up in another order.
+        for model, tolerance in ((off, 1e-4), (on, 1e-3)):
+            logits = model(ids).logits[..., : expected.shape[-1]]
+            torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+
+
+def test_a_few_steps_teach_it_what_landmarks_are(tuned):
+    losses = [json.loads(line)["loss"] for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    assert sum(losses[-2:]) / 2 < losses[0] - 0.3, losses
+
+
+def test_it_opens_and_reads_rows_of_a_batch_as_it_reads_each(tuned):
+    model, tokenizer = store.load(tuned, device="cpu")
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "landmark"
+    assert (model.config.landmark_freq, model.config.trained_length, model.config.vocab_size) == (63, 256, 49216)
+    assert model.config.top_k_blocks == 2
+    assert tokenizer.convert_tokens_to_ids("<landmark>") == model.config.landmark_token_id == 49152
+    model = model.float()
+    novel = torch.from_numpy(TokenFile.open(tuned / "data/0-sample/validation.bin").tokens[:200].astype("int64"))
+    rows = [novel, novel[100:190]]
+    together = [chunk.logits[:, -1] for chunk in Reader(model, top_k=1, chunk=126, batch=2).read(rows)]
+    for i, row in enumerate(rows):
+        alone = [chunk.logits[0, -1] for chunk in Reader(model, top_k=1, chunk=126).read([row])]
+        for n, logits in enumerate(alone):
+            torch.testing.assert_close(together[n][i], logits, rtol=0, atol=2e-3)
+
+
+def test_perplexity_and_text_by_the_command(tuned, tmp_path, capsys):
+    corpus = tuned / "data/0-sample"
+    run(
+        f"eval perplexity --model {tuned} --data {corpus} --eval-length 378 --top-k 1 --sample-tokens 378 "
+        f"--device cpu --dtype float32 --json {tmp_path / 'perplexity.json'}"
+    )
+    assert "perplexity" in (tmp_path / "perplexity.json").read_text()
+    capsys.readouterr()
+    generate = ["generate", "--model", str(tuned), "--device", "cpu", "--temperature", "0", "--max-new-tokens", "8"]
+    run([*generate, "--prompt", "It was a truth universally acknowledged, that a single man in"])
+    text = capsys.readouterr().out
+    assert text.strip() and "<landmark>" not in text
+    run([*generate, "--chat", "--prompt", "What is the capital of France?"])
+    assert capsys.readouterr().out.strip()
