@@ -114,6 +114,9 @@ class LayerBlocks:
             return False
         capacity = max(wanted, expected, self.capacity + min(self.capacity, LARGEST_STEP), SMALLEST_CAPACITY)
         capacity = min(capacity, bound + max(added))
+        if self.blocks.is_pinned():
+            # The GPU may still be writing what the host is about to copy.
+            torch.cuda.synchronize(self.landmark_keys.device)
         old = self.landmark_keys, self.blocks
         self._allocate(capacity)
         for row, n in enumerate(complete):

@@ -7,8 +7,8 @@ Nothing in the fused kernels' shapes depends on what has been read, so one graph
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,20 +17,41 @@ from transformers import PreTrainedModel
 from landmark_cli.attention.cache import BlockCache, Chunk
 from landmark_cli.console import warn
 
-# Chunks of more stream tokens keep a GPU busy by themselves.
-MOST_TOKENS = 8192
+# Tokens times parameters, from which on a chunk keeps a GPU busy by itself.
+MOST_WORK = 2e12
 MOST_GRAPHS = 12
+
+
+class CudaGraph:
+    """A function without arguments, recorded: replay() runs its kernels again, on the same memory."""
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device, pool: tuple | None):
+        """pool: of another graph's memory, to be shared; never are two of them replayed at once."""
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # Once without recording: what is compiled, grown or chosen on first use must not be recorded.
+            function()
+            torch.cuda.synchronize(device)
+            self.graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
+            try:
+                self.output = function()
+            finally:
+                self.graph.capture_end()
+        self.pool = self.graph.pool()
+
+    def replay(self) -> None:
+        self.graph.replay()
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A graph and the memory it reads and writes: token ids (B, W), counters (3, B), positions kept (n,), logits."""
+    """A graph and the memory it reads: token ids (B, W), counters (3, B), positions kept (n,); and its trace."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: CudaGraph
     ids: Tensor
     counters: Tensor
     kept: Tensor
-    logits: Tensor
     traced: dict
 
 
@@ -42,11 +63,11 @@ class ChunkForward:
     """
 
     def __init__(self, model: PreTrainedModel, cache: BlockCache):
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.record = model, cache, CudaGraph
         self.recording = cache.device.type == "cuda" and len(set(getattr(model, "hf_device_map", {}).values())) < 2
+        self._parameters = sum(p.numel() for p in model.parameters())
         self._recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self._seen: set[tuple] = set()
-        self._pool = None
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> Tensor:
@@ -55,7 +76,7 @@ class ChunkForward:
         ids: (B, W) stream tokens on the host, padded on the left; lengths: how many of each row are real. kept: (n,)
         positions of W to give logits for. Returns (B, n, vocabulary), which the next chunk may overwrite.
         """
-        if not self.recording or ids.numel() > MOST_TOKENS:
+        if not self.recording or ids.numel() * self._parameters > MOST_WORK:
             return self._read(ids, lengths, kept)
         self.cache.reserve(lengths)
         kind = self._kind(ids, kept)
@@ -74,12 +95,12 @@ class ChunkForward:
             (recorded.kept, kept),
             (recorded.counters, self.cache.counters(lengths, ids.shape[1])),
         ):
-            to.copy_(source.pin_memory(), non_blocking=True)
+            to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
         recorded.graph.replay()
         if self.cache.trace is not None:
             self.cache.trace.layers = recorded.traced
         self.cache.end_chunk(chunk)
-        return recorded.logits
+        return recorded.graph.output
 
     def _read(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> Tensor:
         chunk = self.cache.begin_chunk(lengths, ids.shape[1])
@@ -113,31 +134,27 @@ class ChunkForward:
         # What is run while recording must read and store nothing: all padding.
         counters = torch.zeros(3, len(ids), dtype=torch.int32, device=device)
         counters[0] = ids.shape[1]
-        static = Recorded(torch.cuda.CUDAGraph(), torch.zeros_like(ids, device=device), counters,
-                          torch.zeros_like(kept, device=device), counters, {})  # fmt: skip
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        # Once without recording: what is compiled, grown or chosen on first use must not be recorded.
-        with torch.cuda.stream(stream):
-            self._forward(static.ids, self._chunk(counters, ids, lengths), static.kept)
-        torch.cuda.synchronize(device)
-        kind = self._kind(ids, kept)
-        for other in [k for k in self._recorded if k[-1] != kind[-1]] + list(self._recorded)[: 1 - MOST_GRAPHS]:
-            self._recorded.pop(other, None)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        still_ids, still_kept = torch.zeros_like(ids, device=device), torch.zeros_like(kept, device=device)
+        still_chunk = self._chunk(counters, ids, lengths)
+
+        def forward() -> Tensor:
+            # A new one each time: what a chunk works out from its counters has to be recorded.
+            return self._forward(still_ids, replace(still_chunk), still_kept)
+
+        pool = next((recorded.graph.pool for recorded in self._recorded.values()), None)
         try:
-            with torch.cuda.stream(stream):
-                static.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    logits = self._forward(static.ids, self._chunk(counters, ids, lengths), static.kept)
-                finally:
-                    static.graph.capture_end()
+            graph = self.record(forward, device, pool)
         except RuntimeError as error:
-            warn(f"decoding without CUDA graphs, slower: {str(error).splitlines()[0]}")
+            warn(f"reading without CUDA graphs, slower: {str(error).splitlines()[0]}")
             self.recording = False
             return False
+        # Graphs of memory that has been replaced, and the one that was not used for longest.
+        generation = self.cache.generation
+        stale = [kind for kind in self._recorded if kind[-1] != generation] + list(self._recorded)[: 1 - MOST_GRAPHS]
+        for kind in stale:
+            self._recorded.pop(kind, None)
         traced = {} if self.cache.trace is None else dict(self.cache.trace.layers)
-        self._recorded[kind] = Recorded(static.graph, static.ids, counters, static.kept, logits, traced)
+        self._recorded[self._kind(ids, kept)] = Recorded(graph, still_ids, counters, still_kept, traced)
         return True
 
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.attention.reading import Case, read
-from tests.tiny import tiny_model, tiny_text
 
 from landmark_cli.attention import offload, retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
@@ -15,6 +13,8 @@ from landmark_cli.attention.offload import Offload, ResidentBlocks, require_host
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.reader import Reader
+from tests.attention.reading import Case, read
+from tests.tiny import tiny_model, tiny_text
 
 DIM = 4
 
@@ -106,10 +106,10 @@ def test_the_least_recently_used_blocks_make_room(places, calls):
         assert copied.keys() <= missing
         # As many as fit beside those that are needed and here; the oldest of the others leave.
         assert len(copied) == min(len(missing), places - len(call & held.keys()))
-        held.update({unit: now for unit in call & held.keys()})
+        held.update(dict.fromkeys(call & held.keys(), now))
         leaving = max(0, len(held) + len(copied) - places)
         oldest = sorted(stay.values())[:leaving]
-        held.update({unit: now for unit in copied})
+        held.update(dict.fromkeys(copied, now))
         in_pool = {unit for unit in range(units) if resident.place[unit] >= 0}
         left = held.keys() - in_pool
         assert sorted(stay[unit] for unit in left) == oldest

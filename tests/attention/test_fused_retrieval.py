@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.attention.reading import Case, read
 
 from landmark_cli.attention import fused_retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.attention.rotary import default_inverse_frequencies
+from tests.attention.reading import Case, read
 
 # Small ones, since without a GPU every program of a kernel is interpreted.
 CASES = {

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from tests.tiny import tiny_llama, tiny_model, tiny_text
 
 from landmark_cli.attention.trace import Trace
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.reader import Reader
-
-pytestmark = pytest.mark.gpu
+from tests.tiny import tiny_llama, tiny_model, tiny_text
 
 
 def read(reader: Reader, rows: list[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], list]:
@@ -25,6 +23,37 @@ def read(reader: Reader, rows: list[torch.Tensor], steps: int) -> tuple[list[tor
     return found, reads
 
 
+class Repeated:
+    """Stands in for a CUDA graph where there is none: does the same again, knowing nothing of what has changed but what
+    the memory says that a graph would read."""
+
+    def __init__(self, function, device, pool):
+        self.function, self.output, self.pool = function, function().clone(), None
+
+    def replay(self) -> None:
+        self.output.copy_(self.function())
+
+
+def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
+    monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
+    model, rows = tiny_model(n_layer=1), [tiny_text(44, 1), tiny_text(26, 2)]
+    recorded, plain = (Reader(model, batch=2, chunk=8, top_k=2) for _ in range(2))
+    recorded.forward.recording, recorded.forward.record = True, Repeated
+    # What a graph would have recorded of a trace this stand-in does not write again, so only logits are compared.
+    for a, b in zip(read(recorded, rows, 7)[0], read(plain, rows, 7)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert {kind[0] for kind in recorded.forward._recorded} >= {1, 2}
+
+
+def test_the_eager_definition_is_never_recorded(monkeypatch):
+    monkeypatch.setenv("LANDMARK_ATTENTION", "eager")
+    reader = Reader(tiny_model(n_layer=1), batch=2, chunk=8)
+    reader.forward.recording, reader.forward.record = True, Repeated
+    read(reader, [tiny_text(20, 1), tiny_text(9, 2)], 3)
+    assert not reader.forward.recording and not reader.forward._recorded
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,6 +85,7 @@ def test_graphs_change_nothing(options):
         plain.reset()
 
 
+@pytest.mark.gpu
 def test_a_gpu_reads_what_the_cpu_reads():
     model = tiny_model(n_head=2, n_embd=32)
     rows = [tiny_text(90, 1), tiny_text(40, 2)]
@@ -65,6 +95,7 @@ def test_a_gpu_reads_what_the_cpu_reads():
         torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.gpu
 def test_a_decoder_of_the_library_is_recorded():
     from transformers import LlamaForCausalLM
 
@@ -80,6 +111,7 @@ def test_a_decoder_of_the_library_is_recorded():
     assert recorded.forward._recorded
 
 
+@pytest.mark.gpu
 def test_a_model_that_cannot_be_recorded_is_read_all_the_same(monkeypatch, capsys):
     model = tiny_model(n_head=2, n_embd=32).cuda()
     forward = model.forward

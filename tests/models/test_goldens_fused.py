@@ -6,12 +6,12 @@ for (eviction, a block that a step completes, ...). The slow tests, and those on
 
 import pytest
 import torch
-from tests import goldens
-from tests.models import test_gpt_goldens, test_llama_goldens
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.data.landmarks import landmark_positions, stream_length
 from landmark_cli.models.rotary import inverse_frequencies
+from tests import goldens
+from tests.models import test_gpt_goldens, test_llama_goldens
 
 FIRST_CHUNKS = {
     "gpt_retrieval_evicting_k2": 3,

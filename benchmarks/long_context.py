@@ -1,0 +1,491 @@
+"""Reading and generating over long inputs: the fused block cache beside full attention and the eager definition.
+
+    python benchmarks/long_context.py --output benchmarks/results/long_context-MACHINE.md
+    python benchmarks/long_context.py --rows prefill-8b --layers 8
+
+Models have random weights in bfloat16. Where a context is longer than is worth reading for a measurement, the cache is
+filled with random keys and values, which the kernels cannot tell from read ones. A decoding step's time is that of its
+CUDA graph, replayed; "loop" is reader.step with a greedy choice of the token on the host, all told.
+
+full attention: the same shape with SDPA. Decoding: the library's DynamicCache, and a best case of the same step with a
+preallocated cache, in a CUDA graph. eager: the definition in plain PyTorch, over the same cache.
+
+--warm compiles all kernels first, every row in a process of its own with one layer: that takes seconds where compiling
+one after the other takes minutes.
+"""
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import transformers
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import landmark_cli
+from landmark_cli.evaluation.perplexity import score
+from landmark_cli.inference.reader import Reader
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+
+DEVICE = torch.device("cuda")
+SHAPES = {
+    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0, "landmark_token_id": 128255},
+    "smollm2": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+                "landmark_token_id": 49151},
+    # The paper's model has no cache of the library's: its twin in Llama's clothes stands in for full attention.
+    "gpt-like": {"vocab_size": 50304, "hidden_size": 1024, "intermediate_size": 2736, "num_hidden_layers": 12,
+                 "num_attention_heads": 8, "num_key_value_heads": 8, "landmark_token_id": 50260},
+}  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One line of the table. met: whether ours meets the target, None where there is none."""
+
+    work: str
+    ours: str
+    full: str = "-"
+    eager: str = "-"
+    target: str = "-"
+    met: bool | None = None
+
+
+@dataclass
+class Run:
+    """layers: of every model, None for its own. quick: only compile."""
+
+    layers: int | None = None
+    quick: bool = False
+
+    def times(self, count: int) -> int:
+        return 1 if self.quick else count
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """Memory of its own, and the peak counted from here."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+
+
+@contextmanager
+def eager_attention() -> Iterator[None]:
+    before = os.environ.get("LANDMARK_ATTENTION")
+    os.environ["LANDMARK_ATTENTION"] = "eager"
+    try:
+        yield
+    finally:
+        os.environ.pop("LANDMARK_ATTENTION") if before is None else os.environ.update(LANDMARK_ATTENTION=before)
+
+
+def build(cls, config, layers: int | None):
+    if layers is not None:
+        config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with DEVICE:
+            return cls(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def gpt(run: Run, **settings) -> GPTForCausalLM:
+    return build(GPTForCausalLM, GPTConfig(**settings), run.layers)
+
+
+def llama(shape: str, run: Run, top_k: int = 4) -> LlamaForCausalLM:
+    landmarks = {"landmark_freq": 63, "trained_length": 8192, "top_k_blocks": top_k}
+    config = LlamaConfig(**SHAPES[shape], **landmarks, max_position_embeddings=8192, attn_implementation="landmark")
+    return build(LlamaForCausalLM, config, run.layers)
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Device time of one call, after one that does not count."""
+    work()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / repeats / 1e3
+
+
+def gibibytes() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def fill(reader: Reader, text: int, share_storage: bool = False) -> None:
+    """Make a reader's cache as if `text` tokens of each row had been read, with random keys and values.
+
+    share_storage: all layers' blocks are one tensor, where more do not fit; their landmark keys stay their own.
+    """
+    cache, model = reader.cache, reader.model
+    blocks = text // reader.landmark_freq
+    reader.expect(text + 4096)
+    cache.host_blocks, cache.host_partial = [blocks] * cache.batch, [0] * cache.batch
+    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    dim = model.config.hidden_size // model.config.num_attention_heads
+    like = torch.empty(cache.batch, heads, 1, dim, dtype=torch.bfloat16, device=DEVICE)
+    chunk = cache.begin_chunk([1] * cache.batch)
+    for index in range(model.config.num_hidden_layers):
+        layer = cache.layer(index, like, chunk)
+        if share_storage and index > 0:
+            layer.blocks = cache.layers[0].blocks
+        elif layer.blocks.is_cuda:
+            layer.blocks.normal_()
+        else:
+            # Random numbers are slow to make on the host: one block's, everywhere.
+            layer.blocks[:] = torch.randn(layer.blocks.shape[3:]).to(layer.blocks.dtype)
+        layer.landmark_keys.normal_()
+
+
+def step_times(reader: Reader, run: Run, steps: int = 150) -> tuple[float, float]:
+    """(seconds of a step's graph, seconds of a step of a greedy loop). The loop completes blocks on its way."""
+    tokens = [1] * reader.cache.batch
+    for _ in range(3 if run.quick else 2 * reader.landmark_freq + 5):
+        tokens = reader.step(tokens).argmax(-1).tolist()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(run.times(steps)):
+        tokens = reader.step(tokens).argmax(-1).tolist()
+    loop = (time.perf_counter() - started) / run.times(steps)
+    (kind,) = [kind for kind in reader.forward._recorded if kind[:3] == (1, 1, True)]
+    return seconds(reader.forward._recorded[kind].graph.replay, run.times(100)), loop
+
+
+def eager_step(reader: Reader, run: Run) -> float:
+    """Seconds of a step by the eager definition, over the same cache."""
+    recording, reader.forward.recording = reader.forward.recording, False
+    with eager_attention():
+        taken = seconds(lambda: reader.step([1] * reader.cache.batch), run.times(3))
+    reader.forward.recording = recording
+    reader.cache.implementations.discard("eager")
+    return taken
+
+
+def full_step(model: LlamaForCausalLM, context: int, batch: int, run: Run) -> tuple[float, float]:
+    """Seconds of a step with full attention over `context` tokens: (DynamicCache, preallocated in a CUDA graph)."""
+    config = model.config
+    model.set_attn_implementation("sdpa")
+    shape = batch, config.num_key_value_heads, context, config.hidden_size // config.num_attention_heads
+    ids = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
+    position = torch.full((batch, 1), context, device=DEVICE)
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)), layer)
+    with torch.no_grad():
+        dynamic = seconds(
+            lambda: model(ids, position_ids=position, past_key_values=cache, use_cache=True), run.times(3)
+        )
+    cache = None
+    gc.collect()
+
+    stored = [torch.randn(2, *shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(config.num_hidden_layers)]
+
+    def attend(module, q, k, v, mask, scaling=None, **kwargs):
+        keys, values = stored[module.layer_idx]
+        keys[:, :, -1:], values[:, :, -1:] = k, v
+        out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("preallocated", attend)
+    transformers.AttentionMaskInterface.register("preallocated", lambda *a, **k: None)
+    model.set_attn_implementation("preallocated")
+    with torch.no_grad():
+        for _ in range(2):
+            model(ids, position_ids=position, use_cache=False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(ids, position_ids=position, use_cache=False)
+    preallocated = seconds(graph.replay, run.times(20))
+    model.set_attn_implementation("landmark")
+    return dynamic, preallocated
+
+
+def evaluation(run: Run) -> Iterator[Row]:
+    """The paper's evaluation: 4096 tokens, chunk 250, k = 4, batch 16, the 12 x 1024 model, cross-entropy included."""
+    model = gpt(run)
+    rows = torch.randint(0, 50000, (16, 4096), generator=torch.Generator().manual_seed(0))
+    with fresh():
+        reader = Reader(model, top_k=4, chunk=250, batch=16)
+        reader.expect(4096)
+
+        def read() -> None:
+            reader.reset()
+            for chunk in reader.read(list(rows), transient=True):
+                score(chunk.logits, rows[:, : chunk.logits.shape[1]])
+
+        for _ in range(run.times(3)):
+            read()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(run.times(4)):
+            read()
+        torch.cuda.synchronize()
+        taken = (time.perf_counter() - started) / run.times(4)
+        memory = gibibytes()
+    reader.forward.recording = False
+    with fresh(), eager_attention():
+        eager = seconds(lambda: next(reader.read(list(rows[:, :250]))), 1)
+        eager_memory = gibibytes()
+    reader = model = None
+    with fresh(), torch.no_grad():
+        baseline = gpt(run, landmark_freq=None, landmark_token_id=None)
+        part = rows[:4].to(DEVICE)
+        full = seconds(lambda: score(baseline(part).logits, part), run.times(3))
+        full_memory = gibibytes()
+    speed = rows.numel() / taken
+    yield Row(
+        "evaluation at 4096 (chunk 250, k 4, batch 16), 12 x 1024",
+        f"{speed / 1e3:.0f} k tokens/s, {memory:.1f} GiB",
+        f"{part.numel() / full / 1e3:.0f} k tokens/s, {full_memory:.1f} GiB (batch 4, one forward)",
+        f"{16 * 250 / eager / 1e3:.1f} k tokens/s, {eager_memory:.1f} GiB (the last chunk)",
+        "550 k tokens/s, under 8 GiB",
+        speed >= 550e3 and memory < 8,
+    )
+
+
+def decode_gpt(run: Run) -> Iterator[Row]:
+    """A step of the 12 x 1024 model, batch 1, at contexts up to a million tokens."""
+    model, first = gpt(run), None
+    full = {}
+    for context in () if run.quick else (4096, 32768, 131072):
+        with fresh():
+            full[context] = full_step(llama("gpt-like", run), context, 1, run)
+    for context in (4096, 32768, 131072, 1 << 20):
+        with fresh():
+            reader = Reader(model, top_k=4)
+            fill(reader, context)
+            step, loop = step_times(reader, run)
+            eager = eager_step(reader, run)
+            memory = gibibytes()
+            reader = None
+        first = first or step
+        dynamic, preallocated = full.get(context, (float("nan"),) * 2)
+        yield Row(
+            f"decode, 12 x 1024, batch 1, {context // 1024}k tokens",
+            f"{step * 1e3:.3f} ms ({step / first:.2f} x 4k), loop {loop * 1e3:.3f} ms, {memory:.1f} GiB",
+            f"{dynamic * 1e3:.2f} ms, best {preallocated * 1e3:.2f} ms" if context in full else "-",
+            f"{eager * 1e3:.1f} ms",
+            "1.0 ms; 1M at most 1.6 x 4k",
+            step <= 1e-3 and step <= 1.6 * first,
+        )
+
+
+def decode_gpt_batch(run: Run) -> Iterator[Row]:
+    """A step of 16 rows with 128k tokens each. Their 103 GB of blocks do not fit: the layers share one layer's."""
+    model = gpt(run)
+    with fresh():
+        reader = Reader(model, top_k=4, batch=16)
+        fill(reader, 131072, share_storage=True)
+        step, loop = step_times(reader, run)
+        eager = eager_step(reader, run)
+    yield Row(
+        "decode, 12 x 1024, batch 16, 128k tokens each (blocks of one layer shared by all: 103 GB do not fit)",
+        f"{step * 1e3:.3f} ms, loop {loop * 1e3:.3f} ms",
+        "-",
+        f"{eager * 1e3:.1f} ms",
+        "1.5 ms",
+        step <= 1.5e-3,
+    )
+
+
+def decode_8b(run: Run) -> Iterator[Row]:
+    """A step of Llama-3-8B's shape at 128k tokens, k = 8."""
+    model = llama("8b", run, top_k=8)
+    with fresh():
+        reader = Reader(model)
+        fill(reader, 131072)
+        step, loop = step_times(reader, run, 60)
+        eager = eager_step(reader, run)
+        memory = gibibytes()
+        reader = None
+    with fresh():
+        dynamic, preallocated = full_step(model, 131072, 1, run)
+        full_memory = gibibytes()
+    yield Row(
+        "decode, Llama-3-8B's shape, k 8, 128k tokens",
+        f"{step * 1e3:.2f} ms, loop {loop * 1e3:.2f} ms, {memory:.0f} GiB",
+        f"{dynamic * 1e3:.1f} ms ({dynamic / loop:.1f} x), best {preallocated * 1e3:.1f} ms "
+        f"({preallocated / step:.1f} x), {full_memory:.0f} GiB",
+        f"{eager * 1e3:.0f} ms",
+        "2 x faster",
+        dynamic >= 2 * loop,
+    )
+
+
+def prefill_8b(run: Run) -> Iterator[Row]:
+    """Reading 128k tokens with Llama-3-8B's shape, k = 8, in chunks of 32 blocks."""
+    model, context = llama("8b", run, top_k=8), 8192 if run.quick else 131072
+    ids = torch.randint(0, 100000, (1, context), generator=torch.Generator().manual_seed(0))
+    with fresh():
+        reader = Reader(model, chunk=2016)
+        marks = []
+        for _ in range(2):
+            reader.reset()
+            reader.expect(context)
+            marks = [torch.cuda.Event(enable_timing=True)]
+            marks[0].record()
+            # The first time only compiles.
+            text = ids[0, : 6048 if len(reader.cache.layers) == 0 else context]
+            for _ in reader.read([text], last_only=True):
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+            torch.cuda.synchronize()
+        taken = marks[0].elapsed_time(marks[-1]) / 1e3
+        memory = gibibytes()
+        # Speed over the first 16k tokens and over the last 16k.
+        early = 8 * 2016 / marks[0].elapsed_time(marks[min(8, len(marks) - 1)]) * 1e3
+        late = 8 * 2016 / marks[max(0, len(marks) - 10)].elapsed_time(marks[-2]) * 1e3
+        whole = context / taken
+    with eager_attention():
+        eager = seconds(lambda: next(reader.read([ids[0, :2016]], last_only=True)), 1)
+    reader = None
+    model.set_attn_implementation("sdpa")
+    full = {}
+    with fresh(), torch.no_grad():
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            with sdpa_kernel(backend):
+                model(ids[:, :4096].to(DEVICE), use_cache=False, logits_to_keep=1)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                model(ids.to(DEVICE), use_cache=False, logits_to_keep=1)
+                end.record()
+                torch.cuda.synchronize()
+                full[backend] = begin.elapsed_time(end) / 1e3
+    flash, cudnn = full.values()
+    yield Row(
+        "prefill of 128k tokens, Llama-3-8B's shape, k 8, chunk 2016",
+        f"{taken:.2f} s, {whole / 1e3:.1f} k tokens/s, {memory:.0f} GiB",
+        f"FA2 {flash:.2f} s ({flash / taken:.2f} x), cuDNN {cudnn:.2f} s ({cudnn / taken:.2f} x), "
+        f"{gibibytes():.0f} GiB",
+        f"{2016 / eager / 1e3:.2f} k tokens/s (the last chunk)",
+        "3 x FA2, 2 x cuDNN",
+        flash >= 3 * taken and cudnn >= 2 * taken,
+    )
+    yield Row(
+        "the same: speed from 16k tokens to 128k",
+        f"{early / 1e3:.1f} k tokens/s in the first 16k, {whole / 1e3:.1f} in all 128k ({whole / early - 1:+.0%}), "
+        f"{late / 1e3:.1f} in the last 16k ({late / early - 1:+.0%})",
+        target="falls by at most 25%",
+        met=whole >= 0.75 * early,
+    )
+
+
+def million(run: Run) -> Iterator[Row]:
+    """A million tokens read and 100 generated, SmolLM2-135M's shape; then the same cache in host memory."""
+    model, context = llama("smollm2", run), 12288 if run.quick else 1 << 20
+    ids = torch.randint(0, 49000, (context,), generator=torch.Generator().manual_seed(0))
+
+    def measure(offload: str, read: int) -> tuple[float, float, float]:
+        reader = Reader(model, chunk=2016, offload=offload)
+        if read < context:
+            fill(reader, context - read)
+        reader.expect(read + 4096)
+        started = time.perf_counter()
+        for chunk in reader.read([ids[:read]], last_only=True):
+            logits = chunk.logits
+        torch.cuda.synchronize()
+        reading = time.perf_counter() - started
+        started = time.perf_counter()
+        tokens = logits[:, -1].argmax(-1).tolist()
+        for _ in range(run.times(100)):
+            tokens = reader.step(tokens).argmax(-1).tolist()
+        return read / reading, run.times(100) / (time.perf_counter() - started), gibibytes()
+
+    with fresh():
+        read, generated, memory = measure("none", context)
+    yield Row(
+        "1M tokens read, 100 generated, SmolLM2-135M's shape, k 4",
+        f"read {read / 1e3:.0f} k tokens/s, generated {generated:.0f} tokens/s, {memory:.1f} GiB",
+        target="works",
+        met=True,
+    )
+    with fresh():
+        read, generated, memory = measure("cpu", min(context, 6 * 2016))
+    yield Row(
+        "the same, --offload cpu (the last 12k of 1M tokens are read, the others random)",
+        f"read {read / 1e3:.1f} k tokens/s, generated {generated:.0f} tokens/s, {memory:.1f} GiB on the GPU",
+        target="under 6 GiB on the GPU",
+        met=memory < 6,
+    )
+
+
+ROWS = {
+    "evaluation": evaluation,
+    "decode-gpt": decode_gpt,
+    "decode-gpt-batch": decode_gpt_batch,
+    "decode-8b": decode_8b,
+    "prefill-8b": prefill_8b,
+    "million": million,
+}
+
+
+def warm(rows: list[str]) -> None:
+    """Compile all kernels of the rows, in parallel."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--rows", row, "--layers", "1", "--quick"], stdout=subprocess.DEVNULL
+        )
+        for row in rows
+    ]
+    for row, process in zip(rows, processes, strict=True):
+        if process.wait():
+            print(f"warming {row} ended with status {process.returncode}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--layers", type=int, help="of every model, instead of its own number")
+    parser.add_argument("--quick", action="store_true", help="measure nothing, only compile the kernels")
+    parser.add_argument("--warm", action="store_true", help="compile the kernels of all rows in parallel first")
+    parser.add_argument("--output", help="file for the table, Markdown")
+    options = parser.parse_args()
+    if options.warm:
+        warm(options.rows)
+    lines = [
+        f"# Long contexts on {torch.cuda.get_device_name()}",
+        "",
+        f"landmark {landmark_cli.__version__}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"transformers {transformers.__version__}; {time.strftime('%Y-%m-%d')}. "
+        f"By `{' '.join(['python', *sys.argv])}`.",
+        "",
+        *(line.strip() for line in __doc__.split("\n\n")[2:4] if line.strip()),
+        "",
+        "| work | ours | full attention | eager | target | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for name in options.rows:
+        try:
+            rows = list(ROWS[name](Run(options.layers, options.quick)))
+        except torch.OutOfMemoryError as error:
+            rows = [Row(name, f"out of memory: {str(error).splitlines()[0]}", met=False)]
+        for row in rows:
+            met = {True: "yes", False: "no", None: "-"}[row.met]
+            lines.append(f"| {row.work} | {row.ours} | {row.full} | {row.eager} | {row.target} | {met} |")
+            print(lines[-1], flush=True)
+    if options.output:
+        with open(options.output, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The retrieval kernels of one layer, one by one: time, and what other tile sizes would give.
+
+    python benchmarks/retrieval_kernels.py --warm 12
+    python benchmarks/retrieval_kernels.py --shapes 8b --tune
+    python benchmarks/retrieval_kernels.py --model runs/pg19-landmark --text novel.txt
+
+Random queries choose nearly all blocks, those of a trained model far fewer: with --model, a model reads a text and the
+kernels are timed on what its layers had in the last chunk (--save FILE keeps that; --load FILE times it elsewhere).
+
+Times are medians of a CUDA graph of the kernel, in microseconds. "distinct" is how many blocks 64 neighbouring queries
+of a head choose together.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from triton.testing import do_bench_cudagraph
+
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.attention.fused.configurations import Configuration
+from landmark_cli.attention.fused_retrieval import launch, selection
+from landmark_cli.attention.fused_retrieval.call import Call
+from landmark_cli.attention.rotary import default_inverse_frequencies
+
+# (batch, heads, key heads, head dim, block size, k, tokens, numbers of cached blocks)
+SHAPES = {
+    "evaluation": (16, 8, 8, 128, 51, 4, 255, (20, 40, 80)),
+    "8b": (1, 32, 8, 128, 64, 8, 2048, (256, 1024, 2048)),
+    "smollm2": (1, 9, 3, 64, 64, 4, 2048, (1024, 16384)),
+    "step": (1, 8, 8, 128, 51, 4, 1, (80, 2570, 20560)),
+    "step-16": (16, 8, 8, 128, 51, 4, 1, (80, 2570)),
+    "step-8b": (1, 32, 8, 128, 64, 8, 1, (2048,)),
+}
+
+CHOICES = {
+    "select": [Configuration(64, 64, 4), Configuration(64, 64, 8), Configuration(128, 64, 8), Configuration(128, 64, 4),
+               Configuration(64, 64, 4, 1), Configuration(64, 64, 4, 3), Configuration(32, 64, 4)],
+    "attend": [Configuration(16, 64, 1, 1), Configuration(16, 64, 2, 1), Configuration(16, 64, 4, 1),
+               Configuration(32, 64, 2, 1), Configuration(32, 64, 4, 1), Configuration(64, 64, 4, 1),
+               Configuration(64, 64, 4, 1, 128), Configuration(64, 64, 8, 1), Configuration(128, 64, 8, 1)],
+    "finish": [Configuration(64, 64, 4, 1), Configuration(64, 64, 4, 2), Configuration(64, 64, 4, 2, 128),
+               Configuration(64, 64, 4, 3), Configuration(64, 64, 8, 2), Configuration(128, 64, 8, 1),
+               Configuration(128, 64, 8, 2), Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2, 128)],
+}  # fmt: skip
+
+
+def random_call(shape: str, blocks: int) -> Call:
+    """A chunk of random queries, keys and values in front of which `blocks` random blocks are cached."""
+    batch, heads, key_heads, dim, block_size, k, tokens, _ = SHAPES[shape]
+    cache = BlockCache(
+        RetrievalSettings(block_size, k), default_inverse_frequencies(dim).cuda(), batch=batch, device="cuda"
+    )
+    cache.host_blocks, cache.expected_blocks = [blocks] * batch, blocks + tokens // block_size + 2
+    torch.manual_seed(0)
+    q, key, value = (
+        torch.randn(batch, tokens, n, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        for n in (heads, key_heads, key_heads)
+    )
+    chunk = cache.begin_chunk([tokens] * batch)
+    layer = cache.layer(0, key, chunk)
+    layer.blocks.normal_()
+    layer.landmark_keys.copy_(layer.keys[..., -1, :])
+    return Call(q, key, value, layer, chunk, None)
+
+
+def saved_calls(path: Path) -> Iterator[tuple[str, Call]]:
+    """The calls that `save` has kept."""
+    tensors = load_file(path, device="cuda")
+    for name in sorted({key.split(".")[0] for key in tensors}, key=int):
+        part = {key.split(".")[1]: value for key, value in tensors.items() if key.split(".")[0] == name}
+        block_size, k, blocks, partial = part["numbers"].tolist()
+        cache = BlockCache(RetrievalSettings(block_size, k), part["frequencies"], device="cuda")
+        cache.host_blocks, cache.host_partial, cache.expected_blocks = [blocks], [partial], part["blocks"].shape[2]
+        chunk = cache.begin_chunk([part["q"].shape[2]])
+        layer = cache.layer(0, part["k"], chunk)
+        used = part["blocks"].shape[2]
+        layer.blocks[:, :, :used], layer.landmark_keys[:, :, :used] = part["blocks"], part["blocks"][:, :, :, 0, -1]
+        yield f"layer {name}", Call(part["q"], part["k"], part["v"], layer, chunk, None)
+
+
+def model_calls(directory: str, text: Path, tokens: int) -> Iterator[tuple[str, Call]]:
+    """The last chunk of each layer of a model that reads the first `tokens` tokens of a text."""
+    from landmark_cli.attention import fused_retrieval
+    from landmark_cli.inference.reader import Reader
+    from landmark_cli.models.store import load
+
+    model, tokenizer = load(directory, device="cuda", dtype=torch.bfloat16)
+    ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
+    calls: dict[int, Call] = {}
+    attend = fused_retrieval.attend_chunk
+
+    def keep(q: Tensor, k: Tensor, v: Tensor, blocks, chunk, scale=None) -> Tensor:
+        calls[blocks.index] = Call(q, k, v, blocks, chunk, scale)
+        return attend(q, k, v, blocks, chunk, scale)
+
+    fused_retrieval.attend_chunk = keep
+    reader = Reader(model)
+    reader.forward.recording = False
+    for _ in reader.read([ids[: len(ids) // reader.chunk * reader.chunk]], last_only=True):
+        pass
+    fused_retrieval.attend_chunk = attend
+    return ((f"layer {index}", call) for index, call in sorted(calls.items()))
+
+
+def save(calls: dict[str, Call], path: Path) -> None:
+    """Keep calls for --load."""
+    kept = {}
+    for name, call in calls.items():
+        (blocks,), (partial,) = call.chunk.host_blocks, call.chunk.host_partial
+        numbers = torch.tensor([call.settings.block_size, call.top_k, blocks, partial])
+        stored = call.blocks.blocks[:, :, : blocks + 1]
+        tensors = {"q": call.q, "k": call.k, "v": call.v, "blocks": stored, "numbers": numbers}
+        tensors["frequencies"] = call.chunk.inverse_frequencies
+        kept |= {f"{name.split()[1]}.{key}": value.contiguous().cpu() for key, value in tensors.items()}
+    save_file(kept, path)
+
+
+def time_of(work: Callable[[], object]) -> float:
+    return do_bench_cudagraph(work, rep=20, return_mode="median") * 1e3
+
+
+def distinct(call: Call, ages: Tensor) -> float:
+    """Blocks that 64 neighbouring queries of a head choose together, on average."""
+    tokens = ages.shape[2] // 64 * 64
+    groups = ages[:, :, :tokens].reshape(-1, 64 * call.top_k).tolist()
+    return sum(len(set(group)) for group in groups) / len(groups)
+
+
+def stages(call: Call) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The kernels of a call in their order, each ready to be run again and again."""
+    yield "store", lambda: launch.store(call)
+    if call.is_step:
+        splits = selection.splits_of(call)
+        yield "select", lambda: selection.candidates(call, splits)
+        yield "all", lambda: launch.decode(call)
+        return
+    yield "select", lambda: selection.select(call)
+    ages = selection.select(call)
+    yield "route", lambda: launch.find_pairs(call, ages)
+    pairs = launch.find_pairs(call, ages)
+    yield "attend", lambda: launch.attend(call, pairs)
+    yield "finish", lambda: launch.finish(call, pairs)
+    yield "finish without pairs", lambda: launch.finish(call)
+
+
+def tune(call: Call, stage: str) -> Iterator[tuple[Configuration, float]]:
+    """A stage's time in every configuration that compiles and fits."""
+    module, name = (selection, "select_configuration") if stage == "select" else (launch, f"{stage}_configuration")
+    usual = getattr(module, name)
+    for choice in CHOICES[stage]:
+        setattr(module, name, lambda *_, choice=choice: choice)
+        try:
+            yield choice, time_of(dict(stages(call))[stage])
+        except Exception as error:
+            print(f"  {stage} {choice}: {type(error).__name__}", file=sys.stderr)
+        finally:
+            setattr(module, name, usual)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--tune", nargs="?", const="select,attend,finish", help="stages to time in other configurations"
+    )
+    parser.add_argument(
+        "--warm", action="store_true", help="compile in parallel first, a process for every shape and stage"
+    )
+    parser.add_argument("--model", help="time the layers of this model, reading --text")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=32768, help="of the text")
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--load", type=Path)
+    options = parser.parse_args()
+    tuned = options.tune.split(",") if options.tune else []
+    if options.warm:
+        command = [sys.executable, __file__, "--shapes"]
+        jobs = [[*command, shape, *(["--tune", stage] if stage else [])] for shape in options.shapes
+                for stage in (tuned if SHAPES[shape][6] > 1 else []) or [None]]  # fmt: skip
+        for process in [subprocess.Popen(job, stdout=subprocess.DEVNULL) for job in jobs]:
+            process.wait()
+    if options.load:
+        calls = dict(saved_calls(options.load))
+    elif options.model:
+        calls = dict(model_calls(options.model, options.text, options.tokens))
+    else:
+        calls = {}
+        for shape in options.shapes:
+            for blocks in SHAPES[shape][-1]:
+                measure(f"{shape}, {blocks} blocks", random_call(shape, blocks), tuned)
+    if options.save:
+        save(calls, options.save)
+    for name, call in calls.items():
+        measure(name, call, tuned)
+
+
+def measure(name: str, call: Call, tuned: list[str]) -> None:
+    times = {stage: time_of(work) for stage, work in stages(call)}
+    spread = "" if call.is_step else f"; distinct {distinct(call, selection.select(call)):.0f}"
+    print(f"{name}: " + ", ".join(f"{stage} {taken:.0f}" for stage, taken in times.items()) + spread, flush=True)
+    for stage in tuned if not call.is_step else []:
+        for choice, taken in sorted(tune(call, stage), key=lambda pair: pair[1]):
+            print(f"  {stage} {taken:.0f}: {choice.launch_options()} rows {choice.rows}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
