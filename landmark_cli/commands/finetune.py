@@ -51,7 +51,7 @@ class LoraOptions:
         None, panel=LORA, help="Names of the layers that get adapters. [default: every linear layer but the head]"
     )
     merge: bool = option(False, panel=LORA, help="Write a plain model, the adapters merged into its weights.")
-    four_bit: bool = option(False, panel=LORA, help="Keep the frozen weights in 4 bits (needs bitsandbytes and a GPU).")
+    four_bit: bool = option(False, panel=LORA, help="Keep the frozen weights in 4 bits (needs bitsandbytes).")
 
 
 @dataclass(kw_only=True)

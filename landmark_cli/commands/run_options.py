@@ -137,6 +137,8 @@ def begin(options: RunOptions, name: str) -> tuple[Accelerator, Path, str]:
     accelerator = make_accelerator(
         precision=precision,
         accumulation=options.accumulation,
+        batch_size=options.batch_size,
+        clip=options.clip,
         device=options.device,
         compile=options.compile,
         tf32=options.tf32,

@@ -99,6 +99,8 @@ def _failures(path: str | Path, part: str = "") -> Iterator[None]:
         raise LandmarkError(f"cannot open the model {path}: its weights are damaged ({error})") from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError, UnpicklingError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if not Path(path).exists():
+            reason = f"there is no such directory, and the hub gave none: {reason}"
         raise LandmarkError(f"cannot open the {part}model {path}: {reason}") from error
 
 

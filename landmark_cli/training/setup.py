@@ -12,7 +12,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
+    DistributedType,
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
     parse_flag_from_env,
@@ -41,6 +43,8 @@ def make_accelerator(
     *,
     precision: str,
     accumulation: int,
+    batch_size: int = 1,
+    clip: float = 0.0,
     device: str = "auto",
     compile: bool = False,
     tf32: bool = True,
@@ -48,6 +52,8 @@ def make_accelerator(
     output: Path | None = None,
 ) -> Accelerator:
     """The accelerate object of a run; how many processes there are, FSDP and DeepSpeed come from the launcher.
+
+    batch_size, clip: DeepSpeed has to know them beforehand; nothing else does.
 
     Raises LandmarkError where a tracker's package is missing or the precision needs a GPU.
     """
@@ -61,15 +67,34 @@ def make_accelerator(
         raise LandmarkError("--precision fp16 needs a GPU, and none is in use: take bf16 or fp32")
     if tf32 and not cpu:
         torch.set_float32_matmul_precision("high")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=log_with or None,
         project_dir=output,
+        deepspeed_plugin=_deepspeed(batch_size, accumulation, clip),
         **dynamo,
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # Else transformers would open models in shards already, and landmarks are added to whole ones.
+        unset_hf_deepspeed_config()
+    return accelerator
+
+
+def _deepspeed(batch_size: int, accumulation: int, clip: float) -> DeepSpeedPlugin | None:
+    """The run's settings for DeepSpeed, where the launcher chose that; what else it does is the launcher's to say."""
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    import_extra("deepspeed", "deepspeed")
+    plugin = DeepSpeedPlugin(
+        gradient_accumulation_steps=accumulation, gradient_clipping=clip, zero3_save_16bit_model=True
+    )
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+    return plugin
 
 
 class LossModel(nn.Module):

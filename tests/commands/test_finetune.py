@@ -268,6 +268,12 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, change
         finetune(tmp_path / "run", **changes)
 
 
+def test_deepspeed_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(LandmarkError, match=r"landmark-cli\[deepspeed\]"):
+        finetune(tmp_path / "run")
+
+
 def test_the_recipe_of_the_authors_and_the_config_for_accelerate():
     assert recipe_names("finetune") == ["llama/finetune_7b"]
     values = load_recipe("llama/finetune_7b", FinetuneOptions, "finetune")
