@@ -101,7 +101,7 @@ def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PADDING_TOKEN})
         config.pad_token_id = tokenizer.pad_token_id
-        if model.generation_config is not None:
+        if model.can_generate():
             model.generation_config.pad_token_id = tokenizer.pad_token_id
     if LANDMARK_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(LANDMARK_TOKEN, special=True, normalized=False)], special_tokens=True)

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(*x.shape[:2], 3, self.config.n_head, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
         dropout = self.config.dropout if self.training else 0.0
         if self.config.context_miss_token:
             kwargs["context_miss_key"] = k[:, :, :1]

@@ -11,6 +11,7 @@ from landmark_cli.inference.reader import Reader
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks, check_tokenizer
 from tests.models.families import FAMILIES, VOCABULARY, tiny_decoder, tiny_tokenizer
+from tests.tiny import tiny_baseline, tiny_model
 
 FREQ, LENGTH = 7, 64
 BLOCK = FREQ + 1
@@ -200,3 +201,15 @@ def test_a_tokenizer_of_another_model():
     tokenizer.add_tokens(["<landmark>"])
     with pytest.raises(LandmarkError, match="<landmark> as token 257"):
         check_tokenizer(model.config, tokenizer, "it")
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_baseline])
+def test_the_papers_own_model_goes_on_with_other_landmarks(make):
+    model, tokenizer = make(vocab_size=320, trained_length=64), tiny_tokenizer(pad_token="<|end|>")
+    add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=LENGTH)
+    assert (model.config.landmark_freq, model.config.landmark_token_id) == (FREQ, 257)
+    ids = texts(1, 40)
+    with torch.no_grad():
+        logits = model(insert_landmarks(ids, FREQ, 257)).logits[:, -1]
+    (read,) = Reader(model, top_k=9, chunk=40).read([ids[0]])
+    torch.testing.assert_close(read.logits[:, -1], logits, **CLOSE)
