@@ -75,6 +75,11 @@ class Reader:
         config = model.config
         if not getattr(config, "landmark_freq", None):
             raise LandmarkError("this model has no landmarks, so it cannot read through a block cache")
+        if config._attn_implementation != "landmark":
+            raise LandmarkError(
+                f'this model was opened with the attention "{config._attn_implementation}"; '
+                'only with "landmark" can it read through a block cache'
+            )
         self.model = model
         self.landmark_freq, self.landmark_token_id = config.landmark_freq, config.landmark_token_id
         top_k = config.top_k_blocks if top_k is None else top_k

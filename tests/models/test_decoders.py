@@ -85,6 +85,8 @@ def test_without_landmarks_it_is_the_model_it_was(family, tmp_path):
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
     with torch.no_grad():
         assert torch.equal(opened(ids).logits[..., :257], plain(ids).logits[..., :257])
+    with pytest.raises(LandmarkError, match='opened with the attention "sdpa"'):
+        Reader(opened)
 
 
 @pytest.mark.parametrize("tied", [True, False])
