@@ -203,9 +203,14 @@ def check(options: FinetuneOptions) -> None:
 def check_model(options: FinetuneOptions, trained_length: int) -> None:
     """Refuse by its config a model that will not do, before anything is read or written."""
     from landmark_cli.models.decoders import check_length
+    from landmark_cli.models.lora import is_adapter
     from landmark_cli.models.pretrained import open_config
     from landmark_cli.models.support import check_config
 
+    if is_adapter(options.model):
+        raise LandmarkError(
+            f"{options.model} holds adapters only: make it a whole model first, by --merge in its own run"
+        )
     config = open_config(options.model)
     check_config(config, options.model)
     limit = getattr(config, "max_position_embeddings", None)

@@ -140,6 +140,9 @@ def test_adapters(tmp_path, tied):
     checkpoint = load_file(output / "checkpoints/step-00000004/model.safetensors")
     assert not any("base_layer" in name for name in checkpoint)
 
+    with pytest.raises(LandmarkError, match="holds adapters only"):
+        finetune(tmp_path / "again", model=str(output))
+
     merged = finetune(tmp_path / "merged", merge=True, **lora)
     assert sorted(path.name for path in merged.iterdir() if "adapter" in path.name) == []
     ids = torch.arange(1, 65)[None]
