@@ -33,7 +33,7 @@ def tuned(pretrained, tmp_path_factory):
     """The output of a short run: windows of 252 text tokens and 4 landmarks."""
     output = tmp_path_factory.mktemp("real") / "tuned"
     command = f"finetune --model {pretrained} --data sample --output {output} --device cpu --sequence-length 252"
-    run(f"{command} --steps 4 --batch-size 1 --accumulation 2 --lr 2e-4 --warmup 0.2 --log-every 1 --eval-every 0")
+    run(f"{command} --steps 8 --batch-size 1 --accumulation 2 --lr 2e-4 --warmup 0.2 --log-every 1 --eval-every 0")
     return output
 
 
@@ -67,8 +67,8 @@ def test_with_landmarks_off_it_is_the_untouched_model(pretrained, tmp_path):
 
 def test_a_few_steps_teach_it_what_landmarks_are(tuned):
     losses = [json.loads(line)["loss"] for line in (tuned / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 4
-    assert sum(losses[-2:]) / 2 < losses[0] - 0.3, losses
+    assert len(losses) == 8
+    assert sum(losses[-2:]) / 2 < losses[0] - 0.5, losses
 
 
 def test_it_opens_and_reads_rows_of_a_batch_as_it_reads_each(tuned):
