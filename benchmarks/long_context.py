@@ -136,7 +136,7 @@ def fill(reader: Reader, text: int, share_storage: bool = False) -> None:
     """
     cache, model = reader.cache, reader.model
     blocks = text // reader.landmark_freq
-    reader.expect(text + 4096)
+    cache.expect((text + 4096) * (reader.landmark_freq + 1) // reader.landmark_freq)
     cache.host_blocks, cache.host_partial = [blocks] * cache.batch, [0] * cache.batch
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     dim = model.config.hidden_size // model.config.num_attention_heads
@@ -397,7 +397,8 @@ def million(run: Run) -> Iterator[Row]:
         reader = Reader(model, chunk=2016, offload=offload)
         if read < context:
             fill(reader, context - read)
-        reader.expect(read + 4096)
+        else:
+            reader.expect(read + 4096)
         started = time.perf_counter()
         for chunk in reader.read([ids[:read]], last_only=True):
             logits = chunk.logits

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import LandmarkError
 from . import reference, retrieval
 from .cache import Chunk
 from .context_miss import attend_chunk_with_context_miss
@@ -17,6 +20,7 @@ from .recurrent import recurrent_attention_forward
 class LandmarkLayout:
     """Blocks of a forward pass where the model's even ones do not say it all; the fields are landmark_attention's.
 
+    implementation: "eager" or "fused" instead of what `choose_implementation` finds.
     Give it to any landmark model as `model(..., landmark_layout=LandmarkLayout(...))`.
     """
 
@@ -27,6 +31,7 @@ class LandmarkLayout:
     dropout_p: float = 0.0
     dropout_seed: int | None = None
     controlled: Tensor | None = None
+    implementation: str | None = None
 
 
 def landmark_attention_forward(
@@ -54,13 +59,7 @@ def landmark_attention_forward(
     """
     _check_arguments(key, attention_mask, **kwargs)
     if landmark_chunk is not None:
-        blocks = landmark_chunk.cache.layer(module.layer_idx, key, landmark_chunk)
-        if context_miss_key is not None:
-            out = attend_chunk_with_context_miss(
-                query, key, value, context_miss_key, blocks, landmark_chunk, scaling
-            )
-        else:
-            out = retrieval.attend_chunk(query, key, value, blocks, landmark_chunk, scaling)
+        out = attend_chunk(module.layer_idx, query, key, value, landmark_chunk, scaling, context_miss_key)
         return out.transpose(1, 2), None
     layout = landmark_layout or LandmarkLayout()
     block_size = layout.block_size
@@ -69,7 +68,7 @@ def landmark_attention_forward(
     start = layout.start
     if start is None and attention_mask is not None:
         start = (attention_mask.cumsum(-1) == 0).sum(-1)
-    out = reference.landmark_attention(
+    out = landmark_attention(
         query,
         key,
         value,
@@ -79,11 +78,132 @@ def landmark_attention_forward(
         start=start,
         cu_seqlens=layout.cu_seqlens,
         dropout_p=layout.dropout_p,
-        dropout_seed=layout.dropout_seed,
+        dropout_seed=_layer_seed(layout.dropout_seed, module.layer_idx),
         context_miss_key=context_miss_key,
         controlled=layout.controlled,
+        implementation=layout.implementation,
     )
     return out.transpose(1, 2), None
+
+
+def landmark_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int | None = None,
+    landmark_mask: Tensor | None = None,
+    context_miss_key: Tensor | None = None,
+    controlled: Tensor | None = None,
+    implementation: str | None = None,
+    **arguments,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.landmark_attention` in the implementation that `choose_implementation` picks for these arguments."""
+    needs = None
+    if landmark_mask is not None:
+        needs = "landmark_mask makes blocks of any size"
+    elif context_miss_key is not None:
+        needs = "context_miss_key gives the outer softmax a key of its own"
+    name = choose_implementation(
+        q.device.type, q.dtype, q.shape[-1], block_size, needs_eager=needs, requested=implementation
+    )
+    if name == "fused":
+        from .fused import landmark_attention as fused
+
+        return fused(q, k, v, block_size=block_size, **arguments)
+    return reference.landmark_attention(
+        q,
+        k,
+        v,
+        block_size=block_size,
+        landmark_mask=landmark_mask,
+        context_miss_key=context_miss_key,
+        controlled=controlled,
+        **arguments,
+    )
+
+
+def attend_chunk(
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: Chunk,
+    scale: float | None = None,
+    context_miss_key: Tensor | None = None,
+) -> Tensor:
+    """`retrieval.attend_chunk` of a layer, in the implementation that `choose_implementation` picks.
+
+    Raises LandmarkError where more blocks are to be retrieved than the fused kernels can.
+    """
+    chunk = chunk.to(k.device)
+    blocks = chunk.cache.layer(layer, k, chunk)
+    needs = None
+    if context_miss_key is not None:
+        needs = "context_miss_key gives the outer softmax a key of its own"
+    elif torch.is_grad_enabled() and q.requires_grad:
+        needs = "gradients are asked for"
+    name = choose_implementation(q.device.type, q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs)
+    chunk.cache.implementations.add(name)
+    if name == "fused":
+        from . import fused_retrieval
+
+        reason = fused_retrieval.why_not(blocks.settings, scale)
+        if reason is not None:
+            raise LandmarkError(f"{reason}; or set LANDMARK_ATTENTION=eager, which is slow")
+        return fused_retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
+    if context_miss_key is not None:
+        return attend_chunk_with_context_miss(q, k, v, context_miss_key, blocks, chunk, scale)
+    return retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
+
+
+@torch.compiler.assume_constant_result
+def choose_implementation(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None,
+    *,
+    needs_eager: str | None = None,
+    requested: str | None = None,
+) -> str:
+    """ "fused" on an NVIDIA GPU wherever the fused kernels can serve, "eager" elsewhere; the user is told once.
+
+    device: "cpu", "cuda", ...; needs_eager: why only the eager definition knows these arguments, if so.
+    requested, or else the environment's LANDMARK_ATTENTION: "eager" or "fused", to have that one.
+
+    Raises ValueError where "fused" is asked for and cannot serve, naming the argument, or where no such name exists.
+    """
+    requested = requested or os.environ.get("LANDMARK_ATTENTION") or None
+    if requested not in (None, "eager", "fused"):
+        raise ValueError(f'landmark attention has the implementations "eager" and "fused"; {requested!r} was asked for')
+    if requested == "eager":
+        return _announce("eager", "as asked for")
+    obstacle = needs_eager or _obstacle(device, dtype, head_dim, block_size, asked=requested == "fused")
+    if obstacle is None:
+        return _announce("fused", "as asked for" if requested else f"on {device}")
+    if requested == "fused":
+        raise ValueError(f"fused landmark attention was asked for, but {obstacle}")
+    return _announce("eager", obstacle)
+
+
+def _obstacle(device: str, dtype: torch.dtype, head_dim: int, block_size: int | None, asked: bool) -> str | None:
+    """Why the fused kernels cannot serve. On the CPU they run in Triton's interpreter, but only when asked for."""
+    if device != "cuda" and not asked:
+        return f"the fused kernels need an NVIDIA GPU and q is on {device}"
+    try:
+        from .fused import why_not
+    except ImportError as error:
+        return f"{error.name or 'triton'} is not installed"
+    return why_not(device, dtype, head_dim, block_size)
+
+
+@functools.cache
+def _announce(name: str, reason: str) -> str:
+    from ..console import info
+
+    info(f"landmark attention: {name} ({reason})")
+    return name
 
 
 def padding_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
@@ -114,13 +234,20 @@ def _check_arguments(
     **kwargs,
 ) -> None:
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; landmark attention takes (B, T) padding")
+        raise ValueError(
+            f"attention_mask has {attention_mask.dim()} dimensions; landmark attention takes (B, T) padding"
+        )
     if softcap is not None:
         raise ValueError("softcap: landmark attention has no logit soft-capping")
     if s_aux is not None:
         raise ValueError("s_aux: landmark attention has no attention sinks")
     if sliding_window is not None and key.shape[2] > sliding_window:
         raise ValueError(f"sliding_window is {sliding_window}, shorter than the input of {key.shape[2]} tokens")
+
+
+def _layer_seed(seed: int | Tensor | None, layer: int) -> int | Tensor | None:
+    """Another seed for every layer, so that a block lost in one layer may be kept in the next."""
+    return None if seed is None else (seed + layer * 0x9E3779B97F4A7C15 % (1 << 61)) % (1 << 62)
 
 
 def _block_size(config) -> int:
@@ -143,4 +270,4 @@ def register() -> None:
     AttentionMaskInterface.register("transformer_xl", no_mask)
 
 
-__all__ = ["LandmarkLayout", "landmark_attention_forward", "register", "torch"]
+__all__ = ["LandmarkLayout", "choose_implementation", "landmark_attention", "landmark_attention_forward", "register"]

@@ -6,7 +6,10 @@ import torch
 from landmark_cli.attention import fused_retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.attention.rotary import default_inverse_frequencies
+from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.reader import Reader
 from tests.attention.reading import Case, read
+from tests.tiny import tiny_model, tiny_text
 
 # Small ones, since without a GPU every program of a kernel is interpreted.
 CASES = {
@@ -23,6 +26,8 @@ CASES = {
     "18 blocks retrieved, shared": Case([60, 5], block_size=3, top_k=18, settings={"selection": "max_over_heads"}),
     "blocks wider than a tile": Case([150, 75, 1], block_size=70, heads=1),
     "landmarks in several tiles": Case([136, 3, 1], block_size=2, heads=1),
+    "numbers of 16 bits": Case([[12, 5], [7, 16], [1, 2]], batch=2, top_k=3, dtype=torch.float16),
+    "numbers of 16 bits, several tiles": Case([136, 3, 1], block_size=2, heads=1, dtype=torch.float16),
     "offloaded": Case([12, 9, 1, 16], top_k=3, resident=3),
     "offloaded, evicted": Case([12, 9, 1, 16, 8], top_k=3, resident=2, settings={"cache_blocks": 3}),
 }
@@ -58,12 +63,23 @@ GPU_CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that nobody has written holds NaN or huge integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_definition(name):
     eager, fused, caches = read(CASES[name])
+    tolerance = 1e-5 if CASES[name].dtype == torch.float32 else 5e-3
     for chunk, (expected, found) in enumerate(zip(eager, fused, strict=True)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, c=chunk: f"chunk {c}: {m}")
-    _same_traces(*caches, tolerance=1e-4)
+        torch.testing.assert_close(
+            found, expected, rtol=10 * tolerance, atol=tolerance, msg=lambda m, c=chunk: f"chunk {c}: {m}"
+        )
+    _same_traces(*caches, tolerance=10 * tolerance)
 
 
 @pytest.mark.gpu
@@ -107,3 +123,10 @@ def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
     cache = BlockCache(RetrievalSettings(4, 2), default_inverse_frequencies(16))
     with pytest.raises(ValueError, match="scale is -1"):
         fused_retrieval.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk, scale=-1.0)
+
+
+def test_a_model_says_what_the_kernels_cannot(monkeypatch):
+    monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
+    reader = Reader(tiny_model(), top_k=65, chunk=8)
+    with pytest.raises(LandmarkError, match=r"top_k is 65; .* at most 64 blocks; or set LANDMARK_ATTENTION=eager"):
+        next(reader.read([tiny_text(9)]))

@@ -7,13 +7,13 @@ import triton
 from ..fused.configurations import Configuration
 from .call import TILE, Call, padded
 
-# Bytes of a token of one head, up to which tiles of 64 rows fit into a multiprocessor's registers.
+# Bytes of a token of one head, up to which tiles of 64 rows fit into the registers of 4 warps.
 LARGE_ROW = 256
 
 
 def select_configuration(call: Call) -> Configuration:
     """For scoring landmarks; rows are the queries of the heads on a key head."""
-    rows = min(64 if call.row_bytes <= 512 else 32, padded(call.group_rows))
+    rows = min(64 if call.row_bytes <= 2 * LARGE_ROW else 16, padded(call.group_rows))
     return Configuration(rows, TILE, warps=8 if call.row_bytes > LARGE_ROW and rows == 64 else 4)
 
 
@@ -23,14 +23,16 @@ def attend_configuration(call: Call, pairs: float) -> Configuration:
     large = call.row_bytes > LARGE_ROW or call.settings.block_size > 64
     if pairs < 24 or call.row_bytes > 2 * LARGE_ROW:
         return Configuration(16, cols, warps=4 if large else 1, stages=1)
-    return Configuration(64, cols, warps=8, stages=1) if large else Configuration(64, cols, stages=1, registers=128)
+    if large:
+        return Configuration(64, cols, warps=8, stages=1)
+    return Configuration(64, cols, stages=1, registers=None if call.exact else 128)
 
 
 def finish_configuration(call: Call) -> Configuration:
     """For a chunk's attention to itself; columns are at least 16 and, up to 64, hold a block."""
     rows, cols = min(64, padded(call.tokens)), min(64, padded(call.settings.block_size))
     if call.row_bytes > LARGE_ROW:
-        return Configuration(min(rows, 32), min(cols, 32), stages=1)
+        return Configuration(min(rows, 32 if call.row_bytes <= 2 * LARGE_ROW else 16), min(cols, 32), stages=1)
     return Configuration(rows, cols)
 
 

@@ -29,10 +29,11 @@ def sortable(score, column, EXACT: tl.constexpr):
 
     Integers compare scores to 17 bits or more, which is finer than the rounding of 16-bit keys.
     """
+    COLS: tl.constexpr = column.shape[0]
     if EXACT:
         return score
     else:
-        return (ordered(score) & -column.shape[0]) | (column.shape[0] - 1 - column)[None, :]
+        return (ordered(score) & -COLS) | (COLS - 1 - column[None, :])
 
 
 @triton.jit
@@ -86,9 +87,10 @@ def keep_best(scores, ages, tile, first_age, column, EXACT: tl.constexpr, TIE: t
 @triton.jit
 def after(tile, first_age, column, score, age, EXACT: tl.constexpr):
     """Strike out what an earlier pass kept: all up to a row's last (score, age)."""
+    COLS: tl.constexpr = column.shape[0]
     if not EXACT:
         # As the lists know a score: without its lower bits.
-        bits = ordered(tile) & -column.shape[0]
+        bits = ordered(tile) & -COLS
         tile = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     older = (first_age + column)[None, :] > age[:, None]
     return tl.where((tile < score[:, None]) | ((tile == score[:, None]) & older), tile, NO_SCORE)

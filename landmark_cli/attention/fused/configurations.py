@@ -1,0 +1,164 @@
+"""How large the kernels' tiles are and how many warps and pipeline stages run them: measured, derived, or tuned.
+
+A configuration depends on the GPU, the kernel, the bytes of a number, the head dim and the block size, and for Hopper
+on whether the input is short; never on the batch or the number of heads. So a new length neither tunes nor compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+# Whether Triton interprets kernels on the CPU: TRITON_INTERPRET=1 when triton was imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Queries up to which an input counts as short: smaller tiles then fill the GPU better.
+SHORT = 2048
+
+# Whether the first call for a kind of input tunes, and how many configurations it tries: some seconds each kernel.
+TUNE = os.environ.get("LANDMARK_ATTENTION_TUNE") == "1"
+TRIED = 4
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """rows: queries a tile; cols: keys a tile (a wider block is split); registers: at most so many a thread, if set."""
+
+    rows: int
+    cols: int
+    warps: int = 4
+    stages: int = 2
+    registers: int | None = None
+
+    def launch_options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
+
+# The fastest of some ten candidates each on an H100 (triton 3.6), 16-bit numbers, by (kernel, head dim, short), for
+# blocks of 33 to 64 tokens. An H200 has the same multiprocessors.
+HOPPER = {
+    ("forward", 128, True): Configuration(64, 64, 4, 3),
+    ("forward", 128, False): Configuration(128, 64, 8, 3),
+    ("query_gradient", 128, True): Configuration(64, 64, 4, 2),
+    ("query_gradient", 128, False): Configuration(128, 64, 8, 3),
+    ("key_gradient", 128, True): Configuration(32, 64, 4, 3),
+    ("key_gradient", 128, False): Configuration(32, 64, 4, 3),
+    ("forward", 64, True): Configuration(64, 64, 4, 3),
+    ("forward", 64, False): Configuration(128, 64, 8, 3, 128),
+    ("query_gradient", 64, True): Configuration(64, 64, 4, 3, 168),
+    ("query_gradient", 64, False): Configuration(64, 64, 4, 3, 168),
+    ("key_gradient", 64, True): Configuration(64, 64, 4, 3),
+    ("key_gradient", 64, False): Configuration(64, 64, 4, 3),
+}
+
+
+class Choices:
+    """Configurations of one kernel for one kind of input, the one to run first."""
+
+    def __init__(self, configurations: Iterable[Configuration]) -> None:
+        self.configurations = list(configurations)
+        self.tuned = not TUNE
+
+    def run(self, launch: Callable[[Configuration], None], *, repeatable: bool = True) -> None:
+        """Launch with the first configuration that the GPU has room for; those before it are not tried again.
+
+        With LANDMARK_ATTENTION_TUNE=1 the first call times a few and puts the fastest in front, unless it is captured
+        into a CUDA graph or, not being repeatable, adds to what is there.
+        """
+        if not self.tuned and repeatable and not torch.cuda.is_current_stream_capturing():
+            self.tuned = True
+            self.configurations.sort(key=functools.partial(self._milliseconds, launch, self.configurations[:TRIED]))
+        while True:
+            try:
+                return launch(self.configurations[0])
+            except OutOfResources:
+                if len(self.configurations) == 1:
+                    raise
+                del self.configurations[0]
+
+    @staticmethod
+    def _milliseconds(launch: Callable, tried: list[Configuration], configuration: Configuration) -> float:
+        if configuration not in tried:
+            return math.inf
+        try:
+            launch(configuration)
+            return triton.testing.do_bench(lambda: launch(configuration), warmup=5, rep=20, return_mode="median")
+        except OutOfResources:
+            return math.inf
+
+
+def choices(kernel: str, q: Tensor, block_size: int) -> Choices:
+    """The choices of a kernel ("forward", "query_gradient" or "key_gradient") for inputs like q, kept between calls."""
+    dim = max(16, triton.next_power_of_2(q.shape[-1]))
+    block = max(16, triton.next_power_of_2(block_size))
+    if not q.is_cuda:
+        return Choices([Configuration(32, min(block, 64))])
+    return _choices(kernel, q.device.index, q.element_size(), is_exact(q.dtype), dim, block, q.shape[2] <= SHORT)
+
+
+@functools.cache
+def _choices(kernel: str, device: int, width: int, exact: bool, dim: int, block: int, short: bool) -> Choices:
+    properties = torch.cuda.get_device_properties(device)
+    found = list(candidates(kernel, properties.shared_memory_per_block_optin, width, exact, dim, block))
+    if properties.major == 9 and width == 2 and block == 64 and (kernel, dim, short) in HOPPER:
+        found.insert(0, HOPPER[kernel, dim, short])
+    return Choices(found)
+
+
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are to be exact to float32, made of three of tf32, or of one product."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def candidates(kernel: str, shared: int, width: int, exact: bool, dim: int, block: int) -> Iterator[Configuration]:
+    """Configurations that should fit into `shared` bytes and a thread's registers, the most promising first.
+
+    width: bytes of a number; exact: float32 in three products; dim, block: head dim and block, padded to powers of two.
+    """
+    rows_and_stages = ((128, 2), (64, 3), (64, 2), (64, 1), (32, 2), (32, 1), (16, 1))
+    if kernel == "key_gradient" or exact:
+        rows_and_stages = ((32, 3), (32, 2), (32, 1), (16, 2), (16, 1))
+    registers = 32 if exact else 96 if width == 4 else 160
+    cols = min(block, 32 if exact else 64 if width == 4 else 128)
+    while cols >= 16:
+        for rows, stages in rows_and_stages:
+            for warps in (4, 8):
+                choice = Configuration(rows, cols, warps, stages)
+                fits = _shared_memory(kernel, choice, width, dim) * (1.75 if exact else 1.0) <= shared
+                if fits and _registers(kernel, choice, dim) <= registers:
+                    yield choice
+                    break
+        cols //= 2
+    yield Configuration(16, 16, 8, 1)
+
+
+def _shared_memory(kernel: str, choice: Configuration, width: int, dim: int) -> int:
+    """Bytes a program holds: the tiles it keeps, and those that its pipeline loads ahead."""
+    if kernel == "forward":
+        numbers = dim * (choice.rows + 2 * choice.stages * choice.cols)
+    elif kernel == "query_gradient":
+        numbers = dim * (2 * choice.rows + 2 * choice.stages * choice.cols)
+    else:
+        numbers = dim * (2 * choice.cols + 2 * choice.stages * choice.rows) + 6 * choice.stages * choice.rows
+    return width * (numbers + choice.rows * choice.cols)
+
+
+def _registers(kernel: str, choice: Configuration, dim: int) -> int:
+    """Registers a thread needs for its part of the accumulators and of the products of a step."""
+    rows, cols = choice.rows, choice.cols
+    if kernel == "forward":
+        numbers = rows * (dim + cols)
+    elif kernel == "query_gradient":
+        numbers = rows * (dim + 2 * cols)
+    else:
+        numbers = 2 * cols * (dim + rows)
+    return numbers // (32 * choice.warps)

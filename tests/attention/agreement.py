@@ -1,0 +1,81 @@
+"""Cases on which the fused attention is held against the definition, on the CPU and on a GPU."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from landmark_cli.attention.fused import landmark_attention as fused
+from landmark_cli.attention.reference import landmark_attention as eager
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes as in landmark_attention; keys None: as many as queries; start and cu_seqlens as tuples."""
+
+    block_size: int
+    queries: int
+    keys: int | None = None
+    dim: int = 16
+    batch: int = 1
+    heads: int = 1
+    key_heads: int = 1
+    start: tuple[int, ...] | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        said = f"block{self.block_size}-T{self.queries}"
+        said += f"of{self.keys}" if self.keys else ""
+        said += f"-D{self.dim}-B{self.batch}-H{self.heads}on{self.key_heads}"
+        for name in ("start", "cu_seqlens"):
+            said += f"-{name}{'_'.join(map(str, getattr(self, name)))}" if getattr(self, name) else ""
+        return said + (f"-dropout{self.dropout_p}" if self.dropout_p else "")
+
+    def tensors(self, dtype: torch.dtype, device: str) -> list[Tensor]:
+        """Fresh q, k, v as a model has them: (B, T, H, D) in memory."""
+        keys = self.keys or self.queries
+        sizes = (self.queries, self.heads), (keys, self.key_heads), (keys, self.key_heads)
+        return [
+            torch.randn(self.batch, tokens, heads, self.dim, dtype=dtype, device=device)
+            .transpose(1, 2)
+            .requires_grad_()
+            for tokens, heads in sizes
+        ]
+
+    def arguments(self, device: str) -> dict:
+        bounds = {
+            name: None if getattr(self, name) is None else torch.tensor(getattr(self, name), device=device)
+            for name in ("start", "cu_seqlens")
+        }
+        more = {name: getattr(self, name) for name in ("block_size", "dropout_p", "dropout_seed", "scale")}
+        return {**bounds, **more, "return_lse": True}
+
+
+def outputs_and_gradients(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor, **arguments):
+    """[out, lse, dq, dk, dv] of one implementation; rows that see nothing have lse 0 here."""
+    out, lse = function(q, k, v, **arguments)
+    lse = torch.where(lse == -math.inf, 0.0, lse)
+    return [out, lse, *torch.autograd.grad([out, lse], [q, k, v], [dout.to(out.dtype), dlse])]
+
+
+def errors(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, float]:
+    """Relative norm of the difference to the float32 definition, of outputs and of gradients of both outputs."""
+    q, k, v = case.tensors(dtype, device)
+    dout, dlse = torch.randn_like(q), torch.randn(q.shape[:3], device=device)
+    found = outputs_and_gradients(fused, q, k, v, dout, dlse, **case.arguments(device))
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = outputs_and_gradients(eager, *exact, dout.float(), dlse, **case.arguments(device))
+    assert all(x.dtype == dtype for x in found[:1] + found[2:])
+    return {
+        name: ((a.float() - b).norm() / b.norm()).item()
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True)
+    }
+
+
+def assert_agrees(case: Case, tolerance: float, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    found = errors(case, dtype, device)
+    assert all(error <= tolerance for error in found.values()), f"{case}: {found}"  # a NaN fails too

@@ -1,0 +1,275 @@
+"""The fused kernels, interpreted on the CPU, give what the definition gives: outputs and gradients."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.deterministic import fill_uninitialized_memory
+
+from landmark_cli.attention.fused import landmark_attention, launch
+from landmark_cli.attention.fused.configurations import Choices, Configuration
+from landmark_cli.attention.fused.op import attention, attention_backward
+from landmark_cli.attention.reference import landmark_attention as eager
+from tests.attention.agreement import Case, assert_agrees
+
+EXACT = 1e-5
+
+# numpy, which the interpreter calculates with, says so where a row sees nothing of a block.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+
+CASES = [
+    Case(2, 21),
+    Case(7, 40),
+    Case(16, 70, heads=4, key_heads=2, batch=2),
+    Case(51, 115, dim=40),
+    Case(64, 130, dim=64),
+    Case(64, 20, dim=24),
+    Case(128, 140, dim=128),
+    Case(256, 300),
+    Case(16, 33, dim=256, heads=3, key_heads=1),
+    Case(16, 1),
+    Case(16, 1, keys=33),
+    Case(16, 33, keys=97, heads=2),
+    Case(51, 40, keys=75),
+    Case(16, 45, batch=3, start=(0, 7, 45)),
+    Case(7, 30, keys=50, batch=3, start=(0, 27, 49)),
+    Case(16, 90, cu_seqlens=(0, 1, 35, 35, 80, 90), heads=2, key_heads=1),
+    Case(7, 30, keys=80, cu_seqlens=(0, 33, 61, 80)),
+    Case(16, 70, dropout_p=0.5, dropout_seed=2**40 + 3, heads=2),
+    Case(7, 40, dropout_p=0.2, dropout_seed=-5, cu_seqlens=(0, 13, 40)),
+    Case(16, 40, scale=0.7),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory is full of NaN: nothing may be left unwritten, and nothing unwritten may be used."""
+    assert fill_uninitialized_memory
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case):
+    assert_agrees(case, EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit(dtype):
+    assert_agrees(Case(16, 50, dim=32, heads=2), 1e-2, dtype)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(64, 100), Case(51, 60, keys=75, dropout_p=0.3, dropout_seed=1), Case(40, 70, cu_seqlens=(0, 9, 70))],
+    ids=str,
+)
+def test_blocks_wider_than_a_tile(case, monkeypatch):
+    monkeypatch.setattr(launch, "choices", lambda *_: Choices([Configuration(32, 16)]))
+    assert_agrees(case, EXACT)
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_tiles_of_other_heights(rows, monkeypatch):
+    monkeypatch.setattr(launch, "choices", lambda *_: Choices([Configuration(rows, 16)]))
+    assert_agrees(Case(10, 75, heads=2, key_heads=1), EXACT)
+
+
+@pytest.mark.parametrize(
+    ("case", "share", "whole_heads"),
+    [
+        (Case(7, 60, batch=2, heads=2, key_heads=2), 0.7, True),
+        (Case(7, 90, heads=2, key_heads=1), 0.9, False),
+        (Case(7, 70, keys=83, batch=2, start=(0, 30)), 1.0, False),
+        (Case(7, 90, cu_seqlens=(0, 41, 90), dropout_p=0.3, dropout_seed=9), 1.0, False),
+    ],
+    ids=["groups of heads", "ranges of rows", "ranges of rows, padded", "ranges of rows, packed"],
+)
+def test_backward_in_parts(case, share, whole_heads, monkeypatch):
+    monkeypatch.setattr(launch, "WORKSPACE", share)
+    q, k, _ = case.tensors(torch.float32, "cpu")
+    key_heads, rows = launch.work_groups(q, k, case.block_size)
+    assert key_heads < case.batch * case.key_heads or rows < case.queries
+    assert (rows == case.queries) == whole_heads
+    assert_agrees(case, EXACT)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 32])
+@pytest.mark.parametrize("tokens", [512, 8192, 131072])
+@pytest.mark.parametrize("block_size", [16, 51, 64])
+def test_the_workspace_is_bounded(heads, tokens, block_size):
+    q = torch.empty(1, heads, tokens, 128, dtype=torch.bfloat16, device="meta")
+    key_heads, rows = launch.work_groups(q, q, block_size)
+    sizes = [
+        12 * key_heads * launch.statistics_size(min(rows, tokens - at), at, block_size) for at in range(0, tokens, rows)
+    ]
+    assert max(sizes) <= launch.WORKSPACE * q.numel() * q.element_size()
+    assert key_heads == 1 or rows == tokens
+
+
+@pytest.mark.parametrize("view", ["of one projection", "head dim in steps", "expanded keys", "expanded gradient"])
+def test_strides(view):
+    projected = torch.randn(2, 40, 3, 2, 16)
+    q, k, v = projected.unbind(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if view == "head dim in steps":
+        q = torch.randn(2, 2, 16, 40).transpose(-1, -2)
+    if view == "expanded keys":
+        k = k[:, :1].expand(-1, 2, -1, -1)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    dout = torch.ones(()).expand(2, 2, 40, 16) if view == "expanded gradient" else torch.randn(2, 2, 40, 16)
+    found, expected = (
+        torch.autograd.grad(function(*leaves, block_size=7), leaves, dout) for function in (landmark_attention, eager)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_row_that_sees_nothing():
+    q, k, v = Case(7, 20, batch=2).tensors(torch.float32, "cpu")
+    out, lse = landmark_attention(q, k, v, block_size=7, start=torch.tensor([20, 12]), return_lse=True)
+    dq, dk, dv = torch.autograd.grad(out.sum(), [q, k, v])
+    assert (out[0] == 0).all() and (lse[0] == -math.inf).all()
+    assert (out[1, :, :12] == 0).all() and (out[1, :, 12:] != 0).all()
+    for gradient in (dq, dk, dv):
+        assert (gradient[0] == 0).all() and (gradient[1, :, :12] == 0).all()
+
+
+def test_the_same_bits_every_time():
+    case = Case(16, 70, heads=4, key_heads=2)
+    q, k, v = case.tensors(torch.float32, "cpu")
+    runs = [torch.autograd.grad(landmark_attention(q, k, v, block_size=16).sum(), [q, k, v]) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_landmarks_have_no_value():
+    q, k, v = Case(5, 30).tensors(torch.float32, "cpu")
+    out = landmark_attention(q, k, v, block_size=5)
+    changed = v.detach().clone()
+    changed[:, :, 4::5] = 1e6
+    torch.testing.assert_close(landmark_attention(q, k, changed, block_size=5), out, rtol=0, atol=0)
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    assert (dv[:, :, 4::5] == 0).all()
+
+
+def test_the_output_lies_as_the_next_layer_wants_it():
+    q, k, v = Case(7, 20, heads=2).tensors(torch.float32, "cpu")
+    out = landmark_attention(q, k, v, block_size=7)
+    assert out.transpose(1, 2).is_contiguous()
+    assert all(g.transpose(1, 2).is_contiguous() for g in torch.autograd.grad(out.sum(), [q, k, v]))
+
+
+@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout"])
+def test_opcheck(bounds):
+    q, k, v = Case(7, 20).tensors(torch.float32, "cpu")
+    start = torch.tensor([3], dtype=torch.int32) if bounds == "start" else None
+    cu_seqlens = torch.tensor([0, 9, 20], dtype=torch.int32) if bounds == "cu_seqlens" else None
+    dropout = (0.3, torch.tensor(5)) if bounds == "dropout" else (0.0, None)
+    torch.library.opcheck(attention, (q, k, v, 7, 0.25, start, cu_seqlens, *dropout))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = attention(q, k, v, 7, 0.25, start, cu_seqlens, *dropout)
+    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 7, 0.25, start, cu_seqlens, *dropout)
+    torch.library.opcheck(attention_backward, arguments)
+
+
+def test_compiles_in_one_graph_for_every_seed():
+    compiled = torch.compile(
+        lambda q, k, v, seed: landmark_attention(q * 2, k, v, block_size=7, dropout_p=0.4, dropout_seed=seed) + 1,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    q, k, v = Case(7, 30).tensors(torch.float32, "cpu")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (3, 2**50, -1):
+            out = compiled(q, k, v, torch.tensor(seed))
+            expected = eager(q * 2, k, v, block_size=7, dropout_p=0.4, dropout_seed=seed) + 1
+            torch.testing.assert_close(out, expected)
+            found, wanted = (torch.autograd.grad(x.sum(), [q, k, v], retain_graph=True) for x in (out, expected))
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_activation_checkpointing():
+    q, k, v = Case(7, 30).tensors(torch.float32, "cpu")
+
+    def layer(q):
+        return landmark_attention(q, k, v, block_size=7)
+
+    plain = torch.autograd.grad(layer(q).sum(), [q, k, v])
+    again = torch.autograd.grad(checkpoint(layer, q, use_reentrant=False).sum(), [q, k, v])
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_autocast_gives_its_dtype():
+    q, k, v = Case(7, 20).tensors(torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = landmark_attention(q, k, v, block_size=7)
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.float().sum(), q)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_torch_func_is_refused(transform):
+    q, k, v = Case(7, 20).tensors(torch.float32, "cpu")
+
+    def function(q):
+        return landmark_attention(q, k, v, block_size=7).sum()
+
+    transformed = {
+        "vmap": lambda: torch.func.vmap(function)(torch.stack([q, q])),
+        "grad": lambda: torch.func.grad(function)(q),
+        "jvp": lambda: torch.func.jvp(function, (q,), (q,)),
+    }
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        transformed[transform]()
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = Case(7, 20).tensors(torch.float32, "cpu")
+    (dq,) = torch.autograd.grad(landmark_attention(q, k, v, block_size=7).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="landmark"):
+        dq.sum().backward()
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("words", "q", "k", "arguments"),
+    [
+        ("dimensions", ones(2, 3), ones(2, 3), {}),
+        ("batch or head dim", ones(1, 2, 4, 16), ones(2, 2, 4, 16), {}),
+        ("not a multiple", ones(1, 3, 4, 16), ones(1, 2, 4, 16), {}),
+        ("at least one", ones(1, 2, 0, 16), ones(1, 2, 4, 16), {}),
+        ("at most", ones(1, 2, 5, 16), ones(1, 2, 4, 16), {}),
+        ("differ in dtype", ones(1, 2, 4, 16, dtype=torch.float16), ones(1, 2, 4, 16), {}),
+        ("different devices", ones(1, 2, 4, 16).to("meta"), ones(1, 2, 4, 16), {}),
+        ("float64", ones(1, 2, 4, 16, dtype=torch.float64), ones(1, 2, 4, 16, dtype=torch.float64), {}),
+        ("head dim 264", ones(1, 1, 4, 264), ones(1, 1, 4, 264), {}),
+        ("head dim 12", ones(1, 1, 4, 12), ones(1, 1, 4, 12), {}),
+        ("block_size is 1", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"block_size": 1}),
+        ("block_size is 257", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"block_size": 257}),
+        ("scale is -1", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"scale": -1.0}),
+        ("dropout_p is 1", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"dropout_p": 1.0, "dropout_seed": 0}),
+        ("dropout_seed", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"dropout_p": 0.5}),
+        ("start is a row", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"start": torch.tensor([[1]])}),
+        ("start has shape", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"start": torch.tensor([1, 2])}),
+        ("cu_seqlens is a row", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"cu_seqlens": torch.tensor([0.0, 4.0])}),
+        ("q has 2 rows", ones(2, 1, 4, 16), ones(2, 1, 4, 16), {"cu_seqlens": torch.tensor([0, 4])}),
+        (
+            "exclude each other",
+            ones(1, 1, 4, 16),
+            ones(1, 1, 4, 16),
+            {"cu_seqlens": torch.tensor([0, 4]), "start": torch.tensor([0])},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_named(words, q, k, arguments):
+    with pytest.raises(ValueError, match=words):
+        landmark_attention(q, k, k, **{"block_size": 4, **arguments})
