@@ -43,7 +43,15 @@ def finetune(options: argparse.Namespace, output: Path, data: Path, steps: int, 
     arguments = ["--model", options.model, "--data", data, "--output", output, "--steps", steps]
     arguments += ["--sequence-length", options.sequence_length, "--landmark-freq", options.landmark_freq]
     arguments += ["--batch-size", options.batch_size, "--accumulation", options.accumulation, "--lr", options.lr]
-    arguments += ["--warmup", "0.05", "--device", options.device, *(["--compile"] if options.compile else [])]
+    arguments += [
+        "--eval-windows",
+        options.eval_windows,
+        "--warmup",
+        "0.05",
+        "--device",
+        options.device,
+        *(["--compile"] if options.compile else []),
+    ]
     landmark("finetune", *arguments, *more)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,6 +89,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--eval-windows", type=int, default=128, help="validation windows on the way")
     parser.add_argument("--eval-lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--top-k", type=int, nargs="+", default=[0, 2, 4])
     parser.add_argument("--sample-tokens", type=int, default=262144, help="validation tokens for each figure")
