@@ -30,6 +30,7 @@ CASES = {
     "numbers of 16 bits, several tiles": Case([136, 3, 1], block_size=2, heads=1, dtype=torch.float16),
     "numbers of 16 bits, 18 blocks": Case([60, 7], block_size=3, top_k=18, dtype=torch.float16),
     "offloaded": Case([12, 9, 1, 16], top_k=3, resident=3),
+    "offloaded, landmarks in several tiles": Case([136, 1, 2], block_size=2, heads=1, resident=8),
     "offloaded, evicted": Case([12, 9, 1, 16, 8], top_k=3, resident=2, settings={"cache_blocks": 3}),
 }
 

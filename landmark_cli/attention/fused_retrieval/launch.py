@@ -193,7 +193,9 @@ def _beside(device: torch.device):
     if device.type != "cuda":
         yield lambda: None
         return
-    side, main = _side_streams.setdefault(device, torch.cuda.Stream(device)), torch.cuda.current_stream(device)
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream(device)
+    side, main = _side_streams[device], torch.cuda.current_stream(device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         yield lambda: main.wait_stream(side)
