@@ -81,7 +81,11 @@ class TextOptions:
         ".jsonl, .parquet), a hub id, or sample, pg19, arxiv-math, redpajama. Repeatable.",
     )
     data_weights: list[float] | None = option(
-        None, panel=DATA, min=0, help="How often to draw from each of them. [default: by their number of tokens]"
+        None,
+        names=("--data-weights", "--mix"),
+        panel=DATA,
+        min=0,
+        help="How often to draw from each of them: 0.9,0.1. [default: by their number of tokens]",
     )
     sequence_length: int = option(
         2016, panel=DATA, min=1, help="Text tokens of a training window; its landmarks come on top."

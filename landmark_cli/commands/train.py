@@ -42,7 +42,11 @@ class CorpusAndShape:
         None, panel="Data", help="Directories that `landmark prepare` made. [default: the newest under data/]"
     )
     data_weights: list[float] | None = option(
-        None, panel="Data", min=0, help="How often to draw from each of them. [default: by their number of tokens]"
+        None,
+        names=("--data-weights", "--mix"),
+        panel="Data",
+        min=0,
+        help="How often to draw from each of them: 0.9,0.1. [default: by their number of tokens]",
     )
     sequence_length: int = option(512, panel="Data", min=2, help="Tokens of a training window, landmarks included.")
     landmark_freq: int = option(50, panel="Data", min=1, help="Text tokens between landmarks.")
