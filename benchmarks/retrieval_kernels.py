@@ -1,6 +1,6 @@
 """The retrieval kernels of one layer, one by one: time, and what other tile sizes would give.
 
-    python benchmarks/retrieval_kernels.py --warm 12
+    python benchmarks/retrieval_kernels.py --warm --tune
     python benchmarks/retrieval_kernels.py --shapes 8b --tune
     python benchmarks/retrieval_kernels.py --model runs/pg19-landmark --text novel.txt
 
@@ -28,6 +28,8 @@ from landmark_cli.attention.fused_retrieval import launch, selection
 from landmark_cli.attention.fused_retrieval.call import Call
 from landmark_cli.attention.rotary import default_inverse_frequencies
 
+DEVICE, DTYPE = "cuda", torch.bfloat16
+
 # (batch, heads, key heads, head dim, block size, k, tokens, numbers of cached blocks)
 SHAPES = {
     "evaluation": (16, 8, 8, 128, 51, 4, 255, (20, 40, 80)),
@@ -53,13 +55,11 @@ CHOICES = {
 def random_call(shape: str, blocks: int) -> Call:
     """A chunk of random queries, keys and values in front of which `blocks` random blocks are cached."""
     batch, heads, key_heads, dim, block_size, k, tokens, _ = SHAPES[shape]
-    cache = BlockCache(
-        RetrievalSettings(block_size, k), default_inverse_frequencies(dim).cuda(), batch=batch, device="cuda"
-    )
+    cache = BlockCache(RetrievalSettings(block_size, k), default_inverse_frequencies(dim), batch=batch, device=DEVICE)
     cache.host_blocks, cache.expected_blocks = [blocks] * batch, blocks + tokens // block_size + 2
     torch.manual_seed(0)
     q, key, value = (
-        torch.randn(batch, tokens, n, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        torch.randn(batch, tokens, n, dim, dtype=DTYPE, device=DEVICE).transpose(1, 2)
         for n in (heads, key_heads, key_heads)
     )
     chunk = cache.begin_chunk([tokens] * batch)
@@ -71,11 +71,11 @@ def random_call(shape: str, blocks: int) -> Call:
 
 def saved_calls(path: Path) -> Iterator[tuple[str, Call]]:
     """The calls that `save` has kept."""
-    tensors = load_file(path, device="cuda")
+    tensors = load_file(path, device=DEVICE)
     for name in sorted({key.split(".")[0] for key in tensors}, key=int):
         part = {key.split(".")[1]: value for key, value in tensors.items() if key.split(".")[0] == name}
         block_size, k, blocks, partial = part["numbers"].tolist()
-        cache = BlockCache(RetrievalSettings(block_size, k), part["frequencies"], device="cuda")
+        cache = BlockCache(RetrievalSettings(block_size, k), part["frequencies"], device=DEVICE)
         cache.host_blocks, cache.host_partial, cache.expected_blocks = [blocks], [partial], part["blocks"].shape[2]
         chunk = cache.begin_chunk([part["q"].shape[2]])
         layer = cache.layer(0, part["k"], chunk)
@@ -90,7 +90,7 @@ def model_calls(directory: str, text: Path, tokens: int) -> Iterator[tuple[str, 
     from landmark_cli.inference.reader import Reader
     from landmark_cli.models.store import load
 
-    model, tokenizer = load(directory, device="cuda", dtype=torch.bfloat16)
+    model, tokenizer = load(directory, device=DEVICE, dtype=DTYPE)
     ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
     calls: dict[int, Call] = {}
     attend = fused_retrieval.attend_chunk
@@ -127,8 +127,9 @@ def time_of(work: Callable[[], object]) -> float:
 
 def distinct(call: Call, ages: Tensor) -> float:
     """Blocks that 64 neighbouring queries of a head choose together, on average."""
-    tokens = ages.shape[2] // 64 * 64
-    groups = ages[:, :, :tokens].reshape(-1, 64 * call.top_k).tolist()
+    size = min(64, ages.shape[2])
+    tokens = ages.shape[2] // size * size
+    groups = ages[:, :, :tokens].reshape(-1, size * call.top_k).tolist()
     return sum(len(set(group)) for group in groups) / len(groups)
 
 

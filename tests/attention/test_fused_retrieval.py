@@ -1,5 +1,7 @@
 """The fused kernels read what the eager definition reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -88,11 +90,7 @@ def test_agrees_with_the_definition(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", [*CASES, *GPU_CASES])
 def test_agrees_with_the_definition_on_a_gpu(name, dtype):
-    case = {**CASES, **GPU_CASES}[name]
-    if dtype == torch.float32 and name in GPU_CASES and case.dim > 64:
-        case.chunks = case.chunks[:3]
-    case.dtype = dtype
-    eager, fused, _ = read(case, "cuda")
+    eager, fused, _ = read(replace({**CASES, **GPU_CASES}[name], dtype=dtype), "cuda")
     far, rows = 0, 0
     for expected, found in zip(eager, fused, strict=True):
         assert found.isfinite().all()
@@ -102,7 +100,8 @@ def test_agrees_with_the_definition_on_a_gpu(name, dtype):
         far += (error > (3e-2 if dtype == torch.bfloat16 else 1e-3) * size + 1e-6).sum().item()
         rows += error.numel()
         assert (error.median() / size.median()).item() < (5e-3 if dtype == torch.bfloat16 else 1e-5)
-    assert far <= (0.02 if dtype == torch.bfloat16 else 1e-3) * rows
+    top_k = {**CASES, **GPU_CASES}[name].top_k
+    assert far <= (0.01 * (1 + top_k / 8) if dtype == torch.bfloat16 else 1e-3) * rows
 
 
 def _same_traces(eager: BlockCache, fused: BlockCache, tolerance: float) -> None:
