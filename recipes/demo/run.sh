@@ -8,7 +8,7 @@ step() { printf '\n$ %s\n' "$*"; "$@"; }
 step landmark prepare sample
 step landmark train --recipe demo/tiny --data data/sample --output runs/demo --device cpu --resume
 step landmark eval study demo --role landmark=runs/demo --data data/sample --output runs/demo/study \
-    --sample-tokens 16384 --device cpu
+    --sample-tokens 8192 --device cpu
 
 # A prompt of about a thousand tokens, four times what the model was trained on: the start of the held-out novel.
 prompt=$(mktemp)
