@@ -98,7 +98,14 @@ def landmark_attention(
     implementation: str | None = None,
     **arguments,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.landmark_attention` in the implementation that `choose_implementation` picks for these arguments."""
+    """`reference.landmark_attention` in the implementation that `choose_implementation` picks for these arguments.
+
+    Under autocast in its dtype, as torch's own attention: rotated queries and keys come in float32, values do not.
+    """
+    if q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        context_miss_key = None if context_miss_key is None else context_miss_key.to(dtype)
     needs = None
     if landmark_mask is not None:
         needs = "landmark_mask makes blocks of any size"

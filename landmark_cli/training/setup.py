@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,21 @@ def make_accelerator(
 
         # Else transformers would open models in shards already, and landmarks are added to whole ones.
         unset_hf_deepspeed_config()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _keep_sums_exact(accelerator)
     return accelerator
+
+
+def _keep_sums_exact(accelerator: Accelerator) -> None:
+    """Have FSDP add up gradients in float32, as DDP does, and FSDP 2 hand out the loss as it was computed. Weights and
+    activations stay in the precision of the run."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is None:
+        return
+    outputs = {"output_dtype": None} if accelerator.is_fsdp2 else {}
+    plugin.mixed_precision_policy = dataclasses.replace(
+        plugin.mixed_precision_policy, reduce_dtype=torch.float32, **outputs
+    )
 
 
 def _deepspeed(batch_size: int, accumulation: int, clip: float) -> DeepSpeedPlugin | None:

@@ -101,7 +101,7 @@ def choices(kernel: str, q: Tensor, block_size: int) -> Choices:
     dim = max(16, triton.next_power_of_2(q.shape[-1]))
     block = max(16, triton.next_power_of_2(block_size))
     if not q.is_cuda:
-        return Choices([Configuration(32, min(block, 64))])
+        return Choices([Configuration(max(16, min(128, triton.next_power_of_2(q.shape[2]))), block)])
     return _choices(kernel, q.device.index, q.element_size(), is_exact(q.dtype), dim, block, q.shape[2] <= SHORT)
 
 
