@@ -16,11 +16,13 @@ Writes benchmarks/results/NAME.md and NAME.json.
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--eval-lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--top-k", type=int, nargs="+", default=[0, 2, 4])
     parser.add_argument("--sample-tokens", type=int, default=262144, help="validation tokens for each figure")
+    parser.add_argument("--evaluations", type=int, default=1, help="so many at a time")
     options = parser.parse_args()
 
     data = options.data
@@ -111,13 +114,16 @@ def main() -> None:
     stream = options.sequence_length + options.sequence_length // options.landmark_freq
     block = options.landmark_freq + 1
     chunk = max((stream - (max(options.top_k) + 1) * block) // block, 1) * options.landmark_freq
-    figures = []
-    for length in options.eval_lengths:
-        for k in options.top_k:
-            result = perplexity(options, output, data, length, "--top-k", k, "--chunk", chunk)
-            figures.append(result | {"model": "fine-tuned", "eval_length": length, "top_k": k})
-        untouched = perplexity(options, options.model, data, length)
-        figures.append(untouched | {"model": "untouched", "eval_length": length, "top_k": None})
+
+    def figure(length: int, k: int | None) -> dict:
+        retrieval = [] if k is None else ["--top-k", k, "--chunk", chunk]
+        result = perplexity(options, options.model if k is None else output, data, length, *retrieval)
+        return result | {"model": "untouched" if k is None else "fine-tuned", "eval_length": length, "top_k": k}
+
+    # Several at once: nothing is timed here, and one reader does not fill a GPU.
+    with ThreadPoolExecutor(options.evaluations) as pool:
+        pairs = itertools.product(options.eval_lengths, [*options.top_k, None])
+        figures = list(pool.map(lambda pair: figure(*pair), pairs))
     report(options, records, figures, steps, chunk)
 
 
