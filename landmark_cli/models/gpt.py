@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from landmark_cli.attention.cache import Chunk
+from landmark_cli.attention.dispatch import padding_mask
 from landmark_cli.attention.recurrent import RecurrentMemory
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         self.o_proj.adds_to_residual = True
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], **kwargs) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None = None, **kwargs) -> Tensor:
         qkv = self.qkv_proj(x).view(*x.shape[:2], 3, self.config.n_head, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         if self.config.context_miss_token:
             kwargs["context_miss_key"] = k[:, :, :1]
             q, k, v = q[:, :, 1:], k[:, :, 1:], v[:, :, 1:]
-        out, _ = attend(self, q, k, v, None, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
+        out, _ = attend(self, q, k, v, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
         if self.config.context_miss_token:
             # The context-miss token itself attends to nothing.
             out = nn.functional.pad(out, (0, 0, 0, 0, 1, 0))
@@ -194,11 +195,13 @@ class GPTModel(GPTPreTrainedModel):
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         use_cache: bool = False,
         **kwargs,
     ) -> BaseModelOutput:
         """Exactly one of input_ids (B, T) and inputs_embeds (B, T, n_embd); positions count from 0 by default.
 
+        attention_mask: (B, T), 0 where a row is padded, at either end; a row's blocks count from its first token.
         Further keyword arguments (landmark_chunk, landmark_layout) reach the attention.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,12 +211,26 @@ class GPTModel(GPTPreTrainedModel):
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         if self.config.context_miss_token:
             x, position_ids = self._with_context_miss(x, position_ids, kwargs.get("landmark_chunk"))
+        if attention_mask is not None:
+            kwargs["mask"] = self._mask(attention_mask.to(x.device, torch.bool))
         rotation = self.rotary_emb(position_ids)
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, rotation, **kwargs)
         x = self.norm(x)
         return BaseModelOutput(last_hidden_state=x[:, 1:] if self.config.context_miss_token else x)
+
+    def _mask(self, attention_mask: Tensor) -> Tensor | None:
+        """(B, T) bool as the attention takes it; None where nothing is padded."""
+        if attention_mask.all():
+            return None
+        if self.config.landmark_freq and not self.config.context_miss_token:
+            return padding_mask(attention_mask=attention_mask)
+        if self.config.landmark_freq or self.config.memory_length is not None:
+            raise ValueError("attention_mask: a model with a context-miss token or recurrence reads rows of one length")
+        causal = torch.ones(2 * attention_mask.shape[1:], dtype=torch.bool, device=attention_mask.device).tril()
+        # Padding sees itself, for a row of scores must not be empty.
+        return (attention_mask[:, None] & causal | causal.diag().diag())[:, None]
 
     def _with_context_miss(self, x: Tensor, position_ids: Tensor, chunk: Chunk | None) -> tuple[Tensor, Tensor]:
         """Put the context-miss token in front of x (B, T, n_embd): right before position 0, or before the whole window

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.weight_diff.manifest import MANIFEST
 
 from .decoders import check_tokenizer
 
@@ -60,6 +61,10 @@ def open_config(path: str | Path) -> PreTrainedConfig:
     if local and not (directory / "config.json").is_file():
         found = "is not there" if not directory.exists() else "has no config.json"
         raise LandmarkError(f"cannot open the model {path}: it {found}; name a model directory or a hub id")
+    if (directory / MANIFEST).is_file():
+        raise LandmarkError(
+            f"{path} holds a weight difference, not a model; landmark weight-diff recover makes one of it"
+        )
     with _failures(path), _without_reports():
         return AutoConfig.from_pretrained(path)
 

@@ -48,9 +48,9 @@ def newest_model(root: str | Path = "runs") -> Path:
     finished = [
         directory.parent
         for directory in Path(root).glob("**/config.json")
-        if any(directory.parent.glob("*.safetensors"))
+        if any(directory.parent.glob("model*.safetensors"))
     ]
-    # Checkpoints of unfinished runs hold weights under other names, and are no models yet.
+    # Checkpoints of unfinished runs and weight differences have other names, and are no models.
     if not finished:
         raise LandmarkError(
             f"no model was named and none is under {root}/; name one with --model, or run landmark train"

@@ -78,6 +78,13 @@ def test_what_is_no_model(tmp_path):
         store.load(tmp_path)
     with pytest.raises(LandmarkError, match="landmark train"):
         store.newest_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "landmark_diff.json").write_text("{}")
+    (tmp_path / "diff.safetensors").touch()
+    with pytest.raises(LandmarkError, match="weight-diff recover"):
+        store.load(tmp_path)
+    with pytest.raises(LandmarkError, match="landmark train"):
+        store.newest_model(tmp_path)
 
 
 def test_newest_model_is_the_last_finished(tmp_path):
