@@ -9,6 +9,9 @@ from torch import Tensor
 from landmark_cli.attention.fused import landmark_attention as fused
 from landmark_cli.attention.reference import landmark_attention as eager
 
+# Largest relative error of float32 kernels.
+EXACT = 1e-5
+
 
 @dataclass(frozen=True)
 class Case:
@@ -53,6 +56,31 @@ class Case:
         }
         more = {name: getattr(self, name) for name in ("block_size", "dropout_p", "dropout_seed", "scale")}
         return {**bounds, **more, "return_lse": True}
+
+
+# Every feature once, small enough for Triton's interpreter.
+CASES = [
+    Case(2, 21),
+    Case(7, 40),
+    Case(16, 70, heads=4, key_heads=2, batch=2),
+    Case(51, 115, dim=40),
+    Case(64, 130, dim=64),
+    Case(64, 20, dim=24),
+    Case(128, 140, dim=128),
+    Case(256, 300),
+    Case(16, 33, dim=256, heads=3, key_heads=1),
+    Case(16, 1),
+    Case(16, 1, keys=33),
+    Case(16, 33, keys=97, heads=2),
+    Case(51, 40, keys=75),
+    Case(16, 45, batch=3, start=(0, 7, 45)),
+    Case(7, 30, keys=50, batch=3, start=(0, 27, 49)),
+    Case(16, 90, cu_seqlens=(0, 1, 35, 35, 80, 90), heads=2, key_heads=1),
+    Case(7, 30, keys=80, cu_seqlens=(0, 33, 61, 80)),
+    Case(16, 70, dropout_p=0.5, dropout_seed=2**40 + 3, heads=2),
+    Case(7, 40, dropout_p=0.2, dropout_seed=-5, cu_seqlens=(0, 13, 40)),
+    Case(16, 40, scale=0.7),
+]
 
 
 def outputs_and_gradients(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor, **arguments):

@@ -6,52 +6,18 @@ import pytest
 import torch
 import triton
 from torch.utils.checkpoint import checkpoint
-from torch.utils.deterministic import fill_uninitialized_memory
 
 from landmark_cli.attention.fused import landmark_attention, launch
 from landmark_cli.attention.fused.configurations import Choices, Configuration
 from landmark_cli.attention.fused.op import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
-from tests.attention.agreement import Case, assert_agrees
-
-EXACT = 1e-5
+from tests.attention.agreement import CASES, EXACT, Case, assert_agrees
 
 # numpy, which the interpreter calculates with, says so where a row sees nothing of a block.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
-
-CASES = [
-    Case(2, 21),
-    Case(7, 40),
-    Case(16, 70, heads=4, key_heads=2, batch=2),
-    Case(51, 115, dim=40),
-    Case(64, 130, dim=64),
-    Case(64, 20, dim=24),
-    Case(128, 140, dim=128),
-    Case(256, 300),
-    Case(16, 33, dim=256, heads=3, key_heads=1),
-    Case(16, 1),
-    Case(16, 1, keys=33),
-    Case(16, 33, keys=97, heads=2),
-    Case(51, 40, keys=75),
-    Case(16, 45, batch=3, start=(0, 7, 45)),
-    Case(7, 30, keys=50, batch=3, start=(0, 27, 49)),
-    Case(16, 90, cu_seqlens=(0, 1, 35, 35, 80, 90), heads=2, key_heads=1),
-    Case(7, 30, keys=80, cu_seqlens=(0, 33, 61, 80)),
-    Case(16, 70, dropout_p=0.5, dropout_seed=2**40 + 3, heads=2),
-    Case(7, 40, dropout_p=0.2, dropout_seed=-5, cu_seqlens=(0, 13, 40)),
-    Case(16, 40, scale=0.7),
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fresh memory is full of NaN: nothing may be left unwritten, and nothing unwritten may be used."""
-    assert fill_uninitialized_memory
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
