@@ -78,9 +78,14 @@ def test_a_model_compiles_with_it_in_one_graph(implementation):
     torch.testing.assert_close(compiled(q, k, v), 2 * eager(q, k, v, block_size=7).transpose(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("device", "tolerance"),
+    # Products of float32 are done in three parts of fewer bits on a GPU, and in another order.
+    [pytest.param("cpu", 1e-5, id="interpreted"), pytest.param("cuda", 1e-4, marks=pytest.mark.gpu, id="gpu")],
+)
 @pytest.mark.parametrize("name", goldens.names("gpt_forward_*") + goldens.names("llama_forward_*"))
-def test_the_authors_outputs_through_the_fused_kernels(name, monkeypatch, capsys):
+def test_the_authors_outputs_through_the_fused_kernels(name, device, tolerance, monkeypatch, capsys):
     monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
     room = test_gpt_goldens if name.startswith("gpt") else test_llama_goldens
-    room.test_forward_loss_and_gradients(name)
+    room.check_forward(name, device, tolerance)
     assert "landmark attention: fused" in capsys.readouterr().err

@@ -32,22 +32,28 @@ def golden_model(spec: dict, tensors: dict, block_size: int | None, **options) -
     return model
 
 
-@pytest.mark.parametrize("name", goldens.names("gpt_forward_*"))
-def test_forward_loss_and_gradients(name):
+def check_forward(name: str, device: str, tolerance: float) -> None:
+    """Logits, loss and every gradient."""
     spec, tensors = goldens.read(name)
-    model = golden_model(spec, tensors, spec["block_size"])
+    tensors = {key: x.to(device) for key, x in tensors.items()}
+    model = golden_model(spec, tensors, spec["block_size"]).to(device)
     targets = tensors["targets"].masked_fill(tensors["targets"] == -1, -100)
 
     output = model(tensors["ids"], labels=targets, shift_labels=targets)
     output.loss.backward()
 
-    torch.testing.assert_close(output.logits, tensors["logits"], rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(output.loss, tensors["loss"], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(output.logits, tensors["logits"], rtol=0, atol=tolerance)
+    torch.testing.assert_close(output.loss, tensors["loss"], rtol=0, atol=tolerance)
     ours = dict(model.named_parameters())
     gradients = convert_state(goldens.part(tensors, "g."), n_head=4)
     assert len(gradients) >= len(ours)
     for parameter, gradient in gradients.items():
-        torch.testing.assert_close(ours.get(parameter, model.lm_head.weight).grad, gradient, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(ours.get(parameter, model.lm_head.weight).grad, gradient, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", goldens.names("gpt_forward_*"))
+def test_forward_loss_and_gradients(name):
+    check_forward(name, "cpu", TOLERANCE)
 
 
 @pytest.mark.parametrize("name", goldens.names("gpt_cmt_forward_*"))

@@ -27,20 +27,26 @@ def golden_model(spec: dict, tensors: dict) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("name", goldens.names("llama_forward_*"))
-def test_forward_loss_and_gradients(name):
+def check_forward(name: str, device: str, tolerance: float) -> None:
+    """Logits, loss and every gradient."""
     spec, tensors = goldens.read(name)
-    model = golden_model(spec, tensors)
+    tensors = {key: x.to(device) for key, x in tensors.items()}
+    model = golden_model(spec, tensors).to(device)
 
     output = model(tensors["ids"], labels=tensors["ids"])
     output.loss.backward()
 
-    torch.testing.assert_close(output.logits, tensors["logits"], rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(output.loss, tensors["loss"], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(output.logits, tensors["logits"], rtol=0, atol=tolerance)
+    torch.testing.assert_close(output.loss, tensors["loss"], rtol=0, atol=tolerance)
     gradients = goldens.part(tensors, "g.")
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for parameter, gradient in gradients.items():
-        torch.testing.assert_close(model.get_parameter(parameter).grad, gradient, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(model.get_parameter(parameter).grad, gradient, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", goldens.names("llama_forward_*"))
+def test_forward_loss_and_gradients(name):
+    check_forward(name, "cpu", TOLERANCE)
 
 
 @pytest.mark.parametrize("name", goldens.names("llama_retrieval_*"))
