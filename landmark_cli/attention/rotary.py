@@ -24,8 +24,25 @@ def rotation_table(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tens
 
     Angles are formed in float64: at a million positions a float32 angle would be off by 0.06.
     """
+    table = _opaque_table if torch.compiler.is_compiling() else _table
+    return table(positions, inverse_frequencies)
+
+
+def _table(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
     angles = positions[..., None].double() * inverse_frequencies.double()
     return angles.cos().float(), angles.sin().float()
+
+
+# To torch.compile one operator: it would else form the float64 cosines anew for every element of every layer's queries
+# and keys, forward and backward.
+_opaque_table = torch.library.custom_op("landmark::rotation_table", _table, mutates_args=())
+
+
+@_opaque_table.register_fake
+def _(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, *inverse_frequencies.shape)
+    cos, sin = (inverse_frequencies.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -40,8 +57,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    # Rounded before they are put together, so that a compiled model writes each half once, in its own dtype.
+    turned = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
 
 
 @functools.cache

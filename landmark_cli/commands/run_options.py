@@ -47,6 +47,9 @@ class RunOptions:
     )
     tf32: bool = option(True, panel="Machine", help="TF32 for what stays in fp32 on a GPU.")
     compile: bool = option(False, panel="Machine", help="Compile the model with torch.compile.")
+    fused_loss: bool = option(
+        True, panel="Machine", help="Work the loss out piece by piece, without holding the logits of all tokens."
+    )
 
     output: Path | None = option(
         None, panel="Output", saved=False, help="The run's directory. [default: a new one under runs/]"
@@ -118,6 +121,7 @@ def loop_settings(options: RunOptions, output: Path, precision: str, sequence_le
         evaluate_every=options.eval_every,
         save_every=options.save_every,
         keep=options.keep,
+        fused_loss=options.fused_loss,
     )
 
 

@@ -202,23 +202,40 @@ class GPTModel(GPTPreTrainedModel):
         """Exactly one of input_ids (B, T) and inputs_embeds (B, T, n_embd); positions count from 0 by default.
 
         attention_mask: (B, T), 0 where a row is padded, at either end; a row's blocks count from its first token.
-        Further keyword arguments (landmark_chunk, landmark_layout) reach the attention.
+        Further keyword arguments (landmark_chunk, landmark_layout) reach the attention. A Transformer-XL goes on from
+        `recurrent_memory`, if given, whatever position_ids say.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None:
+            kwargs["mask"] = self._mask(attention_mask.to(x.device, torch.bool))
+        if self.config.memory_length is not None:
+            return BaseModelOutput(last_hidden_state=self._read_segments(x, **kwargs))
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         if self.config.context_miss_token:
             x, position_ids = self._with_context_miss(x, position_ids, kwargs.get("landmark_chunk"))
-        if attention_mask is not None:
-            kwargs["mask"] = self._mask(attention_mask.to(x.device, torch.bool))
+        x = self._layers(x, position_ids, **kwargs)
+        return BaseModelOutput(last_hidden_state=x[:, 1:] if self.config.context_miss_token else x)
+
+    def _layers(self, x: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
         rotation = self.rotary_emb(position_ids)
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, rotation, **kwargs)
-        x = self.norm(x)
-        return BaseModelOutput(last_hidden_state=x[:, 1:] if self.config.context_miss_token else x)
+        return self.norm(x)
+
+    def _read_segments(self, x: Tensor, recurrent_memory: RecurrentMemory | None = None, **kwargs) -> Tensor:
+        """Hidden states (B, T, n_embd) of a Transformer-XL, segment by segment, going on from `recurrent_memory`."""
+        memory = recurrent_memory or RecurrentMemory(self.config.memory_length)
+        hidden = []
+        for segment in x.split(self.config.segment_length, dim=1):
+            end = memory.tokens_read + segment.shape[1]
+            position_ids = torch.arange(memory.tokens_read, end, device=x.device)[None]
+            hidden.append(self._layers(segment, position_ids, recurrent_memory=memory, **kwargs))
+            memory.tokens_read = end
+        return torch.cat(hidden, dim=1)
 
     def _mask(self, attention_mask: Tensor) -> Tensor | None:
         """(B, T) bool as the attention takes it; None where nothing is padded."""
@@ -267,27 +284,12 @@ class GPTForCausalLM(GPTPreTrainedModel):
         """labels: (B, T), the inputs themselves, shifted inside as transformers does; or give shift_labels as well, the
         target of every position, -100 where there is none. logits_to_keep: only the last so many positions (0: all).
         """
-        if self.config.memory_length is None:
-            hidden = self.model(
-                input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
-            ).last_hidden_state
-        else:
-            hidden = self._read_segments(input_ids, **kwargs)
+        hidden = self.model(
+            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        ).last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
-
-    def _read_segments(self, input_ids: Tensor, recurrent_memory: RecurrentMemory | None = None, **kwargs) -> Tensor:
-        """Hidden states (B, T, n_embd) of a Transformer-XL, segment by segment, going on from `recurrent_memory`."""
-        memory = recurrent_memory or RecurrentMemory(self.config.memory_length)
-        hidden = []
-        for segment in input_ids.split(self.config.segment_length, dim=1):
-            end = memory.tokens_read + segment.shape[1]
-            position_ids = torch.arange(memory.tokens_read, end, device=segment.device)[None]
-            output = self.model(segment, position_ids=position_ids, recurrent_memory=memory, **kwargs)
-            hidden.append(output.last_hidden_state)
-            memory.tokens_read = end
-        return torch.cat(hidden, dim=1)

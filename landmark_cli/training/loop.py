@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from landmark_cli.console import info, progress
 from landmark_cli.data.batches import Batches, iterate
@@ -47,6 +48,7 @@ class LoopSettings:
     output: the run's directory. batch_size: rows a process takes at a time; accumulation: how often in a step.
     sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints kept.
     precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention loses an earlier block.
+    fused_loss: work the loss out without holding all logits. Sharded models do not: their head is not whole then.
     """
 
     output: Path
@@ -65,6 +67,7 @@ class LoopSettings:
     save_every: int
     keep: int
     group_dropout: float = 0.0
+    fused_loss: bool = True
 
 
 class Loop:
@@ -103,7 +106,8 @@ class Loop:
 
     def _prepare(self, model: nn.Module) -> None:
         accelerator, settings = self.accelerator, self.settings
-        model = LossModel(model, settings.group_dropout)
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        model = LossModel(model, settings.group_dropout, settings.fused_loss and not sharded)
         decayed = decayed_names(model)
         # FSDP 1 makes new parameters, so its optimizer comes after it; FSDP 2 wants to see both at once.
         wrap_first = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
@@ -263,6 +267,8 @@ class Loop:
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.module, keep_torch_compile=False).wrapped
             weights = {plain_name(name).removeprefix("wrapped."): tensor for name, tensor in state.items()}
+            for name in second_names(model):
+                weights.pop(name, None)
             partial = output / "model.partial"
             try:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -279,3 +285,12 @@ class Loop:
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise LandmarkError(f"the model could not be written to {output}: {first_line(error)}") from error
         self.accelerator.wait_for_everyone()
+
+
+def second_names(model: nn.Module) -> set[str]:
+    """The names but the first of a model's tied weights, which are tensors of their own once they are gathered or
+    converted. Adapters keep both: which of them is trained is theirs to say."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    first = {name for name, _ in model.named_parameters()}
+    return {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}

@@ -21,10 +21,15 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
+from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
+
+# Model types whose logits are a linear layer of the last hidden states; others scale or cap them, or add to the loss.
+PLAIN_HEADS = frozenset("landmark_gpt llama mistral qwen2 qwen3 phi3 olmo olmo2 gpt_neox gemma".split())
 
 
 def uses_cpu(device: str) -> bool:
@@ -116,12 +121,16 @@ class LossModel(nn.Module):
     """A causal language model as its summed loss, so that logits never leave what is wrapped or compiled around it.
 
     For all else it stands in for the model: accelerate asks for its layers to shard, its tied weights, its config.
+
+    group_dropout: probability that attention loses an earlier block. fused_loss: work the loss out without holding the
+    logits (see linear_cross_entropy.py), where the model's head is such that this is the same.
     """
 
-    def __init__(self, model: nn.Module, group_dropout: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, group_dropout: float = 0.0, fused_loss: bool = False) -> None:
         super().__init__()
         self.wrapped = model
         self.group_dropout = group_dropout
+        self.fused_loss = fused_loss and has_plain_head(model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -140,6 +149,9 @@ class LossModel(nn.Module):
         extra = {} if position_ids is None else {"position_ids": position_ids}
         if controlled is not None or (self.group_dropout and self.training):
             extra["landmark_layout"] = self._layout(controlled)
+        if self.fused_loss:
+            hidden = self.wrapped.base_model(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
+            return linear_cross_entropy(hidden, self.wrapped.get_output_embeddings().weight, labels)
         output = self.wrapped(input_ids=input_ids, labels=labels, shift_labels=labels, use_cache=False, **extra)
         count = (labels != IGNORED_TARGET).sum()
         return torch.where(count > 0, output.loss * count, 0.0)
@@ -150,6 +162,14 @@ class LossModel(nn.Module):
             # On the CPU, where reading it waits for nothing; the loop seeds every step.
             dropout = {"dropout_p": self.group_dropout, "dropout_seed": torch.randint(1 << 62, ())}
         return LandmarkLayout(controlled=controlled, **dropout)
+
+
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether a model's logits are known to be its last hidden states times its head's weight, and nothing else."""
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in PLAIN_HEADS:
+        return False
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and head.bias is None
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

@@ -1,0 +1,121 @@
+"""Cross-entropy of a language model's head straight from hidden states: its logits are formed in pieces, never kept.
+
+Forward works out the gradients too, while a piece of the logits is at hand: three matrix products in all, as many as
+without, where recomputing the logits in backward would take a fourth. Each piece adds to the whole gradient of the
+weight, so pieces are large: liger-kernel, out for the least memory, cuts 32 of them where one does for 8192 tokens of
+width 1024, and torch's own function needs torch 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from landmark_cli.data.landmarks import IGNORED_TARGET
+
+# Logits of a piece: 1 GiB of them in 16 bits.
+PIECE = 1 << 29
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the targets that are not -100 of the negative log-likelihood under softmax(hidden @ weight.T).
+
+    hidden: (..., E); weight: (V, E); targets: (...) int64. Returns a float32 scalar, differentiable once by hidden and
+    weight. Under autocast the products are in its dtype, as a linear layer's are.
+    """
+    dtype = hidden.dtype
+    if hidden.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    hidden = hidden.flatten(0, -2).to(dtype)
+    by_hidden, by_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    return _loss_and_gradients(hidden, weight, targets.flatten(), by_hidden, by_weight)[0]
+
+
+def piece_rows(rows: int, vocabulary: int) -> int:
+    """Rows of logits to form at a time: all, or else equal shares in whole tiles of a matrix product."""
+    pieces = -(-rows * vocabulary // PIECE)
+    return rows if pieces <= 1 else -(-rows // (128 * pieces)) * 128
+
+
+@torch.library.custom_op("landmark::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, by_hidden: bool, by_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradient by hidden, by weight), the latter empty where they are not wanted."""
+    loss, hidden_gradient, weight_gradient = _empty_outputs(hidden, weight, targets, by_hidden, by_weight)
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    losses = loss.new_empty(rows)
+    weight = weight.to(hidden.dtype)
+    step = piece_rows(rows, vocabulary)
+    logits = hidden.new_empty(step, vocabulary)
+    if by_weight and step < rows:
+        weight_gradient.zero_()
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        piece = torch.mm(hidden[part], weight.T, out=logits[: part.stop - first])
+        fused = _fused() if piece.is_cuda else None
+        score = score_and_differentiate if fused is None else fused.score_and_differentiate
+        score(piece, targets[part], losses[part])
+        if by_hidden:
+            torch.mm(piece, weight, out=hidden_gradient[part])
+        if by_weight and step < rows:
+            weight_gradient += torch.mm(piece.T, hidden[part])
+        elif by_weight:
+            torch.mm(piece.T, hidden, out=weight_gradient)
+    return loss.copy_(losses.sum()), hidden_gradient, weight_gradient
+
+
+@_loss_and_gradients.register_fake
+def _empty_outputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, by_hidden: bool, by_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The sum of several pieces' gradients is kept in the weight's own precision.
+    whole = piece_rows(hidden.shape[0], weight.shape[0]) == hidden.shape[0]
+    dtype = hidden.dtype if whole else weight.dtype
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(hidden.shape if by_hidden else 0),
+        hidden.new_empty(weight.shape if by_weight else 0, dtype=dtype),
+    )
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.wanted, ctx.dtypes = inputs[3:], [x.dtype for x in inputs[:2]]
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    gradients = (
+        gradient.to(dtype) * dloss if wanted and dloss is not None else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    )
+    return *gradients, None, None, None
+
+
+_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """Turn logits (rows, V), in place, into the gradient of their summed loss, and write each row's loss to `losses`,
+    (rows,) float32: 0 where the target, (rows,) int64, is -100."""
+    ignored = (targets == IGNORED_TARGET)[:, None]
+    target = targets[:, None].clamp(min=0)
+    normalizer = logits.float().logsumexp(-1, keepdim=True)
+    losses.copy_((normalizer - logits.gather(-1, target)).masked_fill(ignored, 0.0)[:, 0])
+    gradient = (logits - normalizer).exp_()
+    gradient.scatter_add_(-1, target, gradient.new_full((), -1.0).expand(target.shape))
+    logits.copy_(gradient.masked_fill_(ignored, 0.0))
+
+
+@functools.cache
+def _fused() -> ModuleType | None:
+    """The kernel that does the same in one pass, unless Triton is missing."""
+    try:
+        from . import fused_cross_entropy
+    except ImportError:
+        return None
+    return fused_cross_entropy

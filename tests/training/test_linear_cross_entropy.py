@@ -1,0 +1,98 @@
+"""The loss without logits: the same loss and gradients as with them."""
+
+import pytest
+import torch
+from torch import nn
+
+from landmark_cli.training import linear_cross_entropy as module
+from landmark_cli.training.linear_cross_entropy import linear_cross_entropy, piece_rows
+from landmark_cli.training.setup import PLAIN_HEADS, LossModel
+from tests.models.families import FAMILIES, tiny_decoder
+
+ROWS, WIDTH, VOCABULARY = 300, 24, 130
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, ROWS // 3, WIDTH, dtype=dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (3, ROWS // 3))
+    targets[:, ::7] = -100
+    return hidden, weight, targets
+
+
+def plain(hidden, weight, targets):
+    logits = nn.functional.linear(hidden, weight).float()
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+def loss_and_gradients(loss_of, hidden, weight, targets, scale=0.37):
+    loss = loss_of(hidden, weight, targets)
+    return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))
+
+
+@pytest.mark.parametrize("piece", [1 << 29, 128 * VOCABULARY], ids=["whole", "pieces"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_loss_and_gradients_are_those_of_the_logits(monkeypatch, piece, compiled):
+    monkeypatch.setattr(module, "PIECE", piece)
+    assert piece_rows(ROWS, VOCABULARY) == (ROWS if piece == 1 << 29 else 128)
+    loss_of = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True) if compiled else (
+        linear_cross_entropy
+    )  # fmt: skip
+    ours, expected = (loss_and_gradients(f, *inputs()) for f in (loss_of, plain))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("piece", [1 << 29, 128 * VOCABULARY], ids=["whole", "pieces"])
+def test_under_autocast_the_gradients_are_as_exact_as_those_of_the_logits(monkeypatch, piece):
+    monkeypatch.setattr(module, "PIECE", piece)
+    exact = loss_and_gradients(plain, *inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (loss_and_gradients(f, *inputs()) for f in (linear_cross_entropy, plain))
+    for found, usual, wanted in zip(ours, theirs, exact, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - wanted).norm() <= 1.2 * (usual - wanted).norm() + 1e-3 * wanted.norm()
+
+
+def test_no_targets_give_no_loss_and_no_gradients():
+    hidden, weight, targets = inputs()
+    for found in loss_and_gradients(linear_cross_entropy, hidden, weight, torch.full_like(targets, -100)):
+        assert not found.any()
+
+
+def test_only_gradients_that_are_wanted_are_formed():
+    hidden, weight, targets = inputs()
+    expected = loss_and_gradients(plain, hidden, weight, targets, scale=1.0)
+    loss = linear_cross_entropy(hidden, weight.detach(), targets)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected[1], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
+    torch.testing.assert_close(loss.detach(), expected[0])
+
+
+def test_the_kernel_does_what_the_definition_does():
+    fused_cross_entropy = pytest.importorskip("landmark_cli.training.fused_cross_entropy")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, weight, targets = (tensor.to(device) for tensor in inputs())
+    found, expected = ((hidden @ weight.T).detach().flatten(0, 1) for _ in range(2))
+    losses, wanted = torch.full((2, ROWS), torch.nan, device=device)
+    fused_cross_entropy.score_and_differentiate(found, targets.flatten(), losses)
+    module.score_and_differentiate(expected, targets.flatten(), wanted)
+    torch.testing.assert_close((found, losses), (expected, wanted), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoders_loss_is_the_same_with_and_without_logits(family):
+    model = tiny_decoder(family).train()
+    ids, labels = torch.randint(300, (2, 2, 20))
+    labels[:, 5:9] = -100
+    losses, gradients = [], []
+    for fused in (False, True):
+        loss_model = LossModel(model, fused_loss=fused)
+        assert loss_model.fused_loss == (fused and model.config.model_type in PLAIN_HEADS)
+        loss = loss_model(ids, labels)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
