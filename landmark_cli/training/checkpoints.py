@@ -1,8 +1,9 @@
 """Checkpoints of a run: whole or not there at all, the newest few kept, usable on another number of processes.
 
 A checkpoint is a directory `step-00001000` with what `Accelerator.save_state` writes (weights, optimizer, scaler) and
-`training.json` (the step and what makes this run this run). It is written under another name, flushed to the disk and
-then renamed, so a run that is killed or finds the disk full leaves its last good checkpoint as it was.
+`training.json` (the step, what makes this run this run, and how weights lie in the files). It is written under another
+name, flushed to the disk and then renamed, so a run that is killed or finds the disk full leaves its last good
+checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
@@ -27,6 +29,17 @@ from landmark_cli.errors import LandmarkError
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
 WEIGHTS = "model.safetensors"
+# CheckpointException is what sharded checkpoints raise; it is no Exception.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    CheckpointException,
+)
+UNWRITABLE = (OSError, RuntimeError, SafetensorError, CheckpointException)
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
@@ -48,7 +61,7 @@ class Checkpoints:
 
     def attach(self, accelerator: Accelerator, model: nn.Module) -> None:
         """Save and load the state of `accelerator`, whose prepared model is `model`."""
-        self.accelerator, self.model = accelerator, model
+        self.accelerator, self.model, self.layout = accelerator, model, layout(accelerator)
         accelerator.register_save_state_pre_hook(self._replace_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -61,10 +74,11 @@ class Checkpoints:
         return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
     def check(self, path: Path) -> int:
-        """The step of a checkpoint that this run may go on from; LandmarkError where it belongs to another run."""
+        """The step of a checkpoint that this run may go on from; LandmarkError where it belongs to another run, or was
+        saved by one that was launched in a way this one cannot read."""
         try:
             saved = json.loads((path / "training.json").read_text(encoding="utf-8"))
-            step, identity = saved["step"], saved["identity"]
+            step, identity, saved_as = saved["step"], saved["identity"], saved.get("layout")
         except (OSError, ValueError, KeyError) as error:
             raise LandmarkError(f"{path} is no checkpoint of a training run: {error}; remove it to go on") from error
         ours, theirs = self.identity, identity
@@ -78,6 +92,11 @@ class Checkpoints:
             raise LandmarkError(
                 f"{path} belongs to another run: {shown}. Give the options it was trained with, or another --output"
             )
+        if saved_as not in (None, self.layout):
+            raise LandmarkError(
+                f"{path} was saved as {saved_as}, and this run reads {self.layout}: launch it as it was launched then, "
+                "or give another --output"
+            )
         return step
 
     def load(self, path: Path) -> int:
@@ -85,7 +104,7 @@ class Checkpoints:
         step = self.check(path)
         try:
             self.accelerator.load_state(str(path))
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        except UNREADABLE as error:
             raise LandmarkError(
                 f"{path} cannot be read: {first_line(error)}. Remove it to go on from the one before it"
             ) from error
@@ -110,9 +129,11 @@ class Checkpoints:
             everyone()
             if main:
                 self._publish(partial, path, step)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except UNWRITABLE as error:
             last = self.newest()
-            shutil.rmtree(partial, ignore_errors=True)
+            if main:
+                # Not from under the other processes, whose own errors would hide this one.
+                shutil.rmtree(partial, ignore_errors=True)
             raise LandmarkError(
                 f"the checkpoint of step {step} could not be saved in {self.directory}: {first_line(error)}. "
                 f"The last good one is {last or 'none'}; make room and run again with --resume"
@@ -121,7 +142,7 @@ class Checkpoints:
         return path
 
     def _publish(self, partial: Path, path: Path, step: int) -> None:
-        record = {"step": step, "identity": self.identity}
+        record = {"step": step, "identity": self.identity, "layout": self.layout}
         (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         flush_tree(partial)
         if path.exists():
@@ -164,6 +185,18 @@ class Checkpoints:
         return {plain_name(name): state[name] for name in state if name in trained or name not in every}
 
 
+def layout(accelerator: Accelerator) -> str:
+    """How weights and optimizer lie in a checkpoint's files. Each way is read by any number of processes of its own
+    kind, except DeepSpeed's."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        return f"FSDP {plugin.fsdp_version} {plugin.state_dict_type.name}"
+    if kind == DistributedType.DEEPSPEED:
+        return f"DeepSpeed on {accelerator.num_processes} processes"
+    return "whole weights"
+
+
 def step_of(path: Path) -> int:
     """The step that a checkpoint's directory is named for."""
     return int(NAME.fullmatch(path.name).group(1))
@@ -193,4 +226,7 @@ def warn_if_full(directory: Path, needed: int) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # What went wrong in the processes; its own text is their tracebacks.
+        error = next(iter(error.failures.values()))[0]
     return (getattr(error, "strerror", None) or str(error)).strip().splitlines()[0]

@@ -100,7 +100,8 @@ def test_names_lose_what_wrappers_add():
 
 def test_the_record_says_what_the_run_is(tmp_path):
     path = tiny_loop(tmp_path, identity={"seed": 3, "data": ("a",)}).checkpoints.save(2)
-    assert json.loads((path / "training.json").read_text()) == {"step": 2, "identity": {"seed": 3, "data": ["a"]}}
+    record = {"step": 2, "identity": {"seed": 3, "data": ["a"]}, "layout": "whole weights"}
+    assert json.loads((path / "training.json").read_text()) == record
 
 
 def test_a_disk_with_little_room_is_pointed_out_before_the_run(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.training.loop import second_names
 from tests.training.tiny import RandomBatches, RandomWindows, tiny_loop, tiny_model
 
 
@@ -112,6 +113,11 @@ def test_the_written_model_opens_with_transformers(tmp_path):
     ids = RandomBatches(1).batch(0, 0, 1)["input_ids"]
     with torch.no_grad():
         assert torch.equal(opened.eval()(ids).logits, loop.module.eval().wrapped(ids).logits)
+
+
+def test_tied_weights_are_written_under_their_first_name():
+    assert second_names(tiny_model()) == {"lm_head.weight"}
+    assert second_names(tiny_model(tie_word_embeddings=False)) == set()
 
 
 def test_frozen_weights_neither_train_nor_fill_the_checkpoint(tmp_path):

@@ -1,0 +1,157 @@
+"""Runs of several processes, on one machine and on two: the curve of one process, also across checkpoints."""
+
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from landmark_cli.errors import LandmarkError
+from tests.training.command import CHECKOUT, arguments, environment, records, train
+from tests.training.tiny import byte_tokenizer, write_corpus
+
+STEPS, HALF = 6, 3
+OPTIONS = {"steps": STEPS, "save_every": HALF, "eval_every": HALF, "batch_size": 2}
+CURVES = ("loss", "gradient_norm", "validation_loss")
+# Sums in another order: float32 rounds at 6e-8, and a few steps of AdamW carry it on.
+TOLERANCE = 1e-5
+LANDMARK = str(CHECKOUT / "landmark")
+FSDP_ON_CPU = str(CHECKOUT / "tests/training/fsdp_on_cpu.py")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    return write_corpus(root / "cats", byte_tokenizer(root / "bytes"))
+
+
+@pytest.fixture(scope="module")
+def one(corpus, tmp_path_factory):
+    """What one process trains without interruption."""
+    return train(corpus, tmp_path_factory.mktemp("one") / "run", accumulation=2, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def two_machines(corpus, tmp_path_factory):
+    """What two launches of one process each train, which find each other over the loopback."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    nodes = ["torchrun", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=cats"]
+    nodes += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", LANDMARK, *split(corpus, output)]
+    launched = [subprocess.Popen(nodes, env=on_cpus()) for _ in range(2)]
+    assert [process.wait(timeout=240) for process in launched] == [0, 0]
+    return output
+
+
+@pytest.fixture(scope="module")
+def two_shards(corpus, tmp_path_factory):
+    """What two processes train that hold half of the weights each."""
+    output = tmp_path_factory.mktemp("shards") / "run"
+    fsdp(2, split(corpus, output))
+    return output
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def on_cpus(**changes):
+    return environment(ACCELERATE_USE_CPU="true", **changes)
+
+
+def split(corpus, output, processes=2, **changes):
+    """The run's command line for each of so many processes: the same global batch for any number."""
+    options = OPTIONS | {"accumulation": 2 // processes, "device": None} | changes
+    return arguments(corpus, output, **options)
+
+
+def fsdp(processes, command, **options):
+    """A run that shards weights over so many processes."""
+    launcher = ["torchrun", f"--nproc_per_node={processes}"]
+    alone = {}
+    if processes == 1:
+        launcher = [sys.executable]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return subprocess.run(
+        [*launcher, FSDP_ON_CPU, *command], env=on_cpus(**FSDP, **alone), timeout=240, **({"check": True} | options)
+    )
+
+
+def cut_in_half(run, output):
+    """A copy of a run that was stopped at half of its steps."""
+    shutil.copytree(run / "checkpoints" / f"step-{HALF:08d}", output / "checkpoints" / f"step-{HALF:08d}")
+    shutil.copy(run / "metrics.jsonl", output)
+    return output
+
+
+def assert_same_run(ours, theirs):
+    for key in CURVES:
+        assert len(records(ours, key)) == len(records(theirs, key)) > 0
+        assert records(ours, key) == pytest.approx(records(theirs, key), rel=TOLERANCE)
+    mine, other = (load_file(run / "model.safetensors") for run in (ours, theirs))
+    assert mine.keys() == other.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_machines_train_together(one, two_machines):
+    assert_same_run(two_machines, one)
+
+
+def test_what_two_machines_saved_one_process_goes_on_from(corpus, one, two_machines, tmp_path):
+    resumed = cut_in_half(two_machines, tmp_path)
+    train(corpus, resumed, accumulation=2, resume=True, **OPTIONS)
+    assert_same_run(resumed, one)
+
+
+def test_what_one_process_saved_two_go_on_from(corpus, one, tmp_path):
+    resumed = cut_in_half(one, tmp_path)
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes=2", LANDMARK, *split(corpus, resumed)]
+    subprocess.run([*command, "--resume"], env=on_cpus(), check=True, timeout=240)
+    assert_same_run(resumed, one)
+
+
+def test_sharded_weights_have_the_curve_of_whole_ones(one, two_shards):
+    assert_same_run(two_shards, one)
+
+
+def test_what_two_shards_saved_one_process_goes_on_from(corpus, one, two_shards, tmp_path):
+    resumed = cut_in_half(two_shards, tmp_path)
+    fsdp(1, [*split(corpus, resumed, processes=1), "--resume"])
+    assert_same_run(resumed, one)
+
+
+@pytest.mark.slow
+def test_what_one_shard_saved_two_go_on_from(corpus, one, tmp_path):
+    whole = tmp_path / "whole"
+    fsdp(1, split(corpus, whole, processes=1))
+    resumed = cut_in_half(whole, tmp_path / "resumed")
+    fsdp(2, [*split(corpus, resumed), "--resume"])
+    assert_same_run(resumed, one)
+
+
+def test_shards_are_not_taken_for_whole_weights(corpus, two_shards, tmp_path):
+    resumed = cut_in_half(two_shards, tmp_path)
+    with pytest.raises(LandmarkError, match="saved as FSDP 2 SHARDED_STATE_DICT, and this run reads whole weights"):
+        train(corpus, resumed, accumulation=2, resume=True, **OPTIONS)
+
+
+def test_a_damaged_shard_is_named(corpus, two_shards, tmp_path):
+    resumed = cut_in_half(two_shards, tmp_path)
+    shard = next(resumed.rglob("pytorch_model_fsdp_0/*.distcp"))
+    shard.write_bytes(b"damaged")
+    command = [*split(corpus, resumed, processes=1), "--resume"]
+    ended = fsdp(1, command, check=False, capture_output=True, text=True)
+    assert ended.returncode and "step-00000003 cannot be read: " in ended.stderr
