@@ -1,4 +1,4 @@
-"""Rotation of queries and keys in one pass over memory: the fused twin of rotary.rotate, without gradients."""
+"""Rotation of queries and keys in one pass over memory: the fused twin of rotary.rotate."""
 
 from __future__ import annotations
 
@@ -44,8 +44,29 @@ def rotate_kernel(X, COS, SIN, OUT, x_strides, cos_strides, out_strides, tokens,
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: (B, H, T, D) with a dense last dimension; cos, sin: float32, broadcastable to (B, 1, T, rotary_dim / 2).
 
-    Returns a tensor of x's shape and dtype that lies in memory as (B, T, H, D).
+    Returns a tensor of x's shape and dtype that lies in memory as (B, T, H, D), differentiable by x.
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return Rotation.apply(x, cos, sin)
+    return _rotate(x, cos, sin)
+
+
+class Rotation(torch.autograd.Function):
+    """A rotation's gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+        return rotate(gradient, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, heads, tokens, dim = x.shape
     half = cos.shape[-1]
     cos, sin = (t.expand(batch, 1, tokens, half) for t in (cos, sin))
@@ -60,10 +81,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def serves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether the kernel can do it: on a GPU, no gradient asked for, angles alike for all heads and alike in memory."""
+    """Whether the kernel can do it: on a GPU, angles alike for all heads, alike in memory and not to be learned."""
     if not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and x.requires_grad:
+    if cos.requires_grad or sin.requires_grad or torch._C._are_functorch_transforms_active():
         return False
     shapes = x.dim() == cos.dim() == 4 and cos.shape == sin.shape and cos.shape[1] == 1
     dense = x.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1 and cos.stride() == sin.stride()
