@@ -1,0 +1,135 @@
+"""The attention kernels in other configurations: times by shape, the fastest first, today's marked with a star.
+
+    python benchmarks/tune_attention.py --only D128
+
+A configuration is (query rows, keys, warps, stages, registers); what is best goes into
+landmark_cli/attention/fused/configurations.py. Backward's kernels run in the same groups of heads as in training.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+import triton
+
+# The script's own folder is on the path.
+from attention import DEVICE, GPU, TOY_SHAPES, Shape, Timer, shapes
+
+from landmark_cli.attention.fused import configurations, launch
+from landmark_cli.attention.fused.configurations import Configuration
+
+TRIED = {
+    "forward": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 8, 2, 128),
+                (128, 8, 3, 128), (128, 4, 3), (64, 4, 3, 168)],
+    "query_gradient": [(64, 4, 2), (64, 4, 3), (64, 4, 2, 168), (64, 4, 3, 168), (128, 8, 2), (128, 8, 3),
+                       (128, 8, 4), (128, 8, 3, 128)],
+    "key_gradient": [(32, 4, 2), (32, 4, 3), (32, 4, 4), (16, 4, 3), (16, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 3)],
+}  # fmt: skip
+
+
+def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
+    """Our three kernels on a shape: functions of their configuration."""
+    q, k, v, dout = (x.detach() for x in shape.tensors())
+    layout = launch.Layout(shape.block, shape.dim**-0.5)
+    out, lse = launch.forward(q, k, v, layout)
+    dq, dk, dv = (launch.empty_heads_last(x) for x in (q, k, v))
+    head_step, row_step = launch.work_groups(q, k, shape.block)
+    assert row_step == shape.tokens
+    total = shape.batch * k.shape[1]
+    plane = launch.statistics_size(shape.tokens, 0, shape.block)
+    statistics = torch.empty(head_step * shape.groups * 3 * plane, dtype=torch.float32, device=DEVICE)
+    parts = [(0, shape.tokens, head, min(head_step, total - head), plane // 4) for head in range(0, total, head_step)]
+
+    def query_gradient(choice: Configuration) -> None:
+        for which in parts:
+            launch.query_gradient(dout, None, q, k, v, out, lse, dq, statistics, which, layout, choice)
+
+    def key_gradient(choice: Configuration) -> None:
+        for which in parts:
+            launch.key_gradient(dout, q, k, v, dk, dv, statistics, which, layout, choice)
+
+    return {
+        "forward": lambda choice: launch.forward(q, k, v, layout, choice=choice),
+        "query_gradient": query_gradient,
+        "key_gradient": key_gradient,
+    }
+
+
+def tried(kernel: str, shape: Shape) -> list[Configuration]:
+    cols = max(16, triton.next_power_of_2(shape.block))
+    return [Configuration(rows, cols, *rest) for rows, *rest in TRIED[kernel]]
+
+
+def compile_kernels(shape: Shape, kernel: str, choices: list[Configuration]) -> None:
+    """In a process of its own: fill Triton's cache, whose keys do not depend on the length."""
+    function = kernels(replace(shape, batch=1, tokens=4 * shape.block))[kernel]
+    for choice in choices:
+        try:
+            function(choice)
+        except Exception as error:
+            print(f"  {kernel} {choice}: {type(error).__name__}", file=sys.stderr)
+
+
+def warm(found: list[Shape]) -> None:
+    """Compile in parallel what will be timed."""
+    distinct = {(shape.heads, shape.key_heads, shape.dim, shape.block): shape for shape in found}
+    jobs = []
+    for shape in distinct.values():
+        for kernel in TRIED:
+            every = tried(kernel, shape)
+            jobs += [(shape, kernel, every[first::3]) for first in range(3)]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1, 14), get_context("spawn")) as pool:
+        for job in [pool.submit(compile_kernels, *job) for job in jobs]:
+            job.result()
+
+
+def times(function: Callable[[Configuration], object], every: list[Configuration], rounds: int) -> dict:
+    """Seconds a call of a kernel takes in each configuration that compiles and fits."""
+    timers = {}
+    for choice in every:
+        try:
+            function(choice)
+            timers[choice] = Timer([lambda choice=choice: function(choice)] * 3, torch.cuda.Stream() if GPU else None)
+        except Exception as error:
+            print(f"  {choice}: {type(error).__name__}", file=sys.stderr)
+    taken = {choice: [] for choice in timers}
+    for _ in range(rounds):
+        for choice, timer in timers.items():
+            taken[choice].append(timer.run())
+    return {choice: statistics.median(seconds) for choice, seconds in taken.items()}
+
+
+def tune(shape: Shape, rounds: int) -> None:
+    """Print each kernel's time in every configuration tried, the fastest first."""
+    print(shape, flush=True)
+    q = shape.tensors()[0]
+    for kernel, function in kernels(shape).items():
+        default = configurations.choices(kernel, q, shape.block).configurations[0]
+        every = list(dict.fromkeys([default, *tried(kernel, shape)]))
+        found = sorted(times(function, every, rounds).items(), key=lambda pair: pair[1])
+        said = (
+            f"({c.rows}, {c.cols}, {c.warps}, {c.stages}, {c.registers}){'*' * (c == default)} {seconds * 1e3:.3f}"
+            for c, seconds in found
+        )
+        print(f"  {kernel}, ms: {'; '.join(said)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    found = [shape for shape in (shapes() if GPU else TOY_SHAPES) if options.only in str(shape)]
+    warm(found)
+    for shape in found:
+        tune(shape, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
