@@ -178,6 +178,8 @@ class GPTPreTrainedModel(PreTrainedModel):
 class GPTModel(GPTPreTrainedModel):
     """Embedding, blocks and final norm: token ids (B, T) -> hidden states (B, T, n_embd)."""
 
+    half_residual = False
+
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
@@ -222,6 +224,8 @@ class GPTModel(GPTPreTrainedModel):
     def _layers(self, x: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
         rotation = self.rotary_emb(position_ids)
         x = self.dropout(x)
+        if self.half_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, rotation, **kwargs)
         return self.norm(x)

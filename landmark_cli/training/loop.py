@@ -143,8 +143,8 @@ class Loop:
         tokens = self.batches.global_batch * settings.sequence_length
         meter = Meter(self.step, settings.steps, tokens, self.flops_per_token, self.peak_flops)
         with progress("training", settings.steps, "steps", initial=self.step) as shown:
-            for micro_batches in self._batches():
-                loss, norm = self._train_step(micro_batches, parameters)
+            for micro_batches in self.micro_batches():
+                loss, norm = self.train_step(micro_batches, parameters)
                 loss_since += loss
                 self.step += 1
                 fields = {}
@@ -162,7 +162,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.settings.steps)
 
-    def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
+    def micro_batches(self) -> Iterator[list[dict[str, Tensor]]]:
         """This process's micro-batches of every step that is left."""
         accelerator = self.accelerator
         return iterate(
@@ -175,7 +175,7 @@ class Loop:
             device=accelerator.device,
         )
 
-    def _train_step(
+    def train_step(
         self, micro_batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step on this process's rows -> this process's share of the loss, and the gradient's norm.

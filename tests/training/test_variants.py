@@ -48,7 +48,7 @@ def test_every_variant_trains_another_model_and_says_so_in_its_config(corpus, tm
 @pytest.mark.parametrize("name", ["context-miss", "group-dropout"])
 def test_a_resumed_variant_ends_with_the_same_bits(corpus, tmp_path, name):
     train(corpus, tmp_path / "whole", **VARIANTS[name])
-    train_step = Loop._train_step
+    train_step = Loop.train_step
 
     def interrupted(loop, *arguments):
         if loop.step == 3:
@@ -56,7 +56,7 @@ def test_a_resumed_variant_ends_with_the_same_bits(corpus, tmp_path, name):
         return train_step(loop, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_train_step", interrupted)
+        patch.setattr(Loop, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(corpus, tmp_path / "parts", **VARIANTS[name])
     train(corpus, tmp_path / "parts", resume=True, **VARIANTS[name])

@@ -1,0 +1,449 @@
+"""The training step: landmark attention beside the same model with ordinary attention, in one process.
+
+    python benchmarks/training.py --warm --output benchmarks/results/training-MACHINE.md
+    python benchmarks/training.py --quick
+    python benchmarks/training.py --cases seed --variants
+
+What is timed is the training loop's own step: all micro-batches, clipping, AdamW, in the loop's precision. "seed" is
+the paper's model at 512 tokens in micro-batches of 16 windows, 8 a step; "long" has 2048 tokens and 4 windows;
+"largest" has 512 tokens and the largest power of two of windows that fits, 1 a step.
+
+Stream tokens include landmarks and are what the GPU computes; text tokens are what is learned. MFU: stream tokens a
+second x operations of a token / the chip's dense 16-bit peak. Operations of a token: 6 for every weight of a linear
+layer, the head included, and 6 x layers x heads x head dim x window for attention (half the square), for both models.
+Memory is the most that tensors took. Batches are on the GPU before the clock starts; "with loader" takes them from the
+loop's loader instead. Random tokens, drawn as often as words are.
+
+--warm compiles every case first, in processes side by side. --variants: what single optimizations are worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor, nn
+
+import landmark_cli
+from landmark_cli.attention.dispatch import landmark_attention
+from landmark_cli.console import info
+from landmark_cli.data.batches import Batches
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
+from landmark_cli.training.loop import Loop, LoopSettings
+from landmark_cli.training.metrics import peak_flops
+from landmark_cli.training.optimizer import Schedule
+from landmark_cli.training.runs import device_name
+from landmark_cli.training.setup import make_accelerator
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
+FREQUENCY, BLOCK, LANDMARK, END = 50, 51, 50260, 50256
+SHAPES = {
+    "paper": {},
+    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+}
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. kind: "landmark" or "baseline"; mode: "eager", "compiled", or "blocks" where every block
+    is compiled by itself."""
+
+    name: str
+    kind: str
+    mode: str
+    length: int
+    batch: int
+    accumulation: int
+    fused_loss: bool = True
+    half_residual: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kind} {self.mode}"
+
+
+@dataclass
+class Result:
+    """seconds: of a step; loading: of one with the loader; memory: bytes."""
+
+    case: Case
+    seconds: float
+    loading: float
+    memory: int
+    flops: float
+
+    @property
+    def stream_tokens(self) -> float:
+        return self.case.length * self.case.batch * self.case.accumulation / self.seconds
+
+    @property
+    def text_tokens(self) -> float:
+        landmarks = self.case.length // BLOCK if self.case.kind == "landmark" else 0
+        return self.stream_tokens * (1 - landmarks / self.case.length)
+
+    @property
+    def mfu(self) -> float | None:
+        peak = peak_flops(DEVICE, PRECISION)
+        return peak and self.stream_tokens * self.flops / peak
+
+
+def cases(names: list[str], tiny: bool) -> list[Case]:
+    """The cases of these names, except the largest, whose batch is found out from others."""
+    shapes = {"seed": (512, 16, 8), "long": (2048, 4, 8)}
+    if tiny:
+        shapes = {"seed": (102, 2, 2), "long": (204, 1, 2)}
+    return [
+        Case(name, kind, mode, *shapes[name])
+        for name in names
+        if name in shapes
+        for mode in ("eager", "compiled")
+        for kind in ("landmark", "baseline")
+    ]
+
+
+def variants(seed: Case) -> dict[str, Case]:
+    """The landmark model's compiled case with one thing changed in each."""
+    return {
+        "as it is": seed,
+        "logits of all tokens held": replace(seed, fused_loss=False),
+        "residual stream in 16 bits": replace(seed, half_residual=True),
+        "every block compiled by itself": replace(seed, mode="blocks"),
+    }
+
+
+def random_words(count: int = 2_000_000) -> SimpleNamespace:
+    """What a token file is to batches: tokens, a few of them frequent as the words of a language are."""
+    share = 1 / (np.arange(END) + 2.7)
+    tokens = np.random.default_rng(0).choice(END, count, p=share / share.sum()).astype(np.uint16)
+    return SimpleNamespace(path="random words", tokens=tokens)
+
+
+@contextmanager
+def fresh() -> Iterator[None]:
+    """Nothing compiled, no memory taken, and the peak counted from here."""
+    torch._dynamo.reset()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Bench:
+    """What all cases share. shape: changes to the paper's model. seconds: measured of each case, about."""
+
+    def __init__(self, shape: dict, seconds: float, output: Path) -> None:
+        self.shape, self.seconds, self.output = shape, seconds, output
+        self.words = random_words()
+
+    def model(self, case: Case) -> GPTForCausalLM:
+        torch.manual_seed(0)
+        landmarks = case.kind == "landmark"
+        config = GPTConfig(
+            landmark_freq=FREQUENCY if landmarks else None,
+            landmark_token_id=LANDMARK if landmarks else None,
+            trained_length=case.length,
+            **self.shape,
+        )
+        model = GPTForCausalLM(config)
+        model.model.half_residual = case.half_residual
+        if case.mode == "blocks":
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        return model
+
+    def loop(self, case: Case) -> Loop:
+        """The training loop as `landmark train` makes it."""
+        accelerator = make_accelerator(
+            precision=PRECISION,
+            accumulation=case.accumulation,
+            device="cpu" if DEVICE.type == "cpu" else "auto",
+            compile=case.mode == "compiled",
+        )
+        model = self.model(case)
+        batches = Batches(
+            [self.words],
+            None,
+            sequence_length=case.length,
+            landmark_freq=model.config.landmark_freq,
+            landmark_token_id=model.config.landmark_token_id,
+            eot_id=END,
+            global_batch=case.batch * case.accumulation,
+            seed=0,
+        )
+        settings = LoopSettings(
+            output=self.output,
+            steps=1 << 30,
+            batch_size=case.batch,
+            accumulation=case.accumulation,
+            sequence_length=case.length,
+            schedule=Schedule("constant", 1e-4, 1 << 30, 0.0),
+            weight_decay=1e-3,
+            betas=(0.9, 0.95),
+            clip=1.0,
+            precision=PRECISION,
+            seed=0,
+            log_every=0,
+            evaluate_every=0,
+            save_every=0,
+            keep=1,
+            fused_loss=case.fused_loss,
+        )
+        loop = Loop(accelerator, model, batches, settings, identity={})
+        loop.module.train()
+        return loop
+
+    def run(self, case: Case) -> Result:
+        """Time a case."""
+        started = time.perf_counter()
+        with fresh():
+            result, ready = self.time(case)
+        info(
+            f"{case}, batch {case.batch}: {result.stream_tokens:,.0f} tokens/s, {result.memory / 2**30:.1f} GiB; "
+            f"ready after {ready - started:.0f} s, done after {time.perf_counter() - started:.0f} s"
+        )
+        return result
+
+    def time(self, case: Case) -> tuple[Result, float]:
+        """The result, and when the case was compiled and warm."""
+        loop = self.loop(case)
+        parameters = list(loop.module.parameters())
+        loader = loop.micro_batches()
+        constant = next(loader)
+
+        def step(micro_batches: list[dict[str, Tensor]]) -> None:
+            loop.train_step(micro_batches, parameters)
+            loop.step += 1
+
+        for _ in range(2):
+            step(constant)
+        synchronize()
+        ready = time.perf_counter()
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        once = seconds_of(lambda: step(constant))
+        steps = max(2, math.ceil(self.seconds / 4 / once))
+        seconds = statistics.median(seconds_of(lambda: step(constant), steps) for _ in range(3))
+        next(loader)
+        loading = seconds_of(lambda: [step(micro) for micro in islice(loader, steps)]) / steps
+        loader.close()
+        memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+        return Result(case, seconds, loading, memory, loop.flops_per_token), ready
+
+    def largest(self, kind: str, like: Result) -> Result:
+        """The compiled case of `kind` with the largest batch that fits, by what `like` took."""
+        model = self.model(like.case)
+        state = 16 * sum(parameter.numel() for parameter in model.parameters())
+        room = 0.94 * torch.cuda.get_device_properties(DEVICE).total_memory if DEVICE.type == "cuda" else 32 * MIB
+        row = max(like.memory - state, MIB) / like.case.batch
+        batch = 1 << max(int((room - state) / row).bit_length() - 1, 0)
+        while True:
+            try:
+                return self.run(replace(like.case, name="largest", kind=kind, batch=batch, accumulation=1))
+            except torch.OutOfMemoryError:
+                info(f"largest {kind}: a batch of {batch} does not fit")
+                batch //= 2
+
+    def parts(self, case: Case) -> dict[str, float]:
+        """Milliseconds that the parts of a step take by themselves, forward and backward, for all layers and
+        micro-batches."""
+        with fresh():
+            loop = self.loop(replace(case, mode="eager"))
+            model, rows = loop.module.wrapped, (case.batch, case.length)
+            block, config = model.model.layers[0], model.config
+            x = torch.randn(*rows, config.n_embd, device=DEVICE, requires_grad=True)
+            rotation = tuple(t.detach() for t in model.model.rotary_emb(torch.arange(case.length, device=DEVICE)[None]))
+            labels = torch.randint(END, rows, device=DEVICE)
+            heads = config.n_head, config.n_embd // config.n_head
+            half = torch.bfloat16 if PRECISION == "bf16" else torch.float32
+            q, k, v = (
+                torch.randn(*rows, *heads, device=DEVICE, dtype=half).transpose(1, 2).requires_grad_() for _ in range(3)
+            )
+            plain = functools.partial(nn.functional.scaled_dot_product_attention, is_causal=True)
+            attend = plain if case.kind == "baseline" else functools.partial(landmark_attention, block_size=BLOCK)
+            works: dict[str, tuple[Callable[[], Tensor], int]] = {
+                "attention itself": (lambda: attend(q, k, v), config.n_layer),
+                "attention layer": (lambda: block.attention(block.attention_norm(x), rotation), config.n_layer),
+                "MLP": (lambda: block.mlp(block.mlp_norm(x)), config.n_layer),
+                "head and loss": (lambda: linear_cross_entropy(model.model.norm(x), model.lm_head.weight, labels), 1),
+            }
+            taken = {}
+            for name, (work, times) in works.items():
+                forward = work if name == "attention itself" else torch.compile(work, dynamic=False)
+                run = functools.partial(forward_and_backward, forward, (x, q, k, v))
+                taken[name] = milliseconds_of(run) * times * case.accumulation
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            parameters = list(model.parameters())
+
+            def update() -> None:
+                loop.accelerator.clip_grad_norm_(parameters, 1.0)
+                loop.optimizer.optimizer.step()
+
+            taken["clipping and AdamW"] = milliseconds_of(update)
+        return taken
+
+
+def forward_and_backward(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
+    """Gradients add up in the weights, as over micro-batches, but not in the inputs."""
+    for tensor in inputs:
+        tensor.grad = None
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION == "bf16"):
+        out = forward()
+    out.backward(torch.ones_like(out))
+
+
+def seconds_of(work: Callable[[], object], times: int = 1) -> float:
+    """Wall time of one of `times` runs in a row."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def milliseconds_of(work: Callable[[], object]) -> float:
+    """Median time of a piece of work, with a cold L2 cache."""
+    if DEVICE.type == "cuda":
+        return triton.testing.do_bench(work, warmup=20, rep=60, return_mode="median")
+    work()
+    return 1e3 * seconds_of(work, 2)
+
+
+def report(results: list[Result], parts: dict[Case, dict[str, float]], compared: dict[str, Result]) -> str:
+    """Everything as Markdown."""
+    lines = [
+        "# The training step",
+        "",
+        f"`python benchmarks/training.py {' '.join(sys.argv[1:])}` on one {device_name(DEVICE)}, {PRECISION}, "
+        f"torch {torch.__version__}, triton {triton.__version__}, landmark {landmark_cli.__version__}.",
+        "",
+        "\n\n".join(__doc__.split("\n\n")[2:4]),
+        "",
+        "| case | model | mode | window | batch | stream tokens/s | text tokens/s | of the baseline | MFU | memory GiB "
+        "| ms a step | with loader |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    speeds = {(r.case.name, r.case.kind, r.case.mode): r.stream_tokens for r in results}
+    for r in results:
+        case = r.case
+        baseline = speeds.get((case.name, "baseline", case.mode))
+        share = f"{r.stream_tokens / baseline:.3f}" if baseline else "-"
+        mfu = "-" if r.mfu is None else f"{r.mfu:.1%}"
+        lines.append(
+            f"| {case.name} | {case.kind} | {case.mode} | {case.length} | {case.batch} x {case.accumulation} | "
+            f"{r.stream_tokens:,.0f} | {r.text_tokens:,.0f} | {share} | {mfu} | {r.memory / 2**30:.1f} | "
+            f"{1e3 * r.seconds:.1f} | {1e3 * r.loading:.1f} |"
+        )
+    if parts:
+        lines += [
+            "",
+            "Milliseconds of a compiled step by part. Each was timed by itself, forward and backward, with a cold L2 "
+            "cache, and counted for all layers and micro-batches; the attention layer includes the attention itself "
+            "and, like the MLP, its norm. The rest is what the whole step takes beside them: embedding, residual "
+            "sums.",
+            "",
+            "| case | model | attention itself | attention layer | MLP | head and loss | clipping and AdamW | rest |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        whole = {r.case: 1e3 * r.seconds for r in results}
+        for case, taken in parts.items():
+            rest = whole[case] - sum(taken.values()) + taken["attention itself"]
+            cells = " | ".join(f"{value:.1f}" for value in [*taken.values(), rest])
+            lines.append(f"| {case.name} | {case.kind} | {cells} |")
+    if compared:
+        lines += ["", "| landmark, seed, compiled | stream tokens/s | memory GiB |", "|---|---:|---:|"]
+        lines += [f"| {name} | {r.stream_tokens:,.0f} | {r.memory / 2**30:.1f} |" for name, r in compared.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--cases", nargs="*", choices=["seed", "long", "largest"], default=["seed", "long", "largest"])
+    parser.add_argument("--quick", action="store_true", help="the seed's cases only, for half the time")
+    parser.add_argument("--variants", action="store_true", help="change single things too")
+    parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="paper" if DEVICE.type == "cuda" else "tiny")
+    parser.add_argument("--seconds", type=float, default=2.0 if DEVICE.type == "cuda" else 0.1, help="of each case")
+    parser.add_argument("--only", help="compile this case and stop (what --warm does)")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.cases, options.seconds = ["seed"], options.seconds / 2
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(SHAPES[options.shape], options.seconds, Path(directory))
+        planned = cases(options.cases, options.shape == "tiny")
+        compared = variants(replace(cases(["seed"], options.shape == "tiny")[0], mode="compiled"))
+        compared = compared if options.variants else {}
+        work = {str(case): case for case in planned} | compared
+        if options.only:
+            bench.run(work[options.only])
+            return
+        if options.warm:
+            warm([name for name, case in work.items() if case.mode != "eager"], options)
+        text = measure(bench, planned, compared, options.cases)
+    print(text, end="")
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+
+
+def warm(names: list[str], options: argparse.Namespace) -> None:
+    """Fill the compiler's caches, every case in a process of its own."""
+    command = [sys.executable, __file__, "--shape", options.shape, "--seconds", "0", "--variants", "--cases"]
+    command += [*options.cases, "--only"]
+    started = time.perf_counter()
+    for process in [subprocess.Popen([*command, name], stderr=subprocess.DEVNULL) for name in names]:
+        process.wait()
+    info(f"{len(names)} cases compiled in {time.perf_counter() - started:.0f} s")
+
+
+def measure(bench: Bench, planned: list[Case], compared: dict[str, Case], names: list[str]) -> str:
+    """Run everything; what fails is said and left out."""
+    results, parts, changed = [], {}, {}
+
+    def attempt(work: Callable[[], Result], into: Callable[[Result], object]) -> None:
+        try:
+            into(work())
+        except Exception as error:
+            info(f"failed: {type(error).__name__}: {error}")
+
+    for case in planned:
+        attempt(lambda case=case: bench.run(case), results.append)
+    if "largest" in names:
+        for like in [r for r in results if (r.case.name, r.case.mode) == ("seed", "compiled")]:
+            attempt(lambda like=like: bench.largest(like.case.kind, like), results.append)
+    for name, case in compared.items():
+        known = next((r for r in results if r.case == case), None)
+        attempt(lambda case=case, known=known: known or bench.run(case), lambda r, name=name: changed.update({name: r}))
+    for result in [r for r in results if (r.case.name, r.case.mode) == ("seed", "compiled")]:
+        case = result.case
+        attempt(lambda case=case: bench.parts(case), lambda taken, case=case: parts.update({case: taken}))
+    return report(results, parts, changed)
+
+
+if __name__ == "__main__":
+    main()
