@@ -174,10 +174,12 @@ def timers(function: Callable, shape: Shape, sets: list[list[Tensor]]) -> dict[s
         with torch.no_grad():
             function(*given[:3], shape.block)
 
+    # Enough calls that the clock's grain and the launch of a graph do not count.
+    repeats = max(1, round(0.001 / (shape.flops("forward") / 3e14) / len(sets))) if GPU else 1
     synchronize()
-    # Backward runs in the stream of its forward, and only in the stream of the capture can it be captured.
-    with torch.cuda.stream(stream):
-        try:
+    try:
+        # Backward runs in the stream of its forward, and only in the stream of the capture can it be captured.
+        with torch.cuda.stream(stream):
             outputs = [function(*given[:3], shape.block) for given in sets]
             backward = [
                 lambda out=out, given=given: torch.autograd.grad(out, given[:3], given[3], retain_graph=True)
@@ -185,16 +187,14 @@ def timers(function: Callable, shape: Shape, sets: list[list[Tensor]]) -> dict[s
             ]
             backward[0]()
             forward(sets[0])
-        except Exception as error:
-            print(f"  {shape}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
-            return None
-    synchronize()
-    # Enough calls that the clock's grain and the launch of a graph do not count.
-    repeats = max(1, round(0.001 / (shape.flops("forward") / 3e14) / len(sets))) if GPU else 1
-    return {
-        "forward": Timer([lambda given=given: forward(given) for given in sets] * repeats, stream),
-        "backward": Timer(backward * max(1, repeats // 2), stream),
-    }
+        synchronize()
+        return {
+            "forward": Timer([lambda given=given: forward(given) for given in sets] * repeats, stream),
+            "backward": Timer(backward * max(1, repeats // 2), stream),
+        }
+    except Exception as error:
+        print(f"  {shape}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+        return None
 
 
 def peak_memory(function: Callable, shape: Shape, given: list[Tensor]) -> int:
@@ -344,8 +344,8 @@ def report(measured: dict[Shape, dict[str, Result]], seconds: float) -> str:
     ]
     if EAGER in names:
         parts.append(
-            "The eager definition was timed on as many heads as it has memory for, without a graph; its time and memory\n"
-            "are scaled up to the shape."
+            "The eager definition was timed on as many heads as it has memory for, without a graph; its time and\n"
+            "memory are scaled up to the shape."
         )
     for phase in PHASES:
         heading = ["shape", *names, f"speed of {OURS}", "target", ""]
@@ -376,14 +376,15 @@ def main() -> None:
     measured = {}
     for shape in found:
         measured[shape] = measure(shape, 5 if options.quick else options.rounds, with_eager=not options.quick)
-        print(f"{time.perf_counter() - begin:.0f} s: {shape}", file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - begin
+        print(f"{seconds:.0f} s: {shape}", file=sys.stderr, flush=True)
+        # After every shape, so that a failure loses one.
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(report(measured, seconds), encoding="utf-8")
         if GPU:
             torch.cuda.empty_cache()
-    said = report(measured, time.perf_counter() - begin)
-    print(said)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(said, encoding="utf-8")
+    print(report(measured, time.perf_counter() - begin))
 
 
 if __name__ == "__main__":
