@@ -1,0 +1,352 @@
+"""The forward kernel for Hopper: a producer warp copies tiles, consumer warpgroups each attend with 64 query rows.
+
+The mathematics is that of the portable kernel (see fused/forward.py): one loop over blocks, whichever kind a block is.
+Two things differ, both because the blocks before every row of the tile ("whole" blocks) need no mask:
+
+- Their outer softmax runs once per chunk of blocks: one product of the queries with the chunk's landmarks gives the
+  shares of all its blocks at once, which wait in shared memory, so `acc` is not rescaled block by block.
+- Two blocks make a step: while the tensor cores work on the logits of the next two, the softmaxes of ... run.
+
+Rings and their order, for a tile with whole blocks 0..n-1 (c: blocks in a chunk) and touched blocks n..m-1:
+
+    keys:    landmarks of chunk 0, blocks 0..c-1, landmarks of chunk 1, blocks c..2c-1, ..., blocks n..m-1
+    values:  blocks 0..m-1
+    queries: one slot a consumer; it is empty again when the consumer's output has left it
+
+Source: arXiv 2305.16300, section 3.1. Logits are kept times log2(e): exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .pipeline import (
+    allocate_ring,
+    following,
+    pack,
+    produce,
+    reciprocal,
+    scheduled,
+    store_tile,
+    thread_barrier,
+)
+
+ROWS = gl.constexpr(64)
+MINUS_INFINITY = gl.constexpr(float("-inf"))
+
+
+@gluon.jit
+def tile_blocks(tile, queries, offset, BLOCK: gl.constexpr, TILE_ROWS: gl.constexpr, STEP: gl.constexpr):
+    """(first row of a tile, blocks before every row's own: a multiple of STEP, all blocks that it touches)."""
+    row = tile * TILE_ROWS
+    whole = (row + offset) // BLOCK // STEP * STEP
+    last = gl.minimum(row + TILE_ROWS, queries) - 1 + offset
+    return row, whole, last // BLOCK + 1
+
+
+@gluon.jit
+def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROUP: gl.constexpr, BLOCK: gl.constexpr,
+             CONSUMERS: gl.constexpr, STEP: gl.constexpr):  # fmt: skip
+    """Fill the rings in the order in which the consumers read them."""
+    q_ring, k_ring, v_ring = rings
+    turns, queries, offset, query_heads = sizes
+    CHUNK: gl.constexpr = k_ring[0].shape[1]
+    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 1, 0, 1, 1
+    for turn in range(turns):
+        head, tile = scheduled(SCHEDULE, turn)
+        if tile >= 0:
+            batch = head // query_heads
+            key_head = head % query_heads // GROUP
+            row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, STEP)
+            for slot in gl.static_range(CONSUMERS):
+                produce(q_desc, batch, head % query_heads, row + ROWS * slot, q_ring, slot, q_phase)
+            q_phase = q_phase ^ 1
+            for block in range(touched):
+                if (block < whole) & (block % CHUNK == 0):
+                    k_slot, k_phase = produce(landmark_desc, batch, key_head, block, k_ring, k_slot, k_phase)
+                k_slot, k_phase = produce(k_desc, batch, key_head, block * BLOCK, k_ring, k_slot, k_phase)
+                v_slot, v_phase = produce(v_desc, batch, key_head, block * BLOCK, v_ring, v_slot, v_phase)
+
+
+@gluon.jit
+def chunk_shares(s, top, total, acc, shares, first, whole, scale):
+    """Outer softmax over a chunk's landmarks, given their logits s: its shares are left in shared memory."""
+    COLS: gl.constexpr = s.shape[1]
+    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    s = gl.where((first + col)[None, :] < whole, s * scale, MINUS_INFINITY)
+    higher = gl.maximum(top, gl.max(s, 1))
+    fade = gl.exp2(top - higher)
+    outer = gl.exp2(s - higher[:, None])
+    shares.permute((1, 0)).store(outer)
+    total = total * fade + gl.sum(outer, 1)
+    return higher, total, acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def weights(s, share, scale, BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """A whole block's in-block softmax times its share, as the left operand of the product with its values."""
+    COLS: gl.constexpr = s.shape[1]
+    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    s = gl.where(col[None, :] < BLOCK - 1, s, MINUS_INFINITY)
+    p = gl.exp2(s * scale - (gl.max(s, 1) * scale)[:, None])
+    p = p * (share * reciprocal(gl.sum(p, 1)))[:, None]
+    return gl.convert_layout(pack(p, DTYPE), LAYOUT)
+
+
+@gluon.jit
+def masked_weights(s, top, total, acc, block, position, scale, BLOCK: gl.constexpr, DTYPE: gl.constexpr,
+                   LAYOUT: gl.constexpr):  # fmt: skip
+    """One block that rows may stand in, before or behind: (top, total, acc rescaled, weights)."""
+    COLS: gl.constexpr = s.shape[1]
+    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    start = block * BLOCK
+    earlier = position >= start + BLOCK
+    text = (col[None, :] < BLOCK - 1) & (start + col[None, :] <= position[:, None])
+    landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale
+    s = gl.where(text, s, MINUS_INFINITY)
+    inner_top = gl.max(s, 1) * scale
+    inner_top = gl.where(inner_top == MINUS_INFINITY, 0.0, inner_top)
+    p = gl.exp2(s * scale - inner_top[:, None])
+    inner = gl.sum(p, 1)
+    group = gl.where(earlier, landmark, inner_top + gl.log2(inner))
+    higher = gl.maximum(top, group)
+    finite = gl.where(higher == MINUS_INFINITY, 0.0, higher)
+    fade = gl.exp2(top - finite)
+    outer = gl.exp2(group - finite)
+    total = total * fade + outer
+    p = p * gl.where(inner > 0, outer / inner, 0.0)[:, None]
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return higher, total, acc, gl.convert_layout(p.to(DTYPE), LAYOUT)
+
+
+@gluon.jit
+def consume_singles(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v_phase, top, total, acc, whole, scale,
+                    BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """All whole blocks of a tile, one a step."""
+    k_tiles, k_full, k_empty = k_ring
+    v_tiles, v_full, v_empty = v_ring
+    K_SLOTS: gl.constexpr = k_tiles.shape[0]
+    V_SLOTS: gl.constexpr = v_tiles.shape[0]
+    CHUNK: gl.constexpr = k_tiles.shape[1]
+    ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
+    share_rows = shares._reinterpret(gl.float32, [CHUNK, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for first in range(0, whole, CHUNK):
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        landmarks = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
+
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        top, total, acc = chunk_shares(landmarks, top, total, acc, shares, first, whole, scale)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
+        p = weights(s, share_rows.index(0).load(ROW), scale, BLOCK, DTYPE, LAYOUT)
+
+        last = gl.minimum(first + CHUNK, whole)
+        mbarrier.wait(k_full.index(k_slot), k_phase, pred=first + 1 < last)
+        for block in range(first + 1, last):
+            s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(v_slot), v_phase)
+            sum_ = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
+            share = share_rows.index(block - first).load(ROW)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            mbarrier.arrive(k_empty.index(k_slot), count=1)
+            k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
+            next_p = weights(s, share, scale, BLOCK, DTYPE, LAYOUT)
+            mbarrier.wait(k_full.index(k_slot), k_phase, pred=block + 1 < last)
+            acc, p, next_p = warpgroup_mma_wait(0, deps=(sum_, p, next_p))
+            mbarrier.arrive(v_empty.index(v_slot), count=1)
+            v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
+            p = next_p
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        acc = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
+    return k_slot, k_phase, v_slot, v_phase, top, total, acc
+
+
+@gluon.jit
+def consume_pairs(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v_phase, top, total, acc, whole, scale,
+                  BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """All whole blocks of a tile, two a step."""
+    k_tiles, k_full, k_empty = k_ring
+    v_tiles, v_full, v_empty = v_ring
+    K_SLOTS: gl.constexpr = k_tiles.shape[0]
+    V_SLOTS: gl.constexpr = v_tiles.shape[0]
+    CHUNK: gl.constexpr = k_tiles.shape[1]
+    ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
+    share_rows = shares._reinterpret(gl.float32, [CHUNK, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for first in range(0, whole, CHUNK):
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        landmarks = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
+
+        mbarrier.wait(k_full.index(k_slot), k_phase)
+        s0 = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        k_slot1, k_phase1 = following(k_slot, k_phase, K_SLOTS)
+        top, total, acc = chunk_shares(landmarks, top, total, acc, shares, first, whole, scale)
+        mbarrier.wait(k_full.index(k_slot1), k_phase1)
+        s1 = warpgroup_mma(q, k_tiles.index(k_slot1).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s0 = warpgroup_mma_wait(1, deps=(s0,))
+        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        p0 = weights(s0, share_rows.index(0).load(ROW), scale, BLOCK, DTYPE, LAYOUT)
+        s1 = warpgroup_mma_wait(0, deps=(s1,))
+        mbarrier.arrive(k_empty.index(k_slot1), count=1)
+        k_slot, k_phase = following(k_slot1, k_phase1, K_SLOTS)
+        p1 = weights(s1, share_rows.index(1).load(ROW), scale, BLOCK, DTYPE, LAYOUT)
+
+        last = gl.minimum(first + CHUNK, whole)
+        mbarrier.wait(k_full.index(k_slot), k_phase, pred=first + 2 < last)
+        for block in range(first + 2, last, 2):
+            s0 = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(v_slot), v_phase)
+            sum_ = warpgroup_mma(p0, v_tiles.index(v_slot), acc, is_async=True)
+            k_slot1, k_phase1 = following(k_slot, k_phase, K_SLOTS)
+            mbarrier.wait(k_full.index(k_slot1), k_phase1)
+            s1 = warpgroup_mma(q, k_tiles.index(k_slot1).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            v_slot1, v_phase1 = following(v_slot, v_phase, V_SLOTS)
+            mbarrier.wait(v_full.index(v_slot1), v_phase1)
+            sum_ = warpgroup_mma(p1, v_tiles.index(v_slot1), sum_, is_async=True)
+            share0 = share_rows.index(block - first).load(ROW)
+            share1 = share_rows.index(block - first + 1).load(ROW)
+            s0, s1, p0 = warpgroup_mma_wait(1, deps=(s0, s1, p0))
+            mbarrier.arrive(k_empty.index(k_slot), count=1)
+            mbarrier.arrive(k_empty.index(k_slot1), count=1)
+            mbarrier.arrive(v_empty.index(v_slot), count=1)
+            k_slot, k_phase = following(k_slot1, k_phase1, K_SLOTS)
+            next0 = weights(s0, share0, scale, BLOCK, DTYPE, LAYOUT)
+            next1 = weights(s1, share1, scale, BLOCK, DTYPE, LAYOUT)
+            mbarrier.wait(k_full.index(k_slot), k_phase, pred=block + 2 < last)
+            acc, p1, next0, next1 = warpgroup_mma_wait(0, deps=(sum_, p1, next0, next1))
+            mbarrier.arrive(v_empty.index(v_slot1), count=1)
+            v_slot, v_phase = following(v_slot1, v_phase1, V_SLOTS)
+            p0 = next0
+            p1 = next1
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        sum_ = warpgroup_mma(p0, v_tiles.index(v_slot), acc, is_async=True)
+        v_slot1, v_phase1 = following(v_slot, v_phase, V_SLOTS)
+        mbarrier.wait(v_full.index(v_slot1), v_phase1)
+        sum_ = warpgroup_mma(p1, v_tiles.index(v_slot1), sum_, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(sum_,))
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        mbarrier.arrive(v_empty.index(v_slot1), count=1)
+        v_slot, v_phase = following(v_slot1, v_phase1, V_SLOTS)
+    return k_slot, k_phase, v_slot, v_phase, top, total, acc
+
+
+@gluon.jit
+def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK: gl.constexpr,
+             CONSUMERS: gl.constexpr, STEP: gl.constexpr):  # fmt: skip
+    """64 query rows of every tile: all blocks, the softmax's end, the output."""
+    q_ring, k_ring, v_ring = rings
+    turns, queries, offset, query_heads = sizes
+    q_tiles, q_full, q_empty = q_ring
+    k_tiles, k_full, k_empty = k_ring
+    v_tiles, v_full, v_empty = v_ring
+    K_SLOTS: gl.constexpr = k_tiles.shape[0]
+    V_SLOTS: gl.constexpr = v_tiles.shape[0]
+    COLS: gl.constexpr = k_tiles.shape[1]
+    D: gl.constexpr = k_tiles.shape[2]
+    DTYPE: gl.constexpr = k_tiles.dtype
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    q_tile = q_tiles.index(CONSUMER)
+    zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
+    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 0, 0, 0, 0
+    for turn in range(turns):
+        head, tile = scheduled(SCHEDULE, turn)
+        if tile >= 0:
+            row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, STEP)
+            row += ROWS * CONSUMER
+            rows = row + gl.arange(0, ROWS, ROW)
+            position = rows + offset
+            mbarrier.wait(q_full.index(CONSUMER), q_phase)
+            q = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))
+            top = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+            total = gl.zeros([ROWS], gl.float32, ROW)
+            acc = gl.zeros([ROWS, D], gl.float32, OUT)
+            if STEP == 2:
+                k_slot, k_phase, v_slot, v_phase, top, total, acc = consume_pairs(
+                    q, zeros, k_ring, v_ring, shares.index(CONSUMER), k_slot, k_phase, v_slot, v_phase, top, total,
+                    acc, whole, scale, BLOCK, DTYPE, WEIGHTS)  # fmt: skip
+            else:
+                k_slot, k_phase, v_slot, v_phase, top, total, acc = consume_singles(
+                    q, zeros, k_ring, v_ring, shares.index(CONSUMER), k_slot, k_phase, v_slot, v_phase, top, total,
+                    acc, whole, scale, BLOCK, DTYPE, WEIGHTS)  # fmt: skip
+
+            last = (row + ROWS - 1 + offset) // BLOCK
+            for block in range(whole, touched):
+                mbarrier.wait(k_full.index(k_slot), k_phase)
+                mbarrier.wait(v_full.index(v_slot), v_phase)
+                if block <= last:
+                    s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                    top, total, acc, p = masked_weights(
+                        s, top, total, acc, block, position, scale, BLOCK, DTYPE, WEIGHTS
+                    )
+                    acc = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                mbarrier.arrive(k_empty.index(k_slot), count=1)
+                mbarrier.arrive(v_empty.index(v_slot), count=1)
+                k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
+                v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
+
+            if row < queries:
+                acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
+                lse = (top + gl.log2(total)) * 0.6931471805599453
+                gl.store(LSE + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
+                q_tile.store(acc.to(DTYPE))
+                fence_async_shared()
+                store_tile(out_desc, head // query_heads, head % query_heads, row, q_tile)
+                tma.store_wait(0)
+            thread_barrier()
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            q_phase = q_phase ^ 1
+
+
+@gluon.jit(do_not_specialize=["turns", "queries", "offset", "query_heads"])
+def forward_kernel(q_desc, k_desc, v_desc, landmark_desc, out_desc, LSE, SCHEDULE, turns, scale, queries, offset,
+                   query_heads, GROUP: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr,
+                   K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, STEP: gl.constexpr):  # fmt: skip
+    """OUT (B, H, queries, D) and LSE (B, H, queries), natural, of the queries behind `offset` keys."""
+    COLS: gl.constexpr = k_desc.block_type.shape[2]
+    D: gl.constexpr = k_desc.block_type.shape[3]
+    DTYPE: gl.constexpr = k_desc.dtype
+    Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
+    K_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLS, D], DTYPE)
+    q_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, D], Q_TILE), CONSUMERS, 1)
+    k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [K_SLOTS, COLS, D], K_TILE), K_SLOTS, CONSUMERS)
+    v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [V_SLOTS, COLS, D], K_TILE), V_SLOTS, CONSUMERS)
+    shares = gl.allocate_shared_memory(gl.float32, [CONSUMERS, COLS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    fence_async_shared()
+    rings = (q_ring, k_ring, v_ring)
+    sizes = (turns, queries, offset, query_heads)
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer, (0, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
+            (consumer, (1, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
+            (producer, (q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS, STEP)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (0, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
+            (consumer, (1, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
+            (consumer, (2, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
+            (producer, (q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS, STEP)),
+        ], [4, 4, 1], [160, 160, 32])  # fmt: skip
