@@ -128,17 +128,19 @@ def candidates(kernel: str, shared: int, width: int, exact: bool, dim: int, bloc
     if kernel == "key_gradient" or exact:
         rows_and_stages = ((32, 3), (32, 2), (32, 1), (16, 2), (16, 1))
     registers = 32 if exact else 96 if width == 4 else 160
+    # Not told a limit, the assembler gave up on some kernels of products in three parts and left all but 32 in memory.
+    limit = 255 if exact else None
     cols = min(block, 32 if exact else 64 if width == 4 else 128)
     while cols >= 16:
         for rows, stages in rows_and_stages:
             for warps in (4, 8):
-                choice = Configuration(rows, cols, warps, stages)
+                choice = Configuration(rows, cols, warps, stages, limit)
                 fits = _shared_memory(kernel, choice, width, dim) * (1.75 if exact else 1.0) <= shared
                 if fits and _registers(kernel, choice, dim) <= registers:
                     yield choice
                     break
         cols //= 2
-    yield Configuration(16, 16, 8, 1)
+    yield Configuration(16, 16, 8, 1, limit)
 
 
 def _shared_memory(kernel: str, choice: Configuration, width: int, dim: int) -> int:
