@@ -232,7 +232,7 @@ def show_plan(options: TrainOptions, config: GPTConfig, files: list[TokenFile]) 
     precision = resolve_precision(options.precision, options.device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     windows = options.batch_size * options.accumulation * processes
-    needs = estimate(model, options.batch_size, precision)
+    needs = estimate(model, options.batch_size, precision, options.fused_loss)
     tokens = options.steps * windows * options.sequence_length
     text = sum(file.metadata.tokens for file in files)
     share = 1.0 if options.baseline else options.landmark_freq / (options.landmark_freq + 1)

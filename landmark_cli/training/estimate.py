@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from landmark_cli.training.linear_cross_entropy import piece_rows
+
 # Bytes that the backward pass keeps of one token in one layer, for each unit of the width: the residual stream and the
 # norms' inputs in float32; inputs of the four linear layers, queries, keys, values and the MLP's hidden layer, twice.
 LAYER_BYTES_16, LAYER_BYTES_32 = 50, 84
-# Bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its gradient.
+# Without the fused loss, bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its
+# gradient.
 LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
 # Of one parameter: float32 weight, AdamW's two moments, and in memory the gradient.
 PARAMETER_BYTES, CHECKPOINT_BYTES = 16, 12
@@ -33,14 +36,19 @@ class Estimate:
         return CHECKPOINT_BYTES * self.parameters
 
 
-def estimate(model: nn.Module, batch_size: int, precision: str) -> Estimate:
+def estimate(model: nn.Module, batch_size: int, precision: str, fused_loss: bool = True) -> Estimate:
     """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows of its trained length.
 
     Memory is counted for a replica on every device (one process, DDP) with a fused attention, which keeps no
-    (T, T) matrices.
+    (T, T) matrices. fused_loss: logits are formed piece by piece, and gradients with them.
     """
     config, half = model.config, precision != "fp32"
-    per_token = config.num_hidden_layers * config.hidden_size * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
-    per_token += config.vocab_size * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
+    rows, width, vocabulary = batch_size * config.trained_length, config.hidden_size, config.vocab_size
+    activations = rows * config.num_hidden_layers * width * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
+    if fused_loss:
+        numbers = piece_rows(rows, vocabulary) * vocabulary + (rows + vocabulary) * width
+        activations += numbers * (2 if half else 4)
+    else:
+        activations += rows * vocabulary * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Estimate(parameters, PARAMETER_BYTES * parameters, per_token * batch_size * config.trained_length)
+    return Estimate(parameters, PARAMETER_BYTES * parameters, activations)

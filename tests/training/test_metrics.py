@@ -94,3 +94,14 @@ def test_the_estimate_counts_state_exactly():
     assert needs.parameters == sum(p.numel() for p in model.parameters())
     assert needs.state == 16 * needs.parameters and needs.memory > needs.state
     assert estimate(model, 16, "fp32").memory > needs.memory
+
+
+def test_the_estimate_knows_that_the_fused_loss_holds_a_piece_of_the_logits():
+    with torch.device("meta"):
+        model = GPTForCausalLM(GPTConfig())
+    fused = [estimate(model, batch_size, "bf16").activations for batch_size in (32, 64)]
+    plain = [estimate(model, batch_size, "bf16", fused_loss=False).activations for batch_size in (32, 64)]
+    logits = 32 * 512 * model.config.vocab_size
+    # Either batch takes several pieces already: only plain logits grow.
+    assert (plain[1] - plain[0]) - (fused[1] - fused[0]) > 11 * logits
+    assert fused[0] < plain[0] - 9 * logits
