@@ -112,11 +112,10 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
-        dropout = self.config.dropout if self.training else 0.0
         if self.config.context_miss_token:
             kwargs["context_miss_key"] = k[:, :, :1]
             q, k, v = q[:, :, 1:], k[:, :, 1:], v[:, :, 1:]
-        out, _ = attend(self, q, k, v, mask, scaling=self.head_dim**-0.5, dropout=dropout, **kwargs)
+        out, _ = attend(self, q, k, v, mask, scaling=self.head_dim**-0.5, **kwargs)
         if self.config.context_miss_token:
             # The context-miss token itself attends to nothing.
             out = nn.functional.pad(out, (0, 0, 0, 0, 1, 0))
