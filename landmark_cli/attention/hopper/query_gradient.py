@@ -155,7 +155,9 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             # dS of the block before the first is 0, and its keys are whatever the first block's slot holds.
             dq = gl.zeros([ROWS, D], gl.float32, OUTPUT)
             ds = gl.zeros([ROWS, COLS], DTYPE, OPERAND)
-            before = k_slot
+            # The + 0 makes `before` another value than k_slot: Triton carries no variable through a loop whose first
+            # turn would leave it the very value it had.
+            before = k_slot + 0
             mbarrier.wait(k_full.index(k_slot), k_phase)
             for block in range(whole):
                 s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
