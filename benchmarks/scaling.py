@@ -111,7 +111,9 @@ class Bench:
                 status = f"no end after {self.options.limit} s"
         print(f"  {time.perf_counter() - started:.0f} s", flush=True)
         if status:
-            said = re.findall(r"^(?:\[rank\d+\]: )?(\w*[Ee]rror: .+)", log.read_text(), re.MULTILINE)
+            text = log.read_text()
+            print("\n".join(text.splitlines()[-40:]), flush=True)
+            said = re.findall(r"^(?:\[rank\d+\]: )?(\w*[Ee]rror: .+)", text, re.MULTILINE)
             raise RuntimeError(f"{status}: {said[0][:160] if said else f'see {log}'}")
         self.finished.add(output)
         return output
