@@ -141,10 +141,15 @@ class LayerBlocks:
             self.resident = None
 
     def arrivals(self, rows: int) -> Tensor:
-        """(rows,) int32 zeros in which the programs of a decoding step count themselves; they leave zeros behind."""
-        if len(self._arrivals) < rows:
+        """(rows,) int32 zeros in which the programs of a decoding step count themselves; they leave zeros behind.
+
+        rows: the same number every time, for the most tokens a step can have: recorded steps keep the tensor's address.
+        """
+        if len(self._arrivals) == 0:
             self._arrivals = self._arrivals.new_zeros(rows)
-        return self._arrivals[:rows]
+        if len(self._arrivals) != rows:
+            raise ValueError(f"rows is {rows}, was {len(self._arrivals)}")
+        return self._arrivals
 
     def gather(self, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values at (row, head, slot) or (row, head, slot, offset), broadcast, on the model's device."""

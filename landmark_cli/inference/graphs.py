@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,8 +37,12 @@ class CudaGraph:
             self.graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
             try:
                 self.output = function()
-            finally:
-                self.graph.capture_end()
+            except BaseException:
+                # Ending what is broken fails too, and would hide why it broke.
+                with suppress(RuntimeError):
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         self.pool = self.graph.pool()
 
     def replay(self) -> None:
@@ -159,5 +164,5 @@ class ChunkForward:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device, without making the host wait for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on a device; if it comes from the host, without making the host wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)

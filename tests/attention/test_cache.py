@@ -151,3 +151,12 @@ def test_settings_and_lengths_that_cannot_be():
             cache.begin_chunk(lengths)
     with pytest.raises(ValueError, match="do not fit"):
         cache.begin_chunk([3, 5], width=4)
+
+
+def test_recorded_steps_keep_the_address_of_their_counts():
+    cache = BlockCache(RetrievalSettings(4, 2), default_inverse_frequencies(16))
+    blocks = cache.layer(0, torch.zeros(1, 1, 4, 16), cache.begin_chunk([4]))
+    first = blocks.arrivals(8)
+    assert blocks.arrivals(8).data_ptr() == first.data_ptr()
+    with pytest.raises(ValueError, match="rows is 16, was 8"):
+        blocks.arrivals(16)

@@ -15,7 +15,7 @@ from ..fused.configurations import Configuration
 from ..fused.launch import empty_heads_last
 from ..offload import ResidentBlocks
 from .attend import attend_kernel
-from .call import MAX_TOP_K, TILE, Call, strides
+from .call import MAX_TOP_K, STEP_TOKENS, TILE, Call, strides
 from .configurations import attend_configuration, finish_configuration, store_rows
 from .decode import decode_kernel
 from .finish import finish_kernel
@@ -212,12 +212,13 @@ def decode(call: Call) -> Tensor:
     found = call.empty(rows, items, call.dim, dtype=torch.float32)
     logits = call.empty(rows, items, dtype=torch.float32)
     out, trace = empty_heads_last(call.q), call.chunk.cache.trace
+    arrived = call.blocks.arrivals(call.batch * call.heads * STEP_TOKENS)
     shape = *call.q.shape[:3], call.top_k
     chosen, shares = (None, None) if trace is None else (call.empty(*shape), call.empty(*shape, dtype=torch.float32))
     constants = candidate_constants(call, splits)
     decode_kernel[(items, rows)](
         call.q, call.blocks.blocks, call.pool, call.place, call.chunk.counters, *call.turns, ages, scores, found,
-        logits, call.blocks.arrivals(rows), out, chosen, shares, strides(call.q), strides(out), call.tokens,
+        logits, arrived, out, chosen, shares, strides(call.q), strides(out), call.tokens,
         *call.ring, *call.reach, call.scale * LOG2E, GROUP=call.group, **call.parts, D_PAD=call.dim_pad,
         K=call.top_k, K_PAD=constants["K_PAD"], ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), SPLITS=splits,
         CANDIDATES=constants["CANDIDATES"], TILE=TILE, BLOCK=call.settings.block_size,
