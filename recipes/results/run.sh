@@ -1,0 +1,206 @@
+#!/usr/bin/env bash
+# The whole study on one GPU: text -> token files -> models -> tables, pass keys -> docs/results.md.
+#
+#   NOVELS=FOLDER MATH=FOLDER bash recipes/results/run.sh
+#   NOVELS=FOLDER PART="landmark baseline" STEPS=2000 bash recipes/results/run.sh
+#   PART=report bash recipes/results/run.sh
+#
+# Every part trains its model and measures it, and goes on where it was when it is run again:
+#   landmark baseline xl          the paper's three models on novels (PG19's layout: train/, validation/) and pass keys
+#   million                       pass keys in texts of up to a million tokens, by the model of `landmark`
+#   math-landmark math-baseline math-xl      the same three on mathematics, without pass keys
+#   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
+#   report                        all that was measured, as Markdown and pictures; needs no GPU
+#
+# What may be set:
+#   NOVELS MATH            folders of text                      SMOLLM2      a model directory or hub id
+#   STEPS MATH_STEPS SMOLLM2_STEPS    optimizer steps           PROMPTS      pass keys of each length
+#   LONG_PROMPTS_8         the same in the longest texts with 8 blocks retrieved; UNTOUCHED_PROMPTS: by SmolLM2 as it is
+#   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
+#   DATA RUNS RESULTS DOCS    where token files, models, figures and the report go
+#   DEVICE DTYPE TRAIN FINETUNE    device, dtype of measuring, further options of training; PYTHON
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+PYTHON=${PYTHON:-python3}
+DATA=${DATA:-data/results} RUNS=${RUNS:-runs/results-models} RESULTS=${RESULTS:-runs/results} DOCS=${DOCS:-docs}
+SMOLLM2=${SMOLLM2:-HuggingFaceTB/SmolLM2-135M}
+STEPS=${STEPS:-4500} MATH_STEPS=${MATH_STEPS:-1500} SMOLLM2_STEPS=${SMOLLM2_STEPS:-600}
+PROMPTS=${PROMPTS:-50} LONG_PROMPTS_8=${LONG_PROMPTS_8:-10} UNTOUCHED_PROMPTS=${UNTOUCHED_PROMPTS:-20}
+LENGTHS=${LENGTHS:-512,1024,2048,4096,8192,16384,32768,65536,131072} LONG_LENGTHS=${LONG_LENGTHS:-262144,1000000}
+SMOLLM2_LENGTHS=${SMOLLM2_LENGTHS:-1024,4096,16384,65536,131072}
+SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
+DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
+# Several words each.
+TRAIN=(${TRAIN:-}) FINETUNE=(${FINETUNE:-}) MEASURE=(--device "$DEVICE" --dtype "$DTYPE")
+SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
+MATH_PARTS="math-landmark math-baseline math-xl"
+SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
+PART=${PART:-landmark million baseline xl $MATH_PARTS $SMOLLM2_PARTS report}
+
+landmark() { "$PYTHON" -m landmark_cli "$@"; }
+
+# Run a command, say how long it took, and note it in the part's log.
+step() {
+    local begin=$SECONDS
+    printf '\n$ %s\n' "$*"
+    "$@"
+    printf '(%s: %d s)\n' "${*:1:3}" $((SECONDS - begin))
+    printf '%d\t%s\n' $((SECONDS - begin)) "$*" >> "$results/log.tsv"
+}
+
+# Two functions at a time: one evaluation alone leaves much of a GPU idle.
+both() {
+    local failed=0
+    "$1" & local first=$!
+    "$2" & local second=$!
+    wait "$first" || failed=1
+    wait "$second" || failed=1
+    return "$failed"
+}
+
+# A measurement that writes a JSON file of its own.
+measure() {
+    local file="$results/$1.json"
+    shift
+    [ -e "$file" ] && echo "$file is there already" || step landmark eval "$@" "${MEASURE[@]}" --json "$file"
+}
+
+# Token files that are there are kept: their train.json comes last.
+novels() {
+    [ -e "$DATA/novels$suffix/train.json" ] || step landmark prepare pg19 --source "${NOVELS:?the folder of the novels, with train/ and validation/ in it}" \
+        --output "$DATA/novels$suffix" "${tokenizer[@]}"
+}
+
+mathematics() {
+    [ -e "$DATA/math/train.json" ] || step landmark prepare text --source "${MATH:?the folder of mathematics, with train/ and validation/ in it}" \
+        --output "$DATA/math"
+}
+
+passkeys() {
+    [ -e "$DATA/passkey$suffix/train.json" ] || step landmark prepare passkey --max-documents "$documents" --shortest 128 --longest "$longest" \
+        --validation-share 0 --output "$DATA/passkey$suffix" "${tokenizer[@]}"
+}
+
+# train RECIPE OPTIONS: into the part's own directory, unless a finished model is there.
+train() {
+    local recipe=$1
+    shift
+    [ -e "$model/config.json" ] ||
+        step landmark train --recipe "results/$recipe" --output "$model" --resume --device "$DEVICE" "$@" "${TRAIN[@]}"
+    cp "$model/metrics.jsonl" "$results/"
+}
+
+on_novels() {
+    suffix='' tokenizer=() documents=120000 longest=500
+    both novels passkeys
+    train "$1" --data "$DATA/novels" --data "$DATA/passkey" --mix 0.75,0.25 --steps "$STEPS"
+}
+
+on_mathematics() {
+    mathematics
+    train "$1" --data "$DATA/math" --mix 1 --steps "$MATH_STEPS"
+}
+
+table() {
+    measure "$1" study "$1" --role "$role=$model" --data "$text" --output "$RUNS/studies/$part" \
+        --batch-size 32 "${SAMPLE[@]}"
+}
+
+tables() {
+    table table1
+    [ "$role" != landmark ] || [ "$text" = "$DATA/math" ] || table table2
+}
+
+# keys K PROMPTS LENGTHS ROWS: rows are prompts read at a time; a million tokens of one take 12 GB.
+keys() {
+    measure "passkey-k$1" passkey --model "$model" --top-k "$1" --prompts "$2" --lengths "$3" --batch-size "$4"
+}
+
+short_keys() {
+    keys 4 "$PROMPTS" "$LENGTHS" 17
+    keys 8 "$PROMPTS" "$LENGTHS" 17
+}
+
+long_keys_4() { keys 4 "$PROMPTS" "$LONG_LENGTHS" 3; }
+# With 8 blocks, 512 positions leave room for chunks of 50 tokens: five times as many.
+long_keys_8() { keys 8 "$LONG_PROMPTS_8" "$LONG_LENGTHS" 2; }
+
+window_keys() {
+    measure passkey passkey --model "$model" --lengths "$LENGTHS,$LONG_LENGTHS" --prompts "$PROMPTS"
+}
+
+pretrained_novels() {
+    measure perplexity study recipes/results/smollm2-perplexity.yaml --role "$role=$model" --data "$DATA/novels$suffix" \
+        --output "$RUNS/studies/$part" --sample-tokens "$SMOLLM2_TOKENS"
+}
+
+pretrained_keys() {
+    local how=(--top-k 4 --batch-size 4 --prompts "$PROMPTS")
+    [ "$role" != untouched ] || how=(--full-attention --batch-size 1 --prompts "$UNTOUCHED_PROMPTS")
+    measure passkey passkey --model "$model" --lengths "$SMOLLM2_LENGTHS" "${how[@]}"
+}
+
+smollm2() {
+    suffix=-smollm2 tokenizer=(--tokenizer "$SMOLLM2") documents=20000 longest=1000
+    local mix=(--data "$DATA/novels$suffix")
+    if [ "$role" = passkey ]; then
+        both novels passkeys
+        mix+=(--data "$DATA/passkey$suffix" --mix 0.75,0.25)
+    else
+        novels
+    fi
+    if [ "$role" = untouched ]; then
+        model=$SMOLLM2
+    else
+        [ -e "$model/config.json" ] ||
+            step landmark finetune --recipe results/smollm2 --model "$SMOLLM2" "${mix[@]}" --steps "$SMOLLM2_STEPS" \
+                --output "$model" --resume --device "$DEVICE" "${FINETUNE[@]}"
+        cp "$model/metrics.jsonl" "$results/"
+    fi
+    both pretrained_novels pretrained_keys
+}
+
+machine() {
+    "$PYTHON" - <<'PYTHON_CODE'
+import platform
+from importlib.metadata import version
+
+import torch
+
+chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+print(f"{chip}; Python {platform.python_version()}, {versions}")
+PYTHON_CODE
+}
+
+run_part() {
+    part=$1 results=$RESULTS/$1 model=$RUNS/$1 text=$DATA/novels role=${1#*-}
+    local begin=$SECONDS
+    if [ "$part" = report ]; then
+        "$PYTHON" recipes/results/report.py "$RESULTS" --output "$DOCS/results.md"
+        return
+    fi
+    mkdir -p "$results"
+    printf 'machine\t%s\n' "$(machine)" >> "$results/log.tsv"
+    case $part in
+        landmark) on_novels landmark; both tables short_keys ;;
+        baseline) on_novels baseline; both tables window_keys ;;
+        xl) on_novels transformer-xl; tables ;;
+        million) model=$RUNS/landmark; both long_keys_4 long_keys_8 ;;
+        math-xl) text=$DATA/math; on_mathematics transformer-xl; tables ;;
+        math-*) text=$DATA/math; on_mathematics "$role"; tables ;;
+        smollm2-*) smollm2 ;;
+        *) echo "there is no part called $part" >&2; return 2 ;;
+    esac
+    printf 'total\t%d\n' $((SECONDS - begin)) >> "$results/log.tsv"
+    printf '\npart %s: %d s\n' "$part" $((SECONDS - begin))
+}
+
+for name in $PART; do
+    case $name in
+        math) for one in $MATH_PARTS; do run_part "$one"; done ;;
+        smollm2) for one in $SMOLLM2_PARTS; do run_part "$one"; done ;;
+        *) run_part "$name" ;;
+    esac
+done

@@ -1,0 +1,131 @@
+"""recipes/results: the page made of what was measured, and recipes that differ in their attention alone."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import pytest
+import yaml
+
+from landmark_cli.evaluation.passkey import wilson_interval
+from landmark_cli.evaluation.studies import load_study
+from landmark_cli.options import recipes_folder
+
+FOLDER = recipes_folder() / "results"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("results_report", FOLDER / "report.py")
+    module = sys.modules["results_report"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def study(name, role, perplexity):
+    """What `landmark eval study --json` writes of one role; perplexity(row) -> figure."""
+    rows = []
+    for row in load_study(name).rows:
+        result = {"perplexity": perplexity(row), "tokens": 2000} if row.role == role else None
+        rows.append({**dataclasses.asdict(row), "result": result})
+    return {"study": name, "rows": rows}
+
+
+def keys(found):
+    """What `landmark eval passkey --json` writes: length -> keys found of 50."""
+    cells = [
+        {"tokens": n, "prompts": 50, "found": f, "accuracy": f / 50, "interval": wilson_interval(f, 50)}
+        for n, f in found.items()
+    ]
+    return {"lengths": cells, "trials": []}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A folder of results: the three models on novels, the landmark model's longest pass keys apart."""
+
+    def write(part, files, log=()):
+        (tmp_path / part).mkdir()
+        for name, content in files.items():
+            (tmp_path / part / name).write_text(json.dumps(content))
+        (tmp_path / part / "log.tsv").write_text("\n".join(log))
+
+    # The more blocks and the longer the text, the better; but worse where all heads share a choice.
+    def landmark(row):
+        settings = row.settings
+        shared = settings.get("selection", "per_token_and_head") != "per_token_and_head"
+        return 80 - settings["top-k"] - settings["eval-length"] / 1024 + shared
+
+    log = ["machine\tsome GPU", "300\tlandmark train --recipe results/landmark", "20\tlandmark eval", "total\t330"]
+    tables = {name + ".json": study(name, "landmark", landmark) for name in ("table1", "table2")}
+    write("landmark", tables | {"passkey-k4.json": keys({512: 50, 32768: 49})}, log)
+    write("million", {"passkey-k4.json": keys({1000000: 45})})
+    write("baseline", {"table1.json": study("table1", "baseline", lambda row: 79.0), "passkey.json": keys({512: 50})})
+    write("xl", {"table1.json": study("table1", "xl", lambda row: 70.0)})
+    records = [{"step": 0, "validation_loss": 4.0, "validation_perplexity": 54.6}]
+    for step in (1, 2):
+        records.append({"step": step, "loss": 5.0 - step, "tokens": 65536 * step, "tokens_per_second": 1e6 * step})
+        records[-1] |= {"peak_memory": 2**31, "mfu": 0.25}
+    (tmp_path / "landmark" / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return tmp_path
+
+
+def test_the_page_brings_together_what_the_parts_measured(report, measured, tmp_path):
+    page = report.report(report.read_parts(measured), tmp_path / "docs")
+    assert "Machine: some GPU." in page
+    assert (
+        "| landmark attention, novels and pass keys | 2 | 0M | 3.00 | 54.60 | 2,000,000 | 25.0% | 2.0 GiB | 300 s |"
+        in page
+    )
+    assert "| baseline | 512 | 512 |" in page and "| 79.00 | 2,000 | 16.12 |" in page
+    assert page.count("| xl | 2048 |") == 1 and "max_over_tokens" in page
+    # 80 - 4 - 2 against 79, and against 70.
+    assert "| landmark at 2048, k = 4, against the baseline at 512 | -7.4% | -6.3% | yes |" in page
+    assert "| landmark at 2048, k = 4, against Transformer-XL at 2048 | +1.4% | +5.7% | yes |" in page
+    assert "| landmark at 512, k = 2, against the baseline at 512 | +0.7% | -1.9% | no |" in page
+    assert page.count("against the same for all") == 2
+    assert "| 32,768 | 49/50 = 98% (0.90-1.00) |  |" in page
+    assert "| 1,000,000 | 45/50 = 90% (0.79-0.96) |" in page
+    assert "    300 s  landmark train --recipe results/landmark" in page and "330 s in all" in page
+    assert (tmp_path / "docs" / "results-passkey.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_not_measured_is_left_out(report, measured, tmp_path):
+    parts = {"xl": report.read_parts(measured)["xl"]}
+    page = report.report(parts, tmp_path)
+    assert "| xl | 2048 |" in page and "| landmark | 512 | 250 | 10 | 2 |  |  | 16.23 |" in page
+    for absent in ("## Pass keys", "## Training", "## SmolLM2", "mathematics", "same order", ".png"):
+        assert absent not in page
+
+
+def test_a_folder_without_results_is_an_error(report, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--output", str(tmp_path / "page.md")])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "run recipes/results/run.sh first" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_script_and_the_page_know_the_same_parts(report):
+    script = (FOLDER / "run.sh").read_text()
+    for part in report.PARTS:
+        assert part in script
+
+
+def test_the_compared_models_differ_in_their_attention_alone():
+    recipes = {
+        name: yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+        for name in ("landmark", "baseline", "transformer-xl")
+    }
+    landmark, baseline, recurrent = recipes.values()
+    attention = {"landmark-freq", "baseline"}
+    shape_of_step = {"sequence-length", "batch-size", "memory-length", "segment-length", "compile"}
+
+    def without(recipe, names):
+        return {key: value for key, value in recipe.items() if key not in names}
+
+    assert without(landmark, attention) == without(baseline, attention)
+    assert without(baseline, shape_of_step) == without(recurrent, shape_of_step)
+    tokens = {r["sequence-length"] * r["batch-size"] * r["accumulation"] for r in recipes.values()}
+    assert tokens == {65536}
