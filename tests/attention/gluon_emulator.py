@@ -2,9 +2,11 @@
 
 Enough of the language for the Hopper kernels, with the hardware's freedoms used to the worst: a product reads its
 operands only at the wait that ends it (so a slot given back too early is noticed), copies zero-fill outside their
-tensor, shared memory begins as NaN, and a wait that lasts too long is a deadlock. Layouts and registers mean nothing.
+tensor, shared memory begins as NaN, and a wait that lasts too long is a deadlock. Loops carry what Triton's compiler
+makes them carry. Layouts and registers mean nothing.
 """
 
+import sys
 import threading
 import types
 
@@ -20,6 +22,7 @@ class Value(torch.Tensor):
     """A register tensor or a scalar: torch's, but `type` says what a Gluon tensor's does."""
 
     type = types.SimpleNamespace(layout=None)
+    __iadd__, __isub__, __imul__ = torch.Tensor.__add__, torch.Tensor.__sub__, torch.Tensor.__mul__
 
 
 def value(x) -> Value:
@@ -207,8 +210,36 @@ def assembly(text, constraints, arguments, dtype, is_pure, pack):
 
 def where(condition, a, b):
     if isinstance(condition, bool):
-        return a if condition else b
+        return value(a if condition else b)
     return value(torch.where(condition, a, b))
+
+
+class Loop:
+    """A range that stops where Triton would compile something else.
+
+    Triton works out what a loop carries by looking for variables that its first turn changes, and compares values, not
+    names: one that is given the very value it had before the loop stays that value in every turn. (Seen here only in
+    values, not in plain numbers, of which Python has one each.)
+    """
+
+    def __init__(self, *bounds):
+        self.numbers = iter(range(*map(int, bounds)))
+        self.turns = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        variables = sys._getframe(1).f_locals
+        if self.turns == 0:
+            self.before = {name: x for name, x in variables.items() if isinstance(x, Value)}
+        elif self.turns == 1:
+            self.constant = [name for name, x in self.before.items() if variables[name] is x]
+        else:
+            moved = [name for name in self.constant if variables[name] is not self.before[name]]
+            assert not moved, f"Triton takes {', '.join(moved)} for constant in this loop"
+        self.turns += 1
+        return value(next(self.numbers))
 
 
 def no_layout(*_) -> None:
@@ -248,7 +279,7 @@ GLOBALS = {
     "warpgroup_mma_wait": warpgroup_mma_wait,
     "fence_async_shared": lambda: None,
     "thread_barrier": lambda: None,
-    "range": lambda *bounds: range(*map(int, bounds)),
+    "range": Loop,
 }
 
 

@@ -1,0 +1,91 @@
+"""Whether the Hopper kernels can serve, and whether they run unasked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+
+# Whether they run wherever they can serve, or only where they are asked for: until they have been measured, only then.
+UNASKED = False
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = range(16, 65)
+
+# With fewer queries there is too little work for a kernel that keeps a multiprocessor to itself.
+LEAST_QUERIES = 256
+
+
+def why_not(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
+    """Why the Hopper kernels cannot serve on the current GPU, naming what is allowed; None if they can."""
+    if dtype not in DTYPES:
+        return f"q is {dtype}; the Hopper kernels take {' and '.join(map(str, DTYPES))}"
+    if head_dim not in HEAD_DIMS:
+        return f"q has head dim {head_dim}; the Hopper kernels take {' and '.join(map(str, HEAD_DIMS))}"
+    if block_size not in BLOCK_SIZES:
+        return f"block_size is {block_size}; the Hopper kernels take {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
+    return _why_not_here()
+
+
+def why_not_for(queries: int, *, start, cu_seqlens, dropout_p: float) -> str | None:
+    """Why they cannot serve a call; its length is not in the answer, which torch.compile may keep for all lengths."""
+    if queries < LEAST_QUERIES:
+        return f"q has fewer than {LEAST_QUERIES} tokens"
+    if start is not None or cu_seqlens is not None:
+        return "the Hopper kernels know neither padding nor packed documents"
+    return "the Hopper kernels know no dropout" if dropout_p else None
+
+
+@functools.cache
+def _why_not_here() -> str | None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "the Hopper kernels need a GPU of compute capability 9.0"
+    return why_not_gluon()
+
+
+def why_not_gluon() -> str | None:
+    """What the installed Triton lacks of Gluon, its language for such kernels, which still changes; None if nothing."""
+    import triton
+
+    try:
+        from . import launch
+
+        lacks = _missing(launch.gl)
+    except (ImportError, AttributeError, TypeError) as error:
+        lacks = str(error)
+    return (
+        None
+        if lacks is None
+        else f"the Gluon of Triton {triton.__version__} is not as the Hopper kernels know it: {lacks}"
+    )
+
+
+def _missing(gl) -> str | None:
+    """The first thing that the kernels call and that is not there, or not with these parameters."""
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    called = {
+        gl.warp_specialize: "functions_and_args worker_num_warps worker_num_regs",
+        gl.allocate_shared_memory: "element_ty shape layout",
+        gl.inline_asm_elementwise: "asm constraints args dtype is_pure pack",
+        gl.NVMMADistributedLayout: "version warps_per_cta instr_shape",
+        mbarrier.init: "mbarrier count",
+        mbarrier.expect: "mbarrier",
+        mbarrier.arrive: "mbarrier count pred",
+        mbarrier.wait: "mbarrier phase pred",
+        tma.async_copy_global_to_shared: "tensor_desc coord barrier result",
+        tma.async_copy_shared_to_global: "tensor_desc coord src",
+        tma.store_wait: "pendings",
+        warpgroup_mma: "a b acc use_acc is_async",
+        warpgroup_mma_wait: "num_outstanding deps",
+        TensorDescriptor: "base shape strides block_shape layout",
+    }
+    for function, parameters in called.items():
+        found = inspect.signature(function).parameters
+        for name in parameters.split():
+            if name not in found:
+                return f"{function.__name__} has no {name}"
+    return None
