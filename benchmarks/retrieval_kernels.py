@@ -137,8 +137,7 @@ def stages(call: Call) -> Iterator[tuple[str, Callable[[], object]]]:
     """The kernels of a call in their order, each ready to be run again and again."""
     yield "store", lambda: launch.store(call)
     if call.is_step:
-        splits = selection.splits_of(call)
-        yield "select", lambda: selection.candidates(call, splits)
+        yield "select", lambda: selection.candidates(call)
         yield "all", lambda: launch.decode(call)
         return
     yield "select", lambda: selection.select(call)

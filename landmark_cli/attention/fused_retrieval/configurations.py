@@ -17,6 +17,14 @@ def select_configuration(call: Call) -> Configuration:
     return Configuration(rows, TILE, warps=8 if call.row_bytes > LARGE_ROW and rows == 64 else 4)
 
 
+def step_configuration(call: Call) -> Configuration:
+    """For scoring landmarks in a decoding step; a single query needs no tile of rows."""
+    if call.group_rows > 1:
+        return Configuration(16, TILE)
+    # Landmarks of 32 KiB: 16 loads of 16 bytes a thread, and some four programs a multiprocessor.
+    return Configuration(1, max(16, min(256, 32768 // call.row_bytes)), stages=1)
+
+
 def attend_configuration(call: Call, pairs: float) -> Configuration:
     """For reading the selected blocks, each for `pairs` queries or so."""
     cols = min(64, padded(call.settings.block_size))

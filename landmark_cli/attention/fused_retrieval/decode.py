@@ -11,20 +11,10 @@ import triton
 import triton.language as tl
 
 from .route import distance_of
-from .select import best_candidates
-from .tiles import block_base, load_columns, load_parts, place_of, turn
+from .step import best_candidates
+from .tiles import block_base, load_columns, load_parts, place_of, sum_products, turn
 
 NOTHING = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def sum_products(q, k):
-    """Products of one query with rows of keys, both in parts, in float32."""
-    s = tl.sum(k[0].to(tl.float32) * q[0].to(tl.float32), 1)
-    s += tl.sum(k[1].to(tl.float32) * q[1].to(tl.float32), 1)
-    if len(q) == 3:
-        s += tl.sum(k[2].to(tl.float32) * q[2].to(tl.float32), 1)
-    return s
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
@@ -33,14 +23,14 @@ def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_
                   GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
                   REST_PAD: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
                   ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
-                  TILE: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr,
+                  COLS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ABSOLUTE: tl.constexpr,
                   TIE: tl.constexpr):  # fmt: skip
-    """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that select_kernel left.
+    """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that candidates_kernel left.
 
     Program (item, query of a head). Items: K selected blocks, the query's own block, and, where a step may begin a new
     block, the one before. PARTS_OUT (B, H, T, ITEMS, D) and PARTS_LOGIT hold what they find; ARRIVED (B, H, T) counts
     programs that are through, from 0 and back to 0. CHOSEN and SHARES (B, H, T, K), unless None: ages and shares of the
-    selected blocks. TILE: landmarks a tile of select_kernel's.
+    selected blocks. COLS: landmarks a tile of candidates_kernel's. PART: keys a tile of a block.
     """
     item = tl.program_id(0)
     row = tl.program_id(1)
@@ -61,7 +51,7 @@ def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_
     slot = (blocks + position // BLOCK) % capacity
     ok = real
     if item < K:
-        best = best_candidates(AGES, SCORES, row, cached, K, SPLITS, CANDIDATES, TILE, K_PAD, TIE)
+        best = best_candidates(AGES, SCORES, row, cached, taken, K, SPLITS, CANDIDATES, COLS, K_PAD, TIE)
         rank = tl.arange(0, K_PAD)
         age = tl.sum(tl.where(rank == item, best, 0), 0)
         older = tl.sum((best > age).to(tl.int32), 0)
@@ -97,8 +87,8 @@ def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_
     top = -1.0e30
     total = 0.0
     out = tl.zeros([D_PAD], tl.float32)
-    for part in tl.static_range((BLOCK + COLS - 1) // COLS):
-        column = part * COLS + tl.arange(0, COLS)
+    for part in tl.static_range((BLOCK + PART - 1) // PART):
+        column = part * PART + tl.arange(0, PART)
         seen = (column < BLOCK) & ok
         k = load_parts(base, column * D, seen, HALF, REST, HALF_PAD, REST_PAD)
         v = load_columns(base + BLOCK * D, column * D, seen & (column < texts), dim, D)

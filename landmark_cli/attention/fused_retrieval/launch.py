@@ -15,12 +15,12 @@ from ..fused.configurations import Configuration
 from ..fused.launch import empty_heads_last
 from ..offload import ResidentBlocks
 from .attend import attend_kernel
-from .call import MAX_TOP_K, STEP_TOKENS, TILE, Call, strides
+from .call import MAX_TOP_K, STEP_TOKENS, Call, strides
 from .configurations import attend_configuration, finish_configuration, store_rows
 from .decode import decode_kernel
 from .finish import finish_kernel
 from .route import count_kernel, fill_kernel, scan_kernel
-from .selection import candidate_constants, candidates, select, splits_of
+from .selection import candidates, select
 from .store import fetch_kernel, store_kernel
 
 LOG2E = math.log2(math.e)
@@ -206,23 +206,20 @@ _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 def decode(call: Call) -> Tensor:
     """Attention of a step of few tokens, whose keys have been stored: select, then all the rest in one kernel."""
-    splits = splits_of(call)
-    ages, scores = candidates(call, splits)
+    found = candidates(call)
     items, rows = call.top_k + 1 + (call.tokens > 1), call.batch * call.heads * call.tokens
-    found = call.empty(rows, items, call.dim, dtype=torch.float32)
+    parts = call.empty(rows, items, call.dim, dtype=torch.float32)
     logits = call.empty(rows, items, dtype=torch.float32)
     out, trace = empty_heads_last(call.q), call.chunk.cache.trace
     arrived = call.blocks.arrivals(call.batch * call.heads * STEP_TOKENS)
     shape = *call.q.shape[:3], call.top_k
     chosen, shares = (None, None) if trace is None else (call.empty(*shape), call.empty(*shape, dtype=torch.float32))
-    constants = candidate_constants(call, splits)
     decode_kernel[(items, rows)](
-        call.q, call.blocks.blocks, call.pool, call.place, call.chunk.counters, *call.turns, ages, scores, found,
-        logits, arrived, out, chosen, shares, strides(call.q), strides(out), call.tokens,
+        call.q, call.blocks.blocks, call.pool, call.place, call.chunk.counters, *call.turns, found.ages,
+        found.scores, parts, logits, arrived, out, chosen, shares, strides(call.q), strides(out), call.tokens,
         *call.ring, *call.reach, call.scale * LOG2E, GROUP=call.group, **call.parts, D_PAD=call.dim_pad,
-        K=call.top_k, K_PAD=constants["K_PAD"], ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), SPLITS=splits,
-        CANDIDATES=constants["CANDIDATES"], TILE=TILE, BLOCK=call.settings.block_size,
-        COLS=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, TIE=call.tie, num_warps=4,
+        **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
+        PART=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, TIE=call.tie, num_warps=4,
     )  # fmt: skip
     if trace is not None:
         trace.record(call.blocks.index, call.chunk, chosen, shares)

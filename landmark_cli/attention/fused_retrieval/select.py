@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_parts, place_of, query_rows, turn
+from .tiles import dot, load_parts, place_of, query_rows, sum_products, turn
 
 NO_SCORE = tl.constexpr(float("-inf"))
 
@@ -27,7 +27,7 @@ def ordered(score):
 def sortable(score, column, EXACT: tl.constexpr):
     """What take_top works on: the scores themselves, or (faster) integers of their upper bits and the column below.
 
-    Integers compare scores to 17 bits or more, which is finer than the rounding of 16-bit keys.
+    Integers compare scores to 15 bits or more, which is finer than the rounding of 16-bit keys.
     """
     COLS: tl.constexpr = column.shape[0]
     if EXACT:
@@ -107,12 +107,18 @@ def landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, bloc
     """
     age = first_age + column
     ok = age <= cached
-    slot = tl.where(ok, (blocks - age) % capacity, 0)
+    slot = blocks % capacity - age
+    slot = tl.where(ok, tl.where(slot < 0, slot + capacity, slot), 0)
     base = LANDMARK_KEYS + tl.cast(key_row, tl.int64) * capacity * (2 * HALF + REST)
     k = load_parts(base, slot.to(tl.int64) * (2 * HALF + REST), ok, HALF, REST, HALF_PAD, REST_PAD)
     if NEAR:
         k = turn(k, COS, SIN, tl.maximum(taken + 1 - age, 0)[:, None], HALF, HALF_PAD)
-    return tl.where(ok[None, :], dot(q, k, PRECISION) * scale, NO_SCORE)
+    if q[0].shape[0] == 1:
+        # The matrix unit would work on 16 rows.
+        s = sum_products(q, k)[None, :]
+    else:
+        s = dot(q, k, PRECISION)
+    return tl.where(ok[None, :], s * scale, NO_SCORE)
 
 
 @triton.jit
@@ -131,29 +137,24 @@ def select_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, 
                   heads, capacity, retrievable, top_k, first, scale,
                   GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
                   REST_PAD: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                  SPLITS: tl.constexpr, LATER: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr,
-                  TIE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The ages of the K best blocks of each query and head, into columns first.. of AGES (B, H, T, SPLITS, WIDTH).
+                  LATER: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr, TIE: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """The ages of the K best blocks of each query and head, into columns first.. of AGES (B, H, T, WIDTH).
 
-    Program (tile of rows, split, key head): rows are the queries of the GROUP heads on a key head; every split looks
-    at its own tiles of landmarks only and leaves its candidates, with SCORES of the same shape. LATER: look only at
-    what comes after column first - 1, which an earlier pass has filled.
+    Program (tile of rows, key head): rows are the queries of the GROUP heads on a key head. SCORES, unless None, has
+    the same shape. LATER: look only at what comes after column first - 1, which an earlier pass has filled.
     """
-    split = tl.program_id(1)
-    key_row = tl.program_id(2)
+    key_row = tl.program_id(1)
     batch_row = key_row // heads
     start, blocks, _ = place_of(COUNTERS, batch, batch_row)
     cached = tl.minimum(blocks, retrievable)
     taken = tl.minimum(cached, top_k)
-    if (split > 0) & (split * COLS >= cached):
-        return
-
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, GROUP)
     q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
                   ABSOLUTE)  # fmt: skip
     column = tl.arange(0, COLS)
-    out = ((tl.cast(key_row, tl.int64) * GROUP * tokens + row) * SPLITS + split) * WIDTH
+    out = (tl.cast(key_row, tl.int64) * GROUP * tokens + row) * WIDTH
     in_range = row < GROUP * tokens
     if LATER:
         last_score = tl.load(SCORES + out + first - 1, mask=in_range, other=0.0)
@@ -163,14 +164,13 @@ def select_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, 
     ages = (tl.zeros([ROWS], tl.int32),) * K
     # A tile of padding looks at nothing.
     tiles = tl.where(tl.max(real.to(tl.int32), 0) > 0, tl.cdiv(cached, COLS), 0)
-    if split == 0:
-        if tiles > 0:
-            s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1, column, key_row, blocks, cached, taken, capacity, scale,
-                                HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
-            if LATER:
-                s = after(s, 1, column, last_score, last_age, EXACT)
-            scores, ages = keep_best(scores, ages, s, 1, column, EXACT, TIE)
-    for tile in range(tl.where(split == 0, SPLITS, split), tiles, SPLITS):
+    if tiles > 0:
+        s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1, column, key_row, blocks, cached, taken, capacity, scale,
+                            HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+        if LATER:
+            s = after(s, 1, column, last_score, last_age, EXACT)
+        scores, ages = keep_best(scores, ages, s, 1, column, EXACT, TIE)
+    for tile in range(1, tiles):
         first_age = 1 + tile * COLS
         s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity,
                             scale, HALF, REST, HALF_PAD, REST_PAD, False, PRECISION)  # fmt: skip
@@ -182,36 +182,3 @@ def select_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, 
         tl.store(AGES + out + first + j, tl.where(real, ages[j], 0), mask=in_range)
         if SCORES is not None:
             tl.store(SCORES + out + first + j, scores[j], mask=in_range)
-
-
-@triton.jit
-def best_candidates(AGES, SCORES, row, cached, WIDTH: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
-                    COLS: tl.constexpr, K_PAD: tl.constexpr, TIE: tl.constexpr):  # fmt: skip
-    """The ages of a row's WIDTH best of all splits' candidates, (K_PAD,), 0 where there are not so many."""
-    index = tl.arange(0, CANDIDATES)
-    left = (index < SPLITS * WIDTH) & (index // WIDTH * COLS < cached)
-    at = tl.cast(row, tl.int64) * (SPLITS * WIDTH) + index
-    score = tl.load(SCORES + at, mask=left, other=NO_SCORE)
-    age = tl.load(AGES + at, mask=left, other=0)
-    rank = tl.arange(0, K_PAD)
-    best = tl.zeros([K_PAD], tl.int32)
-    for j in tl.static_range(WIDTH):
-        top = tl.max(score, 0)
-        tied = score >= top - TIE * tl.maximum(tl.abs(top), 1.0)
-        found = tl.min(tl.where(tied, age, 2147483647), 0)
-        best = tl.where(rank == j, tl.where(top > NO_SCORE, found, 0), best)
-        score = tl.where(age == found, NO_SCORE, score)
-    return best
-
-
-@triton.jit(do_not_specialize=["rows_per_batch", "batch", "retrievable"])
-def pick_kernel(AGES, SCORES, COUNTERS, OUT, rows_per_batch, batch, retrievable, WIDTH: tl.constexpr,
-                SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, COLS: tl.constexpr, K_PAD: tl.constexpr,
-                TIE: tl.constexpr):  # fmt: skip
-    """Each row's best of the candidates that the splits of select_kernel left: OUT (rows, WIDTH)."""
-    row = tl.program_id(0)
-    _, blocks, _ = place_of(COUNTERS, batch, row // rows_per_batch)
-    best = best_candidates(AGES, SCORES, row, tl.minimum(blocks, retrievable), WIDTH, SPLITS, CANDIDATES, COLS, K_PAD,
-                           TIE)  # fmt: skip
-    rank = tl.arange(0, K_PAD)
-    tl.store(OUT + tl.cast(row, tl.int64) * WIDTH + rank, best, mask=rank < WIDTH)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
 
 from ..retrieval import TIE
 from .call import PASS, TILE, Call, padded, strides
-from .configurations import select_configuration
-from .select import pick_kernel, select_kernel
+from .configurations import select_configuration, step_configuration
+from .select import select_kernel
 from .shared import normalizer_kernel, shared_scores_kernel, top_kernel
+from .step import candidates_kernel, pick_kernel
 
-# Programs that share one key head's landmarks in a decoding step, at most.
-MAX_SPLITS = 256
+# In a decoding step: programs that share one key head's landmarks, and programs of all key heads, at most.
+MAX_SPLITS, MAX_PROGRAMS = 256, 4096
 # Memory for the scores of a selection that heads share.
 SHARED_BYTES = 64 << 20
 
@@ -27,44 +30,55 @@ def select(call: Call) -> Tensor:
         return torch.cat(parts, dim=2)
     if call.settings.selection == "max_over_tokens":
         return shared(call, normalizer(call), 0, call.tokens)
-    splits = splits_of(call) if call.is_step else 1
-    ages, scores = candidates(call, splits)
-    if splits == 1:
-        return ages[..., 0, :]
-    found = call.empty(*ages.shape[:3], call.top_k)
-    pick_kernel[(call.batch * call.heads * call.tokens,)](
-        ages, scores, call.chunk.counters, found, call.heads * call.tokens, call.batch, call.settings.retrievable,
-        TIE=call.tie, **candidate_constants(call, splits),
-    )  # fmt: skip
-    return found
-
-
-def splits_of(call: Call) -> int:
-    """How many programs share a key head's landmarks in a decoding step; the same whatever has been read."""
-    return min(triton.cdiv(call.capacity, TILE), MAX_SPLITS)
-
-
-def candidate_constants(call: Call, splits: int) -> dict[str, int]:
-    """What the kernels that choose among candidates have to know about them."""
-    found, k_pad = triton.next_power_of_2(splits * call.top_k), triton.next_power_of_2(call.top_k)
-    return {"WIDTH": call.top_k, "SPLITS": splits, "CANDIDATES": found, "COLS": TILE, "K_PAD": k_pad}
-
-
-def candidates(call: Call, splits: int) -> tuple[Tensor, Tensor | None]:
-    """(ages, scores) of each split's best, (B, H, T, splits, k); no scores where nothing needs them."""
-    shape = *call.q.shape[:3], splits, call.top_k
-    ages = call.empty(*shape)
-    scores = call.empty(*shape, dtype=torch.float32) if call.is_step or call.top_k > PASS else None
+    if call.is_step:
+        found = candidates(call)
+        best = call.empty(*call.q.shape[:3], call.top_k)
+        pick_kernel[(call.batch * call.heads * call.tokens,)](
+            found.ages, found.scores, call.chunk.counters, best, call.heads * call.tokens, call.batch, *call.reach,
+            TIE=call.tie, **found.constants,
+        )  # fmt: skip
+        return best
+    ages = call.empty(*call.q.shape[:3], call.top_k)
+    scores = torch.empty_like(ages, dtype=torch.float32) if call.top_k > PASS else None
     choice = select_configuration(call)
     for first in range(0, call.top_k, PASS):
-        select_kernel[(triton.cdiv(call.group_rows, choice.rows), splits, call.key_rows)](
+        select_kernel[(triton.cdiv(call.group_rows, choice.rows), call.key_rows)](
             call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, ages, scores,
             strides(call.q), call.tokens, *call.ring, *call.reach, first, call.scale, GROUP=call.group, **call.parts,
-            K=min(PASS, call.top_k - first), WIDTH=call.top_k, ROWS=choice.rows, COLS=TILE, SPLITS=splits,
-            LATER=first > 0, ABSOLUTE=call.absolute, EXACT=call.exact, TIE=call.tie, PRECISION=call.precision,
+            K=min(PASS, call.top_k - first), WIDTH=call.top_k, ROWS=choice.rows, COLS=TILE, LATER=first > 0,
+            ABSOLUTE=call.absolute, EXACT=call.exact, TIE=call.tie, PRECISION=call.precision,
             **choice.launch_options(),
         )  # fmt: skip
-    return ages, scores
+    return ages
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the kernels that pick a step's blocks have to know.
+
+    ages, scores: (B, H, T, splits, k), what candidates_kernel leaves. constants: how these came about.
+    """
+
+    ages: Tensor
+    scores: Tensor
+    constants: dict[str, int]
+
+
+def candidates(call: Call) -> Candidates:
+    """A step's candidates; their shapes are the same whatever has been read."""
+    choice, k_pad = step_configuration(call), triton.next_power_of_2(call.top_k)
+    most = max(1, min(MAX_SPLITS, MAX_PROGRAMS // call.key_rows))
+    splits = 1 + min(triton.cdiv(call.capacity, choice.cols), most)
+    shape = *call.q.shape[:3], splits, call.top_k
+    ages, scores = call.empty(*shape), call.empty(*shape, dtype=torch.float32)
+    candidates_kernel[(triton.cdiv(call.group_rows, choice.rows), splits, call.key_rows)](
+        call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, ages, scores,
+        strides(call.q), call.tokens, *call.ring, *call.reach, call.scale, GROUP=call.group, **call.parts,
+        K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
+        ABSOLUTE=call.absolute, EXACT=call.exact, TIE=call.tie, PRECISION=call.precision, **choice.launch_options(),
+    )  # fmt: skip
+    constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
+    return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})
 
 
 def normalizer(call: Call) -> Tensor:

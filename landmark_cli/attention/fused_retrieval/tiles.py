@@ -97,6 +97,16 @@ def dot(q, k, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_products(q, k):
+    """Products of one query with rows of keys, both in parts, in float32."""
+    s = k[0].to(tl.float32) * q[0].to(tl.float32) + k[1].to(tl.float32) * q[1].to(tl.float32)
+    s = tl.sum(s, 1)
+    if len(q) == 3:
+        s += tl.sum(k[2].to(tl.float32) * q[2].to(tl.float32), 1)
+    return s
+
+
+@triton.jit
 def block_base(HOME, POOL, PLACE, unit, SIZE: tl.constexpr):
     """Where a block (number `unit` among all heads' blocks) begins: in the pool if it has a place there, else at home.
 
