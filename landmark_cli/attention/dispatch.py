@@ -13,6 +13,7 @@ from ..errors import LandmarkError
 from . import reference, retrieval
 from .cache import Chunk
 from .context_miss import attend_chunk_with_context_miss
+from .hopper import support
 from .recurrent import recurrent_attention_forward
 
 
@@ -20,7 +21,7 @@ from .recurrent import recurrent_attention_forward
 class LandmarkLayout:
     """Blocks of a forward pass where the model's even ones do not say it all; the fields are landmark_attention's.
 
-    implementation: "eager" or "fused" instead of what `choose_implementation` finds.
+    implementation: "eager", "fused" or "hopper" instead of what `choose_implementation` finds.
     Give it to any landmark model as `model(..., landmark_layout=LandmarkLayout(...))`.
     """
 
@@ -111,9 +112,16 @@ def landmark_attention(
         needs = "landmark_mask makes blocks of any size"
     elif context_miss_key is not None:
         needs = "context_miss_key gives the outer softmax a key of its own"
+    plain = {name: arguments.get(name) for name in ("start", "cu_seqlens", "dropout_p")}
     name = choose_implementation(
-        q.device.type, q.dtype, q.shape[-1], block_size, needs_eager=needs, requested=implementation
-    )
+        q.device.type, q.dtype, q.shape[-1], block_size, needs_eager=needs,
+        needs_portable=support.why_not_for(q.shape[2], **plain), requested=implementation,
+    )  # fmt: skip
+    if name == "hopper":
+        from .hopper.op import landmark_attention as hopper
+
+        given = {name: arguments[name] for name in ("scale", "return_lse") if name in arguments}
+        return hopper(q, k, v, block_size=block_size, **given)
     if name == "fused":
         from .fused import landmark_attention as fused
 
@@ -150,7 +158,11 @@ def attend_chunk(
         needs = "context_miss_key gives the outer softmax a key of its own"
     elif torch.is_grad_enabled() and q.requires_grad:
         needs = "gradients are asked for"
-    name = choose_implementation(q.device.type, q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs)
+    # Retrieval has no Hopper kernels of its own.
+    requested = "fused" if os.environ.get("LANDMARK_ATTENTION") == "hopper" else None
+    name = choose_implementation(
+        q.device.type, q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs, requested=requested
+    )
     chunk.cache.implementations.add(name)
     if name == "fused":
         from . import fused_retrieval
@@ -172,21 +184,33 @@ def choose_implementation(
     block_size: int | None,
     *,
     needs_eager: str | None = None,
+    needs_portable: str | None = None,
     requested: str | None = None,
 ) -> str:
     """ "fused" on an NVIDIA GPU wherever the fused kernels can serve, "eager" elsewhere; the user is told once.
 
-    device: "cpu", "cuda", ...; needs_eager: why only the eager definition knows these arguments, if so.
-    requested, or else the environment's LANDMARK_ATTENTION: "eager" or "fused", to have that one.
+    device: "cpu", "cuda", ...; needs_eager: why only the eager definition knows these arguments, if so; needs_portable:
+    why the Hopper kernels do not know them. Those are "hopper"; `hopper.support.UNASKED` has them run unasked.
+    requested, or else the environment's LANDMARK_ATTENTION: "eager", "fused" or "hopper", to have that one.
 
-    Raises ValueError where "fused" is asked for and cannot serve, naming the argument, or where no such name exists.
+    Raises ValueError where what is asked for cannot serve, naming the argument, or where no such name exists.
     """
     requested = requested or os.environ.get("LANDMARK_ATTENTION") or None
-    if requested not in (None, "eager", "fused"):
-        raise ValueError(f'landmark attention has the implementations "eager" and "fused"; {requested!r} was asked for')
+    if requested not in (None, "eager", "fused", "hopper"):
+        raise ValueError(
+            f'landmark attention has the implementations "eager", "fused" and "hopper"; {requested!r} was asked for'
+        )
     if requested == "eager":
         return _announce("eager", "as asked for")
+    if requested == "hopper":
+        obstacle = needs_eager or needs_portable or support.why_not(device, dtype, head_dim, block_size)
+        if obstacle is not None:
+            raise ValueError(f"Hopper kernels were asked for, but {obstacle}")
+        return _announce("hopper", "as asked for")
     obstacle = needs_eager or _obstacle(device, dtype, head_dim, block_size, asked=requested == "fused")
+    if obstacle is None and requested is None and support.UNASKED and support.is_hopper(device):
+        obstacle = needs_portable or support.why_not(device, dtype, head_dim, block_size)
+        return _announce("fused", f"on {device}; {obstacle}") if obstacle else _announce("hopper", f"on {device}")
     if obstacle is None:
         return _announce("fused", "as asked for" if requested else f"on {device}")
     if requested == "fused":

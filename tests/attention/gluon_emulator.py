@@ -44,7 +44,7 @@ class Pointer:
 
 class Descriptor:
     def __init__(self, described):
-        self.base, self.shape = described.base, described.shape
+        self.base, self.shape = described.base.detach(), described.shape
         nbytes = torch.Size(described.block_shape).numel() * described.base.element_size()
         self.block_type = types.SimpleNamespace(shape=described.block_shape, nbytes=nbytes)
         self.layout, self.dtype = None, described.base.dtype
@@ -302,7 +302,7 @@ def argument(x):
     if hasattr(x, "block_shape"):
         return Descriptor(x)
     if isinstance(x, torch.Tensor):
-        return Pointer(x)
+        return Pointer(x.detach())
     return value(x) if isinstance(x, int) else x
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from triton.experimental import gluon
 
+from landmark_cli.attention import dispatch
 from landmark_cli.attention.fused import launch as portable
-from landmark_cli.attention.hopper import launch, schedule, support
+from landmark_cli.attention.hopper import launch, op, schedule, support
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention import gluon_emulator
 from tests.attention.agreement import Case
@@ -30,19 +31,18 @@ def chip(monkeypatch, poisoned):
     schedule.key_schedule.cache_clear()
 
 
-@pytest.mark.parametrize("with_lse", [True, False], ids=["dlse", "plain"])
 @pytest.mark.parametrize(
-    ("case", "dtype", "choice"),
+    ("case", "dtype", "choice", "with_lse"),
     [
-        (Case(64, 256, dim=64), torch.bfloat16, None),
-        (Case(64, 700, dim=64, heads=3, key_heads=1), torch.float16, None),
-        (Case(64, 300, keys=1003, dim=128, heads=2, key_heads=2), torch.bfloat16, PAIRS),
-        (Case(64, 420, dim=128, batch=2), torch.bfloat16, SINGLES),
-        (Case(51, 300, keys=420, dim=64, batch=2, heads=4, key_heads=2), torch.bfloat16, PAIRS),
-        (Case(33, 257, dim=128, heads=2), torch.float16, PAIRS),
-        (Case(16, 600, dim=64, heads=2), torch.bfloat16, None),
+        (Case(64, 256, dim=64), torch.bfloat16, None, False),
+        (Case(64, 700, dim=64, heads=3, key_heads=1), torch.float16, None, True),
+        (Case(64, 300, keys=1003, dim=128, heads=2, key_heads=2), torch.bfloat16, PAIRS, False),
+        (Case(64, 420, dim=128, batch=2), torch.bfloat16, SINGLES, True),
+        (Case(51, 300, keys=420, dim=64, batch=2, heads=4, key_heads=2), torch.bfloat16, PAIRS, False),
+        (Case(33, 257, dim=128, heads=2), torch.float16, PAIRS, True),
+        (Case(16, 600, dim=64, heads=2), torch.bfloat16, None, False),
     ],
-    ids=lambda x: str(x).replace("torch.", "").replace("ForwardConfiguration", "") if x is not None else "",
+    ids=lambda x: str(x) if isinstance(x, Case) else "",
 )
 def test_agrees_with_the_definition(case, dtype, choice, with_lse):
     q, k, v = (x.detach() for x in case.tensors(dtype, "cpu"))
@@ -113,13 +113,13 @@ def test_a_schedule_has_every_tile_once(heads, tiles):
         ((torch.float32, 128, 64), "float32"),
         ((torch.bfloat16, 96, 64), "head dim 96"),
         ((torch.bfloat16, 128, 65), "block_size is 65"),
-        ((torch.bfloat16, 128, 64), "compute capability 9.0"),
     ],
     ids=str,
 )
 def test_what_they_cannot_serve_is_named(given, reason, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reason in support.why_not(*given)
+    assert "compute capability 9.0" in support.why_not("cpu", *given)
+    monkeypatch.setattr(support, "is_hopper", lambda device: True)
+    assert reason in support.why_not("cuda", *given)
 
 
 def test_this_triton_has_what_they_call():
@@ -127,7 +127,77 @@ def test_this_triton_has_what_they_call():
 
 
 def test_another_gluon_is_explained(monkeypatch):
+    explain = support.why_not_gluon.__wrapped__
     monkeypatch.setattr(launch.gl, "warp_specialize", lambda functions, warps: None)
-    assert "has no functions_and_args" in support.why_not_gluon()
+    assert "has no functions_and_args" in explain()
     monkeypatch.delattr(launch.gl, "warp_specialize")
-    assert "warp_specialize" in support.why_not_gluon()
+    assert "warp_specialize" in explain()
+
+
+@pytest.fixture
+def able(monkeypatch):
+    """As if the CPU were the chip."""
+    monkeypatch.setattr(support, "is_hopper", lambda device: True)
+    monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
+    dispatch._announce.cache_clear()
+
+
+def test_they_run_where_they_are_asked_for(able, monkeypatch, capsys):
+    leaves = Case(64, 300, dim=64, heads=2, key_heads=1).tensors(torch.bfloat16, "cpu")
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    dout = torch.randn_like(leaves[0])
+    monkeypatch.setenv("LANDMARK_ATTENTION", "hopper")
+    out = dispatch.landmark_attention(*leaves, block_size=64)
+    assert "landmark attention: hopper (as asked for)" in capsys.readouterr().err
+    expected = eager(*exact, block_size=64)
+    found, wanted = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(expected, exact, dout.float())
+    for a, b in zip((out, *found), (expected, *wanted), strict=True):
+        assert (a.float() - b).norm() <= ROUNDED[torch.bfloat16] * b.norm()
+
+
+@pytest.mark.parametrize(
+    ("queries", "arguments", "reason"),
+    [
+        (255, {"block_size": 64}, "fewer than 256"),
+        (300, {"block_size": 64, "start": torch.tensor([3])}, "padding"),
+        (300, {"block_size": 64, "dropout_p": 0.1, "dropout_seed": 1}, "dropout"),
+        (300, {"block_size": 70}, "block_size is 70"),
+        (300, {"landmark_mask": torch.arange(300)[None] % 9 == 8}, "landmark_mask"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_asked_for_what_they_cannot_do_they_say_so(able, queries, arguments, reason):
+    q, k, v = Case(64, queries, dim=64).tensors(torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match=f"Hopper kernels were asked for, but .*{reason}"):
+        dispatch.landmark_attention(q, k, v, **arguments, implementation="hopper")
+
+
+@pytest.mark.parametrize(
+    ("unasked", "dtype", "needs_portable", "told"),
+    [
+        (False, torch.bfloat16, None, "fused (on cuda)"),
+        (True, torch.bfloat16, None, "hopper (on cuda)"),
+        (True, torch.float32, None, "fused (on cuda; q is torch.float32"),
+        (True, torch.bfloat16, "q has fewer than 256 tokens", "fused (on cuda; q has fewer than 256 tokens)"),
+    ],
+    ids=str,
+)
+def test_unasked_they_run_where_they_can(able, unasked, dtype, needs_portable, told, monkeypatch, capsys):
+    monkeypatch.setattr(support, "UNASKED", unasked)
+    name = dispatch.choose_implementation("cuda", dtype, 128, 64, needs_portable=needs_portable)
+    assert told.startswith(name) and f"landmark attention: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("view", ["of one projection", "head dim in steps", "expanded keys", "off by 2 bytes"])
+def test_what_the_copy_engine_cannot_take_is_copied(view):
+    x = torch.randn(2, 300, 3, 2, 64).to(torch.bfloat16).select(2, 1).transpose(1, 2)
+    if view == "head dim in steps":
+        x = torch.randn(2, 2, 64, 300).to(torch.bfloat16).transpose(-1, -2)
+    if view == "expanded keys":
+        x = x[:, :1].expand(-1, 2, -1, -1)
+    if view == "off by 2 bytes":
+        x = torch.randn(2 * 2 * 300 * 64 + 1).to(torch.bfloat16)[1:].view(2, 2, 300, 64)
+    found = op._operand(x)
+    assert torch.equal(found, x) and (found is x) == (view == "of one projection")
+    assert all(x > 0 and x % 8 == 0 for x in found.stride()[:3]) and found.stride(3) == 1
+    assert found.data_ptr() % 16 == 0

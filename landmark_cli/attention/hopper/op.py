@@ -23,7 +23,7 @@ def landmark_attention(
     Raises ValueError naming the argument that cannot be served.
     """
     check_shapes(q, k, v)
-    reason = support.why_not(q.dtype, q.shape[3], block_size)
+    reason = support.why_not(q.device.type, q.dtype, q.shape[3], block_size)
     reason = reason or support.why_not_for(q.shape[2], start=None, cu_seqlens=None, dropout_p=0.0)
     if reason is not None:
         raise ValueError(reason)

@@ -18,15 +18,17 @@ BLOCK_SIZES = range(16, 65)
 LEAST_QUERIES = 256
 
 
-def why_not(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
-    """Why the Hopper kernels cannot serve on the current GPU, naming what is allowed; None if they can."""
+def why_not(device: str, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
+    """Why the Hopper kernels cannot serve, naming the argument and what is allowed; None if they can."""
+    if not is_hopper(device):
+        return "the Hopper kernels need a GPU of compute capability 9.0"
     if dtype not in DTYPES:
         return f"q is {dtype}; the Hopper kernels take {' and '.join(map(str, DTYPES))}"
     if head_dim not in HEAD_DIMS:
         return f"q has head dim {head_dim}; the Hopper kernels take {' and '.join(map(str, HEAD_DIMS))}"
     if block_size not in BLOCK_SIZES:
         return f"block_size is {block_size}; the Hopper kernels take {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
-    return _why_not_here()
+    return why_not_gluon()
 
 
 def why_not_for(queries: int, *, start, cu_seqlens, dropout_p: float) -> str | None:
@@ -39,12 +41,12 @@ def why_not_for(queries: int, *, start, cu_seqlens, dropout_p: float) -> str | N
 
 
 @functools.cache
-def _why_not_here() -> str | None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return "the Hopper kernels need a GPU of compute capability 9.0"
-    return why_not_gluon()
+def is_hopper(device: str) -> bool:
+    """Whether devices of this type, "cuda" for one, are Hopper GPUs."""
+    return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
+@functools.cache
 def why_not_gluon() -> str | None:
     """What the installed Triton lacks of Gluon, its language for such kernels, which still changes; None if nothing."""
     import triton
