@@ -135,7 +135,7 @@ def gibibytes() -> float:
 
 
 def fill(reader: Reader, text: int, share_storage: bool = False) -> None:
-    """Make a reader's cache as if `text` tokens of each row had been read, with random keys and values; on the host zeros.
+    """Make a reader's cache as if `text` tokens of each row had been read: random keys and values, zeros on the host.
 
     share_storage: all layers' blocks are one tensor, where more do not fit; their landmark keys stay their own.
     """
