@@ -1,6 +1,6 @@
 """Attention of a chunk to the incomplete block before it and to itself, and merging the retrieved blocks into it.
 
-The online outer softmax that walks over the chunk's own blocks takes in the retrieved ones at its end, each with its
+The online outer softmax that walks over the chunk's own blocks begins with the retrieved ones, each with its
 landmark's logit: so the local part is never written. An in-block softmax is complete inside a block, so only the outer
 one runs online; with a block's weight the landmark's logit, or for a query's own block the log-sum-exp of the text it
 sees, both kinds of block are one case. Source: arXiv 2305.16300, section 3.
@@ -131,6 +131,22 @@ def finish_kernel(Q, K, V, HOME, COUNTERS, PAIR_OUT, GROUP_LOGIT, LOCAL, LSE, OU
         top = tl.full([ROWS], FLOOR, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, D_PAD], tl.float32)
+
+    if RETRIEVED > 0:
+        # Before the chunk's own blocks: here nothing is multiplied yet, so the output lies as it is best loaded.
+        for j in tl.range(RETRIEVED, num_stages=3):
+            group = tl.load(GROUP_LOGIT + stats * RETRIEVED + j, mask=real, other=float("-inf"))
+            pointers = PAIR_OUT + (stats * RETRIEVED + j)[:, None] * D + dim[None, :]
+            pair = tl.load(pointers, mask=real[:, None] & (dim < D)[None, :], other=0.0)
+            pair = tl.where((group > float("-inf"))[:, None], pair, 0.0).to(tl.float32)
+            higher = tl.maximum(top, group)
+            fade = tl.exp2(top - higher)
+            share = tl.exp2(group - higher)
+            acc = acc * fade[:, None] + pair * share[:, None]
+            total = total * fade + share
+            top = higher
+
+    if not MERGE_ONLY:
         col = tl.arange(0, COLS)
         position = tl.where(real, row + shift, -1)
         q_base = Q + batch_row * q_strides[0] + query_head * q_strides[1]
@@ -164,19 +180,6 @@ def finish_kernel(Q, K, V, HOME, COUNTERS, PAIR_OUT, GROUP_LOGIT, LOCAL, LSE, OU
                 q, top, total, acc, k_base, v_base, k_strides[2], v_strides[2], block * BLOCK, position, keys_left,
                 scale, col, dim, BLOCK, D, PARTS, True, PRECISION,
             )  # fmt: skip
-
-    if RETRIEVED > 0:
-        for j in range(RETRIEVED):
-            group = tl.load(GROUP_LOGIT + stats * RETRIEVED + j, mask=real, other=float("-inf"))
-            found = group > float("-inf")
-            pointers = PAIR_OUT + (stats * RETRIEVED + j)[:, None] * D + dim[None, :]
-            pair = tl.load(pointers, mask=found[:, None] & (dim < D)[None, :], other=0.0).to(tl.float32)
-            higher = tl.maximum(top, group)
-            fade = tl.exp2(top - higher)
-            share = tl.exp2(group - higher)
-            acc = acc * fade[:, None] + pair * share[:, None]
-            total = total * fade + share
-            top = higher
 
     # Padding has seen nothing: 0.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
