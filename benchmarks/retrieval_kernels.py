@@ -51,6 +51,14 @@ CHOICES = {
                Configuration(128, 64, 8, 2), Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2, 128)],
 }  # fmt: skip
 
+# A step's scoring of landmarks: how many a tile (a single query has no tile of rows), and programs at most.
+STEP_CHOICES = [
+    (Configuration(1, 128, 4, 1), 4096), (Configuration(1, 128, 4, 1), 1024), (Configuration(1, 128, 4, 1), 528),
+    (Configuration(1, 64, 4, 1), 8192), (Configuration(1, 64, 4, 1), 1024), (Configuration(1, 64, 2, 1), 8192),
+    (Configuration(1, 256, 8, 1), 4096), (Configuration(1, 256, 4, 1), 4096), (Configuration(1, 128, 8, 1), 4096),
+    (Configuration(1, 128, 2, 1), 4096), (Configuration(1, 32, 1, 1), 8192),
+]  # fmt: skip
+
 
 def random_call(shape: str, blocks: int) -> Call:
     """A chunk of random queries, keys and values in front of which `blocks` random blocks are cached."""
@@ -163,6 +171,22 @@ def tune(call: Call, stage: str) -> Iterator[tuple[Configuration, float]]:
             setattr(module, name, usual)
 
 
+def tune_step(call: Call) -> Iterator[tuple[str, float, float]]:
+    """(choice, time of scoring the landmarks, time of all) of a step, for a single query a key head."""
+    usual = selection.step_configuration, selection.MAX_SPLITS, selection.MAX_PROGRAMS
+    for choice, programs in STEP_CHOICES:
+        selection.step_configuration = lambda *_, choice=choice: choice
+        selection.MAX_SPLITS = selection.MAX_PROGRAMS = programs
+        try:
+            times = dict(stages(call))
+            name = f"{choice.cols} landmarks, {choice.warps} warps, {programs} programs"
+            yield name, time_of(times["select"]), time_of(times["all"])
+        except Exception as error:
+            print(f"  select {choice}: {type(error).__name__}", file=sys.stderr)
+        finally:
+            selection.step_configuration, selection.MAX_SPLITS, selection.MAX_PROGRAMS = usual
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
@@ -182,7 +206,7 @@ def main() -> None:
     if options.warm:
         command = [sys.executable, __file__, "--shapes"]
         jobs = [[*command, shape, *(["--tune", stage] if stage else [])] for shape in options.shapes
-                for stage in (tuned if SHAPES[shape][6] > 1 else []) or [None]]  # fmt: skip
+                for stage in (tuned if SHAPES[shape][6] > 1 else tuned[:1]) or [None]]  # fmt: skip
         for process in [subprocess.Popen(job, stdout=subprocess.DEVNULL) for job in jobs]:
             process.wait()
     if options.load:
@@ -204,7 +228,12 @@ def measure(name: str, call: Call, tuned: list[str]) -> None:
     times = {stage: time_of(work) for stage, work in stages(call)}
     spread = "" if call.is_step else f"; distinct {distinct(call, selection.select(call)):.0f}"
     print(f"{name}: " + ", ".join(f"{stage} {taken:.0f}" for stage, taken in times.items()) + spread, flush=True)
-    for stage in tuned if not call.is_step else []:
+    if call.is_step:
+        if "select" in tuned and call.group_rows == 1:
+            for choice, select, everything in sorted(tune_step(call), key=lambda found: found[2]):
+                print(f"  select {select:.1f}, all {everything:.1f}: {choice}", flush=True)
+        return
+    for stage in tuned:
         for choice, taken in sorted(tune(call, stage), key=lambda pair: pair[1]):
             print(f"  {stage} {taken:.0f}: {choice.launch_options()} rows {choice.rows}", flush=True)
 
