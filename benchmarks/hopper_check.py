@@ -1,10 +1,17 @@
-"""First check of the Hopper kernels on a GPU: agreement with the definition, then times beside the other kernels.
+"""The Hopper kernels on a GPU in about a minute: agreement with the definition, then times beside the other kernels.
 
-python benchmarks/hopper_check.py            # everything; each group in a process of its own, with a time limit
-python benchmarks/hopper_check.py GROUP      # one group here
+    python benchmarks/hopper_check.py                     # everything
+    python benchmarks/hopper_check.py --no-timing
+    python benchmarks/hopper_check.py --run d128          # one group in this process
+    python benchmarks/hopper_check.py --run tiny          # a few small shapes, for compute-sanitizer
+
+Groups of shapes run in processes of their own, all at a time. One that says nothing for SILENCE seconds is ended: the
+kernel that it named last hangs. Meanwhile two further processes compile what is to be timed; they begin when all groups
+are done, one after the other, so that backward cannot spoil forward.
 """
 
 import argparse
+import contextlib
 import functools
 import subprocess
 import sys
@@ -14,24 +21,49 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-LIMIT = 60
+# Compiling a kernel takes some five seconds, more when all processors are busy; nothing else takes long.
+SILENCE = 20.0
+# Until the first word, and while all is compiled that is to be timed.
+START = 60.0
 CHECKS = {
     # name: (dtype, head dim, block, [(B, H, G, Tq, Tk)])
-    "d128": ("bfloat16", 128, 64, [(1, 1, 1, 256, 256), (2, 4, 4, 512, 512), (1, 3, 3, 700, 700), (1, 2, 2, 300, 1003),
-                                   (3, 100, 100, 257, 257), (1, 1, 1, 4500, 4500), (1, 2, 2, 1100, 5001)]),
-    "gqa": ("bfloat16", 128, 64, [(2, 8, 2, 512, 512), (1, 6, 2, 333, 1111), (1, 4, 1, 2048, 2048)]),
-    "d64": ("bfloat16", 64, 64, [(1, 1, 1, 256, 256), (2, 4, 2, 777, 777), (1, 2, 2, 300, 999), (1, 1, 1, 4500, 4500)]),
-    "b51": ("bfloat16", 128, 51, [(1, 1, 1, 256, 256), (2, 4, 2, 512, 512), (1, 2, 2, 300, 999),
+    "d128": ("bfloat16", 128, 64, [(1, 1, 1, 256, 256), (1, 1, 1, 512, 512), (2, 4, 4, 512, 512), (1, 3, 3, 700, 700),
+                                   (1, 2, 2, 300, 1003), (3, 100, 100, 257, 257), (1, 1, 1, 4500, 4500),
+                                   (1, 2, 2, 1100, 5001)]),
+    "gqa": ("bfloat16", 128, 64, [(2, 8, 2, 512, 512), (1, 4, 1, 333, 1111), (1, 4, 1, 2048, 2048)]),
+    "d64": ("bfloat16", 64, 64, [(1, 1, 1, 256, 256), (2, 4, 4, 777, 777), (1, 2, 2, 300, 999), (1, 1, 1, 4500, 4500)]),
+    "b51": ("bfloat16", 128, 51, [(1, 1, 1, 256, 256), (2, 4, 4, 512, 512), (1, 2, 2, 300, 999),
                                   (1, 1, 1, 4096, 4096)]),
-    "b51d64half": ("float16", 64, 51, [(2, 4, 2, 512, 512), (1, 2, 2, 300, 1003)]),
-    "half": ("float16", 128, 64, [(2, 4, 2, 512, 512), (1, 2, 2, 300, 1003)]),
-    "b16": ("bfloat16", 128, 16, [(1, 2, 1, 512, 512), (1, 2, 2, 300, 1003)]),
-    "b33": ("bfloat16", 128, 33, [(1, 2, 1, 512, 512), (1, 2, 2, 300, 1003)]),
-    "b24d64": ("bfloat16", 64, 24, [(1, 2, 1, 512, 512), (1, 2, 2, 300, 1003)]),
-    "parts": ("bfloat16", 128, 64, [(1, 1, 1, 8192, 8192), (1, 2, 1, 6000, 8192)]),
+    "half": ("float16", 64, 51, [(2, 4, 2, 512, 512), (1, 2, 1, 300, 1003)]),
+    "b16": ("bfloat16", 128, 16, [(1, 2, 1, 512, 512), (1, 2, 1, 300, 1003)]),
+    "b33": ("float16", 128, 33, [(1, 2, 1, 512, 512), (1, 2, 1, 300, 1003)]),
+    "parts": ("bfloat16", 128, 64, [(1, 1, 1, 8192, 8192), (1, 2, 2, 6000, 8192)]),
+    "tiny": ("bfloat16", 64, 64, [(1, 2, 2, 256, 256), (1, 1, 1, 300, 420)]),
 }  # fmt: skip
+PLAIN = "d128", "d64", "b51", "tiny"
 TIMED = [(16, 8, 512, 128, 64), (4, 32, 2048, 128, 64), (2, 32, 4096, 128, 64), (1, 32, 8192, 128, 64),
          (1, 32, 16384, 128, 64), (4, 16, 4096, 64, 64), (2, 32, 4080, 128, 51)]  # fmt: skip
+
+
+def say(*words) -> None:
+    print(*words, flush=True)
+
+
+def watched(module, name: str) -> None:
+    """Have a launching function say when it begins and wait until it has ended."""
+    import torch
+
+    function = getattr(module, name)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        say(f"... {name}")
+        result = function(*args, **kwargs)
+        say(f"... {name} launched")
+        torch.cuda.synchronize()
+        return result
+
+    setattr(module, name, wrapper)
 
 
 def check(name: str) -> None:
@@ -40,50 +72,56 @@ def check(name: str) -> None:
     from landmark_cli.attention.hopper import launch
     from landmark_cli.attention.reference import landmark_attention as eager
 
+    for function in ("forward", "query_gradient", "key_gradient"):
+        watched(launch, function)
     dtype, dim, block, shapes = CHECKS[name]
     dtype = getattr(torch, dtype)
     torch.manual_seed(0)
+    worst = {}
     for batch, heads, key_heads, queries, keys in shapes:
         sizes = (queries, heads), (keys, key_heads), (keys, key_heads), (queries, heads)
         q, k, v, dout = (
             torch.randn(batch, tokens, h, dim, dtype=dtype, device="cuda").transpose(1, 2) for tokens, h in sizes
         )
         # Those that are timed later without a gradient of lse are checked, and so compiled, without.
-        dlse = None if name in ("d128", "d64", "b51") else torch.randn(batch, heads, queries, device="cuda")
+        dlse = None if name in PLAIN else torch.randn(batch, heads, queries, device="cuda")
         scale = dim**-0.5
-        label = f"{name:11} B{batch} H{heads}on{key_heads} T{queries}of{keys}"
-        begin = time.time()
-        out, lse = launch.forward(q, k, v, block, scale)
-        torch.cuda.synchronize()
-        print(f"{label}: forward ran ({time.time() - begin:.1f} s)", flush=True)
+        label = f"B{batch} H{heads}on{key_heads} T{queries}of{keys}"
+        say(f"... {label}")
         exact = [x.float().requires_grad_() for x in (q, k, v)]
         want, want_lse = eager(*exact, block_size=block, return_lse=True)
-        report(label, {"out": (out, want), "lse": (lse, want_lse)})
-        grads = launch.backward(dout, dlse, q, k, v, out, lse, block, scale)
-        torch.cuda.synchronize()
         outputs = [want] if dlse is None else [want, want_lse]
         wanted = torch.autograd.grad(outputs, exact, [dout.float(), dlse][: len(outputs)])
-        report(label, dict(zip(("dq", "dk", "dv"), zip(grads, wanted, strict=True), strict=True)))
-        again = (*launch.forward(q, k, v, block, scale), *launch.backward(dout, dlse, q, k, v, out, lse, block, scale))
-        same = all(torch.equal(a, b) for a, b in zip(again, (out, lse, *grads), strict=True))
-        print(f"RESULT {label}: repeats {'the same' if same else 'DIFFER'}", flush=True)
+        out, lse = launch.forward(q, k, v, block, scale)
+        compare(label, worst, {"out": (out, want), "lse": (lse, want_lse)})
+        grads = launch.backward(dout, dlse, q, k, v, out, lse, block, scale)
+        compare(label, worst, dict(zip(("dq", "dk", "dv"), zip(grads, wanted, strict=True), strict=True)))
+        for _ in range(3):
+            again = launch.forward(q, k, v, block, scale)
+            again += launch.backward(dout, dlse, q, k, v, out, lse, block, scale)
+            if not all(torch.equal(a, b) for a, b in zip(again, (out, lse, *grads), strict=True)):
+                say(f"RESULT {label}: repeats DIFFER")
+                break
+    say(f"RESULT all {len(shapes)} shapes ran; largest errors: {' '.join(f'{n} {e:.1e}' for n, e in worst.items())}")
 
 
-def report(label, pairs) -> None:
+def compare(label: str, worst: dict, pairs: dict) -> None:
     import torch
 
-    words = []
     for name, (found, wanted) in pairs.items():
         difference = found.float() - wanted
         error = (difference.norm() / wanted.norm()).item()
-        words.append(f"{name} {error:.1e}{'' if error < 5e-3 else ' BAD'}")
+        worst[name] = max(worst.get(name, 0.0), error) if error == error else error
         if not error < 5e-3:
-            rows = difference.float().flatten(3).norm(dim=-1) if difference.dim() == 4 else difference.abs()
-            bad = torch.nonzero(
-                ~(rows < 0.05 * wanted.float().abs().mean() * (128 if difference.dim() == 4 else 1) ** 0.5)
-            )
-            words.append(f"({len(bad)} bad rows of {rows.numel()}: {bad[:4].tolist()} .. {bad[-2:].tolist()})")
-    print(f"RESULT {label}: {' '.join(words)}", flush=True)
+            # Errors of runs of 64 tokens tell which tile, and so which consumer or turn of a ring, is wrong.
+            def size(x):
+                return x.square().mean().sqrt().item()
+
+            runs = [size(x) for x in difference.split(64, dim=2)][:24]
+            heads = [size(x) for x in difference.flatten(0, 1)[:8]]
+            say(f"RESULT {label}: {name} {error:.1e} BAD; {size(wanted):.0e} differs by, for each 64 tokens,",
+                " ".join(f"{x:.0e}" for x in runs), "and for each head", " ".join(f"{x:.0e}" for x in heads),
+                "" if torch.isfinite(found).all() else "NOT FINITE")  # fmt: skip
 
 
 def graph_time(function) -> float:
@@ -113,39 +151,69 @@ def graph_time(function) -> float:
     return sorted(times[1:])[2]
 
 
-def warm() -> None:
-    """Compile what `timing` will run."""
+def host_time(function) -> float:
+    """Microseconds that the host takes to launch a call."""
     import torch
 
-    from landmark_cli.attention.fused import launch as portable
-    from landmark_cli.attention.hopper import launch
-
-    for tokens, dim, block in ((512, 128, 64), (4096, 128, 64), (4096, 64, 64), (4080, 128, 51)):
-        q = torch.randn(1, tokens, 2, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
-        for choice in tried(launch, dim):
-            launch.forward(q, q, q, block, 0.1, choice=choice)
-        layout = portable.Layout(block, 0.1)
-        portable.backward(q, None, q, q, q, *portable.forward(q, q, q, layout), layout)
-        torch.cuda.synchronize()
-    print("RESULT all ran", flush=True)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(50):
+        function()
+    seconds = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return seconds / 50 * 1e6
 
 
-def tried(launch, dim: int) -> list:
+def tried(launch, dim: int, block: int) -> list:
     choice = launch.ForwardConfiguration
+    if block < 64:
+        return [launch.FORWARD[dim]]
     if dim == 128:
         return [choice(2, 3, 4, 2), choice(2, 4, 4, 2), choice(2, 3, 4, 1)]
     return [choice(3, 4, 4, 1), choice(2, 4, 4, 2), choice(2, 4, 4, 1)]
 
 
-def timing() -> None:
-    import torch
+class Inputs:
+    """Tensors and constants of a timed shape."""
 
-    print("RESULT", torch.cuda.get_device_name(), torch.__version__, flush=True)
-    for shape in TIMED:
-        time_shape(*shape)
+    def __init__(self, batch: int, heads: int, tokens: int, dim: int, block: int) -> None:
+        import torch
+
+        self.q, self.k, self.v, self.dout = (
+            torch.randn(batch, tokens, heads, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+            for _ in range(4)
+        )
+        self.block, self.scale = block, dim**-0.5
+        self.flops = 4 * batch * heads * tokens * tokens * dim / 2 / 1e6
+        self.name = f"B{batch} H{heads} T{tokens} D{dim} block {block}"
 
 
-def time_shape(batch: int, heads: int, tokens: int, dim: int, block: int) -> None:
+def forwards(x: Inputs) -> dict:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from landmark_cli.attention.fused import launch as portable
+    from landmark_cli.attention.hopper import launch
+
+    layout = portable.Layout(x.block, x.scale)
+    calls = {
+        f"hopper{c.consumers}{c.key_slots}{c.value_slots}{c.step}": functools.partial(
+            launch.forward, x.q, x.k, x.v, x.block, x.scale, choice=c
+        )
+        for c in tried(launch, x.q.shape[3], x.block)
+    }
+    calls["portable"] = lambda: portable.forward(x.q, x.k, x.v, layout)
+    for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+
+        def call(backend=backend):
+            with sdpa_kernel(backend):
+                return sdpa(x.q, x.k, x.v, is_causal=True)
+
+        calls[name] = call
+    return {name: (call, x.flops) for name, call in calls.items()}
+
+
+def backwards(x: Inputs) -> dict:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -153,115 +221,140 @@ def time_shape(batch: int, heads: int, tokens: int, dim: int, block: int) -> Non
     from landmark_cli.attention.fused import launch as portable
     from landmark_cli.attention.hopper import launch
 
-    q, k, v, dout = (
-        torch.randn(batch, tokens, heads, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(4)
-    )
-    flops = 4 * batch * heads * tokens * tokens * dim / 2 / 1e6
-    scale = dim**-0.5
-    words, backward = [], []
-
-    def measure(name, function, work, found):
-        try:
-            found.append(f"{name} {work / function():.0f}")
-        except Exception as error:
-            found.append(f"{name} {type(error).__name__}: {str(error)[:200]}")
-
-    for c in tried(launch, dim):
-        name = f"h{c.consumers}{c.key_slots}{c.value_slots}{c.step}"
-        measure(name, lambda c=c: graph_time(lambda: launch.forward(q, k, v, block, scale, choice=c)), flops, words)
-    out, lse = launch.forward(q, k, v, block, scale)
-    layout = portable.Layout(block, scale)
-    measure("portable", lambda: graph_time(lambda: portable.forward(q, k, v, layout)), flops, words)
-    work = 2.5 * flops
-    whole = functools.partial(launch.backward, dout, None, q, k, v, out, lse, block, scale)
-    measure("hopper", lambda: graph_time(whole), work, backward)
-    part = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, "dlse": None}
+    layout = portable.Layout(x.block, x.scale)
+    out, lse = portable.forward(x.q, x.k, x.v, layout)
+    given = x.dout, None, x.q, x.k, x.v, out, lse
+    part = dict(zip(("dout", "dlse", "q", "k", "v", "out", "lse"), given, strict=True))
     part |= {f"d{name}": torch.empty_like(part[name]) for name in "qkv"}
-    some = 0, min(batch * heads, 8)
-    share = some[1] / (batch * heads)
-    first = functools.partial(launch.query_gradient, part, some, block, scale)
-    second = functools.partial(launch.key_gradient, part, first(), some, block, scale, accumulate=False)
-    measure("dq (3 products)", lambda: graph_time(first), work * share * 3 / 5, backward)
-    measure("dkv (4)", lambda: graph_time(second), work * share * 4 / 5, backward)
-    whole = functools.partial(portable.backward, dout, None, q, k, v, out, lse, layout)
-    measure("portable", lambda: graph_time(whole), work, backward)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    heads = x.q.shape[0] * x.q.shape[1]
+    some = 0, min(heads, 8)
+    share = some[1] / heads
+    work = 2.5 * x.flops
+    first = functools.partial(launch.query_gradient, part, some, x.block, x.scale)
+    statistics = first()
+    second = functools.partial(launch.key_gradient, part, statistics, some, x.block, x.scale, accumulate=False)
+    calls = {
+        "hopper": (functools.partial(launch.backward, *given, x.block, x.scale), work),
+        "its dq (3 products, 8 heads)": (first, work * share * 3 / 5),
+        "its dkv (4)": (second, work * share * 4 / 5),
+        "portable": (functools.partial(portable.backward, *given, layout), work),
+    }
+    leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
     for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-        try:
+
+        def attend(backend=backend):
             with sdpa_kernel(backend):
-                ahead = graph_time(lambda: sdpa(q, k, v, is_causal=True))
-                both = graph_time(lambda: torch.autograd.grad(sdpa(*leaves, is_causal=True), leaves, dout))
-            words.append(f"{name} {flops / ahead:.0f}")
-            backward.append(f"{name} {work / (both - ahead):.0f}")
-        except Exception as error:
-            words.append(f"{name} {type(error).__name__}: {str(error)[:100]}")
-    print(f"RESULT B{batch} H{heads} T{tokens} D{dim} block {block} TF/s forward: {'  '.join(words)}", flush=True)
-    print(f"RESULT    backward: {'  '.join(backward)}", flush=True)
-    if tokens == 512:
-        for name, call in (
-            ("hopper", lambda: launch.forward(q, k, v, block, scale)),
-            ("portable", lambda: portable.forward(q, k, v, layout)),
-            ("hopper backward", lambda: launch.backward(dout, None, q, k, v, out, lse, block, scale)),
-            ("portable backward", lambda: portable.backward(dout, None, q, k, v, out, lse, layout)),
-        ):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(50):
+                return sdpa(*leaves, is_causal=True)
+
+        # Backward runs in the stream of its forward, which is therefore captured with it, and taken off the time.
+        calls[name] = lambda attend=attend: torch.autograd.grad(attend(), leaves, x.dout), (work, attend)
+    return calls
+
+
+def timing(phase: str) -> None:
+    """Compile, wait for a line of input, then time every shape."""
+    import torch
+
+    calls_of = {"forward": forwards, "backward": backwards}[phase]
+    for tokens, dim, block in ((512, 128, 64), (512, 64, 64), (510, 128, 51)):
+        for name, (call, _) in calls_of(Inputs(1, 2, tokens, dim, block)).items():
+            with contextlib.suppress(Exception):
                 call()
-            host = (time.perf_counter() - begin) / 50 * 1e6
-            torch.cuda.synchronize()
-            print(f"RESULT    host time of a launch, us: {name} {host:.0f}", flush=True)
+                torch.cuda.synchronize()
+            say(f"... {name}")
+    say("... compiled")
+    sys.stdin.readline()
+    say(f"RESULT {phase}, TF/s; {torch.cuda.get_device_name()}")
+    for shape in TIMED:
+        x = Inputs(*shape)
+        words, host = [], []
+        try:
+            calls = calls_of(x)
+        except Exception as error:
+            say(f"RESULT {x.name}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        for name, (call, work) in calls.items():
+            work, ahead = work if isinstance(work, tuple) else (work, None)
+            try:
+                words.append(f"{name} {work / (graph_time(call) - (graph_time(ahead) if ahead else 0.0)):.0f}")
+                if shape is TIMED[0]:
+                    host.append(f"{name} {host_time(call):.0f}")
+            except Exception as error:
+                words.append(f"{name} {type(error).__name__}: {str(error)[:100]}")
+        say(f"RESULT {x.name}: {'  '.join(words)}")
+        if host:
+            say(f"RESULT    us of host time a call: {'  '.join(host)}")
+        del x, calls
+        torch.cuda.empty_cache()
+
+
+class Child:
+    """A process that writes to a file, and when it last said something."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.log = folder / name
+        self.file = self.log.open("w")
+        self.heard, self.length = time.time(), 0
+        self.begun, self.end = time.time(), ""
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--run", name], stdin=subprocess.PIPE, stdout=self.file, stderr=subprocess.STDOUT
+        )
+
+    def running(self, silence: float) -> bool:
+        """Whether it runs on; ended here if it has been silent too long."""
+        if self.end:
+            return False
+        length = self.log.stat().st_size
+        if length != self.length:
+            self.heard, self.length = time.time(), length
+        if self.process.poll() is not None:
+            self.end = f"exit {self.process.returncode} after {time.time() - self.begun:.0f} s"
+        elif time.time() - self.heard > (silence if length else START):
+            self.process.kill()
+            self.process.wait()
+            self.end = f"HANGS in {self.text()[-1:]}"
+        return not self.end
+
+    def text(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    def report(self, name: str) -> None:
+        print(f"== {name}: {self.end}")
+        for line in self.text():
+            if line.startswith("RESULT"):
+                print(line[7:400])
+        if not self.end.startswith("exit 0"):
+            print("\n".join(f"   {line[:160]}" for line in self.text()[-6:]), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("group", nargs="?", choices=[*CHECKS, "warm", "timing"])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--run", choices=[*CHECKS, "forward", "backward"], help="a group, or a phase's timing, here")
     parser.add_argument("--no-timing", action="store_true")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a group may take")
-    arguments = parser.parse_args()
-    if arguments.group:
-        {"timing": timing, "warm": warm}.get(arguments.group, lambda: check(arguments.group))()
+    options = parser.parse_args()
+    if options.run:
+        timing(options.run) if options.run in ("forward", "backward") else check(options.run)
         return
     begin = time.time()
-    waiting, results, running = ["warm", *CHECKS], {}, {}
     folder = Path(tempfile.mkdtemp())
-    while waiting or running:
-        while waiting and len(running) < 8:
-            name = waiting.pop(0)
-            log = open(folder / name, "w")
-            command = [sys.executable, __file__, name]
-            running[name] = (
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT),
-                time.time(),
-            )
-        for name, (process, started) in list(running.items()):
-            if process.poll() is None and time.time() - started > arguments.limit:
-                process.kill()
-                process.wait()
-                results[name] = "TIMED OUT (a deadlock?)"
-            elif process.poll() is not None:
-                results[name] = f"exit {process.returncode} after {time.time() - started:.0f} s"
-            else:
-                continue
-            del running[name]
+    groups = {name: Child(name, folder) for name in CHECKS if name != "tiny"}
+    timings = {} if options.no_timing else {name: Child(name, folder) for name in ("forward", "backward")}
+    while sum(child.running(SILENCE) for child in groups.values()):
         time.sleep(0.1)
-    for name in results:
-        text = (folder / name).read_text().splitlines()
-        print(f"== {name}: {results[name]}")
-        print("\n".join(line for line in text if line.startswith("RESULT")))
-        if results[name][:6] != "exit 0":
-            print("\n".join(line[:200] for line in text[-12:]))
+    for name, child in groups.items():
+        child.report(name)
     print(f"== checks took {time.time() - begin:.0f} s", flush=True)
-    if not arguments.no_timing:
-        try:
-            process = subprocess.run([sys.executable, __file__, "timing"], capture_output=True, text=True, timeout=120)
-            text = process.stdout.splitlines()
-            print("\n".join(line for line in text if line.startswith("RESULT")))
-            if process.returncode:
-                print(process.stderr[-2500:])
-        except subprocess.TimeoutExpired as error:
-            print((error.stdout or b"").decode()[-4000:], "TIMED OUT")
-    print(f"== all took {time.time() - begin:.0f} s", flush=True)
+    for name, child in timings.items():
+        while child.running(START) and "... compiled" not in child.text():
+            time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            child.process.stdin.write(b"go\n")
+            child.process.stdin.flush()
+        child.heard = time.time()
+        while child.running(SILENCE):
+            time.sleep(0.1)
+        child.report(name)
+        print(f"== {name} timed after {time.time() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
