@@ -82,7 +82,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def serves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the kernel can do it: on a GPU, angles alike for all heads, alike in memory and not to be learned."""
-    if not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling():
+    if not x.is_cuda or x.dtype == torch.float64:
         return False
     if cos.requires_grad or sin.requires_grad or torch._C._are_functorch_transforms_active():
         return False

@@ -51,9 +51,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: (..., D); cos, sin: broadcastable to (..., rotary_dim / 2). Computed in float32 (float64 if x is), returned in
     x's dtype.
     """
-    fused = _fused() if x.is_cuda else None
-    if fused is not None and fused.serves(x, cos, sin):
-        return fused.rotate(x, cos, sin)
+    # A compiled model's rotations are part of its own kernels.
+    if x.is_cuda and not torch.compiler.is_compiling():
+        fused = _fused()
+        if fused is not None and fused.serves(x, cos, sin):
+            return fused.rotate(x, cos, sin)
     half = cos.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
