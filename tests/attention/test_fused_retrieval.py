@@ -7,6 +7,8 @@ import torch
 
 from landmark_cli.attention import fused_retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.attention.fused.configurations import Configuration
+from landmark_cli.attention.fused_retrieval import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.reader import Reader
@@ -45,6 +47,7 @@ GPU_CASES = {
         batch=5, heads=8, key_heads=4, dim=128, block_size=51, top_k=4,
     ),
     "many landmarks": Case([6000, 6000, 1, 1, 200], heads=4, key_heads=2, dim=64, block_size=7, top_k=4),
+    "many landmarks, a query each": Case([6000, 6000, 1, 1], heads=4, key_heads=4, dim=128, block_size=7, top_k=4),
     "head dim 256": Case([500, 300, 1], heads=4, key_heads=1, dim=256, block_size=64, top_k=4),
     "head dim 80, 32 rotated": Case([500, 300, 1], heads=4, key_heads=4, dim=80, rotary=32, block_size=51, top_k=4),
     "blocks of 200": Case([900, 700, 1], heads=4, key_heads=2, dim=128, block_size=200, top_k=2),
@@ -102,6 +105,29 @@ def test_agrees_with_the_definition_on_a_gpu(name, dtype):
         assert (error.median() / size.median()).item() < (5e-3 if dtype == torch.bfloat16 else 1e-5)
     top_k = {**CASES, **GPU_CASES}[name].top_k
     assert far <= (0.01 * (1 + top_k / 8) if dtype == torch.bfloat16 else 1e-3) * rows
+
+
+# Steps of a single query a key head are worked off without the matrix unit, those of more with it.
+SHARED_OUT = {
+    "one query": Case([60, 1, 1], block_size=2, heads=1),
+    "one query, partial rotary": Case([60, 1, 1], block_size=2, heads=1, dim=24, rotary=8, top_k=3),
+    "one query, true distances": Case([60, 1, 1], block_size=2, heads=1, settings={"positions": "absolute"}),
+    "two queries": Case([60, 1, 1], block_size=2, heads=2),
+    "rows of their own lengths": Case([[60, 5], [1, 1], [0, 1]], batch=2, block_size=2, heads=1),
+    "one query, 16 bits": Case([60, 1, 1], block_size=2, heads=1, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_programs_of_a_step_take_several_tiles_each(name, monkeypatch):
+    case = SHARED_OUT[name]
+    monkeypatch.setattr(selection, "MAX_SPLITS", 1)
+    rows = 1 if case.heads == case.key_heads else 16
+    monkeypatch.setattr(selection, "step_configuration", lambda _: Configuration(rows, 16))
+    eager, fused, _ = read(case)
+    tolerance = 1e-5 if case.dtype == torch.float32 else 5e-3
+    for expected, found in zip(eager, fused, strict=True):
+        torch.testing.assert_close(found, expected, rtol=10 * tolerance, atol=tolerance)
 
 
 def _same_traces(eager: BlockCache, fused: BlockCache, tolerance: float) -> None:
