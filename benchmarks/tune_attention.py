@@ -1,6 +1,7 @@
 """The attention kernels in other configurations: times by shape, the fastest first, today's marked with a star.
 
     python benchmarks/tune_attention.py --only D128
+    python benchmarks/tune_attention.py --only T512 --kernels query_gradient key_gradient
 
 A configuration is (query rows, keys, warps, stages, registers); what is best goes into
 landmark_cli/attention/fused/configurations.py. Backward's kernels run in the same groups of heads as in training.
@@ -27,9 +28,10 @@ from landmark_cli.attention.fused.configurations import Configuration
 TRIED = {
     "forward": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 8, 2, 128),
                 (128, 8, 3, 128), (128, 4, 3), (64, 4, 3, 168)],
-    "query_gradient": [(64, 4, 2), (64, 4, 3), (64, 4, 2, 168), (64, 4, 3, 168), (128, 8, 2), (128, 8, 3),
-                       (128, 8, 4), (128, 8, 3, 128)],
-    "key_gradient": [(32, 4, 2), (32, 4, 3), (32, 4, 4), (16, 4, 3), (16, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 3)],
+    "query_gradient": [(64, 4, 2), (64, 4, 3), (64, 4, 2, 168), (64, 4, 3, 168), (64, 8, 2), (64, 8, 2, 128),
+                       (128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 8, 3, 128)],
+    "key_gradient": [(32, 4, 2), (32, 4, 3), (32, 4, 4), (32, 4, 2, 168), (32, 4, 3, 168), (32, 8, 3), (16, 4, 3),
+                     (16, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (64, 8, 2, 128), (128, 8, 2)],
 }  # fmt: skip
 
 
@@ -39,23 +41,20 @@ def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
     layout = launch.Layout(shape.block, shape.dim**-0.5)
     out, lse = launch.forward(q, k, v, layout)
     dq, dk, dv = (launch.empty_heads_last(x) for x in (q, k, v))
-    head_step, row_step = launch.work_groups(q, k, shape.block)
-    assert row_step == shape.tokens
-    total = shape.batch * k.shape[1]
-    plane = launch.statistics_size(shape.tokens, 0, shape.block)
-    statistics = torch.empty(head_step * shape.groups * 3 * plane, dtype=torch.float32, device=DEVICE)
-    parts = [(0, shape.tokens, head, min(head_step, total - head), plane // 4) for head in range(0, total, head_step)]
+    parts, workspace = launch.backward_parts(q, k, shape.block)
+    statistics = torch.empty(workspace, dtype=torch.float32, device=DEVICE)
+    tensors = q, k, v, out, dout, lse, None, dq, dk, dv, statistics, None, None
 
     def query_gradient(choice: Configuration) -> None:
-        for which in parts:
-            launch.query_gradient(dout, None, q, k, v, out, lse, dq, statistics, which, layout, choice)
+        for part in parts:
+            launch.launch_query_gradient(tensors, layout, part, choice)
 
     def key_gradient(choice: Configuration) -> None:
-        for which in parts:
-            launch.key_gradient(dout, q, k, v, dk, dv, statistics, which, layout, choice)
+        for part in parts:
+            launch.launch_key_gradient(tensors, layout, part, choice)
 
     return {
-        "forward": lambda choice: launch.forward(q, k, v, layout, choice=choice),
+        "forward": lambda choice: launch.launch_forward(q, k, v, out, lse, layout, choice),
         "query_gradient": query_gradient,
         "key_gradient": key_gradient,
     }
@@ -76,14 +75,14 @@ def compile_kernels(shape: Shape, kernel: str, choices: list[Configuration]) -> 
             print(f"  {kernel} {choice}: {type(error).__name__}", file=sys.stderr)
 
 
-def warm(found: list[Shape]) -> None:
+def warm(found: list[Shape], names: list[str]) -> None:
     """Compile in parallel what will be timed."""
     distinct = {(shape.heads, shape.key_heads, shape.dim, shape.block): shape for shape in found}
     jobs = []
     for shape in distinct.values():
-        for kernel in TRIED:
+        for kernel in names:
             every = tried(kernel, shape)
-            jobs += [(shape, kernel, every[first::3]) for first in range(3)]
+            jobs += [(shape, kernel, every[first::6]) for first in range(6)]
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1, 14), get_context("spawn")) as pool:
         for job in [pool.submit(compile_kernels, *job) for job in jobs]:
             job.result()
@@ -105,11 +104,13 @@ def times(function: Callable[[Configuration], object], every: list[Configuration
     return {choice: statistics.median(seconds) for choice, seconds in taken.items()}
 
 
-def tune(shape: Shape, rounds: int) -> None:
+def tune(shape: Shape, names: list[str], rounds: int) -> None:
     """Print each kernel's time in every configuration tried, the fastest first."""
     print(shape, flush=True)
     q = shape.tensors()[0]
     for kernel, function in kernels(shape).items():
+        if kernel not in names:
+            continue
         default = configurations.choices(kernel, q, shape.block).configurations[0]
         every = list(dict.fromkeys([default, *tried(kernel, shape)]))
         found = sorted(times(function, every, rounds).items(), key=lambda pair: pair[1])
@@ -123,12 +124,13 @@ def tune(shape: Shape, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--kernels", nargs="+", choices=TRIED, default=list(TRIED))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     found = [shape for shape in (shapes() if GPU else TOY_SHAPES) if options.only in str(shape)]
-    warm(found)
+    warm(found, options.kernels)
     for shape in found:
-        tune(shape, options.rounds)
+        tune(shape, options.kernels, options.rounds)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ def test_strides(view):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tensors_of_more_than_2_to_the_31_numbers():
     """The last row of a batch, whose every index needs 64 bits, is what it is when alone."""
     batch, heads, tokens, dim, block_size = 33, 32, 16384, 128, 64
@@ -294,11 +295,50 @@ def test_a_new_length_compiles_nothing():
     assert not compiled
 
 
+@pytest.mark.parametrize("kind", ["plain", "start", "cu_seqlens", "dropout", "rows"])
+def test_calls_alike_repeat_their_launches(kind):
+    """Other tensors, bounds and seeds of the same kind give what they give in a call of its own."""
+
+    def case(number):
+        if kind == "rows":
+            return Case(3, 1000, dim=64)
+        kinds = {
+            "plain": {},
+            "start": {"start": (number, 99 + number)},
+            "cu_seqlens": {"batch": 1, "cu_seqlens": (0, 50 + number, 300)},
+            "dropout": {"dropout_p": 0.3, "dropout_seed": number},
+        }
+        return Case(51, 300, **{"dim": 64, "batch": 2, "heads": 4, "key_heads": 2} | kinds[kind])
+
+    def step(number, leaves, dout):
+        out = landmark_attention(*leaves, **case(number).arguments(DEVICE) | {"return_lse": False})
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    torch.use_deterministic_algorithms(False)
+    launch.forget_calls()
+    for number in range(3):
+        leaves = case(number).tensors(torch.bfloat16, DEVICE)
+        inputs = leaves, torch.randn_like(leaves[0])
+        found = step(number, *inputs)
+        assert launch._forward_calls and all(call.launches for call in launch._backward_calls.values())
+        launch.forget_calls()
+        assert all(torch.equal(a, b) for a, b in zip(found, step(number, *inputs), strict=True))
+
+
+def test_an_uncommon_address():
+    x = torch.randn(2 * 300 * 64 + 1, device=DEVICE)
+    leaves = [x[1:].view(1, 2, 300, 64).requires_grad_(), *(torch.randn(1, 2, 300, 64, device=DEVICE) for _ in "kv")]
+    for _ in range(2):
+        found, expected = (function(*leaves, block_size=51) for function in (landmark_attention, eager))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_tuning(monkeypatch):
     """It keeps a fast configuration, and the results."""
     monkeypatch.setattr(configurations, "TUNE", True)
     monkeypatch.setattr(configurations, "TRIED", 2)
     configurations._choices.cache_clear()
+    launch.forget_calls()
     try:
         assert_agrees(Case(64, 600, dim=64, heads=2), ROUNDED, torch.bfloat16, DEVICE)
         q = torch.empty(1, 2, 600, 64, dtype=torch.bfloat16, device=DEVICE)
@@ -306,6 +346,7 @@ def test_tuning(monkeypatch):
             assert configurations.choices(kernel, q, 64).tuned
     finally:
         configurations._choices.cache_clear()
+        launch.forget_calls()
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+
+Result = TypeVar("Result")
 
 # Whether Triton interprets kernels on the CPU: TRITON_INTERPRET=1 when triton was imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -68,7 +71,7 @@ class Choices:
         self.configurations = list(configurations)
         self.tuned = not TUNE
 
-    def run(self, launch: Callable[[Configuration], None], *, repeatable: bool = True) -> None:
+    def run(self, launch: Callable[[Configuration], Result], *, repeatable: bool = True) -> Result:
         """Launch with the first configuration that the GPU has room for; those before it are not tried again.
 
         With LANDMARK_ATTENTION_TUNE=1 the first call times a few and puts the fastest in front, unless it is captured

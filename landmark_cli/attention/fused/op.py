@@ -97,45 +97,34 @@ def _bounds(name: str, bounds: Tensor | None, q: Tensor, shape: tuple[int, ...] 
     return bounds.to(device=q.device, dtype=torch.int32)
 
 
-@torch.library.custom_op("landmark::attention", mutates_args=())
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: int,
-    scale: float,
-    start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+# Defined by schemas and with autograd's part written out: torch.library.custom_op and register_autograd, which are
+# simpler to write, take the host three times as long for each call.
+LIBRARY = torch.library.Library("landmark", "FRAGMENT")
+_SETTINGS = "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed"
+LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+)
+attention = torch.ops.landmark.attention.default
+attention_backward = torch.ops.landmark.attention_backward.default
+
+
+@torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
+def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
     """(out, lse) of checked arguments."""
     layout = Layout(block_size, scale, start, cu_seqlens, dropout_p, dropout_seed)
     out, lse = forward(_operand(q), _operand(k), _operand(v), layout)
     return out.to(q.dtype), lse
 
 
-@attention.register_fake
+@torch.library.register_fake("landmark::attention", lib=LIBRARY)
 def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
     return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("landmark::attention_backward", mutates_args=())
-def attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    scale: float,
-    start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
+def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
     """(dq, dk, dv) from the gradients of out and lse."""
     layout = Layout(block_size, scale, start, cu_seqlens, dropout_p, dropout_seed)
     dlse = None if dlse is None else dlse.contiguous()
@@ -145,7 +134,7 @@ def attention_backward(
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("landmark::attention_backward", lib=LIBRARY)
 def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
     return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
 
@@ -157,24 +146,55 @@ def _operand(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed = inputs
-    ctx.save_for_backward(q, k, v, *output, start, cu_seqlens, dropout_seed)
-    ctx.settings = block_size, scale, dropout_p
-    ctx.set_materialize_grads(False)
+class Attention(torch.autograd.Function):
+    """What autograd keeps between the two operators."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed = inputs
+        with torch._C._AutoDispatchBelowAutograd():
+            output = attention(*inputs)
+        ctx.save_for_backward(q, k, v, *output, start, cu_seqlens, dropout_seed)
+        ctx.settings = block_size, scale, dropout_p
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, start, cu_seqlens, dropout_seed = ctx.saved_tensors
+        block_size, scale, dropout_p = ctx.settings
+        dout = torch.zeros_like(out) if dout is None else dout
+        settings = block_size, scale, start, cu_seqlens, dropout_p, dropout_seed
+        return *attention_backward(dout, dlse, q, k, v, out, lse, *settings), *(None,) * 6
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, start, cu_seqlens, dropout_seed = ctx.saved_tensors
-    block_size, scale, dropout_p = ctx.settings
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = attention_backward(
-        dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed
-    )
-    return *grads, *(None,) * 6
+@torch.library.impl(LIBRARY, "attention", "Autograd")
+def _(*inputs):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
+        return Attention.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention(*inputs)
 
 
-attention.register_autograd(_backward, setup_context=_setup_context)
+class AttentionBackward(torch.autograd.Function):
+    """Tells who asks for second derivatives that there are none."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return attention_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("fused landmark attention has no second derivatives: use LANDMARK_ATTENTION=eager")
+
+
+@torch.library.impl(LIBRARY, "attention_backward", "Autograd")
+def _(*inputs):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return AttentionBackward.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_backward(*inputs)
 
 
 def _refuse_transforms(q: Tensor, k: Tensor, v: Tensor) -> None:
