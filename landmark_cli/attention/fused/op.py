@@ -101,10 +101,13 @@ def _bounds(name: str, bounds: Tensor | None, q: Tensor, shape: tuple[int, ...] 
 # simpler to write, take the host three times as long for each call.
 LIBRARY = torch.library.Library("landmark", "FRAGMENT")
 _SETTINGS = "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed"
-LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+)
 LIBRARY.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 attention = torch.ops.landmark.attention.default
 attention_backward = torch.ops.landmark.attention_backward.default
