@@ -18,6 +18,7 @@ BLOCK_SIZES = range(16, 65)
 LEAST_QUERIES = 256
 
 
+@torch.compiler.assume_constant_result
 def why_not(device: str, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
     """Why the Hopper kernels cannot serve, naming the argument and what is allowed; None if they can."""
     if not is_hopper(device):
