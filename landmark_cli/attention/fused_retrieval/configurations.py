@@ -14,14 +14,18 @@ LARGE_ROW = 256
 def select_configuration(call: Call) -> Configuration:
     """For scoring landmarks; rows are the queries of the heads on a key head."""
     rows = min(64 if call.row_bytes <= 2 * LARGE_ROW else 16, padded(call.group_rows))
-    return Configuration(rows, TILE, warps=8 if call.row_bytes > LARGE_ROW and rows == 64 else 4)
+    if call.row_bytes > LARGE_ROW:
+        return Configuration(rows, TILE, warps=8 if rows == 64 else 4)
+    # With 128 registers a multiprocessor holds four programs instead of three; longer lists need more.
+    few = call.top_k <= 8 and not call.exact and call.settings.selection == "per_token_and_head"
+    return Configuration(rows, TILE, registers=128 if few else None)
 
 
 def step_configuration(call: Call) -> Configuration:
     """For scoring landmarks in a decoding step; a single query needs no tile of rows."""
     if call.group_rows > 1:
         return Configuration(16, TILE)
-    # Landmarks of 32 KiB: 16 loads of 16 bytes a thread, and some four programs a multiprocessor.
+    # Landmarks of 32 KiB: 16 loads of 16 bytes a thread, and some seven programs a multiprocessor.
     return Configuration(1, max(16, min(256, 32768 // call.row_bytes)), stages=1)
 
 
