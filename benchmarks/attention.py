@@ -42,7 +42,8 @@ EAGER_BYTES = (1 << 30) + (1 << 28)
 
 @dataclass(frozen=True)
 class Shape:
-    """One row of the table. targets: least speed (forward, backward) against FA2, or against `beside` if there is one.
+    """One row of the table. targets, hopper_targets: least speed (forward, backward) of the portable and of the Hopper
+    kernels, against FA2, or against themselves on `beside` if there is one.
 
     beside: a shape that is timed with it in the same rounds; speeds are then compared per FLOP.
     """
@@ -54,6 +55,7 @@ class Shape:
     block: int = 64
     key_heads: int = 0
     targets: tuple[float, float] = (0.0, 0.0)
+    hopper_targets: tuple[float, float] = (0.0, 0.0)
     beside: Shape | None = None
 
     def __str__(self) -> str:
@@ -77,14 +79,18 @@ class Shape:
 
 
 def shapes() -> list[Shape]:
-    """The issue's table."""
+    """The issues' tables."""
     wide = Shape(4, 32, 2048, 128), Shape(2, 32, 4096, 128), Shape(1, 32, 8192, 128), Shape(1, 32, 16384, 128)
-    found = [replace(shape, targets=(1.15, 1.05)) for shape in wide]
-    found.append(Shape(4, 16, 4096, 64, targets=(1.2, 1.1)))
-    found.append(Shape(16, 8, 512, 128, targets=(1.25, 1.3)))
+    found = [
+        replace(shape, targets=(1.15, 1.05), hopper_targets=(1.5, 1.4) if shape.tokens == 2048 else (1.7, 1.35))
+        for shape in wide
+    ]
+    found.append(Shape(4, 16, 4096, 64, targets=(1.2, 1.1), hopper_targets=(1.3, 1.25)))
+    found.append(Shape(16, 8, 512, 128, targets=(1.25, 1.3), hopper_targets=(1.4, 1.3)))
     for shape, tokens in zip(wide, (2040, 4080, 8160), strict=False):
-        found.append(replace(shape, tokens=tokens, block=51, targets=(0.8, 0.8), beside=shape))
-    found.append(replace(wide[2], key_heads=8, targets=(1.0, 1.0), beside=wide[2]))
+        both = {"targets": (0.8, 0.8), "hopper_targets": (0.8, 0.8)}
+        found.append(replace(shape, tokens=tokens, block=51, beside=shape, **both))
+    found.append(replace(wide[2], key_heads=8, targets=(1.0, 1.0), hopper_targets=(1.0, 1.0), beside=wide[2]))
     return found
 
 
@@ -107,15 +113,24 @@ def fused(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     return landmark_attention(q, k, v, block_size=block)
 
 
+def hopper(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    from landmark_cli.attention.hopper.op import landmark_attention
+
+    return landmark_attention(q, k, v, block_size=block)
+
+
 def eager(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     return definition(q, k, v, block_size=block)
 
 
 PHASES = "forward", "backward"
-OURS, YARDSTICK, EAGER = "Triton", "FA2", "eager"
+TRITON, HOPPER, YARDSTICK, EAGER = "Triton", "Hopper", "FA2", "eager"
+# Ours, and where a shape has their targets.
+OURS = {TRITON: "targets", HOPPER: "hopper_targets"}
 # Each computes attention of q, k, v with blocks of that many tokens; one that raises cannot serve: its cell is "—".
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
-    OURS: fused,
+    TRITON: fused,
+    HOPPER: hopper,
     YARDSTICK: plain(SDPBackend.FLASH_ATTENTION),
     "cuDNN": plain(SDPBackend.CUDNN_ATTENTION),
 }
@@ -263,10 +278,12 @@ def measure_eager(shape: Shape, given: list[Tensor]) -> Result:
 
 
 def measure_times(shape: Shape, sets: list[list[Tensor]], rounds: int) -> dict[str, Result]:
-    """Every implementation that can serve, and OURS on the shape beside it under the name "beside"."""
+    """Every implementation that can serve, and each of OURS on the shape beside it under "beside" and its name."""
     contenders = {name: timers(function, shape, sets) for name, function in IMPLEMENTATIONS.items()}
     if shape.beside:
-        contenders["beside"] = timers(IMPLEMENTATIONS[OURS], shape.beside, [shape.beside.tensors() for _ in sets])
+        others = [shape.beside.tensors() for _ in sets]
+        for name in OURS.keys() & IMPLEMENTATIONS.keys():
+            contenders[f"beside {name}"] = timers(IMPLEMENTATIONS[name], shape.beside, others)
     contenders = {name: found for name, found in contenders.items() if found}
     results = {name: Result({phase: [] for phase in PHASES}) for name in contenders}
     # The first rounds warm the GPU up.
@@ -297,13 +314,13 @@ def measure(shape: Shape, rounds: int, with_eager: bool) -> dict[str, Result]:
     return results
 
 
-def ratio(shape: Shape, results: dict[str, Result], phase: str) -> float | None:
-    """Speed against the yardstick: the median over rounds."""
-    other = results.get("beside" if shape.beside else YARDSTICK)
-    if OURS not in results or other is None:
+def ratio(shape: Shape, results: dict[str, Result], phase: str, name: str) -> float | None:
+    """Speed of one of OURS against the yardstick: the median over rounds."""
+    other = results.get(f"beside {name}" if shape.beside else YARDSTICK)
+    if name not in results or other is None:
         return None
     work = shape.flops(phase) / shape.beside.flops(phase) if shape.beside else 1.0
-    pairs = zip(results[OURS].times[phase], other.times[phase], strict=True)
+    pairs = zip(results[name].times[phase], other.times[phase], strict=True)
     return statistics.median(theirs / ours * work for ours, theirs in pairs)
 
 
@@ -318,11 +335,15 @@ def time_row(shape: Shape, results: dict[str, Result], phase: str, names: list[s
         if name in results:
             seconds = results[name].seconds(phase)
             cells[column] = f"{seconds * 1e3:.3f} ({shape.flops(phase) / seconds / 1e12:.0f})"
-    found, wanted = ratio(shape, results, phase), shape.targets[PHASES.index(phase)]
-    if found is None:
-        return [str(shape), *cells, "—", f"{wanted:.2f}", "—"]
     against = f"H{shape.beside.heads}, block {shape.beside.block}" if shape.beside else YARDSTICK
-    return [str(shape), *cells, f"{found:.2f} x {against}", f"{wanted:.2f}", "met" if found >= wanted else "not met"]
+    for name, targets in OURS.items():
+        found, wanted = ratio(shape, results, phase, name), getattr(shape, targets)[PHASES.index(phase)]
+        if found is None:
+            cells += ["—", "—"]
+        else:
+            met = "met" if found >= wanted else "not met"
+            cells += [f"{found:.2f} x {against}", f"{wanted:.2f} {met}"]
+    return [str(shape), *cells]
 
 
 def report(measured: dict[Shape, dict[str, Result]], seconds: float) -> str:
@@ -348,7 +369,7 @@ def report(measured: dict[Shape, dict[str, Result]], seconds: float) -> str:
             "memory are scaled up to the shape."
         )
     for phase in PHASES:
-        heading = ["shape", *names, f"speed of {OURS}", "target", ""]
+        heading = ["shape", *names, *(title for name in OURS for title in (f"speed of {name}", "target"))]
         parts.append(f"## {phase.capitalize()}: ms (TF/s)")
         parts.append(table(heading, [time_row(shape, found, phase, names) for shape, found in measured.items()]))
     parts.append("## Peak memory of forward and backward, beside their inputs: MiB")
@@ -370,7 +391,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="few rounds, no eager definition")
+    parser.add_argument("--without", action="append", choices=IMPLEMENTATIONS, default=[], help="leave one out")
     options = parser.parse_args()
+    for name in options.without:
+        del IMPLEMENTATIONS[name]
     begin = time.perf_counter()
     found = [shape for shape in (shapes() if GPU else TOY_SHAPES) if options.only in str(shape)]
     measured = {}
