@@ -1,8 +1,8 @@
 """The fused kernels on an NVIDIA GPU give what the definition gives, in every precision and at real sizes.
 
-    pytest -m gpu -n 8 tests/attention/test_fused_gpu.py
+    pytest -m "gpu and not slow" -n 12 --dist worksteal tests/attention/test_fused_gpu.py
 
-Nearly all of the time goes into compiling kernels, so processes help. A kernel that reads where it must not ends its
+Nearly all of the time goes into compiling kernels, so processes help; the slow test takes 30 GB. A kernel that reads where it must not ends its
 process: `-k 2-byte`, `-k 4-byte` and `-k "not byte"` find it.
 """
 
