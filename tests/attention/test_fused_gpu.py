@@ -2,8 +2,8 @@
 
     pytest -m "gpu and not slow" -n 12 --dist worksteal tests/attention/test_fused_gpu.py
 
-Nearly all of the time goes into compiling kernels, so processes help; the slow test takes 30 GB. A kernel that reads where it must not ends its
-process: `-k 2-byte`, `-k 4-byte` and `-k "not byte"` find it.
+Nearly all of the time goes into compiling kernels, so processes help; the slow test takes 30 GB. A kernel that reads
+where it must not ends its process: `-k 2-byte`, `-k 4-byte` and `-k "not byte"` find it.
 """
 
 import pytest
