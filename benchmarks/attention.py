@@ -114,9 +114,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
 
 
 def hopper(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-    from landmark_cli.attention.hopper.op import landmark_attention
-
-    return landmark_attention(q, k, v, block_size=block)
+    return landmark_attention(q, k, v, block_size=block, hopper=True)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:

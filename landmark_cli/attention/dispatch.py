@@ -112,20 +112,15 @@ def landmark_attention(
         needs = "landmark_mask makes blocks of any size"
     elif context_miss_key is not None:
         needs = "context_miss_key gives the outer softmax a key of its own"
-    plain = {name: arguments.get(name) for name in ("start", "cu_seqlens", "dropout_p")}
+    layout = (arguments.get(name) for name in ("start", "cu_seqlens", "dropout_p"))
     name = choose_implementation(
         q.device.type, q.dtype, q.shape[-1], block_size, needs_eager=needs,
-        needs_portable=support.why_not_for(q.shape[2], **plain), requested=implementation,
+        needs_portable=support.why_not_for(q.shape[2], *layout), requested=implementation,
     )  # fmt: skip
-    if name == "hopper":
-        from .hopper.op import landmark_attention as hopper
-
-        given = {name: arguments[name] for name in ("scale", "return_lse") if name in arguments}
-        return hopper(q, k, v, block_size=block_size, **given)
-    if name == "fused":
+    if name in ("fused", "hopper"):
         from .fused import landmark_attention as fused
 
-        return fused(q, k, v, block_size=block_size, **arguments)
+        return fused(q, k, v, block_size=block_size, **arguments, hopper=name == "hopper")
     return reference.landmark_attention(
         q,
         k,

@@ -203,10 +203,10 @@ def test_opcheck(bounds):
     start = torch.tensor([3], dtype=torch.int32, device=DEVICE) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 90], dtype=torch.int32, device=DEVICE) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5, device=DEVICE)) if bounds == "dropout" else (0.0, None)
-    torch.library.opcheck(attention, (q, k, v, 16, 0.25, start, cu_seqlens, *dropout))
+    torch.library.opcheck(attention, (q, k, v, 16, 0.25, start, cu_seqlens, *dropout, False))
     q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = attention(q, k, v, 16, 0.25, start, cu_seqlens, *dropout)
-    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 16, 0.25, start, cu_seqlens, *dropout)
+    out, lse = attention(q, k, v, 16, 0.25, start, cu_seqlens, *dropout, False)
+    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 16, 0.25, start, cu_seqlens, *dropout, False)
     torch.library.opcheck(attention_backward, arguments)
 
 

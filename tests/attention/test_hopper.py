@@ -9,7 +9,7 @@ from triton.experimental import gluon
 
 from landmark_cli.attention import dispatch
 from landmark_cli.attention.fused import launch as portable
-from landmark_cli.attention.hopper import launch, op, schedule, support
+from landmark_cli.attention.hopper import launch, schedule, support
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention import gluon_emulator
 from tests.attention.agreement import Case
@@ -197,7 +197,7 @@ def test_what_the_copy_engine_cannot_take_is_copied(view):
         x = x[:, :1].expand(-1, 2, -1, -1)
     if view == "off by 2 bytes":
         x = torch.randn(2 * 2 * 300 * 64 + 1).to(torch.bfloat16)[1:].view(2, 2, 300, 64)
-    found = op._operand(x)
+    found = launch.aligned(x)
     assert torch.equal(found, x) and (found is x) == (view == "of one projection")
     assert all(x > 0 and x % 8 == 0 for x in found.stride()[:3]) and found.stride(3) == 1
     assert found.data_ptr() % 16 == 0

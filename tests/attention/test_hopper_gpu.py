@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from landmark_cli.attention import dispatch
 from landmark_cli.attention.fused import launch as portable
+from landmark_cli.attention.fused.op import attention, attention_backward
 from landmark_cli.attention.hopper import launch, support
-from landmark_cli.attention.hopper.op import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention import test_fused_gpu
 from tests.attention.agreement import Case, outputs_and_gradients
@@ -58,7 +58,7 @@ def assert_agrees(case: Case, dtype: torch.dtype) -> None:
 
 def serves(case: Case) -> bool:
     dims = case.dim in support.HEAD_DIMS and case.block_size in support.BLOCK_SIZES
-    plain = support.why_not_for(case.queries, start=case.start, cu_seqlens=case.cu_seqlens, dropout_p=case.dropout_p)
+    plain = support.why_not_for(case.queries, case.start, case.cu_seqlens, case.dropout_p)
     return dims and plain is None
 
 
@@ -141,8 +141,8 @@ def test_the_same_bits_a_thousand_times(case):
     dout = torch.randn_like(q)
 
     def run():
-        out, lse = attention(q, k, v, case.block_size, 0.1)
-        return [out, lse, *attention_backward(dout, None, q, k, v, out, lse, case.block_size, 0.1)]
+        out, lse = launch.forward(q, k, v, case.block_size, 0.1)
+        return [out, lse, *launch.backward(dout, None, q, k, v, out, lse, case.block_size, 0.1)]
 
     first = run()
     assert all(x.isfinite().all() for x in first)
@@ -208,10 +208,10 @@ def test_other_configurations(choice):
 def test_opcheck():
     q, k, v = (x.detach() for x in Case(64, 300, dim=64, heads=2, key_heads=1).tensors(torch.bfloat16, DEVICE))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(attention, (*leaves, 64, 0.125))
-    out, lse = attention(q, k, v, 64, 0.125)
-    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 64, 0.125)
-    torch.library.opcheck(attention_backward, arguments)
+    settings = 64, 0.125, None, None, 0.0, None, True
+    torch.library.opcheck(attention, (*leaves, *settings))
+    out, lse = attention(q, k, v, *settings)
+    torch.library.opcheck(attention_backward, (torch.randn_like(out), None, q, k, v, out, lse, *settings))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from ..hopper import support
 from ..reference import check_shapes
 from .configurations import INTERPRETED
 from .launch import Layout, backward, empty_heads_last, forward
@@ -27,6 +28,7 @@ def landmark_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
+    hopper: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The fused twin of `landmark_cli.attention.reference.landmark_attention`: same arguments, values and gradients.
 
@@ -36,7 +38,8 @@ def landmark_attention(
     seeds. Under autocast q, k and v are cast to its dtype; float32 follows torch.set_float32_matmul_precision.
 
     The output (B, H, Tq, D) lies in memory as (B, Tq, H, D). The log-sum-exp is differentiable too. Gradients repeat
-    bit by bit; their workspace is at most 1.6 times the memory of q.
+    bit by bit; their workspace is at most 1.6 times the memory of q. hopper: run the Hopper kernels, where
+    `hopper.support` has no objection.
 
     Raises ValueError naming the argument that cannot be served.
     """
@@ -46,7 +49,11 @@ def landmark_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_shapes(q, k, v)
-    reason = why_not(q.device.type, q.dtype, q.shape[3], block_size)
+    if hopper:
+        reason = support.why_not(q.device.type, q.dtype, q.shape[3], block_size)
+        reason = reason or support.why_not_for(q.shape[2], start, cu_seqlens, dropout_p)
+    else:
+        reason = why_not(q.device.type, q.dtype, q.shape[3], block_size)
     if reason is not None:
         raise ValueError(reason)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -63,7 +70,7 @@ def landmark_attention(
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but q has {q.shape[0]} rows")
     seed = _seed(dropout_seed, q.device) if dropout_p > 0.0 else None
-    out, lse = attention(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, seed)
+    out, lse = attention(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, seed, hopper)
     return (out, lse) if return_lse else out
 
 
@@ -100,7 +107,9 @@ def _bounds(name: str, bounds: Tensor | None, q: Tensor, shape: tuple[int, ...] 
 # Defined by schemas and with autograd's part written out: torch.library.custom_op and register_autograd, which are
 # simpler to write, take the host three times as long for each call.
 LIBRARY = torch.library.Library("landmark", "FRAGMENT")
-_SETTINGS = "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed"
+_SETTINGS = (
+    "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed, bool hopper"
+)
 LIBRARY.define(
     f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
 )
@@ -114,21 +123,25 @@ attention_backward = torch.ops.landmark.attention_backward.default
 
 
 @torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
-def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
+def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper):
     """(out, lse) of checked arguments."""
+    if hopper:
+        return _hopper().forward(q, k, v, block_size, scale)
     layout = Layout(block_size, scale, start, cu_seqlens, dropout_p, dropout_seed)
     out, lse = forward(_operand(q), _operand(k), _operand(v), layout)
     return out.to(q.dtype), lse
 
 
 @torch.library.register_fake("landmark::attention", lib=LIBRARY)
-def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
+def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper):
     return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
-def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
+def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper):
     """(dq, dk, dv) from the gradients of out and lse."""
+    if hopper:
+        return _hopper().backward(dout, dlse, q, k, v, out, lse, block_size, scale)
     layout = Layout(block_size, scale, start, cu_seqlens, dropout_p, dropout_seed)
     dlse = None if dlse is None else dlse.contiguous()
     dtype = q.dtype
@@ -138,8 +151,15 @@ def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropo
 
 
 @torch.library.register_fake("landmark::attention_backward", lib=LIBRARY)
-def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed):
+def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper):
     return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
+
+
+def _hopper():
+    """The Hopper kernels, imported where they are wanted: not every Triton has their language."""
+    from ..hopper import launch
+
+    return launch
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -154,21 +174,21 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed = inputs
+        q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper = inputs
         with torch._C._AutoDispatchBelowAutograd():
             output = attention(*inputs)
         ctx.save_for_backward(q, k, v, *output, start, cu_seqlens, dropout_seed)
-        ctx.settings = block_size, scale, dropout_p
+        ctx.settings = block_size, scale, dropout_p, hopper
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, start, cu_seqlens, dropout_seed = ctx.saved_tensors
-        block_size, scale, dropout_p = ctx.settings
+        block_size, scale, dropout_p, hopper = ctx.settings
         dout = torch.zeros_like(out) if dout is None else dout
-        settings = block_size, scale, start, cu_seqlens, dropout_p, dropout_seed
-        return *attention_backward(dout, dlse, q, k, v, out, lse, *settings), *(None,) * 6
+        settings = block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper
+        return *attention_backward(dout, dlse, q, k, v, out, lse, *settings), *(None,) * 7
 
 
 @torch.library.impl(LIBRARY, "attention", "Autograd")

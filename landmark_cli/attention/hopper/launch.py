@@ -19,6 +19,9 @@ from .schedule import key_schedule, query_schedule
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
+# The copy engine takes addresses and strides that are multiples of this many bytes.
+ALIGNMENT = 16
+
 # Query heads to work on at a time, so that their keys and values stay in the L2 cache.
 HEADS_IN_FLIGHT = 8
 
@@ -48,6 +51,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, *, choice: ForwardConfiguration | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Tq, D), lse (B, H, Tq) float32), as the portable kernel's."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
     batch, heads, queries, dim = q.shape
     offset = k.shape[2] - queries
     group = heads // k.shape[1]
@@ -73,6 +77,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) for the gradients of out and, where there is one, of lse: in parts, as the portable kernels."""
+    dout, q, k, v, out = (aligned(x) for x in (dout, q, k, v, out))
     batch, _, queries, _ = q.shape
     key_heads = k.shape[1]
     offset = k.shape[2] - queries
@@ -136,6 +141,14 @@ def key_gradient(
         first_head, k.shape[1],
         GROUP=group, BLOCK=block_size, SLOTS=2, ACCUMULATE=accumulate, num_warps=4, maxnreg=168,
     )  # fmt: skip
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (B, H, T, D) as the copy engine takes it, copied only where it is not."""
+    width = x.element_size()
+    steps = [stride * width for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    fits = all(step > 0 and step % ALIGNMENT == 0 for step in steps) and x.stride(3) == 1
+    return x if fits and x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def padded(block_size: int) -> int:

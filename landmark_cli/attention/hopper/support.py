@@ -6,6 +6,7 @@ import functools
 import inspect
 
 import torch
+from torch import Tensor
 
 # Whether they run wherever they can serve, or only where they are asked for: until they have been measured, only then.
 UNASKED = False
@@ -32,7 +33,7 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int, block_size: int) -> 
     return why_not_gluon()
 
 
-def why_not_for(queries: int, *, start, cu_seqlens, dropout_p: float) -> str | None:
+def why_not_for(queries: int, start: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float) -> str | None:
     """Why they cannot serve a call; its length is not in the answer, which torch.compile may keep for all lengths."""
     if queries < LEAST_QUERIES:
         return f"q has fewer than {LEAST_QUERIES} tokens"
