@@ -5,7 +5,8 @@ Two things differ, both because the blocks before every row of the tile ("whole"
 
 - Their outer softmax runs once per chunk of blocks: one product of the queries with the chunk's landmarks gives the
   shares of all its blocks at once, which wait in shared memory, so `acc` is not rescaled block by block.
-- Two blocks make a step: while the tensor cores work on the logits of the next two, the softmaxes of ... run.
+- Where registers suffice two blocks make a step: while the tensor cores multiply the weights of the second by its
+  values, the softmaxes of the next two run.
 
 Rings and their order, for a tile with whole blocks 0..n-1 (c: blocks in a chunk) and touched blocks n..m-1:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -133,8 +134,9 @@ def key_gradient(
     group = q.shape[1] // k.shape[1]
     in_flight = heads_in_flight(key_heads * group, group) // group
     table = key_schedule(queries, offset, 2, block_size, group, key_heads, in_flight, q.device)
-    layout = gl.NVMMASharedLayout.get_default_for([4, 64], gl.float32)
-    of_statistics = TensorDescriptor(statistics, list(statistics.shape), list(statistics.stride()), [4, 64], layout)
+    of_statistics = TensorDescriptor(
+        statistics, list(statistics.shape), list(statistics.stride()), [4, 64], statistics_layout()
+    )
     key_gradient_kernel[(table.shape[1],)](
         descriptor(q, 64), descriptor(part["dout"], 64), descriptor(k, 64), descriptor(part["v"], 64), of_statistics,
         dk, dv, dk.stride()[:3], dv.stride()[:3], table, table.shape[0], scale * LOG2E, scale, queries, offset,
@@ -158,11 +160,25 @@ def padded(block_size: int) -> int:
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """What the copy engine needs to know of x (B, H, T, D) to copy tiles of `rows` tokens of one head."""
-    block = [1, 1, rows, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[x.dtype])
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(_description(x.shape, x.stride(), x.dtype, rows), base=x)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _description(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> dict:
+    """A descriptor's fields for any such tensor: Triton's checks of them take the host longer than all the rest."""
+    block = [1, 1, rows, shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
     # Nothing steps along a dimension of size 1, but the engine wants an aligned number.
-    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    steps = [stride if size > 1 else shape[3] for size, stride in zip(shape[:3], strides, strict=False)]
+    example = torch.empty(0, dtype=dtype)
+    return vars(TensorDescriptor(example, list(shape), [*steps, 1], block, layout))
+
+
+@functools.cache
+def statistics_layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([4, 64], gl.float32)
 
 
 def heads_in_flight(query_heads: int, group: int) -> int:
