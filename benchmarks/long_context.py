@@ -345,8 +345,8 @@ def prefill_8b(run: Run) -> Iterator[Row]:
             reader.expect(context)
             marks = [torch.cuda.Event(enable_timing=True)]
             marks[0].record()
-            # The first time only compiles.
-            text = ids[0, : 6048 if len(reader.cache.layers) == 0 else context]
+            # The first time only compiles, the kernels of a short last chunk too.
+            text = ids[0, : 3 * reader.chunk + context % reader.chunk if len(reader.cache.layers) == 0 else context]
             for _ in reader.read([text], last_only=True):
                 marks.append(torch.cuda.Event(enable_timing=True))
                 marks[-1].record()

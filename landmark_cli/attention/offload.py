@@ -79,7 +79,8 @@ class ResidentBlocks:
         # A unit may have been overwritten since: then it has left its place already.
         leaving = self.unit[oldest]
         left = taken & (leaving >= 0) & (self.place[leaving.long()] == oldest)
-        self.place[torch.where(left, leaving, dummy_unit).long()] = -1
+        # Not by an index and "= -1", which would copy the number from the host and cannot be recorded.
+        self.place.index_fill_(0, torch.where(left, leaving, dummy_unit).long(), -1)
         self.place[torch.where(taken, arriving, dummy_unit).long()] = oldest.int()
         self.unit[torch.where(taken, oldest, places)] = arriving
         self.used[torch.where(taken, oldest, places)] = self.now

@@ -103,7 +103,8 @@ class ChunkForward:
             to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
         recorded.graph.replay()
         if self.cache.trace is not None:
-            self.cache.trace.layers = recorded.traced
+            # A copy, for what is read next without a graph is entered there.
+            self.cache.trace.layers = dict(recorded.traced)
         self.cache.end_chunk(chunk)
         return recorded.graph.output
 

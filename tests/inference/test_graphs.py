@@ -42,6 +42,9 @@ def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
     # What a graph would have recorded of a trace this stand-in does not write again, so only logits are compared.
     for a, b in zip(read(recorded, rows, 7)[0], read(plain, rows, 7)[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # What one kind of chunk has recorded is not overwritten by another kind's.
+    traced = [id(tensors[1]) for kept in recorded.forward._recorded.values() for tensors in kept.traced.values()]
+    assert len(traced) == len(set(traced)) >= 2
     assert {kind[0] for kind in recorded.forward._recorded} >= {1, 2}
 
 

@@ -36,7 +36,8 @@ def attend_configuration(call: Call, pairs: float) -> Configuration:
     if pairs < 24 or call.row_bytes > 2 * LARGE_ROW:
         return Configuration(16, cols, warps=4 if large else 1, stages=1)
     if large:
-        return Configuration(64, cols, warps=8, stages=1)
+        # Two warp groups need columns to share.
+        return Configuration(64, cols, warps=8 if cols == 64 else 4, stages=1)
     return Configuration(64, cols, stages=1, registers=None if call.exact else 128)
 
 
