@@ -121,7 +121,7 @@ def landmark_attention(
         from .fused import landmark_attention as fused
 
         return fused(q, k, v, block_size=block_size, **arguments, hopper=name == "hopper")
-    return reference.landmark_attention(
+    return _definition(
         q,
         k,
         v,
@@ -131,6 +131,10 @@ def landmark_attention(
         controlled=controlled,
         **arguments,
     )
+
+
+# It asks tensors for numbers, so torch.compile would cut it in pieces: a compiled model calls it as it is.
+_definition = torch.compiler.disable(reference.landmark_attention)
 
 
 def attend_chunk(

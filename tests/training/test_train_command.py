@@ -183,3 +183,9 @@ def test_a_tracker_that_is_not_installed_names_its_extra(corpus, tmp_path, monke
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(LandmarkError, match=r"pip install 'landmark-cli\[wandb\]'"):
         train(corpus, tmp_path / "run", log_with=["wandb"])
+
+
+def test_a_compiled_model_learns_the_same(corpus, tmp_path):
+    plain = train(corpus, tmp_path / "plain")
+    compiled = train(corpus, tmp_path / "compiled", compile=True)
+    assert records(compiled) == pytest.approx(records(plain), rel=1e-4)
