@@ -37,8 +37,8 @@ def launch(options: argparse.Namespace, output: Path, *more: object, fsdp: bool 
         "accelerate.commands.launch",
         "--config_file",
         CONFIG,
-        "--num_processes",
-        1,
+        "--num_processes=1",
+        "--main_process_port=0",
         "-m",
         "landmark_cli",
     ]

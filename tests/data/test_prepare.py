@@ -341,7 +341,8 @@ def wait_for_progress(process: subprocess.Popen, state: Path, beyond: int) -> No
 
 
 def test_processes_of_a_launcher_write_the_same_files(books, expected, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "-m"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--main_process_port=0", "-m"]
     command += ["landmark_cli", "prepare", "pg19", "--source", str(books), "--output", "out"]
     settings = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(prepare_module.__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=120)

@@ -118,7 +118,8 @@ def test_what_two_machines_saved_one_process_goes_on_from(corpus, one, two_machi
 
 def test_what_one_process_saved_two_go_on_from(corpus, one, tmp_path):
     resumed = cut_in_half(one, tmp_path)
-    command = ["accelerate", "launch", "--multi_gpu", "--num_processes=2", LANDMARK, *split(corpus, resumed)]
+    command = ["accelerate", "launch", "--main_process_port=0", "--multi_gpu", "--num_processes=2"]
+    command += [LANDMARK, *split(corpus, resumed)]
     subprocess.run([*command, "--resume"], env=on_cpus(), check=True, timeout=240)
     assert_same_run(resumed, one)
 

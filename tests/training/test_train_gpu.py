@@ -45,7 +45,7 @@ def test_fsdp_trains_saves_and_resumes_as_one_process_does(corpus, tmp_path, set
     sharded = tmp_path / "sharded"
     options = EXACT | {"save_every": 2}
     options["tf32"] = None
-    command = ["accelerate", "launch", *FSDP, *settings, str(CHECKOUT / "landmark")]
+    command = ["accelerate", "launch", "--main_process_port=0", *FSDP, *settings, str(CHECKOUT / "landmark")]
     command += [*arguments(corpus, sharded, **options), "--no-tf32"]
     subprocess.run(command, env=environment(), check=True, timeout=300)
     assert records(sharded) == pytest.approx(records(plain), rel=1e-4)
