@@ -72,7 +72,7 @@ def check(name: str) -> None:
     from landmark_cli.attention.hopper import launch
     from landmark_cli.attention.reference import landmark_attention as eager
 
-    for function in ("forward", "query_gradient", "key_gradient"):
+    for function in ("launch_forward", "launch_backward"):
         watched(launch, function)
     dtype, dim, block, shapes = CHECKS[name]
     dtype = getattr(torch, dtype)
@@ -164,13 +164,22 @@ def host_time(function) -> float:
     return seconds / 50 * 1e6
 
 
-def tried(launch, dim: int, block: int) -> list:
+def tried_forward(launch, dim: int, block: int) -> list:
     choice = launch.ForwardConfiguration
     if block < 64:
         return [launch.FORWARD[dim]]
     if dim == 128:
         return [choice(2, 3, 4, 2), choice(2, 4, 4, 2), choice(2, 3, 4, 1)]
     return [choice(3, 4, 4, 1), choice(2, 4, 4, 2), choice(2, 4, 4, 1)]
+
+
+def tried_backward(launch, dim: int, block: int) -> list:
+    choice = launch.BackwardConfiguration
+    if block < 64:
+        return [launch.BACKWARD[dim]]
+    if dim == 128:
+        return [choice(4, 3, 2), choice(4, 3, 3), choice(4, 4, 2), choice(5, 4, 3)]
+    return [choice(4, 3, 2), choice(4, 3, 4), choice(6, 6, 3)]
 
 
 class Inputs:
@@ -200,7 +209,7 @@ def forwards(x: Inputs) -> dict:
         f"hopper{c.consumers}{c.key_slots}{c.value_slots}{c.step}": functools.partial(
             launch.forward, x.q, x.k, x.v, x.block, x.scale, choice=c
         )
-        for c in tried(launch, x.q.shape[3], x.block)
+        for c in tried_forward(launch, x.q.shape[3], x.block)
     }
     calls["portable"] = lambda: portable.forward(x.q, x.k, x.v, layout)
     for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
@@ -224,19 +233,15 @@ def backwards(x: Inputs) -> dict:
     layout = portable.Layout(x.block, x.scale)
     out, lse = portable.forward(x.q, x.k, x.v, layout)
     given = x.dout, None, x.q, x.k, x.v, out, lse
-    part = dict(zip(("dout", "dlse", "q", "k", "v", "out", "lse"), given, strict=True))
-    part |= {f"d{name}": torch.empty_like(part[name]) for name in "qkv"}
-    heads = x.q.shape[0] * x.q.shape[1]
-    some = 0, min(heads, 8)
-    share = some[1] / heads
     work = 2.5 * x.flops
-    first = functools.partial(launch.query_gradient, part, some, x.block, x.scale)
-    statistics = first()
-    second = functools.partial(launch.key_gradient, part, statistics, some, x.block, x.scale, accumulate=False)
     calls = {
-        "hopper": (functools.partial(launch.backward, *given, x.block, x.scale), work),
-        "its dq (3 products, 8 heads)": (first, work * share * 3 / 5),
-        "its dkv (4)": (second, work * share * 4 / 5),
+        f"hopper{c.key_slots}{c.value_slots}{c.row_slots}": (
+            functools.partial(launch.backward, *given, x.block, x.scale, choice=c),
+            work,
+        )
+        for c in tried_backward(launch, x.q.shape[3], x.block)
+    }
+    calls |= {
         "portable": (functools.partial(portable.backward, *given, layout), work),
     }
     leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]

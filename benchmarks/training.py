@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -60,6 +60,7 @@ SHAPES = {
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32},
 }
 MIB = 1 << 20
+MODES = "eager", "compiled"
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class Result:
         return peak and self.stream_tokens * self.flops / peak
 
 
-def cases(names: list[str], tiny: bool) -> list[Case]:
-    """The cases of these names, except the largest, whose batch is found out from others."""
+def cases(names: list[str], tiny: bool, modes: Iterable[str] = MODES) -> list[Case]:
+    """The cases of these names and modes, except the largest, whose batch is found out from others."""
     shapes = {"seed": (512, 16, 8), "long": (2048, 4, 8)}
     if tiny:
         shapes = {"seed": (102, 2, 2), "long": (204, 1, 2)}
@@ -114,7 +115,7 @@ def cases(names: list[str], tiny: bool) -> list[Case]:
         Case(name, kind, mode, *shapes[name])
         for name in names
         if name in shapes
-        for mode in ("eager", "compiled")
+        for mode in modes
         for kind in ("landmark", "baseline")
     ]
 
@@ -384,6 +385,7 @@ def report(results: list[Result], parts: dict[Case, dict[str, float]], compared:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cases", nargs="*", choices=["seed", "long", "largest"], default=["seed", "long", "largest"])
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("--quick", action="store_true", help="the seed's cases only, for half the time")
     parser.add_argument("--variants", action="store_true", help="change single things too")
     parser.add_argument("--warm", action="store_true")
@@ -396,7 +398,7 @@ def main() -> None:
         options.cases, options.seconds = ["seed"], options.seconds / 2
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(SHAPES[options.shape], options.seconds, Path(directory))
-        planned = cases(options.cases, options.shape == "tiny")
+        planned = cases(options.cases, options.shape == "tiny", options.modes)
         compared = variants(replace(cases(["seed"], options.shape == "tiny")[0], mode="compiled"))
         compared = compared if options.variants else {}
         work = {str(case): case for case in planned} | compared

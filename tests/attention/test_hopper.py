@@ -15,14 +15,15 @@ from tests.attention import gluon_emulator
 from tests.attention.agreement import Case
 
 ROUNDED = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
+KERNELS = {name: getattr(launch, name) for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")}
 PAIRS, SINGLES = launch.ForwardConfiguration(2, 3, 4, 2), launch.ForwardConfiguration(2, 4, 4, 1)
 
 
 @pytest.fixture(autouse=True)
 def chip(monkeypatch, poisoned):
     """A chip of three multiprocessors, so that each has several tiles to work on."""
-    for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
-        monkeypatch.setattr(launch, name, gluon_emulator.Emulated(getattr(launch, name)))
+    for name, kernel in KERNELS.items():
+        monkeypatch.setattr(launch, name, gluon_emulator.Emulated(kernel))
     monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
     properties = types.SimpleNamespace(multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
@@ -71,6 +72,57 @@ def test_backward_in_ranges_of_rows(monkeypatch):
         assert (a.float() - b.float()).norm() <= 1e-3 * a.float().norm()
 
 
+class Noted:
+    """Instead of a kernel: notes where its operands begin, whether it is launched anew or again."""
+
+    def __init__(self, kernel, notes):
+        self.arg_names, self.notes = kernel.arg_names, notes
+
+    def __getitem__(self, grid):
+        def first(*arguments, **options):
+            self.note("anew", arguments)
+            return {grid: lambda *arguments: self.note("again", arguments)}
+
+        return first
+
+    def note(self, when, arguments):
+        def address(x):
+            x = getattr(x, "base", x)
+            return x.data_ptr() if hasattr(x, "data_ptr") else x
+
+        self.notes.append((when, [address(x) for x in arguments]))
+
+
+def test_a_call_of_a_known_kind_launches_on_its_own_tensors(monkeypatch):
+    """Also in parts, whose operands begin inside the call's tensors."""
+    notes = []
+    for name, kernel in KERNELS.items():
+        monkeypatch.setattr(launch, name, Noted(kernel, notes))
+    monkeypatch.setattr(portable, "WORKSPACE", 0.2)
+    launch._forward_calls.clear()
+    launch._backward_calls.clear()
+    seen = []
+    for _ in range(3):
+        q, k, v = (x.detach() for x in Case(64, 500, keys=700, dim=64, heads=2, batch=2).tensors(torch.float16, "cpu"))
+        out, lse = launch.forward(q, k, v, 64, 0.125)
+        dout = torch.randn_like(q)
+        tensors = q, k, v, out, lse, dout, *launch.backward(dout, None, q, k, v, out, lse, 64, 0.125)
+        begins = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors]
+
+        def places(address, begins=begins):
+            return [(i, address - a) for i, (a, b) in enumerate(begins) if a <= address < b]
+
+        seen.append([sum((places(x) for x in addresses if isinstance(x, int)), []) for _, addresses in notes])
+        assert {when for when, _ in notes} == {"again" if len(seen) > 1 else "anew"}
+        notes.clear()
+    assert len(seen[0]) > 5 and seen[0] == seen[1] == seen[2]
+    # Every tensor is somebody's operand, and in parts some begin behind a tensor's beginning.
+    assert {i for launched in seen[0] for i, _ in launched} == set(range(9))
+    assert any(start > 0 for launched in seen[0] for _, start in launched)
+    launch._forward_calls.clear()
+    launch._backward_calls.clear()
+
+
 @gluon.jit
 def aliased(turns):
     newer = turns + 1
@@ -105,6 +157,21 @@ def test_a_schedule_has_every_tile_once(heads, tiles):
     assert sorted(sum(lists, [])) == [(head, tile) for head in range(heads) for tile in range(tiles)]
     loads = [sum(2.5 + tile for _, tile in work) for work in lists]
     assert max(loads) - min(loads) <= tiles + 2.5
+
+
+def test_short_sequences_have_more_heads_in_flight(monkeypatch):
+    """At the paper's size the longest list is within 4% of an even share; heads in flight are whole groups."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(multi_processor_count=132)
+    )
+    costs = schedule.query_tile_costs(512, 0, 128, 64)
+    table = schedule.query_schedule(512, 0, 128, 64, 128, 1, 128, torch.device("cpu"))
+    loads = sum(torch.where(tile >= 0, torch.tensor(costs)[tile], 0.0) for tile in table[:, :, 1])
+    assert (table[:, :, 1] >= 0).sum() == 128 * 4
+    assert loads.max() <= 1.04 * sum(costs) * 128 / 132
+    assert list(schedule.heads_in_flight(128, 8, 1 << 18)) == [8, 16, 32, 64]
+    assert list(schedule.heads_in_flight(40, 12, 1)) == [12, 24, 40]
+    assert list(schedule.heads_in_flight(32, 8, 1 << 23)) == [8]
 
 
 @pytest.mark.parametrize(

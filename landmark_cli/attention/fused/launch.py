@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 from .backward import key_gradient_kernel, query_gradient_kernel
 from .configurations import Configuration, choices, is_exact
 from .forward import forward_kernel
-from .repeat import Kept, Launch, addresses, launch
+from .repeat import Kept, Launch, addresses, launch, on_device
 from .tiles import PACKED, PADDED, PLAIN, statistics_size
 
 LOG2E = math.log2(math.e)
@@ -101,7 +100,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Te
     key = _key(q, k, v, layout)
     at = addresses(q, k, v, out, lse, layout.bounds, layout.dropout_seed)
     earlier = _forward_calls.get(key)
-    with _on_device(q):
+    with on_device(q):
         if earlier is not None and at is not None:
             earlier.again(at)
         else:
@@ -124,7 +123,7 @@ def backward(
     statistics = q.new_empty(call.workspace, dtype=torch.float32)
     tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics, layout.bounds, layout.dropout_seed
     at = addresses(*tensors)
-    with _on_device(q):
+    with on_device(q):
         if call.launches and at is not None:
             for done in call.launches:
                 done.again(at)
@@ -275,9 +274,3 @@ def _key(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple:
     """All that a call's launches depend on beside addresses."""
     numbers = q.dtype, q.device, is_exact(q.dtype)
     return q.shape, k.shape, q.stride(), k.stride(), v.stride(), numbers, layout.key
-
-
-def _on_device(x: Tensor):
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

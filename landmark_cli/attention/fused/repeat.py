@@ -7,8 +7,10 @@ has looked at each of them. All this depends on shapes and strides alone and is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .configurations import Configuration
@@ -63,3 +65,10 @@ class Kept(dict):
             self.clear()
         self[key] = value
         return value
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Kernels are launched on the current device: x's, inside."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

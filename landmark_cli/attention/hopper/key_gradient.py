@@ -195,7 +195,7 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
 
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "key_heads"])
-def key_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, statistics_desc, DK, DV, dk_strides, dv_strides, SCHEDULE,
+def key_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, statistics_desc, DK, DV, SCHEDULE, dk_strides, dv_strides,
                         turns, scale, softmax_scale, queries, offset, first_head, key_heads,
                         GROUP: gl.constexpr, BLOCK: gl.constexpr, SLOTS: gl.constexpr,
                         ACCUMULATE: gl.constexpr):  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,20 +13,17 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..fused.launch import LOG2E, empty_heads_last, work_groups
-from ..fused.tiles import statistics_size
+from ..fused.launch import LOG2E, backward_parts, empty_heads_last
+from ..fused.repeat import Kept, addresses, on_device
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel
 from .query_gradient import query_gradient_kernel
 from .schedule import key_schedule, query_schedule
 
-GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 # The copy engine takes addresses and strides that are multiples of this many bytes.
 ALIGNMENT = 16
-
-# Query heads to work on at a time, so that their keys and values stay in the L2 cache.
-HEADS_IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,95 @@ class ForwardConfiguration:
         return 65536 // (128 * (self.consumers + 1)) // 8 * 8
 
 
+@dataclass(frozen=True)
+class BackwardConfiguration:
+    """Slots of the rings of keys and of values (first kernel) and of rows (second kernel)."""
+
+    key_slots: int
+    value_slots: int
+    row_slots: int
+
+
 FORWARD = {
     128: ForwardConfiguration(2, 3, 4, 2),
     64: ForwardConfiguration(3, 4, 4, 1),
 }
+BACKWARD = {
+    128: BackwardConfiguration(4, 3, 2),
+    64: BackwardConfiguration(4, 3, 2),
+}
+
+
+class Operand(NamedTuple):
+    """What a kernel works on: a piece of one of a call's tensors, given by its place.
+
+    piece: None where the call has no such tensor; tile: what the copy engine takes at a time, where it is the engine's.
+    """
+
+    place: int
+    piece: Tensor | None
+    tile: tuple[int, ...] | None = None
+
+
+class Address(NamedTuple):
+    """The beginning of a tensor, for who asks a tensor for no more than that."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was made. operands: (place, bytes behind that tensor's beginning, fields of the descriptor)."""
+
+    run: Callable
+    operands: list[tuple[int, int, dict | None]]
+    table: Tensor
+    arguments: tuple
+
+    def again(self, at: list[int | None]) -> None:
+        """Launch it on the tensors of another call, given by their addresses."""
+        operands = []
+        for place, start, fields in self.operands:
+            address = None if at[place] is None else at[place] + start
+            operands.append(address if fields is None else described(fields, Address(address)))
+        self.run(*operands, self.table.data_ptr(), *self.arguments)
+
+
+def launch(
+    kernel, tensors: tuple, operands: list[Operand], table: Tensor, arguments: tuple, constants: dict, registers: int
+) -> Launch | None:
+    """Launch a kernel, whose parameters are operands, the schedule, arguments and, in any order, constants.
+
+    None where nothing was compiled that could be launched again.
+    """
+    given, kept = [], []
+    for place, piece, tile in operands:
+        fields = None if tile is None else _description(piece.shape, piece.stride(), piece.dtype, tile)
+        given.append(piece if fields is None else described(fields, piece))
+        kept.append((place, 0 if piece is None else piece.data_ptr() - tensors[place].data_ptr(), fields))
+    grid = table.shape[1], 1, 1
+    compiled = kernel[grid](*given, table, *arguments, **constants, num_warps=4, maxnreg=registers)
+    if compiled is None:
+        return None
+    rest = [constants[name] for name in kernel.arg_names if name in constants]
+    return Launch(compiled[grid], kept, table, (*arguments, *rest))
+
+
+@dataclass
+class BackwardCall:
+    """What backward calls of one kind have in common: parts to work on one after the other, the numbers of workspace
+    that the largest needs, and, once they ran, the launches."""
+
+    parts: list[tuple[int, int, int, int, int]]
+    workspace: int
+    launches: list[Launch] = field(default_factory=list)
+
+
+_forward_calls: Kept = Kept()
+_backward_calls: Kept = Kept()
 
 
 def forward(
@@ -53,104 +137,143 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Tq, D), lse (B, H, Tq) float32), as the portable kernel's."""
     q, k, v = aligned(q), aligned(k), aligned(v)
-    batch, heads, queries, dim = q.shape
-    offset = k.shape[2] - queries
-    group = heads // k.shape[1]
-    choice = choice or FORWARD[dim]
     out = empty_heads_last(q)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    cols = padded(block_size)
-    in_flight = heads_in_flight(batch * heads, group)
-    table = query_schedule(queries, offset, 64 * choice.consumers, block_size, batch * heads, in_flight, q.device)
-    landmarks = k[:, :, block_size - 1 :: block_size]
-    with torch.cuda.device(q.device):
-        forward_kernel[(table.shape[1],)](
-            descriptor(q, 64), descriptor(k, cols), descriptor(v, cols), descriptor(landmarks, cols),
-            descriptor(out, 64), lse, table, table.shape[0], scale * LOG2E, queries, offset, heads,
-            GROUP=group, BLOCK=block_size, CONSUMERS=choice.consumers, K_SLOTS=choice.key_slots,
-            V_SLOTS=choice.value_slots, STEP=choice.step, num_warps=4, maxnreg=choice.registers,
-        )  # fmt: skip
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    choice = choice or FORWARD[q.shape[3]]
+    tensors = q, k, v, out, lse
+    key = *kind(q, k, v), block_size, scale, choice
+    earlier = _forward_calls.get(key)
+    at = addresses(*tensors)
+    with on_device(q):
+        if earlier is not None and at is not None:
+            earlier.again(at)
+        else:
+            done = launch_forward(tensors, block_size, scale, choice)
+            if done is not None and at is not None:
+                _forward_calls.keep(key, done)
     return out, lse
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_size: int,
-    scale: float,
+    scale: float, *, choice: BackwardConfiguration | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) for the gradients of out and, where there is one, of lse: in parts, as the portable kernels."""
     dout, q, k, v, out = (aligned(x) for x in (dout, q, k, v, out))
-    batch, _, queries, _ = q.shape
-    key_heads = k.shape[1]
-    offset = k.shape[2] - queries
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
-    head_step, row_step = work_groups(q, k, block_size)
-    # From the last rows on, since only they reach all keys: what comes after adds to their dk and dv.
-    for first_row in reversed(range(0, queries, row_step)):
-        rows = slice(first_row, min(first_row + row_step, queries))
-        keys = slice(offset + rows.stop)
-        part = {
-            **{name: x[:, :, rows] for name, x in (("q", q), ("dout", dout), ("out", out), ("dq", dq))},
-            **{name: x[:, :, keys] for name, x in (("k", k), ("v", v), ("dk", dk), ("dv", dv))},
-            "lse": lse[:, :, rows].contiguous(),
-            "dlse": None if dlse is None else dlse[:, :, rows].contiguous(),
-        }
-        for first_head in range(0, batch * key_heads, head_step):
-            heads = first_head, min(head_step, batch * key_heads - first_head)
-            with torch.cuda.device(q.device):
-                statistics = query_gradient(part, heads, block_size, scale)
-                key_gradient(part, statistics, heads, block_size, scale, accumulate=rows.stop < queries)
-                del statistics
+    choice = choice or BACKWARD[q.shape[3]]
+    key = *kind(q, k, v, out, dout), dlse is None, block_size, scale, choice
+    call = _backward_calls.get(key) or _backward_calls.keep(key, BackwardCall(*backward_parts(q, k, block_size)))
+    statistics = q.new_empty(call.workspace, dtype=torch.float32)
+    tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics
+    at = addresses(*tensors)
+    with on_device(q):
+        if call.launches and at is not None:
+            for done in call.launches:
+                done.again(at)
+        else:
+            launches = [
+                done for part in call.parts for done in launch_backward(tensors, part, block_size, scale, choice)
+            ]
+            if None not in launches and at is not None:
+                call.launches = launches
     return dq, dk, dv
 
 
-def query_gradient(part: dict, heads: tuple[int, int], block_size: int, scale: float) -> Tensor:
-    """Launch the first backward kernel on a part and some key heads: (the first, how many). Returns statistics."""
-    first_head, key_heads = heads
-    q, k = part["q"], part["k"]
-    queries = q.shape[2]
-    offset = k.shape[2] - queries
-    group = q.shape[1] // k.shape[1]
-    cols = padded(block_size)
-    statistics = q.new_empty(3 * key_heads * group, statistics_size(queries, offset, block_size), dtype=torch.float32)
-    in_flight = heads_in_flight(key_heads * group, group)
-    table = query_schedule(queries, offset, 128, block_size, key_heads * group, in_flight, q.device)
-    query_gradient_kernel[(table.shape[1],)](
-        descriptor(q, 64), descriptor(part["dout"], 64), descriptor(k, cols), descriptor(part["v"], cols),
-        descriptor(part["dq"], 64), part["out"], part["out"].stride()[:3], part["lse"], part["dlse"], statistics, table,
-        table.shape[0], scale * LOG2E, scale, queries, offset, first_head * group, q.shape[1], statistics.shape[1],
-        GROUP=group, BLOCK=block_size, K_SLOTS=4, V_SLOTS=3, num_warps=4, maxnreg=168,
-    )  # fmt: skip
-    return statistics
+def launch_forward(tensors: tuple, block_size: int, scale: float, choice: ForwardConfiguration) -> Launch | None:
+    """Launch the forward kernel in a configuration."""
+    q, k, v, out, lse = tensors
+    batch, heads, queries, dim = q.shape
+    offset, group = k.shape[2] - queries, heads // k.shape[1]
+    rows, cols = (1, 1, 64, dim), (1, 1, padded(block_size), dim)
+    operands = [
+        Operand(0, q, rows),
+        Operand(1, k, cols),
+        Operand(2, v, cols),
+        Operand(1, k[:, :, block_size - 1 :: block_size], cols),
+        Operand(3, out, rows),
+        Operand(4, lse),
+    ]
+    table = query_schedule(queries, offset, 64 * choice.consumers, block_size, batch * heads, group, dim, q.device)
+    arguments = table.shape[0], scale * LOG2E, queries, offset, heads
+    constants = {
+        "GROUP": group,
+        "BLOCK": block_size,
+        "CONSUMERS": choice.consumers,
+        "K_SLOTS": choice.key_slots,
+        "V_SLOTS": choice.value_slots,
+        "STEP": choice.step,
+    }
+    return launch(forward_kernel, tensors, operands, table, arguments, constants, choice.registers)
 
 
-def key_gradient(
-    part: dict, statistics: Tensor, heads: tuple[int, int], block_size: int, scale: float, *, accumulate: bool
-) -> None:
-    """Launch the second backward kernel on the same. accumulate: add to dk and dv."""
-    first_head, key_heads = heads
-    q, k, dk, dv = (part[name] for name in ("q", "k", "dk", "dv"))
-    queries = q.shape[2]
-    offset = k.shape[2] - queries
+def launch_backward(
+    tensors: tuple, part: tuple[int, int, int, int, int], block_size: int, scale: float, choice: BackwardConfiguration
+) -> tuple[Launch | None, Launch | None]:
+    """Launch both backward kernels on a part of `backward_parts`. They add to dk and dv unless it has the last row."""
+    q, k, v, out, dout, lse, dlse, dq, dk, dv, workspace = tensors
+    first_row, last_row, first_head, key_heads, plane = part
+    total, dim = q.shape[2:]
     group = q.shape[1] // k.shape[1]
-    in_flight = heads_in_flight(key_heads * group, group) // group
-    table = key_schedule(queries, offset, 2, block_size, group, key_heads, in_flight, q.device)
-    of_statistics = TensorDescriptor(
-        statistics, list(statistics.shape), list(statistics.stride()), [4, 64], statistics_layout()
-    )
-    key_gradient_kernel[(table.shape[1],)](
-        descriptor(q, 64), descriptor(part["dout"], 64), descriptor(k, 64), descriptor(part["v"], 64), of_statistics,
-        dk, dv, dk.stride()[:3], dv.stride()[:3], table, table.shape[0], scale * LOG2E, scale, queries, offset,
-        first_head, k.shape[1],
-        GROUP=group, BLOCK=block_size, SLOTS=2, ACCUMULATE=accumulate, num_warps=4, maxnreg=168,
+    queries, offset = last_row - first_row, k.shape[2] - total + first_row
+    query_heads, plane = key_heads * group, 4 * plane
+    statistics = workspace[: 3 * query_heads * plane].view(3 * query_heads, plane)
+    rows, cols, pair = slice(first_row, last_row), slice(offset + queries), (1, 1, padded(block_size), dim)
+    tile = 1, 1, 64, dim
+
+    operands = [
+        Operand(0, q[:, :, rows], tile),
+        Operand(4, dout[:, :, rows], tile),
+        Operand(1, k[:, :, cols], pair),
+        Operand(2, v[:, :, cols], pair),
+        Operand(7, dq[:, :, rows], tile),
+        Operand(3, out[:, :, rows]),
+        Operand(5, lse[:, :, rows]),
+        Operand(6, None if dlse is None else dlse[:, :, rows]),
+        Operand(10, statistics),
+    ]
+    table = query_schedule(queries, offset, 128, block_size, query_heads, group, dim, q.device)
+    arguments = (
+        out.stride()[:3], table.shape[0], scale * LOG2E, scale, queries, offset, first_head * group, q.shape[1], plane,
+        total,
     )  # fmt: skip
+    constants = {"GROUP": group, "BLOCK": block_size, "K_SLOTS": choice.key_slots, "V_SLOTS": choice.value_slots}
+    first = launch(query_gradient_kernel, tensors, operands, table, arguments, constants, 168)
+
+    operands = [
+        Operand(0, q[:, :, rows], tile),
+        Operand(4, dout[:, :, rows], tile),
+        Operand(1, k[:, :, cols], tile),
+        Operand(2, v[:, :, cols], tile),
+        Operand(10, statistics, (4, 64)),
+        Operand(8, dk),
+        Operand(9, dv),
+    ]
+    table = key_schedule(queries, offset, 2, block_size, key_heads, group, dim, q.device)
+    arguments = (
+        dk.stride()[:3], dv.stride()[:3], table.shape[0], scale * LOG2E, scale, queries, offset, first_head, k.shape[1]
+    )  # fmt: skip
+    constants = {"GROUP": group, "BLOCK": block_size, "SLOTS": choice.row_slots, "ACCUMULATE": last_row < total}
+    return first, launch(key_gradient_kernel, tensors, operands, table, arguments, constants, 168)
 
 
 def aligned(x: Tensor) -> Tensor:
     """x (B, H, T, D) as the copy engine takes it, copied only where it is not."""
-    width = x.element_size()
-    steps = [stride * width for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    fits = all(step > 0 and step % ALIGNMENT == 0 for step in steps) and x.stride(3) == 1
-    return x if fits and x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+    fits = _fits(x.shape, x.stride(), x.element_size()) and x.data_ptr() % ALIGNMENT == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fits(shape: torch.Size, strides: tuple[int, ...], width: int) -> bool:
+    steps = [stride * width for size, stride in zip(shape[:3], strides, strict=False) if size > 1]
+    return all(step > 0 and step % ALIGNMENT == 0 for step in steps) and strides[3] == 1
+
+
+def kind(*tensors: Tensor) -> tuple:
+    """All of tensors that launches depend on beside addresses."""
+    return tensors[0].dtype, tensors[0].device, *(x.shape for x in tensors), *(x.stride() for x in tensors)
 
 
 def padded(block_size: int) -> int:
@@ -158,29 +281,17 @@ def padded(block_size: int) -> int:
     return max(16, triton.next_power_of_2(block_size))
 
 
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """What the copy engine needs to know of x (B, H, T, D) to copy tiles of `rows` tokens of one head."""
+def described(fields: dict, base: Tensor | Address) -> TensorDescriptor:
+    """The descriptor with these fields of what begins at `base`."""
     found = object.__new__(TensorDescriptor)
-    found.__dict__.update(_description(x.shape, x.stride(), x.dtype, rows), base=x)
+    found.__dict__.update(fields, base=base)
     return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _description(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> dict:
-    """A descriptor's fields for any such tensor: Triton's checks of them take the host longer than all the rest."""
-    block = [1, 1, rows, shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_DTYPES[dtype])
+def _description(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, tile: tuple[int, ...]) -> dict:
+    """A descriptor's fields, for the copy engine to copy such tiles; beyond the tensor they are 0."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(tile), GLUON_DTYPES[dtype])
     # Nothing steps along a dimension of size 1, but the engine wants an aligned number.
-    steps = [stride if size > 1 else shape[3] for size, stride in zip(shape[:3], strides, strict=False)]
-    example = torch.empty(0, dtype=dtype)
-    return vars(TensorDescriptor(example, list(shape), [*steps, 1], block, layout))
-
-
-@functools.cache
-def statistics_layout() -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([4, 64], gl.float32)
-
-
-def heads_in_flight(query_heads: int, group: int) -> int:
-    """How many query heads to work on at a time: whole groups, few enough for the L2 cache."""
-    return min(query_heads, triton.cdiv(HEADS_IN_FLIGHT, group) * group)
+    steps = [stride if size > 1 else shape[-1] for size, stride in zip(shape[:-1], strides, strict=False)]
+    return vars(TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [*steps, 1], list(tile), layout))

@@ -45,7 +45,7 @@ statistics_index = gluon.jit(tiles.statistics_index.fn)
 def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: gl.constexpr, BLOCK: gl.constexpr):
     """Fill the rings in the order in which the consumers read them."""
     q_ring, dout_ring, k_ring, v_ring = rings
-    turns, queries, offset, first_head, query_heads, plane = sizes
+    turns, queries, offset, first_head, query_heads, plane, numbers = sizes
     k_slot, k_phase, v_slot, v_phase, q_phase = 0, 1, 0, 1, 1
     for turn in range(turns):
         head, tile = scheduled(SCHEDULE, turn)
@@ -112,7 +112,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
              BLOCK: gl.constexpr):  # fmt: skip
     """dq and statistics of 64 query rows of every tile."""
     q_ring, dout_ring, k_ring, v_ring = rings
-    turns, queries, offset, first_head, query_heads, plane = sizes
+    turns, queries, offset, first_head, query_heads, plane, numbers = sizes
     scale, softmax_scale = scales
     q_tiles, q_full, q_empty = q_ring
     dout_tiles, dout_full, dout_empty = dout_ring
@@ -141,8 +141,8 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             rows = row + gl.arange(0, ROWS, ROW)
             position = rows + offset
             row_ok = rows < queries
-            numbers = head.to(gl.int64) * queries + rows
-            lse = gl.load(LSE + numbers, mask=row_ok, other=0.0) * 1.4426950408889634
+            number = head.to(gl.int64) * numbers + rows
+            lse = gl.load(LSE + number, mask=row_ok, other=0.0) * 1.4426950408889634
             statistics = STATISTICS + local_head.to(gl.int64) * 3 * plane + rows
             mbarrier.wait(q_full.index(CONSUMER), q_phase)
             mbarrier.wait(dout_full.index(CONSUMER), q_phase)
@@ -150,7 +150,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                 OUT, out_strides, dout, head // query_heads, head % query_heads, row, queries, ROW
             )
             if DLSE is not None:
-                delta -= gl.load(DLSE + numbers, mask=row_ok, other=0.0)
+                delta -= gl.load(DLSE + number, mask=row_ok, other=0.0)
 
             # dS of the block before the first is 0, and its keys are whatever the first block's slot holds.
             dq = gl.zeros([ROWS, D], gl.float32, OUTPUT)
@@ -229,12 +229,15 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             q_phase = q_phase ^ 1
 
 
-@gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "query_heads", "plane"])
-def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE,
-                          turns, scale, softmax_scale, queries, offset, first_head, query_heads, plane,
+@gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "query_heads", "plane", "numbers"])
+def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, DLSE, STATISTICS, SCHEDULE, out_strides,
+                          turns, scale, softmax_scale, queries, offset, first_head, query_heads, plane, numbers,
                           GROUP: gl.constexpr, BLOCK: gl.constexpr, K_SLOTS: gl.constexpr,
                           V_SLOTS: gl.constexpr):  # fmt: skip
-    """dq of the scheduled heads, counted from first_head on, and their STATISTICS (heads, 3, plane)."""
+    """dq of the scheduled heads, counted from first_head on, and their STATISTICS (heads, 3, plane).
+
+    LSE and DLSE hold `numbers` for each head; they begin with those of the queries.
+    """
     COLS: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = k_desc.block_type.shape[3]
     DTYPE: gl.constexpr = k_desc.dtype
@@ -246,7 +249,7 @@ def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, out_s
     v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [V_SLOTS, COLS, D], K_TILE), V_SLOTS, CONSUMERS)
     fence_async_shared()
     rings = (q_ring, dout_ring, k_ring, v_ring)
-    sizes = (turns, queries, offset, first_head, query_heads, plane)
+    sizes = (turns, queries, offset, first_head, query_heads, plane, numbers)
     scales = (scale, softmax_scale)
     gl.warp_specialize([
         (consumer, (0, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK)),

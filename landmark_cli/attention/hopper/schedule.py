@@ -1,20 +1,27 @@
 """Which multiprocessor works on which tiles: one program each, its list worked out here and read by the kernels.
 
 A tile costs about as much as the keys (or rows) it walks over. Tiles are dealt out in the order (some heads at a time,
-heaviest first), each to the program that would be free first: the heads' keys and values stay in the L2 cache together,
-and light tiles fill the gaps at the end.
+heaviest first), each to the program that would be free first: what the heads' tiles read stays in the L2 cache, and
+light tiles fill the gaps at the end. Short sequences have few tiles a head and want more heads for that.
 """
 
 from __future__ import annotations
 
 import functools
 import heapq
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 # What a tile costs beside its walk, in steps of the walk: loading, the masked steps, storing.
 TILE_COST = 2.5
+
+# Query heads to work on at a time: so many, whatever their tiles read. More only where all of that fits into the L2
+# cache beside the rest, and shortens the longest list by this share.
+HEADS_IN_FLIGHT = 8
+BYTES_IN_FLIGHT = 17 << 20
+WORTH = 0.005
 
 
 def query_tile_costs(queries: int, offset: int, rows: int, block_size: int) -> list[float]:
@@ -45,31 +52,44 @@ def deal(costs: list[float], heads: int, heads_in_flight: int, programs: int) ->
 
 @functools.lru_cache(maxsize=256)
 def query_schedule(
-    queries: int, offset: int, rows: int, block_size: int, heads: int, heads_in_flight: int, device: torch.device
+    queries: int, offset: int, rows: int, block_size: int, heads: int, group: int, dim: int, device: torch.device
 ) -> Tensor:
-    """The schedule of a kernel whose tiles are `rows` queries of a head."""
-    return _table(query_tile_costs(queries, offset, rows, block_size), heads, heads_in_flight, device)
+    """The schedule of a kernel whose tiles are `rows` queries of a query head, which read keys and values."""
+    costs = query_tile_costs(queries, offset, rows, block_size)
+    least = -(-HEADS_IN_FLIGHT // group) * group
+    return _table(costs, heads, least, 4 * (queries + offset) * dim // group, device)
 
 
 @functools.lru_cache(maxsize=256)
 def key_schedule(
-    queries: int,
-    offset: int,
-    blocks: int,
-    block_size: int,
-    group: int,
-    heads: int,
-    heads_in_flight: int,
-    device: torch.device,
+    queries: int, offset: int, blocks: int, block_size: int, heads: int, group: int, dim: int, device: torch.device
 ) -> Tensor:
-    """The schedule of a kernel whose tiles are `blocks` blocks of a key head."""
-    return _table(key_tile_costs(queries, offset, blocks, block_size, group), heads, heads_in_flight, device)
+    """The schedule of a kernel whose tiles are `blocks` blocks of a key head, which read queries and gradients."""
+    costs = key_tile_costs(queries, offset, blocks, block_size, group)
+    return _table(costs, heads, -(-HEADS_IN_FLIGHT // group), 4 * queries * dim * group, device)
 
 
-def _table(costs: list[float], heads: int, heads_in_flight: int, device: torch.device) -> Tensor:
-    """(turns, programs, 2) int32 on the device: head and tile of each program's turn, tile -1 where none is left."""
+def _table(costs: list[float], heads: int, least: int, head_bytes: int, device: torch.device) -> Tensor:
+    """(turns, programs, 2) int32 on the device: head and tile of each program's turn, tile -1 where none is left.
+
+    At least `least` heads are in flight; what a head's tiles read takes head_bytes.
+    """
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    lists = deal(costs, heads, heads_in_flight, programs)
+    lists, shortest = None, float("inf")
+    for in_flight in heads_in_flight(heads, least, head_bytes):
+        dealt = deal(costs, heads, in_flight, programs)
+        longest = max(sum(costs[tile] for _, tile in work) for work in dealt)
+        if longest < shortest * (1 - WORTH):
+            lists, shortest = dealt, longest
     turns = max(map(len, lists))
     rows = [[work[turn] if turn < len(work) else (0, -1) for work in lists] for turn in range(turns)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def heads_in_flight(heads: int, least: int, head_bytes: int) -> Iterator[int]:
+    """How many heads might be worked on at a time, the fewest first."""
+    in_flight = min(heads, least)
+    yield in_flight
+    while in_flight < heads and 2 * in_flight * head_bytes <= BYTES_IN_FLIGHT:
+        in_flight = min(2 * in_flight, heads)
+        yield in_flight
