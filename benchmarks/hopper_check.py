@@ -42,7 +42,8 @@ CHECKS = {
 }  # fmt: skip
 PLAIN = "d128", "d64", "b51", "tiny"
 TIMED = [(16, 8, 512, 128, 64), (4, 32, 2048, 128, 64), (2, 32, 4096, 128, 64), (1, 32, 8192, 128, 64),
-         (1, 32, 16384, 128, 64), (4, 16, 4096, 64, 64), (2, 32, 4080, 128, 51)]  # fmt: skip
+         (1, 32, 16384, 128, 64), (4, 16, 4096, 64, 64), (16, 8, 512, 128, 51), (2, 32, 4080, 128, 51),
+         (1, 32, 8160, 128, 51)]  # fmt: skip
 
 
 def say(*words) -> None:
@@ -164,19 +165,15 @@ def host_time(function) -> float:
     return seconds / 50 * 1e6
 
 
-def tried_forward(launch, dim: int, block: int) -> list:
+def tried_forward(launch, dim: int) -> list:
     choice = launch.ForwardConfiguration
-    if block < 64:
-        return [launch.FORWARD[dim]]
     if dim == 128:
         return [choice(2, 3, 4, 2), choice(2, 4, 4, 2), choice(2, 3, 4, 1)]
     return [choice(3, 4, 4, 1), choice(2, 4, 4, 2), choice(2, 4, 4, 1)]
 
 
-def tried_backward(launch, dim: int, block: int) -> list:
+def tried_backward(launch, dim: int) -> list:
     choice = launch.BackwardConfiguration
-    if block < 64:
-        return [launch.BACKWARD[dim]]
     if dim == 128:
         return [choice(4, 3, 2), choice(4, 3, 3), choice(4, 4, 2), choice(5, 4, 3)]
     return [choice(4, 3, 2), choice(4, 3, 4), choice(6, 6, 3)]
@@ -209,7 +206,7 @@ def forwards(x: Inputs) -> dict:
         f"hopper{c.consumers}{c.key_slots}{c.value_slots}{c.step}": functools.partial(
             launch.forward, x.q, x.k, x.v, x.block, x.scale, choice=c
         )
-        for c in tried_forward(launch, x.q.shape[3], x.block)
+        for c in tried_forward(launch, x.q.shape[3])
     }
     calls["portable"] = lambda: portable.forward(x.q, x.k, x.v, layout)
     for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
@@ -239,7 +236,7 @@ def backwards(x: Inputs) -> dict:
             functools.partial(launch.backward, *given, x.block, x.scale, choice=c),
             work,
         )
-        for c in tried_backward(launch, x.q.shape[3], x.block)
+        for c in tried_backward(launch, x.q.shape[3])
     }
     calls |= {
         "portable": (functools.partial(portable.backward, *given, layout), work),

@@ -157,11 +157,11 @@ def attend_chunk(
         needs = "context_miss_key gives the outer softmax a key of its own"
     elif torch.is_grad_enabled() and q.requires_grad:
         needs = "gradients are asked for"
-    # Retrieval has no Hopper kernels of its own.
     requested = "fused" if os.environ.get("LANDMARK_ATTENTION") == "hopper" else None
     name = choose_implementation(
-        q.device.type, q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs, requested=requested
-    )
+        q.device.type, q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs,
+        needs_portable="retrieval has no Hopper kernels of its own", requested=requested,
+    )  # fmt: skip
     chunk.cache.implementations.add(name)
     if name == "fused":
         from . import fused_retrieval
@@ -186,11 +186,11 @@ def choose_implementation(
     needs_portable: str | None = None,
     requested: str | None = None,
 ) -> str:
-    """ "fused" on an NVIDIA GPU wherever the fused kernels can serve, "eager" elsewhere; the user is told once.
+    """Wherever their kernels can serve, "hopper" on an H100 or H200 and "fused" on any NVIDIA GPU; "eager" elsewhere.
 
-    device: "cpu", "cuda", ...; needs_eager: why only the eager definition knows these arguments, if so; needs_portable:
-    why the Hopper kernels do not know them. Those are "hopper"; `hopper.support.UNASKED` has them run unasked.
-    requested, or else the environment's LANDMARK_ATTENTION: "eager", "fused" or "hopper", to have that one.
+    The user is told once. device: "cpu", "cuda", ...; needs_eager: why only the eager definition knows these arguments,
+    if so; needs_portable: why the Hopper kernels do not know them. requested, or else the environment's
+    LANDMARK_ATTENTION: "eager", "fused" or "hopper", to have that one.
 
     Raises ValueError where what is asked for cannot serve, naming the argument, or where no such name exists.
     """
@@ -207,7 +207,7 @@ def choose_implementation(
             raise ValueError(f"Hopper kernels were asked for, but {obstacle}")
         return _announce("hopper", "as asked for")
     obstacle = needs_eager or _obstacle(device, dtype, head_dim, block_size, asked=requested == "fused")
-    if obstacle is None and requested is None and support.UNASKED and support.is_hopper(device):
+    if obstacle is None and requested is None and support.is_hopper(device):
         obstacle = needs_portable or support.why_not(device, dtype, head_dim, block_size)
         return _announce("fused", f"on {device}; {obstacle}") if obstacle else _announce("hopper", f"on {device}")
     if obstacle is None:

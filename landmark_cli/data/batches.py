@@ -211,6 +211,8 @@ def iterate(
     pinned = device.type == "cuda"
 
     def make() -> Iterator[list[dict[str, Tensor]]]:
+        # Of this thread alone: a team of threads takes longer for a few thousand numbers, and holds every processor.
+        torch.set_num_threads(1)
         step = first_step
         while last_step is None or step < last_step:
             first = rank * accumulation

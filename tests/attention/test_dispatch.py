@@ -5,6 +5,7 @@ import torch
 
 from landmark_cli.attention import dispatch
 from landmark_cli.attention.dispatch import LandmarkLayout, choose_implementation, landmark_attention
+from landmark_cli.attention.hopper import support
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests import goldens
 from tests.models import test_gpt_goldens, test_llama_goldens
@@ -14,7 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in lo
 
 @pytest.fixture(autouse=True)
 def untold(monkeypatch):
+    """Nothing chosen, nothing said, and no Hopper GPU, whose choices have tests of their own."""
     monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
+    monkeypatch.setattr(support, "is_hopper", lambda device: False)
     dispatch._announce.cache_clear()
 
 

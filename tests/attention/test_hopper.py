@@ -240,17 +240,15 @@ def test_asked_for_what_they_cannot_do_they_say_so(able, queries, arguments, rea
 
 
 @pytest.mark.parametrize(
-    ("unasked", "dtype", "needs_portable", "told"),
+    ("dtype", "needs_portable", "told"),
     [
-        (False, torch.bfloat16, None, "fused (on cuda)"),
-        (True, torch.bfloat16, None, "hopper (on cuda)"),
-        (True, torch.float32, None, "fused (on cuda; q is torch.float32"),
-        (True, torch.bfloat16, "q has fewer than 256 tokens", "fused (on cuda; q has fewer than 256 tokens)"),
+        (torch.bfloat16, None, "hopper (on cuda)"),
+        (torch.float32, None, "fused (on cuda; q is torch.float32"),
+        (torch.bfloat16, "q has fewer than 256 tokens", "fused (on cuda; q has fewer than 256 tokens)"),
     ],
     ids=str,
 )
-def test_unasked_they_run_where_they_can(able, unasked, dtype, needs_portable, told, monkeypatch, capsys):
-    monkeypatch.setattr(support, "UNASKED", unasked)
+def test_they_run_where_they_can(able, dtype, needs_portable, told, capsys):
     name = dispatch.choose_implementation("cuda", dtype, 128, 64, needs_portable=needs_portable)
     assert told.startswith(name) and f"landmark attention: {told}" in capsys.readouterr().err
 

@@ -222,6 +222,21 @@ def test_iterating_gives_each_process_its_micro_batches(numbers):
         assert torch.equal(torch.cat(rows), batches.batch(step, 0, 12)["input_ids"])
 
 
+def test_batches_are_made_by_one_thread_and_leave_the_others_to_the_rest(numbers, monkeypatch):
+    """A team of threads for so few numbers once took a training run two thirds of its speed."""
+    seen = []
+    batches = batches_of(numbers)
+    cut = batches.windows.cut
+    monkeypatch.setattr(batches.windows, "cut", lambda places: seen.append(torch.get_num_threads()) or cut(places))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert len(list(iterate(batches, 0, 3))) == 3
+        assert seen == [1, 1, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_iterating_without_an_end_stops_when_dropped(numbers):
     steps = iterate(batches_of(numbers), 0)
     next(steps)

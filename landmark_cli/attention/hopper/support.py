@@ -1,4 +1,4 @@
-"""Whether the Hopper kernels can serve, and whether they run unasked."""
+"""Whether the Hopper kernels can serve."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import inspect
 
 import torch
 from torch import Tensor
-
-# Whether they run wherever they can serve, or only where they are asked for: until they have been measured, only then.
-UNASKED = False
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
