@@ -175,8 +175,8 @@ def tried_forward(launch, dim: int) -> list:
 def tried_backward(launch, dim: int) -> list:
     choice = launch.BackwardConfiguration
     if dim == 128:
-        return [choice(4, 3, 2), choice(4, 3, 3), choice(4, 4, 2), choice(5, 4, 3)]
-    return [choice(4, 3, 2), choice(4, 3, 4), choice(6, 6, 3)]
+        return [choice(4, 3, 2), choice(4, 3, 3), choice(5, 4, 3)]
+    return [choice(4, 3, 4), choice(4, 3, 4, 3), choice(5, 4, 4, 3), choice(6, 4, 8)]
 
 
 class Inputs:
@@ -232,7 +232,7 @@ def backwards(x: Inputs) -> dict:
     given = x.dout, None, x.q, x.k, x.v, out, lse
     work = 2.5 * x.flops
     calls = {
-        f"hopper{c.key_slots}{c.value_slots}{c.row_slots}": (
+        f"hopper{c.key_slots}{c.value_slots}{c.row_slots}{c.consumers}": (
             functools.partial(launch.backward, *given, x.block, x.scale, choice=c),
             work,
         )

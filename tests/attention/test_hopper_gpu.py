@@ -158,12 +158,14 @@ def test_a_call_of_a_known_kind_repeats_launches():
     case = Case(16, 6000, keys=6500, dim=64, heads=2, key_heads=1)
     for _ in range(3):
         assert_agrees(case, torch.bfloat16)
-    for choice in launch.BackwardConfiguration(4, 3, 3), launch.BackwardConfiguration(4, 4, 2):
-        q, k, v = (x.detach() for x in Case(64, 700, dim=128, heads=2).tensors(torch.bfloat16, DEVICE))
+    for dim, *choice in (128, 4, 3, 3), (128, 4, 4, 2), (128, 5, 4, 3), (64, 4, 3, 4, 3), (64, 4, 3, 2):
+        choice = launch.BackwardConfiguration(*choice)
+        q, k, v = (x.detach() for x in Case(64, 700, dim=dim, heads=2).tensors(torch.bfloat16, DEVICE))
         out, lse = launch.forward(q, k, v, 64, 0.1)
         expected = launch.backward(out, None, q, k, v, out, lse, 64, 0.1)
         found = launch.backward(out, None, q, k, v, out, lse, 64, 0.1, choice=choice)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        # Another number of consumers has other rows masked, and so other rounding.
+        assert all((a - b).float().norm() <= 5e-3 * b.float().norm() for a, b in zip(found, expected, strict=True))
 
 
 def test_backward_in_ranges_of_rows():

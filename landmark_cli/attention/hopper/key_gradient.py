@@ -23,9 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .forward import ROWS
 from .pipeline import allocate_ring, copy_tile, following, pack, produce, scheduled
-from .query_gradient import CONSUMERS, statistics_index
+from .query_gradient import statistics_index
 
 KEYS = gl.constexpr(64)
+CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit

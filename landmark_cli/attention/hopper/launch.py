@@ -35,19 +35,20 @@ class ForwardConfiguration:
     value_slots: int
     step: int
 
-    @property
-    def registers(self) -> int:
-        """Registers a thread at the start, all there are: warpgroups then trade them."""
-        return 65536 // (128 * (self.consumers + 1)) // 8 * 8
-
 
 @dataclass(frozen=True)
 class BackwardConfiguration:
-    """Slots of the rings of keys and of values (first kernel) and of rows (second kernel)."""
+    """Slots of the rings of keys and of values (first kernel) and of rows (second kernel); consumers of the first."""
 
     key_slots: int
     value_slots: int
     row_slots: int
+    consumers: int = 2
+
+
+def registers(consumers: int) -> int:
+    """Registers a thread at the start, all there are: warpgroups then trade them."""
+    return 65536 // (128 * (consumers + 1)) // 8 * 8
 
 
 FORWARD = {
@@ -211,7 +212,7 @@ def launch_forward(tensors: tuple, block_size: int, scale: float, choice: Forwar
         "V_SLOTS": choice.value_slots,
         "STEP": choice.step,
     }
-    return launch(forward_kernel, tensors, operands, table, arguments, constants, choice.registers)
+    return launch(forward_kernel, tensors, operands, table, arguments, constants, registers(choice.consumers))
 
 
 def launch_backward(
@@ -239,13 +240,20 @@ def launch_backward(
         Operand(6, None if dlse is None else dlse[:, :, rows]),
         Operand(10, statistics),
     ]
-    table = query_schedule(queries, offset, 128, block_size, query_heads, group, dim, q.device)
+    table = query_schedule(queries, offset, 64 * choice.consumers, block_size, query_heads, group, dim, q.device)
     arguments = (
         out.stride()[:3], table.shape[0], scale * LOG2E, scale, queries, offset, first_head * group, q.shape[1], plane,
         total,
     )  # fmt: skip
-    constants = {"GROUP": group, "BLOCK": block_size, "K_SLOTS": choice.key_slots, "V_SLOTS": choice.value_slots}
-    first = launch(query_gradient_kernel, tensors, operands, table, arguments, constants, 168)
+    constants = {
+        "GROUP": group,
+        "BLOCK": block_size,
+        "CONSUMERS": choice.consumers,
+        "K_SLOTS": choice.key_slots,
+        "V_SLOTS": choice.value_slots,
+    }
+    rest = arguments, constants, registers(choice.consumers)
+    first = launch(query_gradient_kernel, tensors, operands, table, *rest)
 
     operands = [
         Operand(0, q[:, :, rows], tile),
@@ -261,7 +269,7 @@ def launch_backward(
         dk.stride()[:3], dv.stride()[:3], table.shape[0], scale * LOG2E, scale, queries, offset, first_head, k.shape[1]
     )  # fmt: skip
     constants = {"GROUP": group, "BLOCK": block_size, "SLOTS": choice.row_slots, "ACCUMULATE": last_row < total}
-    return first, launch(key_gradient_kernel, tensors, operands, table, arguments, constants, 168)
+    return first, launch(key_gradient_kernel, tensors, operands, table, arguments, constants, registers(2))
 
 
 def aligned(x: Tensor) -> Tensor:

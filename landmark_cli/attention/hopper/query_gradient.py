@@ -35,14 +35,13 @@ from .pipeline import (
     volatile_exp2,
 )
 
-CONSUMERS = gl.constexpr(2)
-
 # Where a block's numbers lie: the portable kernels' layout.
 statistics_index = gluon.jit(tiles.statistics_index.fn)
 
 
 @gluon.jit
-def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: gl.constexpr, BLOCK: gl.constexpr):
+def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: gl.constexpr, BLOCK: gl.constexpr,
+             CONSUMERS: gl.constexpr):  # fmt: skip
     """Fill the rings in the order in which the consumers read them."""
     q_ring, dout_ring, k_ring, v_ring = rings
     turns, queries, offset, first_head, query_heads, plane, numbers = sizes
@@ -109,7 +108,7 @@ def masked_logit_gradients(s, dp, lse, delta, block, position, scale, BLOCK: gl.
 
 @gluon.jit
 def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes,
-             BLOCK: gl.constexpr):  # fmt: skip
+             BLOCK: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """dq and statistics of 64 query rows of every tile."""
     q_ring, dout_ring, k_ring, v_ring = rings
     turns, queries, offset, first_head, query_heads, plane, numbers = sizes
@@ -232,7 +231,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "query_heads", "plane", "numbers"])
 def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, DLSE, STATISTICS, SCHEDULE, out_strides,
                           turns, scale, softmax_scale, queries, offset, first_head, query_heads, plane, numbers,
-                          GROUP: gl.constexpr, BLOCK: gl.constexpr, K_SLOTS: gl.constexpr,
+                          GROUP: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
                           V_SLOTS: gl.constexpr):  # fmt: skip
     """dq of the scheduled heads, counted from first_head on, and their STATISTICS (heads, 3, plane).
 
@@ -251,8 +250,21 @@ def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, 
     rings = (q_ring, dout_ring, k_ring, v_ring)
     sizes = (turns, queries, offset, first_head, query_heads, plane, numbers)
     scales = (scale, softmax_scale)
-    gl.warp_specialize([
-        (consumer, (0, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK)),
-        (consumer, (1, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK)),
-        (producer, (q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP, BLOCK)),
-    ], [4, 1], [240, 24])  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer, (0, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK,
+                        CONSUMERS)),
+            (consumer, (1, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK,
+                        CONSUMERS)),
+            (producer, (q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (0, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK,
+                        CONSUMERS)),
+            (consumer, (1, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK,
+                        CONSUMERS)),
+            (consumer, (2, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK,
+                        CONSUMERS)),
+            (producer, (q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS)),
+        ], [4, 4, 1], [160, 160, 32])  # fmt: skip
