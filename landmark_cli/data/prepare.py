@@ -168,14 +168,14 @@ class _Part:
                 yield batch, self._tokenizer.encode_documents(batch.pieces)
 
     def _batches(self, skip_bad_text: bool) -> Iterator[_Batch]:
-        limit = self._tokenizer.batch_bytes
+        piece_limit, limit = self._tokenizer.piece_bytes, self._tokenizer.batch_bytes
         batch = _Batch()
         for number, (split, document) in enumerate(self._corpus.documents()):
             if number < self._next_document or not self._process.takes(number):
                 continue
             last, counted = b"", 0
             try:
-                for count, piece in enumerate(document.pieces(limit)):
+                for count, piece in enumerate(document.pieces(piece_limit)):
                     if count:
                         batch.add(last, split, ends=False)
                         batch.read += len(last)

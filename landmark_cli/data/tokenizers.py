@@ -53,6 +53,7 @@ class TextTokenizer(ABC):
         vocab_size: number of ids, special tokens included.
         eot_id: the token that ends a document.
         landmark_id: the id of `<landmark>` in what `save_pretrained` writes.
+        piece_bytes: longer documents are cut into pieces of so many bytes at most; the same on every machine.
         batch_bytes: how much text is worth handing to `encode_documents` at once.
     """
 
@@ -60,6 +61,7 @@ class TextTokenizer(ABC):
     vocab_size: int
     eot_id: int
     landmark_id: int
+    piece_bytes: int
     batch_bytes: int
 
     @abstractmethod
@@ -110,7 +112,7 @@ class GPT2Tokenizer(TextTokenizer):
     vocab_size = 50257
     eot_id = GPT2_EOT_ID
     landmark_id = GPT2_LANDMARK_ID
-    batch_bytes = 8 << 20
+    piece_bytes = batch_bytes = 8 << 20
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -194,11 +196,13 @@ class GPT2Tokenizer(TextTokenizer):
 class TransformersTokenizer(TextTokenizer):
     """Any tokenizer that `transformers.AutoTokenizer` opens."""
 
-    # An encoding of the tokenizers library takes a few hundred bytes a token, so batches are small.
-    batch_bytes = 2 << 20
+    # An encoding of the tokenizers library takes a few hundred bytes a token, so batches are small: for each core, which
+    # encodes one piece at a time, as much as a book has.
+    piece_bytes = 2 << 20
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.batch_bytes = min(max(available_cores(), 2), 16) << 20
         self._tokenizer = _open_with_transformers(name)
         if self._tokenizer.eos_token_id is None:
             raise LandmarkError(f"the tokenizer {name} has no end-of-text token (eos_token), which ends every document")

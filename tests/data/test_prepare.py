@@ -80,16 +80,17 @@ def test_every_document_is_there_with_its_end_of_text(books, gpt2, tmp_path):
 class InPieces:
     """A tokenizer that takes little text at a time."""
 
-    def __init__(self, tokenizer, batch_bytes):
-        self._tokenizer, self.batch_bytes = tokenizer, batch_bytes
+    def __init__(self, tokenizer, piece_bytes, batch_bytes=None):
+        self._tokenizer, self.piece_bytes = tokenizer, piece_bytes
+        self.batch_bytes = batch_bytes or piece_bytes
 
     def __getattr__(self, name):
         return getattr(self._tokenizer, name)
 
 
-@pytest.mark.parametrize("batch_bytes", [500, 2500, 20_000])
-def test_the_size_of_batches_and_pieces_does_not_show(books, gpt2, expected, tmp_path, batch_bytes):
-    same(run(books, tmp_path, InPieces(gpt2, batch_bytes)), expected)
+@pytest.mark.parametrize(("piece", "batch"), [(500, 500), (2500, 2500), (20_000, 20_000), (700, 5000)])
+def test_the_size_of_batches_and_pieces_does_not_show(books, gpt2, expected, tmp_path, piece, batch):
+    same(run(books, tmp_path, InPieces(gpt2, piece, batch)), expected)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -320,7 +321,7 @@ from landmark_cli.data.corpora import open_corpus
 from landmark_cli.data.tokenizers import GPT2Tokenizer
 
 class Slow(GPT2Tokenizer):
-    batch_bytes = 2500
+    piece_bytes = batch_bytes = 2500
     def encode_documents(self, documents):
         time.sleep(0.05)
         return super().encode_documents(documents)
