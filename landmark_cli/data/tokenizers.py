@@ -196,8 +196,8 @@ class GPT2Tokenizer(TextTokenizer):
 class TransformersTokenizer(TextTokenizer):
     """Any tokenizer that `transformers.AutoTokenizer` opens."""
 
-    # An encoding of the tokenizers library takes a few hundred bytes a token, so batches are small: for each core, which
-    # encodes one piece at a time, as much as a book has.
+    # An encoding of the tokenizers library takes a few hundred bytes a token, so batches are small: about a book for
+    # each core, which encodes one piece at a time.
     piece_bytes = 2 << 20
 
     def __init__(self, name: str) -> None:

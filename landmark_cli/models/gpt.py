@@ -207,15 +207,15 @@ class GPTModel(GPTPreTrainedModel):
         """Exactly one of input_ids (B, T) and inputs_embeds (B, T, n_embd); positions count from 0 by default.
 
         attention_mask: (B, T), 0 where a row is padded, at either end; a row's blocks count from its first token.
-        Further keyword arguments (landmark_chunk, landmark_layout) reach the attention. A Transformer-XL goes on from
-        `recurrent_memory`, if given, whatever position_ids say.
+        Further keyword arguments (landmark_chunk, landmark_layout) reach the attention. A Transformer-XL reads an input
+        on from `recurrent_memory`, if given, whatever position_ids say.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is not None:
             kwargs["mask"] = self._mask(attention_mask.to(x.device, torch.bool))
-        if self.config.memory_length is not None:
+        if kwargs.get("recurrent_memory") is not None:
             return BaseModelOutput(last_hidden_state=self._read_segments(x, **kwargs))
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
@@ -234,15 +234,14 @@ class GPTModel(GPTPreTrainedModel):
             x = layer(x, rotation, **kwargs)
         return self.norm(x)
 
-    def _read_segments(self, x: Tensor, recurrent_memory: RecurrentMemory | None = None, **kwargs) -> Tensor:
+    def _read_segments(self, x: Tensor, recurrent_memory: RecurrentMemory, **kwargs) -> Tensor:
         """Hidden states (B, T, n_embd) of a Transformer-XL, segment by segment, going on from `recurrent_memory`."""
-        memory = recurrent_memory or RecurrentMemory(self.config.memory_length)
         hidden = []
         for segment in x.split(self.config.segment_length, dim=1):
-            end = memory.tokens_read + segment.shape[1]
-            position_ids = torch.arange(memory.tokens_read, end, device=x.device)[None]
-            hidden.append(self._layers(segment, position_ids, recurrent_memory=memory, **kwargs))
-            memory.tokens_read = end
+            end = recurrent_memory.tokens_read + segment.shape[1]
+            position_ids = torch.arange(recurrent_memory.tokens_read, end, device=x.device)[None]
+            hidden.append(self._layers(segment, position_ids, recurrent_memory=recurrent_memory, **kwargs))
+            recurrent_memory.tokens_read = end
         return torch.cat(hidden, dim=1)
 
     def _mask(self, attention_mask: Tensor) -> Tensor | None:

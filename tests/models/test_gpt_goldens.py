@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.attention.recurrent import RecurrentMemory
 from landmark_cli.data.landmarks import landmark_positions, stream_length
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
@@ -72,11 +73,13 @@ def test_context_miss_token(name):
         torch.testing.assert_close(ours.get(parameter, model.lm_head.weight).grad, gradient, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("in_turn", [False, True], ids=["segments at once", "segment by segment"])
 @pytest.mark.parametrize("name", goldens.names("gpt_xl_*"))
-def test_transformer_xl(name):
+def test_transformer_xl(name, in_turn):
     spec, tensors = goldens.read(name)
     model = golden_model(spec, tensors, None, segment_length=spec["chunk"], memory_length=spec["memory"])
-    torch.testing.assert_close(model(tensors["ids"]).logits, tensors["logits"], rtol=0, atol=TOLERANCE)
+    memory = {"recurrent_memory": RecurrentMemory(spec["memory"])} if in_turn else {}
+    torch.testing.assert_close(model(tensors["ids"], **memory).logits, tensors["logits"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", goldens.names("gpt_retrieval_*"))
