@@ -396,7 +396,7 @@ def million(run: Run) -> Iterator[Row]:
     model, context = llama("smollm2", run), 12288 if run.quick else 1 << 20
     ids = torch.randint(0, 49000, (context,), generator=torch.Generator().manual_seed(0))
 
-    def measure(offload: str, read: int) -> tuple[float, float, float]:
+    def measure(offload: str, read: int) -> tuple[float, list[float], float]:
         reader = Reader(model, chunk=2016, offload=offload)
         if read < context:
             fill(reader, context - read)
@@ -407,25 +407,28 @@ def million(run: Run) -> Iterator[Row]:
             logits = chunk.logits
         torch.cuda.synchronize()
         reading = time.perf_counter() - started
-        started = time.perf_counter()
-        tokens = logits[:, -1].argmax(-1).tolist()
-        for _ in range(run.times(100)):
-            tokens = reader.step(tokens).argmax(-1).tolist()
-        return read / reading, run.times(100) / (time.perf_counter() - started), gibibytes()
+        generated, tokens = [], logits[:, -1].argmax(-1).tolist()
+        for _ in range(2):
+            started = time.perf_counter()
+            for _ in range(run.times(100)):
+                tokens = reader.step(tokens).argmax(-1).tolist()
+            generated.append(run.times(100) / (time.perf_counter() - started))
+        return read / reading, generated, gibibytes()
 
     with fresh():
-        read, generated, memory = measure("none", context)
+        read, (first, then), memory = measure("none", context)
     yield Row(
         "1M tokens read, 100 generated, SmolLM2-135M's shape, k 4",
-        f"read {read / 1e3:.0f} k tokens/s, generated {generated:.0f} tokens/s, {memory:.1f} GiB",
+        f"read {read / 1e3:.0f} k tokens/s, generated {first:.0f} tokens/s, the next 100 {then:.0f}, {memory:.1f} GiB",
         target="works",
         met=True,
     )
     with fresh():
-        read, generated, memory = measure("cpu", min(context, 6 * 2016))
+        read, (first, then), memory = measure("cpu", min(context, 6 * 2016))
     yield Row(
         "the same, --offload cpu (the last 12k of 1M tokens are read, the others have random landmarks)",
-        f"read {read / 1e3:.1f} k tokens/s, generated {generated:.0f} tokens/s, {memory:.1f} GiB on the GPU",
+        f"read {read / 1e3:.1f} k tokens/s, generated {first:.0f} tokens/s, the next 100 {then:.0f}, "
+        f"{memory:.1f} GiB on the GPU",
         target="under 6 GiB on the GPU",
         met=memory < 6,
     )
