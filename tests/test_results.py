@@ -99,6 +99,14 @@ def test_what_was_not_measured_is_left_out(report, measured, tmp_path):
         assert absent not in page
 
 
+def test_what_is_made_of_the_figures_comes_before_them(report, measured, tmp_path, monkeypatch):
+    (measured / "reading.md").write_text("**Orders.** As expected.\n")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(measured), "--output", str(tmp_path / "page.md")])
+    report.main()
+    page = (tmp_path / "page.md").read_text()
+    assert page.index("## Reading\n\n**Orders.** As expected.\n\n## ") < page.index("## Perplexity on novels")
+
+
 def test_a_folder_without_results_is_an_error(report, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--output", str(tmp_path / "page.md")])
     with pytest.raises(SystemExit):

@@ -93,6 +93,9 @@ class Reader:
             device=model.device,
             offload=Offload(config.num_hidden_layers) if offload == "cpu" else None,
         )
+        if model.device.type == "cuda":
+            # What the graphs of an earlier reader held is of no use to others, in this process or another, until then.
+            torch.cuda.empty_cache()
         self.forward = ChunkForward(model, self.cache)
 
     def expect(self, tokens: int) -> None:

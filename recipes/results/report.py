@@ -3,7 +3,8 @@
     python recipes/results/report.py runs/results --output docs/results.md
 
 The folder holds one folder for each part: tables of perplexities (table1.json, ...), pass keys (passkey*.json), what
-training wrote (metrics.jsonl) and the commands with their seconds (log.tsv). What is not there is left out.
+training wrote (metrics.jsonl) and the commands with their seconds (log.tsv). What is not there is left out. A
+reading.md in it, what somebody makes of the figures, comes first.
 """
 
 from __future__ import annotations
@@ -262,8 +263,8 @@ def commands(parts: Parts) -> list[str]:
     return lines
 
 
-def report(parts: Parts, folder: Path) -> str:
-    """The whole page; its pictures are written into `folder`."""
+def report(parts: Parts, folder: Path, reading: str = "") -> str:
+    """The whole page; its pictures are written into `folder`. reading: what is to be made of the figures."""
     machines = sorted({part.machine for part in parts.values() if part.machine})
     lines = [
         "# Results",
@@ -272,6 +273,7 @@ def report(parts: Parts, folder: Path) -> str:
         "`PART=report` made of the figures. Every command stands at the end.",
         "",
         *(f"Machine: {machine}.\n" for machine in machines),
+        *(["## Reading", "", reading] if reading else []),
     ]
 
     def section(title: str, words: str, *contents: list[str]) -> None:
@@ -332,7 +334,9 @@ def main() -> None:
     if not parts:
         parser.error(f"{options.results} holds no part's results: run recipes/results/run.sh first")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(report(parts, options.output.parent), encoding="utf-8")
+    reading = options.results / "reading.md"
+    text = reading.read_text(encoding="utf-8") if reading.exists() else ""
+    options.output.write_text(report(parts, options.output.parent, text), encoding="utf-8")
     print(f"wrote {options.output} from {', '.join(parts)}")
 
 

@@ -187,7 +187,7 @@ run_part() {
         landmark) on_novels landmark; both tables short_keys ;;
         baseline) on_novels baseline; both tables window_keys ;;
         xl) on_novels transformer-xl; tables ;;
-        million) model=$RUNS/landmark; both long_keys_4 long_keys_8 ;;
+        million) model=$RUNS/landmark; long_keys_4; long_keys_8 ;;
         math-xl) text=$DATA/math; on_mathematics transformer-xl; tables ;;
         math-*) text=$DATA/math; on_mathematics "$role"; tables ;;
         smollm2-*) smollm2 ;;
