@@ -218,7 +218,8 @@ def backward_parts(q: Tensor, k: Tensor, block_size: int) -> tuple[list[tuple[in
 def work_groups(q: Tensor, k: Tensor, block_size: int) -> tuple[int, int]:
     """(key heads, query rows) that backward works on at a time, so that its statistics take at most WORKSPACE x q.
 
-    Whole heads if one fits; else ranges of rows of one head, whose dk and dv are then added up in their own dtype.
+    Whole heads if one fits, of many a multiple of those that are in flight together, lest the last ones leave much of
+    the GPU idle; else ranges of rows of one head, whose dk and dv are then added up in their own dtype.
     """
     batch, heads, queries, _ = q.shape
     group = heads // k.shape[1]
@@ -227,7 +228,8 @@ def work_groups(q: Tensor, k: Tensor, block_size: int) -> tuple[int, int]:
     per_head = 12 * group * statistics_size(queries, offset, block_size)
     if per_head <= bound:
         rounds = triton.cdiv(batch * k.shape[1], int(bound // per_head))
-        return triton.cdiv(batch * k.shape[1], rounds), queries
+        step, in_flight = triton.cdiv(batch * k.shape[1], rounds), max(1, HEADS_IN_FLIGHT // group)
+        return step if rounds == 1 or step < in_flight else step // in_flight * in_flight, queries
     parts = math.ceil(per_head / bound)
     while True:
         row_step = triton.cdiv(queries, parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..fused.launch import LOG2E, backward_parts, empty_heads_last
+from ..fused.launch import LOG2E, BackwardCall, backward_parts, empty_heads_last
 from ..fused.repeat import Kept, addresses, on_device
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel
@@ -122,16 +122,6 @@ def launch(
         return None
     rest = [constants[name] for name in kernel.arg_names if name in constants]
     return Launch(compiled[grid], kept, table, (*arguments, *rest))
-
-
-@dataclass
-class BackwardCall:
-    """What backward calls of one kind have in common: parts to work on one after the other, the numbers of workspace
-    that the largest needs, and, once they ran, the launches."""
-
-    parts: list[tuple[int, int, int, int, int]]
-    workspace: int
-    launches: list[Launch] = field(default_factory=list)
 
 
 _forward_calls: Kept = Kept()
