@@ -170,7 +170,6 @@ class Bench:
             **self.shape,
         )
         model = GPTForCausalLM(config)
-        model.model.fp32_residual = case.fp32_residual
         if case.mode == "blocks":
             for layer in model.model.layers:
                 layer.compile(dynamic=False)
@@ -212,6 +211,7 @@ class Bench:
             save_every=0,
             keep=1,
             fused_loss=case.fused_loss,
+            fp32_residual=case.fp32_residual,
         )
         loop = Loop(accelerator, model, batches, settings, identity={})
         loop.module.train()

@@ -51,6 +51,10 @@ class RunOptions:
         True, panel="Machine", help="Work the loss out piece by piece, without holding the logits of all tokens."
     )
 
+    fp32_residual: bool = option(
+        False, panel="Machine", help="In a bf16 run, keep the sum that the layers add to in fp32 (the residual stream)."
+    )
+
     output: Path | None = option(
         None, panel="Output", saved=False, help="The run's directory. [default: a new one under runs/]"
     )
@@ -122,6 +126,7 @@ def loop_settings(options: RunOptions, output: Path, precision: str, sequence_le
         save_every=options.save_every,
         keep=options.keep,
         fused_loss=options.fused_loss,
+        fp32_residual=options.fp32_residual,
     )
 
 

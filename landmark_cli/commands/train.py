@@ -87,9 +87,6 @@ class TrainOptions(RunOptions, CorpusAndShape):
     several through `accelerate launch` or torchrun.
     """
 
-    fp32_residual: bool = option(
-        False, panel="Machine", help="In a bf16 run, keep the sum that the layers add to in fp32 (the residual stream)."
-    )
     dry_run: bool = option(
         False, panel="Output", saved=False, help="Print parameters, tokens per step and estimated memory, and stop."
     )
@@ -178,7 +175,6 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, fi
 
     accelerator, output, precision = begin(options, run_name(options))
     model = GPTForCausalLM(config)
-    model.model.fp32_residual = options.fp32_residual
     global_batch = options.batch_size * options.accumulation * accelerator.num_processes
     windows = window_settings(options, config)
     batches = Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows)

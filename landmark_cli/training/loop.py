@@ -49,6 +49,7 @@ class LoopSettings:
     sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints kept.
     precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention loses an earlier block.
     fused_loss: work the loss out without holding all logits. Sharded models do not: their head is not whole then.
+    fp32_residual: keep the residual stream of a bf16 run in float32.
     """
 
     output: Path
@@ -68,6 +69,7 @@ class LoopSettings:
     keep: int
     group_dropout: float = 0.0
     fused_loss: bool = True
+    fp32_residual: bool = False
 
 
 class Loop:
@@ -107,7 +109,7 @@ class Loop:
     def _prepare(self, model: nn.Module) -> None:
         accelerator, settings = self.accelerator, self.settings
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        model = LossModel(model, settings.group_dropout, settings.fused_loss and not sharded)
+        model = LossModel(model, settings.group_dropout, settings.fused_loss and not sharded, settings.fp32_residual)
         decayed = decayed_names(model)
         # FSDP 1 makes new parameters, so its optimizer comes after it; FSDP 2 wants to see both at once.
         wrap_first = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2

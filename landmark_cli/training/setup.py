@@ -123,12 +123,19 @@ class LossModel(nn.Module):
     For all else it stands in for the model: accelerate asks for its layers to shard, its tied weights, its config.
 
     group_dropout: probability that attention loses an earlier block. fused_loss: work the loss out without holding the
-    logits (see linear_cross_entropy.py), where the model's head is such that this is the same.
+    logits (see linear_cross_entropy.py), where the model's head is such that this is the same. fp32_residual: whether
+    under bf16 autocast the residual stream, the sum that every layer adds to, stays in float32. In bfloat16, as in a
+    model that is bfloat16 throughout, a step takes some 5% less time.
     """
 
-    def __init__(self, model: nn.Module, group_dropout: float = 0.0, fused_loss: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, group_dropout: float = 0.0, fused_loss: bool = False, fp32_residual: bool = False
+    ) -> None:
         super().__init__()
         self.wrapped = model
+        if not fp32_residual:
+            # Embeddings are where it begins.
+            model.get_input_embeddings().register_forward_hook(bf16_under_autocast)
         self.group_dropout = group_dropout
         self.fused_loss = fused_loss and has_plain_head(model)
 
@@ -162,6 +169,14 @@ class LossModel(nn.Module):
             # On the CPU, where reading it waits for nothing; the loop seeds every step.
             dropout = {"dropout_p": self.group_dropout, "dropout_seed": torch.randint(1 << 62, ())}
         return LandmarkLayout(controlled=controlled, **dropout)
+
+
+def bf16_under_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """A forward hook: a module's output in bfloat16 under bf16 autocast. Not in float16, whose range sums can leave."""
+    device = output.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return output.to(torch.bfloat16)
+    return output
 
 
 def has_plain_head(model: nn.Module) -> bool:

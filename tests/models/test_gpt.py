@@ -1,4 +1,4 @@
-"""The paper's model as a model of the transformers library: padding, precision."""
+"""The paper's model as a model of the transformers library: padding."""
 
 import pytest
 import torch
@@ -32,25 +32,3 @@ def test_padding_is_refused_where_it_would_change_the_result(settings):
     mask[0, 0] = 0
     with pytest.raises(ValueError, match="attention_mask"):
         model(input_ids=ids, attention_mask=mask)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "fp32_residual", "expected"),
-    [
-        (torch.bfloat16, False, torch.bfloat16),
-        (torch.bfloat16, True, torch.float32),
-        (torch.float16, False, torch.float32),
-        (None, False, torch.float32),
-    ],
-    ids=str,
-)
-def test_the_residual_stream_is_bf16_in_a_bf16_run_unless_told_otherwise(dtype, fp32_residual, expected):
-    model = tiny_baseline()
-    model.model.fp32_residual = fp32_residual
-    seen = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
-    ids = torch.randint(0, 39, (2, 23))
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        model(ids)
-    assert set(seen) == {expected}

@@ -1,0 +1,45 @@
+"""The model as its loss: what it is trained in."""
+
+import pytest
+import torch
+
+from landmark_cli.models import register
+from landmark_cli.training.setup import LossModel
+from tests.models.families import FAMILIES, tiny_decoder
+from tests.tiny import tiny_baseline, tiny_model
+
+register()
+
+OWN = {
+    "landmark": tiny_model,
+    "baseline": tiny_baseline,
+    "xl": lambda: tiny_baseline(memory_length=8, segment_length=8),
+    "context-miss": lambda: tiny_model(context_miss_token=True),
+}
+
+
+def residuals(model, autocast, **settings):
+    """The dtypes of what a model's layers add to, in a forward pass as its loss."""
+    seen = set()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0].endswith("layers") and name.rpartition(".")[2].isdigit():
+            module.register_forward_hook(lambda module, inputs, output: seen.add(torch.as_tensor(output[0]).dtype))
+    ids = torch.randint(30, (2, 24))
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = LossModel(model.train(), **settings)(ids, ids)
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    return seen
+
+
+# The routing weights of a mixture are fp32 and what they weigh is added in fp32.
+@pytest.mark.parametrize("name", [*OWN, *sorted(FAMILIES.keys() - {"mixtral"})])
+def test_the_residual_stream_is_bf16_in_a_bf16_run(name):
+    assert residuals(OWN[name]() if name in OWN else tiny_decoder(name), torch.bfloat16) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("autocast", "fp32_residual"), [(torch.bfloat16, True), (torch.float16, False), (None, False)], ids=str
+)
+def test_it_is_fp32_where_it_is_wanted_or_must_be(autocast, fp32_residual):
+    assert residuals(tiny_model(), autocast, fp32_residual=fp32_residual) == {torch.float32}
