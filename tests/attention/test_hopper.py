@@ -9,6 +9,7 @@ from triton.experimental import gluon
 
 from landmark_cli.attention import dispatch
 from landmark_cli.attention.fused import launch as portable
+from landmark_cli.attention.fused.op import attention
 from landmark_cli.attention.hopper import launch, schedule, support
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention import gluon_emulator
@@ -203,6 +204,38 @@ def test_another_gluon_is_explained(monkeypatch):
     assert "has no functions_and_args" in explain()
     monkeypatch.delattr(launch.gl, "warp_specialize")
     assert "warp_specialize" in explain()
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "error", [AttributeError("gl has no such thing"), RuntimeError("PassManager::run failed\nmore")], ids=repr
+)
+def test_what_does_not_compile_runs_the_portable_kernels_and_says_so_once(name, error, monkeypatch, capsys):
+    def broken(*arguments):
+        raise error
+
+    monkeypatch.setattr(support, "_failure", None)
+    monkeypatch.setattr(support, "is_hopper", lambda device: True)
+    monkeypatch.setattr(launch, name, broken)
+    leaves = Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu")
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    for _ in range(2):
+        out, _ = attention(*leaves, 64, 0.125, None, None, 0.0, None, True)
+        expected = eager(*exact, block_size=64)
+        found = out, *torch.autograd.grad(out.float().square().sum(), leaves)
+        wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a.float() - b).norm() <= 1e-2 * b.norm()
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and str(error).splitlines()[0] in said
+    assert "does not compile" in support.why_not("cuda", torch.bfloat16, 64, 64)
+
+
+def test_other_errors_are_not_taken_for_that(monkeypatch):
+    monkeypatch.setattr(support, "_failure", None)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        support.run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))
+    assert support.run(lambda: 3) == 3
 
 
 @pytest.fixture

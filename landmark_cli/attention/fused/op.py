@@ -125,8 +125,9 @@ attention_backward = torch.ops.landmark.attention_backward.default
 @torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
 def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper):
     """(out, lse) of checked arguments."""
-    if hopper:
-        return _hopper().forward(q, k, v, block_size, scale)
+    found = support.run(lambda: _hopper().forward(q, k, v, block_size, scale)) if hopper else None
+    if found is not None:
+        return found
     layout = Layout(block_size, scale, start, cu_seqlens, dropout_p, dropout_seed)
     out, lse = forward(_operand(q), _operand(k), _operand(v), layout)
     return out.to(q.dtype), lse
@@ -140,8 +141,10 @@ def _(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, ho
 @torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
 def _(dout, dlse, q, k, v, out, lse, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, hopper):
     """(dq, dk, dv) from the gradients of out and lse."""
-    if hopper:
-        return _hopper().backward(dout, dlse, q, k, v, out, lse, block_size, scale)
+    given = dout, dlse, q, k, v, out, lse, block_size, scale
+    found = support.run(lambda: _hopper().backward(*given)) if hopper else None
+    if found is not None:
+        return found
     layout = Layout(block_size, scale, start, cu_seqlens, dropout_p, dropout_seed)
     dlse = None if dlse is None else dlse.contiguous()
     dtype = q.dtype

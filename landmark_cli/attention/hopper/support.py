@@ -1,16 +1,26 @@
-"""Whether the Hopper kernels can serve."""
+"""Whether the Hopper kernels can serve, and what to do where this Triton turns out not to compile them."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from landmark_cli.console import warn
+
+Result = TypeVar("Result")
+
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = range(16, 65)
+
+# What a compiler that does not know this code raises; RuntimeErrors only with one of these words.
+COMPILE_ERRORS = (AttributeError, TypeError, NotImplementedError, ImportError)
+COMPILE_WORDS = ("PassManager", "ptxas", "MLIR", "translate")
 
 # With fewer queries there is too little work for a kernel that keeps a multiprocessor to itself.
 LEAST_QUERIES = 256
@@ -27,7 +37,40 @@ def why_not(device: str, dtype: torch.dtype, head_dim: int, block_size: int) -> 
         return f"q has head dim {head_dim}; the Hopper kernels take {' and '.join(map(str, HEAD_DIMS))}"
     if block_size not in BLOCK_SIZES:
         return f"block_size is {block_size}; the Hopper kernels take {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
-    return why_not_gluon()
+    return _failure or why_not_gluon()
+
+
+# Why they were given up, once they were.
+_failure: str | None = None
+
+
+def run(launch: Callable[[], Result]) -> Result | None:
+    """What a launch of theirs returns; None where Triton cannot compile it, now and for the rest of the process.
+
+    The language that they are written in still changes, and not every change shows before a kernel is compiled.
+    """
+    global _failure
+    if _failure is not None:
+        return None
+    try:
+        return launch()
+    except Exception as error:
+        if not _is_compile_error(error):
+            raise
+        import triton
+
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        _failure = f"Triton {triton.__version__} does not compile the Hopper kernels ({reason})"
+        warn(f"{_failure}; the portable kernels run instead")
+        return None
+
+
+def _is_compile_error(error: Exception) -> bool:
+    from triton.errors import TritonError
+
+    return isinstance(error, (TritonError, *COMPILE_ERRORS)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in COMPILE_WORDS)
+    )
 
 
 def why_not_for(queries: int, start: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float) -> str | None:
