@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import LandmarkError
+from ..errors import LandmarkError, UsageError
 from . import reference, retrieval
 from .cache import Chunk
 from .context_miss import attend_chunk_with_context_miss
@@ -192,11 +192,17 @@ def choose_implementation(
     if so; needs_portable: why the Hopper kernels do not know them. requested, or else the environment's
     LANDMARK_ATTENTION: "eager", "fused" or "hopper", to have that one.
 
-    Raises ValueError where what is asked for cannot serve, naming the argument, or where no such name exists.
+    Raises ValueError where what is asked for cannot serve, naming the argument, or where no such name exists, and
+    UsageError where it is the environment that asks.
     """
-    requested = requested or os.environ.get("LANDMARK_ATTENTION") or None
+    environment = None if requested else os.environ.get("LANDMARK_ATTENTION")
+    requested = requested or environment or None
+
+    def refusal(message: str) -> Exception:
+        return UsageError(f"LANDMARK_ATTENTION={environment}: {message}") if environment else ValueError(message)
+
     if requested not in (None, "eager", "fused", "hopper"):
-        raise ValueError(
+        raise refusal(
             f'landmark attention has the implementations "eager", "fused" and "hopper"; {requested!r} was asked for'
         )
     if requested == "eager":
@@ -204,7 +210,7 @@ def choose_implementation(
     if requested == "hopper":
         obstacle = needs_eager or needs_portable or support.why_not(device, dtype, head_dim, block_size)
         if obstacle is not None:
-            raise ValueError(f"Hopper kernels were asked for, but {obstacle}")
+            raise refusal(f"Hopper kernels were asked for, but {obstacle}; unasked, what can serve runs")
         return _announce("hopper", "as asked for")
     obstacle = needs_eager or _obstacle(device, dtype, head_dim, block_size, asked=requested == "fused")
     if obstacle is None and requested is None and support.is_hopper(device):
@@ -213,7 +219,7 @@ def choose_implementation(
     if obstacle is None:
         return _announce("fused", "as asked for" if requested else f"on {device}")
     if requested == "fused":
-        raise ValueError(f"fused landmark attention was asked for, but {obstacle}")
+        raise refusal(f"fused landmark attention was asked for, but {obstacle}; unasked, what can serve runs")
     return _announce("eager", obstacle)
 
 

@@ -7,6 +7,7 @@ from landmark_cli.attention import dispatch
 from landmark_cli.attention.dispatch import LandmarkLayout, choose_implementation, landmark_attention
 from landmark_cli.attention.hopper import support
 from landmark_cli.attention.reference import landmark_attention as eager
+from landmark_cli.errors import UsageError
 from tests import goldens
 from tests.models import test_gpt_goldens, test_llama_goldens
 
@@ -51,7 +52,10 @@ def test_the_environment_and_the_argument_choose(monkeypatch):
     assert choose_implementation("cuda", torch.bfloat16, 128, 64) == "eager"
     assert choose_implementation("cuda", torch.bfloat16, 128, 64, requested="fused") == "fused"
     monkeypatch.setenv("LANDMARK_ATTENTION", "flash")
-    with pytest.raises(ValueError, match="flash"):
+    with pytest.raises(UsageError, match="LANDMARK_ATTENTION=flash"):
+        choose_implementation("cuda", torch.bfloat16, 128, 64)
+    monkeypatch.setenv("LANDMARK_ATTENTION", "hopper")
+    with pytest.raises(UsageError, match="LANDMARK_ATTENTION=hopper: .* compute capability 9.0"):
         choose_implementation("cuda", torch.bfloat16, 128, 64)
 
 
