@@ -107,6 +107,14 @@ def test_what_is_made_of_the_figures_comes_before_them(report, measured, tmp_pat
     assert page.index("## Reading\n\n**Orders.** As expected.\n\n## ") < page.index("## Perplexity on novels")
 
 
+def test_the_page_in_docs_is_what_the_figures_kept_give(report, tmp_path, monkeypatch):
+    root = FOLDER.parent.parent
+    page = tmp_path / "results.md"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(root / "benchmarks/results/study"), "--output", str(page)])
+    report.main()
+    assert page.read_text() == (root / "docs/results.md").read_text()
+
+
 def test_a_folder_without_results_is_an_error(report, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--output", str(tmp_path / "page.md")])
     with pytest.raises(SystemExit):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = {
+    "data": "token files",
     "landmark": "landmark attention, novels and pass keys",
     "baseline": "ordinary attention, the same data",
     "xl": "Transformer-XL, the same data",

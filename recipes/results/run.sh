@@ -5,7 +5,9 @@
 #   NOVELS=FOLDER PART="landmark baseline" STEPS=2000 bash recipes/results/run.sh
 #   PART=report bash recipes/results/run.sh
 #
-# Every part trains its model and measures it, and goes on where it was when it is run again:
+# Every part trains its model and measures it, and goes on where it was when it is run again. After `data` they can run side
+# by side, each with a GPU of its own (CUDA_VISIBLE_DEVICES), but for `million`, which comes after `landmark`:
+#   data                          token files of everything
 #   landmark baseline xl          the paper's three models on novels (PG19's layout: train/, validation/) and pass keys
 #   million                       pass keys in texts of up to a million tokens, by the model of `landmark`
 #   math-landmark math-baseline math-xl      the same three on mathematics, without pass keys
@@ -36,7 +38,7 @@ TRAIN=(${TRAIN:-}) FINETUNE=(${FINETUNE:-}) MEASURE=(--device "$DEVICE" --dtype 
 SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-PART=${PART:-landmark million baseline xl $MATH_PARTS $SMOLLM2_PARTS report}
+PART=${PART:-data landmark million baseline xl $MATH_PARTS $SMOLLM2_PARTS report}
 
 landmark() { "$PYTHON" -m landmark_cli "$@"; }
 
@@ -91,8 +93,19 @@ train() {
     cp "$model/metrics.jsonl" "$results/"
 }
 
+own_text() { suffix='' tokenizer=() documents=120000 longest=500; }
+smollm2_text() { suffix=-smollm2 tokenizer=(--tokenizer "$SMOLLM2") documents=20000 longest=1000; }
+
+all_text() {
+    own_text
+    both novels passkeys
+    mathematics
+    smollm2_text
+    both novels passkeys
+}
+
 on_novels() {
-    suffix='' tokenizer=() documents=120000 longest=500
+    own_text
     both novels passkeys
     train "$1" --data "$DATA/novels" --data "$DATA/passkey" --mix 0.75,0.25 --steps "$STEPS"
 }
@@ -142,7 +155,7 @@ pretrained_keys() {
 }
 
 smollm2() {
-    suffix=-smollm2 tokenizer=(--tokenizer "$SMOLLM2") documents=20000 longest=1000
+    smollm2_text
     local mix=(--data "$DATA/novels$suffix")
     if [ "$role" = passkey ]; then
         both novels passkeys
@@ -184,6 +197,7 @@ run_part() {
     mkdir -p "$results"
     printf 'machine\t%s\n' "$(machine)" >> "$results/log.tsv"
     case $part in
+        data) all_text ;;
         landmark) on_novels landmark; both tables short_keys ;;
         baseline) on_novels baseline; both tables window_keys ;;
         xl) on_novels transformer-xl; tables ;;
