@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None = None, **kwargs) -> Tensor:
         qkv = self.qkv_proj(x).view(*x.shape[:2], 3, self.config.n_head, self.head_dim)
-        # (B, H, T, D) each. Unbound where they lie, so that their gradients are put together where the product wants them.
+        # (B, H, T, D) each. Unbound where they lie, so that their gradients come together where the product wants them.
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
