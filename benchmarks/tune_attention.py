@@ -4,7 +4,8 @@
     python benchmarks/tune_attention.py --only T512 --kernels query_gradient key_gradient
 
 A configuration is (query rows, keys, warps, stages, registers); what is best goes into
-landmark_cli/attention/fused/configurations.py. Backward's kernels run in the same groups of heads as in training.
+landmark_cli/attention/fused/configurations.py. Backward's kernels run in the same groups of heads as in training;
+--parts times backward as a whole in more of them, whose tensors the second kernel may then find in the L2 cache.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 import triton
@@ -60,6 +62,29 @@ def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
     }
 
 
+def backward_in_parts(shape: Shape, counts: list[int]) -> dict[int, Callable[[], object]]:
+    """All of backward in so many groups of heads, one after the other: count -> function."""
+    q, k, v, dout = (x.detach() for x in shape.tensors())
+    layout = launch.Layout(shape.block, shape.dim**-0.5)
+    out, lse = launch.forward(q, k, v, layout)
+    gradients = [launch.empty_heads_last(x) for x in (q, k, v)]
+    (first_row, last_row, _, _, plane), *_ = launch.backward_parts(q, k, shape.block)[0]
+    key_heads = k.shape[0] * k.shape[1]
+
+    def run(count: int) -> None:
+        step = -(-key_heads // count)
+        numbers = 12 * shape.groups * step * plane
+        tensors = q, k, v, out, dout, lse, None, *gradients, torch.empty(numbers, device=DEVICE), None, None
+        for first in range(0, key_heads, step):
+            part = first_row, last_row, first, min(step, key_heads - first), plane
+            for kernel, launch_kernel in (
+                ("query_gradient", launch.launch_query_gradient), ("key_gradient", launch.launch_key_gradient)
+            ):  # fmt: skip
+                launch_kernel(tensors, layout, part, configurations.choices(kernel, q, shape.block).configurations[0])
+
+    return {count: lambda count=count: run(count) for count in counts if last_row - first_row == q.shape[2]}
+
+
 def tried(kernel: str, shape: Shape) -> list[Configuration]:
     cols = max(16, triton.next_power_of_2(shape.block))
     return [Configuration(rows, cols, *rest) for rows, *rest in TRIED[kernel]]
@@ -88,8 +113,8 @@ def warm(found: list[Shape], names: list[str]) -> None:
             job.result()
 
 
-def times(function: Callable[[Configuration], object], every: list[Configuration], rounds: int) -> dict:
-    """Seconds a call of a kernel takes in each configuration that compiles and fits."""
+def times(function: Callable[[Any], object], every: list, rounds: int) -> dict:
+    """Seconds a call takes with each choice that compiles and fits."""
     timers = {}
     for choice in every:
         try:
@@ -125,12 +150,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--kernels", nargs="+", choices=TRIED, default=list(TRIED))
+    parser.add_argument("--parts", type=int, nargs="+", default=[], help="backward in so many groups of heads")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     found = [shape for shape in (shapes() if GPU else TOY_SHAPES) if options.only in str(shape)]
     warm(found, options.kernels)
     for shape in found:
         tune(shape, options.kernels, options.rounds)
+        functions = backward_in_parts(shape, options.parts)
+        for count, seconds in times(
+            lambda count, runs=functions: runs[count](), list(functions), options.rounds
+        ).items():
+            print(f"  backward in {count} parts: {seconds * 1e3:.3f} ms", flush=True)
 
 
 if __name__ == "__main__":
