@@ -25,8 +25,7 @@ from triton.experimental.gluon import language as gl
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "landmark_cli" / "attention" / "hopper"
-ACCESS = re.compile(r"(?:Read|Write) access at (\w+)\+0x[0-9a-f]+ in (\S+?):(\d+)")
-# racecheck is the slow one.
+ACCESS = re.compile(r"(?:Read|Write) access at \w+\+0x[0-9a-f]+ in (\S+?):(\d+)")
 RUNS = [("memcheck", "tiny"), ("synccheck", "tiny"), ("racecheck", "tiny"), ("racecheck", "control")]
 
 
@@ -83,7 +82,7 @@ def hazards(text: str, handshake: set[tuple[str, int]]) -> tuple[int, Counter]:
     """(reports that are the handshake's, the others by where they are)."""
     known, others = 0, Counter()
     for report in re.split(r"(?=Race reported)", text)[1:]:
-        places = [(Path(file).name, int(line)) for _, file, line in ACCESS.findall(report)]
+        places = [(Path(file).name, int(line)) for file, line in ACCESS.findall(report)]
         if places and all(place in handshake for place in places):
             known += 1
         else:
@@ -105,12 +104,12 @@ def main() -> None:
     subprocess.run(first, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, check=True)
     with ThreadPoolExecutor(len(RUNS)) as pool:
         results = list(pool.map(lambda pair: run(*pair, options.limit), RUNS))
-    failed = False
+    failed, handshake = False, handshake_lines()
     for (tool, group), (status, text) in zip(RUNS, results, strict=True):
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
             (options.output / f"{tool}-{group}.txt").write_text(text)
-        known, others = hazards(text, handshake_lines())
+        known, others = hazards(text, handshake)
         ran = "RESULT" in text
         bad = not ran or (status != 0 and (tool != "racecheck" or bool(others) or not known))
         failed |= bad

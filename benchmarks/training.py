@@ -44,6 +44,7 @@ import landmark_cli
 from landmark_cli.attention.dispatch import landmark_attention
 from landmark_cli.console import info
 from landmark_cli.data.batches import Batches
+from landmark_cli.inference.graphs import CudaGraph
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 from landmark_cli.training.loop import Loop, LoopSettings
@@ -331,24 +332,10 @@ def milliseconds_of(work: Callable[[], object], record: bool = True) -> float:
     """Median time of a piece of work, with a cold L2 cache; if it can be recorded, without the host's share."""
     if DEVICE.type == "cuda":
         if record:
-            work = recorded(work).replay
+            work = CudaGraph(work, DEVICE, None).replay
         return triton.testing.do_bench(work, warmup=20, rep=60, return_mode="median")
     work()
     return 1e3 * seconds_of(work, 2)
-
-
-def recorded(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A piece of work as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    return graph
 
 
 def report(results: list[Result], parts: dict[Case, dict[str, float]], compared: dict[str, Result]) -> str:

@@ -37,15 +37,21 @@ TRIED = {
 }  # fmt: skip
 
 
-def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
-    """Our three kernels on a shape: functions of their configuration."""
+def backward_call(shape: Shape, workspace: int) -> tuple[tuple, launch.Layout]:
+    """What launches of backward take, statistics of so many numbers included."""
     q, k, v, dout = (x.detach() for x in shape.tensors())
     layout = launch.Layout(shape.block, shape.dim**-0.5)
     out, lse = launch.forward(q, k, v, layout)
-    dq, dk, dv = (launch.empty_heads_last(x) for x in (q, k, v))
-    parts, workspace = launch.backward_parts(q, k, shape.block)
+    gradients = (launch.empty_heads_last(x) for x in (q, k, v))
     statistics = torch.empty(workspace, dtype=torch.float32, device=DEVICE)
-    tensors = q, k, v, out, dout, lse, None, dq, dk, dv, statistics, None, None
+    return (q, k, v, out, dout, lse, None, *gradients, statistics, None, None), layout
+
+
+def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
+    """Our three kernels on a shape: functions of their configuration."""
+    parts, workspace = parts_of(shape)
+    tensors, layout = backward_call(shape, workspace)
+    q, k, v, out, _, lse, *_ = tensors
 
     def query_gradient(choice: Configuration) -> None:
         for part in parts:
@@ -62,27 +68,29 @@ def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
     }
 
 
+def parts_of(shape: Shape) -> tuple[list[tuple], int]:
+    """The parts that backward works on, and the numbers of their workspace, as in training."""
+    q, k, *_ = shape.tensors()
+    return launch.backward_parts(q, k, shape.block)
+
+
 def backward_in_parts(shape: Shape, counts: list[int]) -> dict[int, Callable[[], object]]:
-    """All of backward in so many groups of heads, one after the other: count -> function."""
-    q, k, v, dout = (x.detach() for x in shape.tensors())
-    layout = launch.Layout(shape.block, shape.dim**-0.5)
-    out, lse = launch.forward(q, k, v, layout)
-    gradients = [launch.empty_heads_last(x) for x in (q, k, v)]
-    (first_row, last_row, _, _, plane), *_ = launch.backward_parts(q, k, shape.block)[0]
-    key_heads = k.shape[0] * k.shape[1]
+    """All of backward in so many groups of heads, one after the other: count -> function. Empty where not even one head
+    fits the workspace whole."""
+    (first_row, last_row, _, _, plane), *_ = parts_of(shape)[0]
+    key_heads = shape.batch * (shape.key_heads or shape.heads)
+    if last_row - first_row < shape.tokens or not counts:
+        return {}
+    steps = {count: -(-key_heads // count) for count in counts}
+    tensors, layout = backward_call(shape, 12 * shape.groups * plane * max(steps.values()))
 
-    def run(count: int) -> None:
-        step = -(-key_heads // count)
-        numbers = 12 * shape.groups * step * plane
-        tensors = q, k, v, out, dout, lse, None, *gradients, torch.empty(numbers, device=DEVICE), None, None
-        for first in range(0, key_heads, step):
-            part = first_row, last_row, first, min(step, key_heads - first), plane
-            for kernel, launch_kernel in (
-                ("query_gradient", launch.launch_query_gradient), ("key_gradient", launch.launch_key_gradient)
-            ):  # fmt: skip
-                launch_kernel(tensors, layout, part, configurations.choices(kernel, q, shape.block).configurations[0])
+    def run(step: int) -> None:
+        parts = [
+            (first_row, last_row, first, min(step, key_heads - first), plane) for first in range(0, key_heads, step)
+        ]
+        list(launch.launch_backward(tensors, layout, parts))
 
-    return {count: lambda count=count: run(count) for count in counts if last_row - first_row == q.shape[2]}
+    return {count: lambda step=step: run(step) for count, step in steps.items()}
 
 
 def tried(kernel: str, shape: Shape) -> list[Configuration]:

@@ -157,6 +157,7 @@ def attend_chunk(
         needs = "context_miss_key gives the outer softmax a key of its own"
     elif torch.is_grad_enabled() and q.requires_grad:
         needs = "gradients are asked for"
+    # Who asks for the Hopper kernels means attention that has them, which retrieval has not.
     requested = "fused" if os.environ.get("LANDMARK_ATTENTION") == "hopper" else None
     name = choose_implementation(
         q.device.type, q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs,

@@ -128,13 +128,14 @@ def backward(
             for done in call.launches:
                 done.again(at)
         else:
-            launches = list(_launch_backward(tensors, layout, call.parts))
+            launches = list(launch_backward(tensors, layout, call.parts))
             if None not in launches and at is not None:
                 call.launches = launches
     return dq, dk, dv
 
 
-def _launch_backward(tensors: tuple, layout: Layout, parts: list[tuple]) -> Iterator[Launch | None]:
+def launch_backward(tensors: tuple, layout: Layout, parts: list[tuple]) -> Iterator[Launch | None]:
+    """Launch both backward kernels on one part after the other, as they are asked for."""
     q = tensors[0]
     query_choices, key_choices = (
         choices(kernel, q, layout.block_size) for kernel in ("query_gradient", "key_gradient")

@@ -16,11 +16,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..fused.launch import LOG2E, BackwardCall, backward_parts, empty_heads_last
 from ..fused.repeat import Kept, addresses, on_device
 from .forward import forward_kernel
-from .key_gradient import key_gradient_kernel
+from .key_gradient import CONSUMERS, key_gradient_kernel
 from .query_gradient import query_gradient_kernel
 from .schedule import key_schedule, query_schedule
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+KEY_CONSUMERS = CONSUMERS.value
 
 # The copy engine takes addresses and strides that are multiples of this many bytes.
 ALIGNMENT = 16
@@ -194,14 +196,7 @@ def launch_forward(tensors: tuple, block_size: int, scale: float, choice: Forwar
     ]
     table = query_schedule(queries, offset, 64 * choice.consumers, block_size, batch * heads, group, dim, q.device)
     arguments = table.shape[0], scale * LOG2E, queries, offset, heads
-    constants = {
-        "GROUP": group,
-        "BLOCK": block_size,
-        "CONSUMERS": choice.consumers,
-        "K_SLOTS": choice.key_slots,
-        "V_SLOTS": choice.value_slots,
-        "STEP": choice.step,
-    }
+    constants = {**row_constants(choice, group, block_size), "STEP": choice.step}
     return launch(forward_kernel, tensors, operands, table, arguments, constants, registers(choice.consumers))
 
 
@@ -235,14 +230,7 @@ def launch_backward(
         out.stride()[:3], table.shape[0], scale * LOG2E, scale, queries, offset, first_head * group, q.shape[1], plane,
         total,
     )  # fmt: skip
-    constants = {
-        "GROUP": group,
-        "BLOCK": block_size,
-        "CONSUMERS": choice.consumers,
-        "K_SLOTS": choice.key_slots,
-        "V_SLOTS": choice.value_slots,
-    }
-    rest = arguments, constants, registers(choice.consumers)
+    rest = arguments, row_constants(choice, group, block_size), registers(choice.consumers)
     first = launch(query_gradient_kernel, tensors, operands, table, *rest)
 
     operands = [
@@ -254,12 +242,23 @@ def launch_backward(
         Operand(8, dk),
         Operand(9, dv),
     ]
-    table = key_schedule(queries, offset, 2, block_size, key_heads, group, dim, q.device)
+    table = key_schedule(queries, offset, KEY_CONSUMERS, block_size, key_heads, group, dim, q.device)
     arguments = (
         dk.stride()[:3], dv.stride()[:3], table.shape[0], scale * LOG2E, scale, queries, offset, first_head, k.shape[1]
     )  # fmt: skip
     constants = {"GROUP": group, "BLOCK": block_size, "SLOTS": choice.row_slots, "ACCUMULATE": last_row < total}
-    return first, launch(key_gradient_kernel, tensors, operands, table, arguments, constants, registers(2))
+    return first, launch(key_gradient_kernel, tensors, operands, table, arguments, constants, registers(KEY_CONSUMERS))
+
+
+def row_constants(choice: ForwardConfiguration | BackwardConfiguration, group: int, block_size: int) -> dict[str, int]:
+    """What both kernels that walk by query rows are compiled for."""
+    return {
+        "GROUP": group,
+        "BLOCK": block_size,
+        "CONSUMERS": choice.consumers,
+        "K_SLOTS": choice.key_slots,
+        "V_SLOTS": choice.value_slots,
+    }
 
 
 def aligned(x: Tensor) -> Tensor:
