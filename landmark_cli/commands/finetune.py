@@ -113,6 +113,8 @@ class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
     final_lr: float = changed("final_lr", 0.1)
     weight_decay: float = changed("weight_decay", 0.1)
     beta2: float = changed("beta2", 0.999)
+    # What it does to pretrained weights has not been measured.
+    fp32_residual: bool = changed("fp32_residual", True)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", panel="Output", help="Of the weights in the finished model; auto: as those it started from."
     )

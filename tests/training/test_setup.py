@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from landmark_cli.commands.finetune import FinetuneOptions
+from landmark_cli.commands.run_options import loop_settings
+from landmark_cli.commands.train import TrainOptions
 from landmark_cli.models import register
 from landmark_cli.training.setup import LossModel
 from tests.models.families import FAMILIES, tiny_decoder
@@ -43,3 +46,10 @@ def test_the_residual_stream_is_bf16_in_a_bf16_run(name):
 )
 def test_it_is_fp32_where_it_is_wanted_or_must_be(autocast, fp32_residual):
     assert residuals(tiny_model(), autocast, fp32_residual=fp32_residual) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [(TrainOptions(), False), (FinetuneOptions(model="any"), True)], ids=["train", "finetune"]
+)
+def test_only_training_from_scratch_has_it_in_bf16_unasked(options, expected, tmp_path):
+    assert loop_settings(options, tmp_path, "bf16", 512).fp32_residual is expected
