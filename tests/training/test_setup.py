@@ -49,7 +49,9 @@ def test_it_is_fp32_where_it_is_wanted_or_must_be(autocast, fp32_residual):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [(TrainOptions(), False), (FinetuneOptions(model="any"), True)], ids=["train", "finetune"]
+    ("options", "expected"),
+    [(TrainOptions(), False), (FinetuneOptions(model="any", data=["any"]), True)],
+    ids=["train", "finetune"],
 )
 def test_only_training_from_scratch_has_it_in_bf16_unasked(options, expected, tmp_path):
     assert loop_settings(options, tmp_path, "bf16", 512).fp32_residual is expected
