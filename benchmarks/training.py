@@ -261,7 +261,8 @@ class Bench:
         state = 16 * sum(parameter.numel() for parameter in model.parameters())
         room = 0.94 * torch.cuda.get_device_properties(DEVICE).total_memory if DEVICE.type == "cuda" else 32 * MIB
         row = max(like.memory - state, MIB) / like.case.batch
-        batch = 1 << max(int((room - state) / row).bit_length() - 1, 0)
+        # Rounded up: `row` counts what does not grow with the batch as well, and what does not fit is halved.
+        batch = 1 << int((room - state) / row).bit_length()
         while True:
             try:
                 return self.run(replace(like.case, name="largest", kind=kind, batch=batch, accumulation=1))
