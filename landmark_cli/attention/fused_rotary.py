@@ -12,33 +12,50 @@ from torch import Tensor
 from .fused.launch import empty_heads_last
 
 
+@triton.jit
+def _move(X, OUT, x_stride, out_stride, cos, sin, heads, TURNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+          HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    """All heads of a token, the first 2 * HALF dimensions turned or as they are. Strides: from head to head."""
+    dim = tl.arange(0, HALF_PAD)[None, :]
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None]
+        x, out = X + head * x_stride, OUT + head * out_stride
+        mask = (head < heads) & (dim < HALF)
+        one = tl.load(x + dim, mask=mask)
+        two = tl.load(x + dim + HALF, mask=mask)
+        if TURNED:
+            one, two = one.to(tl.float32), two.to(tl.float32)
+            one, two = one * cos - two * sin, two * cos + one * sin
+        tl.store(out + dim, one.to(OUT.dtype.element_ty), mask=mask)
+        tl.store(out + dim + HALF, two.to(OUT.dtype.element_ty), mask=mask)
+        if REST > 0:
+            rest = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
+            mask = (head < heads) & (rest < 2 * HALF + REST)
+            tl.store(out + rest, tl.load(x + rest, mask=mask), mask=mask)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads"])
-def rotate_kernel(X, COS, SIN, OUT, x_strides, cos_strides, out_strides, tokens, heads,
-                  HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
-                  HEADS: tl.constexpr):  # fmt: skip
-    """OUT = X turned, (B, H, T, D). Program (token, batch row): the angles of a token serve all its heads."""
+def rotate_kernel(Q, K, V, COS, SIN, Q_OUT, K_OUT, V_OUT, q_strides, k_strides, v_strides, cos_strides, out_strides,
+                  tokens, heads, JOINED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
+                  REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    """Q_OUT = Q turned, (B, H, T, D); if JOINED, K_OUT = K turned and V_OUT = V too. Program (token, batch row): the
+    angles of a token serve all its heads."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     dim = tl.arange(0, HALF_PAD)
     at = row * cos_strides[0] + token * cos_strides[2] + dim
     cos = tl.load(COS + at, mask=dim < HALF, other=0.0)[None, :]
     sin = tl.load(SIN + at, mask=dim < HALF, other=0.0)[None, :]
-    x_row = X + row * x_strides[0] + token * x_strides[2]
-    out_row = OUT + row * out_strides[0] + token * out_strides[2]
-    for first in range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)
-        mask = (head < heads)[:, None] & (dim < HALF)[None, :]
-        x = x_row + head[:, None] * x_strides[1] + dim[None, :]
-        out = out_row + head[:, None] * out_strides[1] + dim[None, :]
-        one = tl.load(x, mask=mask, other=0.0).to(tl.float32)
-        two = tl.load(x + HALF, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out, (one * cos - two * sin).to(OUT.dtype.element_ty), mask=mask)
-        tl.store(out + HALF, (two * cos + one * sin).to(OUT.dtype.element_ty), mask=mask)
-        if REST > 0:
-            rest = 2 * HALF + tl.arange(0, REST_PAD)
-            mask = (head < heads)[:, None] & (rest < 2 * HALF + REST)[None, :]
-            x = x_row + head[:, None] * x_strides[1] + rest[None, :]
-            tl.store(out_row + head[:, None] * out_strides[1] + rest[None, :], tl.load(x, mask=mask), mask=mask)
+    to = row * out_strides[0] + token * out_strides[2]
+    x = Q + row * q_strides[0] + token * q_strides[2]
+    _move(x, Q_OUT + to, q_strides[1], out_strides[1], cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+    if JOINED:
+        x = K + row * k_strides[0] + token * k_strides[2]
+        _move(x, K_OUT + to, k_strides[1], out_strides[1], cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+        x = V + row * v_strides[0] + token * v_strides[2]
+        _move(
+            x, V_OUT + to, v_strides[1], out_strides[1], cos, sin, heads, False, HALF, REST, HALF_PAD, REST_PAD, HEADS
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,6 +66,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return Rotation.apply(x, cos, sin)
     return _rotate(x, cos, sin)
+
+
+def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q and k, turned, and v as it is, (B, H, T, D) each with a dense last dimension, in one: (B, T, 3, H, D)."""
+    batch, heads, tokens, dim = q.shape
+    joined = q.new_empty(batch, tokens, 3, heads, dim)
+    _launch([q, k, v], cos, sin, [part.transpose(1, 2) for part in joined.unbind(2)])
+    return joined
 
 
 class Rotation(torch.autograd.Function):
@@ -67,17 +92,26 @@ class Rotation(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    batch, heads, tokens, dim = x.shape
-    half = cos.shape[-1]
-    cos, sin = (t.expand(batch, 1, tokens, half) for t in (cos, sin))
-    out, rest = empty_heads_last(x), dim - 2 * half
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        rotate_kernel[(tokens, batch)](
-            x, cos, sin, out, *(t.stride()[:3] for t in (x, cos, out)), tokens, heads, HALF=half, REST=rest,
-            HALF_PAD=triton.next_power_of_2(half), REST_PAD=triton.next_power_of_2(max(1, rest)),
-            HEADS=min(16, triton.next_power_of_2(heads)), num_warps=4,
-        )  # fmt: skip
+    out = empty_heads_last(x)
+    _launch([x], cos, sin, [out])
     return out
+
+
+def _launch(parts: list[Tensor], cos: Tensor, sin: Tensor, outputs: list[Tensor]) -> None:
+    """Turn one part; or, of three, turn two and copy the last."""
+    batch, heads, tokens, dim = parts[0].shape
+    half = cos.shape[-1]
+    rest = dim - 2 * half
+    cos, sin = (t.expand(batch, 1, tokens, half) for t in (cos, sin))
+    # The kernel without the other two still has their arguments.
+    q, k, v = parts * (3 // len(parts))
+    q_out, k_out, v_out = outputs * (3 // len(parts))
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        rotate_kernel[(tokens, batch)](
+            q, k, v, cos, sin, q_out, k_out, v_out, *(t.stride()[:3] for t in (q, k, v, cos, q_out)), tokens, heads,
+            JOINED=len(parts) == 3, HALF=half, REST=rest, HALF_PAD=triton.next_power_of_2(half),
+            REST_PAD=triton.next_power_of_2(max(1, rest)), HEADS=min(16, triton.next_power_of_2(heads)), num_warps=4,
+        )  # fmt: skip
 
 
 def serves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:

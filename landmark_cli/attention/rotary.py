@@ -64,6 +64,52 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
 
 
+def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated, and values, (B, H, T, D) each, of their common projection (B, T, 3, H, D).
+
+    cos, sin: as in `rotate`, (B or 1, 1, T, rotary_dim / 2); no gradients reach them where qkv is on a GPU.
+    """
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if qkv.is_cuda and qkv.requires_grad and torch.is_grad_enabled() and not transformed:
+        return SplitAndRotate.apply(qkv, cos, sin)
+    return _split_and_rotate(qkv, cos, sin)
+
+
+def _split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class SplitAndRotate(torch.autograd.Function):
+    """Forward is for torch.compile to fuse. Backward is one operator: the kernel that torch.compile makes of a stack of
+    turned-back gradients takes more than twice the time that its bytes need."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _split_and_rotate(qkv, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return join_rotated(dq, dk, dv, cos, -sin), None, None
+
+
+@torch.library.custom_op("landmark::join_rotated", mutates_args=())
+def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q and k, rotated, and v as it is, (B, H, T, D) each, put together: (B, T, 3, H, D)."""
+    fused = _fused()
+    if fused is not None and all(fused.serves(x, cos, sin) for x in (q, k, v)):
+        return fused.join_rotated(q, k, v, cos, sin)
+    return torch.stack([rotate(q, cos, sin), rotate(k, cos, sin), v]).permute(1, 3, 0, 2, 4).contiguous()
+
+
+@join_rotated.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, 3, heads, dim)
+
+
 @functools.cache
 def _fused() -> ModuleType | None:
     """The kernel that does the same in one pass, unless Triton is missing or plain PyTorch was asked for."""

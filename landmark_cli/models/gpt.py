@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from landmark_cli.attention.cache import Chunk
 from landmark_cli.attention.dispatch import padding_mask
 from landmark_cli.attention.recurrent import RecurrentMemory
-from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
+from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table, split_and_rotate
 
 
 class GPTConfig(PreTrainedConfig):
@@ -109,9 +109,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None = None, **kwargs) -> Tensor:
         qkv = self.qkv_proj(x).view(*x.shape[:2], 3, self.config.n_head, self.head_dim)
-        # (B, H, T, D) each. Unbound where they lie, so that their gradients come together where the product wants them.
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = split_and_rotate(qkv, *rotation)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
         if self.config.context_miss_token:
             kwargs["context_miss_key"] = k[:, :, :1]
