@@ -13,32 +13,34 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 
 
 @triton.jit
-def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.constexpr, COLS: tl.constexpr):
-    """Program (row). What the second loop reads again is still in the L2 cache."""
+def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.constexpr, COLS: tl.constexpr,
+                 DEPTH: tl.constexpr):  # fmt: skip
+    """Program (row). What the second loop reads again is still in the L2 cache. A step takes DEPTH x COLS logits, of
+    which a thread holds whole columns."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
     logits = LOGITS + row * stride
-    column = tl.arange(0, COLS)
+    column = tl.arange(0, DEPTH)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     if target == IGNORED:
-        zeros = tl.zeros([COLS], LOGITS.dtype.element_ty)
-        for first in range(0, vocabulary, COLS):
+        zeros = tl.zeros([DEPTH, COLS], LOGITS.dtype.element_ty)
+        for first in range(0, vocabulary, DEPTH * COLS):
             tl.store(logits + first + column, zeros, mask=first + column < vocabulary)
         tl.store(LOSSES + row, 0.0)
         return
     wanted = tl.load(logits + target).to(tl.float32)
-    # A running maximum and sum in every column, put together at the end: no reduction inside the loop.
+    # A running maximum and sum in every column, put together at the end: inside the loop no thread waits for another.
     top = tl.full([COLS], float("-inf"), tl.float32)
     total = tl.zeros([COLS], tl.float32)
-    for first in range(0, vocabulary, COLS):
+    for first in range(0, vocabulary, DEPTH * COLS):
         x = tl.load(logits + first + column, mask=first + column < vocabulary, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, x)
+        higher = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - shift) + tl.exp(x - shift)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[None, :]), 0)
         top = higher
     highest = tl.max(top, 0)
     normalizer = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
     tl.store(LOSSES + row, normalizer - wanted)
-    for first in range(0, vocabulary, COLS):
+    for first in range(0, vocabulary, DEPTH * COLS):
         mask = first + column < vocabulary
         x = tl.load(logits + first + column, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.exp(x - normalizer) - tl.where(first + column == target, 1.0, 0.0)
@@ -48,8 +50,10 @@ def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.conste
 def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
     """See linear_cross_entropy.score_and_differentiate; logits with a dense last dimension."""
     rows, vocabulary = logits.shape
+    # So many threads to a row that few rows are at work at a time, 40 MB of them where the vocabulary is GPT-2's: more
+    # would not stay in the L2 cache.
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         score_kernel[(rows,)](
             logits, targets, losses, logits.stride(0), vocabulary, IGNORED=IGNORED_TARGET,
-            COLS=min(8192, triton.next_power_of_2(vocabulary)), num_warps=16,
+            COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=2, num_warps=16,
         )  # fmt: skip

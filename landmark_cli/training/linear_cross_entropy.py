@@ -62,10 +62,18 @@ def _loss_and_gradients(
         if by_hidden:
             torch.mm(piece, weight, out=hidden_gradient[part])
         if by_weight and step < rows:
-            weight_gradient += torch.mm(piece.T, hidden[part])
+            _add_product(weight_gradient, piece.T, hidden[part])
         elif by_weight:
             torch.mm(piece.T, hidden, out=weight_gradient)
     return loss.copy_(losses.sum()), hidden_gradient, weight_gradient
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without rounding the product to the factors' dtype where the device can."""
+    if total.is_cuda and total.dtype == torch.float32 and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(a, b)
 
 
 @_loss_and_gradients.register_fake

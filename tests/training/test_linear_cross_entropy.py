@@ -70,16 +70,39 @@ def test_only_gradients_that_are_wanted_are_formed():
     torch.testing.assert_close(loss.detach(), expected[0])
 
 
-def test_the_kernel_does_what_the_definition_does():
+@pytest.mark.parametrize("vocabulary", [7, 130, 9001, 20_000])
+def test_the_kernel_does_what_the_definition_does(vocabulary):
     fused_cross_entropy = pytest.importorskip("landmark_cli.training.fused_cross_entropy")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden, weight, targets = (tensor.to(device) for tensor in inputs())
-    found, expected = ((hidden @ weight.T).detach().flatten(0, 1) for _ in range(2))
-    losses, wanted = torch.full((2, ROWS), torch.nan, device=device)
-    fused_cross_entropy.score_and_differentiate(found, targets.flatten(), losses)
-    module.score_and_differentiate(expected, targets.flatten(), wanted)
-    torch.testing.assert_close((found, losses), (expected, wanted), rtol=1e-5, atol=1e-6)
+    torch.manual_seed(vocabulary)
+    # Rows are further apart than they are long, and what lies between stays.
+    room = torch.full((20, vocabulary + 3), torch.nan, device=device)
+    logits = room[:, :vocabulary].copy_(3 * torch.randn(20, vocabulary))
+    targets = torch.randint(vocabulary, (20,), device=device)
+    targets[::7] = -100
+    expected = logits.clone()
+    losses, wanted = torch.full((2, 20), torch.nan, device=device)
+    fused_cross_entropy.score_and_differentiate(logits, targets, losses)
+    module.score_and_differentiate(expected, targets, wanted)
+    torch.testing.assert_close((logits, losses), (expected, wanted), rtol=1e-5, atol=1e-6)
+    assert room[:, vocabulary:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("piece", [1 << 29, 128 * VOCABULARY], ids=["whole", "pieces"])
+def test_on_a_gpu_in_bf16_the_gradients_are_as_exact_as_those_of_the_logits(monkeypatch, piece):
+    monkeypatch.setattr(module, "PIECE", piece)
+    exact = loss_and_gradients(plain, *inputs())
+    placed = [tensor.detach().cuda() for tensor in inputs()]
+    with torch.autocast("cuda", torch.bfloat16):
+        ours, theirs = (
+            loss_and_gradients(f, placed[0].requires_grad_(), placed[1].requires_grad_(), placed[2])
+            for f in (linear_cross_entropy, plain)
+        )
+    for found, usual, wanted in zip(ours, theirs, exact, strict=True):
+        assert found.dtype == torch.float32
+        assert (found.cpu() - wanted).norm() <= 1.2 * (usual.cpu() - wanted).norm() + 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
