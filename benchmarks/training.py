@@ -5,8 +5,8 @@
     python benchmarks/training.py --cases seed --variants
 
 What is timed is the training loop's own step: all micro-batches, clipping, AdamW, in the loop's precision. "seed" is
-the paper's model at 512 tokens in micro-batches of 16 windows, 8 a step; "long" has 2048 tokens and 4 windows;
-"largest" has 512 tokens and the largest power of two of windows that fits, 1 a step.
+the paper's model at 512 tokens in micro-batches of 16 windows, 8 a step; "long" has 2048 tokens and 4 windows. With the
+batch free, "free 128" has 128 windows of 512 tokens, 1 micro-batch a step; batches that do not fit are left out.
 
 Stream tokens include landmarks and are what the GPU computes; text tokens are what is learned. MFU: stream tokens a
 second x operations of a token / the chip's dense 16-bit peak. Operations of a token: 6 for every weight of a linear
@@ -14,7 +14,8 @@ layer, the head included, and 6 x layers x heads x head dim x window for attenti
 Memory is the most that tensors took. Batches are on the GPU before the clock starts; "with loader" takes them from the
 loop's loader instead. Random tokens, drawn as often as words are.
 
---warm compiles every case first, in processes side by side. --variants: what single optimizations are worth.
+--warm compiles cases first, in processes side by side, as many as fit the memory. --variants: what single optimizations
+are worth.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ SHAPES = {
     "paper": {},
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32},
 }
-MIB = 1 << 20
+GIB = 1 << 30
+# Memory that a token of a micro-batch takes, about; more beside it does not depend on the batch.
+TOKEN_BYTES = 500_000
 MODES = "eager", "compiled"
 
 
@@ -107,18 +110,18 @@ class Result:
         return peak and self.stream_tokens * self.flops / peak
 
 
-def cases(names: list[str], tiny: bool, modes: Iterable[str] = MODES) -> list[Case]:
-    """The cases of these names and modes, except the largest, whose batch is found out from others."""
+def cases(names: list[str], batches: list[int], tiny: bool, modes: Iterable[str] = MODES) -> list[Case]:
+    """The cases of these names and modes; free ones have every batch, compiled."""
     shapes = {"seed": (512, 16, 8), "long": (2048, 4, 8)}
     if tiny:
         shapes = {"seed": (102, 2, 2), "long": (204, 1, 2)}
-    return [
-        Case(name, kind, mode, *shapes[name])
-        for name in names
-        if name in shapes
-        for mode in modes
-        for kind in ("landmark", "baseline")
+    kinds = "landmark", "baseline"
+    found = [
+        Case(name, kind, mode, *shapes[name]) for name in names if name in shapes for mode in modes for kind in kinds
     ]
+    length = shapes["seed"][0]
+    free = batches if "free" in names else []
+    return found + [Case(f"free {batch}", kind, "compiled", length, batch, 1) for batch in free for kind in kinds]
 
 
 def variants(seed: Case) -> dict[str, Case]:
@@ -255,21 +258,6 @@ class Bench:
         memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
         return Result(case, seconds, loading, memory, loop.flops_per_token), ready
 
-    def largest(self, kind: str, like: Result) -> Result:
-        """The compiled case of `kind` with the largest batch that fits, by what `like` took."""
-        model = self.model(like.case)
-        state = 16 * sum(parameter.numel() for parameter in model.parameters())
-        room = 0.94 * torch.cuda.get_device_properties(DEVICE).total_memory if DEVICE.type == "cuda" else 32 * MIB
-        row = max(like.memory - state, MIB) / like.case.batch
-        # Rounded up: `row` counts what does not grow with the batch as well, and what does not fit is halved.
-        batch = 1 << int((room - state) / row).bit_length()
-        while True:
-            try:
-                return self.run(replace(like.case, name="largest", kind=kind, batch=batch, accumulation=1))
-            except torch.OutOfMemoryError:
-                info(f"largest {kind}: a batch of {batch} does not fit")
-                batch //= 2
-
     def parts(self, case: Case) -> dict[str, float]:
         """Milliseconds that the parts of a step take by themselves, forward and backward, for all layers and
         micro-batches."""
@@ -388,7 +376,8 @@ def report(results: list[Result], parts: dict[Case, dict[str, float]], compared:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cases", nargs="*", choices=["seed", "long", "largest"], default=["seed", "long", "largest"])
+    parser.add_argument("--cases", nargs="*", choices=["seed", "long", "free"], default=["seed", "long", "free"])
+    parser.add_argument("--batches", nargs="*", type=int, default=[128, 256], help="of the free cases")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("--quick", action="store_true", help="the seed's cases only, for half the time")
     parser.add_argument("--variants", action="store_true", help="change single things too")
@@ -402,32 +391,38 @@ def main() -> None:
         options.cases, options.seconds = ["seed"], options.seconds / 2
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(SHAPES[options.shape], options.seconds, Path(directory))
-        planned = cases(options.cases, options.shape == "tiny", options.modes)
-        compared = variants(replace(cases(["seed"], options.shape == "tiny")[0], mode="compiled"))
+        planned = cases(options.cases, options.batches, options.shape == "tiny", options.modes)
+        compared = variants(replace(cases(["seed"], [], options.shape == "tiny")[0], mode="compiled"))
         compared = compared if options.variants else {}
         work = {str(case): case for case in planned} | compared
         if options.only:
             bench.run(work[options.only])
             return
         if options.warm:
-            warm([name for name, case in work.items() if case.mode != "eager"], options)
-        text = measure(bench, planned, compared, options.cases)
+            warm({name: case for name, case in work.items() if case.mode != "eager"}, options)
+        text = measure(bench, planned, compared)
     print(text, end="")
     if options.output:
         options.output.write_text(text, encoding="utf-8")
 
 
-def warm(names: list[str], options: argparse.Namespace) -> None:
-    """Fill the compiler's caches, every case in a process of its own."""
-    command = [sys.executable, __file__, "--shape", options.shape, "--seconds", "0", "--variants", "--cases"]
-    command += [*options.cases, "--only"]
-    started = time.perf_counter()
-    for process in [subprocess.Popen([*command, name], stderr=subprocess.DEVNULL) for name in names]:
+def warm(work: dict[str, Case], options: argparse.Namespace) -> None:
+    """Fill the compiler's caches, every case in a process of its own; those beyond what fits compile when they run."""
+    command = [sys.executable, __file__, "--shape", options.shape, "--seconds", "0", "--variants"]
+    command += ["--batches", *map(str, options.batches), "--only"]
+    room = torch.cuda.get_device_properties(DEVICE).total_memory if DEVICE.type == "cuda" else math.inf
+    started, running = time.perf_counter(), []
+    for name, case in sorted(work.items(), key=lambda item: item[1].batch * item[1].length):
+        room -= 6 * GIB + case.batch * case.length * TOKEN_BYTES
+        if room < 0:
+            break
+        running.append(subprocess.Popen([*command, name], stderr=subprocess.DEVNULL))
+    for process in running:
         process.wait()
-    info(f"{len(names)} cases compiled in {time.perf_counter() - started:.0f} s")
+    info(f"{len(running)} cases compiled in {time.perf_counter() - started:.0f} s")
 
 
-def measure(bench: Bench, planned: list[Case], compared: dict[str, Case], names: list[str]) -> str:
+def measure(bench: Bench, planned: list[Case], compared: dict[str, Case]) -> str:
     """Run everything; what fails is said and left out."""
     results, parts, changed = [], {}, {}
 
@@ -439,9 +434,6 @@ def measure(bench: Bench, planned: list[Case], compared: dict[str, Case], names:
 
     for case in planned:
         attempt(lambda case=case: bench.run(case), results.append)
-    if "largest" in names:
-        for like in [r for r in results if (r.case.name, r.case.mode) == ("seed", "compiled")]:
-            attempt(lambda like=like: bench.largest(like.case.kind, like), results.append)
     for name, case in compared.items():
         known = next((r for r in results if r.case == case), None)
         attempt(lambda case=case, known=known: known or bench.run(case), lambda r, name=name: changed.update({name: r}))
