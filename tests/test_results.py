@@ -91,6 +91,12 @@ def test_the_page_brings_together_what_the_parts_measured(report, measured, tmp_
     assert (tmp_path / "docs" / "results-passkey.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_parts_measured_on_different_machines_are_told_apart(report, measured):
+    (measured / "xl" / "log.tsv").write_text("machine\tanother GPU\n")
+    lines = report.machine_lines(report.read_parts(measured))
+    assert lines == ["Machine of landmark: some GPU.\n", "Machine of xl: another GPU.\n"]
+
+
 def test_what_was_not_measured_is_left_out(report, measured, tmp_path):
     parts = {"xl": report.read_parts(measured)["xl"]}
     page = report.report(parts, tmp_path)

@@ -264,16 +264,26 @@ def commands(parts: Parts) -> list[str]:
     return lines
 
 
+def machine_lines(parts: Parts) -> list[str]:
+    """What was measured where; which parts, if there were several machines."""
+    machines: dict[str, list[str]] = {}
+    for part in parts.values():
+        if part.machine:
+            machines.setdefault(part.machine, []).append(part.name)
+    if len(machines) == 1:
+        return [f"Machine: {machine}.\n" for machine in machines]
+    return [f"Machine of {', '.join(names)}: {machine}.\n" for machine, names in machines.items()]
+
+
 def report(parts: Parts, folder: Path, reading: str = "") -> str:
     """The whole page; its pictures are written into `folder`. reading: what is to be made of the figures."""
-    machines = sorted({part.machine for part in parts.values() if part.machine})
     lines = [
         "# Results",
         "",
         "`recipes/results/run.sh` repeats all of this on one GPU; its recipes lie beside it, and this page is what "
         "`PART=report` made of the figures. Every command stands at the end.",
         "",
-        *(f"Machine: {machine}.\n" for machine in machines),
+        *machine_lines(parts),
         *(["## Reading", "", reading] if reading else []),
     ]
 
