@@ -168,15 +168,21 @@ def host_time(function) -> float:
 def tried_forward(launch, dim: int) -> list:
     choice = launch.ForwardConfiguration
     if dim == 128:
-        return [choice(2, 3, 4, 2), choice(2, 4, 4, 2), choice(2, 3, 4, 1)]
-    return [choice(3, 4, 4, 1), choice(2, 4, 4, 2), choice(2, 4, 4, 1)]
+        return [
+            choice(2, 3, 4, 2),
+            choice(2, 4, 4, 2),
+            choice(2, 3, 4, 1),
+            choice(2, 3, 4, 2, 2),
+            choice(2, 3, 3, 1, 2),
+        ]
+    return [choice(3, 4, 4, 1), choice(2, 4, 4, 2), choice(2, 4, 4, 1), choice(3, 4, 4, 1, 2)]
 
 
 def tried_backward(launch, dim: int) -> list:
     choice = launch.BackwardConfiguration
     if dim == 128:
-        return [choice(4, 3, 2), choice(4, 3, 3), choice(5, 4, 3)]
-    return [choice(4, 3, 4), choice(4, 3, 4, 3), choice(5, 4, 4, 3), choice(6, 4, 8)]
+        return [choice(4, 3, 2), choice(4, 3, 3), choice(5, 4, 3), choice(3, 2, 2, 2, 2, 2), choice(4, 2, 3, 2, 2, 1)]
+    return [choice(4, 3, 4), choice(4, 3, 4, 3), choice(5, 4, 4, 3), choice(6, 4, 8), choice(4, 3, 4, 2, 2, 2)]
 
 
 class Inputs:
@@ -203,7 +209,7 @@ def forwards(x: Inputs) -> dict:
 
     layout = portable.Layout(x.block, x.scale)
     calls = {
-        f"hopper{c.consumers}{c.key_slots}{c.value_slots}{c.step}": functools.partial(
+        f"hopper{c.consumers}{c.key_slots}{c.value_slots}{c.step}{c.row_stages}": functools.partial(
             launch.forward, x.q, x.k, x.v, x.block, x.scale, choice=c
         )
         for c in tried_forward(launch, x.q.shape[3])
@@ -232,7 +238,7 @@ def backwards(x: Inputs) -> dict:
     given = x.dout, None, x.q, x.k, x.v, out, lse
     work = 2.5 * x.flops
     calls = {
-        f"hopper{c.key_slots}{c.value_slots}{c.row_slots}{c.consumers}": (
+        f"hopper{c.key_slots}{c.value_slots}{c.row_slots}{c.consumers}{c.row_stages}{c.key_stages}": (
             functools.partial(launch.backward, *given, x.block, x.scale, choice=c),
             work,
         )

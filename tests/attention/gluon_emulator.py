@@ -6,7 +6,11 @@ tensor, shared memory begins as NaN, and a wait that lasts too long is a deadloc
 makes them carry. Layouts and registers mean nothing.
 """
 
+import ast
+import functools
+import inspect
 import sys
+import textwrap
 import threading
 import types
 
@@ -214,12 +218,24 @@ def where(condition, a, b):
     return value(torch.where(condition, a, b))
 
 
+@functools.cache
+def changed_in_branches(code: types.CodeType, line: int) -> set[str]:
+    """The variables that branches inside the loop at this line assign."""
+    lines, first = inspect.getsourcelines(code)
+    tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For) and node.lineno == line]
+    branches = [node for loop in loops for node in ast.walk(loop) if isinstance(node, ast.If)]
+    names = [node for branch in branches for node in ast.walk(branch) if isinstance(node, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
 class Loop:
     """A range that stops where Triton would compile something else.
 
     Triton works out what a loop carries by looking for variables that its first turn changes, and compares values, not
     names: one that is given the very value it had before the loop stays that value in every turn. (Seen here only in
-    values, not in plain numbers, of which Python has one each.)
+    values, not in plain numbers, of which Python has one each.) What a branch may change is another value to it,
+    whether the first turn takes that branch or not.
     """
 
     def __init__(self, *bounds):
@@ -230,9 +246,11 @@ class Loop:
         return self
 
     def __next__(self):
-        variables = sys._getframe(1).f_locals
+        frame = sys._getframe(1)
+        variables = frame.f_locals
         if self.turns == 0:
-            self.before = {name: x for name, x in variables.items() if isinstance(x, Value)}
+            branches = changed_in_branches(frame.f_code, frame.f_lineno)
+            self.before = {n: x for n, x in variables.items() if isinstance(x, Value) and n not in branches}
         elif self.turns == 1:
             self.constant = [name for name, x in self.before.items() if variables[name] is x]
         else:

@@ -17,7 +17,7 @@ from tests.attention.agreement import Case
 
 ROUNDED = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 KERNELS = {name: getattr(launch, name) for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")}
-PAIRS, SINGLES = launch.ForwardConfiguration(2, 3, 4, 2), launch.ForwardConfiguration(2, 4, 4, 1)
+PAIRS, SINGLES = launch.ForwardConfiguration(2, 3, 4, 2), launch.ForwardConfiguration(2, 4, 4, 1, row_stages=2)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,8 @@ def test_agrees_with_the_definition(case, dtype, choice, with_lse):
     out, lse = launch.forward(q, k, v, case.block_size, scale, choice=choice)
     given = dout, dlse, q, k, v, out, lse, case.block_size, scale
     # Three consumers have no room for wider heads.
-    choices = [None] + [launch.BackwardConfiguration(4, 3, 2, 3)] * (case.dim == 64)
+    choices = [None, launch.BackwardConfiguration(3, 2, 2, row_stages=2, key_stages=2)]
+    choices += [launch.BackwardConfiguration(4, 3, 2, 3)] * (case.dim == 64)
     every = [launch.backward(*given, choice=choice) for choice in choices]
     exact = [x.float().requires_grad_() for x in (q, k, v)]
     wanted = eager(*exact, block_size=case.block_size, return_lse=True)

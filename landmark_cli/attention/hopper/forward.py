@@ -12,7 +12,7 @@ Rings and their order, for a tile with whole blocks 0..n-1 (c: blocks in a chunk
 
     keys:    landmarks of chunk 0, blocks 0..c-1, landmarks of chunk 1, blocks c..2c-1, ..., blocks n..m-1
     values:  blocks 0..m-1
-    queries: one slot a consumer; it is empty again when the consumer's output has left it
+    queries: STAGES slots a consumer; one is empty again when the consumer's output has left it
 
 Source: arXiv 2305.16300, section 3.1. Logits are kept times log2(e): exp2 is what the hardware has.
 """
@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .pipeline import (
     allocate_ring,
     following,
+    next_stage,
     pack,
     produce,
     reciprocal,
@@ -60,16 +61,18 @@ def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROU
     q_ring, k_ring, v_ring = rings
     turns, queries, offset, query_heads = sizes
     CHUNK: gl.constexpr = k_ring[0].shape[1]
-    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 1, 0, 1, 1
+    STAGES: gl.constexpr = q_ring[0].shape[0] // CONSUMERS
+    k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 1, 0, 1, 0, 1
     for turn in range(turns):
         head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
             batch = head // query_heads
             key_head = head % query_heads // GROUP
             row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, STEP)
-            for slot in gl.static_range(CONSUMERS):
-                produce(q_desc, batch, head % query_heads, row + ROWS * slot, q_ring, slot, q_phase)
-            q_phase = q_phase ^ 1
+            for which in gl.static_range(CONSUMERS):
+                slot = stage * CONSUMERS + which
+                produce(q_desc, batch, head % query_heads, row + ROWS * which, q_ring, slot, q_phase)
+            stage, q_phase = next_stage(stage, q_phase, STAGES)
             for block in range(touched):
                 if (block < whole) & (block % CHUNK == 0):
                     k_slot, k_phase = produce(landmark_desc, batch, key_head, block, k_ring, k_slot, k_phase)
@@ -267,9 +270,9 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    q_tile = q_tiles.index(CONSUMER)
+    STAGES: gl.constexpr = q_tiles.shape[0] // CONSUMERS
     zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
-    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 0, 0, 0, 0
+    k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 0, 0, 0, 0, 0
     for turn in range(turns):
         head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
@@ -277,7 +280,9 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
             row += ROWS * CONSUMER
             rows = row + gl.arange(0, ROWS, ROW)
             position = rows + offset
-            mbarrier.wait(q_full.index(CONSUMER), q_phase)
+            slot = stage * CONSUMERS + CONSUMER
+            q_tile = q_tiles.index(slot)
+            mbarrier.wait(q_full.index(slot), q_phase)
             q = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))
             top = gl.full([ROWS], float("-inf"), gl.float32, ROW)
             total = gl.zeros([ROWS], gl.float32, ROW)
@@ -317,21 +322,23 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
                 store_tile(out_desc, head // query_heads, head % query_heads, row, q_tile)
                 tma.store_wait(0)
             thread_barrier()
-            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            q_phase = q_phase ^ 1
+            mbarrier.arrive(q_empty.index(slot), count=1)
+            stage, q_phase = next_stage(stage, q_phase, STAGES)
 
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "query_heads"])
 def forward_kernel(q_desc, k_desc, v_desc, landmark_desc, out_desc, LSE, SCHEDULE, turns, scale, queries, offset,
                    query_heads, GROUP: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr,
-                   K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, STEP: gl.constexpr):  # fmt: skip
+                   K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, STAGES: gl.constexpr,
+                   STEP: gl.constexpr):  # fmt: skip
     """OUT (B, H, queries, D) and LSE (B, H, queries), natural, of the queries behind `offset` keys."""
     COLS: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = k_desc.block_type.shape[3]
     DTYPE: gl.constexpr = k_desc.dtype
     Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
     K_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLS, D], DTYPE)
-    q_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, D], Q_TILE), CONSUMERS, 1)
+    ROW_SLOTS: gl.constexpr = STAGES * CONSUMERS
+    q_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [ROW_SLOTS, ROWS, D], Q_TILE), ROW_SLOTS, 1)
     k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [K_SLOTS, COLS, D], K_TILE), K_SLOTS, CONSUMERS)
     v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [V_SLOTS, COLS, D], K_TILE), V_SLOTS, CONSUMERS)
     shares = gl.allocate_shared_memory(gl.float32, [CONSUMERS, COLS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))

@@ -4,7 +4,7 @@ Everything stands transposed, keys by rows. Thanks to the first kernel's numbers
 
     P^T = exp2(K q^T + shift)     dv += P^T dO     dS^T = P^T (V dO^T - normal)     dk += dS^T q
 
-A tile is a pair of blocks, one a consumer; both read the same rows. Rings: one slot a consumer for its block's keys
+A tile is a pair of blocks, one a consumer; both read the same rows. Rings: STAGES slots a consumer for its block's keys
 and values; and slots that hold 64 rows of q and dO with both blocks' statistics, in the order of `row_tiles`, one query
 head of the group after the other.
 """
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .forward import ROWS
-from .pipeline import allocate_ring, copy_tile, following, pack, produce, scheduled
+from .pipeline import allocate_ring, copy_tile, following, next_stage, pack, produce, scheduled
 from .query_gradient import statistics_index
 
 KEYS = gl.constexpr(64)
@@ -31,17 +31,14 @@ CONSUMERS = gl.constexpr(2)
 
 @gluon.jit
 def row_tiles(tile, queries, offset, BLOCK: gl.constexpr):
-    """Tiles of 64 rows that see a pair of blocks: (first row, own tiles, masked tiles, first row after the own, end).
+    """Tiles of 64 rows that see a pair of blocks: (first row, where the complete ones end, whether one more follows).
 
-    The own tiles hold rows of the blocks themselves. All from there to the end see both blocks whole and are complete;
-    one incomplete tile may follow. The masked ones, own and incomplete, come first.
+    The incomplete one comes first, for it needs a mask, as those do that hold rows of the blocks themselves.
     """
     span: gl.constexpr = CONSUMERS * BLOCK
     row = gl.maximum(tile * span - offset, 0) // ROWS * ROWS
-    own = gl.cdiv(gl.maximum(gl.minimum((tile + 1) * span - offset, queries) - row, 0), ROWS)
-    inner = row + own * ROWS
-    inner_end = inner + gl.maximum(queries - inner, 0) // ROWS * ROWS
-    return row, own, own + (inner_end < queries).to(gl.int32), inner, inner_end
+    end = row + gl.maximum(queries - row, 0) // ROWS * ROWS
+    return row, end, (end < queries).to(gl.int32)
 
 
 @gluon.jit
@@ -69,7 +66,8 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
     """Fill the rings in the order in which the consumers read them."""
     k_ring, v_ring, rows_ring = rings
     turns, queries, offset, first_head, key_heads = sizes
-    slot, phase, k_phase = 0, 1, 1
+    STAGES: gl.constexpr = k_ring[0].shape[0] // CONSUMERS
+    slot, phase, stage, k_phase = 0, 1, 0, 1
     for turn in range(turns):
         local_head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
@@ -78,20 +76,17 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
             key_head = head % key_heads
             for which in gl.static_range(CONSUMERS):
                 first_key = (CONSUMERS * tile + which) * BLOCK
-                produce(k_desc, batch, key_head, first_key, k_ring, which, k_phase)
-                produce(v_desc, batch, key_head, first_key, v_ring, which, k_phase)
-            k_phase = k_phase ^ 1
-            row, own, masked, inner, inner_end = row_tiles(tile, queries, offset, BLOCK)
+                produce(k_desc, batch, key_head, first_key, k_ring, stage * CONSUMERS + which, k_phase)
+                produce(v_desc, batch, key_head, first_key, v_ring, stage * CONSUMERS + which, k_phase)
+            stage, k_phase = next_stage(stage, k_phase, STAGES)
+            row, end, incomplete = row_tiles(tile, queries, offset, BLOCK)
             index0 = statistics_index(CONSUMERS * tile, queries, offset, BLOCK)
             index1 = statistics_index(CONSUMERS * tile + 1, queries, offset, BLOCK)
             for member in range(GROUP):
                 query_head = key_head * GROUP + member
                 statistics_row = (local_head * GROUP + member) * 3
-                for number in range(masked):
-                    at = gl.where(number < own, row + number * ROWS, inner_end)
-                    slot, phase = produce_rows(q_desc, dout_desc, statistics_desc, rows_ring, batch, query_head,
-                                               statistics_row, index0, index1, at, slot, phase)  # fmt: skip
-                for at in range(inner, inner_end, ROWS):
+                for number in range(incomplete + (end - row) // ROWS):
+                    at = gl.where(number < incomplete, end, row + (number - incomplete) * ROWS)
                     slot, phase = produce_rows(q_desc, dout_desc, statistics_desc, rows_ring, batch, query_head,
                                                statistics_row, index0, index1, at, slot, phase)  # fmt: skip
 
@@ -127,10 +122,9 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     key = gl.arange(0, KEYS, gl.SliceLayout(1, LOGITS))
-    k = k_tiles.index(CONSUMER)
-    v = v_tiles.index(CONSUMER)
+    STAGES: gl.constexpr = k_tiles.shape[0] // CONSUMERS
     zeros = gl.zeros([KEYS, ROWS], gl.float32, LOGITS)
-    slot, phase, k_phase = 0, 0, 0
+    slot, phase, stage, k_phase = 0, 0, 0, 0
     for turn in range(turns):
         local_head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
@@ -138,32 +132,41 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
             start = (CONSUMERS * tile + CONSUMER) * BLOCK
             dk = gl.zeros([KEYS, D], gl.float32, OUTPUT)
             dv = gl.zeros([KEYS, D], gl.float32, OUTPUT)
-            mbarrier.wait(k_full.index(CONSUMER), k_phase)
-            mbarrier.wait(v_full.index(CONSUMER), k_phase)
-            row, own, masked, inner, inner_end = row_tiles(tile, queries, offset, BLOCK)
+            block_slot = stage * CONSUMERS + CONSUMER
+            k = k_tiles.index(block_slot)
+            v = v_tiles.index(block_slot)
+            mbarrier.wait(k_full.index(block_slot), k_phase)
+            mbarrier.wait(v_full.index(block_slot), k_phase)
+            row, end, incomplete = row_tiles(tile, queries, offset, BLOCK)
+            # Complete tiles with rows that do not see this consumer's block whole.
+            own = gl.cdiv(gl.maximum(gl.minimum(start + BLOCK - offset, end) - row, 0), ROWS)
             for _ in range(GROUP):
-                for number in range(masked):
-                    rows = gl.where(number < own, row + number * ROWS, inner_end)
-                    rows = rows + gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
-                    position = gl.where(rows < queries, rows + offset, -1)[None, :]
+                for number in range(incomplete + own):
+                    first = gl.where(number < incomplete, end, row + (number - incomplete) * ROWS)
                     mbarrier.wait(full.index(slot), phase)
-                    numbers = statistics.index(2 * slot + CONSUMER)
-                    s = warpgroup_mma(k, q_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                    dp = warpgroup_mma(v, dout_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-                    text = (key[:, None] < BLOCK - 1) & (start + key[:, None] <= position)
-                    landmark = (key[:, None] == BLOCK - 1) & (start + BLOCK <= position)
-                    p = gl.where(text, gl.exp2(s * scale + numbers.slice(0, 1).load(LOGITS)), 0.0)
-                    ds = gl.where(text, p * (dp - numbers.slice(1, 1).load(LOGITS)), 0.0)
-                    ds = gl.where(landmark, numbers.slice(2, 1).load(LOGITS), ds)
-                    p = gl.convert_layout(p.to(DTYPE), OPERAND)
-                    ds = gl.convert_layout(ds.to(DTYPE), OPERAND)
-                    dv = warpgroup_mma(p, dout_tiles.index(slot), dv, is_async=True)
-                    dk = warpgroup_mma(ds, q_tiles.index(slot), dk, is_async=True)
-                    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+                    # Else all its rows are before the block.
+                    if first + ROWS + offset > start:
+                        rows = first + gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
+                        position = gl.where(rows < queries, rows + offset, -1)[None, :]
+                        numbers = statistics.index(2 * slot + CONSUMER)
+                        q = q_tiles.index(slot)
+                        dout = dout_tiles.index(slot)
+                        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                        s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+                        text = (key[:, None] < BLOCK - 1) & (start + key[:, None] <= position)
+                        landmark = (key[:, None] == BLOCK - 1) & (start + BLOCK <= position)
+                        p = gl.where(text, gl.exp2(s * scale + numbers.slice(0, 1).load(LOGITS)), 0.0)
+                        ds = gl.where(text, p * (dp - numbers.slice(1, 1).load(LOGITS)), 0.0)
+                        ds = gl.where(landmark, numbers.slice(2, 1).load(LOGITS), ds)
+                        p = gl.convert_layout(p.to(DTYPE), OPERAND)
+                        ds = gl.convert_layout(ds.to(DTYPE), OPERAND)
+                        dv = warpgroup_mma(p, dout, dv, is_async=True)
+                        dk = warpgroup_mma(ds, q, dk, is_async=True)
+                        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
                     mbarrier.arrive(empty.index(slot), count=1)
                     slot, phase = following(slot, phase, SLOTS)
-                for _ in range(inner, inner_end, ROWS):
+                for _ in range(row + own * ROWS, end, ROWS):
                     mbarrier.wait(full.index(slot), phase)
                     numbers = statistics.index(2 * slot + CONSUMER)
                     s = warpgroup_mma(k, q_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -181,9 +184,9 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
                     dv, dk = warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
                     mbarrier.arrive(empty.index(slot), count=1)
                     slot, phase = following(slot, phase, SLOTS)
-            mbarrier.arrive(k_empty.index(CONSUMER), count=1)
-            mbarrier.arrive(v_empty.index(CONSUMER), count=1)
-            k_phase = k_phase ^ 1
+            mbarrier.arrive(k_empty.index(block_slot), count=1)
+            mbarrier.arrive(v_empty.index(block_slot), count=1)
+            stage, k_phase = next_stage(stage, k_phase, STAGES)
 
             # Landmarks have no value. Keys behind the block hold rubbish, which is not stored.
             is_landmark = gl.arange(0, KEYS, gl.SliceLayout(1, OUTPUT)) == BLOCK - 1
@@ -198,14 +201,15 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "key_heads"])
 def key_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, statistics_desc, DK, DV, SCHEDULE, dk_strides, dv_strides,
                         turns, scale, softmax_scale, queries, offset, first_head, key_heads,
-                        GROUP: gl.constexpr, BLOCK: gl.constexpr, SLOTS: gl.constexpr,
+                        GROUP: gl.constexpr, BLOCK: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
                         ACCUMULATE: gl.constexpr):  # fmt: skip
     """dk and dv of the scheduled key heads, counted from first_head on. ACCUMULATE: add to DK and DV."""
     D: gl.constexpr = k_desc.block_type.shape[3]
     DTYPE: gl.constexpr = k_desc.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
-    k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, KEYS, D], TILE), CONSUMERS, 1)
-    v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, KEYS, D], TILE), CONSUMERS, 1)
+    BLOCK_SLOTS: gl.constexpr = STAGES * CONSUMERS
+    k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [BLOCK_SLOTS, KEYS, D], TILE), BLOCK_SLOTS, 1)
+    v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [BLOCK_SLOTS, KEYS, D], TILE), BLOCK_SLOTS, 1)
     dout_tiles = gl.allocate_shared_memory(DTYPE, [SLOTS, ROWS, D], TILE)
     statistics = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, 4, ROWS], statistics_desc.layout)
     q_tiles, full, empty = allocate_ring(gl.allocate_shared_memory(DTYPE, [SLOTS, ROWS, D], TILE), SLOTS, CONSUMERS)

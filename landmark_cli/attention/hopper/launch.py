@@ -30,22 +30,31 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class ForwardConfiguration:
-    """consumers: warpgroups, of 64 query rows each; slots of the rings; step: blocks in one step of the pipeline."""
+    """consumers: warpgroups, of 64 query rows each; slots of the rings; step: blocks in one step of the pipeline.
+
+    row_stages: tiles whose rows are there or on their way at a time.
+    """
 
     consumers: int
     key_slots: int
     value_slots: int
     step: int
+    row_stages: int = 1
 
 
 @dataclass(frozen=True)
 class BackwardConfiguration:
-    """Slots of the rings of keys and of values (first kernel) and of rows (second kernel); consumers of the first."""
+    """Slots of the rings of keys and of values (first kernel) and of rows (second kernel); consumers of the first.
+
+    row_stages, key_stages: tiles whose rows (first kernel) or blocks (second) are there or on their way at a time.
+    """
 
     key_slots: int
     value_slots: int
     row_slots: int
     consumers: int = 2
+    row_stages: int = 1
+    key_stages: int = 1
 
 
 def registers(consumers: int) -> int:
@@ -246,7 +255,13 @@ def launch_backward(
     arguments = (
         dk.stride()[:3], dv.stride()[:3], table.shape[0], scale * LOG2E, scale, queries, offset, first_head, k.shape[1]
     )  # fmt: skip
-    constants = {"GROUP": group, "BLOCK": block_size, "SLOTS": choice.row_slots, "ACCUMULATE": last_row < total}
+    constants = {
+        "GROUP": group,
+        "BLOCK": block_size,
+        "SLOTS": choice.row_slots,
+        "STAGES": choice.key_stages,
+        "ACCUMULATE": last_row < total,
+    }
     return first, launch(key_gradient_kernel, tensors, operands, table, arguments, constants, registers(KEY_CONSUMERS))
 
 
@@ -258,6 +273,7 @@ def row_constants(choice: ForwardConfiguration | BackwardConfiguration, group: i
         "CONSUMERS": choice.consumers,
         "K_SLOTS": choice.key_slots,
         "V_SLOTS": choice.value_slots,
+        "STAGES": choice.row_stages,
     }
 
 

@@ -6,7 +6,8 @@ the three numbers are. Each step does three products, and the third one runs a s
     logits S = q K^T     dP = dO V^T     dq += dS K of the block before
 
 so that the tensor cores have dP and dq to work on while the softmax of S is found. Rings, each in the order of blocks:
-keys, values, and one slot a consumer for its rows of q and dO. A block's keys stay for one step more than its values.
+keys, values, and STAGES slots a consumer for its rows of q and dO. A block's keys stay for one step more than its
+values.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .forward import MINUS_INFINITY, ROWS, tile_blocks
 from .pipeline import (
     allocate_ring,
     following,
+    next_stage,
     pack,
     produce,
     reciprocal,
@@ -45,7 +47,8 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
     """Fill the rings in the order in which the consumers read them."""
     q_ring, dout_ring, k_ring, v_ring = rings
     turns, queries, offset, first_head, query_heads, plane, numbers = sizes
-    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 1, 0, 1, 1
+    STAGES: gl.constexpr = q_ring[0].shape[0] // CONSUMERS
+    k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 1, 0, 1, 0, 1
     for turn in range(turns):
         head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
@@ -53,27 +56,24 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
             batch = head // query_heads
             query_head = head % query_heads
             row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, 1)
-            for slot in gl.static_range(CONSUMERS):
-                produce(q_desc, batch, query_head, row + ROWS * slot, q_ring, slot, q_phase)
-                produce(dout_desc, batch, query_head, row + ROWS * slot, dout_ring, slot, q_phase)
-            q_phase = q_phase ^ 1
+            for which in gl.static_range(CONSUMERS):
+                slot = stage * CONSUMERS + which
+                produce(q_desc, batch, query_head, row + ROWS * which, q_ring, slot, q_phase)
+                produce(dout_desc, batch, query_head, row + ROWS * which, dout_ring, slot, q_phase)
+            stage, q_phase = next_stage(stage, q_phase, STAGES)
             for block in range(touched):
                 k_slot, k_phase = produce(k_desc, batch, query_head // GROUP, block * BLOCK, k_ring, k_slot, k_phase)
                 v_slot, v_phase = produce(v_desc, batch, query_head // GROUP, block * BLOCK, v_ring, v_slot, v_phase)
 
 
 @gluon.jit
-def output_gradient_sums(OUT, strides, dout_tile, batch, query_head, row, queries, ROW: gl.constexpr):
-    """rowsum(dO * O) of 64 rows."""
-    D: gl.constexpr = dout_tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+def load_rows(BASE, strides, batch, query_head, row, queries, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """64 rows of a head from `row` on, zeros behind its end."""
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    base = OUT + batch.to(gl.int64) * strides[0] + query_head.to(gl.int64) * strides[1]
+    base = BASE + batch.to(gl.int64) * strides[0] + query_head.to(gl.int64) * strides[1]
     pointers = base + (rows.to(gl.int64) * strides[2])[:, None] + dim[None, :]
-    out = gl.load(pointers, mask=(rows < queries)[:, None], other=0.0)
-    sums = gl.sum(out.to(gl.float32) * dout_tile.load(LAYOUT).to(gl.float32), 1)
-    return gl.convert_layout(sums, ROW)
+    return gl.load(pointers, mask=(rows < queries)[:, None], other=0.0)
 
 
 @gluon.jit
@@ -126,28 +126,32 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    q = q_tiles.index(CONSUMER)
-    dout = dout_tiles.index(CONSUMER)
+    ACROSS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    STAGES: gl.constexpr = q_tiles.shape[0] // CONSUMERS
     col = gl.arange(0, COLS, gl.SliceLayout(0, LOGITS))
     zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
-    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 0, 0, 0, 0
+    k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 0, 0, 0, 0, 0
     for turn in range(turns):
         local_head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
             head = local_head + first_head
             row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, 1)
             row += ROWS * CONSUMER
+            # More blocks are before all rows of this consumer than before the tile's; none, if it has no rows.
+            whole = gl.where(row < queries, (row + offset) // BLOCK, 0)
             rows = row + gl.arange(0, ROWS, ROW)
             position = rows + offset
             row_ok = rows < queries
             number = head.to(gl.int64) * numbers + rows
             lse = gl.load(LSE + number, mask=row_ok, other=0.0) * 1.4426950408889634
             statistics = STATISTICS + local_head.to(gl.int64) * 3 * plane + rows
-            mbarrier.wait(q_full.index(CONSUMER), q_phase)
-            mbarrier.wait(dout_full.index(CONSUMER), q_phase)
-            delta = output_gradient_sums(
-                OUT, out_strides, dout, head // query_heads, head % query_heads, row, queries, ROW
-            )
+            out = load_rows(OUT, out_strides, head // query_heads, head % query_heads, row, queries, D, ACROSS)
+            slot = stage * CONSUMERS + CONSUMER
+            q = q_tiles.index(slot)
+            dout = dout_tiles.index(slot)
+            mbarrier.wait(q_full.index(slot), q_phase)
+            mbarrier.wait(dout_full.index(slot), q_phase)
+            delta = gl.convert_layout(gl.sum(out.to(gl.float32) * dout.load(ACROSS).to(gl.float32), 1), ROW)
             if DLSE is not None:
                 delta -= gl.load(DLSE + number, mask=row_ok, other=0.0)
 
@@ -223,16 +227,16 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                 store_tile(dq_desc, head // query_heads, head % query_heads, row, q)
                 tma.store_wait(0)
             thread_barrier()
-            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            mbarrier.arrive(dout_empty.index(CONSUMER), count=1)
-            q_phase = q_phase ^ 1
+            mbarrier.arrive(q_empty.index(slot), count=1)
+            mbarrier.arrive(dout_empty.index(slot), count=1)
+            stage, q_phase = next_stage(stage, q_phase, STAGES)
 
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "query_heads", "plane", "numbers"])
 def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, DLSE, STATISTICS, SCHEDULE, out_strides,
                           turns, scale, softmax_scale, queries, offset, first_head, query_heads, plane, numbers,
                           GROUP: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
-                          V_SLOTS: gl.constexpr):  # fmt: skip
+                          V_SLOTS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """dq of the scheduled heads, counted from first_head on, and their STATISTICS (heads, 3, plane).
 
     LSE and DLSE hold `numbers` for each head; they begin with those of the queries.
@@ -242,8 +246,9 @@ def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, 
     DTYPE: gl.constexpr = k_desc.dtype
     Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
     K_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLS, D], DTYPE)
-    q_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, D], Q_TILE), CONSUMERS, 1)
-    dout_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, D], Q_TILE), CONSUMERS, 1)
+    ROW_SLOTS: gl.constexpr = STAGES * CONSUMERS
+    q_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [ROW_SLOTS, ROWS, D], Q_TILE), ROW_SLOTS, 1)
+    dout_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [ROW_SLOTS, ROWS, D], Q_TILE), ROW_SLOTS, 1)
     k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [K_SLOTS, COLS, D], K_TILE), K_SLOTS, CONSUMERS)
     v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [V_SLOTS, COLS, D], K_TILE), V_SLOTS, CONSUMERS)
     fence_async_shared()
