@@ -63,8 +63,9 @@ def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROU
     CHUNK: gl.constexpr = k_ring[0].shape[1]
     STAGES: gl.constexpr = q_ring[0].shape[0] // CONSUMERS
     k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 1, 0, 1, 0, 1
+    head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        head, tile = scheduled(SCHEDULE, turn)
+        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
             batch = head // query_heads
             key_head = head % query_heads // GROUP
@@ -78,6 +79,7 @@ def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROU
                     k_slot, k_phase = produce(landmark_desc, batch, key_head, block, k_ring, k_slot, k_phase)
                 k_slot, k_phase = produce(k_desc, batch, key_head, block * BLOCK, k_ring, k_slot, k_phase)
                 v_slot, v_phase = produce(v_desc, batch, key_head, block * BLOCK, v_ring, v_slot, v_phase)
+        head, tile = next_head, next_tile
 
 
 @gluon.jit
@@ -273,8 +275,9 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
     STAGES: gl.constexpr = q_tiles.shape[0] // CONSUMERS
     zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
     k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 0, 0, 0, 0, 0
+    head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        head, tile = scheduled(SCHEDULE, turn)
+        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
             row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, STEP)
             row += ROWS * CONSUMER
@@ -324,6 +327,7 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
             thread_barrier()
             mbarrier.arrive(q_empty.index(slot), count=1)
             stage, q_phase = next_stage(stage, q_phase, STAGES)
+        head, tile = next_head, next_tile
 
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "query_heads"])

@@ -68,8 +68,9 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
     turns, queries, offset, first_head, key_heads = sizes
     STAGES: gl.constexpr = k_ring[0].shape[0] // CONSUMERS
     slot, phase, stage, k_phase = 0, 1, 0, 1
+    local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        local_head, tile = scheduled(SCHEDULE, turn)
+        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
             head = local_head + first_head
             batch = head // key_heads
@@ -89,6 +90,7 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
                     at = gl.where(number < incomplete, end, row + (number - incomplete) * ROWS)
                     slot, phase = produce_rows(q_desc, dout_desc, statistics_desc, rows_ring, batch, query_head,
                                                statistics_row, index0, index1, at, slot, phase)  # fmt: skip
+        local_head, tile = next_head, next_tile
 
 
 @gluon.jit
@@ -125,8 +127,9 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
     STAGES: gl.constexpr = k_tiles.shape[0] // CONSUMERS
     zeros = gl.zeros([KEYS, ROWS], gl.float32, LOGITS)
     slot, phase, stage, k_phase = 0, 0, 0, 0
+    local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        local_head, tile = scheduled(SCHEDULE, turn)
+        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
             head = local_head + first_head
             start = (CONSUMERS * tile + CONSUMER) * BLOCK
@@ -196,6 +199,7 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
             dk *= softmax_scale
             store_gradient(DK, dk_strides, batch, key_head, start, queries + offset, dk, BLOCK, ACCUMULATE)
             store_gradient(DV, dv_strides, batch, key_head, start, queries + offset, dv, BLOCK, ACCUMULATE)
+        local_head, tile = next_head, next_tile
 
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "key_heads"])

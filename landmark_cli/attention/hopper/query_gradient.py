@@ -49,10 +49,11 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
     turns, queries, offset, first_head, query_heads, plane, numbers = sizes
     STAGES: gl.constexpr = q_ring[0].shape[0] // CONSUMERS
     k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 1, 0, 1, 0, 1
+    local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        head, tile = scheduled(SCHEDULE, turn)
+        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
-            head += first_head
+            head = local_head + first_head
             batch = head // query_heads
             query_head = head % query_heads
             row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, 1)
@@ -64,6 +65,7 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
             for block in range(touched):
                 k_slot, k_phase = produce(k_desc, batch, query_head // GROUP, block * BLOCK, k_ring, k_slot, k_phase)
                 v_slot, v_phase = produce(v_desc, batch, query_head // GROUP, block * BLOCK, v_ring, v_slot, v_phase)
+        local_head, tile = next_head, next_tile
 
 
 @gluon.jit
@@ -131,8 +133,9 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
     col = gl.arange(0, COLS, gl.SliceLayout(0, LOGITS))
     zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
     k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 0, 0, 0, 0, 0
+    local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        local_head, tile = scheduled(SCHEDULE, turn)
+        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
             head = local_head + first_head
             row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, 1)
@@ -230,6 +233,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             mbarrier.arrive(q_empty.index(slot), count=1)
             mbarrier.arrive(dout_empty.index(slot), count=1)
             stage, q_phase = next_stage(stage, q_phase, STAGES)
+        local_head, tile = next_head, next_tile
 
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "query_heads", "plane", "numbers"])
