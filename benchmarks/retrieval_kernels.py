@@ -33,6 +33,8 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 # (batch, heads, key heads, head dim, block size, k, tokens, numbers of cached blocks)
 SHAPES = {
     "evaluation": (16, 8, 8, 128, 51, 4, 255, (20, 40, 80)),
+    "alone": (1, 8, 8, 128, 51, 4, 255, (80, 642, 2570, 20560)),
+    "passkey": (3, 6, 6, 64, 51, 4, 255, (20560,)),
     "8b": (1, 32, 8, 128, 64, 8, 2048, (256, 1024, 2048)),
     "smollm2": (1, 9, 3, 64, 64, 4, 2048, (1024, 16384)),
     "step": (1, 8, 8, 128, 51, 4, 1, (80, 2570, 20560)),
@@ -144,16 +146,27 @@ def stages(call: Call) -> Iterator[tuple[str, Callable[[], object]]]:
     """The kernels of a call in their order, each ready to be run again and again."""
     yield "store", lambda: launch.store(call)
     if call.is_step:
-        yield "select", lambda: selection.candidates(call)
+        yield "select", lambda: selection.step_candidates(call)
         yield "all", lambda: launch.decode(call)
         return
     yield "select", lambda: selection.select(call)
+    if selection.shares_of_landmarks(call, selection.select_configuration(call)) > 1:
+        yield "select, landmarks not shared out", lambda: select_alone(call)
     ages = selection.select(call)
     yield "route", lambda: launch.find_pairs(call, ages)
     pairs = launch.find_pairs(call, ages)
     yield "attend", lambda: launch.attend(call, pairs)
     yield "finish", lambda: launch.finish(call, pairs)
     yield "finish without pairs", lambda: launch.finish(call)
+
+
+def select_alone(call: Call) -> Tensor:
+    """The selection with all landmarks scored by one program for each tile of queries."""
+    usual, selection.ENOUGH_PROGRAMS = selection.ENOUGH_PROGRAMS, 0
+    try:
+        return selection.select(call)
+    finally:
+        selection.ENOUGH_PROGRAMS = usual
 
 
 def tune(call: Call, stage: str) -> Iterator[tuple[Configuration, float]]:

@@ -133,6 +133,30 @@ def test_programs_of_a_step_take_several_tiles_each(name, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=10 * tolerance, atol=tolerance)
 
 
+FEW_QUERIES = {
+    "one head": Case([270, 20, 3], block_size=2, heads=1),
+    "rows of their own lengths, 4 heads on 2": Case([[270, 37], [10, 20]], batch=2, heads=4, key_heads=2, block_size=2),
+    "8 blocks": Case([270, 20], block_size=2, heads=1, top_k=8),
+    "true distances": Case([270, 20], block_size=2, heads=1, settings={"positions": "absolute"}),
+    "evicted": Case([270, 20, 20], block_size=2, heads=1, settings={"cache_blocks": 140}),
+    "16 bits": Case([270, 20], block_size=2, heads=1, top_k=3, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", FEW_QUERIES)
+def test_programs_share_out_the_landmarks_of_few_queries(name, monkeypatch):
+    case, shares = FEW_QUERIES[name], []
+    monkeypatch.setattr(selection, "LEAST_TILES", 1)
+    counted = selection.shares_of_landmarks
+    monkeypatch.setattr(selection, "shares_of_landmarks", lambda *given: shares.append(counted(*given)) or shares[-1])
+    eager, fused, caches = read(case)
+    assert max(shares) >= 2
+    tolerance = 1e-5 if case.dtype == torch.float32 else 5e-3
+    for expected, found in zip(eager, fused, strict=True):
+        torch.testing.assert_close(found, expected, rtol=10 * tolerance, atol=tolerance)
+    _same_traces(*caches, tolerance=10 * tolerance)
+
+
 def _same_traces(eager: BlockCache, fused: BlockCache, tolerance: float) -> None:
     if eager.trace is None:
         return

@@ -20,7 +20,7 @@ from .configurations import attend_configuration, finish_configuration, store_ro
 from .decode import decode_kernel
 from .finish import finish_kernel
 from .route import count_kernel, fill_kernel, scan_kernel
-from .selection import candidates, select
+from .selection import select, step_candidates
 from .store import fetch_kernel, store_kernel
 
 LOG2E = math.log2(math.e)
@@ -206,7 +206,7 @@ _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 def decode(call: Call) -> Tensor:
     """Attention of a step of few tokens, whose keys have been stored: select, then all the rest in one kernel."""
-    found = candidates(call)
+    found = step_candidates(call)
     items, rows = call.top_k + 1 + (call.tokens > 1), call.batch * call.heads * call.tokens
     parts = call.empty(rows, items, call.dim, dtype=torch.float32)
     logits = call.empty(rows, items, dtype=torch.float32)

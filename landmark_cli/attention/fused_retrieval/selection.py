@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..fused.configurations import Configuration
 from ..retrieval import TIE
 from .call import PASS, TILE, Call, padded, strides
 from .configurations import select_configuration, step_configuration
@@ -17,6 +18,8 @@ from .step import candidates_kernel, pick_kernel
 
 # In a decoding step: programs that share one key head's landmarks, and programs of all key heads, at most.
 MAX_SPLITS, MAX_PROGRAMS = 256, 4096
+# A chunk's queries should make so many programs; fewer share out the landmarks, so many tiles to each of them at least.
+ENOUGH_PROGRAMS, LEAST_TILES, MOST_SHARES = 512, 4, 32
 # Memory for the scores of a selection that heads share.
 SHARED_BYTES = 64 << 20
 
@@ -31,16 +34,12 @@ def select(call: Call) -> Tensor:
     if call.settings.selection == "max_over_tokens":
         return shared(call, normalizer(call), 0, call.tokens)
     if call.is_step:
-        found = candidates(call)
-        best = call.empty(*call.q.shape[:3], call.top_k)
-        pick_kernel[(call.batch * call.heads * call.tokens,)](
-            found.ages, found.scores, call.chunk.counters, best, call.heads * call.tokens, call.batch, *call.reach,
-            TIE=call.tie, **found.constants,
-        )  # fmt: skip
-        return best
+        return pick(call, step_candidates(call))
+    choice = select_configuration(call)
+    if (shares := shares_of_landmarks(call, choice)) > 1:
+        return pick(call, candidates(call, choice, shares))
     ages = call.empty(*call.q.shape[:3], call.top_k)
     scores = torch.empty_like(ages, dtype=torch.float32) if call.top_k > PASS else None
-    choice = select_configuration(call)
     for first in range(0, call.top_k, PASS):
         select_kernel[(triton.cdiv(call.group_rows, choice.rows), call.key_rows)](
             call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, ages, scores,
@@ -54,7 +53,7 @@ def select(call: Call) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the kernels that pick a step's blocks have to know.
+    """What the kernels that pick a query's blocks of those that several programs found have to know.
 
     ages, scores: (B, H, T, splits, k), what candidates_kernel leaves. constants: how these came about.
     """
@@ -64,10 +63,22 @@ class Candidates:
     constants: dict[str, int]
 
 
-def candidates(call: Call) -> Candidates:
-    """A step's candidates; their shapes are the same whatever has been read."""
-    choice, k_pad = step_configuration(call), triton.next_power_of_2(call.top_k)
-    most = max(1, min(MAX_SPLITS, MAX_PROGRAMS // call.key_rows))
+def step_candidates(call: Call) -> Candidates:
+    """A decoding step's candidates; their shapes are the same whatever has been read."""
+    return candidates(call, step_configuration(call), max(1, min(MAX_SPLITS, MAX_PROGRAMS // call.key_rows)))
+
+
+def shares_of_landmarks(call: Call, choice: Configuration) -> int:
+    """Among how many programs the landmarks of a tile of queries are shared out, a power of 2; 1: they are not."""
+    programs = triton.cdiv(call.group_rows, choice.rows) * call.key_rows
+    tiles = triton.cdiv(call.capacity, choice.cols)
+    wanted = min(ENOUGH_PROGRAMS // programs, tiles // LEAST_TILES, MOST_SHARES)
+    return 1 << max(0, wanted.bit_length() - 1) if call.top_k <= PASS else 1
+
+
+def candidates(call: Call, choice: Configuration, most: int) -> Candidates:
+    """The newest blocks, and the best that each of `most` programs (fewer of few landmarks) finds among the others."""
+    k_pad = triton.next_power_of_2(call.top_k)
     splits = 1 + min(triton.cdiv(call.capacity, choice.cols), most)
     shape = *call.q.shape[:3], splits, call.top_k
     ages, scores = call.empty(*shape), call.empty(*shape, dtype=torch.float32)
@@ -79,6 +90,16 @@ def candidates(call: Call) -> Candidates:
     )  # fmt: skip
     constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
     return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})
+
+
+def pick(call: Call, found: Candidates) -> Tensor:
+    """The best of the candidates: ages (B, H, T, k)."""
+    best = call.empty(*call.q.shape[:3], call.top_k)
+    pick_kernel[(call.batch * call.heads * call.tokens,)](
+        found.ages, found.scores, call.chunk.counters, best, call.heads * call.tokens, call.batch, *call.reach,
+        TIE=call.tie, **found.constants, num_warps=1 if found.constants["CANDIDATES"] <= 256 else 4,
+    )  # fmt: skip
+    return best
 
 
 def normalizer(call: Call) -> Tensor:

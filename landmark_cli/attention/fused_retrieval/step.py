@@ -1,4 +1,4 @@
-"""Choosing blocks in a decoding step, whose few queries leave nothing to do but read all landmarks: shared by programs.
+"""Choosing blocks for few queries, which leave nothing to do but read all landmarks: shared by programs.
 
 Every program scores landmarks of its own and leaves its best as candidates; whoever needs the best of all picks them
 from these. Source: arXiv 2305.16300, section 3.2.
