@@ -127,29 +127,9 @@ def compare(label: str, worst: dict, pairs: dict) -> None:
 
 def graph_time(function) -> float:
     """Microseconds of one call under a CUDA graph."""
-    import torch
+    from triton.testing import do_bench_cudagraph
 
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    count = max(1, min(50, int(10 / max(start.elapsed_time(end), 0.01))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            function()
-    times = []
-    for _ in range(6):
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / count)
-    return sorted(times[1:])[2]
+    return do_bench_cudagraph(function, rep=20, return_mode="median") * 1e3
 
 
 def host_time(function) -> float:
