@@ -8,9 +8,11 @@ Two things differ, both because the blocks before every row of the tile ("whole"
 - Where registers suffice two blocks make a step: while the tensor cores multiply the weights of the second by its
   values, the softmaxes of the next two run.
 
-Rings and their order, for a tile with whole blocks 0..n-1 (c: blocks in a chunk) and touched blocks n..m-1:
+Rings and their order, for a tile that touches blocks 0..m-1, of which n are whole to one of its consumers at least (c:
+blocks in a chunk):
 
-    keys:    landmarks of chunk 0, blocks 0..c-1, landmarks of chunk 1, blocks c..2c-1, ..., blocks n..m-1
+    keys:    landmarks of chunk 0, blocks 0..c-1, landmarks of chunk 1, blocks c..2c-1, ..., landmarks of the chunk that
+             ends with block n-1, its blocks, blocks n..m-1
     values:  blocks 0..m-1
     queries: STAGES slots a consumer; one is empty again when the consumer's output has left it
 
@@ -46,12 +48,18 @@ MINUS_INFINITY = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
-def tile_blocks(tile, queries, offset, BLOCK: gl.constexpr, TILE_ROWS: gl.constexpr, STEP: gl.constexpr):
-    """(first row of a tile, blocks before every row's own: a multiple of STEP, all blocks that it touches)."""
-    row = tile * TILE_ROWS
-    whole = (row + offset) // BLOCK // STEP * STEP
-    last = gl.minimum(row + TILE_ROWS, queries) - 1 + offset
-    return row, whole, last // BLOCK + 1
+def tile_blocks(tile, queries, offset, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STEP: gl.constexpr):
+    """(first row of a tile, blocks before all rows of one of its consumers at least, all blocks that it touches)."""
+    row = tile * (ROWS * CONSUMERS)
+    first = gl.minimum(row + ROWS * (CONSUMERS - 1), queries - 1)
+    last = gl.minimum(row + ROWS * CONSUMERS, queries) - 1
+    return row, (first + offset) // BLOCK // STEP * STEP, (last + offset) // BLOCK + 1
+
+
+@gluon.jit
+def whole_blocks(row, queries, offset, BLOCK: gl.constexpr, STEP: gl.constexpr):
+    """Blocks before all rows of a consumer, which begin at `row`: a multiple of STEP, and none if it has no rows."""
+    return gl.where(row < queries, (row + offset) // BLOCK // STEP * STEP, 0)
 
 
 @gluon.jit
@@ -69,13 +77,13 @@ def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROU
         if tile >= 0:
             batch = head // query_heads
             key_head = head % query_heads // GROUP
-            row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, STEP)
+            row, most_whole, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, STEP)
             for which in gl.static_range(CONSUMERS):
                 slot = stage * CONSUMERS + which
                 produce(q_desc, batch, head % query_heads, row + ROWS * which, q_ring, slot, q_phase)
             stage, q_phase = next_stage(stage, q_phase, STAGES)
             for block in range(touched):
-                if (block < whole) & (block % CHUNK == 0):
+                if (block < most_whole) & (block % CHUNK == 0):
                     k_slot, k_phase = produce(landmark_desc, batch, key_head, block, k_ring, k_slot, k_phase)
                 k_slot, k_phase = produce(k_desc, batch, key_head, block * BLOCK, k_ring, k_slot, k_phase)
                 v_slot, v_phase = produce(v_desc, batch, key_head, block * BLOCK, v_ring, v_slot, v_phase)
@@ -279,8 +287,9 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
     for turn in range(turns):
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
-            row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, STEP)
+            row, most_whole, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, STEP)
             row += ROWS * CONSUMER
+            whole = whole_blocks(row, queries, offset, BLOCK, STEP)
             rows = row + gl.arange(0, ROWS, ROW)
             position = rows + offset
             slot = stage * CONSUMERS + CONSUMER
@@ -301,6 +310,11 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
 
             last = (row + ROWS - 1 + offset) // BLOCK
             for block in range(whole, touched):
+                if (block < most_whole) & (block % COLS == 0):
+                    # Another consumer's chunk begins here; this one has no use for its landmarks.
+                    mbarrier.wait(k_full.index(k_slot), k_phase)
+                    mbarrier.arrive(k_empty.index(k_slot), count=1)
+                    k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
                 mbarrier.wait(k_full.index(k_slot), k_phase)
                 mbarrier.wait(v_full.index(v_slot), v_phase)
                 if block <= last:

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..fused import tiles
-from .forward import MINUS_INFINITY, ROWS, tile_blocks
+from .forward import MINUS_INFINITY, ROWS, tile_blocks, whole_blocks
 from .pipeline import (
     allocate_ring,
     following,
@@ -56,7 +56,7 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
             head = local_head + first_head
             batch = head // query_heads
             query_head = head % query_heads
-            row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, 1)
+            row, _, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, 1)
             for which in gl.static_range(CONSUMERS):
                 slot = stage * CONSUMERS + which
                 produce(q_desc, batch, query_head, row + ROWS * which, q_ring, slot, q_phase)
@@ -138,10 +138,9 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
             head = local_head + first_head
-            row, whole, touched = tile_blocks(tile, queries, offset, BLOCK, ROWS * CONSUMERS, 1)
+            row, _, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, 1)
             row += ROWS * CONSUMER
-            # More blocks are before all rows of this consumer than before the tile's; none, if it has no rows.
-            whole = gl.where(row < queries, (row + offset) // BLOCK, 0)
+            whole = whole_blocks(row, queries, offset, BLOCK, 1)
             rows = row + gl.arange(0, ROWS, ROW)
             position = rows + offset
             row_ok = rows < queries
