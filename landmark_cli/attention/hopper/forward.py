@@ -48,18 +48,24 @@ MINUS_INFINITY = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
-def tile_blocks(tile, queries, offset, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STEP: gl.constexpr):
-    """(first row of a tile, blocks before all rows of one of its consumers at least, all blocks that it touches)."""
+def tile_blocks(tile, queries, offset, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(first row of a tile, blocks that it touches)."""
     row = tile * (ROWS * CONSUMERS)
-    first = gl.minimum(row + ROWS * (CONSUMERS - 1), queries - 1)
-    last = gl.minimum(row + ROWS * CONSUMERS, queries) - 1
-    return row, (first + offset) // BLOCK // STEP * STEP, (last + offset) // BLOCK + 1
+    last = gl.minimum(row + ROWS * CONSUMERS, queries) - 1 + offset
+    return row, last // BLOCK + 1
 
 
 @gluon.jit
 def whole_blocks(row, queries, offset, BLOCK: gl.constexpr, STEP: gl.constexpr):
     """Blocks before all rows of a consumer, which begin at `row`: a multiple of STEP, and none if it has no rows."""
     return gl.where(row < queries, (row + offset) // BLOCK // STEP * STEP, 0)
+
+
+@gluon.jit
+def most_whole_blocks(row, queries, offset, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STEP: gl.constexpr):
+    """As many as the consumer of a tile that has most of them, or more; the tile begins at `row`."""
+    last = gl.minimum(row + ROWS * (CONSUMERS - 1), queries - 1)
+    return whole_blocks(last, queries, offset, BLOCK, STEP)
 
 
 @gluon.jit
@@ -77,7 +83,8 @@ def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROU
         if tile >= 0:
             batch = head // query_heads
             key_head = head % query_heads // GROUP
-            row, most_whole, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, STEP)
+            row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
+            most_whole = most_whole_blocks(row, queries, offset, BLOCK, CONSUMERS, STEP)
             for which in gl.static_range(CONSUMERS):
                 slot = stage * CONSUMERS + which
                 produce(q_desc, batch, head % query_heads, row + ROWS * which, q_ring, slot, q_phase)
@@ -287,7 +294,8 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
     for turn in range(turns):
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
-            row, most_whole, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, STEP)
+            row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
+            most_whole = most_whole_blocks(row, queries, offset, BLOCK, CONSUMERS, STEP)
             row += ROWS * CONSUMER
             whole = whole_blocks(row, queries, offset, BLOCK, STEP)
             rows = row + gl.arange(0, ROWS, ROW)

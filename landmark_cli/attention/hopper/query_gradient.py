@@ -56,7 +56,7 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
             head = local_head + first_head
             batch = head // query_heads
             query_head = head % query_heads
-            row, _, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, 1)
+            row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
             for which in gl.static_range(CONSUMERS):
                 slot = stage * CONSUMERS + which
                 produce(q_desc, batch, query_head, row + ROWS * which, q_ring, slot, q_phase)
@@ -138,7 +138,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
         if tile >= 0:
             head = local_head + first_head
-            row, _, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS, 1)
+            row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
             row += ROWS * CONSUMER
             whole = whole_blocks(row, queries, offset, BLOCK, 1)
             rows = row + gl.arange(0, ROWS, ROW)
