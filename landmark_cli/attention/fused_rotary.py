@@ -34,28 +34,41 @@ def _move(X, OUT, x_stride, out_stride, cos, sin, heads, TURNED: tl.constexpr, H
             tl.store(out + rest, tl.load(x + rest, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
-def rotate_kernel(Q, K, V, COS, SIN, Q_OUT, K_OUT, V_OUT, q_strides, k_strides, v_strides, cos_strides, out_strides,
-                  tokens, heads, JOINED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
-                  REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    """Q_OUT = Q turned, (B, H, T, D); if JOINED, K_OUT = K turned and V_OUT = V too. Program (token, batch row): the
-    angles of a token serve all its heads."""
+@triton.jit
+def _angles(COS, SIN, strides, row, token, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """cos and sin of a token, (1, HALF_PAD): they serve all its heads."""
+    dim = tl.arange(0, HALF_PAD)[None, :]
+    at = row * strides[0] + token * strides[2] + dim
+    return tl.load(COS + at, mask=dim < HALF, other=0.0), tl.load(SIN + at, mask=dim < HALF, other=0.0)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def rotate_kernel(X, COS, SIN, OUT, x_strides, cos_strides, out_strides, heads, HALF: tl.constexpr, REST: tl.constexpr,
+                  HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    """OUT = X turned, (B, H, T, D). Program (token, batch row)."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
-    dim = tl.arange(0, HALF_PAD)
-    at = row * cos_strides[0] + token * cos_strides[2] + dim
-    cos = tl.load(COS + at, mask=dim < HALF, other=0.0)[None, :]
-    sin = tl.load(SIN + at, mask=dim < HALF, other=0.0)[None, :]
-    to = row * out_strides[0] + token * out_strides[2]
-    x = Q + row * q_strides[0] + token * q_strides[2]
-    _move(x, Q_OUT + to, q_strides[1], out_strides[1], cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
-    if JOINED:
-        x = K + row * k_strides[0] + token * k_strides[2]
-        _move(x, K_OUT + to, k_strides[1], out_strides[1], cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
-        x = V + row * v_strides[0] + token * v_strides[2]
-        _move(
-            x, V_OUT + to, v_strides[1], out_strides[1], cos, sin, heads, False, HALF, REST, HALF_PAD, REST_PAD, HEADS
-        )
+    cos, sin = _angles(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
+    x = X + row * x_strides[0] + token * x_strides[2]
+    out = OUT + row * out_strides[0] + token * out_strides[2]
+    _move(x, out, x_strides[1], out_strides[1], cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def join_kernel(Q, K, V, COS, SIN, OUT, q_strides, k_strides, v_strides, cos_strides, heads, HALF: tl.constexpr,
+                REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    """OUT (B, T, 3, H, D) = Q and K turned and V as it is, (B, H, T, D) each. Program (token, batch row)."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    cos, sin = _angles(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
+    D: tl.constexpr = 2 * HALF + REST
+    out = OUT + (row * tl.num_programs(0) + token) * 3 * heads * D
+    q = Q + row * q_strides[0] + token * q_strides[2]
+    k = K + row * k_strides[0] + token * k_strides[2]
+    v = V + row * v_strides[0] + token * v_strides[2]
+    _move(q, out, q_strides[1], D, cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+    _move(k, out + heads * D, k_strides[1], D, cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+    _move(v, out + 2 * heads * D, v_strides[1], D, cos, sin, heads, False, HALF, REST, HALF_PAD, REST_PAD, HEADS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -72,7 +85,7 @@ def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> T
     """q and k, turned, and v as it is, (B, H, T, D) each with a dense last dimension, in one: (B, T, 3, H, D)."""
     batch, heads, tokens, dim = q.shape
     joined = q.new_empty(batch, tokens, 3, heads, dim)
-    _launch([q, k, v], cos, sin, [part.transpose(1, 2) for part in joined.unbind(2)])
+    _launch(join_kernel, (q, k, v), cos, sin, joined, ())
     return joined
 
 
@@ -93,24 +106,21 @@ class Rotation(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = empty_heads_last(x)
-    _launch([x], cos, sin, [out])
+    _launch(rotate_kernel, (x,), cos, sin, out, (out.stride()[:3],))
     return out
 
 
-def _launch(parts: list[Tensor], cos: Tensor, sin: Tensor, outputs: list[Tensor]) -> None:
-    """Turn one part; or, of three, turn two and copy the last."""
+def _launch(kernel, parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, out: Tensor, out_strides: tuple) -> None:
+    """Run a kernel, whose parameters are parts, angles, output, strides of these, heads."""
     batch, heads, tokens, dim = parts[0].shape
     half = cos.shape[-1]
     rest = dim - 2 * half
     cos, sin = (t.expand(batch, 1, tokens, half) for t in (cos, sin))
-    # The kernel without the other two still has their arguments.
-    q, k, v = parts * (3 // len(parts))
-    q_out, k_out, v_out = outputs * (3 // len(parts))
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        rotate_kernel[(tokens, batch)](
-            q, k, v, cos, sin, q_out, k_out, v_out, *(t.stride()[:3] for t in (q, k, v, cos, q_out)), tokens, heads,
-            JOINED=len(parts) == 3, HALF=half, REST=rest, HALF_PAD=triton.next_power_of_2(half),
-            REST_PAD=triton.next_power_of_2(max(1, rest)), HEADS=min(16, triton.next_power_of_2(heads)), num_warps=4,
+    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+        kernel[(tokens, batch)](
+            *parts, cos, sin, out, *(t.stride()[:3] for t in (*parts, cos)), *out_strides, heads, HALF=half, REST=rest,
+            HALF_PAD=triton.next_power_of_2(half), REST_PAD=triton.next_power_of_2(max(1, rest)),
+            HEADS=min(16, triton.next_power_of_2(heads)), num_warps=4,
         )  # fmt: skip
 
 
