@@ -6,7 +6,7 @@
 
 What is timed is the training loop's own step: all micro-batches, clipping, AdamW, in the loop's precision. "seed" is
 the paper's model at 512 tokens in micro-batches of 16 windows, 8 a step; "long" has 2048 tokens and 4 windows. With the
-batch free, "free 128" has 128 windows of 512 tokens, 1 micro-batch a step; batches that do not fit are left out.
+batch free, "free 128x4" has 128 windows of 512 tokens, 4 micro-batches a step; batches that do not fit are left out.
 
 Stream tokens include landmarks and are what the GPU computes; text tokens are what is learned. MFU: stream tokens a
 second x operations of a token / the chip's dense 16-bit peak. Operations of a token: 6 for every weight of a linear
@@ -110,7 +110,13 @@ class Result:
         return peak and self.stream_tokens * self.flops / peak
 
 
-def cases(names: list[str], batches: list[int], tiny: bool, modes: Iterable[str] = MODES) -> list[Case]:
+def windows(text: str) -> tuple[int, int]:
+    """A micro-batch's windows and a step's micro-batches, of "128x4"; one micro-batch of "128"."""
+    batch, _, accumulation = text.partition("x")
+    return int(batch), int(accumulation or 1)
+
+
+def cases(names: list[str], batches: list[str], tiny: bool, modes: Iterable[str] = MODES) -> list[Case]:
     """The cases of these names and modes; free ones have every batch, compiled."""
     shapes = {"seed": (512, 16, 8), "long": (2048, 4, 8)}
     if tiny:
@@ -121,7 +127,7 @@ def cases(names: list[str], batches: list[int], tiny: bool, modes: Iterable[str]
     ]
     length = shapes["seed"][0]
     free = batches if "free" in names else []
-    return found + [Case(f"free {batch}", kind, "compiled", length, batch, 1) for batch in free for kind in kinds]
+    return found + [Case(f"free {text}", kind, "compiled", length, *windows(text)) for text in free for kind in kinds]
 
 
 def variants(seed: Case) -> dict[str, Case]:
@@ -377,7 +383,7 @@ def report(results: list[Result], parts: dict[Case, dict[str, float]], compared:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cases", nargs="*", choices=["seed", "long", "free"], default=["seed", "long", "free"])
-    parser.add_argument("--batches", nargs="*", type=int, default=[128, 256], help="of the free cases")
+    parser.add_argument("--batches", nargs="*", default=["128", "256"], help="of the free cases")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("--quick", action="store_true", help="the seed's cases only, for half the time")
     parser.add_argument("--variants", action="store_true", help="change single things too")
@@ -409,7 +415,7 @@ def main() -> None:
 def warm(work: dict[str, Case], options: argparse.Namespace) -> None:
     """Fill the compiler's caches, every case in a process of its own; those beyond what fits compile when they run."""
     command = [sys.executable, __file__, "--shape", options.shape, "--seconds", "0", "--variants"]
-    command += ["--batches", *map(str, options.batches), "--only"]
+    command += ["--batches", *options.batches, "--only"]
     room = torch.cuda.get_device_properties(DEVICE).total_memory if DEVICE.type == "cuda" else math.inf
     started, running = time.perf_counter(), []
     for name, case in sorted(work.items(), key=lambda item: item[1].batch * item[1].length):
