@@ -41,9 +41,10 @@ CHECKS = {
     "tiny": ("bfloat16", 64, 64, [(1, 2, 2, 256, 256), (1, 1, 1, 300, 420)]),
 }  # fmt: skip
 PLAIN = "d128", "d64", "b51", "tiny"
-TIMED = [(16, 8, 512, 128, 64), (4, 32, 2048, 128, 64), (2, 32, 4096, 128, 64), (1, 32, 8192, 128, 64),
-         (1, 32, 16384, 128, 64), (4, 16, 4096, 64, 64), (16, 8, 512, 128, 51), (2, 32, 4080, 128, 51),
-         (1, 32, 8160, 128, 51)]  # fmt: skip
+TIMED = [(16, 8, 512, 128, 64), (8, 16, 1024, 128, 64), (4, 32, 2048, 128, 64), (2, 32, 4096, 128, 64),
+         (1, 32, 8192, 128, 64), (1, 32, 16384, 128, 64), (16, 16, 512, 64, 64), (16, 9, 1024, 64, 64),
+         (4, 16, 4096, 64, 64), (16, 8, 512, 128, 51), (8, 16, 1020, 128, 51), (4, 32, 2040, 128, 51),
+         (2, 32, 4080, 128, 51), (1, 32, 8160, 128, 51), (16, 9, 1020, 64, 51)]  # fmt: skip
 
 
 def say(*words) -> None:
@@ -155,14 +156,14 @@ def tried_forward(launch, dim: int) -> list:
             choice(2, 3, 4, 2, 2),
             choice(2, 3, 3, 1, 2),
         ]
-    return [choice(3, 4, 4, 1), choice(2, 4, 4, 2), choice(2, 4, 4, 1), choice(3, 4, 4, 1, 2)]
+    return [choice(2, 4, 4, 2), choice(2, 4, 4, 2, 2), choice(2, 4, 4, 1, 2), choice(3, 4, 4, 1), choice(3, 4, 4, 1, 2)]
 
 
 def tried_backward(launch, dim: int) -> list:
     choice = launch.BackwardConfiguration
     if dim == 128:
-        return [choice(4, 3, 2), choice(4, 3, 3), choice(5, 4, 3), choice(3, 2, 2, 2, 2, 2), choice(4, 2, 3, 2, 2, 1)]
-    return [choice(4, 3, 4), choice(4, 3, 4, 3), choice(5, 4, 4, 3), choice(6, 4, 8), choice(4, 3, 4, 2, 2, 2)]
+        return [choice(4, 3, 2), choice(4, 3, 3), choice(5, 4, 3), choice(4, 2, 3)]
+    return [choice(4, 3, 4), choice(4, 3, 4, 3), choice(5, 4, 4, 3), choice(6, 4, 8)]
 
 
 class Inputs:
@@ -218,7 +219,7 @@ def backwards(x: Inputs) -> dict:
     given = x.dout, None, x.q, x.k, x.v, out, lse
     work = 2.5 * x.flops
     calls = {
-        f"hopper{c.key_slots}{c.value_slots}{c.row_slots}{c.consumers}{c.row_stages}{c.key_stages}": (
+        f"hopper{c.key_slots}{c.value_slots}{c.row_slots}{c.consumers}": (
             functools.partial(launch.backward, *given, x.block, x.scale, choice=c),
             work,
         )

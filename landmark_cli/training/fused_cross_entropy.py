@@ -55,5 +55,5 @@ def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor) -> 
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         score_kernel[(rows,)](
             logits, targets, losses, logits.stride(0), vocabulary, IGNORED=IGNORED_TARGET,
-            COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=2, num_warps=16,
+            COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=4, num_warps=16,
         )  # fmt: skip

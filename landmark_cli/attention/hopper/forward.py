@@ -34,7 +34,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .pipeline import (
     allocate_ring,
     following,
-    next_stage,
     pack,
     produce,
     reciprocal,
@@ -66,6 +65,15 @@ def most_whole_blocks(row, queries, offset, BLOCK: gl.constexpr, CONSUMERS: gl.c
     """As many as the consumer of a tile that has most of them, or more; the tile begins at `row`."""
     last = gl.minimum(row + ROWS * (CONSUMERS - 1), queries - 1)
     return whole_blocks(last, queries, offset, BLOCK, STEP)
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """As `following`; where there is one stage it stays a constant."""
+    if STAGES == 1:
+        return stage, phase ^ 1
+    else:
+        return following(stage, phase, STAGES)
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ Everything stands transposed, keys by rows. Thanks to the first kernel's numbers
 
     P^T = exp2(K q^T + shift)     dv += P^T dO     dS^T = P^T (V dO^T - normal)     dk += dS^T q
 
-A tile is a pair of blocks, one a consumer; both read the same rows. Rings: STAGES slots a consumer for its block's keys
+A tile is a pair of blocks, one a consumer; both read the same rows. Rings: one slot a consumer for its block's keys
 and values; and slots that hold 64 rows of q and dO with both blocks' statistics, in the order of `row_tiles`, one query
 head of the group after the other.
 """
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .forward import ROWS
-from .pipeline import allocate_ring, copy_tile, following, next_stage, pack, produce, scheduled
+from .pipeline import allocate_ring, copy_tile, following, pack, produce, scheduled
 from .query_gradient import statistics_index
 
 KEYS = gl.constexpr(64)
@@ -66,8 +66,7 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
     """Fill the rings in the order in which the consumers read them."""
     k_ring, v_ring, rows_ring = rings
     turns, queries, offset, first_head, key_heads = sizes
-    STAGES: gl.constexpr = k_ring[0].shape[0] // CONSUMERS
-    slot, phase, stage, k_phase = 0, 1, 0, 1
+    slot, phase, k_phase = 0, 1, 1
     local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
@@ -77,9 +76,9 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
             key_head = head % key_heads
             for which in gl.static_range(CONSUMERS):
                 first_key = (CONSUMERS * tile + which) * BLOCK
-                produce(k_desc, batch, key_head, first_key, k_ring, stage * CONSUMERS + which, k_phase)
-                produce(v_desc, batch, key_head, first_key, v_ring, stage * CONSUMERS + which, k_phase)
-            stage, k_phase = next_stage(stage, k_phase, STAGES)
+                produce(k_desc, batch, key_head, first_key, k_ring, which, k_phase)
+                produce(v_desc, batch, key_head, first_key, v_ring, which, k_phase)
+            k_phase ^= 1
             row, end, incomplete = row_tiles(tile, queries, offset, BLOCK)
             index0 = statistics_index(CONSUMERS * tile, queries, offset, BLOCK)
             index1 = statistics_index(CONSUMERS * tile + 1, queries, offset, BLOCK)
@@ -124,9 +123,8 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     key = gl.arange(0, KEYS, gl.SliceLayout(1, LOGITS))
-    STAGES: gl.constexpr = k_tiles.shape[0] // CONSUMERS
     zeros = gl.zeros([KEYS, ROWS], gl.float32, LOGITS)
-    slot, phase, stage, k_phase = 0, 0, 0, 0
+    slot, phase, k_phase = 0, 0, 0
     local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
@@ -135,11 +133,10 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
             start = (CONSUMERS * tile + CONSUMER) * BLOCK
             dk = gl.zeros([KEYS, D], gl.float32, OUTPUT)
             dv = gl.zeros([KEYS, D], gl.float32, OUTPUT)
-            block_slot = stage * CONSUMERS + CONSUMER
-            k = k_tiles.index(block_slot)
-            v = v_tiles.index(block_slot)
-            mbarrier.wait(k_full.index(block_slot), k_phase)
-            mbarrier.wait(v_full.index(block_slot), k_phase)
+            k = k_tiles.index(CONSUMER)
+            v = v_tiles.index(CONSUMER)
+            mbarrier.wait(k_full.index(CONSUMER), k_phase)
+            mbarrier.wait(v_full.index(CONSUMER), k_phase)
             row, end, incomplete = row_tiles(tile, queries, offset, BLOCK)
             # Complete tiles with rows that do not see this consumer's block whole.
             own = gl.cdiv(gl.maximum(gl.minimum(start + BLOCK - offset, end) - row, 0), ROWS)
@@ -187,9 +184,9 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
                     dv, dk = warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
                     mbarrier.arrive(empty.index(slot), count=1)
                     slot, phase = following(slot, phase, SLOTS)
-            mbarrier.arrive(k_empty.index(block_slot), count=1)
-            mbarrier.arrive(v_empty.index(block_slot), count=1)
-            stage, k_phase = next_stage(stage, k_phase, STAGES)
+            mbarrier.arrive(k_empty.index(CONSUMER), count=1)
+            mbarrier.arrive(v_empty.index(CONSUMER), count=1)
+            k_phase ^= 1
 
             # Landmarks have no value. Keys behind the block hold rubbish, which is not stored.
             is_landmark = gl.arange(0, KEYS, gl.SliceLayout(1, OUTPUT)) == BLOCK - 1
@@ -205,15 +202,14 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "key_heads"])
 def key_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, statistics_desc, DK, DV, SCHEDULE, dk_strides, dv_strides,
                         turns, scale, softmax_scale, queries, offset, first_head, key_heads,
-                        GROUP: gl.constexpr, BLOCK: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+                        GROUP: gl.constexpr, BLOCK: gl.constexpr, SLOTS: gl.constexpr,
                         ACCUMULATE: gl.constexpr):  # fmt: skip
     """dk and dv of the scheduled key heads, counted from first_head on. ACCUMULATE: add to DK and DV."""
     D: gl.constexpr = k_desc.block_type.shape[3]
     DTYPE: gl.constexpr = k_desc.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
-    BLOCK_SLOTS: gl.constexpr = STAGES * CONSUMERS
-    k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [BLOCK_SLOTS, KEYS, D], TILE), BLOCK_SLOTS, 1)
-    v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [BLOCK_SLOTS, KEYS, D], TILE), BLOCK_SLOTS, 1)
+    k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, KEYS, D], TILE), CONSUMERS, 1)
+    v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, KEYS, D], TILE), CONSUMERS, 1)
     dout_tiles = gl.allocate_shared_memory(DTYPE, [SLOTS, ROWS, D], TILE)
     statistics = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, 4, ROWS], statistics_desc.layout)
     q_tiles, full, empty = allocate_ring(gl.allocate_shared_memory(DTYPE, [SLOTS, ROWS, D], TILE), SLOTS, CONSUMERS)

@@ -44,17 +44,12 @@ class ForwardConfiguration:
 
 @dataclass(frozen=True)
 class BackwardConfiguration:
-    """Slots of the rings of keys and of values (first kernel) and of rows (second kernel); consumers of the first.
-
-    row_stages, key_stages: tiles whose rows (first kernel) or blocks (second) are there or on their way at a time.
-    """
+    """Slots of the rings of keys and of values (first kernel) and of rows (second kernel); consumers of the first."""
 
     key_slots: int
     value_slots: int
     row_slots: int
     consumers: int = 2
-    row_stages: int = 1
-    key_stages: int = 1
 
 
 def registers(consumers: int) -> int:
@@ -62,10 +57,17 @@ def registers(consumers: int) -> int:
     return 65536 // (128 * (consumers + 1)) // 8 * 8
 
 
-FORWARD = {
-    128: ForwardConfiguration(2, 3, 4, 2),
-    64: ForwardConfiguration(3, 4, 4, 1),
-}
+def forward_configuration(queries: int, dim: int, block_size: int) -> ForwardConfiguration:
+    """The fastest of some five candidates on an H100.
+
+    Short tiles end often: the next one's rows are on their way meanwhile. Where blocks fill their tiles, pairs of them
+    overlap better; where they do not, more of them stand across a tile's rows and pairs cover fewer.
+    """
+    if dim == 64:
+        return ForwardConfiguration(2, 4, 4, 2)
+    if queries <= 1024:
+        return ForwardConfiguration(2, 3, 3, 1, row_stages=2)
+    return ForwardConfiguration(2, 3, 4, 2 if block_size == padded(block_size) else 1)
 
 
 def backward_configuration(queries: int, dim: int) -> BackwardConfiguration:
@@ -146,7 +148,7 @@ def forward(
     q, k, v = aligned(q), aligned(k), aligned(v)
     out = empty_heads_last(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    choice = choice or FORWARD[q.shape[3]]
+    choice = choice or forward_configuration(q.shape[2], q.shape[3], block_size)
     tensors = q, k, v, out, lse
     key = *kind(q, k, v), block_size, scale, choice
     earlier = _forward_calls.get(key)
@@ -205,7 +207,7 @@ def launch_forward(tensors: tuple, block_size: int, scale: float, choice: Forwar
     ]
     table = query_schedule(queries, offset, 64 * choice.consumers, block_size, batch * heads, group, dim, q.device)
     arguments = table.shape[0], scale * LOG2E, queries, offset, heads
-    constants = {**row_constants(choice, group, block_size), "STEP": choice.step}
+    constants = {**row_constants(choice, group, block_size), "STAGES": choice.row_stages, "STEP": choice.step}
     return launch(forward_kernel, tensors, operands, table, arguments, constants, registers(choice.consumers))
 
 
@@ -259,7 +261,6 @@ def launch_backward(
         "GROUP": group,
         "BLOCK": block_size,
         "SLOTS": choice.row_slots,
-        "STAGES": choice.key_stages,
         "ACCUMULATE": last_row < total,
     }
     return first, launch(key_gradient_kernel, tensors, operands, table, arguments, constants, registers(KEY_CONSUMERS))
@@ -273,7 +274,6 @@ def row_constants(choice: ForwardConfiguration | BackwardConfiguration, group: i
         "CONSUMERS": choice.consumers,
         "K_SLOTS": choice.key_slots,
         "V_SLOTS": choice.value_slots,
-        "STAGES": choice.row_stages,
     }
 
 

@@ -39,15 +39,6 @@ def following(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """As `following`; where there is one stage it stays a constant."""
-    if STAGES == 1:
-        return stage, phase ^ 1
-    else:
-        return following(stage, phase, STAGES)
-
-
-@gluon.jit
 def copy_tile(descriptor, batch, head, row, full, tile):
     """Start the copy of rows row... of a head into a tile; rows outside the tensor become 0."""
     whole: gl.constexpr = descriptor.block_type.shape

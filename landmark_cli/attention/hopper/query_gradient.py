@@ -6,8 +6,7 @@ the three numbers are. Each step does three products, and the third one runs a s
     logits S = q K^T     dP = dO V^T     dq += dS K of the block before
 
 so that the tensor cores have dP and dq to work on while the softmax of S is found. Rings, each in the order of blocks:
-keys, values, and STAGES slots a consumer for its rows of q and dO. A block's keys stay for one step more than its
-values.
+keys, values; and one slot a consumer for its rows of q and dO. A block's keys stay for one step more than its values.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from .forward import MINUS_INFINITY, ROWS, tile_blocks, whole_blocks
 from .pipeline import (
     allocate_ring,
     following,
-    next_stage,
     pack,
     produce,
     reciprocal,
@@ -47,8 +45,7 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
     """Fill the rings in the order in which the consumers read them."""
     q_ring, dout_ring, k_ring, v_ring = rings
     turns, queries, offset, first_head, query_heads, plane, numbers = sizes
-    STAGES: gl.constexpr = q_ring[0].shape[0] // CONSUMERS
-    k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 1, 0, 1, 0, 1
+    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 1, 0, 1, 1
     local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
@@ -58,10 +55,9 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
             query_head = head % query_heads
             row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
             for which in gl.static_range(CONSUMERS):
-                slot = stage * CONSUMERS + which
-                produce(q_desc, batch, query_head, row + ROWS * which, q_ring, slot, q_phase)
-                produce(dout_desc, batch, query_head, row + ROWS * which, dout_ring, slot, q_phase)
-            stage, q_phase = next_stage(stage, q_phase, STAGES)
+                produce(q_desc, batch, query_head, row + ROWS * which, q_ring, which, q_phase)
+                produce(dout_desc, batch, query_head, row + ROWS * which, dout_ring, which, q_phase)
+            q_phase ^= 1
             for block in range(touched):
                 k_slot, k_phase = produce(k_desc, batch, query_head // GROUP, block * BLOCK, k_ring, k_slot, k_phase)
                 v_slot, v_phase = produce(v_desc, batch, query_head // GROUP, block * BLOCK, v_ring, v_slot, v_phase)
@@ -129,10 +125,9 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     ACROSS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    STAGES: gl.constexpr = q_tiles.shape[0] // CONSUMERS
     col = gl.arange(0, COLS, gl.SliceLayout(0, LOGITS))
     zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
-    k_slot, k_phase, v_slot, v_phase, stage, q_phase = 0, 0, 0, 0, 0, 0
+    k_slot, k_phase, v_slot, v_phase, q_phase = 0, 0, 0, 0, 0
     local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
         next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
@@ -148,11 +143,10 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             lse = gl.load(LSE + number, mask=row_ok, other=0.0) * 1.4426950408889634
             statistics = STATISTICS + local_head.to(gl.int64) * 3 * plane + rows
             out = load_rows(OUT, out_strides, head // query_heads, head % query_heads, row, queries, D, ACROSS)
-            slot = stage * CONSUMERS + CONSUMER
-            q = q_tiles.index(slot)
-            dout = dout_tiles.index(slot)
-            mbarrier.wait(q_full.index(slot), q_phase)
-            mbarrier.wait(dout_full.index(slot), q_phase)
+            q = q_tiles.index(CONSUMER)
+            dout = dout_tiles.index(CONSUMER)
+            mbarrier.wait(q_full.index(CONSUMER), q_phase)
+            mbarrier.wait(dout_full.index(CONSUMER), q_phase)
             delta = gl.convert_layout(gl.sum(out.to(gl.float32) * dout.load(ACROSS).to(gl.float32), 1), ROW)
             if DLSE is not None:
                 delta -= gl.load(DLSE + number, mask=row_ok, other=0.0)
@@ -229,9 +223,9 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                 store_tile(dq_desc, head // query_heads, head % query_heads, row, q)
                 tma.store_wait(0)
             thread_barrier()
-            mbarrier.arrive(q_empty.index(slot), count=1)
-            mbarrier.arrive(dout_empty.index(slot), count=1)
-            stage, q_phase = next_stage(stage, q_phase, STAGES)
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            mbarrier.arrive(dout_empty.index(CONSUMER), count=1)
+            q_phase ^= 1
         local_head, tile = next_head, next_tile
 
 
@@ -239,7 +233,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
 def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, DLSE, STATISTICS, SCHEDULE, out_strides,
                           turns, scale, softmax_scale, queries, offset, first_head, query_heads, plane, numbers,
                           GROUP: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
-                          V_SLOTS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+                          V_SLOTS: gl.constexpr):  # fmt: skip
     """dq of the scheduled heads, counted from first_head on, and their STATISTICS (heads, 3, plane).
 
     LSE and DLSE hold `numbers` for each head; they begin with those of the queries.
@@ -249,9 +243,8 @@ def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, 
     DTYPE: gl.constexpr = k_desc.dtype
     Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
     K_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLS, D], DTYPE)
-    ROW_SLOTS: gl.constexpr = STAGES * CONSUMERS
-    q_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [ROW_SLOTS, ROWS, D], Q_TILE), ROW_SLOTS, 1)
-    dout_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [ROW_SLOTS, ROWS, D], Q_TILE), ROW_SLOTS, 1)
+    q_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, D], Q_TILE), CONSUMERS, 1)
+    dout_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [CONSUMERS, ROWS, D], Q_TILE), CONSUMERS, 1)
     k_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [K_SLOTS, COLS, D], K_TILE), K_SLOTS, CONSUMERS)
     v_ring = allocate_ring(gl.allocate_shared_memory(DTYPE, [V_SLOTS, COLS, D], K_TILE), V_SLOTS, CONSUMERS)
     fence_async_shared()
