@@ -66,10 +66,7 @@ def store_tile(descriptor, batch, head, row, tile):
 
 @gluon.jit
 def scheduled(SCHEDULE, turn):
-    """(head, tile) of this program's turn; a tile of -1 means that it has nothing more to do.
-
-    Loaded a turn ahead, for nothing of a turn can begin without it.
-    """
+    """(head, tile) of this program's turn; a tile of -1 means that it has nothing more to do."""
     entry = SCHEDULE + 2 * (turn * gl.num_programs(0) + gl.program_id(0))
     return gl.load(entry), gl.load(entry + 1)
 

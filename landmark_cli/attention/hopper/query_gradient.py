@@ -46,9 +46,8 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
     q_ring, dout_ring, k_ring, v_ring = rings
     turns, queries, offset, first_head, query_heads, plane, numbers = sizes
     k_slot, k_phase, v_slot, v_phase, q_phase = 0, 1, 0, 1, 1
-    local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
+        local_head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
             head = local_head + first_head
             batch = head // query_heads
@@ -61,7 +60,6 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
             for block in range(touched):
                 k_slot, k_phase = produce(k_desc, batch, query_head // GROUP, block * BLOCK, k_ring, k_slot, k_phase)
                 v_slot, v_phase = produce(v_desc, batch, query_head // GROUP, block * BLOCK, v_ring, v_slot, v_phase)
-        local_head, tile = next_head, next_tile
 
 
 @gluon.jit
@@ -128,25 +126,24 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
     col = gl.arange(0, COLS, gl.SliceLayout(0, LOGITS))
     zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
     k_slot, k_phase, v_slot, v_phase, q_phase = 0, 0, 0, 0, 0
-    local_head, tile = scheduled(SCHEDULE, 0)
     for turn in range(turns):
-        next_head, next_tile = scheduled(SCHEDULE, gl.minimum(turn + 1, turns - 1))
+        local_head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
             head = local_head + first_head
             row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
             row += ROWS * CONSUMER
-            whole = whole_blocks(row, queries, offset, BLOCK, 1)
+            whole = whole_blocks(row, touched, offset, BLOCK, 1)
             rows = row + gl.arange(0, ROWS, ROW)
             position = rows + offset
             row_ok = rows < queries
             number = head.to(gl.int64) * numbers + rows
             lse = gl.load(LSE + number, mask=row_ok, other=0.0) * 1.4426950408889634
             statistics = STATISTICS + local_head.to(gl.int64) * 3 * plane + rows
-            out = load_rows(OUT, out_strides, head // query_heads, head % query_heads, row, queries, D, ACROSS)
             q = q_tiles.index(CONSUMER)
             dout = dout_tiles.index(CONSUMER)
             mbarrier.wait(q_full.index(CONSUMER), q_phase)
             mbarrier.wait(dout_full.index(CONSUMER), q_phase)
+            out = load_rows(OUT, out_strides, head // query_heads, head % query_heads, row, queries, D, ACROSS)
             delta = gl.convert_layout(gl.sum(out.to(gl.float32) * dout.load(ACROSS).to(gl.float32), 1), ROW)
             if DLSE is not None:
                 delta -= gl.load(DLSE + number, mask=row_ok, other=0.0)
@@ -226,7 +223,6 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
             mbarrier.arrive(dout_empty.index(CONSUMER), count=1)
             q_phase ^= 1
-        local_head, tile = next_head, next_tile
 
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "query_heads", "plane", "numbers"])
