@@ -406,10 +406,7 @@ def main() -> None:
             return
         if options.warm:
             warm({name: case for name, case in work.items() if case.mode != "eager"}, options)
-        text = measure(bench, planned, compared)
-    print(text, end="")
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
+        print(measure(bench, planned, compared, options.output), end="")
 
 
 def warm(work: dict[str, Case], options: argparse.Namespace) -> None:
@@ -428,8 +425,8 @@ def warm(work: dict[str, Case], options: argparse.Namespace) -> None:
     info(f"{len(running)} cases compiled in {time.perf_counter() - started:.0f} s")
 
 
-def measure(bench: Bench, planned: list[Case], compared: dict[str, Case]) -> str:
-    """Run everything; what fails is said and left out."""
+def measure(bench: Bench, planned: list[Case], compared: dict[str, Case], output: Path | None) -> str:
+    """Run everything; what fails is said and left out. The report so far is written after every piece."""
     results, parts, changed = [], {}, {}
 
     def attempt(work: Callable[[], Result], into: Callable[[Result], object]) -> None:
@@ -437,6 +434,8 @@ def measure(bench: Bench, planned: list[Case], compared: dict[str, Case]) -> str
             into(work())
         except Exception as error:
             info(f"failed: {type(error).__name__}: {error}")
+        if output:
+            output.write_text(report(results, parts, changed), encoding="utf-8")
 
     for case in planned:
         attempt(lambda case=case: bench.run(case), results.append)
