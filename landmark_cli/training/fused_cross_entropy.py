@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -50,10 +51,20 @@ def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.conste
 def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
     """See linear_cross_entropy.score_and_differentiate; logits with a dense last dimension."""
     rows, vocabulary = logits.shape
-    # So many threads to a row that few rows are at work at a time, 40 MB of them where the vocabulary is GPT-2's: more
-    # would not stay in the L2 cache.
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         score_kernel[(rows,)](
             logits, targets, losses, logits.stride(0), vocabulary, IGNORED=IGNORED_TARGET,
-            COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=4, num_warps=16,
+            COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=depth(vocabulary, logits.device), num_warps=16,
         )  # fmt: skip
+
+
+@functools.cache
+def depth(vocabulary: int, device: torch.device) -> int:
+    """Of the kernel's steps, so that the rows at work stay in the L2 cache: registers allow a multiprocessor 3 of them
+    at a depth of 2 and 2 at a depth of 4."""
+    if device.type != "cuda":
+        return 2
+    chip = torch.cuda.get_device_properties(device)
+    at_work = 3 * chip.multi_processor_count * 2 * vocabulary
+    # GPT-2's vocabulary makes that 40 MB: in an H100's 52 MB 4 is faster by 11%, in an H200's 63 MB 2 by 8%.
+    return 2 if at_work <= 0.75 * chip.L2_cache_size else 4

@@ -74,9 +74,7 @@ def backward_configuration(queries: int, dim: int) -> BackwardConfiguration:
     """The fastest of some four candidates on an H100, by head dim and, for wide heads, by length."""
     if dim == 64:
         return BackwardConfiguration(4, 3, 4)
-    if queries <= 1024:
-        return BackwardConfiguration(4, 3, 3)
-    return BackwardConfiguration(4, 3, 2) if queries <= 4096 else BackwardConfiguration(5, 4, 3)
+    return BackwardConfiguration(4, 3, 3 if queries <= 1024 else 2)
 
 
 class Operand(NamedTuple):
