@@ -129,6 +129,28 @@ def test_a_call_of_a_known_kind_launches_on_its_own_tensors(monkeypatch):
     launch._backward_calls.clear()
 
 
+def test_a_call_whose_inputs_were_copied_is_not_repeated(monkeypatch):
+    """Its launches were on the copies, which are gone."""
+    notes = []
+    for name, kernel in KERNELS.items():
+        monkeypatch.setattr(launch, name, Noted(kernel, notes))
+    launch._forward_calls.clear()
+    launch._backward_calls.clear()
+    q, k, v = (x.detach() for x in Case(64, 300, dim=64, heads=2).tensors(torch.float16, "cpu"))
+    steps = k.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for _ in range(2):
+        out, lse = launch.forward(q, steps, v, 64, 0.125)
+        launch.backward(torch.randn_like(q), None, q, steps, v, out, lse, 64, 0.125)
+    assert [when for when, _ in notes] == ["anew"] * 6
+    # What was not copied is repeated, on the very same tensors too.
+    for _ in range(3):
+        launch.forward(q, k, v, 64, 0.125)
+    assert [when for when, _ in notes[6:]] == ["anew", "again", "again"]
+    assert all(operands[:3] == [x.data_ptr() for x in (q, k, v)] for _, operands in notes[6:])
+    launch._forward_calls.clear()
+    launch._backward_calls.clear()
+
+
 @gluon.jit
 def aliased(turns):
     newer = turns + 1
@@ -300,7 +322,7 @@ def test_what_the_copy_engine_cannot_take_is_copied(view):
         x = x[:, :1].expand(-1, 2, -1, -1)
     if view == "off by 2 bytes":
         x = torch.randn(2 * 2 * 300 * 64 + 1).to(torch.bfloat16)[1:].view(2, 2, 300, 64)
-    found = launch.aligned(x)
-    assert torch.equal(found, x) and (found is x) == (view == "of one projection")
+    (found,), copied = launch.aligned(x)
+    assert torch.equal(found, x) and (found is x) == (view == "of one projection") == (not copied)
     assert all(x > 0 and x % 8 == 0 for x in found.stride()[:3]) and found.stride(3) == 1
     assert found.data_ptr() % 16 == 0

@@ -46,7 +46,7 @@ def test_the_interpreter_leaves_nothing_to_repeat():
 
 def test_addresses():
     x = torch.zeros(64)
-    assert addresses(x, None, x[4:]) == [x.data_ptr(), None, x.data_ptr() + 16]
+    assert addresses(x, None, x[4:]) == (x.data_ptr(), None, x.data_ptr() + 16)
     assert addresses(x, x[1:]) is None
 
 

@@ -30,7 +30,7 @@ class Launch:
     which: Sequence[int]
     arguments: tuple
 
-    def again(self, at: list[int | None]) -> None:
+    def again(self, at: tuple[int | None, ...]) -> None:
         """Launch it on the tensors of another call, given by their addresses."""
         self.run(*[at[i] for i in self.which], *self.arguments)
 
@@ -51,9 +51,9 @@ def launch(
     return Launch(compiled[grid], which, (*arguments, *rest))
 
 
-def addresses(*tensors: Tensor | None) -> list[int | None] | None:
+def addresses(*tensors: Tensor | None) -> tuple[int | None, ...] | None:
     """Where the tensors begin; None if one of them begins at an uncommon place."""
-    found = [None if x is None else x.data_ptr() for x in tensors]
+    found = tuple([None if x is None else x.data_ptr() for x in tensors])
     return None if any(at is not None and at % ALIGNMENT for at in found) else found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -99,20 +99,28 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was made. operands: (place, bytes behind that tensor's beginning, fields of the descriptor)."""
+    """A launch that was made. operands: (place, bytes behind that tensor's beginning, fields of the descriptor).
+
+    given: what it was launched on, by the addresses of calls' tensors; training comes back to the same ones.
+    """
 
     run: Callable
     operands: list[tuple[int, int, dict | None]]
     table: Tensor
     arguments: tuple
+    given: Kept = field(default_factory=Kept)
 
-    def again(self, at: list[int | None]) -> None:
+    def again(self, at: tuple[int | None, ...]) -> None:
         """Launch it on the tensors of another call, given by their addresses."""
+        self.run(*(self.given.get(at) or self.given.keep(at, self.arguments_at(at))))
+
+    def arguments_at(self, at: tuple[int | None, ...]) -> tuple:
+        """All arguments for tensors at these addresses."""
         operands = []
         for place, start, fields in self.operands:
             address = None if at[place] is None else at[place] + start
             operands.append(address if fields is None else described(fields, Address(address)))
-        self.run(*operands, self.table.data_ptr(), *self.arguments)
+        return *operands, self.table.data_ptr(), *self.arguments
 
 
 def launch(
@@ -143,20 +151,19 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, *, choice: ForwardConfiguration | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Tq, D), lse (B, H, Tq) float32), as the portable kernel's."""
-    q, k, v = aligned(q), aligned(k), aligned(v)
     out = empty_heads_last(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    choice = choice or forward_configuration(q.shape[2], q.shape[3], block_size)
-    tensors = q, k, v, out, lse
     key = *kind(q, k, v), block_size, scale, choice
     earlier = _forward_calls.get(key)
-    at = addresses(*tensors)
+    at = addresses(q, k, v, out, lse)
     with on_device(q):
         if earlier is not None and at is not None:
             earlier.again(at)
         else:
-            done = launch_forward(tensors, block_size, scale, choice)
-            if done is not None and at is not None:
+            inputs, copied = aligned(q, k, v)
+            choice = choice or forward_configuration(q.shape[2], q.shape[3], block_size)
+            done = launch_forward((*inputs, out, lse), block_size, scale, choice)
+            if done is not None and at is not None and not copied:
                 _forward_calls.keep(key, done)
     return out, lse
 
@@ -166,25 +173,27 @@ def backward(
     scale: float, *, choice: BackwardConfiguration | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) for the gradients of out and, where there is one, of lse: in parts, as the portable kernels."""
-    dout, q, k, v, out = (aligned(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
-    choice = choice or backward_configuration(q.shape[2], q.shape[3])
     key = *kind(q, k, v, out, dout), dlse is None, block_size, scale, choice
     call = _backward_calls.get(key) or _backward_calls.keep(key, BackwardCall(*backward_parts(q, k, block_size)))
     statistics = q.new_empty(call.workspace, dtype=torch.float32)
-    tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics
-    at = addresses(*tensors)
+    rest = lse, dlse, dq, dk, dv, statistics
+    at = addresses(q, k, v, out, dout, *rest)
     with on_device(q):
         if call.launches and at is not None:
             for done in call.launches:
                 done.again(at)
         else:
+            inputs, copied = aligned(q, k, v, out, dout)
+            choice = choice or backward_configuration(q.shape[2], q.shape[3])
             launches = [
-                done for part in call.parts for done in launch_backward(tensors, part, block_size, scale, choice)
+                done
+                for part in call.parts
+                for done in launch_backward((*inputs, *rest), part, block_size, scale, choice)
             ]
-            if None not in launches and at is not None:
+            if None not in launches and at is not None and not copied:
                 call.launches = launches
     return dq, dk, dv
 
@@ -275,21 +284,22 @@ def row_constants(choice: ForwardConfiguration | BackwardConfiguration, group: i
     }
 
 
-def aligned(x: Tensor) -> Tensor:
-    """x (B, H, T, D) as the copy engine takes it, copied only where it is not."""
-    fits = _fits(x.shape, x.stride(), x.element_size()) and x.data_ptr() % ALIGNMENT == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+def aligned(*tensors: Tensor) -> tuple[list[Tensor], bool]:
+    """Tensors (B, H, T, D) as the copy engine takes them, copied only where they are not; and whether one was."""
+    found = [x if _fits(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
+    return found, any(a is not b for a, b in zip(tensors, found, strict=True))
 
 
-@functools.lru_cache(maxsize=1024)
-def _fits(shape: torch.Size, strides: tuple[int, ...], width: int) -> bool:
-    steps = [stride * width for size, stride in zip(shape[:3], strides, strict=False) if size > 1]
-    return all(step > 0 and step % ALIGNMENT == 0 for step in steps) and strides[3] == 1
+def _fits(x: Tensor) -> bool:
+    steps = [stride * x.element_size() for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1]
+    return (
+        x.data_ptr() % ALIGNMENT == 0 and all(step > 0 and step % ALIGNMENT == 0 for step in steps) and x.stride(3) == 1
+    )
 
 
-def kind(*tensors: Tensor) -> tuple:
-    """All of tensors that launches depend on beside addresses."""
-    return tensors[0].dtype, tensors[0].device, *(x.shape for x in tensors), *(x.stride() for x in tensors)
+def kind(q: Tensor, k: Tensor, *others: Tensor) -> tuple:
+    """All of a call's tensors that launches depend on beside addresses; others: with the shape of q or k."""
+    return q.dtype, q.device, q.shape, k.shape, q.stride(), k.stride(), *[x.stride() for x in others]
 
 
 def padded(block_size: int) -> int:
