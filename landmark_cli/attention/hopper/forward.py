@@ -31,19 +31,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .forward_blocks import consume_pairs, consume_singles, masked_weights
 from .pipeline import (
+    ROWS,
     allocate_ring,
     following,
-    pack,
     produce,
-    reciprocal,
+    release,
     scheduled,
+    start_product,
     store_tile,
     thread_barrier,
 )
-
-ROWS = gl.constexpr(64)
-MINUS_INFINITY = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
@@ -101,178 +100,6 @@ def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROU
 
 
 @gluon.jit
-def chunk_shares(s, top, total, acc, shares, first, whole, scale):
-    """Outer softmax over a chunk's landmarks, given their logits s: its shares are left in shared memory."""
-    COLS: gl.constexpr = s.shape[1]
-    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
-    s = gl.where((first + col)[None, :] < whole, s * scale, MINUS_INFINITY)
-    higher = gl.maximum(top, gl.max(s, 1))
-    fade = gl.exp2(top - higher)
-    outer = gl.exp2(s - higher[:, None])
-    shares.permute((1, 0)).store(outer)
-    total = total * fade + gl.sum(outer, 1)
-    return higher, total, acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
-
-
-@gluon.jit
-def weights(s, share, scale, BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """A whole block's in-block softmax times its share, as the left operand of the product with its values."""
-    COLS: gl.constexpr = s.shape[1]
-    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
-    s = gl.where(col[None, :] < BLOCK - 1, s, MINUS_INFINITY)
-    p = gl.exp2(s * scale - (gl.max(s, 1) * scale)[:, None])
-    p = p * (share * reciprocal(gl.sum(p, 1)))[:, None]
-    return gl.convert_layout(pack(p, DTYPE), LAYOUT)
-
-
-@gluon.jit
-def masked_weights(s, top, total, acc, block, position, scale, BLOCK: gl.constexpr, DTYPE: gl.constexpr,
-                   LAYOUT: gl.constexpr):  # fmt: skip
-    """One block that rows may stand in, before or behind: (top, total, acc rescaled, weights)."""
-    COLS: gl.constexpr = s.shape[1]
-    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
-    start = block * BLOCK
-    earlier = position >= start + BLOCK
-    text = (col[None, :] < BLOCK - 1) & (start + col[None, :] <= position[:, None])
-    landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale
-    s = gl.where(text, s, MINUS_INFINITY)
-    inner_top = gl.max(s, 1) * scale
-    inner_top = gl.where(inner_top == MINUS_INFINITY, 0.0, inner_top)
-    p = gl.exp2(s * scale - inner_top[:, None])
-    inner = gl.sum(p, 1)
-    group = gl.where(earlier, landmark, inner_top + gl.log2(inner))
-    higher = gl.maximum(top, group)
-    finite = gl.where(higher == MINUS_INFINITY, 0.0, higher)
-    fade = gl.exp2(top - finite)
-    outer = gl.exp2(group - finite)
-    total = total * fade + outer
-    p = p * gl.where(inner > 0, outer / inner, 0.0)[:, None]
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return higher, total, acc, gl.convert_layout(p.to(DTYPE), LAYOUT)
-
-
-@gluon.jit
-def consume_singles(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v_phase, top, total, acc, whole, scale,
-                    BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """All whole blocks of a tile, one a step."""
-    k_tiles, k_full, k_empty = k_ring
-    v_tiles, v_full, v_empty = v_ring
-    K_SLOTS: gl.constexpr = k_tiles.shape[0]
-    V_SLOTS: gl.constexpr = v_tiles.shape[0]
-    CHUNK: gl.constexpr = k_tiles.shape[1]
-    ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
-    share_rows = shares._reinterpret(gl.float32, [CHUNK, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    for first in range(0, whole, CHUNK):
-        mbarrier.wait(k_full.index(k_slot), k_phase)
-        s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        landmarks = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
-        k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
-
-        mbarrier.wait(k_full.index(k_slot), k_phase)
-        s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        top, total, acc = chunk_shares(landmarks, top, total, acc, shares, first, whole, scale)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
-        k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
-        p = weights(s, share_rows.index(0).load(ROW), scale, BLOCK, DTYPE, LAYOUT)
-
-        last = gl.minimum(first + CHUNK, whole)
-        mbarrier.wait(k_full.index(k_slot), k_phase, pred=first + 1 < last)
-        for block in range(first + 1, last):
-            s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_slot), v_phase)
-            sum_ = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
-            share = share_rows.index(block - first).load(ROW)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            mbarrier.arrive(k_empty.index(k_slot), count=1)
-            k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
-            next_p = weights(s, share, scale, BLOCK, DTYPE, LAYOUT)
-            mbarrier.wait(k_full.index(k_slot), k_phase, pred=block + 1 < last)
-            acc, p, next_p = warpgroup_mma_wait(0, deps=(sum_, p, next_p))
-            mbarrier.arrive(v_empty.index(v_slot), count=1)
-            v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
-            p = next_p
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        acc = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(v_slot), count=1)
-        v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
-    return k_slot, k_phase, v_slot, v_phase, top, total, acc
-
-
-@gluon.jit
-def consume_pairs(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v_phase, top, total, acc, whole, scale,
-                  BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """All whole blocks of a tile, two a step."""
-    k_tiles, k_full, k_empty = k_ring
-    v_tiles, v_full, v_empty = v_ring
-    K_SLOTS: gl.constexpr = k_tiles.shape[0]
-    V_SLOTS: gl.constexpr = v_tiles.shape[0]
-    CHUNK: gl.constexpr = k_tiles.shape[1]
-    ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
-    share_rows = shares._reinterpret(gl.float32, [CHUNK, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    for first in range(0, whole, CHUNK):
-        mbarrier.wait(k_full.index(k_slot), k_phase)
-        s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        landmarks = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
-        k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
-
-        mbarrier.wait(k_full.index(k_slot), k_phase)
-        s0 = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        k_slot1, k_phase1 = following(k_slot, k_phase, K_SLOTS)
-        top, total, acc = chunk_shares(landmarks, top, total, acc, shares, first, whole, scale)
-        mbarrier.wait(k_full.index(k_slot1), k_phase1)
-        s1 = warpgroup_mma(q, k_tiles.index(k_slot1).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s0 = warpgroup_mma_wait(1, deps=(s0,))
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
-        p0 = weights(s0, share_rows.index(0).load(ROW), scale, BLOCK, DTYPE, LAYOUT)
-        s1 = warpgroup_mma_wait(0, deps=(s1,))
-        mbarrier.arrive(k_empty.index(k_slot1), count=1)
-        k_slot, k_phase = following(k_slot1, k_phase1, K_SLOTS)
-        p1 = weights(s1, share_rows.index(1).load(ROW), scale, BLOCK, DTYPE, LAYOUT)
-
-        last = gl.minimum(first + CHUNK, whole)
-        mbarrier.wait(k_full.index(k_slot), k_phase, pred=first + 2 < last)
-        for block in range(first + 2, last, 2):
-            s0 = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_slot), v_phase)
-            sum_ = warpgroup_mma(p0, v_tiles.index(v_slot), acc, is_async=True)
-            k_slot1, k_phase1 = following(k_slot, k_phase, K_SLOTS)
-            mbarrier.wait(k_full.index(k_slot1), k_phase1)
-            s1 = warpgroup_mma(q, k_tiles.index(k_slot1).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            v_slot1, v_phase1 = following(v_slot, v_phase, V_SLOTS)
-            mbarrier.wait(v_full.index(v_slot1), v_phase1)
-            sum_ = warpgroup_mma(p1, v_tiles.index(v_slot1), sum_, is_async=True)
-            share0 = share_rows.index(block - first).load(ROW)
-            share1 = share_rows.index(block - first + 1).load(ROW)
-            s0, s1, p0 = warpgroup_mma_wait(1, deps=(s0, s1, p0))
-            mbarrier.arrive(k_empty.index(k_slot), count=1)
-            mbarrier.arrive(k_empty.index(k_slot1), count=1)
-            mbarrier.arrive(v_empty.index(v_slot), count=1)
-            k_slot, k_phase = following(k_slot1, k_phase1, K_SLOTS)
-            next0 = weights(s0, share0, scale, BLOCK, DTYPE, LAYOUT)
-            next1 = weights(s1, share1, scale, BLOCK, DTYPE, LAYOUT)
-            mbarrier.wait(k_full.index(k_slot), k_phase, pred=block + 2 < last)
-            acc, p1, next0, next1 = warpgroup_mma_wait(0, deps=(sum_, p1, next0, next1))
-            mbarrier.arrive(v_empty.index(v_slot1), count=1)
-            v_slot, v_phase = following(v_slot1, v_phase1, V_SLOTS)
-            p0 = next0
-            p1 = next1
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        sum_ = warpgroup_mma(p0, v_tiles.index(v_slot), acc, is_async=True)
-        v_slot1, v_phase1 = following(v_slot, v_phase, V_SLOTS)
-        mbarrier.wait(v_full.index(v_slot1), v_phase1)
-        sum_ = warpgroup_mma(p1, v_tiles.index(v_slot1), sum_, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(sum_,))
-        mbarrier.arrive(v_empty.index(v_slot), count=1)
-        mbarrier.arrive(v_empty.index(v_slot1), count=1)
-        v_slot, v_phase = following(v_slot1, v_phase1, V_SLOTS)
-    return k_slot, k_phase, v_slot, v_phase, top, total, acc
-
-
-@gluon.jit
 def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK: gl.constexpr,
              CONSUMERS: gl.constexpr, STEP: gl.constexpr):  # fmt: skip
     """64 query rows of every tile: all blocks, the softmax's end, the output."""
@@ -281,8 +108,6 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
     q_tiles, q_full, q_empty = q_ring
     k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
-    K_SLOTS: gl.constexpr = k_tiles.shape[0]
-    V_SLOTS: gl.constexpr = v_tiles.shape[0]
     COLS: gl.constexpr = k_tiles.shape[1]
     D: gl.constexpr = k_tiles.shape[2]
     DTYPE: gl.constexpr = k_tiles.dtype
@@ -323,22 +148,19 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
                 if (block < most_whole) & (block % COLS == 0):
                     # Another consumer's chunk begins here; this one has no use for its landmarks.
                     mbarrier.wait(k_full.index(k_slot), k_phase)
-                    mbarrier.arrive(k_empty.index(k_slot), count=1)
-                    k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
+                    k_slot, k_phase = release(k_ring, k_slot, k_phase)
                 mbarrier.wait(k_full.index(k_slot), k_phase)
                 mbarrier.wait(v_full.index(v_slot), v_phase)
                 if block <= last:
-                    s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    s = start_product(q, k_tiles.index(k_slot), zeros)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     top, total, acc, p = masked_weights(
                         s, top, total, acc, block, position, scale, BLOCK, DTYPE, WEIGHTS
                     )
                     acc = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
                     acc = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(k_empty.index(k_slot), count=1)
-                mbarrier.arrive(v_empty.index(v_slot), count=1)
-                k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
-                v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
+                k_slot, k_phase = release(k_ring, k_slot, k_phase)
+                v_slot, v_phase = release(v_ring, v_slot, v_phase)
 
             if row < queries:
                 acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]

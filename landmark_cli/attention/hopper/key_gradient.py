@@ -21,8 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .forward import ROWS
-from .pipeline import allocate_ring, copy_tile, following, pack, produce, scheduled
+from .pipeline import ROWS, allocate_ring, copy_tile, following, pack, produce, scheduled, start_product
 from .query_gradient import statistics_index
 
 KEYS = gl.constexpr(64)
@@ -153,8 +152,8 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
                         numbers = statistics.index(2 * slot + CONSUMER)
                         q = q_tiles.index(slot)
                         dout = dout_tiles.index(slot)
-                        s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                        dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                        s = start_product(k, q, zeros)
+                        dp = start_product(v, dout, zeros)
                         s, dp = warpgroup_mma_wait(0, deps=(s, dp))
                         text = (key[:, None] < BLOCK - 1) & (start + key[:, None] <= position)
                         landmark = (key[:, None] == BLOCK - 1) & (start + BLOCK <= position)
@@ -171,8 +170,8 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
                 for _ in range(row + own * ROWS, end, ROWS):
                     mbarrier.wait(full.index(slot), phase)
                     numbers = statistics.index(2 * slot + CONSUMER)
-                    s = warpgroup_mma(k, q_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                    dp = warpgroup_mma(v, dout_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    s = start_product(k, q_tiles.index(slot), zeros)
+                    dp = start_product(v, dout_tiles.index(slot), zeros)
                     shift = numbers.slice(0, 1).load(LOGITS)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     p = gl.exp2(s * scale + shift)

@@ -13,7 +13,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+
+# Query rows of a tile, as many as a warpgroup multiplies at a time.
+ROWS = gl.constexpr(64)
+MINUS_INFINITY = gl.constexpr(float("-inf"))
 
 # All threads of a partition wait for each other; the name changed between versions.
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -54,6 +58,20 @@ def produce(descriptor, batch, head, row, ring, slot, phase):
     mbarrier.expect(full.index(slot), descriptor.block_type.nbytes)
     copy_tile(descriptor, batch, head, row, full.index(slot), tiles.index(slot))
     return following(slot, phase, tiles.shape[0])
+
+
+@gluon.jit
+def release(ring, slot, phase):
+    """A consumer has read a slot; returns the place after it."""
+    tiles, full, empty = ring
+    mbarrier.arrive(empty.index(slot), count=1)
+    return following(slot, phase, tiles.shape[0])
+
+
+@gluon.jit
+def start_product(a, tile, zeros):
+    """Begin a @ tile^T, in float32; to be waited for."""
+    return warpgroup_mma(a, tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit

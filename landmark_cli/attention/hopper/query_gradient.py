@@ -22,14 +22,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..fused import tiles
-from .forward import MINUS_INFINITY, ROWS, tile_blocks, whole_blocks
+from .forward import tile_blocks, whole_blocks
 from .pipeline import (
+    MINUS_INFINITY,
+    ROWS,
     allocate_ring,
     following,
     pack,
     produce,
     reciprocal,
+    release,
     scheduled,
+    start_product,
     store_tile,
     thread_barrier,
     volatile_exp2,
@@ -114,7 +118,6 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
     k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     K_SLOTS: gl.constexpr = k_tiles.shape[0]
-    V_SLOTS: gl.constexpr = v_tiles.shape[0]
     COLS: gl.constexpr = k_tiles.shape[1]
     D: gl.constexpr = k_tiles.shape[2]
     DTYPE: gl.constexpr = k_tiles.dtype
@@ -156,9 +159,9 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             before = k_slot + 0
             mbarrier.wait(k_full.index(k_slot), k_phase)
             for block in range(whole):
-                s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                s = start_product(q, k_tiles.index(k_slot), zeros)
                 mbarrier.wait(v_full.index(v_slot), v_phase)
-                dp = warpgroup_mma(dout, v_tiles.index(v_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                dp = start_product(dout, v_tiles.index(v_slot), zeros)
                 sum_ = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
                 landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale
@@ -171,8 +174,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                 # This wait is over already; it keeps the compiler from moving the wait for dP above the softmax.
                 mbarrier.wait(v_full.index(v_slot), v_phase)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-                mbarrier.arrive(v_empty.index(v_slot), count=1)
-                v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
+                v_slot, v_phase = release(v_ring, v_slot, v_phase)
                 inverse = reciprocal(inner)
                 normal = gl.sum(p * dp, 1) * inverse
                 dlandmark = outer * (normal - delta)
@@ -198,8 +200,8 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                 mbarrier.wait(k_full.index(k_slot), k_phase)
                 mbarrier.wait(v_full.index(v_slot), v_phase)
                 if (block <= last) & (row < queries):
-                    s = warpgroup_mma(q, k_tiles.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                    dp = warpgroup_mma(dout, v_tiles.index(v_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    s = start_product(q, k_tiles.index(k_slot), zeros)
+                    dp = start_product(dout, v_tiles.index(v_slot), zeros)
                     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
                     next_ds, shift, normal, dlandmark = masked_logit_gradients(
                         s, dp, lse, delta, block, position, scale, BLOCK
@@ -209,10 +211,8 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                     next_ds = gl.convert_layout(next_ds.to(DTYPE), OPERAND)
                     dq = warpgroup_mma(next_ds, k_tiles.index(k_slot), dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=(dq,))
-                mbarrier.arrive(k_empty.index(k_slot), count=1)
-                mbarrier.arrive(v_empty.index(v_slot), count=1)
-                k_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
-                v_slot, v_phase = following(v_slot, v_phase, V_SLOTS)
+                k_slot, k_phase = release(k_ring, k_slot, k_phase)
+                v_slot, v_phase = release(v_ring, v_slot, v_phase)
 
             if row < queries:
                 q.store((dq * softmax_scale).to(DTYPE))
