@@ -218,11 +218,17 @@ def where(condition, a, b):
     return value(torch.where(condition, a, b))
 
 
+# Python 3.11 counts how deep it parses for all threads together.
+parsing = threading.Lock()
+
+
 @functools.cache
 def changed_in_branches(code: types.CodeType, line: int) -> set[str]:
     """The variables that branches inside the loop at this line assign."""
     lines, first = inspect.getsourcelines(code)
-    tree = ast.increment_lineno(ast.parse(textwrap.dedent("".join(lines))), first - 1)
+    with parsing:
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    ast.increment_lineno(tree, first - 1)
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For) and node.lineno == line]
     branches = [node for loop in loops for node in ast.walk(loop) if isinstance(node, ast.If)]
     names = [node for branch in branches for node in ast.walk(branch) if isinstance(node, ast.Name)]
