@@ -383,7 +383,8 @@ def report(results: list[Result], parts: dict[Case, dict[str, float]], compared:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cases", nargs="*", choices=["seed", "long", "free"], default=["seed", "long", "free"])
-    parser.add_argument("--batches", nargs="*", default=["128", "256"], help="of the free cases")
+    checked = {"type": lambda text: windows(text) and text, "default": ["128", "256"]}
+    parser.add_argument("--batches", nargs="*", help="of the free cases", **checked)
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("--quick", action="store_true", help="the seed's cases only, for half the time")
     parser.add_argument("--variants", action="store_true", help="change single things too")

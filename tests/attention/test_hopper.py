@@ -129,24 +129,30 @@ def test_a_call_of_a_known_kind_launches_on_its_own_tensors(monkeypatch):
     launch._backward_calls.clear()
 
 
-def test_a_call_whose_inputs_were_copied_is_not_repeated(monkeypatch):
-    """Its launches were on the copies, which are gone."""
+@pytest.mark.parametrize("unfit", ["strides", "address"])
+def test_copied_inputs_are_what_a_call_and_its_repetition_launch_on(monkeypatch, unfit):
     notes = []
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(launch, name, Noted(kernel, notes))
     launch._forward_calls.clear()
     launch._backward_calls.clear()
     q, k, v = (x.detach() for x in Case(64, 300, dim=64, heads=2).tensors(torch.float16, "cpu"))
-    steps = k.transpose(-1, -2).contiguous().transpose(-1, -2)
-    for _ in range(2):
-        out, lse = launch.forward(q, steps, v, 64, 0.125)
-        launch.backward(torch.randn_like(q), None, q, steps, v, out, lse, 64, 0.125)
-    assert [when for when, _ in notes] == ["anew"] * 6
-    # What was not copied is repeated, on the very same tensors too.
+    # As another call of the same kind, whose tensors are fit, leaves it.
     for _ in range(3):
         launch.forward(q, k, v, 64, 0.125)
-    assert [when for when, _ in notes[6:]] == ["anew", "again", "again"]
-    assert all(operands[:3] == [x.data_ptr() for x in (q, k, v)] for _, operands in notes[6:])
+    assert [when for when, _ in notes] == ["anew", "again", "again"]
+    assert all(operands[:3] == [x.data_ptr() for x in (q, k, v)] for _, operands in notes)
+    notes.clear()
+    other = k.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if unfit == "address":
+        other = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].as_strided(k.shape, k.stride())
+    for _ in range(2):
+        out, lse = launch.forward(q, other, v, 64, 0.125)
+        launch.backward(torch.randn_like(q), None, q, other, v, out, lse, 64, 0.125)
+    assert [when for when, _ in notes] == ["anew"] * 3 + ["again"] * 3
+    # A copy lies elsewhere, where the copy engine can begin.
+    launched = [operands[place] for (_, operands), place in zip(notes, [1, 2, 2] * 2, strict=True)]
+    assert other.data_ptr() not in launched and all(address % 16 == 0 for address in launched)
     launch._forward_calls.clear()
     launch._backward_calls.clear()
 

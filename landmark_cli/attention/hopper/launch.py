@@ -151,19 +151,24 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, *, choice: ForwardConfiguration | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Tq, D), lse (B, H, Tq) float32), as the portable kernel's."""
-    out = empty_heads_last(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     key = *kind(q, k, v), block_size, scale, choice
     earlier = _forward_calls.get(key)
-    at = addresses(q, k, v, out, lse)
+    # Strides are fit in calls of a known kind.
+    if earlier is None or addresses(q, k, v) is None:
+        inputs, copied = aligned(q, k, v)
+        if copied:
+            return forward(*inputs, block_size, scale, choice=choice)
+    out = empty_heads_last(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tensors = q, k, v, out, lse
+    at = addresses(*tensors)
     with on_device(q):
         if earlier is not None and at is not None:
             earlier.again(at)
         else:
-            inputs, copied = aligned(q, k, v)
             choice = choice or forward_configuration(q.shape[2], q.shape[3], block_size)
-            done = launch_forward((*inputs, out, lse), block_size, scale, choice)
-            if done is not None and at is not None and not copied:
+            done = launch_forward(tensors, block_size, scale, choice)
+            if done is not None and at is not None:
                 _forward_calls.keep(key, done)
     return out, lse
 
@@ -173,27 +178,29 @@ def backward(
     scale: float, *, choice: BackwardConfiguration | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) for the gradients of out and, where there is one, of lse: in parts, as the portable kernels."""
+    key = *kind(q, k, v, out, dout), dlse is None, block_size, scale, choice
+    call = _backward_calls.get(key)
+    if call is None or addresses(q, k, v, out, dout) is None:
+        (q, k, v, out, dout), copied = aligned(q, k, v, out, dout)
+        if copied:
+            return backward(dout, dlse, q, k, v, out, lse, block_size, scale, choice=choice)
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
-    key = *kind(q, k, v, out, dout), dlse is None, block_size, scale, choice
-    call = _backward_calls.get(key) or _backward_calls.keep(key, BackwardCall(*backward_parts(q, k, block_size)))
+    call = call or _backward_calls.keep(key, BackwardCall(*backward_parts(q, k, block_size)))
     statistics = q.new_empty(call.workspace, dtype=torch.float32)
-    rest = lse, dlse, dq, dk, dv, statistics
-    at = addresses(q, k, v, out, dout, *rest)
+    tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics
+    at = addresses(*tensors)
     with on_device(q):
         if call.launches and at is not None:
             for done in call.launches:
                 done.again(at)
         else:
-            inputs, copied = aligned(q, k, v, out, dout)
             choice = choice or backward_configuration(q.shape[2], q.shape[3])
             launches = [
-                done
-                for part in call.parts
-                for done in launch_backward((*inputs, *rest), part, block_size, scale, choice)
+                done for part in call.parts for done in launch_backward(tensors, part, block_size, scale, choice)
             ]
-            if None not in launches and at is not None and not copied:
+            if None not in launches and at is not None:
                 call.launches = launches
     return dq, dk, dv
 
