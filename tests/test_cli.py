@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import resource
@@ -224,25 +223,19 @@ finally:
 
 def processor_time(*command: str) -> float:
     """Seconds that a command takes of a processor, which is how long it takes on a machine that is not busy."""
-
-    def once() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, timeout=120)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    return statistics.median(once() for _ in range(5))
-
-
-@functools.cache
-def help_limit() -> float:
-    """0.3 s; more where the processor is so slow that importing what prints any help takes nearly half of that."""
-    return max(0.3, 2.5 * processor_time("-c", "import typer.rich_utils, rich.markdown"))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
 def test_help_is_quick(words):
-    assert processor_time("-m", "landmark_cli", *words, "--help") < help_limit()
+    """0.3 s; more only where importing what prints any help, in turns with it, takes nearly half of that."""
+    commands = ("-m", "landmark_cli", *words, "--help"), ("-c", "import typer.rich_utils, rich.markdown")
+    taken = [[processor_time(*command) for command in commands] for _ in range(5)]
+    ours, libraries = map(statistics.median, zip(*taken, strict=True))
+    assert ours < max(0.3, 2.5 * libraries)
 
 
 @pytest.mark.parametrize(
