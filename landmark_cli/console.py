@@ -30,12 +30,16 @@ PLAIN_WIDTH = 4096
 
 @functools.cache
 def console(*, stderr: bool = True) -> Console:
-    """The rich console of stderr, for people, or of stdout, for results."""
+    """The rich console of stderr, for people, or of stdout, for results.
+
+    Text is printed as it is: the brackets and colons of paths and messages are no markup and no emoji codes.
+    """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
     plain = not stream.isatty() and "COLUMNS" not in os.environ
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=PLAIN_WIDTH if plain else None)
+    width = PLAIN_WIDTH if plain else None
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True, width=width)
 
 
 def is_main_process() -> bool:
@@ -46,19 +50,19 @@ def is_main_process() -> bool:
 def info(message: str) -> None:
     """Tell the user something, on stderr."""
     if is_main_process():
-        console().print(message, markup=False)
+        console().print(message)
 
 
 def warn(message: str) -> None:
     """Tell the user about something that goes on but may surprise."""
     if is_main_process():
-        console().print(f"warning: {message}", style="yellow", markup=False)
+        console().print(f"warning: {message}", style="yellow")
 
 
 def error(message: str) -> None:
     """Tell the user why the work stops."""
     rank = "" if is_main_process() else f"[rank {os.environ['RANK']}] "
-    console().print(f"{rank}error: {message}", style="red", markup=False)
+    console().print(f"{rank}error: {message}", style="red")
 
 
 class Progress:
@@ -113,8 +117,9 @@ class _BarProgress(Progress):
         from rich.progress import Progress as RichProgress
 
         super().__init__(description, total, unit, initial)
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}")
-        self.bar = RichProgress(*columns, console=console())
+        # A text column reads markup whatever its console does.
+        name, status = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[status]}", markup=False)
+        self.bar = RichProgress(name, BarColumn(bar_width=24), status, console=console())
         self._task = self.bar.add_task(description, total=total, completed=initial, status="")
         self._shown = 0.0
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from rich.emoji import Emoji
 
 from landmark_cli import cli, console
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
-from landmark_cli.options import save_recipe
+from landmark_cli.options import save_recipe, settings_of
 from tests.greet import EXAMPLES, GreetOptions
+from tests.test_console import ODD_NAMES
 from tests.test_options import greetings
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +165,25 @@ def test_misspelt_words_are_usage_errors(greet, arguments, expected):
     assert (code, options) == (2, None)
     assert expected in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_usage_errors_and_help_show_names_as_they_are(greet, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert f"({name})" in greet("greet", "a", name)[3]
+    assert f"--{name}" in greet("greet", f"--{name}")[3]
+    assert f'called "{name}"' in greet("greet", "--recipe", name)[3]
+    assert repr(name) in greet("greet", "--style", name)[3]
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"out: {json.dumps(name)}\n")
+    assert f"[default: {name}]" in greet("greet", "--recipe", str(recipe), "--help")[2]
+
+
+@pytest.mark.parametrize(("words", "options_class", "examples"), [(*c[:2], c[3]) for c in cli.COMMANDS], ids=str)
+def test_help_has_no_emoji_codes(words, options_class, examples):
+    """Typer gives rich its texts as markup; brackets can be escaped there, emoji codes cannot."""
+    texts = [options_class.__doc__, examples, *(one.metadata["help"] for one in settings_of(options_class).values())]
+    assert [Emoji.replace(text) for text in texts] == texts
 
 
 def test_help_tells_all(greet, monkeypatch):

@@ -108,15 +108,10 @@ def test_interrupted_work_prints_no_last_line(capsys, clock):
     assert capsys.readouterr().err == ""
 
 
-def test_progress_on_a_terminal_is_a_bar():
-    script = (
-        "from landmark_cli import console\n"
-        "with console.progress('read', 10, 'files') as progress:\n"
-        "    for _ in range(10): progress.advance(1, loss=2.5)\n"
-        "    console.info('in between')\n"
-    )
+def on_a_terminal(script: str) -> str:
+    """What a Python script writes to stderr where that is a terminal 300 columns wide."""
     reader, writer = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "300"}
     process = subprocess.Popen([sys.executable, "-c", script], stderr=writer, env=environment)
     os.close(writer)
     shown = b""
@@ -127,7 +122,64 @@ def test_progress_on_a_terminal_is_a_bar():
             break
     os.close(reader)
     assert process.wait(timeout=60) == 0
-    text = shown.decode()
+    return shown.decode()
+
+
+# Markup, emoji codes, and what Python and matplotlib would read as theirs.
+ODD_NAMES = ["tok[/b]", "x[red]y", "[v2]", "e.jsonl:100: not JSON", ":smile:", "a\\[b]\\", "[link x]", "{task}", "%s"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize(
+    ("show", "stream"),
+    [
+        (console.info, "err"),
+        (console.warn, "err"),
+        (console.error, "err"),
+        (lambda name: console.table([name], [["cell"]]), "out"),
+        (lambda name: console.table(["column"], [[name]]), "out"),
+        (lambda name: console.table(["column"], [["cell"]], title=name), "out"),
+        (lambda name: console.table(["column"], [[Path(name)]], stderr=True), "err"),
+        (lambda name: console.results(["column"], [[name]], data={}, json_target=None), "out"),
+        (lambda name: console.print_json(name), "out"),
+    ],
+    ids=["info", "warn", "error", "header", "cell", "title", "path", "results", "json"],
+)
+def test_names_are_shown_as_they_are(capsys, show, stream, name):
+    show(name)
+    shown = getattr(capsys.readouterr(), stream)
+    assert name in shown or json.dumps(name) in shown
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_progress_shows_names_as_they_are(capsys, clock, name):
+    with console.progress(name, 10, "steps") as progress:
+        clock.now += 5
+        progress.advance(10, file=name)
+    line = capsys.readouterr().err
+    assert line.startswith(f"{name}  100%")
+    assert f"file {name}" in line
+
+
+def test_bar_shows_names_as_they_are():
+    script = (
+        "from landmark_cli import console\n"
+        f"for name in {ODD_NAMES}:\n"
+        "    with console.progress(name, 10, 'files') as progress: progress.advance(10, file=f'{name} in it')\n"
+    )
+    text = on_a_terminal(script)
+    for name in ODD_NAMES:
+        assert f"{name} " in text
+        assert f"file {name} in it" in text
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    text = on_a_terminal(
+        "from landmark_cli import console\n"
+        "with console.progress('read', 10, 'files') as progress:\n"
+        "    for _ in range(10): progress.advance(1, loss=2.5)\n"
+        "    console.info('in between')\n"
+    )
     assert "━" in text
     assert "100%  10/10 files" in text
     assert "loss 2.5" in text

@@ -65,7 +65,7 @@ def draw_heat_map(result: PassKeyResult, path: Path, title: str) -> None:
     axes.set_yticks(range(len(rows)), [depth_name(depths) for depths in rows])
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("depth of the key")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 

@@ -33,8 +33,7 @@ def study_table(
 def write_tables(folder: Path, study: Study, columns: list[str], rows: list[list[Any]], data: dict[str, Any]) -> None:
     """Write NAME.md, NAME.csv and NAME.json into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {study.title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    lines = [f"# {study.title}", "", _markdown_row(columns), "|" + " --- |" * len(columns), *map(_markdown_row, rows)]
     (folder / f"{study.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with (folder / f"{study.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -57,15 +56,22 @@ def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -
         lines.setdefault(label, []).append((result["eval_length"], result["perplexity"]))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for label, points in lines.items():
+    for number, points in enumerate(lines.values()):
         lengths, perplexities = zip(*sorted(points), strict=True)
-        axes.plot(lengths, perplexities, marker="o", label=label)
+        axes.plot(lengths, perplexities, marker="o", label=str(number))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("text tokens of a window")
     axes.set_ylabel("perplexity")
-    axes.set_title(study.title)
-    axes.legend(fontsize="x-small")
+    axes.set_title(study.title, parse_math=False)
+    # The names are put in afterwards: a legend leaves out what begins with an underscore, and reads $ as mathematics.
+    for text, label in zip(axes.legend(fontsize="x-small").get_texts(), lines, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
     figure.savefig(path, dpi=150)
+
+
+def _markdown_row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(_cell(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _cell(value: Any) -> str:

@@ -126,6 +126,6 @@ def test_heat_map(tmp_path):
     assert "0%-10%" in shown and " 50% " in shown and "48;2;254;224;139" in shown
     on_grid = PassKeyResult(trials[:1] + trials[2:3], [0.0, 0.5, 1.0])
     assert [on_grid.cell(512, depths).prompts for depths in on_grid.depths] == [1, 0, 1]
-    draw_heat_map(on_grid, tmp_path / "new" / "map.png", "a title")
+    draw_heat_map(on_grid, tmp_path / "new" / "map.png", "a title of $_{$ and [b]")
     assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
     assert (colour(0.0), colour(0.5), colour(1.0)) == COLOURS

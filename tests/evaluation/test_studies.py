@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from landmark_cli.commands.study import StudyOptions
 from landmark_cli.data.token_file import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.evaluation.studies import FinishedRows, load_study
+from landmark_cli.evaluation.report import draw_study, study_table, write_tables
+from landmark_cli.evaluation.studies import FinishedRows, Row, Study, load_study
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 
@@ -70,6 +72,28 @@ def test_a_study_measures_every_row_and_writes_its_tables(place, tmp_path):
     assert [float(row["perplexity"]) for row in rows] == [result["perplexity"] for result in results]
     assert (tmp_path / "small.md").read_text().count("\n| ") == 7
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["a$_{$b", "_hidden", "a|b", "[b]", ":smile:"])
+def test_tables_and_pictures_show_names_as_they_are(tmp_path, monkeypatch, name):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **_: (figure.draw_without_rendering(), drawn.append(figure))
+    )
+    row = Row(name, {"eval-length": 40})
+    study = Study("small", name, {name: "any model"}, [row, row])
+    results = [{"eval_length": 40, "perplexity": 2.0, "accuracy": 0.5, "dropped_retrievals": None}, None]
+    draw_study(tmp_path / "small.png", study, results)
+    (axes,) = drawn[0].axes
+    assert axes.get_title() == name
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [name]
+    write_tables(tmp_path, study, *study_table(study, results, []), {})
+    table = (tmp_path / "small.md").read_text().splitlines()[2:]
+    cells = [re.split(r"(?<!\\)\|", line.strip("|")) for line in table]
+    assert [len(line) for line in cells] == [4] * 4
+    assert cells[2][0].strip().replace("\\|", "|") == name
 
 
 def test_an_interrupted_study_measures_only_what_is_missing(place, tmp_path, monkeypatch, capsys):
