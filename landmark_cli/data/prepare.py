@@ -33,10 +33,10 @@ from landmark_cli.data.token_file import (
     TokenFileMetadata,
     TokenFileWriter,
     remove_token_file,
-    write_json,
 )
 from landmark_cli.data.tokenizers import TextTokenizer
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import write_json
 
 BATCH_DOCUMENTS = 4096
 CHECKPOINT_SECONDS = 5.0

@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import hash_file, read_record, write_json
 
 FORMAT = 1
-READ_BYTES = 16 << 20
+MAX_METADATA_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TokenFileMetadata:
     tokens: int
     documents: int
     text_bytes: int
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     sha256: str
     offsets_sha256: str
     source: str
@@ -97,7 +97,7 @@ class TokenFile:
         modified = _modified_ns(path)
         if modified != metadata.modified_ns:
             for file, expected in ((path, metadata.sha256), (_offsets_path(path), metadata.offsets_sha256)):
-                if _sha256_of(file).hexdigest() != expected:
+                if hash_file(file).hexdigest() != expected:
                     raise _changed(file, "its contents are not those that were written")
             _remember_modified(path, metadata, modified)
         return cls(
@@ -167,7 +167,7 @@ class TokenFileWriter:
             self._files = [open(file, "wb") for file in self._partial]
             self._write(1, np.zeros(1, dtype="<i8"))
         else:
-            self._hashes = [_sha256_of(file, size) for file, size in zip(self._partial, sizes, strict=True)]
+            self._hashes = [hash_file(file, size) for file, size in zip(self._partial, sizes, strict=True)]
             self._files = [open(file, "r+b") for file in self._partial]
             for file, size in zip(self._files, sizes, strict=True):
                 file.truncate(size)
@@ -272,18 +272,14 @@ def read_metadata(path: str | Path) -> TokenFileMetadata:
     """
     path = _with_ending(Path(path))
     described = _metadata_path(path)
-    try:
-        fields = json.loads(described.read_text(encoding="utf-8"))
-        metadata = TokenFileMetadata(**fields)
-    except FileNotFoundError:
+    if not described.exists():
         if path.exists():
             found = f"{path} has no {described.name} beside it: it was not finished, or is not a token file"
         else:
             found = f"there is no token file {path}"
-        raise LandmarkError(f"{found}; make one with: landmark prepare") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise LandmarkError(f"{described} cannot be read ({error}): prepare the corpus again") from error
-    if metadata.format != FORMAT or metadata.dtype not in ("uint16", "uint32"):
+        raise LandmarkError(f"{found}; make one with: landmark prepare")
+    metadata = read_record(TokenFileMetadata, described, max_bytes=MAX_METADATA_BYTES, to_do="prepare the corpus again")
+    if metadata.format != FORMAT or min(metadata.tokens, metadata.documents, metadata.vocab_size) < 0:
         raise LandmarkError(f"{described} is not of a kind that this version reads: prepare the corpus again")
     return metadata
 
@@ -305,17 +301,6 @@ def find_corpus(data_root: str | Path = "data") -> Path:
     if not finished:
         raise LandmarkError(f"no prepared corpus under {data_root}/: run `landmark prepare` first, or name one")
     return max(finished, key=lambda file: file.stat().st_mtime_ns).parent
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _with_ending(path: Path) -> Path:
@@ -353,19 +338,6 @@ def _check_size(path: Path, expected: int) -> None:
 
 def _changed(path: Path, what: str) -> LandmarkError:
     return LandmarkError(f"{path} was truncated or changed after it was prepared: {what}; prepare the corpus again")
-
-
-def _sha256_of(path: Path, size: int | None = None) -> Any:
-    """The running hash of a file's first `size` bytes; LandmarkError when it has fewer."""
-    digest = hashlib.sha256()
-    left = path.stat().st_size if size is None else size
-    with open(path, "rb") as file:
-        while left and (data := file.read(min(left, READ_BYTES))):
-            digest.update(data)
-            left -= len(data)
-    if left:
-        raise LandmarkError(f"{path} is {left} bytes shorter than what had been written to it")
-    return digest
 
 
 def _remember_modified(path: Path, metadata: TokenFileMetadata, modified: list[int]) -> None:

@@ -149,7 +149,7 @@ def test_a_copy_is_checked_once_and_then_trusted(tmp_path, monkeypatch):
         shutil.copyfile(tmp_path / file, copied / file)
         os.utime(copied / file, ns=(10**18, 10**18))
     assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
-    monkeypatch.setattr("landmark_cli.data.token_file._sha256_of", None)
+    monkeypatch.setattr("landmark_cli.data.token_file.hash_file", None)
     assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
 
 

@@ -1,0 +1,295 @@
+"""The one place through which files are read and written: whatever a parser or the disk throws becomes a line with the
+path, what is wrong with it and what to do.
+
+`reading` and `writing` stand around other libraries' calls; `read_json`, `read_json_lines` and `read_yaml` read our own
+kinds of files, none larger than its bound, none nested without end, none that goes on for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from landmark_cli.errors import LandmarkError
+from landmark_cli.schema import check
+
+T = TypeVar("T")
+
+# Far above any file of ours; a reader that may find more says so.
+MAX_BYTES = 16 << 20
+MAX_LINE_BYTES = 1 << 20
+# PyYAML reads about 100 kB a second.
+MAX_YAML_BYTES = 256 << 10
+MAX_DEPTH = 64
+READ_BYTES = 16 << 20
+LONGEST_REASON = 300
+
+# Errors that are no Exception: a panic in a library written in Rust, and a failure of torch's sharded checkpoints.
+FOREIGN_FAILURES = ("PanicException", "CheckpointException")
+
+WHAT_TO_DO = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within your quota",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.ENOENT: "make its folder first",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+@contextmanager
+def reading(
+    path: str | Path, what: str = "", *, to_do: str = "", kind: type[LandmarkError] = LandmarkError
+) -> Iterator[None]:
+    """Turn whatever reading or parsing a file raises into one line that names it.
+
+    what: how the user knows the file, such as "recipe" or "--path-raw"; it stands in front of the path. to_do: what
+    puts it right. kind: UsageError where naming the file was the mistake.
+
+    Raises LandmarkError for everything but an interruption. Only the library's own call belongs into the block, for a
+    mistake of ours would be reported as the file's.
+    """
+    try:
+        yield
+    except LandmarkError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ not in FOREIGN_FAILURES:
+            raise
+        raise kind(_line(path, what, "read", reason(error), to_do)) from error
+
+
+@contextmanager
+def writing(path: str | Path, what: str = "", *, to_do: str = "") -> Iterator[None]:
+    """Turn what a file system raises while a file or folder is written into one line that names it and the way out.
+
+    what, to_do: as `reading` takes them; without to_do, what helps against the system's error. Libraries that write by
+    themselves (torch, safetensors) report a full disk as errors of their own, which count as well.
+
+    Raises LandmarkError.
+    """
+    try:
+        yield
+    except LandmarkError:
+        raise
+    except BaseException as error:
+        foreign = type(error).__name__ in (*FOREIGN_FAILURES, "SafetensorError")
+        if not isinstance(error, (OSError, RuntimeError)) and not foreign:
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        raise LandmarkError(_line(path, what, "written", reason(error), to_do or WHAT_TO_DO.get(number, ""))) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a few words of one line."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file or folder"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {error.start})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
+    if isinstance(error, KeyError):
+        return f"it lacks {_short(str(error))}"
+    if isinstance(error, EOFError):
+        return "it ends too early"
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        # What went wrong in each process of a sharded checkpoint; the error's own text is their tracebacks.
+        return reason(next(iter(failures.values()))[0])
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _short(lines[0]) if lines else type(error).__name__
+
+
+def read_bytes(path: str | Path, what: str = "", *, max_bytes: int = MAX_BYTES, **more: Any) -> bytes:
+    """A whole file of at most `max_bytes`. more: as `reading` takes them.
+
+    Raises LandmarkError where it is missing, larger, or no ordinary file (a pipe could go on for ever).
+    """
+    with reading(path, what, **more):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no ordinary file")
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise ValueError(f"it is larger than the {max_bytes} bytes that such a file may have")
+        return data
+
+
+def read_text(path: str | Path, what: str = "", *, max_bytes: int = MAX_BYTES, **more: Any) -> str:
+    """A whole UTF-8 file. Arguments and errors as those of `read_bytes`."""
+    data = read_bytes(path, what, max_bytes=max_bytes, **more)
+    with reading(path, what, **more):
+        return data.decode("utf-8")
+
+
+def read_json(path: str | Path, what: str = "", *, max_bytes: int = MAX_BYTES, **more: Any) -> dict[str, Any]:
+    """The JSON object that a file holds. Arguments and errors as those of `read_bytes`."""
+    data = read_bytes(path, what, max_bytes=max_bytes, **more)
+    with reading(path, what, **more):
+        return parse_json(data)
+
+
+def read_record(schema: type[T], path: str | Path, what: str = "", *, max_bytes: int = MAX_BYTES, **more: Any) -> T:
+    """The JSON object that a file holds as an object of the dataclass `schema` (see `landmark_cli.schema`).
+
+    Arguments and errors as those of `read_bytes`; a field that is missing or of another type raises LandmarkError too.
+    """
+    content = read_json(path, what, max_bytes=max_bytes, **more)
+    with reading(path, what, **more):
+        return check(schema, content)
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The object in UTF-8 JSON text. Raises ValueError or RecursionError for anything else."""
+    content = json.loads(data.decode("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    _check_depth(content)
+    return content
+
+
+def read_json_lines(
+    path: str | Path, what: str = "", *, damaged: Callable[[int, str], None] | None = None, **more: Any
+) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file with one on each line, empty lines aside; a file of any size, line by line.
+
+    damaged: called with the number of a line that holds none, and why, after which reading goes on; without it such a
+    line raises LandmarkError. Further arguments and errors as those of `read_bytes`.
+    """
+    with reading(path, what, **more):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no ordinary file")
+        file = open(path, "rb")
+    with file:
+        for number, line in enumerate(_lines(path, what, file, more), 1):
+            if not line.strip():
+                continue
+            try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"longer than {MAX_LINE_BYTES} bytes")
+                content = parse_json(line)
+            except (ValueError, RecursionError, MemoryError) as error:
+                if damaged is None:
+                    with reading(path, what, **more):
+                        raise ValueError(f"line {number}: {reason(error)}") from None
+                damaged(number, reason(error))
+                continue
+            yield content
+
+
+def read_yaml(path: str | Path, what: str = "", **more: Any) -> dict[str, Any]:
+    """The mapping that a YAML file holds, without aliases, which can stand for more than any memory holds.
+
+    Arguments and errors as those of `read_bytes`.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                raise ValueError(
+                    f"line {event.start_mark.line + 1} repeats a value by the alias *{event.anchor}: write it out"
+                )
+            return super().compose_node(parent, index)
+
+    text = read_text(path, what, max_bytes=MAX_YAML_BYTES, **more)
+    with reading(path, what, **more):
+        try:
+            content = yaml.load(text, Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"not YAML: {_short(' '.join(str(error).split()))}") from None
+        if not isinstance(content, dict):
+            raise ValueError("expected lines of `key: value`")
+        _check_depth(content)
+        return content
+
+
+def hash_file(path: str | Path, size: int | None = None) -> Any:
+    """hashlib's sha256 over the first `size` bytes of a file, or all of it, to ask for its digest or to go on with.
+
+    Raises LandmarkError where the file has fewer bytes, or cannot be read.
+    """
+    digest = hashlib.sha256()
+    with reading(path):
+        left = os.stat(path).st_size if size is None else size
+        with open(path, "rb") as file:
+            while left and (data := file.read(min(left, READ_BYTES))):
+                digest.update(data)
+                left -= len(data)
+    if left:
+        raise LandmarkError(f"{path} is {left} bytes shorter than what had been written to it")
+    return digest
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file so that it is there whole and on the disk, or not at all. OSErrors are left to `writing`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_whole` with JSON, indented for people to read."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _lines(path: str | Path, what: str, file: Any, more: dict[str, Any]) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, its beginning."""
+    while True:
+        with reading(path, what, **more):
+            line = file.readline(MAX_LINE_BYTES + 1)
+            rest = line
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        yield line
+
+
+def _check_depth(content: Any) -> None:
+    """ValueError where lists and objects stand in each other more than MAX_DEPTH deep: what handles them recurses."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _line(path: str | Path, what: str, done: str, why: str, to_do: str) -> str:
+    return f"{what} {path} cannot be {done}: {why}".lstrip() + (f"; {to_do}" if to_do else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
