@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,8 @@ from rich.markup import escape
 
 from landmark_cli import __version__, console
 from landmark_cli.commands import evaluate, finetune, generate, prepare, study, train, weight_diff
-from landmark_cli.errors import LandmarkError
+from landmark_cli.errors import LandmarkError, Stopped
+from landmark_cli.interrupts import end_on_signals
 from landmark_cli.options import KINDS, Setting, build, load_recipe, settings_of
 
 Command = tuple[str, type, Callable[[Any], None], str]
@@ -69,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # transformers' own bars are for a terminal; in a log they would be line after line.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        build_app(COMMANDS)(args=arguments, prog_name="landmark")
+        with end_on_signals():
+            build_app(COMMANDS)(args=arguments, prog_name="landmark")
+    except Stopped as stopped:
+        console.info(str(stopped))
+        sys.exit(stopped.exit_code)
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -129,9 +135,10 @@ def _callback(words: str, options_class: type, run: Callable[[Any], None]) -> Ca
     def callback(**values: Any) -> None:
         try:
             run(build(options_class, {name: values[name] for name in settings}))
-        except KeyboardInterrupt:
-            console.error("interrupted")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as interrupted:
+            number = getattr(interrupted, "signal", signal.SIGINT)
+            console.info(f"stopped by {number.name}")
+            raise typer.Exit(128 + number) from None
 
     recipe = typer.Option(
         "--recipe",

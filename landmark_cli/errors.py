@@ -18,6 +18,15 @@ class UsageError(LandmarkError):
     exit_code = 2
 
 
+class Stopped(LandmarkError):
+    """Work that was asked to stop and kept its place: what is kept, how to go on. Exit code 130 for SIGINT, 143 for
+    SIGTERM, as a shell gives them."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 def import_extra(module: str, extra: str) -> ModuleType:
     """Import a module that only an optional dependency brings.
 

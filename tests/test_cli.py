@@ -132,7 +132,7 @@ def test_saved_recipe_repeats_the_command(options, tmp_path_factory):
         (["--note", "misuse"], 2, "error: --loud: not together with --twice\n"),
         (["--note", "crash"], 1, "error: ValueError: something\nrun again with --debug for the traceback\n"),
         (["--note", "silent crash"], 1, "error: AssertionError\nrun again with --debug for the traceback\n"),
-        (["--note", "interrupt"], 130, "error: interrupted\n"),
+        (["--note", "interrupt"], 130, "stopped by SIGINT\n"),
         (["--times", "0"], 2, "error: --times: must be at least 1 and at most 9, found 0\n"),
         (["--recipe", "nonsense"], 2, 'error: no recipe of `landmark greet` is called "nonsense"; there are none\n'),
         (["--recipe", "no.yaml"], 2, "error: recipe no.yaml: there is no such file\n"),

@@ -1,0 +1,161 @@
+"""SIGTERM and SIGINT: the first one lets work come to a good place, a second one stops it at once.
+
+    with interrupts("finishing the step, then saving a checkpoint") as asked:
+        for batch in batches:
+            train(batch)
+            if asked:
+                save()
+                raise asked.stopped(f"a checkpoint is saved; go on with: {command}")
+
+A signal is noticed by a thread of its own, so that it is answered while the main thread waits inside native code: for
+a GPU, for other processes, for a long multiplication. Outside of such a block `landmark` ends by what `end_on_signals`
+raises, and the blocks of code that are left tidy up behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from landmark_cli.console import info
+from landmark_cli.errors import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Under a launcher one request can come twice, from the job's scheduler and handed on by the launcher.
+LAUNCHER_REPEATS_WITHIN = 2.0
+SHOW_CURSOR = b"\x1b[?25h\n"
+
+
+class Interrupted(KeyboardInterrupt):
+    """What ends work that has no place to keep: as a KeyboardInterrupt does, for SIGTERM too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+
+
+class Interrupts:
+    """Whether somebody asked the work to stop; true from the first signal on.
+
+    doing: what happens until it stops, told to the user when the signal comes. signal: the first one, or None.
+    """
+
+    def __init__(self, doing: str) -> None:
+        self.doing = doing
+        self.signal: signal.Signals | None = None
+        self._untold = threading.Lock()
+        self._arrived_at: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def note(self, number: int) -> None:
+        """Take a signal as asked for: one that came here, or to another process of this run."""
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+        if self._untold.acquire(blocking=False):
+            info(f"{self.signal.name}: {self.doing}; once more stops at once")
+
+    def stopped(self, message: str) -> Stopped:
+        """The error to raise once the place is kept. message: what is kept, and how to go on."""
+        return Stopped(message, self.signal)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # In the main thread, between any two of its instructions: all else is for the watching thread.
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
+    def _arrived(self, number: int) -> None:
+        now = time.monotonic()
+        if self._arrived_at is None:
+            self._arrived_at = now
+            self.note(number)
+        elif "LOCAL_RANK" not in os.environ or now - self._arrived_at > LAUNCHER_REPEATS_WITHIN:
+            stop_at_once(number)
+
+
+class _Ending(Interrupts):
+    """Raises Interrupted in the main thread instead of noting the signal."""
+
+    def note(self, number: int) -> None:
+        pass
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def interrupts(doing: str) -> Iterator[Interrupts]:
+    """Note signals while the block runs. doing: what is done until it stops ("finishing the document")."""
+    with _watching(Interrupts(doing)) as asked:
+        yield asked
+
+
+@contextlib.contextmanager
+def end_on_signals() -> Iterator[None]:
+    """Have the first signal raise Interrupted in the block, and a second one end the process."""
+    with _watching(_Ending("ending")):
+        yield
+
+
+def stop_at_once(number: int) -> None:
+    """End this process without another word, with the exit code of one that the signal ended."""
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)
+    os._exit(128 + number)
+
+
+# What was there before each block that is running now: the handlers by signal, and the descriptor to wake up.
+_before: list[tuple[dict[int, Any], int]] = []
+
+
+@contextlib.contextmanager
+def _watching(asked: Interrupts) -> Iterator[Interrupts]:
+    if threading.current_thread() is not threading.main_thread():
+        # Python lets only the main thread say what a signal does.
+        yield asked
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    thread = threading.Thread(target=_watch, args=(reading, asked), daemon=True, name="landmark-signals")
+    thread.start()
+    waking = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    # What is ignored stays so: a shell's background work does not hear its Ctrl-C.
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    _before.append(({number: signal.signal(number, asked._handle) for number in heard}, waking))
+    try:
+        yield asked
+    finally:
+        _put_back(*_before.pop())
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+
+
+def _watch(pipe: int, asked: Interrupts) -> None:
+    while received := os.read(pipe, 1):
+        if received[0] in SIGNALS:
+            asked._arrived(received[0])
+
+
+def _put_back(handlers: dict[int, Any], waking: int) -> None:
+    signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
+    for number, handler in handlers.items():
+        # None is a handler that was not set from Python.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _forget_in_child() -> None:
+    """A forked process has its parent's pipe but not its watching thread: signals mean there what they meant before."""
+    if _before:
+        _put_back(*_before[0])
+        _before.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
