@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -100,9 +101,10 @@ def test_elsewhere_too_a_second_one_stops_native_code(number):
         print("ready", flush=True)
         {NATIVE}
     """
-    # Sent until it ends: two that arrive before either is handled are one.
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     process.stdout.readline()
+    # Then it is inside; two signals that arrive before either is handled would be one.
+    time.sleep(0.3)
     while process.poll() is None:
         process.send_signal(number)
         try:
