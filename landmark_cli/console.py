@@ -26,6 +26,7 @@ LINE_SHARE = 0.1
 LINE_MOMENT = 2.0
 # There, a table takes the width it needs.
 PLAIN_WIDTH = 4096
+LONGEST_FIGURE = 1e9
 
 
 @functools.cache
@@ -243,19 +244,25 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def figure(value: float, spec: str) -> str:
+    """A number by a format such as ".2f"; one that would be a long row of digits by its power of ten: "1.3e+250"."""
+    return format(value, ".4g" if abs(value) >= LONGEST_FIGURE else spec)
+
+
 def _cell(value: Any, floats: str = ".4g") -> str:
     if value is None:
         return "-"
-    return format(value, floats) if isinstance(value, float) else str(value)
+    return figure(value, floats) if isinstance(value, float) else str(value)
 
 
 def _json(data: Any) -> str:
-    return json.dumps(_finite(data), indent=2, allow_nan=False, default=str)
+    return json.dumps(finite(data), indent=2, allow_nan=False, default=str)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """Data as JSON can hold it: numbers it has no word for (nan, inf) become None."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data

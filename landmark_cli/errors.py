@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import reprlib
 from types import ModuleType
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class LandmarkError(Exception):
@@ -25,6 +30,11 @@ class Stopped(LandmarkError):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: short, whatever it is."""
+    return _SHORT.repr(value)
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

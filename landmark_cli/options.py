@@ -10,8 +10,8 @@ From it come the Typer command (`landmark_cli.cli`), the keys of a recipe and th
 `run(GreetOptions(name="you"))`. Types: bool, int, float, str, pathlib.Path and Literal of strings, each as it is, as
 `X | None` or as `list[X]`.
 
-A recipe is a YAML file of options for one command, `command: train` among its keys. On the command line it replaces the
-defaults, and an option given beside it replaces the recipe's.
+A recipe is a YAML file (without aliases) of options for one command, `command: train` among its keys. On the command
+line it replaces the defaults, and an option given beside it replaces the recipe's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from landmark_cli.errors import UsageError
+from landmark_cli.errors import UsageError, shown
+from landmark_cli.files import read_yaml
 
 KINDS = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
 PACKAGE = Path(__file__).parent
@@ -112,17 +113,17 @@ class Setting:
     def _convert_one(self, value: Any) -> Any:
         if self.kind is bool:
             if not isinstance(value, bool):
-                raise ValueError(f"expected true or false, found {value!r}")
+                raise ValueError(f"expected true or false, found {shown(value)}")
             return value
         if self.choices:
             if value not in self.choices:
-                raise ValueError(f"expected one of {', '.join(self.choices)}; found {value!r}")
+                raise ValueError(f"expected one of {', '.join(self.choices)}; found {shown(value)}")
             return value
         if self.kind in (int, float):
             return self._convert_number(value)
         readable = (str, Path) if self.kind is Path else (str, Path, int, float)
         if isinstance(value, bool) or not isinstance(value, readable):
-            raise ValueError(f"expected text, found {value!r}")
+            raise ValueError(f"expected text, found {shown(value)}")
         return Path(os.path.expanduser(value)) if self.kind is Path else str(value)
 
     def _convert_number(self, value: Any) -> int | float:
@@ -133,7 +134,7 @@ class Setting:
             number = self.kind(value)
         except (ValueError, OverflowError):
             wanted = "a whole number" if self.kind is int else "a number"
-            raise ValueError(f"expected {wanted}, found {value!r}") from None
+            raise ValueError(f"expected {wanted}, found {shown(value)}") from None
         low, high = self.metadata["min"], self.metadata["max"]
         if (low is not None and not number >= low) or (high is not None and not number <= high):
             bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
@@ -186,7 +187,7 @@ def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[s
     Raises UsageError for an unknown recipe, key or value, or a recipe of another command.
     """
     path = find_recipe(recipe, command)
-    content = _read_yaml(path)
+    content = read_yaml(path, "recipe", kind=UsageError)
     owner = content.pop("command", command)
     if owner != command:
         raise UsageError(f"recipe {recipe}: it is for `landmark {owner}`, not for `landmark {command}`")
@@ -197,7 +198,7 @@ def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[s
         setting = by_key.get(str(key).replace("_", "-"))
         if setting is None:
             keys = [setting.key for setting in settings.values()]
-            raise UsageError(f'recipe {recipe}: unknown key "{key}"{nearest(str(key), keys)}')
+            raise UsageError(f'recipe {recipe}: unknown key "{str(key)[:60]}"{nearest(str(key), keys)}')
         try:
             values[setting.name] = setting.convert(value)
         except ValueError as error:
@@ -234,7 +235,11 @@ def find_recipe(recipe: str | Path, command: str) -> Path:
 def recipe_names(command: str) -> list[str]:
     """The shipped recipes of one command, such as ["demo/tiny", "pg19/landmark"]."""
     folder = recipes_folder()
-    files = [path for path in sorted(folder.rglob("*.yaml")) if _read_yaml(path).get("command") == command]
+    files = [
+        path
+        for path in sorted(folder.rglob("*.yaml"))
+        if read_yaml(path, "recipe", kind=UsageError).get("command") == command
+    ]
     return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
 
 
@@ -255,15 +260,3 @@ def _for_yaml(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_for_yaml(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"recipe {path}: expected lines of `option: value`")
-    return content

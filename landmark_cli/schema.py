@@ -20,6 +20,8 @@ import functools
 import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from landmark_cli.errors import shown
+
 T = TypeVar("T")
 
 NAMES = {
@@ -94,6 +96,4 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _unexpected(where: str, wanted: str, found: Any) -> ValueError:
-    shown = repr(found) if isinstance(found, (str, int, float, types.NoneType)) else f"a {type(found).__name__}"
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return ValueError(f"{where or 'it'} should be {wanted}, found {shown}")
+    return ValueError(f"{where or 'it'} should be {wanted}, found {shown(found)}")

@@ -139,9 +139,9 @@ WRONG = {
     "too large": ({"maybe": 2**70}, "maybe should be a whole number"),
     "text": ({"number": "1"}, "number should be a number"),
     "a choice": ({"kind": "c"}, "kind should be 'a' or 'b'"),
-    "a choice of another type": ({"kind": ["a"]}, "kind should be 'a' or 'b', found a list"),
+    "a choice of another type": ({"kind": ["a"]}, "kind should be 'a' or 'b', found \\['a'\\]"),
     "inside": ({"inner": {"x": {"shape": [1, "2"]}}}, r"inner\.x\.shape\[1\] should be a whole number, found '2'"),
-    "an object": ({"inner": [1]}, "inner should be an object, found a list"),
+    "an object": ({"inner": [1]}, "inner should be an object, found \\[1\\]"),
 }
 
 

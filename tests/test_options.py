@@ -166,23 +166,23 @@ def test_recipe_keys_take_dashes_underscores_and_field_names(tmp_path):
         ("zzzz: 3", 'unknown key "zzzz"; there are blocks, data, '),
         ("times: many", "times: expected a whole number, found 'many'"),
         ("command: train", "it is for `landmark train`, not for `landmark greet`"),
-        ("- a\n- b", "expected lines of `option: value`"),
-        ("", "expected lines of `option: value`"),
-        ("a: [", "not readable as YAML: "),
+        ("- a\n- b", "expected lines of `key: value`"),
+        ("", "expected lines of `key: value`"),
+        ("a: [", "not YAML: "),
     ],
 )
 def test_bad_recipes_are_named(tmp_path, text, message):
     path = write(tmp_path / "r.yaml", text)
     with pytest.raises(UsageError) as error:
         load_recipe(path, GreetOptions, "greet")
-    assert str(error.value).startswith(f"recipe {path}: ")
+    assert str(error.value).startswith(f"recipe {path}")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_recipe_that_is_not_text(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="not readable as YAML"):
+    with pytest.raises(UsageError, match="not UTF-8 text"):
         load_recipe(tmp_path / "r.yaml", GreetOptions, "greet")
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.evaluation.passkey import Cell, PassKeyResult
-    from landmark_cli.evaluation.perplexity import PerplexityResult, Score
+    from landmark_cli.evaluation.perplexity import PerplexityResult
+    from landmark_cli.evaluation.score import Score
 
 PERPLEXITY_EXAMPLES = """
 landmark eval perplexity --model runs/pg19-landmark --data data/pg19/validation.bin --eval-length 4096 --top-k 4

@@ -7,7 +7,6 @@ neither predict nor are predicted. Source: arXiv 2305.16300, section 4.1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from landmark_cli.console import progress, warn
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, next_token_targets
 from landmark_cli.errors import LandmarkError
+from landmark_cli.evaluation.score import Score
 from landmark_cli.inference.graphs import to_device
 from landmark_cli.inference.reader import ReadChunk
 from landmark_cli.inference.settings import (
@@ -36,31 +36,6 @@ FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 CACHE_TOKENS = {"cpu": 16384, "cuda": 32768}
 # Logits in float32 at a time.
 PIECE = 1 << 24
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sums over the predicted tokens of a text or of a part of it.
-
-    tokens: predicted. negative_log_likelihood: their sum, in nats. correct: how many were the likeliest token.
-    """
-
-    tokens: int
-    negative_log_likelihood: float
-    correct: int
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log-likelihood in nats; nan where nothing was predicted."""
-        return self.negative_log_likelihood / self.tokens if self.tokens else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0)) if self.tokens else math.nan
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.tokens if self.tokens else math.nan
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from landmark_cli.console import figure, finite
 from landmark_cli.errors import import_extra
 
+from .score import perplexity_of
 from .studies import Study, describe
 
 
@@ -24,7 +26,7 @@ def study_table(
     for row, result in zip(study.rows, results, strict=True):
         result = result or {}
         cells = [row.role, *(row.settings.get(key) for key in study.columns)]
-        cells += [result.get("perplexity"), result.get("accuracy")]
+        cells += [_perplexity(result), result.get("accuracy")]
         cells += [result.get("dropped_retrievals")] * with_dropped + [row.paper.get(corpus) for corpus in corpora]
         rows.append(cells)
     return columns, rows
@@ -39,7 +41,7 @@ def write_tables(folder: Path, study: Study, columns: list[str], rows: list[list
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(["" if value is None else value for value in row] for row in rows)
-    (folder / f"{study.name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{study.name}.json").write_text(json.dumps(finite(data), indent=2) + "\n", encoding="utf-8")
 
 
 def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -> None:
@@ -53,7 +55,7 @@ def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -
             continue
         others = {key: value for key, value in row.settings.items() if key != "eval-length"}
         label = f"{row.role} {describe(others)}".strip()
-        lines.setdefault(label, []).append((result["eval_length"], result["perplexity"]))
+        lines.setdefault(label, []).append((result["eval_length"], _perplexity(result)))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, points in enumerate(lines.values()):
@@ -77,4 +79,9 @@ def _markdown_row(cells: Sequence[Any]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return figure(value, ".2f") if isinstance(value, float) else str(value)
+
+
+def _perplexity(result: dict[str, Any]) -> float | None:
+    """Of a result as it is stored, where an infinite one is None."""
+    return None if result.get("loss") is None else perplexity_of(result["loss"])

@@ -8,19 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from landmark_cli.console import info
-from landmark_cli.errors import UsageError
+from landmark_cli.console import finite, info, warn
+from landmark_cli.errors import UsageError, shown
+from landmark_cli.files import read_json_lines, read_yaml, reading, writing
 from landmark_cli.inference.settings import ReadingSettings
-from landmark_cli.options import nearest, recipes_folder
+from landmark_cli.options import nearest, option, recipes_folder, settings_of
+from landmark_cli.schema import check
 
-# Settings of a row besides how to read; "top-k" is the option's name on the command line.
-EVALUATION_KEYS = ("eval-length", "memory")
-RENAMED = {"top-k": "top-k-blocks"}
+# The option's name in the commands that measure.
+RENAMED = {"top_k_blocks": "top-k"}
+
+
+@dataclass
+class StudyFile:
+    """What a study file holds."""
+
+    study: Literal["perplexity"]
+    rows: list[dict[str, Any]]
+    roles: dict[str, str]
+    title: str | None = None
+
+
+@dataclass
+class Published:
+    """What a row holds besides its role and settings: published figures by the corpus's name."""
+
+    paper: dict[str, float] | None = None
+
+
+@dataclass
+class RowSettings(ReadingSettings):
+    """The settings that a row may have: how to read, and what."""
+
+    eval_length: int | None = option(None, min=1, help="Text tokens of a window.")
+    memory: bool = option(True, help="Remember earlier chunks.")
 
 
 @dataclass(frozen=True)
@@ -36,8 +62,9 @@ class Row:
 
     def reading(self) -> ReadingSettings:
         """How the row's model reads."""
-        chosen = {RENAMED.get(key, key).replace("-", "_"): value for key, value in self.settings.items()}
-        return ReadingSettings(**{key: value for key, value in chosen.items() if key in reading_fields()})
+        names = {key: name for name, key in RENAMED.items()}
+        chosen = {names.get(key, key.replace("-", "_")): value for key, value in self.settings.items()}
+        return ReadingSettings(**{key: value for key, value in chosen.items() if key in settings_of(ReadingSettings)})
 
 
 @dataclass(frozen=True)
@@ -55,14 +82,8 @@ class Study:
         return list(dict.fromkeys(key for row in self.rows for key in row.settings))
 
 
-def reading_fields() -> set[str]:
-    return {one.name for one in fields(ReadingSettings)}
-
-
 def load_study(name: str | Path) -> Study:
     """Read a shipped study ("table1") or a file. Raises UsageError naming what is wrong in it."""
-    import yaml
-
     folder = recipes_folder() / "eval"
     shipped = folder / f"{name}.yaml"
     path = shipped if shipped.is_file() else Path(name)
@@ -70,28 +91,33 @@ def load_study(name: str | Path) -> Study:
         raise UsageError(
             f'no study is called "{name}"{nearest(str(name), (file.stem for file in folder.glob("*.yaml")))}'
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"study {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or content.get("study") != "perplexity" or not content.get("rows"):
-        raise UsageError(f'study {path}: expected "study: perplexity" and "rows:" with at least one row')
-    roles = content.get("roles") or {}
-    rows = [_row(path, number, entry, roles) for number, entry in enumerate(content["rows"], 1)]
-    return Study(path.stem, content.get("title", path.stem), roles, rows)
+    with reading(path, "study", kind=UsageError):
+        file = check(StudyFile, read_yaml(path, "study", kind=UsageError))
+        if not file.rows:
+            raise ValueError("it should have at least one row")
+    rows = [_row(path, number, entry, file.roles) for number, entry in enumerate(file.rows, 1)]
+    return Study(path.stem, file.title or path.stem, file.roles, rows)
 
 
-def _row(path: Path, number: int, entry: Any, roles: dict[str, str]) -> Row:
+def _row(path: Path, number: int, entry: dict[str, Any], roles: dict[str, str]) -> Row:
     where = f"study {path}, row {number}"
-    if not isinstance(entry, dict) or entry.get("role") not in roles:
-        found = entry.get("role") if isinstance(entry, dict) else entry
-        raise UsageError(f"{where}: role {found!r} is none of the study's roles{nearest(str(found), roles)}")
-    settings = {key: value for key, value in entry.items() if key not in ("role", "paper")}
-    known = {name.replace("_", "-") for name in reading_fields()} - set(RENAMED.values()) | {*EVALUATION_KEYS, *RENAMED}
-    for key in settings:
+    role = entry.get("role")
+    if not isinstance(role, str) or role not in roles:
+        raise UsageError(f"{where}: role {shown(role)} is none of the study's roles{nearest(str(role), roles)}")
+    known = {RENAMED.get(name, name).replace("_", "-"): one for name, one in settings_of(RowSettings).items()}
+    settings = {}
+    for key, value in entry.items():
+        if key in ("role", "paper"):
+            continue
         if key not in known:
-            raise UsageError(f'{where}: unknown key "{key}"{nearest(key, known)}')
-    return Row(entry["role"], settings, entry.get("paper") or {})
+            raise UsageError(f'{where}: unknown key "{str(key)[:60]}"{nearest(key, known)}')
+        try:
+            settings[key] = known[key].convert(value)
+        except ValueError as error:
+            raise UsageError(f"{where}: {key}: {error}") from None
+    with reading(path, "study", kind=UsageError):
+        paper = check(Published, entry, f"row {number}").paper
+    return Row(role, settings, paper or {})
 
 
 def model_identity(path: str | Path) -> dict[str, Any]:
@@ -105,21 +131,41 @@ def model_identity(path: str | Path) -> dict[str, Any]:
 
 
 @dataclass
+class FinishedRow:
+    """A line of the file of finished rows. sha256: of the rest of the line, see `FinishedRows.add`."""
+
+    key: str
+    result: dict[str, Any]
+    sha256: str
+
+
+@dataclass
 class FinishedRows:
-    """The rows measured so far, one JSON object a line in `path`, found again by what they depended on."""
+    """The rows measured so far, one JSON object a line in `path`, found again by what they depended on.
+
+    A line that was cut short or changed since it was written is measured again; how many there are is said.
+    """
 
     path: Path
 
     def __post_init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                # A line cut short by an interruption is measured again.
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                self.rows[entry["key"]] = entry["result"]
+        damaged: list[int] = []
+        for row in self._written(damaged) if self.path.exists() else ():
+            if row is not None and row.sha256 == self.key({"key": row.key, "result": row.result}):
+                self.rows[row.key] = row.result
+            else:
+                damaged.append(0)
+        if damaged:
+            warn(f"{self.path} has {len(damaged)} damaged lines: their rows are measured again")
+
+    def _written(self, damaged: list[int]) -> Iterator[FinishedRow | None]:
+        """The lines as they were written; None for one of another kind. What is no JSON is added to `damaged`."""
+        for entry in read_json_lines(self.path, damaged=lambda number, _: damaged.append(number)):
+            try:
+                yield check(FinishedRow, entry)
+            except ValueError:
+                yield None
 
     @staticmethod
     def key(depends_on: dict[str, Any]) -> str:
@@ -130,9 +176,11 @@ class FinishedRows:
 
     def add(self, key: str, result: dict[str, Any]) -> None:
         self.rows[key] = result
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "result": result}) + "\n")
+        entry = {"key": key, "result": result}
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry | {"sha256": self.key(entry)}) + "\n")
 
 
 def check_roles(study: Study, models: dict[str, str]) -> None:
@@ -169,7 +217,7 @@ def run_study(
         label = f"row {number} of {len(study.rows)}, {row.role}"
         if known is None:
             info(f"{label}: {describe(row.settings)}")
-            known = measure(row)
+            known = finite(measure(row))
             finished.add(key, known)
         else:
             info(f"{label}: kept from an earlier run")

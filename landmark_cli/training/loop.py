@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from landmark_cli.console import info, progress
+from landmark_cli.console import figure, info, progress
 from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
+from landmark_cli.evaluation.score import perplexity_of
 from landmark_cli.training.checkpoints import Checkpoints, first_line, flush_tree, plain_name, warn_if_full
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
@@ -231,9 +232,9 @@ class Loop:
 
     def _report_evaluation(self) -> None:
         loss = self.evaluate()
-        perplexity = math.exp(min(loss, 700.0))
+        perplexity = perplexity_of(loss)
         self._write({"step": self.step, "validation_loss": loss, "validation_perplexity": perplexity})
-        info(f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        info(f"step {self.step}: validation loss {loss:.4f}, perplexity {figure(perplexity, '.2f')}")
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from landmark_cli.console import quantity
+from landmark_cli.console import finite, quantity
 from landmark_cli.errors import LandmarkError
 
 # Dense bf16 and fp16 tensor-core peaks from the vendors' data sheets, FLOP/s, by a part of the device's name.
@@ -116,7 +116,7 @@ class MetricsFile:
     def append(self, record: dict[str, Any]) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite(record)) + "\n")
         except OSError as error:
             raise LandmarkError(f"{self.path} cannot be written: {error.strerror or error}") from error
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
-from landmark_cli.evaluation.perplexity import Score, evaluate_perplexity, score
+from landmark_cli.evaluation.perplexity import evaluate_perplexity, score
+from landmark_cli.evaluation.score import Score
 from landmark_cli.inference.settings import ReadingSettings
 from tests.tiny import FREQ, LANDMARK, tiny_baseline, tiny_model, tiny_text
 
@@ -122,6 +123,17 @@ def test_score_in_pieces(monkeypatch):
 def test_nothing_predicted_has_no_loss():
     empty = Score(0, 0.0, 0)
     assert all(math.isnan(x) for x in (empty.loss, empty.perplexity, empty.accuracy))
+
+
+@pytest.mark.parametrize("loss", [0.0, 3.2, 700.5, 709.0, 710.0, 1e6, math.inf, math.nan])
+def test_a_perplexity_is_never_made_up(loss):
+    found = Score(2, 2 * loss, 0).perplexity
+    if math.isnan(loss):
+        assert math.isnan(found)
+    elif loss < 709.5:
+        assert found == math.exp(loss)
+    else:
+        assert found == math.inf
 
 
 def test_windows_know_nothing_of_each_other():

@@ -12,7 +12,9 @@ from landmark_cli.commands.study import StudyOptions
 from landmark_cli.data.token_file import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
+from landmark_cli.evaluation.score import Score
 from landmark_cli.evaluation.studies import FinishedRows, Row, Study, load_study
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
@@ -84,7 +86,7 @@ def test_tables_and_pictures_show_names_as_they_are(tmp_path, monkeypatch, name)
     )
     row = Row(name, {"eval-length": 40})
     study = Study("small", name, {name: "any model"}, [row, row])
-    results = [{"eval_length": 40, "perplexity": 2.0, "accuracy": 0.5, "dropped_retrievals": None}, None]
+    results = [{"eval_length": 40, "loss": 0.7, "perplexity": 2.0, "accuracy": 0.5, "dropped_retrievals": None}, None]
     draw_study(tmp_path / "small.png", study, results)
     (axes,) = drawn[0].axes
     assert axes.get_title() == name
@@ -111,6 +113,36 @@ def test_an_interrupted_study_measures_only_what_is_missing(place, tmp_path, mon
     assert capsys.readouterr().err.count("kept from an earlier run") == 0
 
 
+def test_a_row_that_was_changed_is_measured_anew(tmp_path, capsys):
+    """Every byte of a finished row counts: flipped, it is not taken for what was measured."""
+    finished = FinishedRows(tmp_path / "rows.jsonl")
+    results = {str(number): {"perplexity": 1.5 * number, "chunks": [1, 2]} for number in range(3)}
+    for key, result in results.items():
+        finished.add(key, result)
+    assert FinishedRows(tmp_path / "rows.jsonl").rows == results and not capsys.readouterr().err
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    for at in range(len(content)):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << at % 7
+        (tmp_path / "rows.jsonl").write_bytes(damaged)
+        found = FinishedRows(tmp_path / "rows.jsonl").rows
+        assert all(found[key] == results[key] for key in found), (at, damaged[at])
+        if content[at] != ord("\n"):
+            assert "damaged line" in capsys.readouterr().err
+
+
+def test_an_infinite_perplexity_is_told_and_stored_as_json(place, tmp_path, monkeypatch):
+    score = Score(10, 8000.0, 1)
+    result = PerplexityResult(score, [score], windows=1, eval_length=40, chunk=8, memory=False)
+    monkeypatch.setattr("landmark_cli.evaluation.perplexity.evaluate_perplexity", lambda *_, **__: result)
+    for _ in range(2):
+        command.run(options(place, tmp_path, plot=True, json=str(tmp_path / "out.json")))
+        for file in ("out.json", "small.json", "rows.jsonl"):
+            text = (tmp_path / file).read_text()
+            assert "Infinity" not in text and '"perplexity": null' in text and '"loss": 800.0' in text
+        assert "| inf | 0.10 |" in (tmp_path / "small.md").read_text()
+
+
 def test_a_changed_model_is_measured_anew(place, tmp_path, capsys):
     folder = tmp_path / "landmark"
     for seed in range(2):
@@ -135,6 +167,23 @@ def test_the_paper_s_tables_are_shipped(name, rows):
         assert (row.reading().top_k_blocks is not None) == (row.role in ("landmark", "context-miss"))
 
 
+ROLES = "study: perplexity\nroles: {a: x}\n"
+WRONG = {
+    "[1, 2]": "expected lines of",
+    "study: [": "not YAML",
+    "study: passkey\nrows: [{}]": "study should be 'perplexity', found 'passkey'",
+    ROLES + "rows: []": "at least one row",
+    ROLES + "rows: 3": "rows should be a list, found 3",
+    ROLES + "rows: [a]": r"rows\[0\] should be an object",
+    ROLES + "rows: [{role: [a]}]": "row 1: role \\['a'\\] is none of",
+    ROLES + "rows: [{role: a, eval-length: many}]": "row 1: eval-length: expected a whole number, found 'many'",
+    ROLES + "rows: [{role: a, eval-length: 0}]": "eval-length: must be at least 1",
+    ROLES + "rows: [{role: a, memory: 1}]": "memory: expected true or false",
+    ROLES + "rows: [{role: a, paper: {pg19: x}}]": "row 1.paper.pg19 should be a number",
+    "study: perplexity\nroles: [a]\nrows: [{role: a}]": "roles should be an object",
+}
+
+
 def test_mistakes_are_named(place, tmp_path):
     with pytest.raises(UsageError, match="did you mean table1"):
         load_study("tabel1")
@@ -144,9 +193,13 @@ def test_mistakes_are_named(place, tmp_path):
     with pytest.raises(UsageError, match="row 1: role 'b' is none of"):
         (tmp_path / "s.yaml").write_text("study: perplexity\nroles: {a: x}\nrows: [{role: b}]")
         load_study(tmp_path / "s.yaml")
-    with pytest.raises(UsageError, match="at least one row"):
+    with pytest.raises(UsageError, match="it lacks rows"):
         (tmp_path / "s.yaml").write_text("study: perplexity\n")
         load_study(tmp_path / "s.yaml")
+    for content, message in WRONG.items():
+        (tmp_path / "s.yaml").write_text(content)
+        with pytest.raises(UsageError, match=message):
+            load_study(tmp_path / "s.yaml")
     with pytest.raises(UsageError, match="needs models: give --role landmark=DIRECTORY"):
         command.run(options(place, tmp_path, roles=()))
     with pytest.raises(UsageError, match='no role "landmrk"; did you mean landmark'):
