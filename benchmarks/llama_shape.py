@@ -105,27 +105,27 @@ def main() -> None:
     lists = {name: [value] for name, value in values.items() if name == "data"}
     options = build(FinetuneOptions, recipe | {"model": "the shape of Llama 3 8B", "eval_every": 0} | values | lists)
     length = stream_length(options.sequence_length, options.landmark_freq)
-    accelerator, output, precision = begin(options, "llama-shape")
-    model = empty_model(given.layers, given.tiny, options.landmark_freq, length)
-    files = open_split([Path(name) for name in options.data], "train")
-    rows = options.batch_size * options.accumulation * accelerator.num_processes
-    windows = {
-        "sequence_length": length,
-        "landmark_freq": options.landmark_freq,
-        "landmark_token_id": model.config.landmark_token_id,
-        "eot_id": files[0].metadata.eot_id,
-        "include_landmarks": options.landmarks_in_loss,
-    }
-    loop = Loop(
-        accelerator,
-        model,
-        Batches(files, None, global_batch=rows, seed=options.seed, **windows),
-        loop_settings(options, output, precision, length),
-        identity=run_identity(model.config, files, None, rows, options.seed),
-    )
-    fill(loop.module, accelerator.process_index, accelerator.num_processes)
-    carry_out(options, model.config, loop)
-    accelerator.end_training()
+    with begin(options, "llama-shape") as (accelerator, output, precision):
+        model = empty_model(given.layers, given.tiny, options.landmark_freq, length)
+        files = open_split([Path(name) for name in options.data], "train")
+        rows = options.batch_size * options.accumulation * accelerator.num_processes
+        windows = {
+            "sequence_length": length,
+            "landmark_freq": options.landmark_freq,
+            "landmark_token_id": model.config.landmark_token_id,
+            "eot_id": files[0].metadata.eot_id,
+            "include_landmarks": options.landmarks_in_loss,
+        }
+        loop = Loop(
+            accelerator,
+            model,
+            Batches(files, None, global_batch=rows, seed=options.seed, **windows),
+            loop_settings(options, output, precision, length),
+            identity=run_identity(model.config, files, None, rows, options.seed),
+        )
+        fill(loop.module, accelerator.process_index, accelerator.num_processes)
+        carry_out(options, model.config, loop)
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -127,16 +127,24 @@ def run(options: FinetuneOptions) -> None:
     fit and for what is wrong with data or directories.
     """
     check(options)
-    from landmark_cli.data.batches import Batches
     from landmark_cli.data.landmarks import stream_length
+
+    trained_length = stream_length(options.sequence_length, options.landmark_freq)
+    check_model(options, trained_length)
+    with begin(options, run_name(options)) as (accelerator, output, precision):
+        finetune(options, trained_length, accelerator, output, precision)
+
+
+def finetune(
+    options: FinetuneOptions, trained_length: int, accelerator: Accelerator, output: Path, precision: str
+) -> None:
+    """The run itself, in every process. trained_length: positions of a window, landmarks included."""
+    from landmark_cli.data.batches import Batches
     from landmark_cli.models import lora
     from landmark_cli.training.loop import Loop
     from landmark_cli.training.runs import run_identity
     from landmark_cli.training.setup import quiet_transformers
 
-    trained_length = stream_length(options.sequence_length, options.landmark_freq)
-    check_model(options, trained_length)
-    accelerator, output, precision = begin(options, run_name(options))
     model, tokenizer = landmark_model(options, trained_length, precision, accelerator)
     directories = token_files(options, output, accelerator)
     files = open_split(directories, "train")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,8 +132,10 @@ def loop_settings(options: RunOptions, output: Path, precision: str, sequence_le
     )
 
 
-def begin(options: RunOptions, name: str) -> tuple[Accelerator, Path, str]:
-    """What a run stands on, in every process: the accelerate object, the run's directory, the precision.
+@contextmanager
+def begin(options: RunOptions, name: str) -> Iterator[tuple[Accelerator, Path, str]]:
+    """What a run stands on, in every process: the accelerate object, the run's directory, which is held while the block
+    runs, and the precision.
 
     name: of the directory under runs/ where no --output is given.
     """
@@ -141,21 +145,21 @@ def begin(options: RunOptions, name: str) -> tuple[Accelerator, Path, str]:
     from landmark_cli.training.setup import make_accelerator, process_state
 
     state = process_state(options.device)
-    output = run_directory(options.output, name, options.resume, state)
-    precision = resolve_precision(options.precision, options.device)
-    accelerator = make_accelerator(
-        precision=precision,
-        accumulation=options.accumulation,
-        batch_size=options.batch_size,
-        clip=options.clip,
-        device=options.device,
-        compile=options.compile,
-        tf32=options.tf32,
-        log_with=options.log_with,
-        output=output,
-    )
-    set_seed(options.seed)
-    return accelerator, output, precision
+    with run_directory(options.output, name, options.resume, state) as output:
+        precision = resolve_precision(options.precision, options.device)
+        accelerator = make_accelerator(
+            precision=precision,
+            accumulation=options.accumulation,
+            batch_size=options.batch_size,
+            clip=options.clip,
+            device=options.device,
+            compile=options.compile,
+            tf32=options.tf32,
+            log_with=options.log_with,
+            output=output,
+        )
+        set_seed(options.seed)
+        yield accelerator, output, precision
 
 
 def carry_out(options: RunOptions, config: PreTrainedConfig, loop: Loop) -> None:

@@ -11,6 +11,7 @@ from landmark_cli.commands.evaluate import check_fits, open_text, perplexity_dat
 from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
+from landmark_cli.locks import writing
 from landmark_cli.options import option
 
 EXAMPLES = """
@@ -107,20 +108,21 @@ def run(options: StudyOptions) -> None:
         "seed": options.seed,
         "dtype": options.dtype,
     }
-    measured = run_study(study, models, common, FinishedRows(output / "rows.jsonl"), measure)
-    columns, rows = study_table(study, measured, [options.compare] if options.compare else corpora)
-    data = {
-        "study": study.name,
-        "models": {role: str(model) for role, model in models.items()},
-        "text": str(file.path),
-        **common,
-        "rows": [
-            {**dataclasses.asdict(row), "result": result} for row, result in zip(study.rows, measured, strict=True)
-        ],
-    }
-    write_tables(output, study, columns, rows, data)
-    if options.plot:
-        draw_study(output / f"{study.name}.png", study, measured)
+    with writing(output):
+        measured = run_study(study, models, common, FinishedRows(output / "rows.jsonl"), measure)
+        columns, rows = study_table(study, measured, [options.compare] if options.compare else corpora)
+        data = {
+            "study": study.name,
+            "models": {role: str(model) for role, model in models.items()},
+            "text": str(file.path),
+            **common,
+            "rows": [
+                {**dataclasses.asdict(row), "result": result} for row, result in zip(study.rows, measured, strict=True)
+            ],
+        }
+        write_tables(output, study, columns, rows, data)
+        if options.plot:
+            draw_study(output / f"{study.name}.png", study, measured)
     results(columns, rows, data=data, json_target=options.json, title=study.title)
     info(f"tables: {output}/{study.name}.md, .csv, .json" + (", .png" if options.plot else ""))
 

@@ -173,35 +173,35 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, fi
     from landmark_cli.training.loop import Loop
     from landmark_cli.training.runs import run_identity
 
-    accelerator, output, precision = begin(options, run_name(options))
-    model = GPTForCausalLM(config)
-    global_batch = options.batch_size * options.accumulation * accelerator.num_processes
-    windows = window_settings(options, config)
-    batches = Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows)
-    controlled = options.controlled_landmarks if options.context_miss_token else 0.0
-    variants = {"position_jump": options.position_jump, "controlled_landmarks": controlled}
-    if any(variants.values()):
-        batches = VariantBatches(batches, options.seed, **variants)
-    variants["group_dropout"] = options.group_dropout
-    loop = Loop(
-        accelerator,
-        model,
-        batches,
-        dataclasses.replace(
-            loop_settings(options, output, precision, options.sequence_length), group_dropout=options.group_dropout
-        ),
-        identity=run_identity(config, files, options.data_weights, global_batch, options.seed) | variants,
-        validation=validation_windows(options, options.data, windows),
-    )
-    carry_out(options, config, loop)
+    with begin(options, run_name(options)) as (accelerator, output, precision):
+        model = GPTForCausalLM(config)
+        global_batch = options.batch_size * options.accumulation * accelerator.num_processes
+        windows = window_settings(options, config)
+        batches = Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows)
+        controlled = options.controlled_landmarks if options.context_miss_token else 0.0
+        variants = {"position_jump": options.position_jump, "controlled_landmarks": controlled}
+        if any(variants.values()):
+            batches = VariantBatches(batches, options.seed, **variants)
+        variants["group_dropout"] = options.group_dropout
+        loop = Loop(
+            accelerator,
+            model,
+            batches,
+            dataclasses.replace(
+                loop_settings(options, output, precision, options.sequence_length), group_dropout=options.group_dropout
+            ),
+            identity=run_identity(config, files, options.data_weights, global_batch, options.seed) | variants,
+            validation=validation_windows(options, options.data, windows),
+        )
+        carry_out(options, config, loop)
 
-    def save_rest(directory: Path) -> None:
-        tokenizer.save_pretrained(directory, landmark=not options.baseline)
-        save_recipe(options, directory / "recipe.yaml", "train")
+        def save_rest(directory: Path) -> None:
+            tokenizer.save_pretrained(directory, landmark=not options.baseline)
+            save_recipe(options, directory / "recipe.yaml", "train")
 
-    loop.write_model(save_rest)
-    accelerator.end_training()
-    info(f"trained model: {output}")
+        loop.write_model(save_rest)
+        accelerator.end_training()
+        info(f"trained model: {output}")
 
 
 def run_name(options: TrainOptions) -> str:

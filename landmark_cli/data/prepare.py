@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +36,7 @@ from landmark_cli.data.token_file import (
 from landmark_cli.data.tokenizers import TextTokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import write_json
+from landmark_cli.locks import LOCK, writing
 
 BATCH_DOCUMENTS = 4096
 CHECKPOINT_SECONDS = 5.0
@@ -64,8 +64,12 @@ def prepare(
     if finished := _finished(output, made_from):
         info(f"{output} holds token files made from this very source already; delete it to make them again")
         return finished if process.rank == 0 else {}
-    output.mkdir(parents=True, exist_ok=True)
-    with _locked(output / f"lock{process.suffix}", output):
+    with contextlib.ExitStack() as held:
+        if process.rank == 0:
+            held.enter_context(writing(output))
+        if process.count > 1:
+            # The processes of a second launch must keep their hands off the parts of this one's, whoever is first.
+            held.enter_context(writing(output, f"{LOCK}{process.suffix}"))
         try:
             with contextlib.closing(_Part(corpus, tokenizer, output, made_from, process)) as part:
                 part.run(skip_bad_text)
@@ -245,7 +249,7 @@ class _Part:
         self.close()
         self.writers.clear()
         for file in self._output.glob(f"*{self._process.suffix}"):
-            if not file.name.startswith("lock"):
+            if not file.name.startswith(LOCK):
                 file.unlink()
         return {"finished": False, "next_document": 0, "read": 0, "skipped": [], "splits": {}, "turns": 0}
 
@@ -294,14 +298,3 @@ def _fingerprint(corpus: Corpus, tokenizer: TextTokenizer) -> str:
     """Tells whether two runs would write the same files."""
     made_from = [FORMAT, corpus.identity, tokenizer.name, tokenizer.fingerprint, tokenizer.eot_id]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(file: Path, output: Path) -> Iterator[None]:
-    """Keep a second run from writing the same files. The lock goes when the process does."""
-    with open(file, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LandmarkError(f"another `landmark prepare` is writing to {output}: wait for it to end") from None
-        yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError
+from landmark_cli.locks import writing
 from landmark_cli.training.checkpoints import Checkpoints
 from landmark_cli.training.setup import uses_cpu
 
@@ -30,33 +33,57 @@ def resolve_precision(precision: str, device: str) -> str:
     return "bf16" if not uses_cpu(device) and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def run_directory(output: Path | None, name: str, resume: bool, state: PartialState) -> Path:
-    """The directory of a run, the same for all processes; made if it is not there.
+@contextmanager
+def run_directory(output: Path | None, name: str, resume: bool, state: PartialState) -> Iterator[Path]:
+    """The directory of a run, the same for all processes; made if it is not there, and held while the block runs.
 
     output: the one the user named. Without it: a new runs/<name>, runs/<name>-2, ...; with resume the last of these.
-    Raises LandmarkError where there is a run already that would be overwritten.
+    Raises LandmarkError, in every process, where there is a run already that would be overwritten, or one is going on.
     """
-    chosen = [output or (_last_or_next(name, resume) if state.is_main_process else None)]
-    output = broadcast_object_list(chosen)[0]
+    with ExitStack() as held:
+        found: Path | LandmarkError | None = None
+        if state.is_main_process:
+            try:
+                found = _claim(output, name, resume, held)
+            except LandmarkError as error:
+                found = error
+        found = broadcast_object_list([found])[0]
+        if isinstance(found, LandmarkError):
+            raise found
+        # On a machine with disks of its own.
+        found.mkdir(parents=True, exist_ok=True)
+        yield found
+
+
+def _claim(output: Path | None, name: str, resume: bool, held: ExitStack) -> Path:
+    """Find or make the directory and lock it until `held` ends."""
+    if output is None:
+        output = _last_or_new(name, resume)
+    held.enter_context(writing(output))
     checkpoint = Checkpoints(output / "checkpoints", {}, keep=1).newest()
     if not resume and (checkpoint is not None or (output / "config.json").exists()):
         raise LandmarkError(
             f"{output} already holds a {'run' if checkpoint else 'model'}: add --resume to go on with a run, "
             "or give another --output"
         )
-    state.wait_for_everyone()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LandmarkError(f"--output {output} cannot be made: {error.strerror}") from error
     return output
 
 
-def _last_or_next(name: str, resume: bool) -> Path:
-    taken, path, number = None, Path("runs") / name, 2
-    while path.exists():
-        taken, path, number = path, Path("runs") / f"{name}-{number}", number + 1
-    return taken if resume and taken is not None else path
+def _last_or_new(name: str, resume: bool) -> Path:
+    """Making a directory fails where there is one already, so two runs never get the same."""
+    last = None
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if resume and last is not None and not path.exists():
+            return last
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            last = path
+        except OSError as error:
+            raise LandmarkError(f"{path} cannot be made: {error.strerror}; --output names another place") from error
+        else:
+            return path
 
 
 def attention_name(config: Any) -> str:

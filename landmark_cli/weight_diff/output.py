@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.locks import LOCK, writing
 from landmark_cli.weight_diff.bits import ITEM_BYTES
 from landmark_cli.weight_diff.checkpoint import Tensor
 
@@ -154,28 +154,30 @@ def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path
     path = path.expanduser().resolve()
     _check_target(path, role, overwrite, keep)
     staging, replaced = path.with_name(f"{path.name}.unfinished"), path.with_name(f"{path.name}.replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _claim(staging, role)
-    try:
-        yield staging
-        _sync(staging)
-        if path.exists() and any(path.iterdir()):
+    with ExitStack() as held:
+        _claim(staging, role, held)
+        try:
+            # Another run may have written it since, and whatever writes it now must not be replaced.
+            _check_target(path, role, overwrite, keep)
+            if path.exists():
+                held.enter_context(writing(path))
+            yield staging
+            _sync(staging)
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                path.rename(replaced)
+            staging.rename(path)
+            (path / MARKER).unlink()
+            _sync(path.parent)
             shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        staging.rename(path)
-        (path / MARKER).unlink()
-        _sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LandmarkError(f"{role} {path}: the disk became full; nothing was left there") from error
-        raise
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise LandmarkError(f"{role} {path}: the disk became full; nothing was left there") from error
+            raise
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 def check_space(folder: Path, needed: int, role: str) -> None:
@@ -206,28 +208,21 @@ def _check_target(path: Path, role: str, overwrite: bool, keep: Iterable[Path]) 
     for other in keep:
         if path.exists() and path.resolve() in (other.resolve(), *other.resolve().parents):
             raise UsageError(f"{role} {path}: the directory {other} that is read here would be lost; give another one")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
         if not overwrite:
             raise UsageError(f"{role} {path}: the directory is not empty; --overwrite replaces it")
         if not (path / "config.json").is_file():
             raise UsageError(f"{role} {path}: not a model directory (no config.json), so --overwrite leaves it alone")
 
 
-def _claim(staging: Path, role: str) -> int:
-    """Take an empty staging directory, held by a lock that ends with this process."""
+def _claim(staging: Path, role: str, held: ExitStack) -> None:
+    """Take an empty staging directory, locked until `held` ends."""
     if staging.is_dir() and any(staging.iterdir()) and not (staging / MARKER).exists():
         raise UsageError(f"{role}: {staging} is in the way, and no unfinished run left it; move it away")
-    staging.mkdir(exist_ok=True)
-    lock = os.open(staging / MARKER, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise LandmarkError(f"{role}: another run is writing {staging}") from None
+    held.enter_context(writing(staging, MARKER))
     for leftover in staging.iterdir():
         if leftover.name != MARKER:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    return lock
 
 
 def _sync(folder: Path) -> None:

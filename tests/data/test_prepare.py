@@ -210,14 +210,6 @@ def test_a_corpus_without_text_is_refused(gpt2, tmp_path, share, message):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_two_runs_do_not_write_the_same_files(books, gpt2, tmp_path):
-    with (
-        prepare_module._locked(tmp_path / "lock.partial", tmp_path),
-        pytest.raises(LandmarkError, match="another `landmark prepare` is writing to"),
-    ):
-        run(books, tmp_path, gpt2)
-
-
 @pytest.mark.parametrize(("number", "raised"), [(errno.ENOSPC, LandmarkError), (errno.EIO, OSError)])
 def test_a_full_disk_is_named_and_what_was_written_is_gone_on_from(
     books, gpt2, expected, tmp_path, monkeypatch, number, raised

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.locks import writing
 from tests.training.command import CHECKOUT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
@@ -122,6 +123,14 @@ def test_what_one_process_saved_two_go_on_from(corpus, one, tmp_path):
     command += [LANDMARK, *split(corpus, resumed)]
     subprocess.run([*command, "--resume"], env=on_cpus(), check=True, timeout=240)
     assert_same_run(resumed, one)
+
+
+def test_two_processes_leave_a_held_directory_alone(corpus, tmp_path):
+    launch = ["torchrun", "--nproc_per_node=2", LANDMARK, *split(corpus, tmp_path / "run")]
+    with writing(tmp_path / "run"):
+        ended = subprocess.run(launch, env=on_cpus(), capture_output=True, text=True, timeout=240)
+    assert ended.returncode and f"another landmark command is writing to {tmp_path / 'run'}" in ended.stderr
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_sharded_weights_have_the_curve_of_whole_ones(one, two_shards):

@@ -98,6 +98,9 @@ def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(corpus, tmp_p
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (killed / "checkpoints/step-00000009").exists():
         time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(LandmarkError, match="another landmark command is writing to .*killed"):
+        train(corpus, killed, resume=True, **options)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (killed / "config.json").exists()

@@ -234,7 +234,7 @@ def test_an_empty_directory_is_written_to(tmp_path):
 
 def test_two_runs_do_not_write_the_same_directory(tmp_path):
     with output.new_directory(tmp_path / "out", "--path-tuned", overwrite=False, keep=()):
-        with pytest.raises(LandmarkError, match="another run is writing"):
+        with pytest.raises(LandmarkError, match="another landmark command is writing"):
             recover(RAW, AUTHORS_DIFF, tmp_path / "out")
     assert not any((tmp_path / "out").iterdir())
 
