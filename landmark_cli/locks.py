@@ -8,12 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import writing
 
 LOCK = ".landmark.lock"
 
 
 @contextmanager
-def writing(directory: Path, name: str = LOCK) -> Iterator[None]:
+def sole_writer(directory: Path, name: str = LOCK) -> Iterator[None]:
     """Hold a directory while the block runs, made if it is not there: no other command writes it meanwhile, on any
     machine that shares the disk and its locks. In a launch of several processes the first one takes it.
 
@@ -26,16 +27,15 @@ def writing(directory: Path, name: str = LOCK) -> Iterator[None]:
 
     file = directory / name
     lock = FileLock(file)
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise LandmarkError(
+                f"another landmark command is writing to {directory}: wait for it to end, or name another directory"
+            ) from None
         held = file.stat()
-    except Timeout:
-        raise LandmarkError(
-            f"another landmark command is writing to {directory}: wait for it to end, or name another directory"
-        ) from None
-    except OSError as error:
-        raise LandmarkError(f"{directory} cannot be written: {error.strerror or error}") from error
     try:
         yield
     finally:

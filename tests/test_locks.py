@@ -16,7 +16,7 @@ from landmark_cli.data.prepare import prepare as write_token_files
 from landmark_cli.data.token_file import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError
-from landmark_cli.locks import LOCK, writing
+from landmark_cli.locks import LOCK, sole_writer
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.runs import _last_or_new
 from landmark_cli.weight_diff import output as directories
@@ -26,8 +26,8 @@ from tests.training import command
 from tests.training.tiny import byte_tokenizer, write_corpus
 from tests.weight_diff.weights import GOLDENS, make, recover
 
-HOLDER = "import sys, pathlib; from landmark_cli.locks import writing\n"
-HOLDER += "with writing(pathlib.Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); sys.stdin.read()"
+HOLDER = "import sys, pathlib; from landmark_cli.locks import sole_writer\n"
+HOLDER += "with sole_writer(pathlib.Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); sys.stdin.read()"
 BUSY = "another landmark command is writing to .*: wait for it to end, or name another directory"
 
 
@@ -145,7 +145,7 @@ def test_a_difference_written_meanwhile_is_not_replaced(place, tmp_path, monkeyp
 def test_launches_of_prepare_do_not_mix(place, tmp_path, process):
     corpus = open_corpus("text", [str(place / "cats.txt")], validation_share=0)
     # What the first process of a launch of two holds, and what the second one does.
-    with writing(tmp_path), writing(tmp_path, f"{LOCK}{Process(1, 2).suffix}"):
+    with sole_writer(tmp_path), sole_writer(tmp_path, f"{LOCK}{Process(1, 2).suffix}"):
         with pytest.raises(LandmarkError, match=BUSY):
             write_token_files(corpus, load_tokenizer("gpt2"), tmp_path, process=process)
 
@@ -172,6 +172,6 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(LandmarkError, match="file/run cannot be written: Not a directory"),
-        writing(tmp_path / "file/run"),
+        sole_writer(tmp_path / "file/run"),
     ):
         pass

@@ -11,7 +11,7 @@ from landmark_cli.commands.evaluate import check_fits, open_text, perplexity_dat
 from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
-from landmark_cli.locks import writing
+from landmark_cli.locks import sole_writer
 from landmark_cli.options import option
 
 EXAMPLES = """
@@ -108,7 +108,7 @@ def run(options: StudyOptions) -> None:
         "seed": options.seed,
         "dtype": options.dtype,
     }
-    with writing(output):
+    with sole_writer(output):
         measured = run_study(study, models, common, FinishedRows(output / "rows.jsonl"), measure)
         columns, rows = study_table(study, measured, [options.compare] if options.compare else corpora)
         data = {

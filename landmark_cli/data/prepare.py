@@ -36,7 +36,7 @@ from landmark_cli.data.token_file import (
 from landmark_cli.data.tokenizers import TextTokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import write_json
-from landmark_cli.locks import LOCK, writing
+from landmark_cli.locks import LOCK, sole_writer
 
 BATCH_DOCUMENTS = 4096
 CHECKPOINT_SECONDS = 5.0
@@ -66,10 +66,10 @@ def prepare(
         return finished if process.rank == 0 else {}
     with contextlib.ExitStack() as held:
         if process.rank == 0:
-            held.enter_context(writing(output))
+            held.enter_context(sole_writer(output))
         if process.count > 1:
             # The processes of a second launch must keep their hands off the parts of this one's, whoever is first.
-            held.enter_context(writing(output, f"{LOCK}{process.suffix}"))
+            held.enter_context(sole_writer(output, f"{LOCK}{process.suffix}"))
         try:
             with contextlib.closing(_Part(corpus, tokenizer, output, made_from, process)) as part:
                 part.run(skip_bad_text)

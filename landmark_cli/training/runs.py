@@ -15,7 +15,8 @@ from accelerate.utils import broadcast_object_list
 
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError
-from landmark_cli.locks import writing
+from landmark_cli.files import writing
+from landmark_cli.locks import sole_writer
 from landmark_cli.training.checkpoints import Checkpoints
 from landmark_cli.training.setup import uses_cpu
 
@@ -59,7 +60,7 @@ def _claim(output: Path | None, name: str, resume: bool, held: ExitStack) -> Pat
     """Find or make the directory and lock it until `held` ends."""
     if output is None:
         output = _last_or_new(name, resume)
-    held.enter_context(writing(output))
+    held.enter_context(sole_writer(output))
     checkpoint = Checkpoints(output / "checkpoints", {}, keep=1).newest()
     if not resume and (checkpoint is not None or (output / "config.json").exists()):
         raise LandmarkError(
@@ -76,14 +77,13 @@ def _last_or_new(name: str, resume: bool) -> Path:
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")
         if resume and last is not None and not path.exists():
             return last
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            last = path
-        except OSError as error:
-            raise LandmarkError(f"{path} cannot be made: {error.strerror}; --output names another place") from error
-        else:
-            return path
+        with writing(path, to_do="--output names another place"):
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                last = path
+            else:
+                return path
 
 
 def attention_name(config: Any) -> str:

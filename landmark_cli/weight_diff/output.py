@@ -16,7 +16,7 @@ import numpy as np
 
 from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.locks import LOCK, writing
+from landmark_cli.locks import LOCK, sole_writer
 from landmark_cli.weight_diff.bits import ITEM_BYTES
 from landmark_cli.weight_diff.checkpoint import Tensor
 
@@ -160,7 +160,7 @@ def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path
             # Another run may have written it since, and whatever writes it now must not be replaced.
             _check_target(path, role, overwrite, keep)
             if path.exists():
-                held.enter_context(writing(path))
+                held.enter_context(sole_writer(path))
             yield staging
             _sync(staging)
             if path.exists():
@@ -219,7 +219,7 @@ def _claim(staging: Path, role: str, held: ExitStack) -> None:
     """Take an empty staging directory, locked until `held` ends."""
     if staging.is_dir() and any(staging.iterdir()) and not (staging / MARKER).exists():
         raise UsageError(f"{role}: {staging} is in the way, and no unfinished run left it; move it away")
-    held.enter_context(writing(staging, MARKER))
+    held.enter_context(sole_writer(staging, MARKER))
     for leftover in staging.iterdir():
         if leftover.name != MARKER:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

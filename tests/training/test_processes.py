@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.locks import writing
+from landmark_cli.locks import sole_writer
 from tests.training.command import CHECKOUT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
@@ -127,7 +127,7 @@ def test_what_one_process_saved_two_go_on_from(corpus, one, tmp_path):
 
 def test_two_processes_leave_a_held_directory_alone(corpus, tmp_path):
     launch = ["torchrun", "--nproc_per_node=2", LANDMARK, *split(corpus, tmp_path / "run")]
-    with writing(tmp_path / "run"):
+    with sole_writer(tmp_path / "run"):
         ended = subprocess.run(launch, env=on_cpus(), capture_output=True, text=True, timeout=240)
     assert ended.returncode and f"another landmark command is writing to {tmp_path / 'run'}" in ended.stderr
     assert not list((tmp_path / "run").iterdir())
