@@ -93,8 +93,6 @@ def writing(path: str | Path, what: str = "", *, to_do: str = "") -> Iterator[No
 
 def reason(error: BaseException) -> str:
     """Why something failed, in a few words of one line."""
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file or folder"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnicodeDecodeError):

@@ -7,12 +7,15 @@ tuned tensors, in checksum_psum.txt; their first release has no such file and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from landmark_cli.errors import LandmarkError
+from landmark_cli.errors import LandmarkError, shown
+from landmark_cli.files import read_text, reading
+from landmark_cli.model_files import check_link
 from landmark_cli.weight_diff import bits, manifest
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor
 from landmark_cli.weight_diff.make import DIFF
@@ -23,16 +26,18 @@ from landmark_cli.weight_diff.stream import for_each_tensor, pieces
 CHECKSUM = "checksum_psum.txt"
 FIRST_RELEASE_SUM = 49798.7656
 TOLERANCE = 1e-2
+MAX_SUM_BYTES = 1000
 
 
 class AuthorsDiff:
     """A difference of the authors' format over these raw weights. Raises LandmarkError if the models differ.
 
-    tensors: what is recovered, in order, in float32. model_files: configuration and tokenizer to carry along.
+    tensors: what is recovered, in order, in float32. model_files: configuration and tokenizer to carry along, content
+    by name; nothing tells whether they are as they were written (verify is for the sum of the tensors).
     Buffers that only one side has are carried along.
     """
 
-    def __init__(self, folder: Path, raw: Checkpoint) -> None:
+    def __init__(self, folder: Path, raw: Checkpoint, *, verify: bool) -> None:
         self.diff = Checkpoint(folder, DIFF)
         self.raw = raw
         if self.diff.config.get("model_type") == manifest.MODEL_TYPE:
@@ -45,7 +50,7 @@ class AuthorsDiff:
             Tensor(name, "F32" if tensor.dtype in bits.CASTABLE else tensor.dtype, tensor.shape)
             for name, tensor in self._sources.items()
         ]
-        self.model_files = manifest.model_files(folder)
+        self.model_files = manifest.model_files(folder, DIFF)
 
     def write(self, writer: ShardWriter, *, verify: bool, threads: int) -> str:
         """Write all tensors -> how they were checked. Raises LandmarkError if their sum is another than promised."""
@@ -73,10 +78,13 @@ class AuthorsDiff:
         file = self.diff.folder / CHECKSUM
         if not file.exists():
             return FIRST_RELEASE_SUM, f"there is no {CHECKSUM}, and that of the authors' first release is"
-        try:
-            return float(file.read_text()), f"{CHECKSUM} says"
-        except ValueError:
-            raise LandmarkError(f"{DIFF} {file}: not a number; get the file again, or use --no-verify") from None
+        check_link(self.diff.folder, file, DIFF)
+        text = read_text(file, DIFF, max_bytes=MAX_SUM_BYTES)
+        with reading(file, DIFF, to_do="get the file again, or use --no-verify"):
+            expected = float(text)
+            if not math.isfinite(expected):
+                raise ValueError(f"{text.strip()} is no sum")
+            return expected, f"{CHECKSUM} says"
 
     def _carry(self, tensor: Tensor, writer: ShardWriter) -> float:
         """Write a tensor that only one side has -> its sum."""
@@ -133,5 +141,8 @@ def _total(sums: list[float]) -> tuple[float, float]:
 def _inverse_frequencies(config: dict, count: int) -> np.ndarray:
     import torch
 
-    base = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
+    parameters = config.get("rope_parameters")
+    base = config.get("rope_theta") or (parameters if isinstance(parameters, dict) else {}).get("rope_theta") or 10000.0
+    if not isinstance(base, (int, float)) or not 0 < base < math.inf:
+        raise LandmarkError(f"--path-raw: its config.json has the rope_theta {shown(base)}, which is none")
     return (1.0 / (base ** (torch.arange(0, 2 * count, 2).float() / (2 * count)))).numpy()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from landmark_cli import files
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.model_files import MAX_JSON_BYTES, check_link, inside
 from landmark_cli.weight_diff.bits import ITEM_BYTES, pattern
 from landmark_cli.weight_diff.shards import BinShard, SafetensorsShard
 
@@ -81,7 +83,9 @@ class Checkpoint:
     @property
     def vocab_size(self) -> int | None:
         """Rows of the embedding according to the configuration."""
-        return (self.config.get("text_config") or self.config).get("vocab_size")
+        inner = self.config.get("text_config")
+        size = (inner if isinstance(inner, dict) else self.config).get("vocab_size")
+        return size if type(size) is int else None
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements start..stop of a tensor, flat, as bit patterns; a view of the mapped file, to be used soon."""
@@ -100,23 +104,20 @@ class Checkpoint:
 
     def inside(self, file: str) -> Path:
         """The path of a file of this directory by the name an index gives. Raises LandmarkError for one outside."""
-        parts = PurePosixPath(file).parts
-        if not parts or file.startswith("/") or "\\" in file or ":" in file or ".." in parts:
-            raise LandmarkError(f'{self.role} {self.folder}: its index names a file outside of the directory: "{file}"')
-        path = self.folder / file
+        path = inside(self.folder, file, self.role)
         if path.suffix not in RELEASE_BYTES:
             raise LandmarkError(f'{self.role} {self.folder}: its index names "{file}", neither .safetensors nor .bin')
         return path
 
     def _find_files(self) -> dict[str, Path]:
         """Which file holds which tensor; one file of everything stands under the name ""."""
-        found = next((self.folder / name for name in WHOLE_FILES if (self.folder / name).exists()), None)
+        found = next((self.folder / name for name in WHOLE_FILES if os.path.lexists(self.folder / name)), None)
         if found is None:
             stray = sorted(path.name for kind in RELEASE_BYTES for path in self.folder.glob(f"*{kind}"))
             hint = f"; {stray[0]} is there, but no index file names it" if stray else ""
             raise LandmarkError(f"{self.role} {self.folder}: no weights found ({', '.join(WHOLE_FILES)}){hint}")
         if found.suffix != ".json":
-            return {"": found}
+            return {"": self.inside(found.name)}
         index = read_json(found, self.role).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise LandmarkError(f"{self.role} {found}: no weight_map that says which file holds which tensor")
@@ -138,33 +139,23 @@ def locate(name: str, role: str, *patterns: str) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.model", "*.txt", "*.jinja", *patterns]
-    try:
+    with files.reading(name, role, to_do="it is no directory here, and the hub did not give it"):
         folder = Path(snapshot_download(name, allow_patterns=[*wanted, "model*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise LandmarkError(f"{role} {name}: no such directory, and the hub did not give it: {reason}") from error
     return folder
 
 
 def read_json(path: Path, role: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises LandmarkError naming the file if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LandmarkError(f"{role} {path.parent}: it has no {path.name}") from None
-    except (ValueError, OSError) as error:
-        raise LandmarkError(f"{role} {path}: not readable: {error}") from None
-    if not isinstance(content, dict):
-        raise LandmarkError(f"{role} {path}: expected a JSON object")
-    return content
+    """A JSON object from a file of a directory of weights. Raises LandmarkError naming the file if there is none."""
+    if not os.path.lexists(path):
+        raise LandmarkError(f"{role} {path.parent}: it has no {path.name}")
+    check_link(path.parent, path, role)
+    return files.read_json(path, role, max_bytes=MAX_JSON_BYTES)
 
 
 def _open_shard(file: Path, role: str) -> SafetensorsShard | BinShard:
     if not file.exists():
         raise LandmarkError(f"{role} {file.parent}: {file.name} is missing")
-    try:
+    with files.reading(file, role):
         return (SafetensorsShard if file.suffix == ".safetensors" else BinShard)(file)
-    except (ValueError, OSError) as error:
-        raise LandmarkError(f"{role} {file}: {error}") from None

@@ -31,8 +31,8 @@ def make(
     own = [tensor for name, tensor in tuned.tensors.items() if name not in tuned.aliases]
     plans = plan_shards(map(manifest.stored, own), max_shard_bytes, manifest.STEM, {"format": manifest.FORMAT})
     files = {name: plan.name for plan in plans for name in plan.offsets}
-    carried = manifest.model_files(tuned.folder)
-    needed = sum(plan.nbytes for plan in plans) + sum(path.stat().st_size for path in carried)
+    carried = manifest.model_files(tuned.folder, TUNED)
+    needed = sum(plan.nbytes for plan in plans) + sum(map(len, carried.values()))
     check_space(path_diff.expanduser().absolute().parent, needed, DIFF)
     with new_directory(path_diff, DIFF, overwrite=overwrite, keep=(raw.folder, tuned.folder)) as folder:
         with ShardWriter(folder, plans) as writer:
@@ -48,11 +48,12 @@ def make(
             else:
                 file = files[manifest.stored(tensor).name]
                 entries.append(manifest.Entry(tensor, digests[name][0], file, None, pairs[name].raw, digests[name][1]))
-        for path in carried:
-            write_file(folder / manifest.CARRIED / path.name, path.read_bytes())
-        write_file(folder / "config.json", manifest.config_text())
+        written = {f"{manifest.CARRIED}/{name}": content for name, content in carried.items()}
+        written["config.json"] = manifest.config_text().encode()
+        for name, content in written.items():
+            write_file(folder / name, content)
         raw_name = path_raw if not Path(path_raw).exists() else raw.folder.resolve().name
-        write_file(folder / manifest.MANIFEST, manifest.manifest_text(entries, raw, raw_name))
+        write_file(folder / manifest.MANIFEST, manifest.manifest_text(entries, raw, raw_name, written))
     console.info(f"wrote {path_diff}: {len(entries)} tensors, {console.quantity(needed, 'B')}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,36 +37,40 @@ def recover(
     """
     folder_diff = locate(path_diff, DIFF, "diff*.safetensors")
     raw = Checkpoint(locate(path_raw, RAW), RAW)
-    source = OurDiff if (folder_diff / manifest.MANIFEST).exists() else authors.AuthorsDiff
-    diff = source(folder_diff, raw)
+    source = OurDiff if os.path.lexists(folder_diff / manifest.MANIFEST) else authors.AuthorsDiff
+    diff = source(folder_diff, raw, verify=verify)
     plans = plan_shards(diff.tensors, max_shard_bytes, "model", {"format": "pt"})
     carried = diff.model_files
-    needed = sum(plan.nbytes for plan in plans) + sum(path.stat().st_size for path in carried)
+    needed = sum(plan.nbytes for plan in plans) + sum(map(len, carried.values()))
     check_space(path_tuned.expanduser().absolute().parent, needed, TUNED)
     with new_directory(path_tuned, TUNED, overwrite=overwrite, keep=(raw.folder, folder_diff)) as folder:
         with ShardWriter(folder, plans) as writer:
             verified = diff.write(writer, verify=verify, threads=threads)
         if len(plans) > 1:
             write_file(folder / "model.safetensors.index.json", _index(plans, diff.tensors))
-        # What makes it a model comes last.
-        for path in sorted(carried, key=lambda path: path.name == "config.json"):
-            write_file(folder / path.name, path.read_bytes())
+        for name, content in carried.items():
+            write_file(folder / name, content)
     console.info(f"wrote {path_tuned}: {len(diff.tensors)} tensors, {console.quantity(needed, 'B')}, {verified}")
 
 
 class OurDiff:
     """A difference of our format over these raw weights. Raises LandmarkError if the two do not belong together.
 
-    tensors: what is recovered, in order. model_files: configuration and tokenizer to carry along.
+    tensors: what is recovered, in order. model_files: configuration and tokenizer to carry along, content by name;
+    verify: check their sha256.
     """
 
-    def __init__(self, folder: Path, raw: Checkpoint) -> None:
-        entries, self.raw_name = manifest.read_manifest(folder, DIFF)
+    def __init__(self, folder: Path, raw: Checkpoint, *, verify: bool) -> None:
+        written = manifest.read_manifest(folder, DIFF)
+        entries, self.raw_name = written.entries, written.raw_name
         files = {manifest.stored(entry.tensor).name: entry.file for entry in entries if entry.same_as is None}
         self.diff = Checkpoint(folder, DIFF, files)
         self.raw = raw
         self.tensors = [entry.tensor for entry in entries]
-        self.model_files = manifest.model_files(folder / manifest.CARRIED)
+        for file, shard in self.diff.shards.items():
+            if shard.metadata.get("format") != manifest.FORMAT:
+                raise LandmarkError(f"{DIFF} {file}: its header does not say that it is a difference; get it again")
+        self.model_files = manifest.read_carried(folder, written, DIFF, verify=verify)
         self._entries = {entry.tensor.name: entry for entry in entries if entry.same_as is None}
         self._names = {name: [name] for name in self._entries}
         for entry in entries:
@@ -87,7 +92,7 @@ class OurDiff:
 
         tensors = [entry.tensor for entry in self._entries.values()]
         for_each_tensor(tensors, work, threads=threads, description="recover")
-        return "every tensor's sha256 is right" if verify else "not verified"
+        return "the sha256 of every tensor and file is right" if verify else "not verified"
 
     def _check_alias(self, entry: manifest.Entry) -> bool:
         original = self._entries.get(str(entry.same_as))

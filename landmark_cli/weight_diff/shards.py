@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from landmark_cli.files import parse_json
+from landmark_cli.schema import check
 from landmark_cli.weight_diff.bits import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-LONGEST_HEADER = 100_000_000
+# As many as a hundred thousand tensors take.
+LONGEST_HEADER = 32 << 20
 TORCH_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -37,10 +40,20 @@ TORCH_NAMES = {
 }
 
 
+@dataclass
+class _Place:
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
 class SafetensorsShard:
     """A safetensors file: eight bytes of header length, a JSON header, the tensors' bytes.
 
-    tensors: (element type, shape) by name, in the order of the bytes. Raises ValueError for a file that is not one.
+    tensors: (element type, shape) by name, in the order of the bytes. metadata: what else the header says. Raises
+    ValueError for a file that is not one, and what `files.reading` turns into an error that names it.
     """
 
     aliases: Mapping[str, str] = {}
@@ -53,14 +66,13 @@ class SafetensorsShard:
             _refuse_pointer(start)
             if len(start) < 8 or length > min(LONGEST_HEADER, size - 8):
                 raise ValueError(f"truncated or not a safetensors file ({size} bytes)")
-            try:
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-                self.tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries}
-                self._offsets = {name: tuple(entry["data_offsets"]) for name, entry in entries}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError("its header is not one of a safetensors file") from None
+            header = parse_json(file.read(length))
+            metadata = header.pop("__metadata__", None)
+            self.metadata = metadata if isinstance(metadata, dict) else {}
+            found = [(name, check(_Place, place, name)) for name, place in header.items()]
+            entries = sorted(found, key=lambda entry: entry[1].data_offsets)
+            self.tensors = {name: (place.dtype, tuple(place.shape)) for name, place in entries}
+            self._offsets = {name: tuple(place.data_offsets) for name, place in entries}
             self._check(size - 8 - length)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._data = 8 + length
@@ -70,6 +82,8 @@ class SafetensorsShard:
         for name, (dtype, shape) in self.tensors.items():
             if dtype not in ITEM_BYTES:
                 raise ValueError(f"{name} has the element type {dtype}, which is not supported")
+            if len(self._offsets[name]) != 2 or min(shape, default=0) < 0:
+                raise ValueError(f"its header gives {name} a place that is none")
             start, stop = self._offsets[name]
             if start != end or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
                 raise ValueError(f"its header gives {name} a place that does not fit")
@@ -98,6 +112,7 @@ class BinShard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.metadata: dict[str, str] = {}
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.aliases: dict[str, str] = {}
         self._copies: dict[str, np.ndarray] = {}
@@ -115,20 +130,19 @@ class BinShard:
     def _load(self) -> dict[str, torch.Tensor]:
         import torch
 
+        from landmark_cli.torch_files import load_weights
+
         with self._path.open("rb") as file:
-            start = file.read(8)
-        _refuse_pointer(start)
-        if not start.startswith(b"PK"):
-            raise ValueError("not a zip file of torch.save; one from before PyTorch 1.6 has to be saved again")
+            _refuse_pointer(file.read(8))
         try:
-            state: Any = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)
+            state = load_weights(self._path)
         except pickle.UnpicklingError:
             raise ValueError("it holds other things than weights, which may be code; it was not opened") from None
         except (RuntimeError, EOFError, KeyError) as error:
             raise ValueError(f"truncated or damaged ({next(iter(str(error).splitlines()), '')})") from None
         if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ValueError("it does not hold tensors by name")
-        return {name: tensor.detach() for name, tensor in state.items()}
+        return {str(name): tensor.detach() for name, tensor in state.items()}
 
     def read(self, name: str, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
         """Elements start..stop (start < stop) of a tensor as a view of the mapping, or of a copy if it has strides."""

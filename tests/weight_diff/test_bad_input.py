@@ -14,7 +14,7 @@ import torch
 from landmark_cli.commands.weight_diff import parse_size
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.weight_diff import manifest, output
-from tests.weight_diff.weights import GOLDENS, assert_same_bits, golden, load, make, recover, save
+from tests.weight_diff.weights import GOLDENS, assert_same_bits, golden, load, make, recover, save, write_manifest
 
 RAW, TUNED, AUTHORS_DIFF = GOLDENS / "raw", GOLDENS / "tuned", GOLDENS / "diff"
 
@@ -99,13 +99,13 @@ def test_a_truncated_shard(tmp_path, kind, keep):
     raw = save(tmp_path / "raw", golden("raw"), kind=kind, shards=2)
     shard = sorted(raw.glob(f"*-00002-of-*.{kind}"))[0]
     os.truncate(shard, int(shard.stat().st_size * keep))
-    fails(rf"--path-raw .*{shard.name}: (truncated|not a)", make, raw, TUNED, tmp_path / "new")
+    fails(rf"--path-raw .*{shard.name} cannot be read: (truncated|not a)", make, raw, TUNED, tmp_path / "new")
 
 
 def test_a_git_lfs_pointer(tmp_path):
     raw = save(tmp_path / "raw", golden("raw"))
     (raw / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    fails("model.safetensors: a Git LFS pointer", make, raw, TUNED, tmp_path / "new")
+    fails("model.safetensors cannot be read: a Git LFS pointer", make, raw, TUNED, tmp_path / "new")
 
 
 def test_a_pickle_with_code_is_not_opened(tmp_path):
@@ -133,7 +133,7 @@ def test_an_index_that_names_a_file_outside(tmp_path, diff, file):
     fails(f"names a file outside of the directory: .{file}", make, raw, TUNED, tmp_path / "new")
     content = json.loads((diff / manifest.MANIFEST).read_text())
     content["tensors"]["lm_head.weight"]["file"] = file
-    (diff / manifest.MANIFEST).write_text(json.dumps(content))
+    write_manifest(diff, content)
     fails(f"names a file outside of the directory: .{file}", recover, RAW, diff, tmp_path / "out")
 
 
@@ -146,7 +146,7 @@ def test_an_index_that_promises_a_tensor_no_file_has(tmp_path):
     (raw / "model.safetensors.index.json").write_text("{}")
     fails("no weight_map", make, raw, TUNED, tmp_path / "new")
     (raw / "model.safetensors.index.json").write_text("{")
-    fails("model.safetensors.index.json: not readable", make, raw, TUNED, tmp_path / "new")
+    fails("model.safetensors.index.json cannot be read: not JSON", make, raw, TUNED, tmp_path / "new")
     (raw / "model.safetensors.index.json").unlink()
     fails("model-00001-of-00002.safetensors is there, but no index", make, raw, TUNED, tmp_path / "new")
 
@@ -157,7 +157,7 @@ def test_a_damaged_difference(tmp_path, diff, spoil):
     content = json.loads((diff / manifest.MANIFEST).read_text())
     if spoil == "truncate":
         os.truncate(shard, shard.stat().st_size - 1)
-        match = f"{shard.name}: truncated"
+        match = f"{shard.name} cannot be read: truncated"
     elif spoil == "flip":
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
@@ -171,12 +171,12 @@ def test_a_damaged_difference(tmp_path, diff, spoil):
         shard.unlink()
         match = f"{shard.name} is missing"
     elif spoil == "other version":
-        (diff / manifest.MANIFEST).write_text(json.dumps(content | {"version": 2}))
-        match = "landmark-weight-diff version 2, where .* version 1 was expected"
+        (diff / manifest.MANIFEST).write_text(json.dumps(content | {"version": 3}))
+        match = "'landmark-weight-diff' version 3, where .* version 2 was expected"
     else:
         content["tensors"]["model.norm.weight"] |= {"shape": [65], "raw": {"name": "x", "shape": [66], "sha256": ""}}
         (diff / manifest.MANIFEST).write_text(json.dumps(content))
-        match = "landmark_diff.json: damaged"
+        match = "landmark_diff.json cannot be read: it was changed after it was written"
     fails(match, recover, RAW, diff, tmp_path / "out")
 
 

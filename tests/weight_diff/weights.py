@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from landmark_cli.commands.weight_diff import MakeOptions, RecoverOptions, run_make, run_recover
+from landmark_cli.weight_diff import manifest
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "weight_diff"
 
@@ -68,6 +69,12 @@ def make(raw: Path, tuned: Path, diff: Path, **options) -> Path:
 def recover(raw: Path, diff: Path, tuned: Path, **options) -> Path:
     run_recover(RecoverOptions(str(raw), str(diff), tuned, **options))
     return tuned
+
+
+def write_manifest(diff: Path, content: dict) -> None:
+    """Write a manifest with the checksum that fits it, as somebody would who means harm."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    (diff / manifest.MANIFEST).write_text(json.dumps(content | {"sha256": manifest._digest(content)}))
 
 
 def landmark(*arguments: object, **options) -> subprocess.CompletedProcess:
