@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,9 @@ def open_text(path: Path | None) -> TokenFile:
 
 def check_fits(file: TokenFile, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise LandmarkError unless the token file's ids mean to the model what they meant to its tokenizer."""
-    file.check_tokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False), name)
+    from landmark_cli.data.pretrained_tokenizers import text_ids
+
+    file.check_tokenizer(partial(text_ids, tokenizer), name)
     if file.metadata.vocab_size > model.config.vocab_size:
         raise LandmarkError(
             f"{file.path} has ids up to {file.metadata.vocab_size}, the model {name} knows {model.config.vocab_size}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -270,6 +271,7 @@ def landmark_model(
     """The pretrained model and its tokenizer, with landmarks: float32 to train, in the run's precision to be frozen."""
     import torch
 
+    from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, check_read_back, special_ids, text_ids
     from landmark_cli.models.decoders import add_landmarks
     from landmark_cli.models.pretrained import open_pretrained
 
@@ -293,6 +295,8 @@ def landmark_model(
         trained_length=trained_length,
         top_k_blocks=options.top_k_blocks,
     )
+    special = special_ids(tokenizer, LANDMARK_TOKEN)
+    check_read_back(tokenizer.save_pretrained, options.model, partial(text_ids, tokenizer), special)
     model.config.include_landmark_in_loss = options.landmarks_in_loss
     if options.gradient_checkpointing:
         # Newer versions of transformers have another name for it.
@@ -313,13 +317,11 @@ def saved_dtype(options: FinetuneOptions) -> torch.dtype:
 
 def check_data(files: list[Any], tokenizer: PreTrainedTokenizerBase, model: str) -> None:
     """LandmarkError where token files were made with another tokenizer than the model's."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
 
     for file in files:
-        file.check_tokenizer(encode, model)
-        if file.metadata.vocab_size > len(tokenizer):
+        file.check_tokenizer(partial(text_ids, tokenizer), model)
+        if file.metadata.vocab_size > largest_id(tokenizer) + 1:
             raise LandmarkError(f"{file.path} holds tokens up to {file.metadata.vocab_size}, beyond those of {model}")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ cat novel.txt | landmark generate --temperature 0 --stop "CHAPTER"
 """
 
 PROMPT = "Prompt"
+
+# How people write characters in a shell that hands on a backslash and a letter.
+ESCAPES = {r"\n": ("\n", "a line break"), r"\t": ("\t", "a tab"), r"\r": ("\r", "a carriage return")}
 
 
 @dataclass
@@ -54,9 +58,9 @@ class GenerateOptions(ReadingSettings, SamplingSettings, ModelOptions, PromptOpt
 def run(options: GenerateOptions) -> None:
     """Read the prompt, stream the text after it to standard output, and say how fast it went.
 
-    Raises UsageError for none or several prompts, LandmarkError for one that cannot be read.
+    Raises UsageError for none or several prompts or an empty --stop, LandmarkError for one that cannot be read.
     """
-    prompt = read_prompt(options)
+    prompt, stop = read_prompt(options), stop_strings(options.stop or [])
     name = name_model(options)
     model, tokenizer = open_model(name, options)
     from landmark_cli.inference.generation import encode_prompt, generate
@@ -79,7 +83,7 @@ def run(options: GenerateOptions) -> None:
         model,
         tokenizer,
         [ids],
-        options,
+        replace(options, stop=stop),
         reading=options,
         on_text=show,
         trace=options.trace is not None,
@@ -112,11 +116,32 @@ def read_prompt(options: GenerateOptions) -> str:
     source: Any = options.prompt_file or "standard input"
     try:
         data = options.prompt_file.read_bytes() if options.prompt_file else sys.stdin.buffer.read()
-        return data.decode("utf-8")
+        # Editors of some systems put a byte-order mark in front, which is no part of the text.
+        return data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise LandmarkError(f"--prompt-file {source} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise LandmarkError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+def stop_strings(typed: list[str]) -> list[str]:
+    r"""What --stop was meant to say: \n, \t and \r typed as two characters are the one that they stand for.
+
+    Where other text is with them, it counts as typed too: \newpage and \tau are LaTeX. Raises UsageError for no text.
+    """
+    strings = []
+    for text in typed:
+        if not text:
+            raise UsageError("--stop: an empty text is everywhere; name some text, or leave the option out")
+        found = re.findall("|".join(map(re.escape, ESCAPES)), text)
+        meant = text
+        for escape in found:
+            meant = meant.replace(escape, ESCAPES[escape][0])
+        if found:
+            what = ", ".join(f"{escape} as {ESCAPES[escape][1]}" for escape in dict.fromkeys(found))
+            info(f"--stop {text}: read {what}")
+        strings += [meant] if text in ("".join(found), meant) else [meant, text]
+    return strings
 
 
 def tell_window(model: PreTrainedModel, name: str, tokens: int) -> None:

@@ -113,6 +113,7 @@ def run(options: TrainOptions) -> None:
     if options.dry_run:
         show_plan(options, config, train_files)
     else:
+        tokenizer.check_saved(landmark=not options.baseline)
         train(options, config, tokenizer, train_files)
 
 

@@ -22,15 +22,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from landmark_cli.console import info
+from landmark_cli.data.pretrained_tokenizers import (
+    LANDMARK_TOKEN,
+    PROBE,
+    add_tokens,
+    check_read_back,
+    largest_id,
+    open_tokenizer,
+    text_ids,
+)
 from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:
     import tiktoken
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ASSETS = Path(__file__).parent.parent / "assets"
 END_OF_TEXT = "<|endoftext|>"
-LANDMARK_TOKEN = "<landmark>"
 GPT2_EOT_ID = 50256
 GPT2_LANDMARK_ID = 50260
 GPT2_UNUSED = ("<unused0>", "<unused1>", "<unused2>")
@@ -39,18 +47,13 @@ GPT2_UNUSED = ("<unused0>", "<unused1>", "<unused2>")
 # GPT-2 cuts text into these pieces before it merges bytes; possessive forms of the published expression.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-FINGERPRINT_PROBE = (
-    'It was the best of times, it was the worst of times; 1859\'s "Tale" cost £12.50.\n\n'
-    "\tdef f(x):\n        return x**2  # naïve\n$\\int_0^1 \\mathcal{O}_X$ — Größe, Москва, 東京, 🙂 end"
-)
-
 
 class TextTokenizer(ABC):
     """A tokenizer as this project uses one: plain text in, ids out, no special token read from the text.
 
     Attributes:
         name: "gpt2", a directory, or a hub id: what `load_tokenizer` was given.
-        vocab_size: number of ids, special tokens included.
+        vocab_size: ids are below this: the largest one of any token, special tokens included, and one.
         eot_id: the token that ends a document.
         landmark_id: the id of `<landmark>` in what `save_pretrained` writes.
         piece_bytes: longer documents are cut into pieces of so many bytes at most; the same on every machine.
@@ -77,8 +80,21 @@ class TextTokenizer(ABC):
         """The text of ids; special tokens are written out."""
 
     @abstractmethod
+    def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerBase:
+        """The same as a tokenizer of the transformers library; landmark: with the landmark token."""
+
     def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
         """Write a tokenizer directory that `transformers.AutoTokenizer` opens, with `<landmark>` unless told not to."""
+        self.as_transformers(landmark).save_pretrained(directory)
+
+    def check_saved(self, landmark: bool = True) -> None:
+        """Make sure, before a model is trained with it, that what `save_pretrained` writes is this tokenizer.
+
+        Raises:
+            LandmarkError: it cannot be written and read, or has other ids.
+        """
+        special = {"eos_token": self.eot_id} | ({LANDMARK_TOKEN: self.landmark_id} if landmark else {})
+        check_read_back(functools.partial(self.save_pretrained, landmark=landmark), self.name, self.encode, special)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -101,7 +117,7 @@ def tokenizer_fingerprint(encode: Callable[[str], Sequence[int]]) -> str:
     Tokenizers that read text alike share it, whatever special tokens were added to one of them, so it shows whether a
     token file and a model belong together.
     """
-    ids = np.asarray(encode(FINGERPRINT_PROBE), dtype="<u4")
+    ids = np.asarray(encode(PROBE), dtype="<u4")
     return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
@@ -172,11 +188,7 @@ class GPT2Tokenizer(TextTokenizer):
             start = i + 1
         return "".join([*pieces, self.encoding.decode(ids[start:])])
 
-    def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
-        self.as_transformers(landmark).save_pretrained(directory)
-
     def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerFast:
-        """The same encoding as a tokenizer of the transformers library; landmark: with the landmark token."""
         from tokenizers import AddedToken
         from transformers import PreTrainedTokenizerFast
 
@@ -207,9 +219,8 @@ class TransformersTokenizer(TextTokenizer):
         if self._tokenizer.eos_token_id is None:
             raise LandmarkError(f"the tokenizer {name} has no end-of-text token (eos_token), which ends every document")
         self.eot_id = self._tokenizer.eos_token_id
-        self.vocab_size = len(self._tokenizer)
-        known = self._tokenizer.get_vocab().get(LANDMARK_TOKEN)
-        self.landmark_id = self.vocab_size if known is None else known
+        self.vocab_size = largest_id(self._tokenizer) + 1
+        self.landmark_id = self._tokenizer.get_vocab().get(LANDMARK_TOKEN, self.vocab_size)
         self._fast = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._fast is not None:
             # A document that spells a special token must not end it.
@@ -221,7 +232,7 @@ class TransformersTokenizer(TextTokenizer):
     def encode_documents(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
         texts = [text.decode() if isinstance(text, bytes) else text for text in documents]
         if self._fast is None:
-            ids = [self._tokenizer.encode(t, add_special_tokens=False, split_special_tokens=True) for t in texts]
+            ids = [text_ids(self._tokenizer, text) for text in texts]
         else:
             ids = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         return [np.asarray(row, dtype=np.uint32) for row in ids]
@@ -229,12 +240,12 @@ class TransformersTokenizer(TextTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
 
-    def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
+    def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerBase:
         # A second copy, so that this one keeps encoding as before.
         tokenizer = _open_with_transformers(self.name)
-        if landmark and LANDMARK_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [LANDMARK_TOKEN]}, False)
-        tokenizer.save_pretrained(directory)
+        if landmark:
+            add_tokens(tokenizer, [LANDMARK_TOKEN])
+        return tokenizer
 
 
 class BulkGPT2:
@@ -317,10 +328,8 @@ def _gpt2_byte_of_character() -> dict[str, int]:
 
 
 def _open_with_transformers(name: str) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return open_tokenizer(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise LandmarkError(

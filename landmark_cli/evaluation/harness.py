@@ -8,6 +8,7 @@ is the harness's own command with the model class "landmark"; from Python, impor
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landmark_cli.errors import UsageError, import_extra
-from landmark_cli.inference.generation import generate
+from landmark_cli.commands.models import MachineOptions, open_model
+from landmark_cli.console import error, info
+from landmark_cli.data.pretrained_tokenizers import begin_ids, prompt_ids, text_ids
+from landmark_cli.errors import LandmarkError, UsageError, import_extra
+from landmark_cli.inference.generation import encode_prompt, generate
 from landmark_cli.inference.settings import (
     ReadingSettings,
     SamplingSettings,
@@ -25,7 +29,6 @@ from landmark_cli.inference.settings import (
     open_reader,
     trained_text_length,
 )
-from landmark_cli.models.store import load
 
 import_extra("lm_eval", "lm-eval")
 
@@ -68,7 +71,11 @@ class LandmarkLM(TemplateLM):
         if unknown:
             raise UsageError(f"the landmark model has no argument {', '.join(sorted(unknown))}")
         self.reading = ReadingSettings(top_k_blocks=top_k, **reading)
-        self.model, self.tokenizer = load(pretrained, dtype=dtype, device=device)
+        if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
+            # The harness's command asks for it where nobody has named a device.
+            info(f"there is no GPU: {pretrained} runs on the CPU")
+            device = None
+        self.model, self.tokenizer = open_model(pretrained, MachineOptions(dtype=dtype, device=device or "auto"))
         self._device = self.model.device
 
     @property
@@ -85,10 +92,13 @@ class LandmarkLM(TemplateLM):
         return str(self.pretrained).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        if add_special_tokens is None:
-            begin = self.tokenizer.bos_token
-            add_special_tokens = not (begin and string.startswith(begin))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = prompt_ids(self.tokenizer, string)
+        return ids[len(begin_ids(self.tokenizer)) :] if add_special_tokens is False else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        encoded, continuation = super()._encode_pair(context, continuation)
+        # Of a context of nothing but spaces, which go with what follows.
+        return encoded or [self.prefix_token_id], continuation
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -105,7 +115,7 @@ class LandmarkLM(TemplateLM):
         pieces: list[tuple[None, list[int], list[int]]] = []
         owners = []
         for owner, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = text_ids(self.tokenizer, request.args[0])
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, length, 1))
             for context, continuation in [([self.prefix_token_id], ids)] if whole else windows:
                 pieces.append((None, context, continuation))
@@ -118,7 +128,7 @@ class LandmarkLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        prompts = [(request.args, self.tok_encode(request.args[0])) for request in requests]
+        prompts = [(request.args, encode_prompt(self.tokenizer, request.args[0])) for request in requests]
 
         def answer(batch: list[tuple[tuple[str, dict], list[int]]]) -> list[str]:
             sampling = self._sampling(batch[0][0][1])
@@ -239,4 +249,8 @@ class LandmarkLM(TemplateLM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except LandmarkError as found:
+        error(str(found))
+        sys.exit(found.exit_code)

@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.console import progress
 from landmark_cli.data.passkey import PassKey, PassKeyPrompts, random_key
+from landmark_cli.data.pretrained_tokenizers import begin_ids, text_ids
 from landmark_cli.inference.generation import generate
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
 from landmark_cli.inference.window import WindowReader
@@ -124,10 +126,8 @@ def evaluate_passkey(
 
 
 def prompt_maker(tokenizer: PreTrainedTokenizerBase) -> PassKeyPrompts:
-    """Prompts as the tokenizer begins texts: behind its begin-of-text token, if it puts one there by itself."""
-    ids = tokenizer("a")["input_ids"]
-    begin = ids[:1] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
-    return PassKeyPrompts(lambda text: tokenizer.encode(text, add_special_tokens=False), begin)
+    """Prompts as the tokenizer begins texts: behind what it puts there by itself, such as a begin-of-text token."""
+    return PassKeyPrompts(partial(text_ids, tokenizer), begin_ids(tokenizer))
 
 
 def wilson_interval(found: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

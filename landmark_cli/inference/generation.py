@@ -30,7 +30,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from landmark_cli.attention.trace import Trace
 from landmark_cli.console import progress
-from landmark_cli.data.tokenizers import GPT2_UNUSED, LANDMARK_TOKEN
+from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, prompt_ids
+from landmark_cli.data.tokenizers import GPT2_UNUSED
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.reader import Reader
 from landmark_cli.inference.recurrent import RecurrentReader
@@ -230,10 +231,10 @@ def stopping_criteria(
 
 
 def tokens_without_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The landmark, placeholders of the vocabulary, and the ids that only pad the output layer."""
+    """The landmark, placeholders of the vocabulary, and ids of the output layer that no token has."""
     vocabulary = tokenizer.get_vocab()
     silent = {vocabulary[name] for name in (*GPT2_UNUSED, LANDMARK_TOKEN) if name in vocabulary}
-    silent.update(range(max(vocabulary.values()) + 1, model.config.vocab_size))
+    silent.update(set(range(model.config.vocab_size)) - set(vocabulary.values()))
     landmark = getattr(model.config, "landmark_token_id", None)
     return sorted(silent if landmark is None else silent | {landmark})
 
@@ -248,7 +249,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
-    """The ids of a prompt, at least one. chat: as a user's message in the tokenizer's chat template.
+    """The ids of a prompt, at least one: see `prompt_ids`. chat: as a user's message in the tokenizer's chat template.
 
     Raises UsageError where the tokenizer has no chat template, LandmarkError where an empty prompt cannot be begun.
     """
@@ -256,10 +257,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
         if not tokenizer.chat_template:
             raise UsageError("--chat: this model's tokenizer has no chat template; give the prompt without it")
         message = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    ids = prompt_ids(tokenizer, prompt)
     if ids:
-        return list(ids)
+        return ids
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise LandmarkError("the prompt is empty, and this tokenizer has no token to begin a text with; give some text")

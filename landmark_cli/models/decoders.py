@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from landmark_cli.data.tokenizers import LANDMARK_TOKEN
+from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id
 from landmark_cli.errors import LandmarkError
 
 from .support import check_config, check_model
@@ -34,8 +33,9 @@ def add_landmarks(
 ) -> None:
     """Give a pretrained decoder and its tokenizer landmarks, in place.
 
-    The tokenizer gets a landmark token, and a padding token where it has none; their embedding rows (and the head's)
-    are the mean of the old rows. Done to a model that has landmarks, it changes the settings only.
+    The tokenizer gets a landmark token, and a padding token where it has none, with ids behind those of all its tokens
+    and of all that the config names. Their embedding rows (and the head's) are the mean of the rows that tokens have;
+    no other row changes. Done to a model that has landmarks, it changes the settings only.
 
     landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows it
     will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks retrieved by
@@ -96,25 +96,42 @@ def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 @torch.no_grad()
 def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add the tokens that are missing, and rows for them that are the mean of the rows before."""
-    config, before = model.config, len(tokenizer)
-    if tokenizer.pad_token is None:
+    """Add the tokens that are missing, and rows for them that are the mean of those that tokens have."""
+    config, rows = model.config, model.get_input_embeddings().weight.shape[0]
+    known = {id for id in tokenizer.get_vocab().values() if id < rows}
+    behind = max((id for id in _named_ids(config) if id < rows), default=-1)
+    needs_padding = tokenizer.pad_token is None
+    new = add_tokens(tokenizer, [PADDING_TOKEN, LANDMARK_TOKEN] if needs_padding else [LANDMARK_TOKEN], behind)
+    if needs_padding:
         tokenizer.add_special_tokens({"pad_token": PADDING_TOKEN})
         config.pad_token_id = tokenizer.pad_token_id
         if model.can_generate():
             model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if LANDMARK_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(LANDMARK_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if len(tokenizer) == before:
+    size = largest_id(tokenizer) + 1
+    if size > rows:
+        multiple = VOCABULARY_MULTIPLE if rows % VOCABULARY_MULTIPLE == 0 else 1
+        model.resize_token_embeddings(size, pad_to_multiple_of=multiple, mean_resizing=False)
+    elif not new:
         return
-    old = min(before, config.vocab_size)
-    if len(tokenizer) > config.vocab_size:
-        multiple = VOCABULARY_MULTIPLE if config.vocab_size % VOCABULARY_MULTIPLE == 0 else 1
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple, mean_resizing=False)
+    spare = [id for id in new if id < rows]
+    end = max(known) + 1
+    gaps = sorted(set(range(end)) - known)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        # Rows that the vocabulary had to spare were never trained, so they count as new.
         for parameter in embedding.parameters():
-            parameter[old:] = parameter[:old].mean(0, dtype=torch.float32)
+            # A choice of rows would be a copy, of gigabytes perhaps: all up to the last one, less the few in gaps.
+            total = parameter[:end].sum(0, dtype=torch.float32) - parameter[gaps].sum(0, dtype=torch.float32)
+            mean = (total / len(known)).to(parameter.dtype)
+            parameter[spare] = mean
+            parameter[rows:] = mean
+
+
+def _named_ids(config: PreTrainedConfig) -> list[int]:
+    """The tokens that a config names, which its model knows even if its tokenizer does not."""
+    ids: list[int] = []
+    for name, value in config.to_dict().items():
+        if name.endswith(("_token_id", "_token_ids")):
+            ids += [id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)]
+    return ids
 
 
 class OpensWithLandmarks:

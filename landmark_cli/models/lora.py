@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError, import_extra
 
 from .decoders import check_tokenizer
@@ -97,7 +98,7 @@ def open_adapted(
         model, _ = open_pretrained(base, dtype=dtype)
     except LandmarkError as error:
         raise LandmarkError(f"{directory} holds adapters for the model {base}, which is needed too: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = open_tokenizer(directory)
     check_tokenizer(config, tokenizer, str(directory))
     model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     with _without_deprecations():

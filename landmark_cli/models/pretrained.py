@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
+from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.weight_diff.manifest import MANIFEST
 
@@ -48,7 +48,7 @@ def open_pretrained(
         )
     _check_weights(report, config, path)
     with _failures(path, "tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = open_tokenizer(path)
     if getattr(config, "landmark_freq", None) is not None:
         check_tokenizer(config, tokenizer, str(path))
     return model, tokenizer

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from transformers import LogitsProcessor
 
+from landmark_cli import console
+from landmark_cli.commands.generate import stop_strings
 from landmark_cli.data.tokenizers import load_tokenizer
 
 SAMPLING = ["--max-new-tokens", "8", "--temperature", "0"]
@@ -21,8 +24,12 @@ def test_three_ways_to_give_the_prompt(landmark, workplace):
     assert given.out == data["text"] + "\n" == load_tokenizer("gpt2").decode(data["tokens"]) + "\n"
     assert (data["finish"], len(data["tokens"]), data["prompt_tokens"]) == ("length", 8, 85)
     assert landmark("generate", "--prompt-file", "prompt.txt", *SAMPLING).out == given.out
+    # As some editors save it: the mark in front is no part of the text.
+    (workplace / "marked.txt").write_text(prompt, encoding="utf-8-sig")
+    marked = landmark("generate", "--prompt-file", "marked.txt", *SAMPLING)
+    assert marked.out == given.out and "read 85 tokens" in marked.err
     command = [sys.executable, "-m", "landmark_cli", "generate", *SAMPLING]
-    piped = subprocess.run(command, input=prompt, cwd=workplace, capture_output=True, text=True, timeout=120)
+    piped = subprocess.run(command, input=f"\ufeff{prompt}", cwd=workplace, capture_output=True, text=True, timeout=120)
     assert piped.stdout == given.out, piped.stderr
 
 
@@ -38,6 +45,46 @@ def test_a_stop_string_ends_the_text(landmark):
     stopped = landmark("generate", "--prompt", "Call me", *SAMPLING, "--stop", free[10:13])
     assert stopped.out == free[: free.index(free[10:13])] + "\n"
     assert "ended by stop string" in stopped.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "strings", "told"),
+    [
+        ("CHAPTER", ["CHAPTER"], ""),
+        ("\n", ["\n"], ""),
+        (r"\n", ["\n"], r"--stop \n: read \n as a line break"),
+        (r"\n\n", ["\n\n"], r"--stop \n\n: read \n as a line break"),
+        (r"\r\n\t", ["\r\n\t"], r"\r as a carriage return, \n as a line break, \t as a tab"),
+        (r"\nQ:", ["\nQ:", r"\nQ:"], r"read \n as a line break"),
+        (r"\newpage", ["\newpage", r"\newpage"], r"read \n as a line break"),
+        (r"\section", [r"\section"], ""),
+        (r"\\", [r"\\"], ""),
+    ],
+)
+def test_stop_strings_as_a_shell_hands_them_on(typed, strings, told, capsys):
+    console.console.cache_clear()
+    assert stop_strings([typed, "other"]) == [*strings, "other"]
+    err = capsys.readouterr().err
+    assert told in err if told else not err
+
+
+def test_generation_ends_at_a_line_break_that_was_typed(landmark, monkeypatch):
+    # The model, whatever its weights, says these.
+    said = load_tokenizer("gpt2").encode("one line\nand another")
+    monkeypatch.setattr(
+        "landmark_cli.inference.generation.SuppressTokensLogitsProcessor", lambda *_, **__: Says(list(said))
+    )
+    result = landmark("generate", "--prompt", "Call me", *SAMPLING, "--stop", r"\n")
+    assert result.out == "one line\n" and "ended by stop string" in result.err
+
+
+class Says(LogitsProcessor):
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.tokens.pop(0)] = 1e9
+        return scores
 
 
 def test_a_baseline_sees_its_window(landmark):
@@ -56,6 +103,7 @@ def test_a_baseline_sees_its_window(landmark):
         (["--prompt", "a", "--chat"], 2, "no chat template"),
         (["--prompt", "a <landmark> b"], 1, "contains the landmark token"),
         (["--prompt", "a", "--temperature", "-1"], 2, "must be at least 0"),
+        (["--prompt", "a", "--stop", ""], 2, "--stop: an empty text"),
     ],
 )
 def test_mistakes(landmark, workplace, arguments, code, message):

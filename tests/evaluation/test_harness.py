@@ -13,9 +13,10 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from landmark_cli.console import console
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
-from landmark_cli.errors import UsageError
+from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.evaluation.harness import LandmarkLM
 from tests.tiny import FREQ, tiny_baseline, tiny_model
 
@@ -132,6 +133,33 @@ def test_the_harness_s_own_command(place):
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert "local_choice" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "code"), [("landmark", 0), ("nowhere", 1)])
+def test_the_harness_s_own_command_without_a_device(place, path, code):
+    command = [sys.executable, "-m", "landmark_cli.evaluation.harness", "run", "--model", "landmark"]
+    command += ["--model_args", f"pretrained={place / path},top_k=2", "--tasks", "local_choice"]
+    command += ["--include_path", str(place / "tasks"), "--limit", "1"]
+    changes = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **changes})
+    assert result.returncode == code, result.stderr
+    assert ("local_choice" in result.stdout) == (code == 0) and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0", "cpu"])
+def test_without_a_gpu_the_harness_s_default_device_is_the_cpu(place, device, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    console.cache_clear()
+    lm = LandmarkLM(str(place / "landmark"), device=device)
+    assert lm.device.type == "cpu"
+    assert ("there is no GPU" in capsys.readouterr().err) == (device in ("cuda", "cuda:0"))
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "nowhere"])
+def test_a_device_that_is_not_there(place, device):
+    with pytest.raises(LandmarkError, match=f"cannot run .*landmark on --device {device}"):
+        LandmarkLM(str(place / "landmark"), device=device)
 
 
 def test_arguments_that_cannot_be(place):

@@ -16,6 +16,7 @@ from landmark_cli.evaluation import passkey
 from landmark_cli.evaluation.heat_map import COLOURS, colour, draw_heat_map, terminal_heat_map
 from landmark_cli.evaluation.passkey import Cell, PassKeyResult, Trial, evaluate_passkey, prompt_maker, wilson_interval
 from landmark_cli.inference.settings import ReadingSettings
+from tests.awkward_tokenizers import BEGIN, byte_tokenizer
 from tests.tiny import tiny_baseline, tiny_llama, tiny_model
 
 GPT2 = load_tokenizer("gpt2")
@@ -92,17 +93,7 @@ def test_answers(answer, found):
 
 
 def test_begin_of_text(tokenizer):
-    class WithBegin:
-        bos_token_id = 50256
-
-        def __call__(self, text):
-            return {"input_ids": [50256, *GPT2.encode(text)]}
-
-        def encode(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return GPT2.encode(text)
-
-    assert prompt_maker(WithBegin()).make(200, 1, 0.5).tokens[0] == 50256
+    assert prompt_maker(byte_tokenizer(adds="<s> $A </s>")).make(700, 1, 0.5).tokens[0] == BEGIN
     assert prompt_maker(tokenizer).make(200, 1, 0.5).tokens[0] != 50256
 
 

@@ -10,6 +10,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.reader import Reader
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks, check_tokenizer
+from tests.awkward_tokenizers import byte_tokenizer
 from tests.models.families import FAMILIES, VOCABULARY, tiny_decoder, tiny_tokenizer
 from tests.tiny import tiny_baseline, tiny_model
 
@@ -103,8 +104,42 @@ def test_new_rows_are_the_mean_of_the_old(tied, vocabulary):
     after = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     assert (after[0] is after[1]) == tied
     for old, new in zip(before, after, strict=True):
-        assert torch.equal(new[:257], old[:257])
-        torch.testing.assert_close(new[257:], old[:257].mean(0).expand_as(new[257:]))
+        kept = [id for id in range(vocabulary) if id not in (257, 258)]
+        assert torch.equal(new[kept], old[kept])
+        torch.testing.assert_close(new[257:259], old[:257].mean(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("vocabulary", "grown"), [(320, 320), (280, 282), (270, 282), (256, 320)])
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
+def test_rows_of_tokens_behind_a_gap_stay(tied, vocabulary, grown, eos, tmp_path):
+    # 258 tokens in a row, two more behind gaps; the model may know one, both or neither of these.
+    tokenizer = byte_tokenizer(ids={"<|im_start|>": 268, "<|im_end|>": 279}, eos_token=eos, pad_token=None)
+    model = tiny_decoder("llama", vocab_size=vocabulary, tie_word_embeddings=tied)
+    layers = model.get_input_embeddings, model.get_output_embeddings
+    before = [layer().weight.detach().clone() for layer in layers]
+    add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=LENGTH)
+
+    assert (tokenizer.pad_token_id, model.config.landmark_token_id) == (280, 281)
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == grown
+    known = [id for id in (*range(258), 268, 279) if id < vocabulary]
+    for old, layer in zip(before, layers, strict=True):
+        kept = [id for id in range(vocabulary) if id not in (280, 281)]
+        assert torch.equal(layer().weight[kept], old[kept])
+        new = [280, 281, *range(vocabulary, grown)]
+        torch.testing.assert_close(layer().weight[new], old[known].mean(0).expand(len(new), -1))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    opened, again = store.load(tmp_path, device="cpu")
+    assert again.convert_tokens_to_ids("<landmark>") == opened.config.landmark_token_id
+
+
+def test_a_token_that_only_the_config_names_keeps_its_row():
+    model, tokenizer = tiny_decoder("llama", vocab_size=320, eos_token_id=[0, 290]), tiny_tokenizer()
+    row = model.get_input_embeddings().weight[290].detach().clone()
+    add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=LENGTH)
+    assert (tokenizer.pad_token_id, model.config.landmark_token_id) == (291, 292)
+    assert torch.equal(model.get_input_embeddings().weight[290], row)
 
 
 @pytest.mark.parametrize(("length", "top_k"), [(512, 4), (48, 4), (40, 3), (16, 0), (8, 0)])
