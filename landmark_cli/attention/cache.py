@@ -74,14 +74,22 @@ class LayerBlocks:
     blocks: (B, G, capacity, 2, block_size, D), the keys of a block, rotated by their offset in it, and its values.
     landmark_keys: (B, G, capacity, D), the last key of each block once more, side by side for scoring; with absolute
     positions it is rotated by its position in the row's stream instead.
+    one_landmark_key: the landmarks of all blocks have one key before rotation; only rounding tells stored ones apart.
 
     With offloading, blocks lie in (pinned) host memory and `resident` holds copies of those used lately.
     """
 
-    def __init__(self, settings: RetrievalSettings, index: int, like: Tensor, offload: Offload | None = None):
+    def __init__(
+        self,
+        settings: RetrievalSettings,
+        index: int,
+        like: Tensor,
+        offload: Offload | None = None,
+        one_landmark_key: bool = False,
+    ):
         """index: of the layer. like: its keys, (B, G, T, D)."""
         batch, heads, _, head_dim = like.shape
-        self.settings, self.index = settings, index
+        self.settings, self.index, self.one_landmark_key = settings, index, one_landmark_key
         self.offload = offload
         self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
         self.resident: ResidentBlocks | None = None
@@ -284,6 +292,8 @@ class BlockCache:
     inverse_frequencies: (rotary_dim / 2,) angle per position of the model's rotary embedding.
     batch: rows. device: where the counters live (keys and values live where the model puts them).
     offload: keep blocks in host memory, see offload.Offload; landmark keys stay on the model's device.
+    one_landmark: every landmark enters the model as the same vector, as a token id does. In the first layer, which has
+    seen nothing else yet, all landmark keys are then one vector.
 
     trace: set to a trace.Trace to record which blocks queries read.
     generation: rises whenever tensors of the cache are replaced by larger ones.
@@ -303,8 +313,10 @@ class BlockCache:
         batch: int = 1,
         device: torch.device | str = "cpu",
         offload: Offload | None = None,
+        one_landmark: bool = False,
     ):
         self.settings = settings
+        self.one_landmark = one_landmark
         self.device = torch.device(device)
         self.inverse_frequencies = inverse_frequencies.to(self.device)
         self.batch = batch
@@ -347,7 +359,8 @@ class BlockCache:
     def layer(self, index: int, k: Tensor, chunk: Chunk) -> LayerBlocks:
         """Layer `index`'s blocks with room for the chunk; made on first use, shaped after its keys k (B, G, T, D)."""
         if index not in self.layers:
-            self.layers[index] = LayerBlocks(self.settings, index, k, self.offload)
+            one_key = self.one_landmark and index == 0
+            self.layers[index] = LayerBlocks(self.settings, index, k, self.offload, one_key)
         blocks = self.layers[index]
         added = self._added_blocks(chunk.host_lengths, chunk.host_partial)
         self.generation += blocks.reserve(chunk.host_blocks, added, self.expected_blocks)

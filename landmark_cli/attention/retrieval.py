@@ -13,7 +13,6 @@ from .reference import attention_logits, landmark_attention, masked_logsumexp
 from .rotary import rotate, rotation_table
 
 MINUS_INFINITY = float("-inf")
-TIE = 1e-5
 
 
 def attend_chunk(
@@ -39,7 +38,11 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | N
     """Choose the blocks each query and head reads.
 
     Returns ages, (B, H or 1, T or 1, k) int64 in time order: age a is the a-th newest complete block, and 0 (at the
-    end) stands for no block where a row has fewer than k. Equal scores go to the newer block.
+    end) stands for no block where a row has fewer than k.
+
+    Of equal scores the newer block's is the better one. Scores are equal where they are the same float32 number, and
+    by definition where they belong to far blocks that share a landmark key (see LayerBlocks.one_landmark_key): rounding
+    would tell these apart, so all of them have the score of the newest one. No tolerance decides anything.
     """
     settings = blocks.settings
     ages = torch.arange(1, chunk.most_cached + 1, device=q.device)
@@ -54,6 +57,11 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | N
         distance = torch.minimum(ages, cached.clamp(max=settings.top_k) + 1)
         cos, sin = rotation_table(-distance * settings.block_size, chunk.inverse_frequencies)
         scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale)
+        if blocks.one_landmark_key:
+            # (B, 1), (B, n): the newest far block's place among the ages, and which blocks are far.
+            newest, far = cached.clamp(max=settings.top_k), ages > cached.clamp(max=settings.top_k)
+            newest = newest.clamp(max=len(ages) - 1).long()[:, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.where(far[:, None, None], scores.gather(-1, newest), scores)
     scores = scores.masked_fill((ages > cached)[:, None, None], MINUS_INFINITY)
 
     if settings.selection != "per_token_and_head":
@@ -63,26 +71,11 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | N
             scores = scores.amax(1, keepdim=True)
         else:
             scores = scores.masked_fill(~chunk.real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
-    best = ages[_newest_of_the_best(scores, min(settings.top_k, chunk.most_cached))]
+    # Ages rise, so a stable order leaves the newer of equal scores in front.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    best = ages[order[..., : min(settings.top_k, chunk.most_cached)]]
     best = best.masked_fill(best > cached[:, None, None], 0)
     return best.sort(dim=-1, descending=True).values
-
-
-def _newest_of_the_best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` best scores, (..., count); of scores that tie, the first indices.
-
-    In the first layer all landmarks have one key, which rounding blurs differently from chunk to chunk, so scores tie
-    that differ by less than TIE, or TIE of their size.
-    """
-    index = torch.arange(scores.shape[-1], device=scores.device)
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    best = []
-    for _ in range(count):
-        top = scores.masked_fill(taken, MINUS_INFINITY).amax(-1, keepdim=True)
-        ties = (scores >= top - TIE * top.abs().clamp(min=1.0)) & ~taken
-        best.append(torch.where(ties, index, len(index)).amin(-1, keepdim=True))
-        taken.scatter_(-1, best[-1], True)
-    return torch.cat(best, dim=-1)
 
 
 def block_distance(ages: Tensor, chunk: Chunk) -> Tensor:

@@ -92,6 +92,7 @@ class Reader:
             batch=batch,
             device=model.device,
             offload=Offload(config.num_hidden_layers) if offload == "cpu" else None,
+            one_landmark=True,
         )
         if model.device.type == "cuda":
             # What the graphs of an earlier reader held is of no use to others, in this process or another, until then.

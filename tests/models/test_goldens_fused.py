@@ -19,6 +19,7 @@ FIRST_CHUNKS = {
     "gpt_retrieval_max_tokens_k2_ragged": 2,
     "gpt_retrieval_stepwise_k2": 12,
     "gpt_retrieval_token_head_k2": 2,
+    "gpt_retrieval_token_head_k4": 2,
     "llama_retrieval_61": 2,
     "llama_retrieval_62": 2,
 }

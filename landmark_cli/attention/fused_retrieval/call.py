@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from ..cache import Chunk, LayerBlocks
-from ..retrieval import TIE
 
 # Landmarks a tile: all blocks that are scored at their true distance must lie in the first.
 TILE = 64
@@ -23,7 +22,7 @@ class Call:
 
     q: (B, H, T, D); k, v: (B, G, T, D). turns: cos and sin of whole block slots. stream_turn: with absolute positions,
     the turn to each row's stream positions. place, pool: where copies of offloaded blocks are. parts: how the kernels
-    see a head's dimensions. tie: scores closer than that are equal. precision: of products.
+    see a head's dimensions. precision: of products.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None):
@@ -47,8 +46,6 @@ class Call:
         self.parts = {"HALF": half, "REST": rest, "HALF_PAD": padded(half), "REST_PAD": padded(rest)}
         self.dim_pad = padded(self.dim)
         self.exact = q.dtype == torch.float32
-        # Lists that take several passes need a total order.
-        self.tie = TIE if self.exact and self.top_k <= PASS else 0.0
         self.precision = "tf32x3" if self.exact and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
     @property
@@ -64,6 +61,11 @@ class Call:
     @property
     def reach(self) -> tuple[int, int]:
         return self.settings.retrievable, self.top_k
+
+    @property
+    def scoring(self) -> tuple[int, int, int]:
+        """What kernels that score landmarks have to know: reach, and whether far blocks share a landmark key."""
+        return *self.reach, int(self.blocks.one_landmark_key and not self.absolute)
 
     @property
     def row_bytes(self) -> int:

@@ -23,8 +23,8 @@ def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_
                   GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
                   REST_PAD: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
                   ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
-                  COLS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ABSOLUTE: tl.constexpr,
-                  TIE: tl.constexpr):  # fmt: skip
+                  COLS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+                  ABSOLUTE: tl.constexpr):  # fmt: skip
     """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that candidates_kernel left.
 
     Program (item, query of a head). Items: K selected blocks, the query's own block, and, where a step may begin a new
@@ -51,7 +51,7 @@ def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_
     slot = (blocks + position // BLOCK) % capacity
     ok = real
     if item < K:
-        best = best_candidates(AGES, SCORES, row, cached, taken, K, SPLITS, CANDIDATES, COLS, K_PAD, TIE)
+        best = best_candidates(AGES, SCORES, row, cached, taken, K, SPLITS, CANDIDATES, COLS, K_PAD)
         rank = tl.arange(0, K_PAD)
         age = tl.sum(tl.where(rank == item, best, 0), 0)
         older = tl.sum((best > age).to(tl.int32), 0)

@@ -219,7 +219,7 @@ def decode(call: Call) -> Tensor:
         found.scores, parts, logits, arrived, out, chosen, shares, strides(call.q), strides(out), call.tokens,
         *call.ring, *call.reach, call.scale * LOG2E, GROUP=call.group, **call.parts, D_PAD=call.dim_pad,
         **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
-        PART=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, TIE=call.tie, num_warps=4,
+        PART=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, num_warps=4,
     )  # fmt: skip
     if trace is not None:
         trace.record(call.blocks.index, call.chunk, chosen, shares)

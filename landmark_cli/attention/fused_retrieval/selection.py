@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from ..fused.configurations import Configuration
-from ..retrieval import TIE
 from .call import PASS, TILE, Call, padded, strides
 from .configurations import select_configuration, step_configuration
 from .select import select_kernel
@@ -43,9 +42,9 @@ def select(call: Call) -> Tensor:
     for first in range(0, call.top_k, PASS):
         select_kernel[(triton.cdiv(call.group_rows, choice.rows), call.key_rows)](
             call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, ages, scores,
-            strides(call.q), call.tokens, *call.ring, *call.reach, first, call.scale, GROUP=call.group, **call.parts,
+            strides(call.q), call.tokens, *call.ring, *call.scoring, first, call.scale, GROUP=call.group, **call.parts,
             K=min(PASS, call.top_k - first), WIDTH=call.top_k, ROWS=choice.rows, COLS=TILE, LATER=first > 0,
-            ABSOLUTE=call.absolute, EXACT=call.exact, TIE=call.tie, PRECISION=call.precision,
+            ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision,
             **choice.launch_options(),
         )  # fmt: skip
     return ages
@@ -84,9 +83,9 @@ def candidates(call: Call, choice: Configuration, most: int) -> Candidates:
     ages, scores = call.empty(*shape), call.empty(*shape, dtype=torch.float32)
     candidates_kernel[(triton.cdiv(call.group_rows, choice.rows), splits, call.key_rows)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, ages, scores,
-        strides(call.q), call.tokens, *call.ring, *call.reach, call.scale, GROUP=call.group, **call.parts,
+        strides(call.q), call.tokens, *call.ring, *call.scoring, call.scale, GROUP=call.group, **call.parts,
         K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
-        ABSOLUTE=call.absolute, EXACT=call.exact, TIE=call.tie, PRECISION=call.precision, **choice.launch_options(),
+        ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
     return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})
@@ -97,7 +96,7 @@ def pick(call: Call, found: Candidates) -> Tensor:
     best = call.empty(*call.q.shape[:3], call.top_k)
     pick_kernel[(call.batch * call.heads * call.tokens,)](
         found.ages, found.scores, call.chunk.counters, best, call.heads * call.tokens, call.batch, *call.reach,
-        TIE=call.tie, **found.constants, num_warps=1 if found.constants["CANDIDATES"] <= 256 else 4,
+        **found.constants, num_warps=1 if found.constants["CANDIDATES"] <= 256 else 4,
     )  # fmt: skip
     return best
 
@@ -108,7 +107,7 @@ def normalizer(call: Call) -> Tensor:
     choice = select_configuration(call)
     normalizer_kernel[(triton.cdiv(call.group_rows, choice.rows), call.key_rows)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, lse, strides(call.q),
-        call.tokens, *call.ring, *call.reach, call.scale, GROUP=call.group, **call.parts, ROWS=choice.rows, COLS=TILE,
+        call.tokens, *call.ring, *call.scoring, call.scale, GROUP=call.group, **call.parts, ROWS=choice.rows, COLS=TILE,
         ABSOLUTE=call.absolute, PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     return lse
@@ -123,15 +122,15 @@ def shared(call: Call, lse: Tensor, first_token: int, tokens: int) -> Tensor:
     row_grid = (triton.cdiv(tokens, rows), call.batch) if over_heads else (1, call.batch * call.heads)
     shared_scores_kernel[(triton.cdiv(call.capacity, TILE), *row_grid)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, lse, scores,
-        strides(call.q), call.tokens, first_token, tokens, *call.ring, *call.reach, call.scale, GROUP=call.group,
+        strides(call.q), call.tokens, first_token, tokens, *call.ring, *call.scoring, call.scale, GROUP=call.group,
         **call.parts, ROWS=rows, COLS=TILE, OVER_HEADS=over_heads, ABSOLUTE=call.absolute, PRECISION=call.precision,
     )  # fmt: skip
     ages, best = call.empty(*sharing, call.top_k), call.empty(*sharing, call.top_k, dtype=torch.float32)
-    count, tie = ages[..., 0].numel(), TIE if call.top_k <= PASS else 0.0
+    count = ages[..., 0].numel()
     for first in range(0, call.top_k, PASS):
         top_kernel[(triton.cdiv(count, 16),)](
             scores, call.chunk.counters, ages, best, count, count // call.batch, call.batch, call.capacity,
             call.settings.retrievable, first, K=min(PASS, call.top_k - first), WIDTH=call.top_k, ROWS=16, COLS=TILE,
-            LATER=first > 0, TIE=tie,
+            LATER=first > 0,
         )  # fmt: skip
     return ages

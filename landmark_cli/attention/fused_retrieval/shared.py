@@ -12,9 +12,9 @@ from .select import NO_SCORE, after, far_query, keep_best, landmark_scores
 from .tiles import place_of, query_rows
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
 def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, tokens, batch,
-                      heads, capacity, retrievable, top_k, scale,
+                      heads, capacity, retrievable, top_k, one_key, scale,
                       GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
                       REST_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr,
                       PRECISION: tl.constexpr):  # fmt: skip
@@ -33,7 +33,8 @@ def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_S
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(tl.cdiv(cached, COLS)):
         s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1 + tile * COLS, column, key_row, blocks, cached, taken,
-                            capacity, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+                            capacity, one_key, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE,
+                            PRECISION)  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
         top = higher
@@ -43,7 +44,7 @@ def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_S
 
 @triton.jit
 def log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age, column,
-                    token, batch_row, head, tokens, batch, heads, capacity, retrievable, top_k, scale,
+                    token, batch_row, head, tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
                     GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
                     REST_PAD: tl.constexpr, ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Log-probability of blocks first_age + column for the tokens of one head; minus infinity for padding."""
@@ -57,16 +58,16 @@ def log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN
     real = real & (token < tokens)
     q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
                   ABSOLUTE)  # fmt: skip
-    s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity, scale,
-                        HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+    s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity,
+                        one_key, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
     lse = tl.load(LSE + tl.cast(key_row, tl.int64) * GROUP * tokens + row, mask=real, other=0.0)
     return tl.where(real[:, None], s - lse[:, None], NO_SCORE)
 
 
 @triton.jit(do_not_specialize=["tokens", "first_token", "shared_tokens", "batch", "heads", "capacity", "retrievable",
-                               "top_k"])  # fmt: skip
+                               "top_k", "one_key"])  # fmt: skip
 def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, SHARED, q_strides, tokens,
-                         first_token, shared_tokens, batch, heads, capacity, retrievable, top_k, scale,
+                         first_token, shared_tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
                          GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
                          REST_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OVER_HEADS: tl.constexpr,
                          ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -86,7 +87,7 @@ def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREA
         for head in range(heads * GROUP):
             s = log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age,
                                 column, first_token + token, batch_row, head, tokens, batch, heads, capacity,
-                                retrievable, top_k, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE,
+                                retrievable, top_k, one_key, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE,
                                 PRECISION)  # fmt: skip
             best = tl.maximum(best, s)
         at = (tl.cast(batch_row, tl.int64) * shared_tokens + token) * capacity
@@ -99,7 +100,8 @@ def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREA
         for first in range(0, tokens, ROWS):
             s = log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age,
                                 column, first + token, batch_row, head, tokens, batch, heads, capacity, retrievable,
-                                top_k, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE, PRECISION)  # fmt: skip
+                                top_k, one_key, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE,
+                                PRECISION)  # fmt: skip
             best = tl.maximum(best, tl.max(s, 0))
         at = tl.cast(tl.program_id(2), tl.int64) * capacity
         tl.store(SHARED + at + age - 1, best, mask=age <= capacity)
@@ -107,8 +109,8 @@ def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREA
 
 @triton.jit(do_not_specialize=["rows", "rows_per_batch", "batch", "capacity", "retrievable", "first"])
 def top_kernel(SHARED, COUNTERS, AGES, SCORES, rows, rows_per_batch, batch, capacity, retrievable, first,
-               K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LATER: tl.constexpr,
-               TIE: tl.constexpr):  # fmt: skip
+               K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+               LATER: tl.constexpr):  # fmt: skip
     """The ages of the K best of each row of SHARED (rows, capacity), into columns first.. of AGES (rows, WIDTH)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_range = row < rows
@@ -129,7 +131,7 @@ def top_kernel(SHARED, COUNTERS, AGES, SCORES, rows, rows_per_batch, batch, capa
         s = tl.load(SHARED + base[:, None] + age[None, :] - 1, mask=mask, other=NO_SCORE)
         if LATER:
             s = after(s, first_age, column, last_score, last_age, True)
-        scores, ages = keep_best(scores, ages, s, first_age, column, True, TIE)
+        scores, ages = keep_best(scores, ages, s, first_age, column, True)
     for j in tl.static_range(K):
         tl.store(AGES + out + j, ages[j], mask=in_range)
         tl.store(SCORES + out + j, scores[j], mask=in_range)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .select import NO_SCORE, far_query, keep_best, landmark_scores
+from .select import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded
 from .tiles import place_of, query_rows
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
 def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, AGES, SCORES, q_strides, tokens,
-                      batch, heads, capacity, retrievable, top_k, scale,
+                      batch, heads, capacity, retrievable, top_k, one_key, scale,
                       GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
                       REST_PAD: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr,
                       COLS: tl.constexpr, SPLITS: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr,
-                      TIE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                      PRECISION: tl.constexpr):  # fmt: skip
     """AGES and SCORES (B, H, T, SPLITS, K): of each query and head, the K best blocks among those of each split.
 
     Program (tile of rows, split, key head): rows are the queries of the GROUP heads on a key head. The first split has
@@ -44,7 +44,10 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_S
     if split == 0:
         near = tl.arange(0, NEAR)
         near_scores = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1, near, key_row, blocks, taken, taken, capacity,
-                                      scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+                                      one_key, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE,
+                                      PRECISION)  # fmt: skip
+        if not EXACT:
+            near_scores = tl.where((near < taken)[None, :], rounded(ordered(near_scores), COLS), NO_SCORE)
         near_ages = tl.where(real[:, None] & (near < taken)[None, :], 1 + near[None, :], 0)
         mask = in_range[:, None] & (near < K)[None, :]
         tl.store(AGES + (out[:, None] + near[None, :]), near_ages, mask=mask)
@@ -56,8 +59,8 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_S
         for tile in range(split - 1, tl.cdiv(cached - taken, COLS), SPLITS - 1):
             first_age = 1 + taken + tile * COLS
             s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity,
-                                scale, HALF, REST, HALF_PAD, REST_PAD, False, PRECISION)  # fmt: skip
-            scores, ages = keep_best(scores, ages, s, first_age, column, EXACT, TIE)
+                                one_key, scale, HALF, REST, HALF_PAD, REST_PAD, False, PRECISION)  # fmt: skip
+            scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
         for j in tl.static_range(K):
             tl.store(AGES + out + j, tl.where(real, ages[j], 0), mask=in_range)
             tl.store(SCORES + out + j, scores[j], mask=in_range)
@@ -65,7 +68,7 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_S
 
 @triton.jit
 def best_candidates(AGES, SCORES, row, cached, taken, K: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
-                    COLS: tl.constexpr, K_PAD: tl.constexpr, TIE: tl.constexpr):  # fmt: skip
+                    COLS: tl.constexpr, K_PAD: tl.constexpr):  # fmt: skip
     """The ages of a row's K best of all splits' candidates, (K_PAD,), 0 where there are not so many."""
     index = tl.arange(0, CANDIDATES)
     left = (index < SPLITS * K) & ((index // K - 1) * COLS < cached - taken)
@@ -76,8 +79,7 @@ def best_candidates(AGES, SCORES, row, cached, taken, K: tl.constexpr, SPLITS: t
     best = tl.zeros([K_PAD], tl.int32)
     for j in tl.static_range(K):
         top = tl.max(score, 0)
-        tied = score >= top - TIE * tl.maximum(tl.abs(top), 1.0)
-        found = tl.min(tl.where(tied, age, 2147483647), 0)
+        found = tl.min(tl.where(score == top, age, 2147483647), 0)
         best = tl.where(rank == j, tl.where(top > NO_SCORE, found, 0), best)
         score = tl.where(age == found, NO_SCORE, score)
     return best
@@ -85,13 +87,12 @@ def best_candidates(AGES, SCORES, row, cached, taken, K: tl.constexpr, SPLITS: t
 
 @triton.jit(do_not_specialize=["rows_per_batch", "batch", "retrievable", "top_k"])
 def pick_kernel(AGES, SCORES, COUNTERS, OUT, rows_per_batch, batch, retrievable, top_k, K: tl.constexpr,
-                SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, COLS: tl.constexpr, K_PAD: tl.constexpr,
-                TIE: tl.constexpr):  # fmt: skip
+                SPLITS: tl.constexpr, CANDIDATES: tl.constexpr, COLS: tl.constexpr,
+                K_PAD: tl.constexpr):  # fmt: skip
     """Each row's best of the candidates that the splits of candidates_kernel left: OUT (rows, K)."""
     row = tl.program_id(0)
     _, blocks, _ = place_of(COUNTERS, batch, row // rows_per_batch)
     cached = tl.minimum(blocks, retrievable)
-    best = best_candidates(AGES, SCORES, row, cached, tl.minimum(cached, top_k), K, SPLITS, CANDIDATES, COLS, K_PAD,
-                           TIE)  # fmt: skip
+    best = best_candidates(AGES, SCORES, row, cached, tl.minimum(cached, top_k), K, SPLITS, CANDIDATES, COLS, K_PAD)
     rank = tl.arange(0, K_PAD)
     tl.store(OUT + tl.cast(row, tl.int64) * K + rank, best, mask=rank < K)
