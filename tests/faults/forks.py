@@ -1,0 +1,206 @@
+"""Commands run in forks of a process that has imported everything once, so that a trial costs its own work only.
+
+A fork is watched: the processor time and the memory it may take are bounded, it can be killed or signalled at a moment
+that a seed chooses, and what it printed, how it ended and what it took are told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+MOST_SECONDS = 10.0
+"""Of processor time, for one command or one input."""
+MOST_BYTES = 2_000_000_000
+# A machine that is busy with other things lets a process wait; a process that waits for nothing is told by this.
+LONGEST_WAIT = 90.0
+# Shared pages of the parent count as the child's, as they would if it had imported the libraries itself.
+POLL_SECONDS = 0.02
+PAGE = os.sysconf("SC_PAGE_SIZE")
+TICK = os.sysconf("SC_CLK_TCK")
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a fork ended.
+
+    code: its exit status, or minus the signal that ended it. seconds: of processor time. peak: bytes of memory.
+    over: "time" or "memory" where it was stopped for taking too much.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    wall: float
+    peak: int
+    over: str | None = None
+
+    @property
+    def killed(self) -> bool:
+        return self.code == -signal.SIGKILL and self.over is None
+
+
+@dataclass
+class Fork:
+    """A child process doing `call` in `folder`, its output in two files beside it."""
+
+    call: Callable[[], int | None]
+    folder: Path
+    stdin: bytes = b""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    log: Path | None = None
+    most_seconds: float = MOST_SECONDS
+
+    def start(self) -> Fork:
+        self._log = self.log or self.folder.with_name(self.folder.name + ".log")
+        self._out, self._err = self._log.with_suffix(".out"), self._log.with_suffix(".err")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._started = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be_child()
+        self._descriptor = os.pidfd_open(self.pid)
+        return self
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, number)
+
+    def alive(self, seconds: float = 0.0) -> bool:
+        """Whether it still runs after so many seconds of waiting."""
+        return not select.select([self._descriptor], [], [], max(seconds, 0.0))[0]
+
+    def wait(self, signals: Iterable[tuple[float, int]] = ()) -> Ended:
+        """Until its end. signals: (seconds after the start, signal) to send on the way."""
+        waiting, over = sorted(signals), None
+        while True:
+            now = time.monotonic() - self._started
+            while waiting and waiting[0][0] <= now:
+                self.signal(waiting.pop(0)[1])
+            pause = min(POLL_SECONDS, waiting[0][0] - now) if waiting else POLL_SECONDS
+            if not self.alive(pause):
+                break
+            over = over or self._over()
+            if over:
+                self._end_all()
+        _, status, usage = os.wait4(self.pid, 0)
+        os.close(self._descriptor)
+        seconds, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+        if over is None and peak > MOST_BYTES:
+            over = "memory"
+        if over is None and seconds > self.most_seconds:
+            over = "time"
+        return Ended(
+            code=os.waitstatus_to_exitcode(status),
+            out=self._out.read_text(encoding="utf-8", errors="replace"),
+            err=self._err.read_text(encoding="utf-8", errors="replace"),
+            seconds=seconds,
+            wall=time.monotonic() - self._started,
+            peak=peak,
+            over=over,
+        )
+
+    def _over(self) -> str | None:
+        usage = read_usage(self.pid)
+        if usage is None:
+            return None
+        seconds, resident = usage
+        if resident > MOST_BYTES:
+            return "memory"
+        if seconds > self.most_seconds or time.monotonic() - self._started > LONGEST_WAIT:
+            return "time"
+        return None
+
+    def _end_all(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        self.signal(signal.SIGKILL)
+
+    def _be_child(self) -> None:
+        code = 70
+        try:
+            die_with_parent()
+            os.setsid()
+            source = os.memfd_create("stdin")
+            os.write(source, self.stdin)
+            os.lseek(source, 0, os.SEEK_SET)
+            os.dup2(source, 0)
+            for number, file in ((1, self._out), (2, self._err)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            os.chdir(self.folder)
+            os.environ.update(self.environment)
+            code = self.call() or 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 70
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+
+def read_usage(pid: int) -> tuple[float, int] | None:
+    """(seconds of processor time, bytes of memory) of a running process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    except (OSError, IndexError, ValueError):
+        return None
+    return (int(stat[11]) + int(stat[12])) / TICK, resident
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that forked it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def landmark(*arguments: object) -> Callable[[], int | None]:
+    """What a fork does to be `landmark ARGUMENTS`."""
+
+    def call() -> None:
+        from landmark_cli import cli, console
+
+        console.console.cache_clear()
+        cli.main([str(argument) for argument in arguments])
+
+    return call
+
+
+def command(
+    arguments: Sequence[object],
+    folder: Path,
+    *,
+    before: Callable[[], None] | None = None,
+    signals: Iterable[tuple[float, int]] = (),
+    **settings,
+) -> Ended:
+    """Run `landmark ARGUMENTS` in a folder, in a fork, to its end. before: done in the fork first."""
+    run = landmark(*arguments)
+
+    def call() -> int | None:
+        if before is not None:
+            before()
+        return run()
+
+    return Fork(call, folder, **settings).start().wait(signals)

@@ -1,0 +1,179 @@
+"""The commands that write a directory, and how one tells that it holds the same as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults import workplace
+from tests.faults.forks import Ended, command
+from tests.faults.harness import SILENT, Broken, check_done, digest
+from tests.faults.moments import Changes, Length
+
+OUTPUT = "out"
+# Figures of a run that are the same whenever it is run.
+REPEATED = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "validation_loss")
+
+
+def _small_pieces() -> None:
+    """Have prepare note its place after every few documents, so that it has many places to go on from."""
+    from landmark_cli.data import prepare
+
+    assert prepare.CHECKPOINT_SECONDS and prepare.BATCH_DOCUMENTS
+    prepare.CHECKPOINT_SECONDS, prepare.BATCH_DOCUMENTS = 0.0, 3
+
+
+def token_files(output: Path) -> dict[str, Any]:
+    """What a prepared corpus is: every byte of it but the time of writing."""
+    found: dict[str, Any] = digest(output, "*.bin", "*.offsets")
+    for file in output.glob("*.json"):
+        found[file.name] = {**json.loads(file.read_text()), "modified_ns": None}
+    found["left"] = sorted(file.name for file in output.glob("*.partial"))
+    return found
+
+
+def run_files(output: Path) -> dict[str, Any]:
+    """What a finished run is: its model, its newest checkpoint's weights, and its curve."""
+    kept = ("*.safetensors", "*.json", "*.yaml", "*.jinja", "checkpoints/*/model.safetensors")
+    found: dict[str, Any] = digest(output, *kept)
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    found["curve"] = [{key: record[key] for key in REPEATED if key in record} for record in map(json.loads, lines)]
+    found["left"] = sorted(file.name for file in output.glob("**/*.partial"))
+    return found
+
+
+def directory(output: Path) -> dict[str, Any]:
+    """Every byte of a directory, and what is left beside it."""
+    return {**digest(output), "left": sorted(path.name for path in output.parent.glob(f"{output.name}.*"))}
+
+
+def tables(output: Path) -> dict[str, Any]:
+    """A study's tables."""
+    return digest(output, "*.md", "*.csv", "*.json")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that writes OUTPUT.
+
+    reads: what it needs of the workplace. again: what is added when it is run once more. result: what of its output
+    has to be the same. published: the file that says that the output is whole, and what is whole then.
+    """
+
+    name: str
+    reads: Sequence[str]
+    arguments: Sequence[object]
+    result: Callable[[Path], dict[str, Any]]
+    again: Sequence[str] = ()
+    published: str = ""
+    before: Callable[[], None] | None = None
+
+    def run(self, folder: Path, *more: object, before: Callable[[], None] | None = None, **settings) -> Ended:
+        def first() -> None:
+            if self.before is not None:
+                self.before()
+            if before is not None:
+                before()
+
+        return command([*self.arguments, *more], folder, before=first, **settings)
+
+    def setup(self, base: Path) -> None:
+        """Run it once without any fault: base/whole/NAME holds what came of it, and how long it was."""
+        folder = base / "whole" / self.name
+        if folder.exists():
+            return
+        folder.mkdir(parents=True)
+        workplace.link(base, folder, *self.reads)
+        changes = Changes(folder)
+        ended = self.run(folder, before=changes.watch)
+        check_done(ended)
+        note = {"changes": changes.count, "seconds": ended.wall, "result": self.result(folder / OUTPUT)}
+        (folder / "note.json").write_text(json.dumps(note))
+
+    def whole(self, base: Path) -> dict[str, Any]:
+        """What its result has to be."""
+        return self._note(base)["result"]
+
+    def length(self, base: Path) -> Length:
+        note = self._note(base)
+        return Length(note["changes"], note["seconds"])
+
+    def _note(self, base: Path) -> dict[str, Any]:
+        return json.loads((base / "whole" / self.name / "note.json").read_text())
+
+    def check_result(self, folder: Path, base: Path, category: str, when: str) -> None:
+        """Broken unless the output is what it would be without any fault."""
+        found, expected = json.loads(json.dumps(self.result(folder / OUTPUT))), self.whole(base)
+        if found != expected:
+            raise Broken(category, f"another result {when}: {', '.join(differences(found, expected))}")
+
+    def check_published(self, folder: Path, base: Path, when: str) -> None:
+        """Broken where an interrupted output passes for a whole one, and is none."""
+        if self.published and (folder / OUTPUT / self.published).exists():
+            found, expected = self.result(folder / OUTPUT), self.whole(base)
+            # What is written after the file that says so may be missing, but never be another.
+            for name in digest(folder / OUTPUT, self.published, "*.safetensors", "*.bin"):
+                if name in found and found[name] != expected.get(name):
+                    raise Broken(SILENT, f"{when}: {name} stands there as if it were whole")
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    def same(a: Any, b: Any) -> bool:
+        return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+
+    names = sorted(found.keys() | expected.keys())
+    different = [name for name in names if not same(found.get(name), expected.get(name))]
+    return [f"{name} is {str(found.get(name))[:80]}, not {str(expected.get(name))[:80]}" for name in different[:3]]
+
+
+OUT = ["--output", OUTPUT]
+PREPARE_ARGUMENTS = ["prepare", "text", "--source", "novels", "--tokenizer", "bytes", "--validation-share", 0.2, *OUT]
+
+PREPARE = Job(
+    "prepare", ("novels", "bytes"), PREPARE_ARGUMENTS, token_files, published="train.json", before=_small_pieces
+)
+TRAIN = Job(
+    "train", ("tokens", "bytes"), [*workplace.TRAIN, *OUT], run_files, again=["--resume"], published="config.json"
+)
+FINETUNE = Job(
+    "finetune",
+    ("novels", "llama"),
+    [*workplace.FINETUNE, *OUT],
+    run_files,
+    again=["--resume"],
+    published="config.json",
+    before=_small_pieces,
+)
+ADAPTERS = Job(
+    "finetune, adapters",
+    ("novels", "llama"),
+    [*workplace.FINETUNE, *workplace.ADAPTERS, *OUT],
+    run_files,
+    again=["--resume"],
+    before=_small_pieces,
+)
+MERGED = Job(
+    "finetune, merged",
+    ("novels", "llama"),
+    [*workplace.FINETUNE, *workplace.ADAPTERS, "--merge", *OUT],
+    run_files,
+    again=["--resume"],
+    before=_small_pieces,
+)
+MAKE = Job(
+    "weight-diff make", ("raw", "tuned"), [*workplace.MAKE, "--path-diff", OUTPUT], directory, published="config.json"
+)
+RECOVER = Job(
+    "weight-diff recover",
+    ("raw", "diff"),
+    [*workplace.RECOVER, "--path-tuned", OUTPUT],
+    directory,
+    published="config.json",
+)
+STUDY = Job("study", ("gpt", "gpt-baseline", "tokens", "study.yaml"), [*workplace.STUDY, *OUT], tables)
+
+JOBS = (PREPARE, TRAIN, FINETUNE, ADAPTERS, MERGED, MAKE, RECOVER, STUDY)
