@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.faults import kinds, workplace
 from tests.faults.harness import run_kinds
-from tests.faults.table import as_text, write_page
+from tests.faults.table import as_text, failures_of, write_page
 
 
 def main() -> int:
@@ -52,6 +52,7 @@ def main() -> int:
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(as_text(results))
+    print(failures_of(results, options.seed))
     if options.write:
         write_page(options.write, results, seed=options.seed, seconds=time.monotonic() - started)
     return 1 if any(result.failures for result in results) else 0

@@ -30,6 +30,8 @@ CATEGORIES = {
 }
 # How many inputs a fork reads before a fresh one takes over.
 BATCH = 400
+# The kinds that run, for the workers, which are forks of this process: what a kind calls need not be importable.
+KNOWN: dict[str, Kind] = {}
 
 
 class Broken(Exception):
@@ -103,10 +105,11 @@ def run_kinds(
         if kind.setup is not None:
             kind.setup(base)
     tasks = [
-        (kind, numbers, seed, base, scratch)
+        (kind.name, numbers, seed, base, scratch)
         for kind in kinds
         for numbers in split(counts(kind), BATCH if kind.inputs else max(1, len(counts(kind)) // (4 * jobs)))
     ]
+    KNOWN.update((kind.name, kind) for kind in kinds)
     workers = multiprocessing.get_context("fork").Pool(jobs)
     with workers:
         for name, done, failures, not_here, seconds in workers.imap_unordered(do, tasks):
@@ -115,8 +118,7 @@ def run_kinds(
             result.failures += failures
             result.not_here = result.not_here or not_here
             result.seconds += seconds
-            for number, category, what in failures:
-                tell(f"{name} trial {number}: {category}: {what}")
+            tell(f"{name}: {result.trials} done, {len(result.failures)} failed")
     for result in by_name.values():
         result.failures.sort()
     return list(by_name.values())
@@ -126,9 +128,10 @@ def split(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
-def do(task: tuple[Kind, Sequence[int], int, Path, Path]) -> tuple[str, int, list[tuple[int, str, str]], str, float]:
+def do(task: tuple[str, Sequence[int], int, Path, Path]) -> tuple[str, int, list[tuple[int, str, str]], str, float]:
     """Trials of one kind, one after another, in a worker process."""
-    kind, numbers, seed, base, scratch = task
+    name, numbers, seed, base, scratch = task
+    kind = KNOWN[name]
     started = time.monotonic()
     if kind.inputs is not None:
         done, failures, not_here = do_inputs(kind, numbers, seed, base, scratch)

@@ -19,7 +19,7 @@ OUTPUT = "out"
 REPEATED = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "validation_loss")
 
 
-def _small_pieces() -> None:
+def small_pieces() -> None:
     """Have prepare note its place after every few documents, so that it has many places to go on from."""
     from landmark_cli.data import prepare
 
@@ -134,7 +134,7 @@ OUT = ["--output", OUTPUT]
 PREPARE_ARGUMENTS = ["prepare", "text", "--source", "novels", "--tokenizer", "bytes", "--validation-share", 0.2, *OUT]
 
 PREPARE = Job(
-    "prepare", ("novels", "bytes"), PREPARE_ARGUMENTS, token_files, published="train.json", before=_small_pieces
+    "prepare", ("novels", "bytes"), PREPARE_ARGUMENTS, token_files, published="train.json", before=small_pieces
 )
 TRAIN = Job(
     "train", ("tokens", "bytes"), [*workplace.TRAIN, *OUT], run_files, again=["--resume"], published="config.json"
@@ -146,7 +146,7 @@ FINETUNE = Job(
     run_files,
     again=["--resume"],
     published="config.json",
-    before=_small_pieces,
+    before=small_pieces,
 )
 ADAPTERS = Job(
     "finetune, adapters",
@@ -154,7 +154,7 @@ ADAPTERS = Job(
     [*workplace.FINETUNE, *workplace.ADAPTERS, *OUT],
     run_files,
     again=["--resume"],
-    before=_small_pieces,
+    before=small_pieces,
 )
 MERGED = Job(
     "finetune, merged",
@@ -162,7 +162,7 @@ MERGED = Job(
     [*workplace.FINETUNE, *workplace.ADAPTERS, "--merge", *OUT],
     run_files,
     again=["--resume"],
-    before=_small_pieces,
+    before=small_pieces,
 )
 MAKE = Job(
     "weight-diff make", ("raw", "tuned"), [*workplace.MAKE, "--path-diff", OUTPUT], directory, published="config.json"

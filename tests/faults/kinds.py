@@ -1,5 +1,5 @@
 """All kinds of trials, in the order of the table."""
 
-from tests.faults import kills
+from tests.faults import fuzz, kills
 
-KINDS = [*kills.KINDS]
+KINDS = [*kills.KINDS, *fuzz.KINDS]

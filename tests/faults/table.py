@@ -28,6 +28,20 @@ def by_category(results: Sequence[Result]) -> str:
     return ", ".join(f"{counts[category]} {category}" for category in CATEGORIES)
 
 
+def failures_of(results: Sequence[Result], seed: int) -> str:
+    """What failed, alike failures together, each with the command that repeats its first one."""
+    lines = []
+    for result in results:
+        alike: dict[tuple[str, str], list[tuple[int, str]]] = collections.defaultdict(list)
+        for number, category, what in result.failures:
+            alike[category, re.sub(r"'[^']*'|[\d.]+|/\S+", "*", what)[:80]].append((number, what))
+        for (category, _), found in sorted(alike.items(), key=lambda item: -len(item[1])):
+            number, what = found[0]
+            lines.append(f"{len(found):>6} {category}: {what}")
+            lines.append(f"       python -m tests.faults --only '{result.kind.name}' --trial {number} --seed {seed}")
+    return "\n".join(lines)
+
+
 def as_text(results: Sequence[Result]) -> str:
     """The table for a terminal, with the time that each row took."""
     rows = [("promise", "trials", "failures"), *rows_of(results)]

@@ -1,0 +1,151 @@
+"""Damaged corpora: what a second reading of the same bytes, by plain means, says must come of preparing them."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.faults import workplace
+
+if TYPE_CHECKING:
+    from tests.faults.fuzz import Input
+
+# The good documents, whether there are bad ones among them, and whether reading came to the file's end.
+Seen = tuple[list[bytes], bool, bool]
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def inputs(form: str, base: Path, work: Path) -> None:
+    workplace.copy(base / "corpora", work, form)
+    os.symlink(base / "bytes", work / "bytes")
+
+
+def skips(file: Path) -> bool:
+    """Whether a damaged file is prepared with --on-bad-text skip: half of them are."""
+    return file.stat().st_size % 2 == 0
+
+
+def prepare(form: str, folder: Path) -> list[bytes]:
+    """Prepare the one file of a corpus with a tokenizer whose ids are bytes; returns the documents' bytes."""
+    from landmark_cli.commands.prepare import PrepareOptions, run
+    from landmark_cli.data.token_file import TokenFile
+
+    run(
+        PrepareOptions(
+            "text",
+            source=[form],
+            output=folder / "out",
+            tokenizer="bytes",
+            validation_share=0.0,
+            on_bad_text="skip" if skips(folder / form / f"cats.{form}") else "stop",
+        )
+    )
+    file = TokenFile.open(folder / "out" / "train.bin")
+    byte_of = byte_of_id()
+    return [bytes(byte_of[i] for i in file.document(n).tolist()) for n in range(file.metadata.documents)]
+
+
+def right(documents: list[bytes], made: Input) -> bool:
+    """Whether these are the file's good documents: all of them, or of one that breaks off some, in order."""
+    data, form = made.bytes, made.damaged.name.partition(".")[2]
+    expected, bad, ended = SEEN[form](data)
+    expected = [document for document in expected if document]
+    if ended:
+        return documents == expected and (not bad or skips(made.damaged))
+    left = iter(expected)
+    return skips(made.damaged) and all(document in left for document in documents)
+
+
+def _seen_text(data: bytes) -> Seen:
+    text = data.removeprefix(BYTE_ORDER_MARK)
+    return ([text], False, True) if _is_text(text) else ([], True, True)
+
+
+def _seen_lines(data: bytes, ended: bool = True) -> Seen:
+    found, bad = [], False
+    for line in data.removeprefix(BYTE_ORDER_MARK).split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line.decode("utf-8"))["text"]
+            found.append(text.encode("utf-8") if text is not None else b"")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            bad = True
+    return found, bad, ended
+
+
+def _seen_gzip(data: bytes) -> Seen:
+    text, rest, ended = b"", data, False
+    while rest.strip(b"\0") or not text:
+        member = zlib.decompressobj(31)
+        try:
+            # Byte by byte at the end of what is good, so that nothing good is lost to a fault behind it.
+            for start in range(0, len(rest), 64):
+                text += member.decompress(rest[start : start + 64])
+        except zlib.error:
+            return _seen_lines(text, False)
+        if not member.eof:
+            return _seen_lines(text, False)
+        rest, ended = member.unused_data, True
+    return _seen_lines(text, ended)
+
+
+def _seen_zstandard(data: bytes) -> Seen:
+    import zstandard
+
+    text, rest, ended = b"", data, False
+    while rest:
+        frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        try:
+            text += frame.decompress(rest)
+        except zstandard.ZstdError:
+            return _seen_lines(text, False)
+        if not frame.eof:
+            return _seen_lines(text, False)
+        rest, ended = frame.unused_data, True
+    return _seen_lines(text, ended)
+
+
+def _seen_parquet(data: bytes) -> Seen:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        column = parquet.read_table(io.BytesIO(data), columns=["text"]).column("text").cast(pa.large_binary())
+        texts = [text or b"" for text in column.to_pylist()]
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return [], True, False
+    good = [text for text in texts if _is_text(text)]
+    return good, len(good) < len(texts), True
+
+
+SEEN = {
+    "txt": _seen_text,
+    "tex": _seen_text,
+    "jsonl": _seen_lines,
+    "jsonl.gz": _seen_gzip,
+    "jsonl.zst": _seen_zstandard,
+    "parquet": _seen_parquet,
+}
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@functools.cache
+def byte_of_id() -> list[int]:
+    """The bytes that the ids of the workplace's byte tokenizer stand for: its ids are sorted letters, one for a byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return [letters[letter] for letter in sorted(letters)]
