@@ -61,6 +61,12 @@ def right(documents: list[bytes], made: Input) -> bool:
     return skips(made.damaged) and all(document in left for document in documents)
 
 
+def names(made: Input) -> list[str]:
+    """What an error may say in place of the file's name: that nothing is left of a file that has no good document."""
+    expected, _, ended = SEEN[made.damaged.name.partition(".")[2]](made.bytes)
+    return ["no text to train on"] if ended and not any(expected) else []
+
+
 def _seen_text(data: bytes) -> Seen:
     text = data.removeprefix(BYTE_ORDER_MARK)
     return ([text], False, True) if _is_text(text) else ([], True, True)

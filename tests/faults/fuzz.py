@@ -38,7 +38,7 @@ class Reader:
     damages: Mapping[str, Damage]
     read: Read
     right: Callable[[Any, Input], bool] | None = None
-    names: Sequence[str] = ()
+    names: Sequence[str] | Callable[[Input], Sequence[str]] = ()
     full: int = 1600
     remake: Callable[[Path, Path], None] | None = None
 
@@ -98,9 +98,8 @@ def read_damaged(made: Input, chance: random.Random) -> None:
     try:
         result = made.reader.read(made.folder)
     except LandmarkError as error:
-        # What cannot be told apart from the file itself: its stem names all files of a token file.
-        names = (made.damaged.name, *made.reader.names)
-        if not any(name in str(error) for name in names):
+        names = made.reader.names(made) if callable(made.reader.names) else made.reader.names
+        if not any(name in str(error) for name in (made.damaged.name, *names)):
             raise Broken(UNCLEAR, f"{made.damaged.name} damaged, and the error is: {str(error)[:300]}") from None
     else:
         if made.reader.right is not None and not made.reader.right(result, made):
@@ -294,7 +293,7 @@ TENSORS, ZIPPED, YAML = mutate.damaged_safetensors, mutate.damaged_zip, mutate.d
 TOKENIZER = {"*/tokenizer.json": JSON, "*/tokenizer_config.json": JSON}
 
 READERS = [
-    Reader("token metadata", ["tokens"], {"tokens/train.json": JSON}, open_token_file, same, full=2500),
+    Reader("token metadata", ["tokens"], {"tokens/train.json": JSON}, open_token_file, same, names=["tokens/train."], full=2500),
     Reader(
         "token files",
         ["tokens"],
@@ -308,7 +307,7 @@ READERS = [
     Reader("studies", ["study.yaml"], {"study.yaml": YAML}, read_study, full=2500),
     Reader("a study's rows", [], {"rows.jsonl": LINES}, read_rows, known_rows, remake=some_rows, full=2500),
     Reader("metrics.jsonl", ["gpt"], {"gpt/metrics.jsonl": LINES}, rewind_metrics, json_lines, full=2500),
-    Reader("checkpoints", [], {"run/checkpoints/*/*": JSON}, load_checkpoint, same, remake=a_checkpoint, full=2000),
+    Reader("checkpoints", [], {"run/checkpoints/*/*": JSON}, load_checkpoint, same, names=["step-00000002"], remake=a_checkpoint, full=2000),
     Reader(
         "config.json of landmark models",
         ["gpt", "llama-landmark"],
@@ -390,7 +389,8 @@ READERS = [
             "authors-raw/*.bin": ZIPPED,
         },
         recover("authors-raw", "authors-diff"),
-        names=["authors-diff", "authors-raw"],
+        # The one sum that the authors give is of all files together.
+        names=["authors-diff", "authors-raw", "checksum_psum.txt says"],
         full=1000,
     ),
     Reader(
@@ -409,6 +409,7 @@ READERS = [
             {f"{form}/cats.{form}": damage},
             partial(corpora.prepare, form),
             corpora.right,
+            names=corpora.names,
             remake=partial(corpora.inputs, form),
             full=full,
         )
