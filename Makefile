@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-real lint
+.PHONY: install demo test test-real test-faults test-faults-quick lint
 
 install: $(INSTALLED)
 
@@ -22,10 +22,17 @@ demo: $(INSTALLED)
 
 # Two processes of one thread each do better than one of two: much of the time is starting processes.
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not real" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not real and not faults" -n 2 --dist worksteal
 
 test-real: $(INSTALLED)
 	$(BIN)/python -m pytest -m real
+
+# Every promise about kills, damaged files, full disks and signals, tried thousands of times; and a part of it.
+test-faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --write docs/reliability.md
+
+test-faults-quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --quick
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

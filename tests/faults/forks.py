@@ -138,6 +138,9 @@ class Fork:
         try:
             die_with_parent()
             os.setsid()
+            # As a shell starts a command, whatever started the trials.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             source = os.memfd_create("stdin")
             os.write(source, self.stdin)
             os.lseek(source, 0, os.SEEK_SET)

@@ -293,7 +293,15 @@ TENSORS, ZIPPED, YAML = mutate.damaged_safetensors, mutate.damaged_zip, mutate.d
 TOKENIZER = {"*/tokenizer.json": JSON, "*/tokenizer_config.json": JSON}
 
 READERS = [
-    Reader("token metadata", ["tokens"], {"tokens/train.json": JSON}, open_token_file, same, names=["tokens/train."], full=2500),
+    Reader(
+        "token metadata",
+        ["tokens"],
+        {"tokens/train.json": JSON},
+        open_token_file,
+        same,
+        names=["tokens/train."],
+        full=2500,
+    ),
     Reader(
         "token files",
         ["tokens"],
@@ -302,12 +310,23 @@ READERS = [
         same,
         full=1500,
     ),
-    Reader("interrupted prepare", [], {"out/*": JSON}, go_on_preparing, as_if_uninterrupted, remake=interrupted_prepare),
+    Reader(
+        "interrupted prepare", [], {"out/*": JSON}, go_on_preparing, as_if_uninterrupted, remake=interrupted_prepare
+    ),
     Reader("recipes", ["gpt"], {"gpt/recipe.yaml": YAML}, read_recipe, full=2500),
     Reader("studies", ["study.yaml"], {"study.yaml": YAML}, read_study, full=2500),
     Reader("a study's rows", [], {"rows.jsonl": LINES}, read_rows, known_rows, remake=some_rows, full=2500),
     Reader("metrics.jsonl", ["gpt"], {"gpt/metrics.jsonl": LINES}, rewind_metrics, json_lines, full=2500),
-    Reader("checkpoints", [], {"run/checkpoints/*/*": JSON}, load_checkpoint, same, names=["step-00000002"], remake=a_checkpoint, full=2000),
+    Reader(
+        "checkpoints",
+        [],
+        {"run/checkpoints/*/*": JSON},
+        load_checkpoint,
+        same,
+        names=["step-00000002"],
+        remake=a_checkpoint,
+        full=2000,
+    ),
     Reader(
         "config.json of landmark models",
         ["gpt", "llama-landmark"],
@@ -364,7 +383,12 @@ READERS = [
     Reader(
         "weight differences",
         ["raw", "diff"],
-        {"diff/landmark_diff.json": JSON, "diff/config.json": JSON, "diff/tuned/*": JSON, "diff/*.safetensors": TENSORS},
+        {
+            "diff/landmark_diff.json": JSON,
+            "diff/config.json": JSON,
+            "diff/tuned/*": JSON,
+            "diff/*.safetensors": TENSORS,
+        },
         recover("raw", "diff"),
         same,
         names=["diff"],

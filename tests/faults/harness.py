@@ -97,7 +97,7 @@ def run_kinds(
     base: Path,
     scratch: Path,
     jobs: int,
-    tell: Callable[[str], None],
+    tell: Callable[[str], None] = lambda message: None,
 ) -> list[Result]:
     """Do the trials with these numbers of every kind, `jobs` at a time."""
     by_name = {kind.name: Result(kind) for kind in kinds}

@@ -38,8 +38,10 @@ def token_files(output: Path) -> dict[str, Any]:
 
 def run_files(output: Path) -> dict[str, Any]:
     """What a finished run is: its model, its newest checkpoint's weights, and its curve."""
-    kept = ("*.safetensors", "*.json", "*.yaml", "*.jinja", "checkpoints/*/model.safetensors")
-    found: dict[str, Any] = digest(output, *kept)
+    found: dict[str, Any] = digest(output, "*.safetensors", "*.json", "*.yaml", "*.jinja")
+    checkpoints = sorted(output.glob("checkpoints/*"))
+    found["newest"] = digest(checkpoints[-1], "model.safetensors") if checkpoints else None
+    found["kept"] = {path.name: sorted(file.name for file in path.iterdir()) for path in checkpoints}
     lines = (output / "metrics.jsonl").read_text().splitlines()
     found["curve"] = [{key: record[key] for key in REPEATED if key in record} for record in map(json.loads, lines)]
     found["left"] = sorted(file.name for file in output.glob("**/*.partial"))

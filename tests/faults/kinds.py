@@ -1,5 +1,5 @@
 """All kinds of trials, in the order of the table."""
 
-from tests.faults import fuzz, kills
+from tests.faults import flips, fuzz, kills
 
-KINDS = [*kills.KINDS, *fuzz.KINDS]
+KINDS = [*kills.KINDS, *flips.KINDS, *fuzz.KINDS]

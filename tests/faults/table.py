@@ -58,7 +58,10 @@ def write_page(page: Path, results: Sequence[Result], *, seed: int, seconds: flo
     """Put the table into a page between its two marks."""
     lines = ["| promise | trials | failures |", "|---|---:|---:|"]
     lines += [f"| {promise} | {trials} | {failures} |" for promise, trials, failures in rows_of(results)]
-    lines += ["", f"By kind of failure: {by_category(results)}. Seed {seed}, {seconds / 60:.0f} minutes on {machine()}."]
+    lines += [
+        "",
+        f"By kind of failure: {by_category(results)}. Seed {seed}, {seconds / 60:.0f} minutes on {machine()}.",
+    ]
     text = page.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
