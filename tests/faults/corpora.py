@@ -150,7 +150,7 @@ def _is_text(data: bytes) -> bool:
 
 @functools.cache
 def byte_of_id() -> list[int]:
-    """The bytes that the ids of the workplace's byte tokenizer stand for: its ids are sorted letters, one for a byte."""
+    """What byte each id of the workplace's byte tokenizer stands for: its ids are sorted letters, one for a byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

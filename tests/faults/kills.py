@@ -50,13 +50,8 @@ def killed_processes(trial: Trial) -> int:
         changes = Changes(trial.work)
         forks = []
         for rank in range(2):
-
-            def call(rank: int = rank, last: bool = last) -> None:
-                job.before()
-                if not last and rank == moment.change % 2:
-                    changes.watch(moment.change)
-                landmark(*job.arguments)()
-
+            doomed_itself = not last and rank == moment.change % 2
+            call = partial(_one_process, job, changes if doomed_itself else None, moment.change)
             environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             forks.append(Fork(call, trial.work, environment=environment, log=trial.work / f"rank{rank}").start())
         if last:
@@ -74,6 +69,13 @@ def killed_processes(trial: Trial) -> int:
         os.unlink(file)
     job.check_result(trial.work, trial.base, LOST, f"after a kill {moment} ({changes.last})")
     return 1
+
+
+def _one_process(job: Job, changes: Changes | None, stop_at: int) -> None:
+    job.before()
+    if changes is not None:
+        changes.watch(stop_at)
+    landmark(*job.arguments)()
 
 
 KINDS = [

@@ -174,5 +174,5 @@ def import_everything() -> None:
     import landmark_cli.weight_diff.recover  # noqa: F401
 
     torch.set_num_threads(1)
-    # What `from_pretrained` would import only then.
-    transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast
+    for lazy in ("AutoModelForCausalLM", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(transformers, lazy)
