@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from landmark_cli import __version__, console
+from landmark_cli import __version__, console, launch
 from landmark_cli.commands import evaluate, finetune, generate, prepare, study, train, weight_diff
 from landmark_cli.errors import LandmarkError, Stopped
 from landmark_cli.interrupts import end_on_signals
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         # transformers' own bars are for a terminal; in a log they would be line after line.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    launch.remember(arguments)
     try:
         with end_on_signals():
             build_app(COMMANDS)(args=arguments, prog_name="landmark")
@@ -79,14 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        if isinstance(error, LandmarkError):
-            console.error(str(error))
-            sys.exit(error.exit_code)
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        console.error(f"{type(error).__name__}: {first_line}".removesuffix(": "))
-        if "--debug" not in arguments:
-            console.info("run again with --debug for the traceback")
-        sys.exit(1)
+        if launch.fails_first():
+            _say(error, debug="--debug" in arguments)
+        sys.exit(error.exit_code if isinstance(error, LandmarkError) else 1)
+
+
+def _say(error: Exception, debug: bool) -> None:
+    """Print why the work failed: a message for users as it is, anything else by its type and first line."""
+    if isinstance(error, LandmarkError):
+        console.error(str(error))
+        return
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    console.error(f"{type(error).__name__}: {first_line}".removesuffix(": "))
+    if not debug:
+        console.info("run again with --debug for the traceback")
 
 
 def _group(help: str, examples: Iterable[str]) -> typer.Typer:

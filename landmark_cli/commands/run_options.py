@@ -108,6 +108,7 @@ def validation_windows(
 
 def loop_settings(options: RunOptions, output: Path, precision: str, sequence_length: int) -> LoopSettings:
     """The options as the training loop takes them. sequence_length: positions of a window, landmarks included."""
+    from landmark_cli.launch import again
     from landmark_cli.training.loop import LoopSettings
     from landmark_cli.training.optimizer import Schedule
 
@@ -129,6 +130,7 @@ def loop_settings(options: RunOptions, output: Path, precision: str, sequence_le
         keep=options.keep,
         fused_loss=options.fused_loss,
         fp32_residual=options.fp32_residual,
+        go_on=again("resume", output=output),
     )
 
 

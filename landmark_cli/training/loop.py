@@ -27,11 +27,16 @@ from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import perplexity_of
+from landmark_cli.interrupts import interrupts
 from landmark_cli.training.checkpoints import Checkpoints, first_line, flush_tree, plain_name, warn_if_full
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
 from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups, set_learning_rate
 from landmark_cli.training.setup import LossModel, quiet_transformers, seed_step
+from landmark_cli.training.stopping import Vote
+
+# What a run does between a signal and its end.
+FINISHING = "finishing the step, then saving a checkpoint"
 
 
 class ValidationWindows(Protocol):
@@ -50,7 +55,8 @@ class LoopSettings:
     sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints kept.
     precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention loses an earlier block.
     fused_loss: work the loss out without holding all logits. Sharded models do not: their head is not whole then.
-    fp32_residual: keep the residual stream of a bf16 run in float32.
+    fp32_residual: keep the residual stream of a bf16 run in float32. go_on: the command that resumes the run, for
+    messages.
     """
 
     output: Path
@@ -71,6 +77,7 @@ class LoopSettings:
     group_dropout: float = 0.0
     fused_loss: bool = True
     fp32_residual: bool = False
+    go_on: str = "the same call, and resume"
 
 
 class Loop:
@@ -105,6 +112,7 @@ class Loop:
         self.checkpoints = Checkpoints(settings.output / "checkpoints", identity, settings.keep)
         self._prepare(model)
         self.checkpoints.attach(accelerator, self.module)
+        self.vote = Vote()
         self.step = 0
 
     def _prepare(self, model: nn.Module) -> None:
@@ -145,22 +153,30 @@ class Loop:
         loss_since, logged = torch.zeros((), device=accelerator.device), self.step
         tokens = self.batches.global_batch * settings.sequence_length
         meter = Meter(self.step, settings.steps, tokens, self.flops_per_token, self.peak_flops)
-        with progress("training", settings.steps, "steps", initial=self.step) as shown:
+        with interrupts(FINISHING) as asked, progress("training", settings.steps, "steps", initial=self.step) as shown:
             for micro_batches in self.micro_batches():
+                self.vote.begin(asked.signal or 0)
                 loss, norm = self.train_step(micro_batches, parameters)
                 loss_since += loss
                 self.step += 1
+                stopping = self.vote.end(asked.signal or 0)
                 fields = {}
-                if self._due(settings.log_every) or self.step == 1:
+                if self._due(settings.log_every) or self.step == 1 or stopping:
                     record = self._record(meter, loss_since / (self.step - logged), norm)
                     fields, logged = progress_fields(record), self.step
                     loss_since.zero_()
                 with meter.pause():
                     if self.validation and self._due(settings.evaluate_every):
                         self._report_evaluation()
-                    if self._due(settings.save_every):
-                        self.checkpoints.save(self.step)
+                    if self._due(settings.save_every) or stopping:
+                        saved = self.checkpoints.save(self.step)
                 shown.advance(1, **fields)
+                if stopping:
+                    asked.note(stopping)
+                    raise asked.stopped(
+                        f"stopped after step {self.step} of {settings.steps}, saved as {saved}; go on with\n"
+                        f"{settings.go_on}"
+                    )
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.settings.steps)

@@ -1,0 +1,95 @@
+"""What a process knows of how it was started: the command to go on with, and which of many speaks for a failure."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from landmark_cli import launch
+from tests.training.command import environment
+
+PROGRAM = """
+import os, sys
+from landmark_cli import cli, launch
+from landmark_cli.errors import LandmarkError
+from tests.greet import EXAMPLES, GreetOptions
+
+def run(options):
+    if options.note == "again":
+        print(launch.again("resume", out="here"))
+        return
+    import torch
+    if options.note == "alone":
+        torch.distributed.init_process_group("gloo")
+        if os.environ["RANK"] == "1":
+            raise LandmarkError("the disk of one machine is full")
+        torch.distributed.all_reduce(torch.ones(1))
+    raise LandmarkError("the disk is full")
+
+cli.COMMANDS[:] = [("greet", GreetOptions, run, EXAMPLES)]
+cli.main()
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "greet.py"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+def launched(*command):
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ([], ["--resume", "--out", "my run"]),
+        (["--resume"], ["--out", "my run"]),
+        (["--out=elsewhere"], ["--resume"]),
+        (["--out", "elsewhere", "--resume"], []),
+    ],
+)
+def test_the_command_to_go_on_with_is_the_one_given_and_what_it_lacks(monkeypatch, given, added):
+    monkeypatch.setattr(launch, "_arguments", ["train", *given])
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/landmark", "unrelated"])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert launch.again("resume", out="my run") == shlex.join(["landmark", "train", *given, *added])
+
+
+def test_a_call_from_python_goes_on_by_the_same_call(monkeypatch):
+    monkeypatch.setattr(launch, "_arguments", None)
+    assert launch.again("resume", output="runs/a") == "the same call with resume=True, output='runs/a'"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torchrun", "--nproc_per_node=1"],
+        ["accelerate", "launch", "--num_processes", "1"],
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"],
+    ],
+    ids=["torchrun", "accelerate", "as a module"],
+)
+def test_the_launcher_belongs_to_the_command(script, launcher):
+    out = launched(*launcher, script, "greet", "--note", "again").stdout
+    assert out.strip() == shlex.join([*launcher, script, "greet", "--note", "again", "--resume", "--out", "here"])
+
+
+@pytest.mark.parametrize(
+    ("note", "message"), [("all", "the disk is full"), ("alone", "the disk of one machine is full")]
+)
+def test_a_failure_is_said_once(script, note, message):
+    ended = launched("torchrun", "--nproc_per_node=3", script, "greet", "--note", note)
+    said = [line for line in ended.stderr.splitlines() if "error: " in line]
+    assert ended.returncode == 1 and len(said) == 1 and said[0].endswith(f"error: {message}")
+
+
+def test_processes_that_never_met_each_speak_for_themselves(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    assert launch.fails_first()
