@@ -346,6 +346,9 @@ class BlockCache:
         width = max(lengths) if width is None else width
         if len(lengths) != self.batch or min(lengths) < 0 or max(lengths) > width or width == 0:
             raise ValueError(f"lengths {lengths} do not fit a chunk of {self.batch} rows of {width} tokens")
+        if self.trace is not None:
+            # A chunk that has no blocks to read leaves it empty.
+            self.trace.layers = {}
         counters = self.counters(lengths, width)
         # Copied from pinned memory, so that the host need not wait for the device.
         counters = counters.pin_memory() if self.device.type == "cuda" else counters

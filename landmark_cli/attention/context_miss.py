@@ -48,7 +48,10 @@ def attend_chunk_with_context_miss(
         dropped = retrieved & (miss < settings.context_miss_cutoff).unsqueeze(-1)
         chunk.cache.retrievals += int(retrieved.sum())
         chunk.cache.dropped_retrievals += int(dropped.sum())
-        share = torch.softmax(group, dim=-1).nan_to_num(0.0) * miss.unsqueeze(-1) * (retrieved & ~dropped)
+        read = retrieved & ~dropped
+        share = torch.softmax(group, dim=-1).nan_to_num(0.0) * miss.unsqueeze(-1) * read
+        if chunk.cache.trace is not None:
+            chunk.cache.trace.record(blocks.index, chunk, ages.expand(read.shape).masked_fill(~read, 0), share)
         out = (out + (outputs * share.unsqueeze(-1)).sum(-2)).to(q.dtype)
     blocks.append(k, v, chunk)
     return out

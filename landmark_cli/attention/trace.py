@@ -19,7 +19,8 @@ class Trace:
 
     def record(self, layer: int, chunk: Chunk, ages: Tensor, shares: Tensor) -> None:
         """Keep what a layer's queries read; ages may be shared by heads or tokens, (B, H or 1, T or 1, k)."""
-        self.layers[layer] = ages.expand(shares.shape), shares, chunk.blocks
+        ages = ages.expand(shares.shape).masked_fill(~chunk.real[:, None, :, None], 0)
+        self.layers[layer] = ages, shares, chunk.blocks
 
     def read_by(self, row: int, token: int) -> list[dict[str, int | float]]:
         """The blocks that one query of the last chunk read: a dict of layer, head, block and share for each.

@@ -147,6 +147,8 @@ class ChunkForward:
             # A new one each time: what a chunk works out from its counters has to be recorded.
             return self._forward(still_ids, replace(still_chunk), still_kept)
 
+        if self.cache.trace is not None:
+            self.cache.trace.layers = {}
         pool = next((recorded.graph.pool for recorded in self._recorded.values()), None)
         try:
             graph = self.record(forward, device, pool)

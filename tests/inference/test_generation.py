@@ -31,8 +31,8 @@ def tokenizer(tmp_path_factory):
 @functools.cache
 def gpt2_model(kind: str):
     ids = {"vocab_size": 50304, "eos_token_id": GPT2.eot_id}
-    if kind == "landmark":
-        return tiny_model(landmark_token_id=GPT2_LANDMARK_ID, **ids)
+    if kind in ("landmark", "context miss"):
+        return tiny_model(landmark_token_id=GPT2_LANDMARK_ID, context_miss_token=kind == "context miss", **ids)
     return tiny_baseline(**ids) if kind == "baseline" else tiny_llama(**ids)
 
 
@@ -212,8 +212,9 @@ def test_criteria_of_one_s_own(tokenizer):
     assert [(len(result.tokens), result.finish) for result in results] == [(3, "stopping criterion")] * 2
 
 
-def test_a_trace_says_which_blocks_predicted_each_token(tokenizer):
-    model = gpt2_model("landmark")
+@pytest.mark.parametrize("kind", ["landmark", "context miss"])
+def test_a_trace_says_which_blocks_predicted_each_token(tokenizer, kind):
+    model = gpt2_model(kind)
     prompt = [*range(100, 122)]
     sampling = SamplingSettings(max_new_tokens=7, temperature=0.0)
     for chunk in (22, 20, 7):
