@@ -8,12 +8,14 @@ whole and behind what begins a text (`prompt_ids`), and a new token gets an id t
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reason
+from landmark_cli.files import reading, reason
+from landmark_cli.model_files import check_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,10 +36,17 @@ WHOLE = {"truncation": False, "padding": False, "verbose": False}
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer directory or hub id as `AutoTokenizer` opens it, but for what is stored in it about cutting texts,
-    padding them and leaving out merges at random. Raises whatever `AutoTokenizer` raises."""
+    padding them and leaving out merges at random.
+
+    Raises LandmarkError where there is none, it is damaged, or its directory names files outside of itself.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    if os.path.isdir(path):
+        check_directory(Path(path))
+    missing = "" if os.path.exists(path) else "there is no such directory, and the hub gave none"
+    with reading(path, "the tokenizer", to_do=missing):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

@@ -215,7 +215,7 @@ class TransformersTokenizer(TextTokenizer):
     def __init__(self, name: str) -> None:
         self.name = name
         self.batch_bytes = min(max(available_cores(), 2), 16) << 20
-        self._tokenizer = _open_with_transformers(name)
+        self._tokenizer = open_tokenizer(name)
         if self._tokenizer.eos_token_id is None:
             raise LandmarkError(f"the tokenizer {name} has no end-of-text token (eos_token), which ends every document")
         self.eot_id = self._tokenizer.eos_token_id
@@ -242,7 +242,7 @@ class TransformersTokenizer(TextTokenizer):
 
     def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerBase:
         # A second copy, so that this one keeps encoding as before.
-        tokenizer = _open_with_transformers(self.name)
+        tokenizer = open_tokenizer(self.name)
         if landmark:
             add_tokens(tokenizer, [LANDMARK_TOKEN])
         return tokenizer
@@ -325,14 +325,3 @@ def _gpt2_byte_of_character() -> dict[str, int]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _open_with_transformers(name: str) -> Any:
-    try:
-        return open_tokenizer(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LandmarkError(
-            f"cannot open the tokenizer {name!r}: it is neither 'gpt2' nor a directory or hub id that transformers "
-            f"opens ({reason})"
-        ) from error

@@ -7,25 +7,29 @@ head, the landmark model's config.json and the tokenizer, and names the model th
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError, import_extra
+from landmark_cli.files import read_record, reading
+from landmark_cli.weight_diff.checkpoint import open_shard
+from landmark_cli.weight_diff.matching import EMBEDDINGS, HEADS
 
 from .decoders import check_tokenizer
 from .pretrained import open_config, open_pretrained
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What the landmark model's config has that its base has not.
 SETTINGS = ("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks", "pad_token_id")
 
@@ -83,17 +87,53 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
+@dataclass
+class AdapterConfig:
+    """What is taken from an adapter directory's config before peft reads it."""
+
+    base_model_name_or_path: str
+    peft_type: Literal["LORA"]
+    r: int
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    layer_replication: None = None
+    auto_mapping: None = None
+
+
+def check_adapters(directory: Path, config: PreTrainedConfig) -> str:
+    """The name of the model that adapters are for, once their config is known to describe the weights beside it.
+
+    config: the landmark model's, in the same directory. Raises LandmarkError where adapters are not LoRA's, or their
+    ranks or vocabulary are others than the weights': memory would be taken for whatever numbers stand there.
+    """
+    described = directory / ADAPTER_CONFIG
+    adapters = read_record(AdapterConfig, described)
+    file = next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    if file is None:
+        raise LandmarkError(f"{directory} has no {ADAPTER_WEIGHTS[0]}, the weights that {ADAPTER_CONFIG} belongs to")
+    shapes = {name: shape for name, (_, shape) in open_shard(file, "the adapters in").tensors.items()}
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
+    vocabularies = {shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS + HEADS) and shape}
+    wrong = {adapters.r, *adapters.rank_pattern.values()} - ranks
+    if wrong:
+        raise LandmarkError(f"{described} gives the rank {min(wrong)}, which none of the weights in {file.name} has")
+    if vocabularies and config.vocab_size not in vocabularies:
+        raise LandmarkError(
+            f"config.json of {directory} gives {config.vocab_size} tokens, and {file.name} has {max(vocabularies)}"
+        )
+    return adapters.base_model_name_or_path
+
+
 def open_adapted(
     path: str | Path, *, attention: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open an adapter directory as a plain model: the base with the adapters merged into its weights.
 
-    Raises LandmarkError where peft is missing, or the base is not where it was.
+    Raises LandmarkError where peft is missing, the base is not where it was, or config and weights do not fit.
     """
     peft = import_extra("peft", "lora")
     directory = Path(path)
-    base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     config = open_config(directory)
+    base = check_adapters(directory, config)
     try:
         model, _ = open_pretrained(base, dtype=dtype)
     except LandmarkError as error:
@@ -101,10 +141,10 @@ def open_adapted(
     tokenizer = open_tokenizer(directory)
     check_tokenizer(config, tokenizer, str(directory))
     model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-    with _without_deprecations():
+    with reading(directory, "the adapters in"), _without_deprecations():
         model = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
     for name in SETTINGS:
-        setattr(model.config, name, getattr(config, name))
+        setattr(model.config, name, getattr(config, name, None))
     model.set_attn_implementation(attention or "landmark")
     return model, tokenizer
 

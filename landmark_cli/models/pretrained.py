@@ -6,12 +6,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,9 +22,13 @@ from transformers.utils import logging
 
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import reading
+from landmark_cli.model_files import check_directory, check_no_code
+from landmark_cli.schema import check
 from landmark_cli.weight_diff.manifest import MANIFEST
 
 from .decoders import check_tokenizer
+from .size import check_size
 
 
 def open_pretrained(
@@ -39,34 +42,77 @@ def open_pretrained(
     Raises LandmarkError naming what is missing, or what does not fit: weights and config, a landmark model's tokenizer.
     """
     config = open_config(path)
+    check_size(config, path, attention)
     if attention is not None:
         options["attn_implementation"] = attention
     with _failures(path), _without_reports():
         # Weights that do not fit are found in the report rather than left to a traceback.
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
     _check_weights(report, config, path)
-    with _failures(path, "tokenizer of "):
-        tokenizer = open_tokenizer(path)
+    tokenizer = open_tokenizer(path)
     if getattr(config, "landmark_freq", None) is not None:
         check_tokenizer(config, tokenizer, str(path))
     return model, tokenizer
 
 
 def open_config(path: str | Path) -> PreTrainedConfig:
-    """The config of a model directory or hub id. Raises LandmarkError where there is none that transformers knows."""
+    """The config of a model directory or hub id.
+
+    Raises LandmarkError where there is none that transformers knows, where a setting of ours is none, and where a file
+    of the directory lies or leads outside of it.
+    """
     directory = Path(path)
-    local = directory.exists() or (os.sep in str(path) and not _looks_like_hub_id(str(path)))
-    if local and not (directory / "config.json").is_file():
-        found = "is not there" if not directory.exists() else "has no config.json"
+    local = os.path.exists(path) or (os.sep in str(path) and not _looks_like_hub_id(str(path)))
+    if local and not os.path.lexists(directory / "config.json"):
+        found = "is not there" if not os.path.exists(path) else "has no config.json"
         raise LandmarkError(f"cannot open the model {path}: it {found}; name a model directory or a hub id")
-    if (directory / MANIFEST).is_file():
+    if os.path.lexists(directory / MANIFEST):
         raise LandmarkError(
             f"{path} holds a weight difference, not a model; landmark weight-diff recover makes one of it"
         )
+    if local:
+        check_directory(directory)
     with _failures(path), _without_reports():
-        return AutoConfig.from_pretrained(path)
+        settings, _ = PreTrainedConfig.get_config_dict(path)
+        check_no_code(settings, path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        names = [field.name for field in fields(LandmarkSettings) if hasattr(config, field.name)]
+        check(LandmarkSettings, {name: getattr(config, name) for name in names}).check_values()
+    return config
+
+
+@dataclass
+class LandmarkSettings:
+    """What this package's code takes from a config.json, besides what transformers checks itself."""
+
+    landmark_freq: int | None = None
+    landmark_token_id: int | None = None
+    trained_length: int | None = None
+    top_k_blocks: int | None = None
+    memory_length: int | None = None
+    segment_length: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    context_miss_token: bool = False
+
+    def check_values(self) -> None:
+        """Raise ValueError for a number that makes no sense where it stands."""
+        least = {"landmark_token_id": 0, "top_k_blocks": 0}
+        for name, value in vars(self).items():
+            if value is not None and value < least.get(name, 1) and name != "context_miss_token":
+                raise ValueError(f"{name} is {value}, and should be at least {least.get(name, 1)}")
+        if self.landmark_freq is None:
+            return
+        for name in ("landmark_token_id", "trained_length"):
+            if getattr(self, name) is None:
+                raise ValueError(f"it has landmarks (landmark_freq {self.landmark_freq}) but lacks {name}")
 
 
 def _check_weights(report: dict[str, Any], config: PreTrainedConfig, path: str | Path) -> None:
@@ -96,17 +142,11 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 @contextmanager
-def _failures(path: str | Path, part: str = "") -> Iterator[None]:
+def _failures(path: str | Path) -> Iterator[None]:
     """Turn what transformers raises over a model into one line that names it."""
-    try:
+    missing = "" if os.path.exists(path) else "there is no such directory, and the hub gave none"
+    with reading(path, "the model", to_do=missing):
         yield
-    except SafetensorError as error:
-        raise LandmarkError(f"cannot open the model {path}: its weights are damaged ({error})") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, EOFError, UnpicklingError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if not Path(path).exists():
-            reason = f"there is no such directory, and the hub gave none: {reason}"
-        raise LandmarkError(f"cannot open the {part}model {path}: {reason}") from error
 
 
 @contextmanager

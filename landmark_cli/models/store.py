@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import read_record, reading
+from landmark_cli.model_files import check_directory
+from landmark_cli.torch_files import load_weights
 
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
 from .lora import is_adapter, open_adapted
 from .pretrained import open_pretrained
+from .size import MOST_MODULES
 
 
 def load(
@@ -58,6 +62,47 @@ def newest_model(root: str | Path = "runs") -> Path:
     return max(finished, key=lambda directory: (directory / "config.json").stat().st_mtime)
 
 
+@dataclass
+class SummaryArguments:
+    """The authors' training options, as far as they make the model."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    sequence_length: int
+    model: str = "landmark"
+    mem_freq: int | None = None
+    landmark_id: int = 50260
+    dropout: float = 0.0
+    bias: bool = False
+
+    def config(self, vocab_size: int, summary: Path) -> GPTConfig:
+        """The model's config. Raises LandmarkError for numbers that no model has."""
+        landmarks = self.model.startswith("landmark")
+        with reading(summary):
+            if min(self.n_layer, self.n_head, self.n_embd, self.sequence_length) < 1 or self.n_layer > MOST_MODULES:
+                raise ValueError("it describes a model of no size")
+            # A model without landmarks has a mem_freq too: the data's, not its own.
+            return GPTConfig(
+                vocab_size=vocab_size,
+                n_layer=self.n_layer,
+                n_head=self.n_head,
+                n_embd=self.n_embd,
+                dropout=self.dropout,
+                bias=self.bias,
+                landmark_freq=self.mem_freq if landmarks else None,
+                landmark_token_id=self.landmark_id if landmarks else None,
+                trained_length=self.sequence_length,
+            )
+
+
+@dataclass
+class Summary:
+    """summary.json of the authors' lm_benchmark."""
+
+    args: SummaryArguments
+
+
 def _load_authors(directory: Path, attention: str | None, dtype: str | torch.dtype):
     """A checkpoint of the authors' lm_benchmark: settings from summary.json, weights from ckpt.pt."""
     from landmark_cli.data.tokenizers import load_tokenizer
@@ -65,35 +110,30 @@ def _load_authors(directory: Path, attention: str | None, dtype: str | torch.dty
     summary = directory / "summary.json"
     if not summary.is_file():
         raise LandmarkError(f"{directory} has ckpt.pt but no summary.json, which holds the model's settings")
-    args = json.loads(summary.read_text())["args"]
-    checkpoint = torch.load(directory / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
-    state = {_plain_name(name): tensor for name, tensor in checkpoint["model"].items()}
-    landmarks = args.get("model", "landmark").startswith("landmark")
-    # A model without landmarks has a mem_freq too: the data's, not its own.
-    config = GPTConfig(
-        vocab_size=state["transformer.wte.weight"].shape[0],
-        n_layer=args["n_layer"],
-        n_head=args["n_head"],
-        n_embd=args["n_embd"],
-        dropout=args.get("dropout", 0.0),
-        bias=args.get("bias", False),
-        landmark_freq=args.get("mem_freq") if landmarks else None,
-        landmark_token_id=args.get("landmark_id", 50260) if landmarks else None,
-        trained_length=args["sequence_length"],
-    )
+    check_directory(directory)
+    args = read_record(Summary, summary).args
+    file = directory / "ckpt.pt"
+    with reading(file):
+        checkpoint = load_weights(file)
+        state = {_plain_name(name): tensor for name, tensor in checkpoint["model"].items()}
+        rows = state["transformer.wte.weight"].shape[0]
+    config = args.config(rows, summary)
     if attention is not None:
         config._attn_implementation = attention
-    model = GPTForCausalLM(config)
-    converted = convert_state(state, config.n_head)
-    converted.setdefault("lm_head.weight", converted["model.embed_tokens.weight"])
-    expected = model.state_dict()
+    with reading(file):
+        converted = convert_state(state, config.n_head)
+        converted.setdefault("lm_head.weight", converted["model.embed_tokens.weight"])
+    # Shapes first: a summary of another model might ask for any amount of memory.
+    with reading(summary), torch.device("meta"):
+        expected = GPTForCausalLM(config).state_dict()
     for name in expected:
         found = tuple(converted[name].shape) if name in converted else None
         if found != tuple(expected[name].shape):
             raise LandmarkError(
-                f"{directory / 'ckpt.pt'} does not fit its summary.json: {name} should be "
-                f"{tuple(expected[name].shape)}, found {found or 'nothing'}"
+                f"{file} does not fit its summary.json: {name} should be {tuple(expected[name].shape)}, found "
+                f"{found or 'nothing'}"
             )
+    model = GPTForCausalLM(config)
     model.load_state_dict({name: converted[name] for name in expected})
     if dtype != "auto":
         model = model.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))

@@ -61,7 +61,7 @@ class Checkpoint:
         self.config = read_json(folder / "config.json", role)
         placed = self._find_files() if files is None else {name: self.inside(file) for name, file in files.items()}
         self.files = sorted(set(placed.values()))
-        self.shards = {file: _open_shard(file, role) for file in self.files}
+        self.shards = {file: open_shard(file, role) for file in self.files}
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self._shard_of: dict[str, SafetensorsShard | BinShard] = {}
@@ -154,7 +154,8 @@ def read_json(path: Path, role: str) -> dict[str, Any]:
     return files.read_json(path, role, max_bytes=MAX_JSON_BYTES)
 
 
-def _open_shard(file: Path, role: str) -> SafetensorsShard | BinShard:
+def open_shard(file: Path, role: str) -> SafetensorsShard | BinShard:
+    """A file of weights, by its ending. Raises LandmarkError where it is missing or damaged."""
     if not file.exists():
         raise LandmarkError(f"{role} {file.parent}: {file.name} is missing")
     with files.reading(file, role):

@@ -165,7 +165,7 @@ def test_fingerprints_tell_tokenizers_apart(gpt2):
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(LandmarkError, match="cannot open the tokenizer .*nothing-here"):
+    with pytest.raises(LandmarkError, match="the tokenizer .*nothing-here cannot be read"):
         load_tokenizer(str(tmp_path / "nothing-here"))
 
 

@@ -100,8 +100,12 @@ def test_weights_with_a_layer_more(directory):
 
 def test_weights_cut_short(directory):
     file = directory / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(LandmarkError, match="weights are damaged"):
+    content = file.read_bytes()
+    file.write_bytes(content[:1000])
+    with pytest.raises(LandmarkError, match=r"the files hold 1\.0 kB; they are cut short"):
+        store.load(directory)
+    file.write_bytes(content[:-1000])
+    with pytest.raises(LandmarkError, match="cannot be read: .*header"):
         store.load(directory)
     file.unlink()
     with pytest.raises(LandmarkError, match="model.safetensors"):
@@ -123,7 +127,7 @@ def test_the_tokenizer_has_to_know_the_landmark(directory):
 def test_no_tokenizer(directory):
     for file in directory.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(LandmarkError, match="cannot open the tokenizer of model"):
+    with pytest.raises(LandmarkError, match="the tokenizer .* cannot be read"):
         store.load(directory)
 
 
@@ -132,7 +136,7 @@ def test_a_model_of_an_unknown_kind(tmp_path):
     with pytest.raises(LandmarkError, match="no_such_thing"):
         store.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(LandmarkError, match="not a valid JSON"):
+    with pytest.raises(LandmarkError, match="not JSON"):
         store.load(tmp_path)
 
 
