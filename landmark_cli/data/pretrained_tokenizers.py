@@ -113,7 +113,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], behind:
 
 
 def _name_ids(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], tokens: list[Any]) -> None:
-    """Have tokens with these ids in the vocabulary itself.
+    """Have tokens with these ids in the vocabulary itself, and those that were added before.
 
     An added token's own id is not kept in files: whoever reads them gives ids anew, by counting tokens. With gaps that
     is another id, or one that is taken. An id in the vocabulary is kept.
@@ -126,7 +126,7 @@ def _name_ids(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], tokens: l
     state = json.loads(model.__getstate__())
     # A vocabulary that is a list has no gaps.
     if isinstance(state["vocab"], dict):
-        state["vocab"] |= ids
+        state["vocab"] |= tokenizer.get_added_vocab() | ids
         model.__setstate__(json.dumps(state).encode())
         backend.model = model
 

@@ -74,7 +74,9 @@ class SamplingSettings:
     repetition_penalty: float = option(
         1.0, panel=SAMPLING, min=0.01, help="Above 1: tokens seen before get less likely."
     )
-    stop: list[str] | None = option(None, panel=SAMPLING, help="Stop before this text; may be given several times.")
+    stop: list[str] | None = option(
+        None, panel=SAMPLING, help=r"Stop before this text (\n is a line break); may be given several times."
+    )
     seed: int = option(0, panel=SAMPLING, min=0, help="The same seed gives the same text.")
 
 

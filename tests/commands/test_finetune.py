@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaForCausalLM, T5Config
 
 import landmark_cli
@@ -19,9 +20,12 @@ from landmark_cli.cli import main
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.data.landmarks import insert_landmarks
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.generation import generate
 from landmark_cli.inference.reader import Reader
-from landmark_cli.models import store
+from landmark_cli.inference.settings import SamplingSettings
+from landmark_cli.models import decoders, store
 from landmark_cli.options import find_recipe, load_recipe, recipe_names
+from tests.awkward_tokenizers import byte_tokenizer
 from tests.models.families import random_decoder, tiny_decoder, tiny_tokenizer
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
@@ -243,6 +247,46 @@ def test_no_rotary_embedding(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(LandmarkError, match="no rotary embedding but learned absolute positions .gpt2"):
         finetune(tmp_path / "run", model=str(tmp_path / "gpt2"))
+
+
+@pytest.fixture
+def gap(tmp_path):
+    """A model whose tokenizer has 258 tokens, then two with other ids that it was trained with, and rows to spare."""
+    model = tiny_decoder("llama", initializer_range=0.1, vocab_size=320, bos_token_id=0, eos_token_id=1)
+    model.save_pretrained(tmp_path / "gap")
+    tokenizer = byte_tokenizer(ids={"<|im_start|>": 270, "<|im_end|>": 279}, eos_token="<|im_end|>", pad_token=None)
+    tokenizer.save_pretrained(tmp_path / "gap")
+    return tmp_path / "gap"
+
+
+def test_a_tokenizer_with_gaps_between_its_ids(gap, tmp_path):
+    output = finetune(tmp_path / "run", model=str(gap), steps=1, lr=0.0)
+    model, tokenizer = store.load(output, device="cpu")
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "[PAD]", "<landmark>"]) == [
+        270,
+        279,
+        280,
+        281,
+    ]
+    assert (model.config.landmark_token_id, model.config.vocab_size) == (281, 320)
+    before, after = (load_file(directory / "model.safetensors") for directory in (gap, output))
+    kept = [id for id in range(320) if id not in (280, 281)]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(after[name][kept], before[name][kept])
+    (generation,) = generate(model, tokenizer, ["the cats <|im_end|> of"], SamplingSettings(max_new_tokens=20))
+    # No id without a token is ever said.
+    assert set(generation.tokens) <= {*range(258), 270, 279}
+
+
+def test_a_tokenizer_that_would_not_come_back_is_refused_before_the_first_step(gap, tmp_path, monkeypatch):
+    def added_as_transformers_does(tokenizer, names, behind=-1):
+        tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
+        return tokenizer.convert_tokens_to_ids(names)
+
+    monkeypatch.setattr(decoders, "add_tokens", added_as_transformers_does)
+    with pytest.raises(LandmarkError, match="gap does not come back the same .*<landmark> is 261, not 281"):
+        finetune(tmp_path / "run", model=str(gap))
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/data").exists()
 
 
 def test_token_files_of_another_tokenizer(tmp_path):

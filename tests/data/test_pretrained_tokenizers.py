@@ -116,6 +116,24 @@ def test_new_tokens_get_ids_behind_all_others_and_keep_them(stored, behind, tmp_
         tokenizer = open_tokenizer(tmp_path / str(number))
 
 
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "CohereTokenizer"])
+@pytest.mark.parametrize("stored", ["none", "in the vocabulary"])
+def test_classes_of_transformers_that_build_themselves_anew(kind, stored, tmp_path):
+    # They add special tokens of their own while they are opened, into a gap where there is one.
+    byte_tokenizer(**GAPS[stored]).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
+    tokenizer = open_tokenizer(tmp_path)
+    assert type(tokenizer).__name__ == kind
+    add_tokens(tokenizer, [LANDMARK_TOKEN])
+    check_read_back(
+        tokenizer.save_pretrained, kind, lambda text: text_ids(tokenizer, text), special_ids(tokenizer, LANDMARK_TOKEN)
+    )
+    ours = load_tokenizer(str(tmp_path))
+    assert ours.landmark_id == tokenizer.get_vocab()[LANDMARK_TOKEN]
+    ours.check_saved()
+
+
 @pytest.mark.parametrize("model", ["WordLevel", "WordPiece", "Unigram"])
 def test_new_tokens_of_other_kinds_of_tokenizers(model, tmp_path):
     words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3} | ({} if model == "Unigram" else {"c": 40})

@@ -12,8 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from landmark_cli.cli import main
 from landmark_cli.commands.train import TrainOptions, run
+from landmark_cli.data import tokenizers
+from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.models import store
+from tests import awkward_tokenizers
 from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
@@ -41,6 +45,31 @@ def test_the_directory_holds_a_model_that_opens_anywhere(corpus, tmp_path):
     assert records(output)[-1] < records(output)[0]
     assert records(output, "tokens")[-1] == 4 * 4 * 34
     assert len(records(output, "validation_loss")) == 2
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
+def test_a_tokenizer_with_gaps_between_its_ids(tmp_path, eos):
+    tokenizer = awkward_tokenizers.byte_tokenizer(ids={"<|im_start|>": 270, "<|im_end|>": 279}, eos_token=eos)
+    tokenizer.save_pretrained(tmp_path / "gap")
+    corpus = write_corpus(tmp_path / "corpus", tmp_path / "gap")
+    assert TokenFile.open(corpus / "train.bin").metadata.vocab_size == 280
+    output = train(corpus, tmp_path / "run", steps=2)
+    model, tokenizer = store.load(output, device="cpu")
+    assert (model.config.landmark_token_id, model.config.vocab_size) == (280, 320)
+    assert tokenizer.convert_tokens_to_ids(["<landmark>", eos]) == [280, model.config.eos_token_id]
+
+
+def test_a_tokenizer_that_would_not_come_back_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    def added_as_transformers_does(tokenizer, names):
+        tokenizer.add_tokens(names, special_tokens=True)
+
+    monkeypatch.setattr(tokenizers, "add_tokens", added_as_transformers_does)
+    awkward_tokenizers.byte_tokenizer(ids={"<|im_end|>": 279}).save_pretrained(tmp_path / "gap")
+    corpus = write_corpus(tmp_path / "corpus", tmp_path / "gap")
+    with pytest.raises(LandmarkError, match="gap does not come back the same .*<landmark> is 259, not 280"):
+        train(corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(corpus, tmp_path / "baseline", baseline=True, steps=1)
 
 
 def test_the_recipe_in_it_repeats_the_run(corpus, tmp_path):
