@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import io
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import MISSING
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from landmark_cli import __version__, console, launch
+from landmark_cli import __version__, console, failures, launch
 from landmark_cli.commands import evaluate, finetune, generate, prepare, study, train, weight_diff
-from landmark_cli.errors import LandmarkError, Stopped
 from landmark_cli.interrupts import end_on_signals
-from landmark_cli.options import KINDS, Setting, build, load_recipe, settings_of
+from landmark_cli.options import KINDS, LONGEST, Setting, build, load_recipe, settings_of
 
-Command = tuple[str, type, Callable[[Any], None], str]
+Work = Callable[[Any], None]
+Command = tuple[str, type, Work, str]
 
 # The words on the command line, the options dataclass, the function that does the work, the examples that end the help.
 COMMANDS: list[Command] = [
@@ -43,8 +44,11 @@ GROUPS = {
 ABOUT = "Landmark attention: from raw text to a trained model that reads inputs of any length."
 
 
-def build_app(commands: Iterable[Command]) -> typer.Typer:
-    """The Typer application of these commands; a command of two words ("eval perplexity") stands in a group."""
+def build_app(commands: Iterable[Command], begin: Callable[[Work, Any], None] | None = None) -> typer.Typer:
+    """The Typer application of these commands; a command of two words ("eval perplexity") stands in a group.
+
+    begin: what is done with a command's function and its options; by default the function is called.
+    """
     commands = list(commands)
     shortest = {words: _shortest_example(examples) for words, _, _, examples in commands}
     one_each: dict[str, str] = {}
@@ -60,40 +64,61 @@ def build_app(commands: Iterable[Command]) -> typer.Typer:
             groups[group] = _group(GROUPS[group], inside)
             app.add_typer(groups[group], name=group)
         parent = groups[group] if group else app
-        parent.command(name, epilog=_epilog(examples))(_callback(words, options_class, run))
+        work = functools.partial(begin, run) if begin else run
+        parent.command(name, epilog=_epilog(examples))(_callback(words, options_class, work))
     return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `landmark` with these arguments (sys.argv's without any), print what goes wrong, and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _prepare_streams()
+    launch.remember(arguments)
+    options = None
+    try:
+        with end_on_signals():
+            run, options = _parse(arguments)
+            run(options)
+            console.write_out("")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.exit(failures.tell(error, options, debug="--debug" in arguments))
+    sys.exit(0)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Work, Any]:
+    """The function and the options that a command line means; help, version and wrong use end the program here.
+
+    The work itself is done outside of Typer, which takes some exceptions for its own: an EOFError for the end of what
+    is typed at a prompt, an interrupt and a broken pipe for something to be silent about.
+    """
+    chosen: list[tuple[Work, Any]] = []
+    app = build_app(COMMANDS, lambda run, options: chosen.append((run, options)))
+    with ExitStack() as stack:
+        if not console.is_first_on_machine():
+            # Every process of a launch finds the same in its command line; one of them says it.
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        try:
+            app(args=arguments, prog_name="landmark")
+        except SystemExit:
+            if not chosen:
+                raise
+    return chosen[0]
+
+
+def _prepare_streams() -> None:
+    """Let streams that are closed swallow what is printed, and print any text: a path may hold bytes of no encoding."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
         # transformers' own bars are for a terminal; in a log they would be line after line.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    launch.remember(arguments)
-    try:
-        with end_on_signals():
-            build_app(COMMANDS)(args=arguments, prog_name="landmark")
-    except Stopped as stopped:
-        console.info(str(stopped))
-        sys.exit(stopped.exit_code)
-    except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        if launch.fails_first():
-            _say(error, debug="--debug" in arguments)
-        sys.exit(error.exit_code if isinstance(error, LandmarkError) else 1)
-
-
-def _say(error: Exception, debug: bool) -> None:
-    """Print why the work failed: a message for users as it is, anything else by its type and first line."""
-    if isinstance(error, LandmarkError):
-        console.error(str(error))
-        return
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    console.error(f"{type(error).__name__}: {first_line}".removesuffix(": "))
-    if not debug:
-        console.info("run again with --debug for the traceback")
 
 
 def _group(help: str, examples: Iterable[str]) -> typer.Typer:
@@ -130,7 +155,7 @@ def _root(version: Version = False, debug: Debug = False) -> None:
     pass
 
 
-def _callback(words: str, options_class: type, run: Callable[[Any], None]) -> Callable[..., None]:
+def _callback(words: str, options_class: type, run: Work) -> Callable[..., None]:
     """The function Typer sees: its signature is the dataclass's fields, `--recipe` and `--debug`."""
     settings = settings_of(options_class)
 
@@ -140,12 +165,7 @@ def _callback(words: str, options_class: type, run: Callable[[Any], None]) -> Ca
             context.default_map = {name: _as_text(settings[name], value) for name, value in values.items()}
 
     def callback(**values: Any) -> None:
-        try:
-            run(build(options_class, {name: values[name] for name in settings}))
-        except KeyboardInterrupt as interrupted:
-            number = getattr(interrupted, "signal", signal.SIGINT)
-            console.info(f"stopped by {number.name}")
-            raise typer.Exit(128 + number) from None
+        run(build(options_class, {name: values[name] for name in settings}))
 
     recipe = typer.Option(
         "--recipe",
@@ -171,7 +191,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         "help": escape(about["help"]),
         "hidden": about["hidden"],
         "min": about["min"],
-        "max": about["max"],
+        "max": about["max"] if setting.bounds[1] < LONGEST else None,
         "rich_help_panel": about["panel"],
     }
     kind: Any = bool if setting.kind is bool else str

@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.errors import LandmarkError
+from landmark_cli.files import write_whole, writing
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -48,6 +51,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_on_machine() -> bool:
+    """Whether this is the first process of its machine, or the only one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def info(message: str) -> None:
     """Tell the user something, on stderr."""
     if is_main_process():
@@ -64,6 +72,29 @@ def error(message: str) -> None:
     """Tell the user why the work stops."""
     rank = "" if is_main_process() else f"[rank {os.environ['RANK']}] "
     console().print(f"{rank}error: {message}", style="red")
+
+
+def write_out(text: str) -> None:
+    """Write text to stdout at once. Raises LandmarkError where that cannot be written to, as on a full disk."""
+    with _writing_out():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _writing_out() -> Iterator[None]:
+    """Errors of stdout as such; where its reader has gone away, as in `landmark generate | head`, a silent end."""
+    try:
+        with writing("standard output"):
+            yield
+    except LandmarkError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):
+            raise
+        # What is still held goes nowhere, or Python would try again when it ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise SystemExit(1) from None
 
 
 class Progress:
@@ -182,8 +213,14 @@ def table(
         drawn.add_column(column, justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*(_cell(value, ".4f") for value in row))
+    show(drawn, stderr=stderr)
+
+
+def show(drawn: Any, *, stderr: bool = False) -> None:
+    """Print what rich can draw on stdout, or stderr."""
     if is_main_process():
-        console(stderr=stderr).print(drawn)
+        with _writing_out():
+            console(stderr=stderr).print(drawn)
 
 
 def results(
@@ -209,15 +246,15 @@ def results(
 def print_json(data: Any) -> None:
     """Print data as JSON on stdout; numbers JSON has no word for (nan, inf) become null, paths become text."""
     if is_main_process():
-        print(_json(data))
+        write_out(_json(data) + "\n")
 
 
 def write_json(data: Any, path: str | Path) -> None:
     """Write data to a file as `print_json` prints it, and say so."""
     if is_main_process():
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_json(data) + "\n", encoding="utf-8")
+        with writing(path, "--json"):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(path), _json(data) + "\n")
         info(f"wrote {path}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.memory import asked_for, is_out_of_memory
 from landmark_cli.schema import check
 
 T = TypeVar("T")
@@ -101,8 +102,8 @@ def reason(error: BaseException) -> str:
         return f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
     if isinstance(error, RecursionError):
         return "nested too deep"
-    if isinstance(error, MemoryError):
-        return "it asks for more memory than there is"
+    if is_out_of_memory(error):
+        return f"out of {asked_for(error)}"
     if isinstance(error, KeyError):
         return f"it lacks {_short(str(error))}"
     if isinstance(error, EOFError):
@@ -238,11 +239,19 @@ def hash_file(path: str | Path, size: int | None = None) -> Any:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file so that it is there whole and on the disk, or not at all. OSErrors are left to `writing`."""
+    """Write a file so that it is there whole and on the disk, or not at all. OSErrors are left to `writing`.
+
+    What is no ordinary file (/dev/stdout, a pipe) is written to as it is; of a link, the file it leads to.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    if path.exists() and not (path.is_file() or path.is_dir()) or path.is_relative_to("/dev"):
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

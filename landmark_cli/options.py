@@ -27,10 +27,15 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from landmark_cli.errors import UsageError, shown
-from landmark_cli.files import read_yaml
+from landmark_cli.files import read_yaml, write_whole, writing
 
 KINDS = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
 PACKAGE = Path(__file__).parent
+# The bound of a number that declares none of its own: larger ones are mistakes, and their products overflow.
+LARGEST = 10**9
+# Bounds of lengths, in tokens, and of seeds, which numpy takes too.
+LONGEST = 2**24
+LARGEST_SEED = 2**32 - 1
 
 
 def option(
@@ -45,16 +50,18 @@ def option(
     hidden: bool = False,
     positional: bool = False,
     saved: bool = True,
+    saves_memory: str = "",
 ) -> Any:
     """Declare one field of an options dataclass.
 
     default: the value, or a list (copied for each object); without one the option is required.
     panel: the heading it stands under in the help.
     names: the command-line names, where they differ from the field's: ("--top-k-blocks", "-k").
-    min, max: bounds of a number, both included.
+    min, max: bounds of a number, both included; without them LARGEST either way.
     metavar: what the help shows in place of the type.
     positional: an argument instead of an option.
     saved: whether `save_recipe` writes it; not for what belongs to one run only, such as `--resume` or `--dry-run`.
+    saves_memory: how the option is given so that less memory is needed ("a smaller --batch-size"), if it can be.
     """
     metadata = {
         "help": help,
@@ -66,6 +73,7 @@ def option(
         "hidden": hidden,
         "positional": positional,
         "saved": saved,
+        "saves_memory": saves_memory,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=functools.partial(list, default), metadata=metadata)
@@ -98,6 +106,12 @@ class Setting:
     def none_has_a_name(self) -> bool:
         """Whether the text "none" stands for None: only where it could be nothing else."""
         return self.optional and not self.many and (self.kind in (int, float) or bool(self.choices))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest number it may be."""
+        low, high = self.metadata["min"], self.metadata["max"]
+        return -LARGEST if low is None else low, LARGEST if high is None else high
 
     def convert(self, value: Any) -> Any:
         """Text from the command line or a value of a recipe -> the field's type. ValueError says what is wrong."""
@@ -135,10 +149,9 @@ class Setting:
         except (ValueError, OverflowError):
             wanted = "a whole number" if self.kind is int else "a number"
             raise ValueError(f"expected {wanted}, found {shown(value)}") from None
-        low, high = self.metadata["min"], self.metadata["max"]
-        if (low is not None and not number >= low) or (high is not None and not number <= high):
-            bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-            raise ValueError(f"must be {' and '.join(bounds)}, found {value}")
+        low, high = self.bounds
+        if not low <= number <= high:
+            raise ValueError(f"must be at least {low} and at most {high}, found {shown(number)}")
         return number
 
 
@@ -215,7 +228,8 @@ def save_recipe(options: Any, path: str | Path, command: str) -> None:
         if setting.metadata["saved"]:
             content[setting.key] = _for_yaml(getattr(options, name))
     text = yaml.safe_dump(content, sort_keys=False, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    with writing(path):
+        write_whole(Path(path), text)
 
 
 def find_recipe(recipe: str | Path, command: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from landmark_cli import options as options_module
+from landmark_cli.cli import COMMANDS
 from landmark_cli.errors import UsageError
 from landmark_cli.options import (
+    LARGEST_SEED,
     build,
     find_recipe,
     load_recipe,
@@ -26,13 +30,13 @@ from tests.greet import GreetOptions
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 paths = texts.filter(lambda text: not text.startswith("~")).map(Path)
-numbers = st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.floats(-1e9, 1e9)
 greetings = st.builds(
     GreetOptions,
     who=texts,
     times=st.integers(1, 9),
     rate=st.floats(0, 1e9),
-    blocks=st.none() | st.integers(0, 10**30),
+    blocks=st.none() | st.integers(0, 10**9),
     style=st.sampled_from(["plain", "fancy"]),
     tone=st.sampled_from(["high", "low", None]),
     data=st.lists(paths),
@@ -42,8 +46,8 @@ greetings = st.builds(
     twice=st.none() | st.booleans(),
     out=st.none() | paths,
     note=st.none() | texts,
-    top_k=st.integers(),
-    secret=st.integers(),
+    top_k=st.integers(-(10**9), 10**9),
+    secret=st.integers(-(10**9), 10**9),
 )
 
 
@@ -91,7 +95,7 @@ def test_converts(name, value, expected):
         ("times", True, "--times: expected a whole number, found True"),
         ("times", 0, "--times: must be at least 1 and at most 9, found 0"),
         ("times", "10", "--times: must be at least 1 and at most 9, found 10"),
-        ("rate", "nan", "--rate: must be at least 0, found nan"),
+        ("rate", "nan", "--rate: must be at least 0 and at most 1000000000, found nan"),
         ("rate", [], "--rate: expected a number, found []"),
         ("times", None, "--times: expected a whole number, found None"),
         ("style", "fance", "--style: expected one of plain, fancy; found 'fance'"),
@@ -111,6 +115,50 @@ def test_refuses_naming_the_option(name, value, message):
     with pytest.raises(UsageError) as error:
         build(GreetOptions, {name: value})
     assert str(error.value) == message
+
+
+NUMBERS = {
+    f"{words} {setting.label}": setting
+    for words, options_class, *_ in COMMANDS
+    for setting in settings_of(options_class).values()
+    if setting.kind in (int, float)
+}
+NONSENSE = [
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "1e300",
+    "-1e300",
+    "9" * 400,
+    "-" + "9" * 400,
+    "9" * 5000,
+    str(2**63),
+    "",
+    "x",
+]
+
+
+@pytest.mark.parametrize("setting", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_that_no_option_can_have_are_refused(setting):
+    for value in [*NONSENSE, math.nan, math.inf, -math.inf, 10**400, -(10**400), True]:
+        with pytest.raises(ValueError) as error:
+            setting.convert(value)
+        assert re.match(r"must be at least \S+ and at most \S+, found .{1,60}$|expected a ", str(error.value)), value
+
+
+@pytest.mark.parametrize("setting", NUMBERS.values(), ids=NUMBERS)
+def test_every_number_has_a_range_around_its_default(setting):
+    low, high = setting.bounds
+    assert setting.metadata["min"] == low >= 0
+    assert low < high <= (LARGEST_SEED if setting.kind is int and setting.name == "seed" else 10**15)
+    one = [setting.convert(str(bound)) for bound in (low, high)]
+    assert one == ([[low], [high]] if setting.many else [low, high])
+    for default in setting.default if setting.many and setting.default else [setting.default]:
+        assert default in (None, dataclasses.MISSING) or low <= default <= high
+    for beyond in (low - 1, high + 1):
+        with pytest.raises(ValueError, match="^must be at least"):
+            setting.convert(str(beyond))
 
 
 def test_python_call_needs_no_command_line():

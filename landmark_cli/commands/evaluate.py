@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
-from landmark_cli.console import console, info, results
-from landmark_cli.errors import LandmarkError, import_extra
+from landmark_cli.console import info, results, show
+from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.settings import ReadingSettings, has_landmarks
-from landmark_cli.options import option
+from landmark_cli.options import LARGEST_SEED, LONGEST, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ class EvaluationOptions(ReadingSettings, ModelOptions):
         names=("--top-k",),
         panel="Reading",
         min=0,
+        max=LONGEST,
         help="Blocks retrieved for each token; 0 for none. [default: as the model says]",
     )
 
@@ -65,15 +66,27 @@ class PerplexityOptions(EvaluationOptions):
         help="A token file, or a prepared corpus whose validation.bin is read. [default: the newest under data/]",
     )
     eval_length: int | None = option(
-        None, panel=MEASUREMENT, min=1, help="Text tokens of a window. [default: 4 times the trained length]"
+        None,
+        panel=MEASUREMENT,
+        min=1,
+        help="Text tokens of a window. [default: 4 times the trained length]",
+        saves_memory="a shorter --eval-length",
     )
     memory: bool = option(True, panel=MEASUREMENT, help="Remember earlier chunks; without, each is read by itself.")
     sample_tokens: int | None = option(
-        None, panel=MEASUREMENT, min=1, help="Read a random choice of windows of about so many tokens. [default: all]"
+        None,
+        panel=MEASUREMENT,
+        min=1,
+        max=10**15,
+        help="Read a random choice of windows of about so many tokens. [default: all]",
     )
-    seed: int = option(0, panel=MEASUREMENT, min=0, help="Of that choice.")
+    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Of that choice.")
     batch_size: int | None = option(
-        None, panel=MEASUREMENT, min=1, help="Windows read at a time. [default: by their chunks' length]"
+        None,
+        panel=MEASUREMENT,
+        min=1,
+        help="Windows read at a time. [default: by their chunks' length]",
+        saves_memory="a smaller --batch-size",
     )
     json: str | None = option(
         None, panel=OUTPUT, saved=False, help="Write the results to this file as data too; - for standard output."
@@ -89,21 +102,32 @@ class PassKeyOptions(EvaluationOptions):
     """
 
     lengths: list[int] = option(
-        [512, 1024, 2048, 4096], panel=MEASUREMENT, min=1, help="Text tokens of the prompts, with commas between."
+        [512, 1024, 2048, 4096],
+        panel=MEASUREMENT,
+        min=1,
+        help="Text tokens of the prompts, with commas between.",
+        saves_memory="shorter --lengths",
     )
     prompts: int = option(
         10, panel=MEASUREMENT, min=1, help="Prompts of each length; with --depths, of each depth too."
     )
     depths: int | None = option(
-        None, panel=MEASUREMENT, min=1, help="Put keys at so many depths, evenly from 0 to 1. [default: drawn evenly]"
+        None,
+        panel=MEASUREMENT,
+        min=1,
+        help="Put keys at so many depths, evenly from 0 to 1. [default: drawn evenly]",
     )
     full_attention: bool = option(
         False, panel=MEASUREMENT, help="Read by the model's ordinary attention, as an untouched model does."
     )
     batch_size: int | None = option(
-        None, panel=MEASUREMENT, min=1, help="Prompts read at a time. [default: by their length]"
+        None,
+        panel=MEASUREMENT,
+        min=1,
+        help="Prompts read at a time. [default: by their length]",
+        saves_memory="a smaller --batch-size",
     )
-    seed: int = option(0, panel=MEASUREMENT, min=0, help="Of keys and depths.")
+    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Of keys and depths.")
     json: str | None = option(
         None, panel=OUTPUT, saved=False, help="Write the results to this file as data too; - for standard output."
     )
@@ -151,7 +175,9 @@ def run_passkey(options: PassKeyOptions) -> None:
     Raises LandmarkError for a length that no prompt can have, or where the picture's package is missing.
     """
     if options.plot is not None:
-        import_extra("matplotlib", "plot")
+        from landmark_cli.evaluation.pictures import check_picture
+
+        check_picture(options.plot)
     name = name_model(options)
     model, tokenizer = open_model(name, options, attention="sdpa" if options.full_attention else None)
     from landmark_cli.evaluation.heat_map import draw_heat_map, terminal_heat_map
@@ -183,7 +209,7 @@ def run_passkey(options: PassKeyOptions) -> None:
         json_target=options.json,
         title=f"pass keys, {name}, {how}",
     )
-    console(stderr=options.json == "-").print(terminal_heat_map(result))
+    show(terminal_heat_map(result), stderr=options.json == "-")
     if options.plot is not None:
         draw_heat_map(result, options.plot, f"keys found: {Path(name).name}, {how}")
         info(f"wrote {options.plot}")

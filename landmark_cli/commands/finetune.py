@@ -19,7 +19,7 @@ from landmark_cli.commands.run_options import (
 )
 from landmark_cli.console import info
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
-from landmark_cli.options import option, save_recipe
+from landmark_cli.options import LONGEST, option, save_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -43,16 +43,28 @@ DATA, MODEL, LORA = "Data", "Model", "LoRA"
 class LoraOptions:
     """Adapters in place of training every weight."""
 
-    lora_rank: int | None = option(None, panel=LORA, min=1, help="Train adapters of this rank, embeddings and head.")
-    lora_alpha: float | None = option(
-        None, panel=LORA, min=0, help="The adapters count alpha / rank times. [default: twice the rank]"
+    lora_rank: int | None = option(
+        None,
+        panel=LORA,
+        min=1,
+        max=65_536,
+        help="Train adapters of this rank, embeddings and head.",
+        saves_memory="a small --lora-rank",
     )
-    lora_dropout: float = option(0.0, panel=LORA, min=0, max=1, help="Dropout of the adapters' input.")
+    lora_alpha: float | None = option(
+        None, panel=LORA, min=0, max=1e6, help="The adapters count alpha / rank times. [default: twice the rank]"
+    )
+    lora_dropout: float = option(0.0, panel=LORA, min=0, max=0.99, help="Dropout of the adapters' input.")
     lora_targets: list[str] | None = option(
         None, panel=LORA, help="Names of the layers that get adapters. [default: every linear layer but the head]"
     )
     merge: bool = option(False, panel=LORA, help="Write a plain model, the adapters merged into its weights.")
-    four_bit: bool = option(False, panel=LORA, help="Keep the frozen weights in 4 bits (needs bitsandbytes).")
+    four_bit: bool = option(
+        False,
+        panel=LORA,
+        help="Keep the frozen weights in 4 bits (needs bitsandbytes).",
+        saves_memory="--four-bit with a --lora-rank",
+    )
 
 
 @dataclass(kw_only=True)
@@ -60,15 +72,19 @@ class PretrainedOptions:
     """Which model, and its landmarks."""
 
     model: str = option(panel=MODEL, help="A model directory or a hub id.")
-    landmark_freq: int = option(63, panel=MODEL, min=1, help="Text tokens between landmarks.")
+    landmark_freq: int = option(63, panel=MODEL, min=1, max=LONGEST, help="Text tokens between landmarks.")
     top_k_blocks: int | None = option(
         None,
         panel=MODEL,
         min=0,
+        max=LONGEST,
         help="Blocks the model retrieves unless it is told otherwise. [default: 4, or what the window leaves room for]",
     )
     gradient_checkpointing: bool = option(
-        False, panel=MODEL, help="Compute activations again in the backward pass: less memory, a third more work."
+        False,
+        panel=MODEL,
+        help="Compute activations again in the backward pass: less memory, a third more work.",
+        saves_memory="--gradient-checkpointing",
     )
 
 
@@ -89,7 +105,12 @@ class TextOptions:
         help="How often to draw from each of them: 0.9,0.1. [default: by their number of tokens]",
     )
     sequence_length: int = option(
-        2016, panel=DATA, min=1, help="Text tokens of a training window; its landmarks come on top."
+        2016,
+        panel=DATA,
+        min=1,
+        max=LONGEST,
+        help="Text tokens of a training window; its landmarks come on top.",
+        saves_memory="a shorter --sequence-length",
     )
     landmarks_in_loss: bool = option(False, panel=DATA, help="Train the model to predict landmarks too.")
     text_field: str = option("text", panel=DATA, help="The field or column that holds the text of .jsonl and .parquet.")

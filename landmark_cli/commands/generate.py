@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
-from landmark_cli.console import info, print_json, write_json
+from landmark_cli.console import info, print_json, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.files import write_whole, writing
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, has_landmarks, is_recurrent, open_reader
 from landmark_cli.options import option
 
@@ -76,8 +77,7 @@ def run(options: GenerateOptions) -> None:
     def show(row: int, piece: str) -> None:
         first.append(time.monotonic())
         if not to_stdout:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            write_out(piece)
 
     (generation,) = generate(
         model,
@@ -95,7 +95,7 @@ def run(options: GenerateOptions) -> None:
     if to_stdout:
         print_json(data)
     else:
-        print(flush=True)
+        write_out("\n")
     if options.json is not None and not to_stdout:
         write_json(data, options.json)
     if options.trace is not None:
@@ -111,7 +111,7 @@ def read_prompt(options: GenerateOptions) -> str:
         raise UsageError("--prompt and --prompt-file: both given; give one")
     if options.prompt is not None:
         return options.prompt
-    if options.prompt_file is None and sys.stdin.isatty():
+    if options.prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError("no prompt: give --prompt, --prompt-file, or text on standard input")
     source: Any = options.prompt_file or "standard input"
     try:
@@ -156,10 +156,11 @@ def tell_window(model: PreTrainedModel, name: str, tokens: int) -> None:
 def write_trace(path: Path, about: dict[str, Any], texts: list[str], reads: list[list[dict[str, Any]]]) -> None:
     """Write which blocks the query read that predicted each token: a token a line, so that a long file can be looked
     through. Block n holds the text tokens from n * landmark_freq on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text, "reads": read}) for text, read in zip(texts, reads, strict=True)]
     head = json.dumps(about).removesuffix("}")
-    path.write_text(head + ', "tokens": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+    with writing(path, "--trace"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, head + ', "tokens": [\n' + ",\n".join(lines) + "\n]}\n")
     info(f"wrote {path}")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from landmark_cli.console import info
-from landmark_cli.errors import LandmarkError
 from landmark_cli.options import option
 
 if TYPE_CHECKING:
@@ -21,7 +20,10 @@ class MachineOptions:
     """Where models run, and in which precision."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", panel=MODEL, help="Of the weights and the computation; auto: as they are stored."
+        "auto",
+        panel=MODEL,
+        help="Of the weights and the computation; auto: as they are stored.",
+        saves_memory="--dtype bfloat16",
     )
     device: str = option("auto", panel=MODEL, help="Where to run: cpu, cuda, cuda:1; auto: a GPU where there is one.")
 
@@ -53,17 +55,12 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model by name as the options say; attention: in place of the one it was saved with.
 
-    Raises LandmarkError where it cannot be opened or the device is not there.
+    Raises LandmarkError where it cannot be opened, UsageError where there is no such device.
     """
-    import torch
     from transformers.utils import logging
 
+    from landmark_cli.models.device import find_device
     from landmark_cli.models.store import load
 
     logging.disable_progress_bar()
-    device = None if options.device == "auto" else options.device
-    try:
-        return load(name, attention=attention, dtype=options.dtype, device=device and torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LandmarkError(f"cannot run {name} on --device {options.device}: {reason}") from error
+    return load(name, attention=attention, dtype=options.dtype, device=find_device(options.device))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from landmark_cli.console import info, quantity, results
 from landmark_cli.errors import UsageError
-from landmark_cli.options import option
+from landmark_cli.options import LARGEST_SEED, LONGEST, option
 
 if TYPE_CHECKING:
     from landmark_cli.data.corpora import Corpus
@@ -56,15 +56,17 @@ class PrepareOptions:
         0.01, min=0, max=0.5, help="Share of the documents held out where the corpus has no validation split."
     )
     max_documents: int | None = option(
-        None, min=1, help="Read only so many documents of each split; of passkey, make so many. [default: all; 2000]"
+        None,
+        min=1,
+        help="Read only so many documents of each split; of passkey, make so many. [default: all; 2000]",
     )
     text_field: str = option("text", help="The field or column that holds the text of .jsonl and .parquet.")
     revision: str | None = option(None, help="Of a copy on the hub: branch, tag or commit.")
     subset: str | None = option(None, help="Of a copy on the hub: the name of its configuration.")
     on_bad_text: Literal["stop", "skip"] = option("stop", help="What to do about a document that is not UTF-8.")
-    shortest: int = option(256, panel=PASS_KEYS, min=1, help="Tokens of the shortest document, about.")
-    longest: int = option(4096, panel=PASS_KEYS, min=1, help="Tokens of the longest document, about.")
-    seed: int = option(0, panel=PASS_KEYS, min=0, help="Of lengths, keys and depths.")
+    shortest: int = option(256, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the shortest document, about.")
+    longest: int = option(4096, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the longest document, about.")
+    seed: int = option(0, panel=PASS_KEYS, min=0, max=LARGEST_SEED, help="Of lengths, keys and depths.")
     json: Path | None = option(None, saved=False, help="Write the result to this file too; - for standard output.")
 
 

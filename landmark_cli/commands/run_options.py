@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.console import info, quantity, warn
 from landmark_cli.errors import LandmarkError
-from landmark_cli.options import option
+from landmark_cli.options import LARGEST_SEED, option
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,19 +27,27 @@ class RunOptions:
     """How to train, where, and what to write."""
 
     steps: int = option(15_000, panel="Training", min=1, help="Optimizer steps.")
-    batch_size: int = option(16, panel="Training", min=1, help="Windows a device takes at a time.")
+    batch_size: int = option(
+        16,
+        panel="Training",
+        min=1,
+        help="Windows a device takes at a time.",
+        saves_memory="a smaller --batch-size, with more --accumulation",
+    )
     accumulation: int = option(8, panel="Training", min=1, help="Times that it does so in a step.")
-    lr: float = option(2e-3, panel="Training", min=0, help="The highest learning rate.")
+    lr: float = option(2e-3, panel="Training", min=0, max=1000, help="The highest learning rate.")
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = option(
         "one-cycle", panel="Training", help="How the learning rate climbs and falls."
     )
     warmup: float = option(0.02, panel="Training", min=0, max=1, help="Share of the steps in which it climbs.")
     final_lr: float = option(0.2, panel="Training", min=0, max=1, help="The last learning rate, as a share of --lr.")
-    weight_decay: float = option(1e-3, panel="Training", min=0, help="On matrices of linear layers only.")
-    beta1: float = option(0.9, panel="Training", min=0, max=1, help="AdamW's first beta.")
-    beta2: float = option(0.95, panel="Training", min=0, max=1, help="AdamW's second beta.")
+    weight_decay: float = option(1e-3, panel="Training", min=0, max=1000, help="On matrices of linear layers only.")
+    beta1: float = option(0.9, panel="Training", min=0, max=0.99999, help="AdamW's first beta.")
+    beta2: float = option(0.95, panel="Training", min=0, max=0.99999, help="AdamW's second beta.")
     clip: float = option(1.0, panel="Training", min=0, help="Largest gradient norm; 0 for none.")
-    seed: int = option(0, panel="Training", min=0, help="Of the initial weights, the data's order and dropout.")
+    seed: int = option(
+        0, panel="Training", min=0, max=LARGEST_SEED, help="Of the initial weights, the data's order and dropout."
+    )
 
     device: Literal["auto", "cpu"] = option("auto", panel="Machine", saved=False, help="Where to train.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(

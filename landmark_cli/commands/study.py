@@ -12,7 +12,7 @@ from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
 from landmark_cli.locks import sole_writer
-from landmark_cli.options import option
+from landmark_cli.options import LARGEST_SEED, option
 
 EXAMPLES = """
 landmark eval study table1 --role landmark=runs/pg19-landmark --role baseline=runs/pg19-baseline --data data/pg19
@@ -42,11 +42,19 @@ class StudyOptions(MachineOptions):
         help="A token file, or a prepared corpus whose validation.bin is read. [default: the newest under data/]",
     )
     sample_tokens: int | None = option(
-        None, panel=STUDY, min=1, help="Read a random choice of windows of about so many tokens. [default: all]"
+        None,
+        panel=STUDY,
+        min=1,
+        max=10**15,
+        help="Read a random choice of windows of about so many tokens. [default: all]",
     )
-    seed: int = option(0, panel=STUDY, min=0, help="Of that choice.")
+    seed: int = option(0, panel=STUDY, min=0, max=LARGEST_SEED, help="Of that choice.")
     batch_size: int | None = option(
-        None, panel=STUDY, min=1, help="Windows read at a time. [default: by their chunks' length]"
+        None,
+        panel=STUDY,
+        min=1,
+        help="Windows read at a time. [default: by their chunks' length]",
+        saves_memory="a smaller --batch-size",
     )
     compare: str | None = option(
         None, panel=STUDY, help="The corpus whose published figures are shown: pg19 or arxiv-math. [default: both]"

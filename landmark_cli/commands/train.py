@@ -18,7 +18,7 @@ from landmark_cli.commands.run_options import (
 )
 from landmark_cli.console import info, quantity, table
 from landmark_cli.errors import UsageError
-from landmark_cli.options import option, save_recipe
+from landmark_cli.options import LONGEST, option, save_recipe
 
 if TYPE_CHECKING:
     from landmark_cli.data.token_file import TokenFile
@@ -48,22 +48,35 @@ class CorpusAndShape:
         min=0,
         help="How often to draw from each of them: 0.9,0.1. [default: by their number of tokens]",
     )
-    sequence_length: int = option(512, panel="Data", min=2, help="Tokens of a training window, landmarks included.")
-    landmark_freq: int = option(50, panel="Data", min=1, help="Text tokens between landmarks.")
+    sequence_length: int = option(
+        512,
+        panel="Data",
+        min=2,
+        max=LONGEST,
+        help="Tokens of a training window, landmarks included.",
+        saves_memory="a shorter --sequence-length",
+    )
+    landmark_freq: int = option(50, panel="Data", min=1, max=LONGEST, help="Text tokens between landmarks.")
     baseline: bool = option(False, panel="Data", help="Ordinary attention and no landmarks.")
 
-    n_layer: int = option(12, panel="Model", min=1, help="Layers.")
-    n_head: int = option(8, panel="Model", min=1, help="Attention heads.")
-    n_embd: int = option(1024, panel="Model", min=2, help="Width.")
+    n_layer: int = option(12, panel="Model", min=1, max=10_000, help="Layers.")
+    n_head: int = option(8, panel="Model", min=1, max=65_536, help="Attention heads.")
+    n_embd: int = option(1024, panel="Model", min=2, max=1_048_576, help="Width.")
     bias: bool = option(False, panel="Model", help="Biases in linear layers and norms.")
-    dropout: float = option(0.0, panel="Model", min=0, max=1, help="Dropout after embedding, attention and MLP.")
-    top_k_blocks: int = option(4, panel="Model", min=0, help="Blocks the model retrieves unless it is told otherwise.")
+    dropout: float = option(0.0, panel="Model", min=0, max=0.99, help="Dropout after embedding, attention and MLP.")
+    top_k_blocks: int = option(
+        4, panel="Model", min=0, max=LONGEST, help="Blocks the model retrieves unless it is told otherwise."
+    )
 
     memory_length: int | None = option(
-        None, panel="Variants", min=1, help="Train a Transformer-XL that remembers so many tokens. [default: none]"
+        None,
+        panel="Variants",
+        min=1,
+        max=LONGEST,
+        help="Train a Transformer-XL that remembers so many tokens. [default: none]",
     )
     segment_length: int | None = option(
-        None, panel="Variants", min=1, help="Tokens of its segments. [default: --memory-length]"
+        None, panel="Variants", min=1, max=LONGEST, help="Tokens of its segments. [default: --memory-length]"
     )
     context_miss_token: bool = option(
         False, panel="Variants", help="Learn a token that says nothing is to be retrieved."
@@ -72,7 +85,11 @@ class CorpusAndShape:
         0.5, panel="Variants", min=0, max=1, help="Its training: the share of landmarks that it controls."
     )
     position_jump: int = option(
-        0, panel="Variants", min=0, help="After every landmark, positions jump ahead by a random number below this."
+        0,
+        panel="Variants",
+        min=0,
+        max=LONGEST,
+        help="After every landmark, positions jump ahead by a random number below this.",
     )
     group_dropout: float = option(
         0.0, panel="Variants", min=0, max=0.99, help="Probability that attention loses an earlier block."

@@ -35,7 +35,13 @@ class MakeOptions:
     path_diff: Path = option(help="The directory to write.")
     max_shard_size: str = option("5GB", help="Largest file of weights to write, such as 500MB or 5GB.")
     overwrite: bool = option(False, help="Replace the directory if it is not empty.")
-    threads: int | None = option(None, help="Tensors worked on at a time; as many as there are processors.", min=1)
+    threads: int | None = option(
+        None,
+        help="Tensors worked on at a time; as many as there are processors.",
+        min=1,
+        max=1024,
+        saves_memory="fewer --threads",
+    )
 
 
 @dataclass
@@ -52,7 +58,13 @@ class RecoverOptions:
     verify: bool = option(True, help="Check the result and keep none that is wrong.")
     max_shard_size: str = option("5GB", help="Largest file of weights to write, such as 500MB or 5GB.")
     overwrite: bool = option(False, help="Replace the directory if it is not empty.")
-    threads: int | None = option(None, help="Tensors worked on at a time; as many as there are processors.", min=1)
+    threads: int | None = option(
+        None,
+        help="Tensors worked on at a time; as many as there are processors.",
+        min=1,
+        max=1024,
+        saves_memory="fewer --threads",
+    )
 
 
 def run_make(options: MakeOptions) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from landmark_cli.errors import import_extra
+from landmark_cli.evaluation.pictures import check_picture, save_picture
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +48,7 @@ def terminal_heat_map(result: PassKeyResult) -> Table:
 
 def draw_heat_map(result: PassKeyResult, path: Path, title: str) -> None:
     """Write the same as a picture. Needs the extra `plot`."""
-    import_extra("matplotlib", "plot")
+    check_picture(path)
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -66,8 +66,7 @@ def draw_heat_map(result: PassKeyResult, path: Path, title: str) -> None:
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("depth of the key")
     axes.set_title(title, fontsize=10, parse_math=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_picture(figure, path, dpi=100)
 
 
 def depth_name(depths: Sequence[float]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from landmark_cli.console import figure, finite
-from landmark_cli.errors import import_extra
+from landmark_cli.evaluation.pictures import check_picture, save_picture
+from landmark_cli.files import write_json, write_whole, writing
 
 from .score import perplexity_of
 from .studies import Study, describe
@@ -34,19 +35,21 @@ def study_table(
 
 def write_tables(folder: Path, study: Study, columns: list[str], rows: list[list[Any]], data: dict[str, Any]) -> None:
     """Write NAME.md, NAME.csv and NAME.json into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [f"# {study.title}", "", _markdown_row(columns), "|" + " --- |" * len(columns), *map(_markdown_row, rows)]
-    (folder / f"{study.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with (folder / f"{study.name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(["" if value is None else value for value in row] for row in rows)
-    (folder / f"{study.name}.json").write_text(json.dumps(finite(data), indent=2) + "\n", encoding="utf-8")
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(columns)
+    writer.writerows(["" if value is None else value for value in row] for row in rows)
+    with writing(folder, "--output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{study.name}.md", "\n".join(lines) + "\n")
+        write_whole(folder / f"{study.name}.csv", table.getvalue())
+        write_json(folder / f"{study.name}.json", finite(data))
 
 
 def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -> None:
     """Perplexity against evaluation length, one line for each model and way of reading. Needs the extra `plot`."""
-    import_extra("matplotlib", "plot")
+    check_picture(path)
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -69,7 +72,7 @@ def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -
     for text, label in zip(axes.legend(fontsize="x-small").get_texts(), lines, strict=True):
         text.set_parse_math(False)
         text.set_text(label)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 def _markdown_row(cells: Sequence[Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from landmark_cli.options import option
+from landmark_cli.options import LARGEST_SEED, LONGEST, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,16 +26,26 @@ class ReadingSettings:
     """How a landmark model reads through its block cache (arXiv 2305.16300, section 3.2)."""
 
     top_k_blocks: int | None = option(
-        None, panel=READING, min=0, help="Blocks retrieved for each token; 0 for none. [default: as the model says]"
+        None,
+        panel=READING,
+        min=0,
+        max=LONGEST,
+        help="Blocks retrieved for each token; 0 for none. [default: as the model says]",
     )
     chunk: int | None = option(
         None,
         panel=READING,
         min=1,
+        max=LONGEST,
         help="Text tokens read at a time. [default: what the trained length leaves beside the retrieved blocks]",
+        saves_memory="a smaller --chunk",
     )
     cache_blocks: int | None = option(
-        None, panel=READING, min=0, help="Newest blocks kept for retrieval. [default: all]"
+        None,
+        panel=READING,
+        min=0,
+        help="Newest blocks kept for retrieval. [default: all]",
+        saves_memory="fewer --cache-blocks",
     )
     selection: Literal["per_token_and_head", "max_over_heads", "max_over_tokens"] = option(
         "per_token_and_head",
@@ -55,7 +65,10 @@ class ReadingSettings:
         help="Models with a context-miss token: retrieve nothing where its share is smaller.",
     )
     offload: Literal["none", "cpu"] = option(
-        "none", panel=READING, help="cpu: blocks lie in host memory, and the GPU fetches those it reads."
+        "none",
+        panel=READING,
+        help="cpu: blocks lie in host memory, and the GPU fetches those it reads.",
+        saves_memory="--offload cpu (on a GPU)",
     )
 
 
@@ -63,21 +76,23 @@ class ReadingSettings:
 class SamplingSettings:
     """How the next token is chosen and when to stop."""
 
-    max_new_tokens: int = option(256, panel=SAMPLING, min=1, help="Most tokens to generate.")
+    max_new_tokens: int = option(
+        256, panel=SAMPLING, min=1, help="Most tokens to generate.", saves_memory="fewer --max-new-tokens"
+    )
     temperature: float = option(
-        0.8, panel=SAMPLING, min=0, help="Flattens (above 1) or sharpens; 0 is greedy decoding."
+        0.8, panel=SAMPLING, min=0, max=1000, help="Flattens (above 1) or sharpens; 0 is greedy decoding."
     )
     top_p: float = option(
         1.0, panel=SAMPLING, min=0, max=1, help="Sample from the likeliest tokens that make up this share; 1 for all."
     )
     top_k: int = option(50, panel=SAMPLING, min=0, help="Sample from this many likeliest tokens; 0 for all.")
     repetition_penalty: float = option(
-        1.0, panel=SAMPLING, min=0.01, help="Above 1: tokens seen before get less likely."
+        1.0, panel=SAMPLING, min=0.01, max=100, help="Above 1: tokens seen before get less likely."
     )
     stop: list[str] | None = option(
         None, panel=SAMPLING, help=r"Stop before this text (\n is a line break); may be given several times."
     )
-    seed: int = option(0, panel=SAMPLING, min=0, help="The same seed gives the same text.")
+    seed: int = option(0, panel=SAMPLING, min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
 
 
 def open_reader(

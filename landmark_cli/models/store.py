@@ -13,6 +13,7 @@ from landmark_cli.files import read_record, reading
 from landmark_cli.model_files import check_directory
 from landmark_cli.torch_files import load_weights
 
+from .device import find_device
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
 from .lora import is_adapter, open_adapted
@@ -32,10 +33,11 @@ def load(
     path: a model or adapter directory, a hub id, or a checkpoint directory of the authors' lm_benchmark (ckpt.pt and
     summary.json).
     attention: transformers' `attn_implementation`; by default the one the model was saved with. dtype: of the weights,
-    by default as stored. device: a GPU where there is one, by default.
+    by default as stored. device: as `find_device` takes it; by default a GPU where there is one.
 
-    Raises LandmarkError naming what is missing or does not fit.
+    Raises LandmarkError naming what is missing or does not fit, UsageError where there is no such device.
     """
+    device = find_device(device)
     directory = Path(path)
     if (directory / "ckpt.pt").is_file():
         model, tokenizer = _load_authors(directory, attention, dtype)
@@ -43,7 +45,6 @@ def load(
         model, tokenizer = open_adapted(directory, attention=attention, dtype=dtype)
     else:
         model, tokenizer = open_pretrained(path, attention=attention, dtype=dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer
 
 

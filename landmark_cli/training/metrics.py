@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from landmark_cli.console import finite, quantity
-from landmark_cli.errors import LandmarkError
+from landmark_cli.files import write_whole, writing
 
 # Dense bf16 and fp16 tensor-core peaks from the vendors' data sheets, FLOP/s, by a part of the device's name.
 # The first that fits counts, so the slower variants stand before the chip's plain name.
@@ -114,11 +113,8 @@ class MetricsFile:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record)) + "\n")
-        except OSError as error:
-            raise LandmarkError(f"{self.path} cannot be written: {error.strerror or error}") from error
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(record)) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step` and a last line cut short: a resumed run writes those steps again."""
@@ -131,9 +127,8 @@ class MetricsFile:
                     kept.append(line + "\n")
             except ValueError:
                 continue
-        replacement = self.path.with_suffix(".partial")
-        replacement.write_text("".join(kept), encoding="utf-8")
-        os.replace(replacement, self.path)
+        with writing(self.path):
+            write_whole(self.path, "".join(kept))
 
 
 def progress_fields(record: dict[str, Any]) -> dict[str, str]:

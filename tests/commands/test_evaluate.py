@@ -68,7 +68,7 @@ def test_a_baseline_is_read_in_plain_windows(landmark):
         (["--model", "./runs/none"], 1, "cannot open the model ./runs/none"),
         (["--eval-length", "0"], 2, "must be at least 1"),
         (["--top-k", "20"], 1, "leaves no room for a chunk"),
-        (["--device", "nowhere"], 1, "--device nowhere"),
+        (["--device", "nowhere"], 2, "--device nowhere: there is no such device here; there is cpu"),
     ],
 )
 def test_mistakes(landmark, arguments, code, message):

@@ -1,0 +1,63 @@
+"""What a command that fails says at its end: one or two lines on stderr, once in a launch of several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from typing import Any
+
+from landmark_cli import console, launch
+from landmark_cli.errors import LandmarkError, Stopped
+from landmark_cli.memory import asked_for, is_out_of_memory
+from landmark_cli.options import settings_of
+
+
+def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> int:
+    """Tell the user why the work stops, and return the exit code.
+
+    options: of the command, where its work had begun; they say what it could be given to need less memory.
+    debug: show the traceback too.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        number = getattr(error, "signal", signal.SIGINT)
+        console.info(f"stopped by {number.name}")
+        return 128 + number
+    if isinstance(error, Stopped):
+        console.info(str(error))
+        return error.exit_code
+    if not launch.fails_first():
+        return error.exit_code if isinstance(error, LandmarkError) else 1
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, LandmarkError):
+        console.error(str(error))
+        return error.exit_code
+    console.error(describe(error, options))
+    if not debug:
+        console.info("run again with --debug for the traceback")
+    return 1
+
+
+def describe(error: BaseException, options: Any = None) -> str:
+    """One line about an error that nobody foresaw, with the file where it is about one."""
+    if is_out_of_memory(error):
+        ways = memory_savers(options) if options is not None else []
+        advice = f"what takes less: {', '.join(ways)}" if ways else "use a machine that has more"
+        return f"out of {asked_for(error)}; {advice}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        files = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(files)}: {error.strerror}"
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line}".removesuffix(": ")
+
+
+def memory_savers(options: Any) -> list[str]:
+    """The options that would save memory if they were given, or given smaller than they are."""
+    ways = []
+    for name, setting in settings_of(type(options)).items():
+        value, low = getattr(options, name), setting.metadata["min"]
+        number = setting.kind in (int, float) and not setting.many and value is not None
+        if setting.metadata["saves_memory"] and (value > low if number else value == setting.default):
+            ways.append(setting.metadata["saves_memory"])
+    return ways
