@@ -114,7 +114,7 @@ def landmark_attention(
         needs = "context_miss_key gives the outer softmax a key of its own"
     layout = (arguments.get(name) for name in ("start", "cu_seqlens", "dropout_p"))
     name = choose_implementation(
-        q.device.type, q.dtype, q.shape[-1], block_size, needs_eager=needs,
+        str(q.device), q.dtype, q.shape[-1], block_size, needs_eager=needs,
         needs_portable=support.why_not_for(q.shape[2], *layout), requested=implementation,
     )  # fmt: skip
     if name in ("fused", "hopper"):
@@ -160,7 +160,7 @@ def attend_chunk(
     # Who asks for the Hopper kernels means attention that has them, which retrieval has not.
     requested = "fused" if os.environ.get("LANDMARK_ATTENTION") == "hopper" else None
     name = choose_implementation(
-        q.device.type, q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs,
+        str(q.device), q.dtype, q.shape[-1], blocks.settings.block_size, needs_eager=needs,
         needs_portable="retrieval has no Hopper kernels of its own", requested=requested,
     )  # fmt: skip
     chunk.cache.implementations.add(name)
@@ -189,13 +189,14 @@ def choose_implementation(
 ) -> str:
     """Wherever their kernels can serve, "hopper" on an H100 or H200 and "fused" on any NVIDIA GPU; "eager" elsewhere.
 
-    The user is told once. device: "cpu", "cuda", ...; needs_eager: why only the eager definition knows these arguments,
-    if so; needs_portable: why the Hopper kernels do not know them. requested, or else the environment's
+    The user is told once. device: "cpu", "cuda:1", ...; needs_eager: why only the eager definition knows these
+    arguments, if so; needs_portable: why the Hopper kernels do not know them. requested, or else the environment's
     LANDMARK_ATTENTION: "eager", "fused" or "hopper", to have that one.
 
     Raises ValueError where what is asked for cannot serve, naming the argument, or where no such name exists, and
     UsageError where it is the environment that asks.
     """
+    kind = device.partition(":")[0]
     environment = None if requested else os.environ.get("LANDMARK_ATTENTION")
     requested = requested or environment or None
 
@@ -213,12 +214,12 @@ def choose_implementation(
         if obstacle is not None:
             raise refusal(f"Hopper kernels were asked for, but {obstacle}; unasked, what can serve runs")
         return _announce("hopper", "as asked for")
-    obstacle = needs_eager or _obstacle(device, dtype, head_dim, block_size, asked=requested == "fused")
+    obstacle = needs_eager or _obstacle(kind, dtype, head_dim, block_size, asked=requested == "fused")
     if obstacle is None and requested is None and support.is_hopper(device):
         obstacle = needs_portable or support.why_not(device, dtype, head_dim, block_size)
-        return _announce("fused", f"on {device}; {obstacle}") if obstacle else _announce("hopper", f"on {device}")
+        return _announce("fused", f"on {kind}; {obstacle}") if obstacle else _announce("hopper", f"on {kind}")
     if obstacle is None:
-        return _announce("fused", "as asked for" if requested else f"on {device}")
+        return _announce("fused", "as asked for" if requested else f"on {kind}")
     if requested == "fused":
         raise refusal(f"fused landmark attention was asked for, but {obstacle}; unasked, what can serve runs")
     return _announce("eager", obstacle)

@@ -211,8 +211,7 @@ def iterate(
     pinned = device.type == "cuda"
 
     def make() -> Iterator[list[dict[str, Tensor]]]:
-        # Of this thread alone: a team of threads takes longer for a few thousand numbers, and holds every processor.
-        torch.set_num_threads(1)
+        work_alone()
         step = first_step
         while last_step is None or step < last_step:
             first = rank * accumulation
@@ -223,6 +222,17 @@ def iterate(
     with closing(prefetched(make(), prefetch)) as steps:
         for micro in steps:
             yield [{name: t.to(device, non_blocking=True) for name, t in batch.items()} for batch in micro]
+
+
+def work_alone() -> None:
+    """Have torch use no team of threads in this thread: it takes longer for a few thousand numbers, and holds every
+    processor. Other threads go on as they are, those that are started later too, which torch.set_num_threads reaches.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    # Torch sets the number of a thread when the thread first asks for it: after that it stays as it is set here.
+    torch.get_num_threads()
+    ThreadpoolController().select(user_api="openmp").limit(limits=1)
 
 
 class _Order:

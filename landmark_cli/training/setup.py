@@ -72,7 +72,7 @@ def make_accelerator(
     if precision == "fp16" and cpu:
         raise LandmarkError("--precision fp16 needs a GPU, and none is in use: take bf16 or fp32")
     if tf32 and not cpu:
-        torch.set_float32_matmul_precision("high")
+        allow_tf32()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -91,6 +91,13 @@ def make_accelerator(
     if accelerator.distributed_type == DistributedType.FSDP:
         _keep_sums_exact(accelerator)
     return accelerator
+
+
+def allow_tf32() -> None:
+    """Let products of float32 matrices be made of tf32 on a GPU, whichever of torch's two ways of saying so was used
+    before: the older one, which compilers ask still, raises where the newer one has said so already."""
+    if torch.backends.cuda.matmul.fp32_precision != "tf32":
+        torch.set_float32_matmul_precision("high")
 
 
 def _keep_sums_exact(accelerator: Accelerator) -> None:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.experimental import gluon
 
 from landmark_cli.attention import dispatch
@@ -265,6 +266,47 @@ def test_other_errors_are_not_taken_for_that(monkeypatch):
     with pytest.raises(RuntimeError, match="illegal memory"):
         support.run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))
     assert support.run(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, NotImplementedError, ImportError, KeyError, RuntimeError])
+@pytest.mark.parametrize("place", ["forward", "forward_configuration", "query_schedule", "aligned"])
+def test_faults_of_our_own_code_are_raised(place, error, monkeypatch):
+    """None of them may have the portable kernels run instead for the rest of the process, without a word of why."""
+    monkeypatch.setattr(support, "_failure", None)
+    # As if the fault were in a line of that function's.
+    code = compile(
+        "def broken(*arguments, **named):\n    raise error('a fault of ours, in PassManager')", launch.__file__, "exec"
+    )
+    names = {"__name__": launch.__name__, "error": error}
+    exec(code, names)
+    monkeypatch.setattr(launch, place, names["broken"])
+    leaves = Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu")
+    with pytest.raises(error, match="a fault of ours"):
+        attention(*leaves, 64, 0.125, None, None, 0.0, None, True)
+    assert support._failure is None
+
+
+def test_a_gpu_is_asked_for_itself(monkeypatch):
+    """Beside a Hopper GPU there may be another."""
+    capabilities = {"cuda:0": (9, 0), "cuda:1": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    support.is_hopper.cache_clear()
+    monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
+    monkeypatch.setattr(dispatch, "_definition", lambda *given, **named: None)
+    chosen, choose = {}, dispatch.choose_implementation
+
+    def remember(device, *given, **named):
+        chosen[device] = choose(device, *given, **named)
+        return "eager"
+
+    monkeypatch.setattr(dispatch, "choose_implementation", remember)
+    with FakeTensorMode():
+        for device in capabilities:
+            q = torch.empty(1, 2, 512, 128, dtype=torch.bfloat16, device=device)
+            dispatch.landmark_attention(q, q, q, block_size=64)
+    support.is_hopper.cache_clear()
+    assert chosen == {"cuda:0": "hopper", "cuda:1": "fused"}
 
 
 @pytest.fixture

@@ -231,8 +231,14 @@ def test_batches_are_made_by_one_thread_and_leave_the_others_to_the_rest(numbers
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert len(list(iterate(batches, 0, 3))) == 3
-        assert seen == [1, 1, 1] and torch.get_num_threads() == 3
+        steps = iterate(batches, 0, 3)
+        next(steps)
+        later = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert len(list(steps)) == 2
+        assert seen == [1, 1, 1] and later == [3] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 

@@ -50,7 +50,7 @@ def landmark_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_shapes(q, k, v)
     if hopper:
-        reason = support.why_not(q.device.type, q.dtype, q.shape[3], block_size)
+        reason = support.why_not(str(q.device), q.dtype, q.shape[3], block_size)
         reason = reason or support.why_not_for(q.shape[2], start, cu_seqlens, dropout_p)
     else:
         reason = why_not(q.device.type, q.dtype, q.shape[3], block_size)

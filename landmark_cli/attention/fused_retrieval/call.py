@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from ..cache import Chunk, LayerBlocks
+from ..fused.configurations import is_exact
 
 # Landmarks a tile: all blocks that are scored at their true distance must lie in the first.
 TILE = 64
@@ -46,7 +47,7 @@ class Call:
         self.parts = {"HALF": half, "REST": rest, "HALF_PAD": padded(half), "REST_PAD": padded(rest)}
         self.dim_pad = padded(self.dim)
         self.exact = q.dtype == torch.float32
-        self.precision = "tf32x3" if self.exact and torch.get_float32_matmul_precision() == "highest" else "tf32"
+        self.precision = "tf32x3" if is_exact(q.dtype) else "tf32"
 
     @property
     def is_step(self) -> bool:

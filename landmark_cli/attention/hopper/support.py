@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -28,7 +29,10 @@ LEAST_QUERIES = 256
 
 @torch.compiler.assume_constant_result
 def why_not(device: str, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
-    """Why the Hopper kernels cannot serve, naming the argument and what is allowed; None if they can."""
+    """Why the Hopper kernels cannot serve, naming the argument and what is allowed; None if they can.
+
+    device: "cuda:0", say; of "cuda" alone, the current one.
+    """
     if not is_hopper(device):
         return "the Hopper kernels need a GPU of compute capability 9.0"
     if dtype not in DTYPES:
@@ -66,11 +70,20 @@ def run(launch: Callable[[], Result]) -> Result | None:
 
 
 def _is_compile_error(error: Exception) -> bool:
+    """Whether it is Triton that fails at compiling; what code of our own raises is a fault of ours."""
     from triton.errors import TritonError
 
-    return isinstance(error, (TritonError, *COMPILE_ERRORS)) or (
+    if isinstance(error, TritonError) or _is_ours(error):
+        return isinstance(error, TritonError)
+    return isinstance(error, COMPILE_ERRORS) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in COMPILE_WORDS)
     )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the code that raised it belongs to this package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
 
 
 def why_not_for(queries: int, start: Tensor | None, cu_seqlens: Tensor | None, dropout_p: float) -> str | None:
@@ -84,8 +97,10 @@ def why_not_for(queries: int, start: Tensor | None, cu_seqlens: Tensor | None, d
 
 @functools.cache
 def is_hopper(device: str) -> bool:
-    """Whether devices of this type, "cuda" for one, are Hopper GPUs."""
-    return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    """Whether a device is a Hopper GPU; a machine may have others beside it."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
