@@ -13,6 +13,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -88,15 +89,28 @@ def check_pickle(path: Path, what: str = "") -> None:
                 raise ValueError("it is compressed, as no file of torch.save is")
 
 
-def code_option(path: str | Path, trusted: bool) -> dict[str, bool]:
-    """The argument for any call that opens a model or tokenizer: whether Python code that comes with it may run.
+@contextmanager
+def opening(path: str | Path, what: str, trust_remote_code: bool) -> Iterator[dict[str, bool]]:
+    """Stand around a library's call that opens a model or tokenizer; gives the arguments that every such call takes.
 
-    Never left out: without it, transformers asks whoever sits at the terminal. trusted: the user gave
-    --trust-remote-code; whose code may run then is said.
+    trust_remote_code: whether Python code that comes with it may run, as --trust-remote-code says; whose code that is
+    is said then. It is an argument of every call: without it, transformers asks whoever sits at the terminal.
+
+    Raises LandmarkError for whatever the library raises.
     """
-    if trusted:
+    if trust_remote_code:
         _warn_of_code(str(path))
-    return {"trust_remote_code": trusted}
+    missing = "" if os.path.exists(path) else "there is no such directory, and the hub gave none"
+    with reading(path, what, to_do=missing):
+        try:
+            yield {"trust_remote_code": trust_remote_code}
+        except ValueError as error:
+            if trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise LandmarkError(
+                f"{what} {path} comes with Python code of its own, which is not run; --trust-remote-code runs it, with "
+                "all your rights"
+            ) from error
 
 
 def check_no_code(config: dict[str, Any], path: str | Path) -> None:
@@ -117,7 +131,7 @@ _warned: set[str] = set()
 def _warn_of_code(path: str) -> None:
     if path not in _warned:
         _warned.add(path)
-        warn(f"--trust-remote-code: Python code that comes with {path} may run with all your rights")
+        warn(f"--trust-remote-code: Python code that comes with {path} may run, with all your rights")
 
 
 def _in_hub_cache(real: Path) -> bool:

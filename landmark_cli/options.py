@@ -51,6 +51,7 @@ def option(
     positional: bool = False,
     saved: bool = True,
     saves_memory: str = "",
+    in_recipe: bool = True,
 ) -> Any:
     """Declare one field of an options dataclass.
 
@@ -60,6 +61,7 @@ def option(
     min, max: bounds of a number, both included; without them LARGEST either way.
     metavar: what the help shows in place of the type.
     positional: an argument instead of an option.
+    in_recipe: whether a recipe may set it; not for what only whoever types the command can decide.
     saved: whether `save_recipe` writes it; not for what belongs to one run only, such as `--resume` or `--dry-run`.
     saves_memory: how the option is given so that less memory is needed ("a smaller --batch-size"), if it can be.
     """
@@ -74,6 +76,7 @@ def option(
         "positional": positional,
         "saved": saved,
         "saves_memory": saves_memory,
+        "in_recipe": in_recipe,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=functools.partial(list, default), metadata=metadata)
@@ -212,6 +215,8 @@ def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[s
         if setting is None:
             keys = [setting.key for setting in settings.values()]
             raise UsageError(f'recipe {recipe}: unknown key "{str(key)[:60]}"{nearest(str(key), keys)}')
+        if not setting.metadata["in_recipe"]:
+            raise UsageError(f"recipe {recipe}: {key} cannot stand in a recipe; give {setting.label} with the command")
         try:
             values[setting.name] = setting.convert(value)
         except ValueError as error:

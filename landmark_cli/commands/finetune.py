@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
     RunOptions,
     begin,
@@ -68,7 +69,7 @@ class LoraOptions:
 
 
 @dataclass(kw_only=True)
-class PretrainedOptions:
+class PretrainedOptions(CodeOptions):
     """Which model, and its landmarks."""
 
     model: str = option(panel=MODEL, help="A model directory or a hub id.")
@@ -207,7 +208,7 @@ def finetune(
     loop.write_model(save_rest, save_model=lora.save_adapters if adapters else save_model)
     if options.merge and accelerator.is_main_process:
         with quiet_transformers():
-            lora.merge(output, dtype)
+            lora.merge(output, dtype, trust_remote_code=options.trust_remote_code)
     accelerator.end_training()
     info(f"trained {'adapters' if adapters and not options.merge else 'model'}: {output}")
 
@@ -247,7 +248,7 @@ def check_model(options: FinetuneOptions, trained_length: int) -> None:
         raise LandmarkError(
             f"{options.model} holds adapters only: make it a whole model first, by --merge in its own run"
         )
-    config = open_config(options.model)
+    config = open_config(options.model, trust_remote_code=options.trust_remote_code)
     check_config(config, options.model)
     limit = getattr(config, "max_position_embeddings", None)
     check_length(trained_length, limit, options.landmark_freq, options.model)
@@ -277,7 +278,7 @@ def token_files(options: FinetuneOptions, output: Path, accelerator: Accelerator
             text_field=options.text_field,
             validation_share=options.validation_share,
         )
-        tokenizer = tokenizer or load_tokenizer(options.model)
+        tokenizer = tokenizer or load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
         directory = output / "data" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
         info(f"{name}: {corpus.source} -> {directory} (tokenizer {tokenizer.name})")
         prepare(corpus, tokenizer, directory, process=Process.from_environment())
@@ -308,7 +309,7 @@ def landmark_model(
             bnb_4bit_compute_dtype=half,
         )
         loading["device_map"] = {"": accelerator.device}
-    model, tokenizer = open_pretrained(options.model, **loading)
+    model, tokenizer = open_pretrained(options.model, trust_remote_code=options.trust_remote_code, **loading)
     add_landmarks(
         model,
         tokenizer,
@@ -333,7 +334,7 @@ def saved_dtype(options: FinetuneOptions) -> torch.dtype:
     from landmark_cli.models.pretrained import open_config
 
     named = getattr(torch, options.save_dtype, None)
-    return named or open_config(options.model).dtype or torch.float32
+    return named or open_config(options.model, trust_remote_code=options.trust_remote_code).dtype or torch.float32
 
 
 def check_data(files: list[Any], tokenizer: PreTrainedTokenizerBase, model: str) -> None:

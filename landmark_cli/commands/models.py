@@ -15,8 +15,21 @@ if TYPE_CHECKING:
 MODEL = "Model"
 
 
+@dataclass(kw_only=True)
+class CodeOptions:
+    """Whether opening something may run code."""
+
+    trust_remote_code: bool = option(
+        False,
+        panel=MODEL,
+        saved=False,
+        in_recipe=False,
+        help="Run Python code that comes with a model or tokenizer, with all your rights; without, it is refused.",
+    )
+
+
 @dataclass
-class MachineOptions:
+class MachineOptions(CodeOptions):
     """Where models run, and in which precision."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
@@ -63,4 +76,10 @@ def open_model(
     from landmark_cli.models.store import load
 
     logging.disable_progress_bar()
-    return load(name, attention=attention, dtype=options.dtype, device=find_device(options.device))
+    return load(
+        name,
+        attention=attention,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        device=find_device(options.device),
+    )

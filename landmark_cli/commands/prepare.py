@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from landmark_cli.commands.models import CodeOptions
 from landmark_cli.console import info, quantity, results
 from landmark_cli.errors import UsageError
 from landmark_cli.options import LARGEST_SEED, LONGEST, option
@@ -28,7 +29,7 @@ PASS_KEYS = "Pass keys"
 
 
 @dataclass
-class PrepareOptions:
+class PrepareOptions(CodeOptions):
     """Turn text into token files that training and evaluation read.
 
     Without options: six novels of Jane Austen that are part of this program,
@@ -81,7 +82,7 @@ def run(options: PrepareOptions) -> None:
     from landmark_cli.data.tokenizers import load_tokenizer
 
     output = options.output or Path("data") / options.corpus
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     corpus = find_corpus(options, tokenizer)
     info(f"{options.corpus}: {corpus.source} -> {output} (tokenizer {tokenizer.name})")
     if options.corpus == "sample":

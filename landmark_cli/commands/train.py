@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
     RunOptions,
     begin,
@@ -35,7 +36,7 @@ landmark train --data data/pg19 --output runs/pg19-landmark --compile --resume
 
 
 @dataclass
-class CorpusAndShape:
+class CorpusAndShape(CodeOptions):
     """What the paper's model is trained on, and its shape."""
 
     data: list[Path] | None = option(
@@ -124,7 +125,7 @@ def run(options: TrainOptions) -> None:
     train_files = open_split(options.data, "train")
     from landmark_cli.data.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(train_files[0].metadata.tokenizer)
+    tokenizer = load_tokenizer(train_files[0].metadata.tokenizer, trust_remote_code=options.trust_remote_code)
     train_files[0].check_tokenizer(tokenizer.encode, f"{tokenizer.name} as it is now")
     config = model_config(options, tokenizer)
     if options.dry_run:

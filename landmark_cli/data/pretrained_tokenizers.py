@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reading, reason
-from landmark_cli.model_files import check_directory
+from landmark_cli.files import reason
+from landmark_cli.model_files import check_directory, opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,19 +34,19 @@ ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_t
 WHOLE = {"truncation": False, "padding": False, "verbose": False}
 
 
-def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer directory or hub id as `AutoTokenizer` opens it, but for what is stored in it about cutting texts,
     padding them and leaving out merges at random.
 
-    Raises LandmarkError where there is none, it is damaged, or its directory names files outside of itself.
+    trust_remote_code: whether Python code that comes with it may run. Raises LandmarkError where there is none, it is
+    damaged, or its directory names files outside of itself.
     """
     from transformers import AutoTokenizer
 
     if os.path.isdir(path):
         check_directory(Path(path))
-    missing = "" if os.path.exists(path) else "there is no such directory, and the hub gave none"
-    with reading(path, "the tokenizer", to_do=missing):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    with opening(path, "the tokenizer", trust_remote_code) as code:
+        tokenizer = AutoTokenizer.from_pretrained(path, **code)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

@@ -102,13 +102,15 @@ class TextTokenizer(ABC):
         return tokenizer_fingerprint(self.encode)
 
 
-def load_tokenizer(name: str = "gpt2") -> TextTokenizer:
+def load_tokenizer(name: str = "gpt2", *, trust_remote_code: bool = False) -> TextTokenizer:
     """Open a tokenizer: "gpt2" (needs no network), a transformers tokenizer directory, or a hub id.
+
+    trust_remote_code: whether Python code that comes with it may run.
 
     Raises:
         LandmarkError: there is no such tokenizer, or it has no end-of-text token.
     """
-    return GPT2Tokenizer() if name == "gpt2" else TransformersTokenizer(name)
+    return GPT2Tokenizer() if name == "gpt2" else TransformersTokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_fingerprint(encode: Callable[[str], Sequence[int]]) -> str:
@@ -212,10 +214,10 @@ class TransformersTokenizer(TextTokenizer):
     # each core, which encodes one piece at a time.
     piece_bytes = 2 << 20
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *, trust_remote_code: bool = False) -> None:
+        self.name, self._trust_remote_code = name, trust_remote_code
         self.batch_bytes = min(max(available_cores(), 2), 16) << 20
-        self._tokenizer = open_tokenizer(name)
+        self._tokenizer = self._open()
         if self._tokenizer.eos_token_id is None:
             raise LandmarkError(f"the tokenizer {name} has no end-of-text token (eos_token), which ends every document")
         self.eot_id = self._tokenizer.eos_token_id
@@ -225,6 +227,9 @@ class TransformersTokenizer(TextTokenizer):
         if self._fast is not None:
             # A document that spells a special token must not end it.
             self._fast.encode_special_tokens = True
+
+    def _open(self) -> PreTrainedTokenizerBase:
+        return open_tokenizer(self.name, trust_remote_code=self._trust_remote_code)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_documents([text])[0].tolist()
@@ -242,7 +247,7 @@ class TransformersTokenizer(TextTokenizer):
 
     def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerBase:
         # A second copy, so that this one keeps encoding as before.
-        tokenizer = open_tokenizer(self.name)
+        tokenizer = self._open()
         if landmark:
             add_tokens(tokenizer, [LANDMARK_TOKEN])
         return tokenizer

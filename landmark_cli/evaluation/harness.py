@@ -48,7 +48,7 @@ class LandmarkLM(TemplateLM):
 
     pretrained: model directory, hub id or the authors' checkpoint. top_k: blocks retrieved; further arguments (chunk,
     cache_blocks, selection, ...) are those of ReadingSettings. max_gen_toks: where a task does not say how much to
-    generate.
+    generate. trust_remote_code: run Python code that comes with the model.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class LandmarkLM(TemplateLM):
         dtype: str = "auto",
         top_k: int | None = None,
         max_gen_toks: int = 256,
+        trust_remote_code: bool = False,
         **reading: Any,
     ) -> None:
         super().__init__()
@@ -75,7 +76,8 @@ class LandmarkLM(TemplateLM):
             # The harness's command asks for it where nobody has named a device.
             info(f"there is no GPU: {pretrained} runs on the CPU")
             device = None
-        self.model, self.tokenizer = open_model(pretrained, MachineOptions(dtype=dtype, device=device or "auto"))
+        opened_as = MachineOptions(dtype=dtype, device=device or "auto", trust_remote_code=trust_remote_code is True)
+        self.model, self.tokenizer = open_model(pretrained, opened_as)
         self._device = self.model.device
 
     @property

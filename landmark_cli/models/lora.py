@@ -124,7 +124,11 @@ def check_adapters(directory: Path, config: PreTrainedConfig) -> str:
 
 
 def open_adapted(
-    path: str | Path, *, attention: str | None = None, dtype: str | torch.dtype = "auto"
+    path: str | Path,
+    *,
+    attention: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open an adapter directory as a plain model: the base with the adapters merged into its weights.
 
@@ -132,13 +136,13 @@ def open_adapted(
     """
     peft = import_extra("peft", "lora")
     directory = Path(path)
-    config = open_config(directory)
+    config = open_config(directory, trust_remote_code=trust_remote_code)
     base = check_adapters(directory, config)
     try:
-        model, _ = open_pretrained(base, dtype=dtype)
+        model, _ = open_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code)
     except LandmarkError as error:
         raise LandmarkError(f"{directory} holds adapters for the model {base}, which is needed too: {error}") from error
-    tokenizer = open_tokenizer(directory)
+    tokenizer = open_tokenizer(directory, trust_remote_code=trust_remote_code)
     check_tokenizer(config, tokenizer, str(directory))
     model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     with reading(directory, "the adapters in"), _without_deprecations():
@@ -149,13 +153,13 @@ def open_adapted(
     return model, tokenizer
 
 
-def merge(path: str | Path, dtype: torch.dtype) -> None:
+def merge(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
     """Turn an adapter directory into that of a plain model. The sum is computed in float32 and stored as dtype.
 
     Raises LandmarkError where the base cannot be opened.
     """
     directory = Path(path)
-    model, _ = open_adapted(directory, dtype=torch.float32)
+    model, _ = open_adapted(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
     merged = directory / "model.partial"
     model.to(dtype).save_pretrained(merged)
     # config.json goes first and comes last: a directory that has one is finished.

@@ -22,8 +22,7 @@ from transformers.utils import logging
 
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reading
-from landmark_cli.model_files import check_directory, check_no_code
+from landmark_cli.model_files import check_directory, check_no_code, opening
 from landmark_cli.schema import check
 from landmark_cli.weight_diff.manifest import MANIFEST
 
@@ -32,38 +31,44 @@ from .size import check_size
 
 
 def open_pretrained(
-    path: str | Path, *, attention: str | None = None, dtype: str | torch.dtype = "auto", **options: Any
+    path: str | Path,
+    *,
+    attention: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a causal language model and its tokenizer.
 
     path: a directory or a hub id. attention: transformers' `attn_implementation`, by default the one it was saved with.
-    dtype: of the weights, by default as stored. options: further arguments of `from_pretrained`.
+    dtype: of the weights, by default as stored. trust_remote_code: whether Python code that comes with it may run.
+    options: further arguments of `from_pretrained`.
 
     Raises LandmarkError naming what is missing, or what does not fit: weights and config, a landmark model's tokenizer.
     """
-    config = open_config(path)
-    check_size(config, path, attention)
+    config = open_config(path, trust_remote_code=trust_remote_code)
+    check_size(config, path, attention, trust_remote_code=trust_remote_code)
     if attention is not None:
         options["attn_implementation"] = attention
-    with _failures(path), _without_reports():
+    with opening(path, "the model", trust_remote_code) as code, _without_reports():
         # Weights that do not fit are found in the report rather than left to a traceback.
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=False,
+            **code,
             **options,
         )
     _check_weights(report, config, path)
-    tokenizer = open_tokenizer(path)
+    tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
     if getattr(config, "landmark_freq", None) is not None:
         check_tokenizer(config, tokenizer, str(path))
     return model, tokenizer
 
 
-def open_config(path: str | Path) -> PreTrainedConfig:
-    """The config of a model directory or hub id.
+def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model directory or hub id. trust_remote_code: whether Python code that comes with it may run.
 
     Raises LandmarkError where there is none that transformers knows, where a setting of ours is none, and where a file
     of the directory lies or leads outside of it.
@@ -79,10 +84,10 @@ def open_config(path: str | Path) -> PreTrainedConfig:
         )
     if local:
         check_directory(directory)
-    with _failures(path), _without_reports():
+    with opening(path, "the model", trust_remote_code) as code, _without_reports():
         settings, _ = PreTrainedConfig.get_config_dict(path)
         check_no_code(settings, path)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, **code)
         names = [field.name for field in fields(LandmarkSettings) if hasattr(config, field.name)]
         check(LandmarkSettings, {name: getattr(config, name) for name in names}).check_values()
     return config
@@ -139,14 +144,6 @@ def _layer(name: str) -> int:
 
 def _looks_like_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-@contextmanager
-def _failures(path: str | Path) -> Iterator[None]:
-    """Turn what transformers raises over a model into one line that names it."""
-    missing = "" if os.path.exists(path) else "there is no such directory, and the hub gave none"
-    with reading(path, "the model", to_do=missing):
-        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reading
+from landmark_cli.model_files import opening
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 # Modules are made one by one, which takes time also where they take no memory; no model has as many of a kind.
@@ -24,7 +24,9 @@ MOST_BUFFERS = 1 << 30
 LEAST_BYTES, LEAST_QUANTIZED_BYTES = 0.5, 0.125
 
 
-def check_size(config: PreTrainedConfig, path: str | Path, attention: str | None = None) -> None:
+def check_size(
+    config: PreTrainedConfig, path: str | Path, attention: str | None = None, *, trust_remote_code: bool = False
+) -> None:
     """Refuse a config that describes a larger model than its files hold, or than this machine can.
 
     path: the model's directory, or a hub id, whose files nobody knows yet. attention: its `attn_implementation`, by
@@ -34,9 +36,9 @@ def check_size(config: PreTrainedConfig, path: str | Path, attention: str | None
     for name, count in _counts(config.to_dict()):
         if count > MOST_MODULES:
             raise _refusal(path, f"{name} is {count}, and more than {MOST_MODULES} cannot be")
-    with reading(path, "the config of"), torch.device("meta"):
+    with opening(path, "the config of", trust_remote_code) as code, torch.device("meta"):
         options = {} if attention is None else {"attn_implementation": attention}
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **code, **options)
     elements = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     quantized = getattr(config, "quantization_config", None) is not None

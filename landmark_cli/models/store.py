@@ -26,6 +26,7 @@ def load(
     *,
     attention: str | None = None,
     dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model and its tokenizer, ready for inference.
@@ -33,18 +34,20 @@ def load(
     path: a model or adapter directory, a hub id, or a checkpoint directory of the authors' lm_benchmark (ckpt.pt and
     summary.json).
     attention: transformers' `attn_implementation`; by default the one the model was saved with. dtype: of the weights,
-    by default as stored. device: as `find_device` takes it; by default a GPU where there is one.
+    by default as stored. trust_remote_code: whether Python code that comes with the model, or with the one under
+    adapters, may run. device: as `find_device` takes it; by default a GPU where there is one.
 
     Raises LandmarkError naming what is missing or does not fit, UsageError where there is no such device.
     """
     device = find_device(device)
     directory = Path(path)
+    how = {"attention": attention, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if (directory / "ckpt.pt").is_file():
         model, tokenizer = _load_authors(directory, attention, dtype)
     elif is_adapter(directory):
-        model, tokenizer = open_adapted(directory, attention=attention, dtype=dtype)
+        model, tokenizer = open_adapted(directory, **how)
     else:
-        model, tokenizer = open_pretrained(path, attention=attention, dtype=dtype)
+        model, tokenizer = open_pretrained(path, **how)
     return model.to(device).eval(), tokenizer
 
 
