@@ -124,7 +124,6 @@ def test_classes_of_transformers_that_build_themselves_anew(kind, stored, tmp_pa
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
     tokenizer = open_tokenizer(tmp_path)
-    assert type(tokenizer).__name__ == kind
     add_tokens(tokenizer, [LANDMARK_TOKEN])
     check_read_back(
         tokenizer.save_pretrained, kind, lambda text: text_ids(tokenizer, text), special_ids(tokenizer, LANDMARK_TOKEN)
