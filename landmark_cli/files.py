@@ -32,6 +32,7 @@ MAX_YAML_BYTES = 256 << 10
 MAX_DEPTH = 64
 READ_BYTES = 16 << 20
 LONGEST_REASON = 300
+CHECKSUM = "checksum"
 
 # Errors that are no Exception: a panic in a library written in Rust, and a failure of torch's sharded checkpoints.
 FOREIGN_FAILURES = ("PanicException", "CheckpointException")
@@ -155,6 +156,23 @@ def read_record(schema: type[T], path: str | Path, what: str = "", *, max_bytes:
         return check(schema, content)
 
 
+def read_sealed(
+    schema: type[T], path: str | Path, what: str = "", *, always: bool = True, max_bytes: int = MAX_BYTES, **more: Any
+) -> T:
+    """What `write_sealed` wrote, as an object of the dataclass `schema`.
+
+    always: whether a file without a checksum, as earlier versions wrote it, is an error too. Further arguments and
+    errors as those of `read_record`; a file whose content is not what was written raises LandmarkError.
+    """
+    content = read_json(path, what, max_bytes=max_bytes, **more)
+    with reading(path, what, **more):
+        if always or CHECKSUM in content:
+            expected = content.pop(CHECKSUM)
+            if expected != _checksum(content):
+                raise ValueError("its content is not what was written to it")
+        return check(schema, content)
+
+
 def parse_json(data: bytes) -> dict[str, Any]:
     """The object in UTF-8 JSON text. Raises ValueError or RecursionError for anything else."""
     content = json.loads(data.decode("utf-8"))
@@ -264,6 +282,15 @@ def write_whole(path: Path, data: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_whole` with JSON, indented for people to read."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` with a checksum of the content beside it, which `read_sealed` checks."""
+    write_json(path, content | {CHECKSUM: _checksum(content)})
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _lines(path: str | Path, what: str, file: Any, more: dict[str, Any]) -> Iterator[bytes]:

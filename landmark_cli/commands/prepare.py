@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,14 @@ accelerate launch --num_processes 8 landmark prepare arxiv-math
 """
 
 PASS_KEYS = "Pass keys"
+SOURCE_OPTIONS = ("source", "revision", "subset", "text_field")
+PASS_KEY_OPTIONS = dict.fromkeys(("shortest", "longest", "seed"), "it is for passkey")
+# The options that change nothing, by the corpus, and why.
+IDLE = {
+    "sample": PASS_KEY_OPTIONS
+    | dict.fromkeys(SOURCE_OPTIONS, "the sample is part of the program; for your own files, `landmark prepare text`"),
+    "passkey": dict.fromkeys(SOURCE_OPTIONS, "passkey makes its documents itself"),
+}
 
 
 @dataclass
@@ -38,9 +47,12 @@ class PrepareOptions(CodeOptions):
     pg19, arxiv-math (the arXiv papers of the proof-pile) and redpajama (the 1T
     sample) come from --source or from their copy on the Hugging Face hub. text
     is any files or folders of yours: .txt, .md, .tex, .parquet, and .jsonl, also
-    .jsonl.gz or .jsonl.zst. Folders train/, validation/ and test/ make splits.
-    passkey makes documents that hide a number in filler text and ask for it, to
-    be mixed into training.
+    .jsonl.gz or .jsonl.zst. passkey makes documents that hide a number in filler
+    text and ask for it, to be mixed into training.
+
+    A folder has splits where all its files lie in train/, validation/ or test/,
+    or have the names that such files have on the hub (train-00000-of-00002.parquet,
+    train.jsonl). Everything that is left out is counted and named.
 
     Interrupted, it goes on where it was when the same command is run again.
     """
@@ -54,7 +66,10 @@ class PrepareOptions(CodeOptions):
     output: Path | None = option(None, saved=False, help="Where the token files go. [default: data/CORPUS]")
     tokenizer: str = option("gpt2", help="gpt2, or the directory or hub id of any tokenizer of transformers.")
     validation_share: float = option(
-        0.01, min=0, max=0.5, help="Share of the documents held out where the corpus has no validation split."
+        0.01,
+        min=0,
+        max=0.5,
+        help="Share of the documents held out where the corpus has no validation split; of the sample, of its novels.",
     )
     max_documents: int | None = option(
         None,
@@ -64,7 +79,10 @@ class PrepareOptions(CodeOptions):
     text_field: str = option("text", help="The field or column that holds the text of .jsonl and .parquet.")
     revision: str | None = option(None, help="Of a copy on the hub: branch, tag or commit.")
     subset: str | None = option(None, help="Of a copy on the hub: the name of its configuration.")
-    on_bad_text: Literal["stop", "skip"] = option("stop", help="What to do about a document that is not UTF-8.")
+    on_bad_text: Literal["stop", "skip"] = option(
+        "stop",
+        help="What to do about a document that is not UTF-8 text or not JSON, and about the rest of a damaged file.",
+    )
     shortest: int = option(256, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the shortest document, about.")
     longest: int = option(4096, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the longest document, about.")
     seed: int = option(0, panel=PASS_KEYS, min=0, max=LARGEST_SEED, help="Of lengths, keys and depths.")
@@ -76,17 +94,15 @@ def run(options: PrepareOptions) -> None:
 
     Raises UsageError for options that contradict each other, LandmarkError for what is wrong with source or output.
     """
-    from landmark_cli.data.corpora import SAMPLE_HELD_OUT
     from landmark_cli.data.merge import Process
     from landmark_cli.data.prepare import prepare
     from landmark_cli.data.tokenizers import load_tokenizer
 
+    check_options(options)
     output = options.output or Path("data") / options.corpus
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     corpus = find_corpus(options, tokenizer)
     info(f"{options.corpus}: {corpus.source} -> {output} (tokenizer {tokenizer.name})")
-    if options.corpus == "sample":
-        info(f"the novel held out for validation is {SAMPLE_HELD_OUT}")
     written = prepare(
         corpus,
         tokenizer,
@@ -102,7 +118,7 @@ def run(options: PrepareOptions) -> None:
         results(
             ("split", "file", "documents", "tokens", "text", "ids"),
             rows,
-            data={split: vars(metadata) for split, metadata in written.items()},
+            data={split: dataclasses.asdict(metadata) for split, metadata in written.items()},
             json_target=options.json,
         )
 
@@ -113,8 +129,6 @@ def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
     from landmark_cli.data.passkey import passkey_corpus
 
     if options.corpus == "passkey":
-        if options.source or options.revision or options.subset:
-            raise UsageError("passkey makes its documents itself: --source, --revision and --subset are for others")
         return passkey_corpus(
             tokenizer,
             documents=options.max_documents or 2000,
@@ -123,7 +137,7 @@ def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
             validation_share=options.validation_share,
             seed=options.seed,
         )
-    return open_corpus(
+    corpus = open_corpus(
         options.corpus,
         options.source,
         revision=options.revision,
@@ -132,3 +146,26 @@ def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
         validation_share=options.validation_share,
         max_documents=options.max_documents,
     )
+    given = given_options(options)
+    if "text_field" in given and not corpus.has_fields:
+        raise UsageError(f"--text-field is for .jsonl and .parquet, and {corpus.source} is plain text")
+    if "validation_share" in given and corpus.has_validation:
+        raise UsageError(f"{corpus.source} has a validation split of its own: leave --validation-share out")
+    return corpus
+
+
+def check_options(options: PrepareOptions) -> None:
+    """UsageError where an option would change nothing, since the corpus has no use for it."""
+    idle = IDLE.get(options.corpus, PASS_KEY_OPTIONS)
+    for name in given_options(options):
+        if name in idle:
+            raise UsageError(f"--{name.replace('_', '-')} means nothing for {options.corpus}: {idle[name]}")
+
+
+def given_options(options: PrepareOptions) -> list[str]:
+    """The names of the options that are not at their defaults."""
+    return [
+        field.name
+        for field in dataclasses.fields(options)
+        if field.default is not dataclasses.MISSING and getattr(options, field.name) != field.default
+    ]

@@ -13,31 +13,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from landmark_cli.console import info
+from landmark_cli.console import info, warn
+from landmark_cli.data.documents import Document, Keep, cut_text_file, no_such_field, text_document, text_file
 from landmark_cli.data.readers import (
+    ENDINGS,
     JSON_LINES,
     PARQUET,
     PLAIN_TEXT,
-    Document,
-    cut_text_file,
-    find_files,
-    no_such_field,
+    ending_of,
     read_documents,
     rows_as_documents,
-    text_document,
-    text_file,
 )
+from landmark_cli.data.sources import SPLIT_NAMES, SPLITS, SourceFile, find_sources
 from landmark_cli.data.tokenizers import ASSETS
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.files import reason
 
 SAMPLE_HELD_OUT = "persuasion"
-SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
-SPLIT_NAMES |= {"dev": "validation", "test": "test"}
-_SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})[-_.]")
+LONGEST_META = 1 << 16
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-Keep = Callable[[Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,8 @@ class Corpus:
         documents: called, yields every document with the split it belongs to.
         total_bytes: what all documents take where they are stored; None where nobody knows.
         identity: what has to be the same for the documents to be the same (JSON).
+        has_fields: whether documents are rows with a field of text.
+        has_validation: whether the corpus comes with a validation split of its own.
     """
 
     name: str
@@ -57,6 +53,8 @@ class Corpus:
     documents: Callable[[], Iterator[tuple[str, Document]]]
     total_bytes: int | None
     identity: Any
+    has_fields: bool = False
+    has_validation: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,14 @@ class HubCopy:
 
 @dataclass(frozen=True)
 class Kind:
-    """A corpus that this program knows: the files a local copy has, its copy on the hub, the rows to take."""
+    """A corpus that this program knows: the files a local copy has, its copy on the hub, the rows to take.
 
-    endings: tuple[str, ...] = PLAIN_TEXT + JSON_LINES + PARQUET
+    has_splits: its copies have splits, and a file outside of them is none of its documents.
+    """
+
+    endings: tuple[str, ...] = ENDINGS
     hub: HubCopy | None = None
+    has_splits: bool = False
     keep: Keep | None = field(default=None, repr=False)
 
 
@@ -82,19 +84,23 @@ def is_arxiv(row: Mapping[str, Any]) -> bool:
     """Whether a row of the proof-pile is an arXiv paper, by its field `meta`; rows without one are taken."""
     meta = row.get("meta")
     if isinstance(meta, str):
+        if len(meta) > LONGEST_META:
+            return False
         try:
             meta = json.loads(meta)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 meta = ast.literal_eval(meta)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 return False
     return meta is None or (isinstance(meta, Mapping) and meta.get("config") == "arxiv")
 
 
 KINDS = {
-    "pg19": Kind(PLAIN_TEXT + PARQUET, HubCopy("emozilla/pg19")),
+    "pg19": Kind((".txt", *PARQUET), HubCopy("emozilla/pg19"), has_splits=True),
     "arxiv-math": Kind(
+        JSON_LINES + PARQUET,
+        has_splits=True,
         hub=HubCopy(
             "hoskinson-center/proof-pile",
             data_files={
@@ -139,7 +145,7 @@ def open_corpus(
     if name == "sample":
         if sources:
             raise UsageError("the sample is part of the program: to prepare your own files, `landmark prepare text`")
-        return sample()
+        return sample(validation_share, max_documents)
     kind = KINDS[name]
     if not sources and kind.hub is None:
         raise UsageError("which text? name files or folders with --source")
@@ -157,20 +163,31 @@ def open_corpus(
     return on_the_hub(name, hub, selection)
 
 
-def sample() -> Corpus:
-    """Six novels of Jane Austen; the held-out one is the validation split."""
+def sample(validation_share: float = 0.01, max_documents: int | None = None) -> Corpus:
+    """Six novels of Jane Austen, of which a share, but no less than Persuasion, is the validation split.
+
+    Arguments: as `open_corpus` takes them; a share of 0 holds no novel out.
+    """
     with tarfile.open(ASSETS / "austen.tar.xz") as archive:
         novels = {
             member.name.removesuffix(".txt"): archive.extractfile(member).read()
             for member in sorted(archive.getmembers(), key=lambda member: member.name)
         }
+    count = max(1, round(validation_share * len(novels))) if validation_share else 0
+    held_out = [SAMPLE_HELD_OUT, *(title for title in novels if title != SAMPLE_HELD_OUT)][:count]
+    taken = {
+        "train": [title for title in novels if title not in held_out][:max_documents],
+        "validation": held_out[:max_documents],
+    }
+    for split, titles in taken.items():
+        info(f"{split}: {', '.join(titles) or 'no novel'}")
 
     def documents() -> Iterator[tuple[str, Document]]:
-        for title, text in novels.items():
-            yield "validation" if title == SAMPLE_HELD_OUT else "train", text_document(title, text)
+        for split, titles in taken.items():
+            yield from ((split, text_document(title, novels[title])) for title in titles)
 
-    total = sum(map(len, novels.values()))
-    return Corpus("sample", "six novels of Jane Austen, part of this program", documents, total, [*novels, total])
+    total = sum(len(novels[title]) for titles in taken.values() for title in titles)
+    return Corpus("sample", "six novels of Jane Austen, part of this program", documents, total, [taken, total])
 
 
 @dataclass(frozen=True)
@@ -185,6 +202,19 @@ class Selection:
     def limited(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The first `max_documents` of them."""
         return islice(documents, self.max_documents)
+
+    def taken(
+        self, splits: Mapping[str, Iterable[Document]], known: int | None = None
+    ) -> Iterator[tuple[str, Document]]:
+        """The first `max_documents` of each split; where none is for validation, a share of the training documents is.
+
+        known: how many training documents there are, if somebody knows.
+        """
+        for split in SPLITS:
+            if split == "train" and "validation" not in splits:
+                yield from self.divided(splits[split], known)
+            elif split in splits:
+                yield from ((split, document) for document in self.limited(splits[split]))
 
     def divided(self, documents: Iterable[Document], known: int | None = None) -> Iterator[tuple[str, Document]]:
         """The first `max_documents`, every so many of which one is for validation, at least one.
@@ -217,60 +247,64 @@ def on_the_hub(name: str, hub: HubCopy, selection: Selection) -> Corpus:
             root = hub.id if Path(hub.id).is_dir() else f"hf://datasets/{where}"
             files = {split: f"{root}/{pattern}" for split, pattern in hub.data_files.items()}
             opened = datasets.load_dataset("json", data_files=files, streaming=True)
+        by_split = {SPLIT_NAMES[split]: rows for split, rows in opened.items() if split in SPLIT_NAMES}
+        columns = by_split["train"].column_names if "train" in by_split else None
     except Exception as error:
         # Whatever hub, network and loaders raise; the reason is theirs, the way out is ours.
         scripted = " --revision refs/convert/parquet may be a copy that opens, and" if "script" in str(error) else ""
         raise LandmarkError(
-            f"cannot open the data set {where}: {str(error).strip().splitlines()[0]};{scripted} "
+            f"cannot open the data set {where}: {reason(error)};{scripted} "
             f"--source names another copy or a local folder"
         ) from error
-    by_split = {SPLIT_NAMES[split]: rows for split, rows in opened.items() if split in SPLIT_NAMES}
     if "train" not in by_split:
         raise LandmarkError(f"the data set {where} has no split named train, only {', '.join(opened)}")
-    columns = by_split["train"].column_names
     if columns is not None and selection.text_field not in columns:
-        raise no_such_field(f"the data set {where}", selection.text_field, f"the columns {', '.join(columns)}")
+        raise LandmarkError(no_such_field(f"the data set {where}", selection.text_field, columns, "columns"))
+    info(f"found the splits {', '.join(by_split)}")
+    if others := [name for name, rows in opened.items() if rows is not by_split.get(SPLIT_NAMES.get(name))]:
+        info(f"left out: the splits {', '.join(others)}")
+
+    def read(split: str) -> Iterator[Document]:
+        return rows_as_documents(f"{where} {split}", by_split[split], selection.text_field, selection.keep)
 
     def documents() -> Iterator[tuple[str, Document]]:
-        for split in (split for split in SPLITS if split in by_split):
-            found = rows_as_documents(f"{where} {split}", by_split[split], selection.text_field, selection.keep)
-            if len(by_split) == 1:
-                yield from selection.divided(found)
-            else:
-                yield from ((split, document) for document in selection.limited(found))
+        return selection.taken({split: read(split) for split in by_split})
 
-    return Corpus(name, f"the data set {where}", documents, None, _identity(selection, dataclasses.asdict(hub)))
+    identity = _identity(selection, dataclasses.asdict(hub))
+    held_out = "validation" in by_split
+    return Corpus(name, f"the data set {where}", documents, None, identity, True, held_out)
 
 
 def _local(name: str, kind: Kind, sources: list[Path], selection: Selection) -> Corpus:
-    files = [(split, path) for source in sources for split, path in _files_by_split(source, kind.endings)]
-    has_splits = {split for split, _ in files} != {None}
-    if has_splits:
-        # Files outside of the folders of a corpus with splits (a README, say) belong to none.
-        files = sorted(((s, p) for s, p in files if s is not None), key=lambda item: SPLITS.index(item[0]))
-        if files[0][0] != "train":
-            raise LandmarkError(f"{sources[0]} has a {files[0][0]} split but no training documents")
-    plain = all(path.name.endswith(PLAIN_TEXT) for _, path in files)
-    known = selection.max_documents is None and all(path.name.endswith((*PLAIN_TEXT, ".jsonl")) for _, path in files)
+    found = find_sources(sources, kind.endings, keeps_splits=kind.has_splits)
+    where = ", ".join(map(str, sources))
+    info(f"found {found.found()} in {where}")
+    if found.left_out:
+        info(f"left out: {found.not_read()}")
+    for note in found.notes:
+        warn(note)
+    by_split: dict[str, list[SourceFile]] = {}
+    for file in found.files:
+        by_split.setdefault(file.split or "train", []).append(file)
+    train, held_out = by_split["train"], "validation" in by_split
+    plain = all(file.ending in PLAIN_TEXT for file in train)
+    known = selection.max_documents is None and all(file.ending in (*PLAIN_TEXT, ".jsonl") for file in found.files)
 
-    def read(paths: Iterable[Path]) -> Iterator[Document]:
-        return (document for path in paths for document in read_documents(path, selection.text_field, selection.keep))
+    def read(files: list[SourceFile]) -> Iterator[Document]:
+        return (doc for file in files for doc in read_documents(file.path, selection.text_field, selection.keep))
 
     def documents() -> Iterator[tuple[str, Document]]:
-        if has_splits:
-            for split in SPLITS:
-                found = read(path for of, path in files if of == split)
-                yield from ((split, document) for document in selection.limited(found))
-        elif plain and len(files) == 1 and selection.validation_share:
-            place = cut_text_file(files[0][1], selection.validation_share)
-            yield "train", text_file(files[0][1], 0, place)
-            yield "validation", text_file(files[0][1], place)
-        else:
-            yield from selection.divided(read(path for _, path in files), len(files) if plain else None)
+        splits: dict[str, Iterable[Document]] = {split: read(files) for split, files in by_split.items()}
+        if plain and len(train) == 1 and selection.validation_share and not held_out:
+            path = train[0].path
+            place = cut_text_file(path, selection.validation_share)
+            splits["train"], splits["validation"] = [text_file(path, 0, place)], [text_file(path, place)]
+        return selection.taken(splits, len(train) if plain else None)
 
-    total = sum(path.stat().st_size for _, path in files) if known else None
-    stats = [[split, str(path), path.stat().st_size, path.stat().st_mtime_ns] for split, path in files]
-    return Corpus(name, ", ".join(map(str, sources)), documents, total, _identity(selection, stats))
+    total = sum(file.size for file in found.files) if known else None
+    stats = [[file.split, str(file.path), file.size, file.modified_ns] for file in found.files]
+    has_fields = any(file.ending not in PLAIN_TEXT for file in found.files)
+    return Corpus(name, where, documents, total, _identity(selection, stats), has_fields, held_out)
 
 
 def _identity(selection: Selection, source: Any) -> Any:
@@ -278,29 +312,7 @@ def _identity(selection: Selection, source: Any) -> Any:
     return [source, taken]
 
 
-def _files_by_split(source: Path, endings: tuple[str, ...]) -> list[tuple[str | None, Path]]:
-    """A source's files, each with the split that its folder (or, like `train-00000.parquet`, its own name) says."""
-    if source.is_file():
-        if not source.name.endswith(endings):
-            raise LandmarkError(f"{source} is not of a kind that this corpus is read from ({', '.join(endings)})")
-        return [(None, source)]
-    if not source.exists():
-        raise LandmarkError(f"there is no file or folder {source}")
-    files = find_files(source, endings)
-    if not files:
-        raise LandmarkError(f"no documents in {source}: it holds no file with one of the endings {', '.join(endings)}")
-    return [(_split_of(file.relative_to(source)), file) for file in files]
-
-
-def _split_of(path: Path) -> str | None:
-    for folder in path.parts[:-1]:
-        if folder in SPLIT_NAMES:
-            return SPLIT_NAMES[folder]
-    named = _SPLIT_FILE.match(path.name)
-    return SPLIT_NAMES[named.group(1)] if named else None
-
-
 def _may_be_on_the_hub(source: str) -> bool:
     """Whether a source that is not there may be a hub id: not when its folder is there, or it ends like a file."""
-    named_like_one = _HUB_ID.fullmatch(source) and not source.endswith(PLAIN_TEXT + JSON_LINES + PARQUET)
+    named_like_one = _HUB_ID.fullmatch(source) and ending_of(source) not in ENDINGS
     return bool(named_like_one) and not Path(source).parent.is_dir()

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from landmark_cli.data.corpora import SPLITS
-from landmark_cli.data.token_file import TokenFileWriter, map_values
+from landmark_cli.data.place import Place
+from landmark_cli.data.sources import SPLITS
+from landmark_cli.data.token_file import TokenFileWriter, check_hash, map_values
+from landmark_cli.errors import LandmarkError
+from landmark_cli.interrupts import Interrupts
 
 TURN = 16
 """Documents that a process takes before it is the next one's turn."""
 WAIT_SECONDS = 0.1
+GO_ON = "what is prepared so far is kept; run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -52,31 +54,42 @@ class Process:
 
 
 def merge(
-    output: Path, made_from: str, count: int, open_writer: Callable[[str], TokenFileWriter]
-) -> tuple[dict[str, TokenFileWriter], list[str]]:
+    output: Path, made_from: str, count: int, open_writer: Callable[[str], TokenFileWriter], asked: Interrupts
+) -> tuple[dict[str, TokenFileWriter], list[Place]]:
     """Wait for the parts of all `count` processes and write their documents in the corpus's order.
 
-    open_writer: starts the token file of a split.
+    open_writer: starts the token file of a split. asked: whether to stop, as soon as it is.
 
     Returns:
-        The writers by split, not finished yet, and what the processes left out.
+        The writers by split, not finished yet, and the processes' places.
+
+    Raises:
+        LandmarkError: a part is not what its process wrote.
+        Stopped: somebody asked for it; the parts stay for the next run.
     """
     parts = [Process(rank, count) for rank in range(count)]
-    states = [_await(part.state_file(output), made_from) for part in parts]
-    turns = [np.fromfile(part.turns_file(output), dtype="<i8").reshape(-1, 2) for part in parts]
+    places = [_await(part.state_file(output), made_from, asked) for part in parts]
+    turns = []
+    for part, place in zip(parts, places, strict=True):
+        file = part.turns_file(output)
+        check_hash(file, place.turns, place.turns_sha256)
+        turns.append(np.fromfile(file, dtype="<i8").reshape(-1, 2))
     writers: dict[str, TokenFileWriter] = {}
     ids: dict[tuple[int, str], np.ndarray] = {}
-    for rank, state in enumerate(states):
-        for split, written in state["splits"].items():
+    for rank, place in enumerate(places):
+        for split, written in place.splits.items():
             if split not in writers:
                 writers[split] = open_writer(split)
             writer = writers[split]
-            writer.text_bytes += written["text_bytes"]
+            writer.text_bytes += written.text_bytes
             file = output / f"{split}.bin{parts[rank].suffix}"
-            ids[rank, split] = map_values(file, writer.dtype.name, written["tokens"])
+            check_hash(file, written.tokens * writer.dtype.itemsize, written.sha256)
+            ids[rank, split] = map_values(file, writer.dtype.name, written.tokens)
     used = dict.fromkeys(ids, 0)
     longest = max(map(len, turns))
     for first in range(0, longest, TURN):
+        if asked:
+            raise asked.stopped(GO_ON)
         for rank in range(count):
             for number, length in turns[rank][first : first + TURN].tolist():
                 if length:
@@ -84,14 +97,16 @@ def merge(
                     start = used[place]
                     writers[SPLITS[number]].add_document(ids[place][start : start + length - 1])
                     used[place] = start + length
-    return writers, [message for state in states for message in state["skipped"]]
+    return writers, places
 
 
-def _await(state_file: Path, made_from: str) -> dict[str, Any]:
-    """A process's last state, once its part is whole. (A launcher ends every process when one of them fails.)"""
+def _await(file: Path, made_from: str, asked: Interrupts) -> Place:
+    """A process's last place, once its part is whole. (A launcher ends every process when one of them fails.)"""
     while True:
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads(state_file.read_text(encoding="utf-8"))
-            if state["made_from"] == made_from and state["finished"]:
-                return state
+        with contextlib.suppress(LandmarkError):
+            place = Place.read_from(file)
+            if place.made_from == made_from and place.finished:
+                return place
+        if asked:
+            raise asked.stopped(GO_ON)
         time.sleep(WAIT_SECONDS)

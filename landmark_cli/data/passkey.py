@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from landmark_cli.data.readers import Document, text_document
+from landmark_cli.data.documents import Document, text_document
 from landmark_cli.errors import LandmarkError, UsageError
 
 if TYPE_CHECKING:

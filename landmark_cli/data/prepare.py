@@ -15,27 +15,33 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from landmark_cli.console import info, progress, warn
-from landmark_cli.data.corpora import SPLITS, Corpus
-from landmark_cli.data.merge import Process, merge
+from landmark_cli.data.corpora import Corpus
+from landmark_cli.data.left_out import LeftOut
+from landmark_cli.data.merge import GO_ON, Process, merge
+from landmark_cli.data.place import Place
 from landmark_cli.data.prefetch import prefetched
-from landmark_cli.data.readers import BadText
+from landmark_cli.data.sources import SPLITS
+from landmark_cli.data.text_batches import Batch, or_skip, text_batches
 from landmark_cli.data.token_file import (
     FORMAT,
     TokenFile,
     TokenFileMetadata,
     TokenFileWriter,
+    Written,
+    check_hash,
+    read_metadata,
     remove_token_file,
 )
 from landmark_cli.data.tokenizers import TextTokenizer
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import write_json
+from landmark_cli.files import writing
+from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.locks import LOCK, sole_writer
 
 BATCH_DOCUMENTS = 4096
@@ -58,11 +64,14 @@ def prepare(
     Raises:
         LandmarkError: a document is no text (unless those are skipped), there is no text to train on, the disk is
             full, or another process prepares into the same directory.
+        Stopped: SIGTERM or SIGINT came; the place is noted, and the next run goes on there.
     """
     process = process or Process()
     made_from = _fingerprint(corpus, tokenizer)
-    if finished := _finished(output, made_from):
+    if finished := _finished(output, made_from, skip_bad_text):
         info(f"{output} holds token files made from this very source already; delete it to make them again")
+        if left_out := finished["train"].left_out:
+            warn(left_out.summary())
         return finished if process.rank == 0 else {}
     with contextlib.ExitStack() as held:
         if process.rank == 0:
@@ -70,44 +79,23 @@ def prepare(
         if process.count > 1:
             # The processes of a second launch must keep their hands off the parts of this one's, whoever is first.
             held.enter_context(sole_writer(output, f"{LOCK}{process.suffix}"))
-        try:
-            with contextlib.closing(_Part(corpus, tokenizer, output, made_from, process)) as part:
-                part.run(skip_bad_text)
-                if process.rank > 0:
-                    return {}
-                writers, skipped = part.writers, part.skipped
-                if process.count > 1:
-                    info(f"putting the parts of {process.count} processes together")
-                    writers, skipped = merge(output, made_from, process.count, part.new_writer)
-                    for message in skipped[len(part.skipped) :]:
-                        warn(f"left out {message}")
-                if skipped:
-                    warn(f"{len(skipped)} documents were left out because they are no text")
-                return _finish(writers, output, corpus)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise LandmarkError(
-                f"{output} is on a disk that is full: make room and run the same command again to go on from there"
-            ) from error
-
-
-@dataclass
-class _Batch:
-    """Text to encode together: pieces of documents in order."""
-
-    pieces: list[bytes] = field(default_factory=list)
-    places: list[tuple[str, bool]] = field(default_factory=list)  # a piece's split; whether its document ends
-    text_bytes: int = 0
-    read: int = 0  # bytes its documents take where they are stored
-    next_document: int = 0
-    whole: bool = True  # no document goes on in the next batch
-    skipped: list[str] = field(default_factory=list)
-
-    def add(self, piece: bytes, split: str, ends: bool) -> None:
-        self.pieces.append(piece)
-        self.places.append((split, ends))
-        self.text_bytes += len(piece)
+        asked = held.enter_context(interrupts("noting the place"))
+        held.enter_context(_disk_errors(output))
+        part = held.enter_context(contextlib.closing(_Part(corpus, tokenizer, output, made_from, process)))
+        part.run(skip_bad_text, asked)
+        if process.rank > 0:
+            return {}
+        writers, left_out, documents = part.writers, part.left_out, part.next_document
+        if process.count > 1:
+            info(f"putting the parts of {process.count} processes together")
+            writers, places = merge(output, made_from, process.count, part.new_writer, asked)
+            documents = max(place.next_document for place in places)
+            for place in places[1:]:
+                for message in left_out.merge(place.left_out):
+                    warn(f"left out {message}")
+        if left_out:
+            warn(left_out.summary())
+        return _finish(writers, output, corpus, left_out, documents)
 
 
 class _Part:
@@ -118,32 +106,34 @@ class _Part:
     ) -> None:
         self._corpus, self._tokenizer, self._output, self._process = corpus, tokenizer, output, process
         self._made_from = made_from
+        self._state_file = process.state_file(output)
         self.writers: dict[str, TokenFileWriter] = {}
         self._turns: Any = None
-        state = self._load()
+        self._turns_hash: Any = hashlib.sha256()
         try:
-            self._resume(state)
-        except (OSError, LandmarkError):
-            # What was noted is not there any more.
-            state = self._clean()
-            self._resume(state)
-        self._next_document: int = state["next_document"]
-        self._read: int = state["read"]
-        self.skipped: list[str] = state["skipped"]
-        self._whole: bool = state["finished"]
+            place = self._noted()
+            self._resume(place)
+        except LandmarkError as error:
+            warn(f"{error}: preparing from the first document on")
+            place = self._clean()
+            self._resume(place)
+        self.next_document, self.left_out = place.next_document, place.left_out
+        self._read, self._whole = place.read, place.finished
 
-    def new_writer(self, split: str, suffix: str = ".partial", resume: dict[str, int] | None = None) -> TokenFileWriter:
+    def new_writer(self, split: str, suffix: str = ".partial", resume: Written | None = None) -> TokenFileWriter:
         path = self._output / f"{split}.bin"
         source, made_from = self._corpus.source, self._made_from
         return TokenFileWriter(
             path, self._tokenizer, source=source, made_from=made_from, resume=resume, partial_suffix=suffix
         )
 
-    def run(self, skip_bad_text: bool) -> None:
+    def run(self, skip_bad_text: bool, asked: Interrupts) -> None:
+        if self.left_out and not skip_bad_text:
+            raise LandmarkError(or_skip(next(iter(self.left_out.files.values())).first))
         if self._whole:
             return
-        if self._next_document:
-            info(f"going on after the first {self._next_document} documents, which an earlier run prepared")
+        if self.next_document:
+            info(f"going on after the first {self.next_document} documents, which an earlier run prepared")
         total = self._corpus.total_bytes and self._corpus.total_bytes / self._process.count
         saved = time.monotonic()
         with (
@@ -155,9 +145,12 @@ class _Part:
                 documents = sum(writer.documents for writer in self.writers.values())
                 tokens = sum(writer.tokens for writer in self.writers.values())
                 shown.advance(batch.read, documents=documents, tokens=f"{tokens / 1e6:.1f}M")
-                if batch.whole and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if batch.whole and (asked or time.monotonic() - saved > CHECKPOINT_SECONDS):
                     self._save()
                     saved = time.monotonic()
+                if asked:
+                    # In the middle of a document the place is that of the last time, a few seconds before it.
+                    raise asked.stopped(GO_ON)
         if self._process.count > 1:
             self._save(finished=True)
 
@@ -166,45 +159,24 @@ class _Part:
         for file in [*self.writers.values(), *([self._turns] if self._turns else [])]:
             file.close()
 
-    def _encoded(self, skip_bad_text: bool) -> Iterator[tuple[_Batch, list[np.ndarray]]]:
-        with contextlib.closing(prefetched(self._batches(skip_bad_text), 1)) as batches:
-            for batch in batches:
+    def _encoded(self, skip_bad_text: bool) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+        batches = text_batches(
+            self._corpus,
+            self._process,
+            self.next_document,
+            piece_bytes=self._tokenizer.piece_bytes,
+            batch_bytes=self._tokenizer.batch_bytes,
+            batch_documents=BATCH_DOCUMENTS,
+            skip_bad_text=skip_bad_text,
+        )
+        with contextlib.closing(prefetched(batches, 1)) as ahead:
+            for batch in ahead:
                 yield batch, self._tokenizer.encode_documents(batch.pieces)
 
-    def _batches(self, skip_bad_text: bool) -> Iterator[_Batch]:
-        piece_limit, limit = self._tokenizer.piece_bytes, self._tokenizer.batch_bytes
-        batch = _Batch()
-        for number, (split, document) in enumerate(self._corpus.documents()):
-            if number < self._next_document or not self._process.takes(number):
-                continue
-            last, counted = b"", 0
-            try:
-                for count, piece in enumerate(document.pieces(piece_limit)):
-                    if count:
-                        batch.add(last, split, ends=False)
-                        batch.read += len(last)
-                        counted += len(last)
-                        batch.whole = False
-                        if batch.text_bytes >= limit:
-                            yield batch
-                            batch = _Batch()
-                    last = piece
-            except BadText as bad:
-                if not skip_bad_text:
-                    raise LandmarkError(f"{bad}; --on-bad-text skip leaves such documents out") from None
-                batch.skipped.append(str(bad))
-            batch.add(last, split, ends=True)
-            batch.read += document.size - counted
-            batch.next_document, batch.whole = number + 1, True
-            if batch.text_bytes >= limit or len(batch.pieces) >= BATCH_DOCUMENTS:
-                yield batch
-                batch = _Batch()
-        yield batch
-
-    def _write(self, batch: _Batch, encoded: list[np.ndarray]) -> None:
-        for message in batch.skipped:
-            warn(f"left out {message}")
-        self.skipped += batch.skipped
+    def _write(self, batch: Batch, encoded: list[np.ndarray]) -> None:
+        for bad in batch.bad:
+            if self.left_out.add(bad):
+                warn(f"left out {bad}")
         for piece, ids, (split, ends) in zip(batch.pieces, encoded, batch.places, strict=True):
             if split not in self.writers:
                 self.writers[split] = self.new_writer(split, self._process.suffix)
@@ -216,67 +188,69 @@ class _Part:
                 if length:
                     writer.end_document()
                 if self._turns:
-                    self._turns.write(np.array([SPLITS.index(split), length], dtype="<i8").tobytes())
+                    data = np.array([SPLITS.index(split), length], dtype="<i8").tobytes()
+                    self._turns.write(data)
+                    self._turns_hash.update(data)
         self._read += batch.read
-        self._next_document = batch.next_document or self._next_document
+        self.next_document = batch.next_document or self.next_document
 
     def _save(self, finished: bool = False) -> None:
         """Put everything on the disk and note the place."""
-        state = {
-            "made_from": self._made_from,
-            "finished": finished,
-            "next_document": self._next_document,
-            "read": self._read,
-            "skipped": self.skipped,
-            "splits": {split: writer.checkpoint() for split, writer in self.writers.items()},
-            "turns": 0,
-        }
+        place = Place(self._made_from, finished, self.next_document, self._read, self.left_out)
+        place.splits = {split: writer.checkpoint() for split, writer in self.writers.items()}
         if self._turns:
             self._turns.flush()
             os.fsync(self._turns.fileno())
-            state["turns"] = self._turns.tell()
-        write_json(self._process.state_file(self._output), state)
+            place.turns, place.turns_sha256 = self._turns.tell(), self._turns_hash.hexdigest()
+        place.write_to(self._state_file)
 
-    def _load(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads(self._process.state_file(self._output).read_text(encoding="utf-8"))
-            if state["made_from"] == self._made_from:
-                return state
-        return self._clean()
+    def _noted(self) -> Place:
+        """Where an earlier run was, or the beginning where it prepared something else."""
+        if not self._state_file.exists():
+            return self._clean()
+        place = Place.read_from(self._state_file)
+        if place.made_from != self._made_from:
+            info(f"{self._output} holds an unfinished preparation of another source or other settings: starting anew")
+            return self._clean()
+        return place
 
-    def _clean(self) -> dict[str, Any]:
-        """Remove what an earlier run of another kind left."""
+    def _clean(self) -> Place:
+        """Remove what an earlier run left."""
         self.close()
         self.writers.clear()
         for file in self._output.glob(f"*{self._process.suffix}"):
             if not file.name.startswith(LOCK):
                 file.unlink()
-        return {"finished": False, "next_document": 0, "read": 0, "skipped": [], "splits": {}, "turns": 0}
+        return Place(self._made_from)
 
-    def _resume(self, state: dict[str, Any]) -> None:
-        for split, written in state["splits"].items():
+    def _resume(self, place: Place) -> None:
+        """Open the files that an earlier run left, at that place. LandmarkError where they are not what it wrote."""
+        for split, written in place.splits.items():
             self.writers[split] = self.new_writer(split, self._process.suffix, resume=written)
         if self._process.count > 1:
-            self._turns = open(self._process.turns_file(self._output), "ab")
-            self._turns.truncate(state["turns"])
-            self._turns.seek(state["turns"])
+            file = self._process.turns_file(self._output)
+            self._turns_hash = check_hash(file, place.turns, place.turns_sha256) if place.turns else hashlib.sha256()
+            self._turns = open(file, "ab")
+            self._turns.truncate(place.turns)
+            self._turns.seek(place.turns)
 
 
-def _finish(writers: dict[str, TokenFileWriter], output: Path, corpus: Corpus) -> dict[str, TokenFileMetadata]:
+def _finish(
+    writers: dict[str, TokenFileWriter], output: Path, corpus: Corpus, left_out: LeftOut, documents: int
+) -> dict[str, TokenFileMetadata]:
     """Give the token files their names: training text last, since its file stands for all of them."""
     if "train" not in writers or not writers["train"].documents:
+        others = any(writer.documents for writer in writers.values())
         for writer in writers.values():
             writer.discard()
         for file in output.glob("*.partial"):
             file.unlink(missing_ok=True)
-        raise LandmarkError(
-            f"no text to train on in {corpus.source}: "
-            + ("all of it became validation text (see --validation-share)" if writers else "it holds no documents")
-        )
+        why = _why_nothing(others, left_out, documents)
+        raise LandmarkError(f"no text to train on in {corpus.source}: {why}")
     finished = {}
     for split in reversed(SPLITS):
         if split in writers and writers[split].documents:
-            finished[split] = writers[split].finish()
+            finished[split] = writers[split].finish(left_out if split == "train" and left_out else None)
         else:
             remove_token_file(output / split)
     for file in output.glob("*.partial"):
@@ -284,14 +258,52 @@ def _finish(writers: dict[str, TokenFileWriter], output: Path, corpus: Corpus) -
     return {split: finished[split] for split in SPLITS if split in finished}
 
 
-def _finished(output: Path, made_from: str) -> dict[str, TokenFileMetadata] | None:
-    """The token files in a directory, if they are whole and were made from the same."""
-    with contextlib.suppress(LandmarkError):
-        there = [split for split in SPLITS if (output / f"{split}.json").exists()]
-        found = {split: TokenFile.open(output / f"{split}.bin").metadata for split in there}
-        if "train" in found and all(metadata.made_from == made_from for metadata in found.values()):
-            return found
-    return None
+def _why_nothing(others: bool, left_out: LeftOut, documents: int) -> str:
+    """Why no document is left for training. others: whether there are documents of other splits. documents: how many
+    were looked at."""
+    if left_out:
+        good = (
+            "what is good of it became text of other splits (see --validation-share)"
+            if others
+            else "none of it is good"
+        )
+        return f"{good}; the first that was left out: {next(iter(left_out.files.values())).first}"
+    if others:
+        return "all of it became validation text (see --validation-share)"
+    if documents:
+        return "its only document is empty" if documents == 1 else f"its {documents} documents are empty"
+    return "it holds no documents"
+
+
+def _finished(output: Path, made_from: str, skip_bad_text: bool) -> dict[str, TokenFileMetadata] | None:
+    """The token files in a directory, if they are whole, were made from the same, and had nothing to skip or may."""
+    there = [split for split in SPLITS if (output / f"{split}.json").exists()]
+    if "train" not in there:
+        return None
+    try:
+        found = {split: read_metadata(output / f"{split}.bin") for split in there}
+        if any(metadata.made_from != made_from for metadata in found.values()):
+            return None
+        if found["train"].left_out and not skip_bad_text:
+            return None
+        return {split: TokenFile.open(output / f"{split}.bin", verify=True).metadata for split in there}
+    except LandmarkError as error:
+        warn(f"making the token files again: {error}")
+        return None
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """What the system says while token files are written; whoever reads has put its errors into words already."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LandmarkError(
+                f"{output} is on a disk that is full: make room and run the same command again to go on from there"
+            ) from error
+        with writing(output):
+            raise
 
 
 def _fingerprint(corpus: Corpus, tokenizer: TextTokenizer) -> str:

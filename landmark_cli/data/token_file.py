@@ -3,6 +3,10 @@
 `train.bin` holds the ids, little-endian uint16 or uint32, every document followed by the end-of-text token. Beside it
 `train.offsets` holds where each document starts (little-endian int64, the end of the last one included) and
 `train.json` the metadata. The metadata comes last: a token file without it is an unfinished one.
+
+Nothing that was truncated or changed since is taken for whole. Sizes and the metadata's own checksum are checked
+whenever a file is opened. Contents are checked against their sha256 then where the file is small, or was written to
+since (by a copy, for instance); those of a large file that nobody wrote to when `landmark prepare` is run on it again.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from landmark_cli.data.left_out import LeftOut
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import hash_file, read_record, write_json
+from landmark_cli.files import hash_file, read_sealed, write_sealed
 
 FORMAT = 1
-MAX_METADATA_BYTES = 1 << 20
+# What takes a fraction of a second to read and hash.
+ALWAYS_CHECKED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class TokenFileMetadata:
         source: where the text came from, in words.
         made_from: fingerprint of all that the file was made from; empty if nobody needs it.
         modified_ns: when the two files were last written, in the file system's nanoseconds.
+        left_out: what the preparation left out, of all splits, since it is no text; noted in that of `train`.
     """
 
     tokenizer: str
@@ -60,6 +67,18 @@ class TokenFileMetadata:
     made_from: str
     modified_ns: list[int]
     format: int = FORMAT
+    left_out: LeftOut | None = None
+
+
+@dataclass
+class Written:
+    """How much of a token file was on the disk at a checkpoint, and the sha256 of its two files up to there."""
+
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    sha256: str = ""
+    offsets_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,10 +99,10 @@ class TokenFile:
     metadata: TokenFileMetadata
 
     @classmethod
-    def open(cls, path: str | Path) -> TokenFile:
+    def open(cls, path: str | Path, *, verify: bool = False) -> TokenFile:
         """Open `<name>.bin` (the ending may be left out) and check that it is the file that was written.
 
-        Sizes are checked always, contents (sha256) when the file was touched since, by a copy for instance.
+        verify: check the contents of a large file too that was not written to since.
 
         Raises:
             LandmarkError: it is missing, unfinished, truncated, or was changed.
@@ -95,10 +114,12 @@ class TokenFile:
         _check_size(path, metadata.tokens * np.dtype(metadata.dtype).itemsize)
         _check_size(_offsets_path(path), (metadata.documents + 1) * 8)
         modified = _modified_ns(path)
-        if modified != metadata.modified_ns:
+        touched = modified != metadata.modified_ns
+        if touched or verify or path.stat().st_size <= ALWAYS_CHECKED_BYTES:
             for file, expected in ((path, metadata.sha256), (_offsets_path(path), metadata.offsets_sha256)):
                 if hash_file(file).hexdigest() != expected:
                     raise _changed(file, "its contents are not those that were written")
+        if touched:
             _remember_modified(path, metadata, modified)
         return cls(
             path=path,
@@ -145,20 +166,23 @@ class TokenFileWriter:
         *,
         source: str,
         made_from: str = "",
-        resume: dict[str, int] | None = None,
+        resume: Written | None = None,
         partial_suffix: str = ".partial",
     ) -> None:
         """Start a file, or go on with the one that `checkpoint` left in the state `resume`.
 
         tokenizer: a `TextTokenizer`, whose name, size and end of text the file is for.
+
+        Raises:
+            LandmarkError: what a checkpoint left is shorter or not what was written.
         """
         self.path = _with_ending(Path(path))
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self._tokenizer = tokenizer
         self._source, self._made_from = source, made_from
         self._partial = [file.with_name(file.name + partial_suffix) for file in (self.path, _offsets_path(self.path))]
-        state = resume or {"tokens": 0, "documents": 0, "text_bytes": 0}
-        self.tokens, self.documents, self.text_bytes = (state[key] for key in ("tokens", "documents", "text_bytes"))
+        state = resume or Written()
+        self.tokens, self.documents, self.text_bytes = state.tokens, state.documents, state.text_bytes
         self._document_start = self.tokens
         self.path.parent.mkdir(parents=True, exist_ok=True)
         sizes = (self.tokens * self.dtype.itemsize, (self.documents + 1) * 8)
@@ -167,7 +191,8 @@ class TokenFileWriter:
             self._files = [open(file, "wb") for file in self._partial]
             self._write(1, np.zeros(1, dtype="<i8"))
         else:
-            self._hashes = [hash_file(file, size) for file, size in zip(self._partial, sizes, strict=True)]
+            hashes = (state.sha256, state.offsets_sha256)
+            self._hashes = [check_hash(*expected) for expected in zip(self._partial, sizes, hashes, strict=True)]
             self._files = [open(file, "r+b") for file in self._partial]
             for file, size in zip(self._files, sizes, strict=True):
                 file.truncate(size)
@@ -213,12 +238,12 @@ class TokenFileWriter:
         self.append(ids, text_bytes)
         self.end_document()
 
-    def checkpoint(self) -> dict[str, int]:
+    def checkpoint(self) -> Written:
         """Put everything on the disk and return the state to `resume` from. Only between documents."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-        return {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes}
+        return Written(self.tokens, self.documents, self.text_bytes, *(hashed.hexdigest() for hashed in self._hashes))
 
     def close(self) -> None:
         """Let go of the unfinished files and leave them where they are."""
@@ -233,7 +258,7 @@ class TokenFileWriter:
         for file in self._partial:
             file.unlink(missing_ok=True)
 
-    def finish(self) -> TokenFileMetadata:
+    def finish(self, left_out: LeftOut | None = None) -> TokenFileMetadata:
         """Give the file its name: ids, then documents' places, then metadata. What stood there before is replaced."""
         self.checkpoint()
         self.close()
@@ -254,8 +279,9 @@ class TokenFileWriter:
             source=self._source,
             made_from=self._made_from,
             modified_ns=_modified_ns(self.path),
+            left_out=left_out,
         )
-        write_json(_metadata_path(self.path), dataclasses.asdict(metadata))
+        write_sealed(_metadata_path(self.path), dataclasses.asdict(metadata))
         return metadata
 
     def _write(self, which: int, values: np.ndarray) -> None:
@@ -278,7 +304,7 @@ def read_metadata(path: str | Path) -> TokenFileMetadata:
         else:
             found = f"there is no token file {path}"
         raise LandmarkError(f"{found}; make one with: landmark prepare")
-    metadata = read_record(TokenFileMetadata, described, max_bytes=MAX_METADATA_BYTES, to_do="prepare the corpus again")
+    metadata = read_sealed(TokenFileMetadata, described, always=False, to_do="prepare the corpus again")
     if metadata.format != FORMAT or min(metadata.tokens, metadata.documents, metadata.vocab_size) < 0:
         raise LandmarkError(f"{described} is not of a kind that this version reads: prepare the corpus again")
     return metadata
@@ -319,6 +345,17 @@ def _modified_ns(path: Path) -> list[int]:
     return [file.stat().st_mtime_ns for file in (path, _offsets_path(path))]
 
 
+def check_hash(file: Path, size: int, sha256: str) -> Any:
+    """The running hash of a file's first `size` bytes, to go on with.
+
+    Raises LandmarkError where these are not the bytes that were written there, of which `sha256` is the hash.
+    """
+    hashed = hash_file(file, size)
+    if hashed.hexdigest() != sha256:
+        raise LandmarkError(f"{file} is not what had been written to it")
+    return hashed
+
+
 def map_values(path: Path, dtype: str, length: int) -> np.ndarray:
     """A file of `length` little-endian numbers, memory-mapped for reading."""
     little_endian = np.dtype(dtype).newbyteorder("<")
@@ -343,6 +380,6 @@ def _changed(path: Path, what: str) -> LandmarkError:
 def _remember_modified(path: Path, metadata: TokenFileMetadata, modified: list[int]) -> None:
     """Note that the contents were found right as of now, so that the next opening is cheap; not vital."""
     try:
-        write_json(_metadata_path(path), dataclasses.asdict(dataclasses.replace(metadata, modified_ns=modified)))
+        write_sealed(_metadata_path(path), dataclasses.asdict(dataclasses.replace(metadata, modified_ns=modified)))
     except OSError:
         return

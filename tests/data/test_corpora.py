@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.data import corpora
 from landmark_cli.data.corpora import KINDS, HubCopy, Selection, is_arxiv, on_the_hub, open_corpus
-from landmark_cli.data.readers import BadText, cut_before, text_document, text_file
+from landmark_cli.data.documents import BadText, cut_before, text_document, text_file
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
 
@@ -84,7 +84,7 @@ def test_rows_of_every_format(tmp_path, ending):
     corpus = open_corpus("text", [str(tmp_path / f"rows{ending}")], text_field="body", validation_share=0)
     assert texts(corpus) == {"train": [row["text"] for row in ROWS]}
     wrong = open_corpus("text", [str(tmp_path)])
-    with pytest.raises(LandmarkError, match=f"rows{ending}.* has no text field 'text', only .*body, n.*--text-field"):
+    with pytest.raises(BadText, match=f"rows{ending}.* has no text field 'text', only .*body, n: .*--text-field"):
         texts(wrong)
 
 
@@ -220,6 +220,8 @@ def test_hub_copies_that_do_not_open(tmp_path):
         ("text", ["some/notes.txt"], {}, LandmarkError, "no file or folder some/notes.txt"),
         ("pg19", ["{tmp}/empty"], {}, LandmarkError, r"no documents in .*empty: it holds no file .*\.txt"),
         ("redpajama", ["{tmp}/book.txt"], {}, LandmarkError, r"not of a kind .*\.jsonl"),
+        ("arxiv-math", ["{tmp}/book.txt"], {}, LandmarkError, r"not of a kind .*\.jsonl"),
+        ("text", ["/dev/null"], {}, LandmarkError, "not of a kind"),
         ("pg19", ["{tmp}/test-only"], {}, LandmarkError, "has a test split but no training documents"),
         ("text", ["{tmp}/book.txt"], {"revision": "x"}, UsageError, "--revision and --subset are for copies"),
     ],
@@ -275,7 +277,7 @@ def test_rows_that_are_no_text_are_named(tmp_path):
 
 def test_a_broken_parquet_file_is_named(tmp_path):
     write_text(tmp_path / "rows.parquet", b"PAR1 and no more")
-    with pytest.raises(LandmarkError, match=r"rows\.parquet is not a parquet file"):
+    with pytest.raises(BadText, match=r"rows\.parquet is not a parquet file"):
         texts(open_corpus("text", [str(tmp_path / "rows.parquet")]))
 
 

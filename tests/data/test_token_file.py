@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter, find_corpus, read_metadata, remove_token_file
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import write_sealed
 
 
 class Letters:
@@ -70,7 +71,7 @@ def test_a_writer_goes_on_from_a_checkpoint(tmp_path):
     whole = write(tmp_path / "whole.bin", [[1, 2], [3]])
     writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
     writer.add_document(np.array([1, 2]), text_bytes=2)
-    state = json.loads(json.dumps(writer.checkpoint()))
+    state = writer.checkpoint()
     writer.append(np.array([7, 7, 7]), text_bytes=3)
     writer.close()
     with TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state) as writer:
@@ -106,6 +107,12 @@ def flip_a_byte(path, at=0):
     os.utime(path, ns=(1, 1))
 
 
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 DAMAGE = {
     "truncated": (lambda d: os.truncate(d / "train.bin", 4), r"train\.bin .*4 bytes instead of 10"),
     "longer": (lambda d: open(d / "train.bin", "ab").write(b"xx"), r"train\.bin .*12 bytes instead of 10"),
@@ -114,6 +121,10 @@ DAMAGE = {
     "lost offsets": (lambda d: (d / "train.offsets").unlink(), r"train\.offsets .*missing"),
     "unfinished": (lambda d: (d / "train.json").unlink(), r"not finished.*landmark prepare"),
     "garbled": (lambda d: (d / "train.json").write_text("{"), r"train\.json cannot be read"),
+    "other facts": (
+        lambda d: edit(d / "train.json", '"eot_id": 256', '"eot_id": 255'),
+        r"train\.json .*not what was written",
+    ),
     "other json": (lambda d: (d / "train.json").write_text("{}"), r"train\.json cannot be read"),
     "gone": (lambda d: remove_token_file(d / "train.bin"), r"there is no token file"),
 }
@@ -131,7 +142,9 @@ def test_damage_is_found_and_named(tmp_path, damage):
 def test_a_format_of_the_future_is_refused(tmp_path):
     write(tmp_path / "train.bin", [[1]])
     described = tmp_path / "train.json"
-    described.write_text(json.dumps(json.loads(described.read_text()) | {"format": 99}))
+    content = json.loads(described.read_text()) | {"format": 99}
+    del content["checksum"]
+    write_sealed(described, content)
     with pytest.raises(LandmarkError, match="not of a kind that this version reads"):
         TokenFile.open(tmp_path / "train.bin")
 
@@ -149,8 +162,45 @@ def test_a_copy_is_checked_once_and_then_trusted(tmp_path, monkeypatch):
         shutil.copyfile(tmp_path / file, copied / file)
         os.utime(copied / file, ns=(10**18, 10**18))
     assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
+    monkeypatch.setattr("landmark_cli.data.token_file.ALWAYS_CHECKED_BYTES", 0)
     monkeypatch.setattr("landmark_cli.data.token_file.hash_file", None)
     assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("file", ["train.bin", "train.offsets"])
+def test_bytes_that_flip_by_themselves_are_found(tmp_path, monkeypatch, file):
+    """A disk that fails leaves the time of writing as it was: small files are hashed all the same, large ones when
+    somebody asks."""
+    write(tmp_path / "train.bin", [[1, 2], [3]])
+    before = (tmp_path / file).stat().st_mtime_ns
+    flip_a_byte(tmp_path / file)
+    os.utime(tmp_path / file, ns=(before, before))
+    with pytest.raises(LandmarkError, match=f"{file} .*contents are not those"):
+        TokenFile.open(tmp_path / "train.bin")
+    monkeypatch.setattr("landmark_cli.data.token_file.ALWAYS_CHECKED_BYTES", 0)
+    TokenFile.open(tmp_path / "train.bin")
+    with pytest.raises(LandmarkError, match=f"{file} .*contents are not those"):
+        TokenFile.open(tmp_path / "train.bin", verify=True)
+
+
+def test_metadata_without_a_checksum_is_of_an_earlier_version(tmp_path):
+    write(tmp_path / "train.bin", [[1, 2]])
+    content = json.loads((tmp_path / "train.json").read_text())
+    del content["checksum"], content["left_out"]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    assert TokenFile.open(tmp_path / "train.bin").metadata.left_out is None
+
+
+@pytest.mark.parametrize("file", ["train.bin.partial", "train.offsets.partial"])
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_every_byte_of_a_checkpoint_counts(tmp_path, file, at):
+    writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
+    writer.add_document(np.array([1, 2]))
+    state = writer.checkpoint()
+    writer.close()
+    flip_a_byte(tmp_path / file, at)
+    with pytest.raises(LandmarkError, match=f"{file} is not what had been written to it"):
+        TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state)
 
 
 def test_another_tokenizer_is_noticed(tmp_path):

@@ -1,0 +1,139 @@
+"""The rows of a parquet file as documents: what is damaged is left out by row groups, and the next group is read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from landmark_cli.data.documents import BadText, Document, Keep, bad_document, no_such_field, text_document
+from landmark_cli.files import reading, reason
+
+# Rows that are read at once, and what they may take together if that is more than one.
+PARQUET_ROWS = 16
+PARQUET_SPAN_ROWS = 1000
+PARQUET_BYTES = 64 << 20
+# Text in a parquet file takes a third to a tenth of its size; what unpacks to this much and by this factor is none.
+PARQUET_BOMB_BYTES = 256 << 20
+PARQUET_BOMB_FACTOR = 200
+
+
+def parquet_rows(path: Path, text_field: str, keep: Keep | None) -> Iterator[Document]:
+    """The rows of a file as documents. text_field: the column of the text. keep: rows to take, by their column `meta`.
+
+    Raises LandmarkError where the system cannot read the file.
+    """
+    import pyarrow.parquet as parquet
+
+    with contextlib.ExitStack() as files:
+        try:
+            opened = files.enter_context(parquet.ParquetFile(path, page_checksum_verification=True))
+            columns = opened.schema_arrow.names
+            text_type = opened.schema_arrow.field(text_field).type if columns.count(text_field) == 1 else None
+            groups = [opened.metadata.row_group(index) for index in range(opened.num_row_groups)]
+        except Exception as error:
+            _raise_system_error(path, error)
+            why = f"not a parquet file, or not a whole one ({reason(error)})"
+            yield bad_document(BadText(f"{path} is {why}", path, documents=None))
+            return
+        rows = sum(group.num_rows for group in groups)
+        if text_type is None:
+            yield bad_document(BadText(no_such_field(str(path), text_field, columns, "columns"), path, rows))
+            return
+        if not _holds_text(text_type):
+            why = f"the column {text_field!r} holds no text but {text_type}"
+            yield bad_document(BadText(f"{path}: {why}", path, rows))
+            return
+        wanted = [text_field, *(c for c in columns if c == "meta" and keep is not None)]
+        for span in _spans(groups):
+            yield from _span_rows(path, opened, span, wanted, keep, span[0].first)
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """A row group of a parquet file: its place, its metadata, its first row's number in the file."""
+
+    index: int
+    metadata: Any
+    first: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.metadata.num_rows
+
+
+def _spans(groups: list[Any]) -> Iterator[list[_RowGroup]]:
+    """Row groups that follow each other, together where they are small, since each reading has a price of its own."""
+    span: list[_RowGroup] = []
+    first = 1
+    for index, metadata in enumerate(groups):
+        if span and first + metadata.num_rows - span[0].first > PARQUET_SPAN_ROWS:
+            yield span
+            span = []
+        span.append(_RowGroup(index, metadata, first))
+        first = span[-1].end
+    if span:
+        yield span
+
+
+def _span_rows(
+    path: Path, opened: Any, span: list[_RowGroup], wanted: list[str], keep: Keep | None, number: int
+) -> Iterator[Document]:
+    """The rows of a span from row `number` on; what cannot be read of a row group is one bad document."""
+    import pyarrow as pa
+
+    text_field, place, end = wanted[0], span[0].first, span[-1].end
+    try:
+        batch_size = min(_rows_at_once(group.metadata, text_field) for group in span)
+        for rows in opened.iter_batches(batch_size, row_groups=[group.index for group in span], columns=wanted):
+            # As bytes, so that text which is not UTF-8 is found by whoever reads that document.
+            texts = rows.column(text_field).cast(pa.large_binary()).to_pylist()
+            metas = rows.column("meta").to_pylist() if "meta" in wanted[1:] else [None] * len(texts)
+            for text, meta in zip(texts, metas, strict=True):
+                if place == number:
+                    number += 1
+                    if keep is None or keep({"meta": meta}):
+                        yield text_document(f"{path}, row {place}", text, file=path)
+                place += 1
+        if place < end:
+            raise ValueError("they are missing")
+    except Exception as error:
+        _raise_system_error(path, error)
+        if len(span) > 1:
+            for group in span:
+                if number < group.end:
+                    yield from _span_rows(path, opened, [group], wanted, keep, max(number, group.first))
+            return
+        if number == end:
+            return
+        rows = f"row {number}" if number == end - 1 else f"rows {number} to {end - 1}"
+        yield bad_document(BadText(f"{path}: damaged in {rows}: {reason(error)}", path, end - number))
+
+
+def _rows_at_once(group: Any, text_field: str) -> int:
+    """How many rows of a row group to read at once. ValueError where it would unpack to more than any text does."""
+    columns = map(group.column, range(group.num_columns))
+    column = next(column for column in columns if column.path_in_schema == text_field)
+    packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+    if unpacked > PARQUET_BOMB_BYTES and unpacked > PARQUET_BOMB_FACTOR * packed:
+        raise ValueError(f"they unpack from {packed} to {unpacked} bytes")
+    return max(1, min(PARQUET_ROWS, PARQUET_BYTES * group.num_rows // max(unpacked, 1)))
+
+
+def _holds_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (types.is_string, types.is_large_string, types.is_string_view)
+    tests += (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null)
+    return any(test(kind) for test in tests)
+
+
+def _raise_system_error(path: Path, error: Exception) -> None:
+    """The system's errors, which no damage causes, are not the file's; parquet's own have no number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        with reading(path):
+            raise error

@@ -1,0 +1,90 @@
+"""Documents -> batches of text to encode together, long documents in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from landmark_cli.data.corpora import Corpus
+from landmark_cli.data.documents import BadText
+from landmark_cli.data.merge import Process
+from landmark_cli.errors import LandmarkError
+
+
+@dataclass
+class Batch:
+    """Text to encode together: pieces of documents in order.
+
+    Attributes:
+        pieces: UTF-8.
+        places: of each piece its split, and whether its document ends with it.
+        text_bytes: what all pieces have.
+        read: bytes that its documents take where they are stored.
+        next_document: the number of the document behind its last one that ends.
+        whole: whether no document goes on in the next batch.
+        bad: what stood in the place of documents, each of which is an empty one here.
+    """
+
+    pieces: list[bytes] = field(default_factory=list)
+    places: list[tuple[str, bool]] = field(default_factory=list)
+    text_bytes: int = 0
+    read: int = 0
+    next_document: int = 0
+    whole: bool = True
+    bad: list[BadText] = field(default_factory=list)
+
+    def add(self, piece: bytes, split: str, ends: bool) -> None:
+        self.pieces.append(piece)
+        self.places.append((split, ends))
+        self.text_bytes += len(piece)
+
+
+def text_batches(
+    corpus: Corpus,
+    process: Process,
+    first: int,
+    *,
+    piece_bytes: int,
+    batch_bytes: int,
+    batch_documents: int,
+    skip_bad_text: bool,
+) -> Iterator[Batch]:
+    """The documents from number `first` on that are this process's, in batches.
+
+    piece_bytes: longer documents are cut. batch_bytes, batch_documents: a batch that has so much is full.
+
+    Raises:
+        LandmarkError: a document is no text and is not to be skipped.
+    """
+    batch = Batch()
+    for number, (split, document) in enumerate(corpus.documents()):
+        if number < first or not process.takes(number):
+            continue
+        last, counted = b"", 0
+        try:
+            for count, piece in enumerate(document.pieces(piece_bytes)):
+                if count:
+                    batch.add(last, split, ends=False)
+                    batch.read += len(last)
+                    counted += len(last)
+                    batch.whole = False
+                    if batch.text_bytes >= batch_bytes:
+                        yield batch
+                        batch = Batch()
+                last = piece
+        except BadText as bad:
+            if not skip_bad_text:
+                raise LandmarkError(or_skip(str(bad))) from None
+            batch.bad.append(bad)
+        batch.add(last, split, ends=True)
+        batch.read += document.size - counted
+        batch.next_document, batch.whole = number + 1, True
+        if batch.text_bytes >= batch_bytes or len(batch.pieces) >= batch_documents:
+            yield batch
+            batch = Batch()
+    yield batch
+
+
+def or_skip(message: str) -> str:
+    """What to tell somebody whose work stops at text that is bad."""
+    return f"{message}; `landmark prepare --on-bad-text skip` leaves out what is no text and keeps the rest"
