@@ -20,6 +20,7 @@ from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import error, info
 from landmark_cli.data.pretrained_tokenizers import begin_ids, prompt_ids, text_ids
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
+from landmark_cli.inference.chat import ChatTemplate
 from landmark_cli.inference.generation import encode_prompt, generate
 from landmark_cli.inference.settings import (
     ReadingSettings,
@@ -79,6 +80,7 @@ class LandmarkLM(TemplateLM):
         opened_as = MachineOptions(dtype=dtype, device=device or "auto", trust_remote_code=trust_remote_code is True)
         self.model, self.tokenizer = open_model(pretrained, opened_as)
         self._device = self.model.device
+        self._chat = ChatTemplate(self.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -103,9 +105,8 @@ class LandmarkLM(TemplateLM):
         return encoded or [self.prefix_token_id], continuation
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        return self._chat.render(
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

@@ -6,7 +6,7 @@ Sampling is transformers' own: logits processors, stopping criteria and streamer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,7 @@ from landmark_cli.console import progress
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, prompt_ids
 from landmark_cli.data.tokenizers import GPT2_UNUSED
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.chat import ChatTemplate
 from landmark_cli.inference.reader import Reader
 from landmark_cli.inference.recurrent import RecurrentReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
@@ -257,7 +258,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
         if not tokenizer.chat_template:
             raise UsageError("--chat: this model's tokenizer has no chat template; give the prompt without it")
         message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        with closing(ChatTemplate(tokenizer)) as template:
+            prompt = template.render(message, add_generation_prompt=True)
     ids = prompt_ids(tokenizer, prompt)
     if ids:
         return ids

@@ -1,0 +1,109 @@
+"""Chat templates: small programs that come with a tokenizer, run where they can neither hang nor take all memory.
+
+transformers runs them in jinja2's sandbox, from which they reach nothing; but a loop of theirs may have no end, and a
+power or a padding as many digits as there is memory. So a template runs in a child process that is stopped in time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from landmark_cli.errors import LandmarkError
+from landmark_cli.files import reason
+
+SECONDS = 10
+MEMORY = 1 << 30
+LONGEST_CHAT = 64 << 20
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, ready to turn messages into text.
+
+    The child process is forked with the first chat and serves all; `close` ends it, as does the end of this process.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._child: Any = None
+        self._pipe: Connection | None = None
+
+    def render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        """The text of a chat. options: as `apply_chat_template` takes them.
+
+        Raises LandmarkError where the template fails, takes longer than SECONDS or more than MEMORY.
+        """
+        if self._pipe is None:
+            self._start()
+        try:
+            self._pipe.send((messages, options))
+            if not self._pipe.poll(SECONDS):
+                raise self._failed(f"it ran for more than {SECONDS} s")
+            answer = json.loads(self._pipe.recv_bytes(LONGEST_CHAT))
+        except (OSError, EOFError):
+            raise self._failed(f"it took more than {MEMORY >> 30} GB of memory, or wrote without end") from None
+        if "failure" in answer:
+            raise self._failed(answer["failure"])
+        return answer["text"]
+
+    def close(self) -> None:
+        """End the child process. A later `render` starts another."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._child.kill()
+            self._child.join()
+            self._pipe = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._child = context.Process(target=_serve, args=(self._tokenizer, theirs, self._pipe), daemon=True)
+        with warnings.catch_warnings():
+            # Newer Pythons warn of forks beside threads; this child takes no lock that a thread may hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._child.start()
+        theirs.close()
+
+    def _failed(self, why: str) -> LandmarkError:
+        self.close()
+        name = self._tokenizer.name_or_path
+        return LandmarkError(f"the chat template of {name} cannot be used: {why}; give the prompt without it")
+
+
+def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection, parents: Connection) -> None:
+    """The child process: turn chats into text until the pipe is closed."""
+    parents.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _limit_memory()
+    while True:
+        try:
+            messages, options = pipe.recv()
+        except EOFError:
+            return
+        # For when nobody is left to stop it.
+        signal.alarm(2 * SECONDS)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            answer = {"text": text.encode("utf-8").decode("utf-8")}
+        except Exception as error:
+            answer = {"failure": reason(error)}
+        pipe.send_bytes(json.dumps(answer).encode())
+        signal.alarm(0)
+
+
+def _limit_memory() -> None:
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        allowed = used + MEMORY if hard == resource.RLIM_INFINITY else min(used + MEMORY, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
