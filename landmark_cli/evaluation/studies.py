@@ -17,6 +17,8 @@ from landmark_cli.console import finite, info, warn
 from landmark_cli.errors import UsageError, shown
 from landmark_cli.files import read_json_lines, read_yaml, reading, writing
 from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.interrupts import interrupts
+from landmark_cli.launch import again
 from landmark_cli.options import nearest, option, recipes_folder, settings_of
 from landmark_cli.schema import check
 
@@ -205,23 +207,26 @@ def run_study(
     """Measure the rows whose role has a model and that are not finished yet; None for rows without a model.
 
     models: role to model directory or hub id. common: what else a result depends on (data, sample, seed, dtype).
+
+    Raises Stopped after the row under way where SIGTERM or SIGINT came and rows are left.
     """
     results: list[dict[str, Any] | None] = []
-    for number, row in enumerate(study.rows, 1):
-        if row.role not in models:
-            results.append(None)
-            continue
-        depends_on = {"model": model_identity(models[row.role]), "settings": row.settings, **common}
-        key = finished.key(depends_on)
-        known = finished.get(key)
-        label = f"row {number} of {len(study.rows)}, {row.role}"
-        if known is None:
-            info(f"{label}: {describe(row.settings)}")
-            known = finite(measure(row))
-            finished.add(key, known)
-        else:
-            info(f"{label}: kept from an earlier run")
-        results.append(known)
+    with interrupts("finishing the row") as asked:
+        for number, row in enumerate(study.rows, 1):
+            if row.role not in models:
+                results.append(None)
+                continue
+            # As the model is now: it may be another one than when the study began.
+            key = finished.key({"model": model_identity(models[row.role]), "settings": row.settings, **common})
+            label = f"row {number} of {len(study.rows)}, {row.role}"
+            if finished.get(key) is not None:
+                info(f"{label}: kept from an earlier run")
+            elif asked:
+                raise asked.stopped(f"what was measured is kept; {label}, comes next; go on with\n{again()}")
+            else:
+                info(f"{label}: {describe(row.settings)}")
+                finished.add(key, finite(measure(row)))
+            results.append(finished.get(key))
     return results
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from landmark_cli.commands import study as command
 from landmark_cli.commands.study import StudyOptions
 from landmark_cli.data.token_file import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
-from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.errors import LandmarkError, Stopped, UsageError
 from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
 from landmark_cli.evaluation.score import Score
@@ -111,6 +113,28 @@ def test_an_interrupted_study_measures_only_what_is_missing(place, tmp_path, mon
     # The same settings over another choice of text are another measurement.
     command.run(options(place, tmp_path, sample_tokens=40))
     assert capsys.readouterr().err.count("kept from an earlier run") == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_row_end_and_keeps_it(place, tmp_path, monkeypatch, capsys, number, code):
+    measured = []
+
+    def measure(*_, **__):
+        measured.append(1)
+        if len(measured) == 2:
+            os.kill(os.getpid(), number)
+        score = Score(10, 20.0, 1)
+        return PerplexityResult(score, [score], windows=1, eval_length=40, chunk=8, memory=False)
+
+    monkeypatch.setattr("landmark_cli.evaluation.perplexity.evaluate_perplexity", measure)
+    with pytest.raises(
+        Stopped, match="what was measured is kept; row 3 of 5, landmark, comes next; go on with"
+    ) as stopped:
+        command.run(options(place, tmp_path))
+    assert stopped.value.exit_code == code and len(measured) == 2
+    assert "finishing the row; once more stops at once" in capsys.readouterr().err
+    command.run(options(place, tmp_path))
+    assert len(measured) == 5 and capsys.readouterr().err.count("kept from an earlier run") == 2
 
 
 def test_a_row_that_was_changed_is_measured_anew(tmp_path, capsys):
