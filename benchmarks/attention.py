@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from landmark_cli.attention.fused import landmark_attention
+from landmark_cli.attention.kernels.training import landmark_attention
 from landmark_cli.attention.reference import landmark_attention as definition
 
 GPU = torch.cuda.is_available()

@@ -71,7 +71,7 @@ def watched(module, name: str) -> None:
 def check(name: str) -> None:
     import torch
 
-    from landmark_cli.attention.hopper import launch
+    from landmark_cli.attention.kernels.hopper import launch
     from landmark_cli.attention.reference import landmark_attention as eager
 
     for function in ("launch_forward", "launch_backward"):
@@ -185,8 +185,8 @@ def forwards(x: Inputs) -> dict:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    from landmark_cli.attention.fused import launch as portable
-    from landmark_cli.attention.hopper import launch
+    from landmark_cli.attention.kernels.hopper import launch
+    from landmark_cli.attention.kernels.training import launch as portable
 
     layout = portable.Layout(x.block, x.scale)
     calls = {
@@ -211,8 +211,8 @@ def backwards(x: Inputs) -> dict:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    from landmark_cli.attention.fused import launch as portable
-    from landmark_cli.attention.hopper import launch
+    from landmark_cli.attention.kernels.hopper import launch
+    from landmark_cli.attention.kernels.training import launch as portable
 
     layout = portable.Layout(x.block, x.scale)
     out, lse = portable.forward(x.q, x.k, x.v, layout)

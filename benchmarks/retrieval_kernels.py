@@ -23,9 +23,9 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.fused.configurations import Configuration
-from landmark_cli.attention.fused_retrieval import launch, selection
-from landmark_cli.attention.fused_retrieval.call import Call
+from landmark_cli.attention.kernels.common.configuration import Configuration
+from landmark_cli.attention.kernels.reading import launch, selection
+from landmark_cli.attention.kernels.reading.call import Call
 from landmark_cli.attention.rotary import default_inverse_frequencies
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -95,25 +95,25 @@ def saved_calls(path: Path) -> Iterator[tuple[str, Call]]:
 
 def model_calls(directory: str, text: Path, tokens: int) -> Iterator[tuple[str, Call]]:
     """The last chunk of each layer of a model that reads the first `tokens` tokens of a text."""
-    from landmark_cli.attention import fused_retrieval
+    from landmark_cli.attention.kernels import reading as kernels
     from landmark_cli.inference.reader import Reader
     from landmark_cli.models.store import load
 
     model, tokenizer = load(directory, device=DEVICE, dtype=DTYPE)
     ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
     calls: dict[int, Call] = {}
-    attend = fused_retrieval.attend_chunk
+    attend = kernels.attend_chunk
 
     def keep(q: Tensor, k: Tensor, v: Tensor, blocks, chunk, scale=None) -> Tensor:
         calls[blocks.index] = Call(q, k, v, blocks, chunk, scale)
         return attend(q, k, v, blocks, chunk, scale)
 
-    fused_retrieval.attend_chunk = keep
+    kernels.attend_chunk = keep
     reader = Reader(model)
     reader.forward.recording = False
     for _ in reader.read([ids[: len(ids) // reader.chunk * reader.chunk]], last_only=True):
         pass
-    fused_retrieval.attend_chunk = attend
+    kernels.attend_chunk = attend
     return ((f"layer {index}", call) for index, call in sorted(calls.items()))
 
 

@@ -4,8 +4,9 @@
     python benchmarks/tune_attention.py --only T512 --kernels query_gradient key_gradient
 
 A configuration is (query rows, keys, warps, stages, registers); what is best goes into
-landmark_cli/attention/fused/configurations.py. Backward's kernels run in the same groups of heads as in training;
---parts times backward as a whole in more of them, whose tensors the second kernel may then find in the L2 cache.
+landmark_cli/attention/kernels/training/configurations.py. Backward's kernels run in the same groups of heads as in
+training; --parts times backward as a whole in more of them, whose tensors the second kernel may then find in the L2
+cache.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import triton
 # The script's own folder is on the path.
 from attention import DEVICE, GPU, TOY_SHAPES, Shape, Timer, shapes
 
-from landmark_cli.attention.fused import configurations, launch
-from landmark_cli.attention.fused.configurations import Configuration
+from landmark_cli.attention.kernels.common.configuration import Configuration
+from landmark_cli.attention.kernels.training import configurations, launch
 
 TRIED = {
     "forward": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 8, 2, 128),

@@ -13,7 +13,7 @@ from ..errors import LandmarkError, UsageError
 from . import reference, retrieval
 from .cache import Chunk
 from .context_miss import attend_chunk_with_context_miss
-from .hopper import support
+from .kernels.hopper import support
 from .recurrent import recurrent_attention_forward
 
 
@@ -118,7 +118,7 @@ def landmark_attention(
         needs_portable=support.why_not_for(q.shape[2], *layout), requested=implementation,
     )  # fmt: skip
     if name in ("fused", "hopper"):
-        from .fused import landmark_attention as fused
+        from .kernels.training import landmark_attention as fused
 
         return fused(q, k, v, block_size=block_size, **arguments, hopper=name == "hopper")
     return _definition(
@@ -165,12 +165,12 @@ def attend_chunk(
     )  # fmt: skip
     chunk.cache.implementations.add(name)
     if name == "fused":
-        from . import fused_retrieval
+        from .kernels import reading
 
-        reason = fused_retrieval.why_not(blocks.settings, scale)
+        reason = reading.why_not(blocks.settings, scale)
         if reason is not None:
             raise LandmarkError(f"{reason}; or set LANDMARK_ATTENTION=eager, which is slow")
-        return fused_retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
+        return reading.attend_chunk(q, k, v, blocks, chunk, scale)
     if context_miss_key is not None:
         return attend_chunk_with_context_miss(q, k, v, context_miss_key, blocks, chunk, scale)
     return retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
@@ -230,7 +230,7 @@ def _obstacle(device: str, dtype: torch.dtype, head_dim: int, block_size: int | 
     if device != "cuda" and not asked:
         return f"the fused kernels need an NVIDIA GPU and q is on {device}"
     try:
-        from .fused import why_not
+        from .kernels.training import why_not
     except ImportError as error:
         return f"{error.name or 'triton'} is not installed"
     return why_not(device, dtype, head_dim, block_size)

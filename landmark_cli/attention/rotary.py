@@ -116,7 +116,7 @@ def _fused() -> ModuleType | None:
     if os.environ.get("LANDMARK_ATTENTION") == "eager":
         return None
     try:
-        from . import fused_rotary
+        from .kernels.common import rotary as fused_rotary
     except ImportError:
         return None
     return fused_rotary

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from landmark_cli.attention.trace import Trace
+from landmark_cli.attention.cache.trace import Trace
 from landmark_cli.console import progress
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, prompt_ids
 from landmark_cli.data.tokenizers import GPT2_UNUSED

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Positions, RetrievalSettings, Selection
-from landmark_cli.attention.offload import Offload, require_host_memory
+from landmark_cli.attention.cache.pages import Offload, require_host_memory
 from landmark_cli.data.landmarks import insert_landmarks, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.graphs import ChunkForward, to_device

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landmark_cli.attention.fused import landmark_attention as fused
+from landmark_cli.attention.kernels.training import landmark_attention as fused
 from landmark_cli.attention.reference import landmark_attention as eager
 
 # Largest relative error of float32 kernels.

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from landmark_cli.attention import fused_retrieval, retrieval
+from landmark_cli.attention import retrieval
 from landmark_cli.attention.cache import BlockCache, Chunk, RetrievalSettings
-from landmark_cli.attention.offload import Offload
+from landmark_cli.attention.cache.pages import Offload
+from landmark_cli.attention.cache.trace import Trace
+from landmark_cli.attention.kernels import reading as kernels
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
-from landmark_cli.attention.trace import Trace
 
 
 @dataclass
@@ -49,7 +50,7 @@ def read(case: Case, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], 
             torch.randn(case.batch, max(lengths), n, case.dim, generator=generator).to(device, case.dtype)
             for n in (case.heads, case.key_heads, case.key_heads)
         )
-        for which, attend in enumerate((retrieval.attend_chunk, fused_retrieval.attend_chunk)):
+        for which, attend in enumerate((retrieval.attend_chunk, kernels.attend_chunk)):
             cache = caches[which]
             cache.trace = Trace() if index % 2 else None
             chunk = cache.begin_chunk(lengths)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from landmark_cli.attention import offload, retrieval
+from landmark_cli.attention import retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.offload import Offload, ResidentBlocks, require_host_memory
+from landmark_cli.attention.cache import pages as offload
+from landmark_cli.attention.cache.pages import Offload, ResidentBlocks, require_host_memory
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.reader import Reader

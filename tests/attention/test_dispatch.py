@@ -5,7 +5,7 @@ import torch
 
 from landmark_cli.attention import dispatch
 from landmark_cli.attention.dispatch import LandmarkLayout, choose_implementation, landmark_attention
-from landmark_cli.attention.hopper import support
+from landmark_cli.attention.kernels.hopper import support
 from landmark_cli.attention.reference import landmark_attention as eager
 from landmark_cli.errors import UsageError
 from tests import goldens

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from landmark_cli.attention import fused_retrieval, retrieval
+from landmark_cli.attention import retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.fused_retrieval import selection
-from landmark_cli.attention.offload import Offload
+from landmark_cli.attention.cache.pages import Offload
+from landmark_cli.attention.cache.trace import Trace
+from landmark_cli.attention.kernels import reading as kernels
+from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
-from landmark_cli.attention.trace import Trace
 from landmark_cli.inference.reader import Reader
 from tests.tiny import tiny_model, tiny_text
 
@@ -70,7 +71,7 @@ def chosen(way: Way, landmark_keys: Tensor, inverse_frequencies: Tensor, q: Tens
     settings = RetrievalSettings(BLOCK, way.top_k, **way.settings)
     cache = BlockCache(settings, inverse_frequencies, offload=offload, **options)
     cache.trace = Trace()
-    attend = fused_retrieval.attend_chunk if way.fused else retrieval.attend_chunk
+    attend = kernels.attend_chunk if way.fused else retrieval.attend_chunk
     keys = torch.randn(way.blocks, BLOCK, DIM, generator=generator)
     keys[:, -1] = landmark_keys
     keys = torch.cat([keys.flatten(0, 1), torch.randn(way.tokens, DIM, generator=generator)])

@@ -6,7 +6,7 @@ import torch
 from landmark_cli.attention import rotary
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table
 
-fused_rotary = pytest.importorskip("landmark_cli.attention.fused_rotary")
+fused_rotary = pytest.importorskip("landmark_cli.attention.kernels.common.rotary")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from landmark_cli.attention import fused_retrieval, retrieval
+from landmark_cli.attention import retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.attention.cache.pages import Offload
+from landmark_cli.attention.cache.trace import Trace
 from landmark_cli.attention.context_miss import attend_chunk_with_context_miss
-from landmark_cli.attention.offload import Offload
+from landmark_cli.attention.kernels import reading as kernels
 from landmark_cli.attention.rotary import default_inverse_frequencies
-from landmark_cli.attention.trace import Trace
 
 DIM, BLOCK, HEADS, BLOCKS = 16, 3, 2, 9
 SETTINGS = RetrievalSettings(BLOCK, 3, context_miss_cutoff=0.02)
@@ -21,7 +22,7 @@ def with_context_miss(q, k, v, blocks, chunk):
 
 ATTENTIONS = {
     "eager": retrieval.attend_chunk,
-    "fused": fused_retrieval.attend_chunk,
+    "fused": kernels.attend_chunk,
     "context miss": with_context_miss,
 }
 

@@ -241,6 +241,6 @@ def test_blocks_in_host_memory_give_the_same(tokenizer, monkeypatch):
         for offload in ("none", "cpu")
     ]
     assert results[0] == results[1]
-    monkeypatch.setattr("landmark_cli.attention.offload.available_host_memory", lambda: 1000)
+    monkeypatch.setattr("landmark_cli.attention.cache.pages.available_host_memory", lambda: 1000)
     with pytest.raises(LandmarkError, match="of host memory"):
         generate(model, tokenizer, [prompt], sampling, reading=ReadingSettings(offload="cpu"))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from landmark_cli.attention.trace import Trace
+from landmark_cli.attention.cache.trace import Trace
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.reader import Reader
 from tests.tiny import tiny_llama, tiny_model, tiny_text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton
 
-from ..fused.configurations import Configuration
-from .call import TILE, Call, padded
+from ..common.configuration import Configuration, padded
+from .call import TILE, Call
 
 # Bytes of a token of one head, up to which tiles of 64 rows fit into the registers of 4 warps.
 LARGE_ROW = 256

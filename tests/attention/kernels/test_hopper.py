@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.experimental import gluon
 
 from landmark_cli.attention import dispatch
-from landmark_cli.attention.fused import launch as portable
-from landmark_cli.attention.fused.op import attention
-from landmark_cli.attention.hopper import launch, schedule, support
+from landmark_cli.attention.kernels.hopper import launch, schedule, support
+from landmark_cli.attention.kernels.training import launch as portable
+from landmark_cli.attention.kernels.training.op import attention
 from landmark_cli.attention.reference import landmark_attention as eager
-from tests.attention import gluon_emulator
 from tests.attention.agreement import Case
+from tests.attention.kernels import gluon_emulator
 
 ROUNDED = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 KERNELS = {name: getattr(launch, name) for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")}

@@ -2,8 +2,8 @@
 
 import torch
 
-from landmark_cli.attention.fused.configurations import Configuration
-from landmark_cli.attention.fused.repeat import Kept, addresses, launch
+from landmark_cli.attention.kernels.common.configuration import Configuration
+from landmark_cli.attention.kernels.common.repeat import Kept, addresses, launch
 
 
 class Compiled:
@@ -51,7 +51,7 @@ def test_addresses():
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
-    monkeypatch.setattr("landmark_cli.attention.fused.repeat.KEPT", 3)
+    monkeypatch.setattr("landmark_cli.attention.kernels.common.repeat.KEPT", 3)
     kept = Kept()
     for key in range(8):
         assert kept.keep(key, str(key)) == str(key)

@@ -7,9 +7,10 @@ import torch
 import triton
 from torch.utils.checkpoint import checkpoint
 
-from landmark_cli.attention.fused import landmark_attention, launch
-from landmark_cli.attention.fused.configurations import Choices, Configuration
-from landmark_cli.attention.fused.op import attention, attention_backward
+from landmark_cli.attention.kernels.common.configuration import Configuration
+from landmark_cli.attention.kernels.training import landmark_attention, launch
+from landmark_cli.attention.kernels.training.configurations import Choices
+from landmark_cli.attention.kernels.training.op import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import CASES, EXACT, Case, assert_agrees
 

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..fused.configurations import Configuration
-from .call import PASS, TILE, Call, padded, strides
+from ..common.configuration import Configuration, padded
+from .call import PASS, TILE, Call, strides
 from .configurations import select_configuration, step_configuration
 from .select import select_kernel
 from .shared import normalizer_kernel, shared_scores_kernel, top_kernel

@@ -1,7 +1,7 @@
 """The first backward kernel for Hopper: dq by query rows, and three numbers per row and block for the second.
 
-It walks like the forward kernel and recomputes the in-block softmaxes; fused/backward.py has the formulas and says what
-the three numbers are. Each step does three products, and the third one runs a step late:
+It walks like the forward kernel and recomputes the in-block softmaxes; training/backward.py has the formulas and says
+what the three numbers are. Each step does three products, and the third one runs a step late:
 
     logits S = q K^T     dP = dO V^T     dq += dS K of the block before
 
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..fused import tiles
+from ..common import tiles
 from .forward import tile_blocks, whole_blocks
 from .pipeline import (
     MINUS_INFINITY,

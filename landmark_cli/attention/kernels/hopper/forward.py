@@ -1,6 +1,6 @@
 """The forward kernel for Hopper: a producer warp copies tiles, consumer warpgroups each attend with 64 query rows.
 
-The mathematics is that of the portable kernel (see fused/forward.py): one loop over blocks, whichever kind a block is.
+The mathematics is that of the portable kernel (training/forward.py): one loop over blocks, whichever kind a block is.
 Two things differ, both because the blocks before every row of the tile ("whole" blocks) need no mask:
 
 - Their outer softmax runs once per chunk of blocks: one product of the queries with the chunk's landmarks gives the

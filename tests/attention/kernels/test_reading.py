@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from landmark_cli.attention import fused_retrieval
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.fused.configurations import Configuration
-from landmark_cli.attention.fused_retrieval import selection
+from landmark_cli.attention.kernels import reading as kernels
+from landmark_cli.attention.kernels.common.configuration import Configuration
+from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.reader import Reader
@@ -173,10 +173,10 @@ def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
     chunk = cache.begin_chunk([4])
     x = torch.zeros(1, 1, 4, 16)
     with pytest.raises(ValueError, match="top_k is 65; the fused kernels retrieve at most 64"):
-        fused_retrieval.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk)
+        kernels.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk)
     cache = BlockCache(RetrievalSettings(4, 2), default_inverse_frequencies(16))
     with pytest.raises(ValueError, match="scale is -1"):
-        fused_retrieval.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk, scale=-1.0)
+        kernels.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk, scale=-1.0)
 
 
 def test_a_model_says_what_the_kernels_cannot(monkeypatch):

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..fused.launch import LOG2E, BackwardCall, backward_parts, empty_heads_last
-from ..fused.repeat import Kept, addresses, on_device
+from ..common.configuration import padded
+from ..common.repeat import Kept, addresses, on_device
+from ..common.tensors import empty_heads_last
+from ..training.launch import LOG2E, BackwardCall, backward_parts
 from .forward import forward_kernel
 from .key_gradient import CONSUMERS, key_gradient_kernel
 from .query_gradient import query_gradient_kernel
@@ -307,11 +308,6 @@ def _fits(x: Tensor) -> bool:
 def kind(q: Tensor, k: Tensor, *others: Tensor) -> tuple:
     """All of a call's tensors that launches depend on beside addresses; others: with the shape of q or k."""
     return q.dtype, q.device, q.shape, k.shape, q.stride(), k.stride(), *[x.stride() for x in others]
-
-
-def padded(block_size: int) -> int:
-    """Keys a tile: a block, padded to a power of two."""
-    return max(16, triton.next_power_of_2(block_size))
 
 
 def described(fields: dict, base: Tensor | Address) -> TensorDescriptor:

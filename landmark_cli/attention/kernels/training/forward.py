@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import FLOOR, PACKED, dropout_factor, launch_order, load_tile, query_blocks, query_tile, store_tile
+from ..common.tiles import FLOOR, PACKED, dropout_factor, launch_order, load_tile, query_blocks, query_tile, store_tile
 
 
 @triton.jit

@@ -10,7 +10,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -18,10 +17,9 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-Result = TypeVar("Result")
+from ..common.configuration import Configuration, is_exact, padded
 
-# Whether Triton interprets kernels on the CPU: TRITON_INTERPRET=1 when triton was imported.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+Result = TypeVar("Result")
 
 # Queries up to which an input counts as short: smaller tiles then fill the GPU better.
 SHORT = 2048
@@ -29,21 +27,6 @@ SHORT = 2048
 # Whether the first call for a kind of input tunes, and how many configurations it tries: some seconds each kernel.
 TUNE = os.environ.get("LANDMARK_ATTENTION_TUNE") == "1"
 TRIED = 4
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """rows: queries a tile; cols: keys a tile (a wider block is split); registers: at most so many a thread, if set."""
-
-    rows: int
-    cols: int
-    warps: int = 4
-    stages: int = 2
-    registers: int | None = None
-
-    def launch_options(self) -> dict[str, int]:
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 # The fastest of some ten candidates each on an H100 (triton 3.6), 16-bit numbers, by (kernel, head dim, short), for
@@ -101,10 +84,9 @@ class Choices:
 
 def choices(kernel: str, q: Tensor, block_size: int) -> Choices:
     """The choices of a kernel ("forward", "query_gradient" or "key_gradient") for inputs like q, kept between calls."""
-    dim = max(16, triton.next_power_of_2(q.shape[-1]))
-    block = max(16, triton.next_power_of_2(block_size))
+    dim, block = padded(q.shape[-1]), padded(block_size)
     if not q.is_cuda:
-        return Choices([Configuration(max(16, min(128, triton.next_power_of_2(q.shape[2]))), block)])
+        return Choices([Configuration(min(128, padded(q.shape[2])), block)])
     return _choices(kernel, q.device.index, q.element_size(), is_exact(q.dtype), dim, block, q.shape[2] <= SHORT)
 
 
@@ -115,11 +97,6 @@ def _choices(kernel: str, device: int, width: int, exact: bool, dim: int, block:
     if properties.major == 9 and width == 2 and block == 64 and (kernel, dim, short) in HOPPER:
         found.insert(0, HOPPER[kernel, dim, short])
     return Choices(found)
-
-
-def is_exact(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are to be exact to float32, made of three of tf32, or of one product."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def candidates(kernel: str, shared: int, width: int, exact: bool, dim: int, block: int) -> Iterator[Configuration]:

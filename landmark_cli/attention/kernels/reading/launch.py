@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..cache import Chunk, LayerBlocks, RetrievalSettings
-from ..fused.configurations import Configuration
-from ..fused.launch import empty_heads_last
-from ..offload import ResidentBlocks
+from ...cache import Chunk, LayerBlocks, RetrievalSettings
+from ...cache.pages import ResidentBlocks
+from ..common.configuration import Configuration
+from ..common.tensors import empty_heads_last
 from .attend import attend_kernel
 from .call import MAX_TOP_K, STEP_TOKENS, Call, strides
 from .configurations import attend_configuration, finish_configuration, store_rows

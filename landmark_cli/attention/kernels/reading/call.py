@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from ..cache import Chunk, LayerBlocks
-from ..fused.configurations import is_exact
+from ...cache import Chunk, LayerBlocks
+from ..common.configuration import is_exact, padded
 
 # Landmarks a tile: all blocks that are scored at their true distance must lie in the first.
 TILE = 64
@@ -75,11 +74,6 @@ class Call:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
-
-
-def padded(size: int) -> int:
-    """The columns of a tile that holds `size`."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

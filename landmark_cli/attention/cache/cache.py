@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from .rotary import rotate, rotation_table
+from ..rotary import rotate, rotation_table
 
 if TYPE_CHECKING:
-    from .offload import Offload, ResidentBlocks
+    from .pages import Offload, ResidentBlocks
     from .trace import Trace
 
 Selection = Literal["per_token_and_head", "max_over_heads", "max_over_tokens"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .configurations import Configuration
+from .configuration import Configuration
 
 # So many kinds of calls are kept; then all are forgotten.
 KEPT = 1024

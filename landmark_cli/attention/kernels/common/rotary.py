@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused.launch import empty_heads_last
+from .tensors import empty_heads_last
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The fused kernels on an NVIDIA GPU give what the definition gives, in every precision and at real sizes.
 
-    pytest -m "gpu and not slow" -n 12 --dist worksteal tests/attention/test_fused_gpu.py
+    pytest -m "gpu and not slow" -n 12 --dist worksteal tests/attention/test_training_gpu.py
 
 Nearly all of the time goes into compiling kernels, so processes help; the slow test takes 30 GB. A kernel that reads
 where it must not ends its process: `-k 2-byte`, `-k 4-byte` and `-k "not byte"` find it.
@@ -12,8 +12,8 @@ import triton
 from torch.utils.checkpoint import checkpoint
 
 from landmark_cli.attention import dispatch
-from landmark_cli.attention.fused import configurations, landmark_attention, launch
-from landmark_cli.attention.fused.op import attention, attention_backward
+from landmark_cli.attention.kernels.training import configurations, landmark_attention, launch
+from landmark_cli.attention.kernels.training.op import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import CASES, EXACT, Case, assert_agrees, outputs_and_gradients
 

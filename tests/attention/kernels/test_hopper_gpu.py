@@ -13,12 +13,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from landmark_cli.attention import dispatch
-from landmark_cli.attention.fused import launch as portable
-from landmark_cli.attention.fused.op import attention, attention_backward
-from landmark_cli.attention.hopper import launch, support
+from landmark_cli.attention.kernels.hopper import launch, support
+from landmark_cli.attention.kernels.training import launch as portable
+from landmark_cli.attention.kernels.training.op import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
-from tests.attention import test_fused_gpu
 from tests.attention.agreement import Case, outputs_and_gradients
+from tests.attention.kernels import test_training_gpu
 
 DEVICE = "cuda"
 ROUNDED = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -64,7 +64,7 @@ def serves(case: Case) -> bool:
 
 
 # The portable kernels' cases in the domain, and further ones.
-CASES = [case for case in test_fused_gpu.LARGE_CASES if serves(case)] + [
+CASES = [case for case in test_training_gpu.LARGE_CASES if serves(case)] + [
     Case(64, 256, dim=128),
     Case(64, 257, dim=128, batch=3, heads=100, key_heads=100),
     Case(64, 4500, dim=128),

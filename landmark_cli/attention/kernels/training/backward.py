@@ -16,8 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import text_and_landmark, tile_logits
-from .tiles import (
+from ..common.tiles import (
     FLOOR,
     PACKED,
     block_tile,
@@ -29,6 +28,7 @@ from .tiles import (
     statistics_index,
     store_tile,
 )
+from .forward import text_and_landmark, tile_logits
 
 
 @triton.jit

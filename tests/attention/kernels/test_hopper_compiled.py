@@ -69,7 +69,7 @@ def main(dim: int, block_size: int, tokens: int) -> None:
     from triton import knobs
     from triton.runtime import driver
 
-    from landmark_cli.attention.hopper import launch
+    from landmark_cli.attention.kernels.hopper import launch
 
     torch.cuda.device = lambda *_: contextlib.nullcontext()
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=132)

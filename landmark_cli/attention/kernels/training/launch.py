@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.configuration import Configuration, is_exact, padded
+from ..common.repeat import Kept, Launch, addresses, launch, on_device
+from ..common.tensors import empty_heads_last
+from ..common.tiles import PACKED, PADDED, PLAIN, statistics_size
 from .backward import key_gradient_kernel, query_gradient_kernel
-from .configurations import Configuration, choices, is_exact
+from .configurations import choices
 from .forward import forward_kernel
-from .repeat import Kept, Launch, addresses, launch, on_device
-from .tiles import PACKED, PADDED, PLAIN, statistics_size
 
 LOG2E = math.log2(math.e)
 
@@ -242,18 +244,12 @@ def work_groups(q: Tensor, k: Tensor, block_size: int) -> tuple[int, int]:
         parts += 1
 
 
-def empty_heads_last(x: Tensor) -> Tensor:
-    """An empty (B, H, T, D) like x that lies in memory as (B, T, H, D)."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty_strided((batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1))
-
-
 def _constants(q: Tensor, layout: Layout, choice: Configuration) -> dict:
     dim = q.shape[-1]
     return {
         "BLOCK": layout.block_size,
         "D": dim,
-        "DIM": max(16, triton.next_power_of_2(dim)),
+        "DIM": padded(dim),
         "ROWS": choice.rows,
         "COLS": choice.cols,
         "SPLIT": triton.cdiv(layout.block_size, choice.cols),

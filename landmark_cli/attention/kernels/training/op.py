@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from ...reference import check_shapes
+from ..common.configuration import INTERPRETED
+from ..common.tensors import empty_heads_last
 from ..hopper import support
-from ..reference import check_shapes
-from .configurations import INTERPRETED
-from .launch import Layout, backward, empty_heads_last, forward
+from .launch import Layout, backward, forward
 
 MAX_HEAD_DIM = 256
 MAX_BLOCK_SIZE = 256
