@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,4 +137,4 @@ def _raise_system_error(path: Path, error: Exception) -> None:
     """The system's errors, which no damage causes, are not the file's; parquet's own have no number."""
     if isinstance(error, OSError) and error.errno is not None:
         with reading(path):
-            raise error
+            raise OSError(error.errno, os.strerror(error.errno)) from error
