@@ -1,7 +1,6 @@
 """recipes/results: the page made of what was measured, and recipes that differ in their attention alone."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 
@@ -11,16 +10,14 @@ import yaml
 from landmark_cli.evaluation.passkey import wilson_interval
 from landmark_cli.evaluation.studies import load_study
 from landmark_cli.options import recipes_folder
+from tests.modules import load_script
 
 FOLDER = recipes_folder() / "results"
 
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("results_report", FOLDER / "report.py")
-    module = sys.modules["results_report"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "report.py")
 
 
 def study(name, role, perplexity):

@@ -1,0 +1,152 @@
+"""Writes docs/options.md and recipes/schema.json from the options dataclasses.
+
+    python docs/options.py
+
+Run it after an option has changed; a test fails while the two files are not what the dataclasses say. An editor that
+knows JSON Schema checks and completes a recipe that begins with the line
+
+    # yaml-language-server: $schema=../schema.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+from landmark_cli.cli import COMMANDS
+from landmark_cli.options import KINDS, LONGEST, Setting, settings_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "options.md"
+SCHEMA = ROOT / "recipes" / "schema.json"
+TYPES = {bool: "boolean", int: "integer", float: "number"}
+
+
+def main() -> None:
+    """Write both files."""
+    PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page of all options, one table for each command and panel of its help."""
+    parts = [
+        "# Options and recipe keys",
+        "Made by `python docs/options.py` from the options dataclasses. An option's name without its dashes is its key"
+        " in a recipe and, with underscores, its field in Python; options marked *not in a recipe* belong to one run or"
+        " to whoever types the command.",
+    ]
+    for words, options_class, _, _ in COMMANDS:
+        settings = settings_of(options_class)
+        parts.append(f"## landmark {words}")
+        parts.append(f"`{options_class.__module__}.{options_class.__name__}`")
+        panels = dict.fromkeys(setting.metadata["panel"] for setting in settings.values())
+        for panel in sorted(panels, key=lambda panel: panel is not None):
+            rows = [row(s) for s in settings.values() if s.metadata["panel"] == panel and not s.metadata["hidden"]]
+            parts.append(
+                "\n".join(
+                    [
+                        f"| {panel or 'Arguments and options'} | values | default | |",
+                        "|---|---|---|---|",
+                        *rows,
+                    ]
+                )
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def row(setting: Setting) -> str:
+    """One option as a line of its table."""
+    notes = setting.metadata["help"].replace("|", "\\|")
+    if not saved_in_recipe(setting):
+        notes += " *Not in a recipe.*"
+    name = setting.label if setting.metadata["positional"] else " ".join(names(setting))
+    return f"| `{name}` | {values(setting)} | {default(setting)} | {notes} |"
+
+
+def names(setting: Setting) -> tuple[str, ...]:
+    """What may be typed on the command line."""
+    return setting.metadata["names"] or (f"--{setting.key}",)
+
+
+def values(setting: Setting) -> str:
+    """What an option takes: its type or its words, its bounds, and whether there may be several."""
+    text = ", ".join(f"`{choice}`" for choice in setting.choices) or KINDS[setting.kind]
+    low, high = setting.metadata["min"], setting.metadata["max"]
+    if low is not None:
+        text += f" from {low:g}"
+    if high is not None and high < LONGEST:
+        text += f" to {high:g}"
+    return text + ("; several" if setting.many else "")
+
+
+def default(setting: Setting) -> str:
+    """An option's default, or that it must be given."""
+    value = setting.default
+    if value is MISSING:
+        return "*required*"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None:
+        return "-"
+    return f"`{','.join(map(str, value))}`" if setting.many else f"`{value}`"
+
+
+def saved_in_recipe(setting: Setting) -> bool:
+    """Whether the option is a key that a recipe is meant to have."""
+    return setting.metadata["saved"] and setting.metadata["in_recipe"]
+
+
+def schema() -> str:
+    """The JSON schema of recipes: `command` says which command's keys there may be."""
+    commands = {words: options_class for words, options_class, _, _ in COMMANDS}
+    rules = [
+        {
+            "if": {"properties": {"command": {"const": words}}, "required": ["command"]},
+            "then": {
+                "properties": {"command": True, **{s.key: json_type(s) for s in recipe_settings(options_class)}},
+                "additionalProperties": False,
+            },
+        }
+        for words, options_class in commands.items()
+    ]
+    content = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A recipe of the landmark command",
+        "type": "object",
+        "properties": {"command": {"enum": list(commands)}},
+        "required": ["command"],
+        "allOf": rules,
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def recipe_settings(options_class: type) -> list[Setting]:
+    """The settings of a command that a recipe may set."""
+    return [setting for setting in settings_of(options_class).values() if setting.metadata["in_recipe"]]
+
+
+def json_type(setting: Setting) -> dict[str, Any]:
+    """What a recipe may give for a setting."""
+    one: dict[str, Any] = {"enum": list(setting.choices)} if setting.choices else {}
+    if not one:
+        one["type"] = TYPES.get(setting.kind, "string")
+    for bound, keyword in ((setting.metadata["min"], "minimum"), (setting.metadata["max"], "maximum")):
+        if bound is not None and setting.kind in (int, float):
+            one[keyword] = bound
+    allowed = [one]
+    if setting.many:
+        allowed.append({"type": "array", "items": one})
+        if setting.kind in (int, float):
+            allowed.append({"type": "string", "description": "numbers with commas between"})
+    if setting.optional:
+        allowed.append({"type": "null"})
+        if setting.none_has_a_name:
+            allowed.append({"const": "none"})
+    return {"description": setting.metadata["help"], **(allowed[0] if len(allowed) == 1 else {"anyOf": allowed})}
+
+
+if __name__ == "__main__":
+    main()
