@@ -317,8 +317,13 @@ def landmark_model(
         trained_length=trained_length,
         top_k_blocks=options.top_k_blocks,
     )
-    special = special_ids(tokenizer, LANDMARK_TOKEN)
-    check_read_back(tokenizer.save_pretrained, options.model, partial(text_ids, tokenizer), special)
+    check_read_back(
+        tokenizer.save_pretrained,
+        options.model,
+        partial(text_ids, tokenizer),
+        special_ids(tokenizer, LANDMARK_TOKEN),
+        trust_remote_code=options.trust_remote_code,
+    )
     model.config.include_landmark_in_loss = options.landmarks_in_loss
     if options.gradient_checkpointing:
         # Newer versions of transformers have another name for it.

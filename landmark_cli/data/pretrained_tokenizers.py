@@ -132,19 +132,25 @@ def _name_ids(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], tokens: l
 
 
 def check_read_back(
-    save: Callable[[str], Any], name: str, encode: Callable[[str], Sequence[int]], special: dict[str, int]
+    save: Callable[[str], Any],
+    name: str,
+    encode: Callable[[str], Sequence[int]],
+    special: dict[str, int],
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a tokenizer somewhere and read it again, before work is spent that needs it to come back the same.
 
     save: writes the directory it is given. name: what the user calls the tokenizer. encode: text -> ids, as now.
-    special: ids of tokens, by token ("<landmark>") or by role ("eos_token"), as now.
+    special: ids of tokens, by token ("<landmark>") or by role ("eos_token"), as now. trust_remote_code: whether Python
+    code that came with it may run.
 
     Raises LandmarkError where it cannot be written or read, or is not the same.
     """
     with TemporaryDirectory(prefix="landmark-tokenizer-") as directory:
         try:
             save(directory)
-            again = open_tokenizer(directory)
+            again = open_tokenizer(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise LandmarkError(
                 f"the tokenizer of {name} cannot be saved and opened again, which the finished model needs: "

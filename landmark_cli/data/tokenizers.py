@@ -58,6 +58,7 @@ class TextTokenizer(ABC):
         landmark_id: the id of `<landmark>` in what `save_pretrained` writes.
         piece_bytes: longer documents are cut into pieces of so many bytes at most; the same on every machine.
         batch_bytes: how much text is worth handing to `encode_documents` at once.
+        trust_remote_code: whether Python code that comes with it may run.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TextTokenizer(ABC):
     landmark_id: int
     piece_bytes: int
     batch_bytes: int
+    trust_remote_code: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -94,7 +96,13 @@ class TextTokenizer(ABC):
             LandmarkError: it cannot be written and read, or has other ids.
         """
         special = {"eos_token": self.eot_id} | ({LANDMARK_TOKEN: self.landmark_id} if landmark else {})
-        check_read_back(functools.partial(self.save_pretrained, landmark=landmark), self.name, self.encode, special)
+        check_read_back(
+            functools.partial(self.save_pretrained, landmark=landmark),
+            self.name,
+            self.encode,
+            special,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -215,7 +223,7 @@ class TransformersTokenizer(TextTokenizer):
     piece_bytes = 2 << 20
 
     def __init__(self, name: str, *, trust_remote_code: bool = False) -> None:
-        self.name, self._trust_remote_code = name, trust_remote_code
+        self.name, self.trust_remote_code = name, trust_remote_code
         self.batch_bytes = min(max(available_cores(), 2), 16) << 20
         self._tokenizer = self._open()
         if self._tokenizer.eos_token_id is None:
@@ -229,7 +237,7 @@ class TransformersTokenizer(TextTokenizer):
             self._fast.encode_special_tokens = True
 
     def _open(self) -> PreTrainedTokenizerBase:
-        return open_tokenizer(self.name, trust_remote_code=self._trust_remote_code)
+        return open_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_documents([text])[0].tolist()
