@@ -293,6 +293,22 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a directory. OSErrors are left to `writing`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(directory: Path) -> None:
+    """`flush` a directory and everything in it."""
+    for path in directory.rglob("*"):
+        flush(path)
+    flush(directory)
+
+
 def _lines(path: str | Path, what: str, file: Any, more: dict[str, Any]) -> Iterator[bytes]:
     """The lines of a file; of one that is too long, its beginning."""
     while True:

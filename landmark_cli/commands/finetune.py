@@ -25,7 +25,6 @@ from landmark_cli.options import LONGEST, option, save_recipe
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from landmark_cli.models.lora import LoraSettings
@@ -164,17 +163,35 @@ def finetune(
     """The run itself, in every process. trained_length: positions of a window, landmarks included."""
     from landmark_cli.data.batches import Batches
     from landmark_cli.models import lora
+    from landmark_cli.models.directory import save_model
     from landmark_cli.training.loop import Loop
+    from landmark_cli.training.publish import Publication
     from landmark_cli.training.runs import run_identity
-    from landmark_cli.training.setup import quiet_transformers
 
     model, tokenizer = landmark_model(options, trained_length, precision, accelerator)
+    config, adapters = model.config, adapter_settings(options)
+    trained = lora.add_adapters(model, adapters) if adapters else model
+
+    def save_rest(directory: Path) -> None:
+        tokenizer.save_pretrained(directory)
+        save_recipe(options, directory / "recipe.yaml", "finetune")
+
+    if options.merge:
+        save = partial(
+            lora.save_merged,
+            tokenizer=tokenizer,
+            dtype=saved_dtype(options),
+            trust_remote_code=options.trust_remote_code,
+        )
+    elif adapters:
+        save = lora.save_adapters
+    else:
+        save = partial(save_model, dtype=saved_dtype(options))
+    publication = Publication(trained, output, save_rest, save)
+
     directories = token_files(options, output, accelerator)
     files = open_split(directories, "train")
     check_data(files, tokenizer, options.model)
-
-    config, adapters = model.config, adapter_settings(options)
-    trained = lora.add_adapters(model, adapters) if adapters else model
     windows = {
         "sequence_length": trained_length,
         "landmark_freq": config.landmark_freq,
@@ -193,22 +210,7 @@ def finetune(
         validation=validation_windows(options, directories, windows),
     )
     carry_out(options, config, loop)
-
-    def save_rest(directory: Path) -> None:
-        tokenizer.save_pretrained(directory)
-        save_recipe(options, directory / "recipe.yaml", "finetune")
-
-    dtype = saved_dtype(options)
-
-    def save_model(model: PreTrainedModel, directory: Path, weights: dict[str, Tensor]) -> None:
-        model.to(dtype).save_pretrained(
-            directory, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()}
-        )
-
-    loop.write_model(save_rest, save_model=lora.save_adapters if adapters else save_model)
-    if options.merge and accelerator.is_main_process:
-        with quiet_transformers():
-            lora.merge(output, dtype, trust_remote_code=options.trust_remote_code)
+    publication.publish(loop)
     accelerator.end_training()
     info(f"trained {'adapters' if adapters and not options.merge else 'model'}: {output}")
 

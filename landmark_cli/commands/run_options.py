@@ -154,8 +154,8 @@ def begin(options: RunOptions, name: str) -> Iterator[tuple[Accelerator, Path, s
     from landmark_cli.training.runs import resolve_precision, run_directory
     from landmark_cli.training.setup import make_accelerator, process_state
 
-    state = process_state(options.device)
-    with run_directory(options.output, name, options.resume, state) as output:
+    process_state(options.device)
+    with run_directory(options.output, name, options.resume) as output:
         precision = resolve_precision(options.precision, options.device)
         accelerator = make_accelerator(
             precision=precision,

@@ -190,10 +190,17 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, fi
     from landmark_cli.data.variants import VariantBatches
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.loop import Loop
+    from landmark_cli.training.publish import Publication
     from landmark_cli.training.runs import run_identity
 
     with begin(options, run_name(options)) as (accelerator, output, precision):
         model = GPTForCausalLM(config)
+
+        def save_rest(directory: Path) -> None:
+            tokenizer.save_pretrained(directory, landmark=not options.baseline)
+            save_recipe(options, directory / "recipe.yaml", "train")
+
+        publication = Publication(model, output, save_rest)
         global_batch = options.batch_size * options.accumulation * accelerator.num_processes
         windows = window_settings(options, config)
         batches = Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows)
@@ -213,12 +220,7 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, fi
             validation=validation_windows(options, options.data, windows),
         )
         carry_out(options, config, loop)
-
-        def save_rest(directory: Path) -> None:
-            tokenizer.save_pretrained(directory, landmark=not options.baseline)
-            save_recipe(options, directory / "recipe.yaml", "train")
-
-        loop.write_model(save_rest)
+        publication.publish(loop)
         accelerator.end_training()
         info(f"trained model: {output}")
 

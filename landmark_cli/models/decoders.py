@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id
 from landmark_cli.errors import LandmarkError
 
+from .generation_config import settle_sampling
 from .support import check_config, check_model
 
 PADDING_TOKEN = "[PAD]"
@@ -54,6 +55,7 @@ def add_landmarks(
     check_model(model, trained_length, name)
 
     _add_tokens(model, tokenizer)
+    settle_sampling(model, name)
     config = model.config
     config.landmark_freq = landmark_freq
     config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)

@@ -8,6 +8,7 @@ head, the landmark model's config.json and the tokenizer, and names the model th
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,21 +154,32 @@ def open_adapted(
     return model, tokenizer
 
 
-def merge(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
-    """Turn an adapter directory into that of a plain model. The sum is computed in float32 and stored as dtype.
+def save_merged(
+    model: nn.Module,
+    directory: Path,
+    weights: dict[str, Tensor],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the plain model that an adapter directory opens as, its weights summed in float32 and stored as dtype.
 
-    Raises LandmarkError where the base cannot be opened.
+    weights: as for `save_adapters`; with none, config and generation config alone. Raises LandmarkError where the base
+    cannot be opened.
     """
-    directory = Path(path)
-    model, _ = open_adapted(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    merged = directory / "model.partial"
-    model.to(dtype).save_pretrained(merged)
-    # config.json goes first and comes last: a directory that has one is finished.
-    for file in (directory / "config.json", *directory.glob("adapter_*")):
-        file.unlink()
-    for file in sorted(merged.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, directory / file.name)
-    merged.rmdir()
+    base = model.get_base_model()
+    if not weights:
+        base.config.save_pretrained(directory)
+        base.generation_config.save_pretrained(directory)
+        return
+    adapters = directory / "adapters"
+    save_adapters(model, adapters, weights)
+    tokenizer.save_pretrained(adapters)
+    merged, _ = open_adapted(adapters, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    shutil.rmtree(adapters)
+    merged.generation_config = base.generation_config
+    merged.to(dtype).save_pretrained(directory)
 
 
 @contextmanager

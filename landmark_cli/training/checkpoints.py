@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import flush, flush_tree
 
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
@@ -200,22 +201,6 @@ def layout(accelerator: Accelerator) -> str:
 def step_of(path: Path) -> int:
     """The step that a checkpoint's directory is named for."""
     return int(NAME.fullmatch(path.name).group(1))
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_tree(directory: Path) -> None:
-    """`flush` a directory and everything in it."""
-    for path in directory.rglob("*"):
-        flush(path)
-    flush(directory)
 
 
 def warn_if_full(directory: Path, needed: int) -> None:

@@ -9,18 +9,14 @@ number of targets of them all.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from landmark_cli.console import figure, info, progress
 from landmark_cli.data.batches import Batches, iterate
@@ -28,11 +24,11 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import perplexity_of
 from landmark_cli.interrupts import interrupts
-from landmark_cli.training.checkpoints import Checkpoints, first_line, flush_tree, plain_name, warn_if_full
+from landmark_cli.training.checkpoints import Checkpoints, plain_name, warn_if_full
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
 from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups, set_learning_rate
-from landmark_cli.training.setup import LossModel, quiet_transformers, seed_step
+from landmark_cli.training.setup import LossModel, seed_step
 from landmark_cli.training.stopping import Vote
 
 # What a run does between a signal and its end.
@@ -270,46 +266,3 @@ class Loop:
         self.module.train()
         total, count = accelerator.reduce(sums, "sum").tolist()
         return total / max(count, 1.0)
-
-    def write_model(
-        self,
-        save_rest: Callable[[Path], None],
-        save_model: Callable[[nn.Module, Path, dict[str, Tensor]], None] | None = None,
-    ) -> None:
-        """Write the trained model into the run's directory in the form that `from_pretrained` opens.
-
-        save_rest(directory) adds what belongs beside it (tokenizer, recipe). save_model(model, directory, weights)
-        writes a model that has another form. config.json comes last, so a directory that has one is finished.
-        """
-        output = self.settings.output
-        state = self.accelerator.get_state_dict(self.module)
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.module, keep_torch_compile=False).wrapped
-            weights = {plain_name(name).removeprefix("wrapped."): tensor for name, tensor in state.items()}
-            for name in second_names(model):
-                weights.pop(name, None)
-            partial = output / "model.partial"
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                with quiet_transformers():
-                    if save_model is None:
-                        model.save_pretrained(partial, state_dict=weights)
-                    else:
-                        save_model(model, partial, weights)
-                save_rest(partial)
-                flush_tree(partial)
-                for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-                    os.replace(file, output / file.name)
-                partial.rmdir()
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise LandmarkError(f"the model could not be written to {output}: {first_line(error)}") from error
-        self.accelerator.wait_for_everyone()
-
-
-def second_names(model: nn.Module) -> set[str]:
-    """The names but the first of a model's tied weights, which are tensors of their own once they are gathered or
-    converted. Adapters keep both: which of them is trained is theirs to say."""
-    if not isinstance(model, PreTrainedModel):
-        return set()
-    first = {name for name, _ in model.named_parameters()}
-    return {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
 from landmark_cli.locks import sole_writer
 from landmark_cli.training.checkpoints import Checkpoints
-from landmark_cli.training.setup import uses_cpu
+from landmark_cli.training.setup import by_main_process, uses_cpu
 
 # Entries of a model's config that say nothing about which model it is.
 NOT_IDENTITY = {"transformers_version", "dtype", "_name_or_path", "architectures", "use_cache"}
@@ -35,22 +33,14 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 @contextmanager
-def run_directory(output: Path | None, name: str, resume: bool, state: PartialState) -> Iterator[Path]:
+def run_directory(output: Path | None, name: str, resume: bool) -> Iterator[Path]:
     """The directory of a run, the same for all processes; made if it is not there, and held while the block runs.
 
     output: the one the user named. Without it: a new runs/<name>, runs/<name>-2, ...; with resume the last of these.
     Raises LandmarkError, in every process, where there is a run already that would be overwritten, or one is going on.
     """
     with ExitStack() as held:
-        found: Path | LandmarkError | None = None
-        if state.is_main_process:
-            try:
-                found = _claim(output, name, resume, held)
-            except LandmarkError as error:
-                found = error
-        found = broadcast_object_list([found])[0]
-        if isinstance(found, LandmarkError):
-            raise found
+        found = by_main_process(lambda: _claim(output, name, resume, held))
         # On a machine with disks of its own.
         found.mkdir(parents=True, exist_ok=True)
         yield found

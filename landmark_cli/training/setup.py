@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -18,6 +18,7 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
+    broadcast_object_list,
     parse_flag_from_env,
 )
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
+
+T = TypeVar("T")
 
 # Model types whose logits are a linear layer of the last hidden states; others scale or cap them, or add to the loss.
 PLAIN_HEADS = frozenset("landmark_gpt llama mistral qwen2 qwen3 phi3 olmo olmo2 gpt_neox gemma".split())
@@ -43,6 +46,23 @@ def process_state(device: str) -> PartialState:
         # What an earlier run of this Python process left, which may have been on another device.
         PartialState._reset_state()
     return PartialState(cpu=uses_cpu(device))
+
+
+def by_main_process(work: Callable[[], T]) -> T:
+    """What `work` returns in the main process, in every process. Every process calls it.
+
+    Raises the LandmarkError that the main process raises, in every process, so that none waits for it in vain.
+    """
+    result = None
+    if PartialState().is_main_process:
+        try:
+            result = work()
+        except LandmarkError as error:
+            result = error
+    (result,) = broadcast_object_list([result])
+    if isinstance(result, LandmarkError):
+        raise result
+    return result
 
 
 def make_accelerator(

@@ -16,6 +16,7 @@ import numpy as np
 
 from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.files import flush
 from landmark_cli.locks import LOCK, sole_writer
 from landmark_cli.weight_diff.bits import ITEM_BYTES
 from landmark_cli.weight_diff.checkpoint import Tensor
@@ -162,13 +163,13 @@ def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path
             if path.exists():
                 held.enter_context(sole_writer(path))
             yield staging
-            _sync(staging)
+            flush(staging)
             if path.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 path.rename(replaced)
             staging.rename(path)
             (path / MARKER).unlink()
-            _sync(path.parent)
+            flush(path.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
@@ -223,11 +224,3 @@ def _claim(staging: Path, role: str, held: ExitStack) -> None:
     for leftover in staging.iterdir():
         if leftover.name != MARKER:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _sync(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.training.loop import second_names
+from landmark_cli.training.publish import Publication, second_names
 from tests.training.tiny import RandomBatches, RandomWindows, tiny_loop, tiny_model
 
 
@@ -102,9 +102,14 @@ def test_evaluation_and_saving_do_not_disturb_training(tmp_path):
 
 
 def test_the_written_model_opens_with_transformers(tmp_path):
-    loop = tiny_loop(tmp_path)
+    model = tiny_model()
+    loop = tiny_loop(tmp_path, model=model)
+    publication = Publication(
+        model, tmp_path, lambda directory: (directory / "recipe.yaml").write_text("command: train\n")
+    )
+    assert not list(tmp_path.iterdir())
     loop.run()
-    loop.write_model(lambda directory: (directory / "recipe.yaml").write_text("command: train\n"))
+    publication.publish(loop)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "recipe.yaml", "metrics.jsonl"} <= names
     assert not any("partial" in name for name in names)

@@ -1,0 +1,110 @@
+"""The last write of a run: the finished model, in the form that `from_pretrained` opens.
+
+It is rehearsed before the first step, so what cannot be saved is said before anything is trained. And what was trained
+is not lost where it fails in the end: the last checkpoint stays, and --resume writes the model again from there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from landmark_cli.errors import LandmarkError
+from landmark_cli.files import reason
+from landmark_cli.models.directory import PARTIAL, put_in_place, save_model
+from landmark_cli.training.checkpoints import plain_name, step_of
+from landmark_cli.training.loop import Loop
+from landmark_cli.training.setup import by_main_process, quiet_transformers
+
+SaveModel = Callable[[nn.Module, Path, dict[str, Tensor]], None]
+
+
+class Publication:
+    """How a run's model is written into its directory, tried as soon as it is known: every process makes one.
+
+    model: before anything is wrapped around it. output: the run's directory. save_rest(directory) adds what belongs
+    beside the model (tokenizer, recipe). save(model, directory, weights) writes one that has another form than
+    transformers' own; with no weights at all, everything else of it.
+
+    Raises LandmarkError, in every process, where the model could not be saved in the end.
+    """
+
+    def __init__(
+        self, model: nn.Module, output: Path, save_rest: Callable[[Path], None], save: SaveModel = save_model
+    ) -> None:
+        self._model, self._output, self._save_rest, self._save = model, output, save_rest, save
+        by_main_process(self._rehearse)
+
+    def publish(self, loop: Loop) -> None:
+        """Write the model as the loop has trained it. Every process calls it.
+
+        config.json comes last, so a directory that has one is finished. Raises LandmarkError, in every process, where
+        it cannot be written; a checkpoint of the last step is there then.
+        """
+        state = loop.accelerator.get_state_dict(loop.module)
+        try:
+            by_main_process(lambda: self._write(state))
+        except LandmarkError as error:
+            raise LandmarkError(
+                f"{error}. {_kept(loop)} holds all that was trained: put that right, and --resume writes the model"
+            ) from error
+        loop.accelerator.wait_for_everyone()
+
+    def _rehearse(self) -> None:
+        """Write all but the weights, read it back and throw it away."""
+        try:
+            self._write_beside({})
+            _check_settings(self._model, self._output / PARTIAL)
+        except Exception as error:
+            raise LandmarkError(
+                f"nothing was trained, for the model could not be saved afterwards: {reason(error)}"
+            ) from error
+        finally:
+            shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
+
+    def _write(self, state: dict[str, Tensor]) -> None:
+        weights = {plain_name(name).removeprefix("wrapped."): tensor for name, tensor in state.items()}
+        for name in second_names(self._model):
+            weights.pop(name, None)
+        try:
+            self._write_beside(weights)
+            put_in_place(self._output / PARTIAL, self._output)
+        except Exception as error:
+            # Whatever it is, there is something to lose; and what has been written may be what the disk is full of.
+            shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
+            raise LandmarkError(f"the model could not be written to {self._output}: {reason(error)}") from error
+
+    def _write_beside(self, weights: dict[str, Tensor]) -> None:
+        partial = self._output / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        with quiet_transformers():
+            self._save(self._model, partial, weights)
+        self._save_rest(partial)
+
+
+def _kept(loop: Loop) -> Path:
+    """The checkpoint of the step that the loop has reached, saved now where it is not there."""
+    path = by_main_process(loop.checkpoints.newest)
+    return path if path is not None and step_of(path) == loop.step else loop.checkpoints.save(loop.step)
+
+
+def second_names(model: nn.Module) -> set[str]:
+    """The names but the first of a model's tied weights, which are tensors of their own once they are gathered or
+    converted. Adapters keep both: which of them is trained is theirs to say."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    first = {name for name, _ in model.named_parameters()}
+    return {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}
+
+
+def _check_settings(model: nn.Module, directory: Path) -> None:
+    """ValueError where a saved config does not come back with the landmark settings that it was saved with."""
+    found = type(model.config).from_pretrained(directory)
+    for name in ("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks"):
+        expected = getattr(model.config, name, None)
+        if getattr(found, name, None) != expected:
+            raise ValueError(f"its config.json comes back with {name} {getattr(found, name, None)}, not {expected}")
