@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
+    TOP_K_BLOCKS_HELP,
     RunOptions,
     begin,
     carry_out,
     changed,
+    check_window,
     loop_settings,
     open_split,
     validation_windows,
@@ -73,13 +75,7 @@ class PretrainedOptions(CodeOptions):
 
     model: str = option(panel=MODEL, help="A model directory or a hub id.")
     landmark_freq: int = option(63, panel=MODEL, min=1, max=LONGEST, help="Text tokens between landmarks.")
-    top_k_blocks: int | None = option(
-        None,
-        panel=MODEL,
-        min=0,
-        max=LONGEST,
-        help="Blocks the model retrieves unless it is told otherwise. [default: 4, or what the window leaves room for]",
-    )
+    top_k_blocks: int | None = option(None, panel=MODEL, min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
     gradient_checkpointing: bool = option(
         False,
         panel=MODEL,
@@ -217,17 +213,10 @@ def finetune(
 
 def check(options: FinetuneOptions) -> None:
     """Raise UsageError for options that cannot go together, LandmarkError for a package that one of them needs."""
-    if options.sequence_length < options.landmark_freq:
-        raise UsageError(
-            f"--sequence-length {options.sequence_length} is shorter than one block of --landmark-freq "
-            f"{options.landmark_freq} text tokens: make it longer, or the blocks shorter"
-        )
-    blocks = options.sequence_length // options.landmark_freq
-    if options.top_k_blocks is not None and options.top_k_blocks > max(blocks - 2, 0):
-        raise UsageError(
-            f"--top-k-blocks {options.top_k_blocks} leaves a window of {blocks} blocks no room for anything else: "
-            f"take at most {max(blocks - 2, 0)}, or a longer --sequence-length"
-        )
+    from landmark_cli.data.landmarks import stream_length
+
+    trained_length = stream_length(options.sequence_length, options.landmark_freq)
+    check_window(options.sequence_length, trained_length, options.landmark_freq, options.top_k_blocks)
     if options.data_weights and len(options.data_weights) != len(options.data):
         raise UsageError(f"--data-weights: {len(options.data_weights)} given for {len(options.data)} of --data")
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.console import info, quantity, warn
-from landmark_cli.errors import LandmarkError
+from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.options import LARGEST_SEED, option
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from landmark_cli.data.batches import SequentialWindows
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.training.loop import Loop, LoopSettings
+
+
+TOP_K_BLOCKS_HELP = (
+    "Blocks the model retrieves unless it is told otherwise. [default: 4, or what the window has room for]"
+)
 
 
 @dataclass
@@ -84,6 +89,26 @@ class RunOptions:
 def changed(name: str, default: Any) -> Any:
     """The option `name` of every run, with another default for one command."""
     return dataclasses.field(default=default, metadata=RunOptions.__dataclass_fields__[name].metadata)
+
+
+def check_window(sequence_length: int, trained_length: int, landmark_freq: int, top_k_blocks: int | None) -> None:
+    """Raise UsageError where a model trained on such windows could not be read with as it is.
+
+    sequence_length: as the option counts it. trained_length: positions of the window, landmarks included.
+    """
+    from landmark_cli.data.landmarks import largest_top_k
+
+    largest = largest_top_k(trained_length, landmark_freq)
+    if largest < 0:
+        raise UsageError(
+            f"--sequence-length {sequence_length} is shorter than two blocks of --landmark-freq {landmark_freq} text "
+            "tokens and a landmark, which reading takes: make it longer, or the blocks shorter"
+        )
+    if top_k_blocks is not None and top_k_blocks > largest:
+        raise UsageError(
+            f"--top-k-blocks {top_k_blocks} leaves no room for a chunk in a window of {largest + 2} blocks: "
+            f"take at most {largest}, or a longer --sequence-length"
+        )
 
 
 def open_split(directories: list[Path], split: str) -> list[TokenFile]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
+    TOP_K_BLOCKS_HELP,
     RunOptions,
     begin,
     carry_out,
+    check_window,
     loop_settings,
     open_split,
     validation_windows,
@@ -65,9 +67,7 @@ class CorpusAndShape(CodeOptions):
     n_embd: int = option(1024, panel="Model", min=2, max=1_048_576, help="Width.")
     bias: bool = option(False, panel="Model", help="Biases in linear layers and norms.")
     dropout: float = option(0.0, panel="Model", min=0, max=0.99, help="Dropout after embedding, attention and MLP.")
-    top_k_blocks: int = option(
-        4, panel="Model", min=0, max=LONGEST, help="Blocks the model retrieves unless it is told otherwise."
-    )
+    top_k_blocks: int | None = option(None, panel="Model", min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
 
     memory_length: int | None = option(
         None,
@@ -137,12 +137,8 @@ def run(options: TrainOptions) -> None:
 
 def check(options: TrainOptions) -> None:
     """Raise UsageError for options that cannot go together."""
-    block = options.landmark_freq + 1
-    if not options.baseline and options.sequence_length < block:
-        raise UsageError(
-            f"--sequence-length {options.sequence_length} is shorter than one block of {block} "
-            f"(--landmark-freq {options.landmark_freq} and its landmark): make it longer, or the blocks shorter"
-        )
+    if not options.baseline:
+        check_window(options.sequence_length, options.sequence_length, options.landmark_freq, options.top_k_blocks)
     if options.segment_length and not options.memory_length:
         raise UsageError("--segment-length is a Transformer-XL's: give --memory-length too")
     if options.memory_length and not options.baseline:

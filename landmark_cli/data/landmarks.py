@@ -12,6 +12,7 @@ from torch import Tensor
 
 IGNORED_TARGET = -100
 """The target of a position that predicts nothing: transformers' and PyTorch's cross entropy skip it."""
+DEFAULT_TOP_K = 4
 
 
 def stream_length(text_length: int, landmark_freq: int) -> int:
@@ -29,6 +30,19 @@ def text_length(stream_length: int, landmark_freq: int) -> int:
     _check_length("stream_length", stream_length)
     _check_freq(landmark_freq)
     return stream_length - stream_length // (landmark_freq + 1)
+
+
+def largest_top_k(trained_length: int, landmark_freq: int) -> int:
+    """The most blocks that a model can retrieve within ``trained_length`` positions; below 0 where it cannot read.
+
+    Beside them stand the incomplete block and a chunk of one block at least, so to read takes two whole blocks.
+    """
+    return trained_length // (landmark_freq + 1) - 2
+
+
+def default_top_k(trained_length: int, landmark_freq: int) -> int:
+    """Blocks retrieved unless told otherwise: 4, or as many as there is room for."""
+    return max(0, min(DEFAULT_TOP_K, largest_top_k(trained_length, landmark_freq)))
 
 
 def landmark_positions(length: int, block_size: int, *, device: torch.device | str | None = None) -> Tensor:

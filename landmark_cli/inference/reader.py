@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Positions, RetrievalSettings, Selection
 from landmark_cli.attention.cache.pages import Offload, require_host_memory
-from landmark_cli.data.landmarks import insert_landmarks, stream_length
+from landmark_cli.data.landmarks import insert_landmarks, largest_top_k, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.graphs import ChunkForward, to_device
 from landmark_cli.models.rotary import inverse_frequencies
@@ -30,7 +30,7 @@ def default_chunk(trained_length: int, top_k: int, landmark_freq: int) -> int:
         raise LandmarkError(
             f"top-k {top_k} leaves no room for a chunk: {top_k} blocks, the incomplete one and one of the chunk take "
             f"{(top_k + 2) * block_size} positions, the model was trained at {trained_length}; "
-            f"use a top-k of at most {max(0, trained_length // block_size - 2)}, or give a chunk length"
+            f"use a top-k of at most {max(0, largest_top_k(trained_length, landmark_freq))}, or give a chunk length"
         )
     return blocks * landmark_freq
 

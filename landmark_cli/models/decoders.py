@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id
 from landmark_cli.errors import LandmarkError
 
@@ -19,7 +20,6 @@ from .generation_config import settle_sampling
 from .support import check_config, check_model
 
 PADDING_TOKEN = "[PAD]"
-DEFAULT_TOP_K = 4
 # Products with a matrix of a multiple of 64 rows run at full speed on a GPU; an aligned vocabulary stays aligned.
 VOCABULARY_MULTIPLE = 64
 
@@ -51,6 +51,13 @@ def add_landmarks(
     limit = getattr(model.config, "max_position_embeddings", None)
     trained_length = trained_length or min(limit or 2048, 2048)
     check_length(trained_length, limit, landmark_freq, name)
+    if top_k_blocks is None:
+        top_k_blocks = default_top_k(trained_length, landmark_freq)
+    elif not 0 <= top_k_blocks <= largest_top_k(trained_length, landmark_freq):
+        raise LandmarkError(
+            f"{top_k_blocks} blocks to retrieve leave no room for a chunk in a window of {trained_length} tokens; "
+            f"take at most {largest_top_k(trained_length, landmark_freq)}"
+        )
     check_config(model.config, name)
     check_model(model, trained_length, name)
 
@@ -60,28 +67,23 @@ def add_landmarks(
     config.landmark_freq = landmark_freq
     config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
     config.trained_length = trained_length
-    config.top_k_blocks = default_top_k(trained_length, landmark_freq) if top_k_blocks is None else top_k_blocks
+    config.top_k_blocks = top_k_blocks
     model.set_attn_implementation("landmark")
 
 
 def check_length(trained_length: int, limit: int | None, landmark_freq: int, name: str) -> None:
-    """LandmarkError where a window of `trained_length` stream tokens holds no block or exceeds `limit` positions."""
+    """LandmarkError where a window of `trained_length` stream tokens exceeds `limit` positions, or a model trained on
+    such windows could not be read with."""
     if limit is not None and trained_length > limit:
         raise LandmarkError(
             f"{name} has {limit} positions, but a window with its landmarks takes {trained_length}; "
             f"take a text length (--sequence-length) of at most {limit - limit // (landmark_freq + 1)}"
         )
-    if trained_length <= landmark_freq:
+    if largest_top_k(trained_length, landmark_freq) < 0:
         raise LandmarkError(
-            f"a window of {trained_length} tokens holds no whole block of {landmark_freq} text tokens and a landmark; "
-            "take longer windows or a smaller landmark-freq"
+            f"a window of {trained_length} tokens holds fewer than the two blocks of {landmark_freq} text tokens and a "
+            "landmark that reading takes; take longer windows or a smaller landmark-freq"
         )
-
-
-def default_top_k(trained_length: int, landmark_freq: int) -> int:
-    """Blocks retrieved unless told otherwise: 4, if that many leave a window room for a chunk."""
-    # Beside them stand the incomplete block and a chunk of at least one.
-    return max(0, min(DEFAULT_TOP_K, trained_length // (landmark_freq + 1) - 2))
 
 
 def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -20,6 +20,7 @@ from landmark_cli.attention.cache import Chunk
 from landmark_cli.attention.dispatch import padding_mask
 from landmark_cli.attention.recurrent import RecurrentMemory
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table, split_and_rotate
+from landmark_cli.data.landmarks import default_top_k
 
 
 class GPTConfig(PreTrainedConfig):
@@ -29,7 +30,7 @@ class GPTConfig(PreTrainedConfig):
     bias: biases in linear layers and norms (the paper has none). dropout: after embedding, attention and MLP.
     landmark_freq: text tokens between landmarks; None for the baseline, which knows no landmarks.
     landmark_token_id: the landmark's token. trained_length: stream tokens (landmarks included) of a training window.
-    top_k_blocks: blocks retrieved by default at inference.
+    top_k_blocks: blocks retrieved by default at inference; 4, or fewer where windows leave no room beside them.
     context_miss_token: a learned token in front of every input offers a key for "nothing earlier is needed" (4.1.3).
     memory_length, segment_length: a Transformer-XL instead: inputs are read in segments, each attending to the last
     memory_length tokens before it.
@@ -55,7 +56,7 @@ class GPTConfig(PreTrainedConfig):
     landmark_freq: int | None = 50
     landmark_token_id: int | None = 50260
     trained_length: int = 512
-    top_k_blocks: int = 4
+    top_k_blocks: int | None = None
     context_miss_token: bool = False
     memory_length: int | None = None
     segment_length: int | None = None
@@ -73,6 +74,8 @@ class GPTConfig(PreTrainedConfig):
             raise ValueError("memory_length belongs to the baseline; a model with landmarks has landmark_freq alone")
         if self.context_miss_token and not self.landmark_freq:
             raise ValueError("context_miss_token needs landmarks: set landmark_freq")
+        if self.top_k_blocks is None:
+            self.top_k_blocks = default_top_k(self.trained_length, self.landmark_freq or 0)
         # A model directory opens with the attention it was trained with; from_pretrained's own argument still wins.
         if kwargs.get("attn_implementation") is None:
             plain = "sdpa" if self.memory_length is None else "transformer_xl"

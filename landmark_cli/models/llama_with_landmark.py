@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from .decoders import default_top_k
+from landmark_cli.data.landmarks import default_top_k
 
 # Their names, and ours. Their context length counts landmarks, as ours does.
 SETTINGS = {"mem_freq": "landmark_freq", "mem_id": "landmark_token_id", "train_context_length": "trained_length"}

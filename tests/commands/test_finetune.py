@@ -212,13 +212,13 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"sequence_length": 5}, UsageError, "--sequence-length 5 is shorter than one block of --landmark-freq 7"),
+        ({"sequence_length": 13}, UsageError, "--sequence-length 13 is shorter than two blocks of --landmark-freq 7"),
         (
             {"sequence_length": 600},
             LandmarkError,
             "has 512 positions, .* takes 685; .*--sequence-length. of at most 448",
         ),
-        ({"top_k_blocks": 3}, UsageError, "--top-k-blocks 3 leaves a window of 4 blocks .* at most 2"),
+        ({"top_k_blocks": 3}, UsageError, "--top-k-blocks 3 leaves .* in a window of 4 blocks: .* at most 2"),
         ({"data_weights": [1.0, 2.0]}, UsageError, "--data-weights: 2 given for 1 of --data"),
         ({"merge": True}, UsageError, "--merge is for adapters: give --lora-rank too"),
         ({"four_bit": True}, UsageError, "--four-bit is for adapters"),

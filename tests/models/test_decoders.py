@@ -142,11 +142,18 @@ def test_a_token_that_only_the_config_names_keeps_its_row():
     assert torch.equal(model.get_input_embeddings().weight[290], row)
 
 
-@pytest.mark.parametrize(("length", "top_k"), [(512, 4), (48, 4), (40, 3), (16, 0), (8, 0)])
+@pytest.mark.parametrize(("length", "top_k"), [(512, 4), (48, 4), (40, 3), (16, 0)])
 def test_the_blocks_retrieved_by_default_leave_room_for_a_chunk(length, top_k):
     model = tiny_decoder("llama")
     add_landmarks(model, tiny_tokenizer(), landmark_freq=FREQ, trained_length=length)
     assert model.config.top_k_blocks == top_k
+    with pytest.raises(LandmarkError, match=f"take at most {length // 8 - 2}"):
+        add_landmarks(model, tiny_tokenizer(), landmark_freq=FREQ, trained_length=length, top_k_blocks=length // 8 - 1)
+
+
+def test_a_window_that_a_model_could_not_read_with_is_refused():
+    with pytest.raises(LandmarkError, match="a window of 15 tokens holds fewer than the two blocks of 7 text tokens"):
+        add_landmarks(tiny_decoder("llama"), tiny_tokenizer(), landmark_freq=FREQ, trained_length=15)
 
 
 def test_an_aligned_vocabulary_stays_aligned():
@@ -222,7 +229,7 @@ def test_windows_that_do_not_fit():
     model, tokenizer = tiny_decoder("llama"), tiny_tokenizer()
     with pytest.raises(LandmarkError, match="has 512 positions, .* takes 600; .* of at most 448"):
         add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=600)
-    with pytest.raises(LandmarkError, match="no whole block of 63"):
+    with pytest.raises(LandmarkError, match="fewer than the two blocks of 63"):
         add_landmarks(model, tokenizer, landmark_freq=63, trained_length=63)
     with pytest.raises(ValueError, match="landmark_freq is 0"):
         add_landmarks(model, tokenizer, landmark_freq=0)
