@@ -46,6 +46,7 @@ WHAT_TO_DO = {
     errno.ENOENT: "make its folder first",
     errno.EISDIR: "name a file",
     errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
@@ -262,11 +263,10 @@ def write_whole(path: Path, data: str | bytes) -> None:
     What is no ordinary file (/dev/stdout, a pipe) is written to as it is; of a link, the file it leads to.
     """
     data = data.encode() if isinstance(data, str) else data
-    if path.exists() and not (path.is_file() or path.is_dir()) or path.is_relative_to("/dev"):
+    if _is_device(path):
         path.write_bytes(data)
         return
-    path = Path(os.path.realpath(path))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path, partial = _target_and_partial(path)
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -277,6 +277,30 @@ def write_whole(path: Path, data: str | bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path, what: str = "") -> None:
+    """Try whether `write_whole` could write a file there, and make its folder, before hours of work are done for it.
+
+    Raises LandmarkError, as `writing` does.
+    """
+    with writing(path, what):
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not _is_device(Path(path)):
+            target, partial = _target_and_partial(Path(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            partial.unlink()
+
+
+def _is_device(path: Path) -> bool:
+    return (path.exists() and not (path.is_file() or path.is_dir())) or path.is_relative_to("/dev")
+
+
+def _target_and_partial(path: Path) -> tuple[Path, Path]:
+    path = Path(os.path.realpath(path))
+    return path, path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def write_json(path: Path, content: Any) -> None:

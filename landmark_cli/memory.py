@@ -16,8 +16,11 @@ ON_GPU = re.compile(r"\bcuda|cublas|cudnn|\bgpu\b|\bhip\b", re.IGNORECASE)
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: Python's and numpy's, torch's on CPU and GPU, the system's."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if isinstance(error, MemoryError):
         return True
+    if isinstance(error, OSError):
+        # What it says beside its number is a file's name.
+        return error.errno == errno.ENOMEM
     # torch has a class of its own for a GPU's memory only, and to ask for that would mean to import it.
     return SAID.search(str(error)) is not None
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from landmark_cli.errors import UsageError, shown
-from landmark_cli.files import read_yaml, write_whole, writing
+from landmark_cli.files import check_writable, read_yaml, write_whole, writing
 
 KINDS = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
 PACKAGE = Path(__file__).parent
@@ -52,6 +52,7 @@ def option(
     saved: bool = True,
     saves_memory: str = "",
     in_recipe: bool = True,
+    is_output: bool = False,
 ) -> Any:
     """Declare one field of an options dataclass.
 
@@ -62,6 +63,7 @@ def option(
     metavar: what the help shows in place of the type.
     positional: an argument instead of an option.
     in_recipe: whether a recipe may set it; not for what only whoever types the command can decide.
+    is_output: whether it names a file that the command writes at its end; "-" is standard output.
     saved: whether `save_recipe` writes it; not for what belongs to one run only, such as `--resume` or `--dry-run`.
     saves_memory: how the option is given so that less memory is needed ("a smaller --batch-size"), if it can be.
     """
@@ -77,6 +79,7 @@ def option(
         "saved": saved,
         "saves_memory": saves_memory,
         "in_recipe": in_recipe,
+        "is_output": is_output,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=functools.partial(list, default), metadata=metadata)
@@ -194,6 +197,14 @@ def build(options_class: type, values: dict[str, Any]) -> Any:
         except ValueError as error:
             raise UsageError(f"{settings[name].label}: {error}") from None
     return options_class(**converted)
+
+
+def check_outputs(options: Any) -> None:
+    """Raise LandmarkError where a file that the options want written cannot be, before any work is done for it."""
+    for name, setting in settings_of(type(options)).items():
+        value = getattr(options, name)
+        if setting.metadata["is_output"] and value is not None and str(value) != "-":
+            check_writable(value, setting.label)
 
 
 def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[str, Any]:

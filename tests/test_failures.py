@@ -35,6 +35,7 @@ RAISED = [
     (EOFError("Compressed file ended"), 1, "error: EOFError: Compressed file ended"),
     (EOFError(), 1, "error: EOFError"),
     (FULL, 1, "error: rows.jsonl: No space left on device"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "out of memory"), 1, "error: out of memory: No such file"),
     (OSError(errno.EXDEV, "Invalid link", "a", None, "b"), 1, "error: a -> b: Invalid link"),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "error: BrokenPipeError: [Errno 32] Broken pipe"),
     (ValueError("one\ntwo"), 1, "error: ValueError: one"),

@@ -11,7 +11,7 @@ from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, results, show
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.settings import ReadingSettings, has_landmarks
-from landmark_cli.options import LARGEST_SEED, LONGEST, option
+from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +89,11 @@ class PerplexityOptions(EvaluationOptions):
         saves_memory="a smaller --batch-size",
     )
     json: str | None = option(
-        None, panel=OUTPUT, saved=False, help="Write the results to this file as data too; - for standard output."
+        None,
+        panel=OUTPUT,
+        saved=False,
+        is_output=True,
+        help="Write the results to this file as data too; - for standard output.",
     )
 
 
@@ -129,10 +133,18 @@ class PassKeyOptions(EvaluationOptions):
     )
     seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Of keys and depths.")
     json: str | None = option(
-        None, panel=OUTPUT, saved=False, help="Write the results to this file as data too; - for standard output."
+        None,
+        panel=OUTPUT,
+        saved=False,
+        is_output=True,
+        help="Write the results to this file as data too; - for standard output.",
     )
     plot: Path | None = option(
-        None, panel=OUTPUT, saved=False, help="Write the heat map to this file as a picture. Needs the extra plot."
+        None,
+        panel=OUTPUT,
+        saved=False,
+        is_output=True,
+        help="Write the heat map to this file as a picture. Needs the extra plot.",
     )
 
 
@@ -141,6 +153,7 @@ def run_perplexity(options: PerplexityOptions) -> None:
 
     Raises LandmarkError where model and token file do not fit each other or the text is too short.
     """
+    check_outputs(options)
     file = open_text(options.data)
     name = name_model(options)
     model, tokenizer = open_model(name, options)
@@ -174,6 +187,7 @@ def run_passkey(options: PassKeyOptions) -> None:
 
     Raises LandmarkError for a length that no prompt can have, or where the picture's package is missing.
     """
+    check_outputs(options)
     if options.plot is not None:
         from landmark_cli.evaluation.pictures import check_picture
 

@@ -15,7 +15,7 @@ from landmark_cli.console import info, print_json, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.files import write_whole, writing
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, has_landmarks, is_recurrent, open_reader
-from landmark_cli.options import option
+from landmark_cli.options import check_outputs, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,10 +40,18 @@ class PromptOptions:
     prompt_file: Path | None = option(None, panel=PROMPT, help="A UTF-8 file with the text to continue.")
     chat: bool = option(False, panel=PROMPT, help="Put the prompt into the model's chat template.")
     json: str | None = option(
-        None, panel=PROMPT, saved=False, help="Write the text, its tokens and why it ended to this file; - for stdout."
+        None,
+        panel=PROMPT,
+        saved=False,
+        is_output=True,
+        help="Write the text, its tokens and why it ended to this file; - for stdout.",
     )
     trace: Path | None = option(
-        None, panel=PROMPT, saved=False, help="Write the blocks that each generated token read to this file, as JSON."
+        None,
+        panel=PROMPT,
+        saved=False,
+        is_output=True,
+        help="Write the blocks that each generated token read to this file, as JSON.",
     )
 
 
@@ -62,6 +70,7 @@ def run(options: GenerateOptions) -> None:
     Raises UsageError for none or several prompts or an empty --stop, LandmarkError for one that cannot be read.
     """
     prompt, stop = read_prompt(options), stop_strings(options.stop or [])
+    check_outputs(options)
     name = name_model(options)
     model, tokenizer = open_model(name, options)
     from landmark_cli.inference.generation import encode_prompt, generate

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.console import info, quantity, results
 from landmark_cli.errors import UsageError
-from landmark_cli.options import LARGEST_SEED, LONGEST, option
+from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
 
 if TYPE_CHECKING:
     from landmark_cli.data.corpora import Corpus
@@ -86,7 +86,9 @@ class PrepareOptions(CodeOptions):
     shortest: int = option(256, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the shortest document, about.")
     longest: int = option(4096, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the longest document, about.")
     seed: int = option(0, panel=PASS_KEYS, min=0, max=LARGEST_SEED, help="Of lengths, keys and depths.")
-    json: Path | None = option(None, saved=False, help="Write the result to this file too; - for standard output.")
+    json: Path | None = option(
+        None, saved=False, is_output=True, help="Write the result to this file too; - for standard output."
+    )
 
 
 def run(options: PrepareOptions) -> None:
@@ -99,6 +101,7 @@ def run(options: PrepareOptions) -> None:
     from landmark_cli.data.tokenizers import load_tokenizer
 
     check_options(options)
+    check_outputs(options)
     output = options.output or Path("data") / options.corpus
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     corpus = find_corpus(options, tokenizer)

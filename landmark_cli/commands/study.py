@@ -12,7 +12,7 @@ from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
 from landmark_cli.locks import sole_writer
-from landmark_cli.options import LARGEST_SEED, option
+from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
 EXAMPLES = """
 landmark eval study table1 --role landmark=runs/pg19-landmark --role baseline=runs/pg19-baseline --data data/pg19
@@ -64,7 +64,11 @@ class StudyOptions(MachineOptions):
     )
     plot: bool = option(False, panel=OUTPUT, help="Draw a picture too (needs the extra plot).")
     json: str | None = option(
-        None, panel=OUTPUT, saved=False, help="Write the results to this file as data too; - for standard output."
+        None,
+        panel=OUTPUT,
+        saved=False,
+        is_output=True,
+        help="Write the results to this file as data too; - for standard output.",
     )
 
 
@@ -74,6 +78,7 @@ def run(options: StudyOptions) -> None:
     Raises UsageError for an unknown study, role or corpus, LandmarkError where model and text do not fit.
     """
     from landmark_cli.evaluation.perplexity import evaluate_perplexity
+    from landmark_cli.evaluation.pictures import check_picture
     from landmark_cli.evaluation.report import draw_study, study_table, write_tables
     from landmark_cli.evaluation.studies import FinishedRows, Row, check_roles, load_study, run_study
 
@@ -85,8 +90,12 @@ def run(options: StudyOptions) -> None:
         )
     models = parse_roles(options.role or [])
     check_roles(study, models)
-    file = open_text(options.data)
+    check_outputs(options)
     output = options.output or Path("studies") / study.name
+    picture = output / f"{study.name}.png"
+    if options.plot:
+        check_picture(picture)
+    file = open_text(options.data)
     opened: dict[str, Any] = {}
 
     def measure(row: Row) -> dict[str, Any]:
@@ -130,7 +139,7 @@ def run(options: StudyOptions) -> None:
         }
         write_tables(output, study, columns, rows, data)
         if options.plot:
-            draw_study(output / f"{study.name}.png", study, measured)
+            draw_study(picture, study, measured)
     results(columns, rows, data=data, json_target=options.json, title=study.title)
     info(f"tables: {output}/{study.name}.md, .csv, .json" + (", .png" if options.plot else ""))
 

@@ -40,6 +40,10 @@ from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, o
 from landmark_cli.inference.text import CONTEXT, TextStream
 from landmark_cli.inference.window import WindowReader
 
+# Room made for new tokens at a time: who asks for a million may get an end of text before the tenth.
+EXPECTED_TOKENS = 4096
+# Below it, quotients of logits no longer fit into float32; other tokens than the likeliest are never drawn anyway.
+COLDEST = 1e-6
 AnyReader = Reader | RecurrentReader | WindowReader
 Finish = Literal["end of text", "stop string", "length", "stopping criterion"]
 
@@ -158,15 +162,17 @@ def sample(
     """
     device = reader.model.device
     if isinstance(reader, Reader):
-        reader.expect(max(map(len, prompts)) + sampling.max_new_tokens)
+        reader.expect(max(map(len, prompts)) + min(sampling.max_new_tokens, EXPECTED_TOKENS))
     logits = read_prompts(reader, prompts, show_progress=show_progress)
     width, most = max(map(len, prompts)), sampling.max_new_tokens
     # Padded with a token of the row's own, so a repetition penalty makes no difference between alone and in a batch.
     ids = torch.stack([torch.cat([row[:1].expand(width - len(row)), row]) for row in prompts]).to(device)
-    ids = torch.cat([ids, ids.new_zeros(len(prompts), most)], dim=1)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
     going = [True] * len(prompts)
     for end in range(width, width + most):
+        if end == ids.shape[1]:
+            more = min(max(end, EXPECTED_TOKENS), width + most - end)
+            ids = torch.cat([ids, ids.new_zeros(len(prompts), more)], dim=1)
         scores = processors(ids[:, :end], logits.float())
         ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else _draw(scores, generators)
         tokens = [token if on else None for token, on in zip(ids[:, end].tolist(), going, strict=True)]
@@ -211,7 +217,7 @@ def logits_processors(
     if sampling.temperature == 0:
         return processors
     if sampling.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(TemperatureLogitsWarper(max(sampling.temperature, COLDEST)))
     if sampling.top_k > 0:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import AutoTokenizer, MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
@@ -15,6 +15,7 @@ from landmark_cli.inference.generation import encode_prompt, generate, read_prom
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
 from landmark_cli.inference.text import TextStream
 from landmark_cli.inference.window import WindowReader
+from tests.closeness import assert_close_norm
 from tests.tiny import LANDMARK, tiny_baseline, tiny_llama, tiny_model, tiny_text
 
 GPT2 = load_tokenizer("gpt2")
@@ -98,6 +99,26 @@ def test_stops_at_end_of_text(tokenizer):
     assert result.text == GPT2.decode(result.tokens[:-1])
 
 
+@pytest.mark.parametrize("kind", ["landmark", "baseline"])
+def test_room_for_new_tokens_is_made_as_they_come(tokenizer, kind, monkeypatch):
+    settings = {"temperature": 1.3, "repetition_penalty": 1.3}
+    (free,) = generate(gpt2_model(kind), tokenizer, ["Call me"], SamplingSettings(max_new_tokens=12, **settings))
+    monkeypatch.setattr("landmark_cli.inference.generation.EXPECTED_TOKENS", 3)
+    twelfth = StoppingCriteriaList([MaxLengthCriteria(12)])
+    most = SamplingSettings(max_new_tokens=10**9, **settings)
+    (stopped,) = generate(gpt2_model(kind), tokenizer, ["Call me"], most, criteria=twelfth)
+    assert stopped.tokens == free.tokens and (stopped.finish, free.finish) == ("stopping criterion", "length")
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-45, 1e-6, 1e-5])
+def test_the_coldest_temperatures_are_greedy(tokenizer, temperature):
+    greedy, cold = (
+        generate(gpt2_model("landmark"), tokenizer, ["Call me"], SamplingSettings(max_new_tokens=5, temperature=t))
+        for t in (0.0, temperature)
+    )
+    assert cold[0].tokens == greedy[0].tokens
+
+
 def test_stop_strings_end_the_text_in_front_of_them(tokenizer):
     model = gpt2_model("landmark")
     sampling = {"max_new_tokens": 12, "temperature": 0.0}
@@ -169,14 +190,14 @@ def test_a_window_reader_sees_the_newest_tokens_only(kind):
         seen = [row if len(row) <= 32 else row[-24:] for row in seen]
         with torch.no_grad():
             expected = torch.stack([model(row[None]).logits[0, -1] for row in seen])
-        torch.testing.assert_close(reader.step([t.item() for t in tokens]), expected, rtol=1e-4, atol=1e-4)
+        assert_close_norm(reader.step([t.item() for t in tokens]), expected)
         found.append(expected)
     # A row that rests changes nothing for the others.
     reader.reset()
     read_prompts(reader, rows)
     for step in range(10):
         logits = reader.step([None if row == 1 else step + row for row in range(3)])
-        torch.testing.assert_close(logits[[0, 2]], found[step + 1][[0, 2]], rtol=1e-4, atol=1e-4)
+        assert_close_norm(logits[[0, 2]], found[step + 1][[0, 2]])
     with pytest.raises(ValueError, match="last_only"):
         next(reader.read(rows, last_only=False))
     with pytest.raises(ValueError, match="2 rows"):
@@ -190,7 +211,7 @@ def test_prompts_are_read_to_each_row_s_own_end():
     together = read_prompts(open_reader(model, settings, batch=3), rows, show_progress=True)
     for row, text in enumerate(rows):
         alone = read_prompts(open_reader(model, settings), [text])
-        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+        assert_close_norm(together[row], alone[0])
 
 
 def test_prompts(tokenizer):

@@ -1,0 +1,77 @@
+"""Files that a command writes at its end: what cannot be written is said before the work, by its option and path."""
+
+import os
+
+import pytest
+
+from landmark_cli import cli, files
+from landmark_cli.errors import LandmarkError
+from landmark_cli.options import settings_of
+
+OUTPUTS = {
+    f"{command[0]} {setting.label}": (command, setting)
+    for command in cli.COMMANDS
+    for setting in settings_of(command[1]).values()
+    if setting.metadata["is_output"]
+}
+REQUIRED = {"eval study": ["table1", "--role=landmark=runs/landmark"], "generate": ["--prompt=x"]}
+PLACES = {
+    "a folder": ("", "Is a directory; name a file"),
+    "below a file": ("file/x.png", "(Not a directory|File exists); a file stands where a folder is needed"),
+    "a name too long": ("x" * 300, "File name too long; choose a shorter name"),
+    "a folder of the system's": ("/proc/x.png", "there is no such file|No such file"),
+}
+
+
+@pytest.mark.parametrize("name", ["json", "trace", "plot"])
+def test_every_such_option_is_marked(name):
+    marked = {setting.name for _, setting in OUTPUTS.values()}
+    assert name in marked
+    for _, options_class, *_ in cli.COMMANDS:
+        setting = settings_of(options_class).get(name)
+        assert setting is None or setting.kind is bool or setting.metadata["is_output"]
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_cannot_be_written_is_said_before_the_work(landmark, tmp_path, monkeypatch, option, place):
+    (words, *_), setting = OUTPUTS[option]
+    where, message = PLACES[place]
+    (tmp_path / "file").write_text("here before")
+    path = str(tmp_path / where) if not where.startswith("/") else where
+    for name in ("commands.generate", "commands.evaluate", "commands.study"):
+        monkeypatch.setattr(f"landmark_cli.{name}.open_model", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr("landmark_cli.data.prepare.prepare", lambda *_, **__: pytest.fail("work was begun"))
+    result = landmark(*words.split(), *REQUIRED.get(words, []), f"--{setting.key}", path)
+    assert (result.code, result.out) == (1, "")
+    said = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith(f"error: {setting.label} {path} cannot be written: "), result.err
+    assert (tmp_path / "file").read_text() == "here before"
+
+
+@pytest.mark.parametrize("message", PLACES.values(), ids=PLACES)
+def test_trying_says_what_writing_would_say(tmp_path, message):
+    where, expected = message
+    (tmp_path / "file").write_text("")
+    path = tmp_path / where
+    with pytest.raises(LandmarkError, match=expected):
+        files.check_writable(path, "--json")
+    with pytest.raises(LandmarkError), files.writing(path, "--json"):
+        files.write_whole(path, "x")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_permissions_are_looked_at(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(LandmarkError, match="Permission denied; change its permissions"):
+        files.check_writable(tmp_path / "closed" / "x.json")
+
+
+def test_trying_leaves_nothing_and_changes_nothing(tmp_path):
+    (tmp_path / "there").write_text("before")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("there", "new", "pipe"):
+        files.check_writable(tmp_path / name)
+    files.check_writable("/dev/stdout")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "there"]
+    assert (tmp_path / "there").read_text() == "before"
