@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.attention.dropout import group_dropout_scale, philox_uniform
 from landmark_cli.attention.reference import landmark_attention
+from tests.closeness import assert_close_norm, relative_error
 
 
 def tensors(batch, heads, key_heads, queries, keys, dim, seed=0):
@@ -65,8 +66,8 @@ def test_even_blocks_padding_and_query_offset(length, block_size, padding, group
         landmarks = [j for j in range(int(start[b]), length) if (j - int(start[b])) % block_size == block_size - 1]
         for h in range(2):
             expected, expected_lse = by_the_words(q[b, h], k[b, h // group], v[b, h // group], landmarks, int(start[b]))
-            torch.testing.assert_close(out[b, h], expected)
-            torch.testing.assert_close(lse[b, h], expected_lse)
+            assert_close_norm(out[b, h], expected)
+            assert_close_norm(lse[b, h], expected_lse)
 
 
 @given(st.integers(1, 25), st.floats(0.1, 0.6), st.integers(0, 2**31))
@@ -80,7 +81,7 @@ def test_uneven_landmarks(length, density, seed):
         mask[i] &= not mask[i - 1]
     out = landmark_attention(q, k, v, landmark_mask=mask[None])
     expected, _ = by_the_words(q[0, 0], k[0, 0], v[0, 0], mask.nonzero().flatten().tolist())
-    torch.testing.assert_close(out[0, 0], expected)
+    assert_close_norm(out[0, 0], expected)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(2, 6))
@@ -93,7 +94,7 @@ def test_packed_documents_do_not_see_each_other(lengths, block_size):
         landmark_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], block_size=block_size)
         for a, b in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    torch.testing.assert_close(packed, torch.cat(alone, dim=2))
+    assert_close_norm(packed, torch.cat(alone, dim=2))
 
 
 @given(st.integers(1, 25), st.integers(2, 6), st.integers(0, 2**31))
@@ -109,8 +110,8 @@ def test_context_miss_token_and_controlled_landmarks(length, block_size, seed):
     )
     held = [j for j in landmarks if controlled[0, j]]
     expected, expected_lse = by_the_words(q[0, 0], k[0, 0], v[0, 0], landmarks, 0, miss[0, 0, 0], held)
-    torch.testing.assert_close(out[0, 0], expected)
-    torch.testing.assert_close(lse[0, 0], expected_lse)
+    assert_close_norm(out[0, 0], expected)
+    assert_close_norm(lse[0, 0], expected_lse)
 
 
 @pytest.mark.parametrize(
@@ -131,18 +132,18 @@ def test_gradients(options):
 def test_weights_sum_to_one():
     q, k, v = tensors(1, 2, 2, 40, 40, 8)
     out = landmark_attention(q, k, torch.ones_like(v), block_size=7)
-    torch.testing.assert_close(out, torch.ones_like(out))
+    assert_close_norm(out, torch.ones_like(out))
 
 
 def test_group_dropout_drops_whole_blocks_and_keeps_the_mean():
     q, k, v = tensors(1, 4, 4, 64, 64, 8)
     plain = landmark_attention(q, k, v, block_size=8)
     dropped = [landmark_attention(q, k, v, block_size=8, dropout_p=0.5, dropout_seed=seed) for seed in range(400)]
-    torch.testing.assert_close(dropped[3], landmark_attention(q, k, v, block_size=8, dropout_p=0.5, dropout_seed=3))
-    assert not torch.allclose(dropped[0], dropped[1])
+    assert_close_norm(dropped[3], landmark_attention(q, k, v, block_size=8, dropout_p=0.5, dropout_seed=3))
+    assert relative_error(dropped[0], dropped[1]) > 0.1
     mean = torch.stack(dropped).mean(0)
     assert (mean - plain).abs().max() < 0.35
-    assert torch.allclose(mean[:, :, :8], plain[:, :, :8])
+    assert_close_norm(mean[:, :, :8], plain[:, :, :8])
 
 
 def test_philox_is_the_published_generator():

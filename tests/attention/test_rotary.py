@@ -5,6 +5,7 @@ import torch
 
 from landmark_cli.attention import rotary
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table
+from tests.closeness import assert_close_norm
 
 fused_rotary = pytest.importorskip("landmark_cli.attention.kernels.common.rotary")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +25,7 @@ def test_the_kernel_turns_and_turns_gradients_back(rotary_dim, monkeypatch):
         out = turn(x[:, :, 1].transpose(1, 2), cos, sin)
         (gradient,) = torch.autograd.grad((out * weights).sum(), x)
         found.append((out.detach(), gradient))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert_close_norm(*found)
 
 
 @pytest.mark.parametrize("rotary_dim", [24, 16], ids=["whole", "partial"])
@@ -34,7 +35,7 @@ def test_the_kernel_joins_what_the_definition_joins(rotary_dim, monkeypatch):
     cos, sin = (part[:, None] for part in table)
     found = fused_rotary.join_rotated(q, k, v, cos, sin)
     monkeypatch.setattr(rotary, "_fused", lambda: None)
-    torch.testing.assert_close(found, rotary.join_rotated(q, k, v, cos, sin), rtol=1e-5, atol=1e-5)
+    assert_close_norm(found, rotary.join_rotated(q, k, v, cos, sin))
     torch.library.opcheck(rotary.join_rotated, (q, k, v, cos, sin))
 
 
@@ -52,7 +53,7 @@ def test_splitting_joins_the_gradients(compiled):
         run = torch.compile(turned, backend="aot_eager", fullgraph=True) if compiled else turned
         loss = run(split, x)
         found.append((loss.detach(), *torch.autograd.grad(loss, x)))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert_close_norm(*found)
 
 
 @pytest.mark.gpu
@@ -70,7 +71,7 @@ def test_on_a_gpu_splitting_joins_what_autograd_joins(compiled):
     split = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
     (found,) = torch.autograd.grad(split(rotary.split_and_rotate), weight)
     (expected,) = torch.autograd.grad(loss_of(rotary._split_and_rotate), weight)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert_close_norm(found, expected)
 
 
 def test_the_angles_are_one_operator_to_the_compiler():

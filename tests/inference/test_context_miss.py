@@ -8,6 +8,7 @@ from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.inference.reader import Reader
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from tests.closeness import assert_close_norm
 
 register()
 FREQ, LANDMARK = 4, 39
@@ -45,7 +46,7 @@ def test_retrieved_blocks_are_the_controlled_ones(model):
     with torch.no_grad():
         expected = model(stream[None], landmark_layout=LandmarkLayout(controlled=controlled)).logits[0]
     expected = expected[~landmark_positions(len(stream), FREQ + 1)]
-    torch.testing.assert_close(logits[12:], expected[12:], rtol=1e-4, atol=1e-5)
+    assert_close_norm(logits[12:], expected[12:])
     # 3 blocks for every one of the second chunk's 9 text tokens and 2 landmarks, in 2 heads.
     assert (cache.retrievals, cache.dropped_retrievals) == (3 * 11 * 2, 0)
 
@@ -54,6 +55,6 @@ def test_a_cutoff_of_one_drops_every_retrieval(model):
     text = torch.randint(0, LANDMARK, (30,), generator=torch.Generator().manual_seed(2))
     logits, cache = read(model, text, top_k=2, context_miss_cutoff=1.0)
     assert cache.dropped_retrievals == cache.retrievals > 0
-    torch.testing.assert_close(logits, read(model, text, top_k=0)[0], rtol=1e-4, atol=1e-5)
+    assert_close_norm(logits, read(model, text, top_k=0)[0])
     some = read(model, text, top_k=2, context_miss_cutoff=0.2)[1]
     assert 0 < some.dropped_retrievals < some.retrievals

@@ -8,6 +8,7 @@ import torch
 from landmark_cli.attention.cache.trace import Trace
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.reader import Reader
+from tests.closeness import assert_close_norm
 from tests.tiny import tiny_llama, tiny_model, tiny_text
 
 
@@ -41,7 +42,7 @@ def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
     recorded.forward.recording, recorded.forward.record = True, Repeated
     # What a graph would have recorded of a trace this stand-in does not write again, so only logits are compared.
     for a, b in zip(read(recorded, rows, 7)[0], read(plain, rows, 7)[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_close_norm(a, b)
     assert {kind[0] for kind in recorded.forward._recorded} >= {1, 2}
 
 
@@ -94,7 +95,7 @@ def test_graphs_change_nothing(options):
         ours, our_reads = read(recorded, rows, 30)
         theirs, their_reads = read(plain, rows, 30)
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert_close_norm(a, b)
         assert [[(r["head"], r["block"]) for r in row] for step in our_reads for row in step] == [
             [(r["head"], r["block"]) for r in row] for step in their_reads for row in step
         ]
@@ -110,7 +111,7 @@ def test_a_gpu_reads_what_the_cpu_reads():
     ours, _ = read(Reader(copy.deepcopy(model).cuda(), batch=2, chunk=8), rows, 20)
     theirs, _ = read(Reader(model, batch=2, chunk=8), rows, 20)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
+        assert_close_norm(a.cpu(), b)
 
 
 @pytest.mark.gpu
@@ -125,7 +126,7 @@ def test_a_decoder_of_the_library_is_recorded():
     recorded, plain = (Reader(model, batch=1, chunk=8) for _ in range(2))
     plain.forward.recording = False
     for a, b in zip(read(recorded, [tiny_text(60)], 12)[0], read(plain, [tiny_text(60)], 12)[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert_close_norm(a, b)
     assert recorded.forward._recorded
 
 

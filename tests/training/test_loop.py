@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.training.publish import Publication, second_names
+from tests.closeness import assert_close_norm
 from tests.training.tiny import RandomBatches, RandomWindows, tiny_loop, tiny_model
 
 
@@ -24,8 +25,8 @@ def test_the_split_into_micro_batches_does_not_change_the_run(tmp_path):
         output = tmp_path / f"{batch_size}x{accumulation}"
         tiny_loop(output, batch_size=batch_size, accumulation=accumulation).run()
         curves.append(records(output) + records(output, "gradient_norm"))
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+    assert_close_norm(curves[1], curves[0])
+    assert_close_norm(curves[2], curves[0])
 
 
 def test_the_first_loss_is_the_mean_over_the_targets_of_the_whole_batch(tmp_path):
@@ -33,7 +34,7 @@ def test_the_first_loss_is_the_mean_over_the_targets_of_the_whole_batch(tmp_path
     with torch.no_grad():
         expected = model(input_ids=batch["input_ids"], labels=batch["labels"], shift_labels=batch["labels"]).loss
     tiny_loop(tmp_path, steps=1, batch_size=2, accumulation=4).run()
-    assert records(tmp_path)[0] == pytest.approx(expected.item(), rel=1e-6)
+    assert_close_norm(records(tmp_path)[0], expected)
 
 
 def test_a_micro_batch_without_targets_adds_nothing(tmp_path):
@@ -85,7 +86,7 @@ def test_evaluation_is_the_mean_over_its_rows_whatever_the_batch(tmp_path):
         expected = model(input_ids=batch["input_ids"], labels=batch["labels"], shift_labels=batch["labels"]).loss
     for size in (1, 3, 4, 6):
         loop = tiny_loop(tmp_path, batch_size=size, accumulation=1, validation=validation)
-        assert loop.evaluate() == pytest.approx(expected.item(), rel=1e-6)
+        assert_close_norm(loop.evaluate(), expected)
         assert loop.module.training
 
 

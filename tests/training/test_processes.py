@@ -6,19 +6,17 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.locks import sole_writer
+from tests.closeness import assert_close_norm
 from tests.training.command import CHECKOUT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
 STEPS, HALF = 6, 3
 OPTIONS = {"steps": STEPS, "save_every": HALF, "eval_every": HALF, "batch_size": 2}
 CURVES = ("loss", "gradient_norm", "validation_loss")
-# Sums in another order: float32 rounds at 6e-8, and a few steps of AdamW carry it on.
-TOLERANCE = 1e-5
 LANDMARK = str(CHECKOUT / "landmark")
 FSDP_ON_CPU = str(CHECKOUT / "tests/training/fsdp_on_cpu.py")
 FSDP = {
@@ -99,12 +97,12 @@ def cut_in_half(run, output):
 
 def assert_same_run(ours, theirs):
     for key in CURVES:
-        assert len(records(ours, key)) == len(records(theirs, key)) > 0
-        assert records(ours, key) == pytest.approx(records(theirs, key), rel=TOLERANCE)
+        assert records(theirs, key)
+        assert_close_norm(records(ours, key), records(theirs, key))
     mine, other = (load_file(run / "model.safetensors") for run in (ours, theirs))
     assert mine.keys() == other.keys()
     for name in mine:
-        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-5)
+        assert_close_norm(mine[name], other[name])
 
 
 def test_two_machines_train_together(one, two_machines):

@@ -16,6 +16,7 @@ from landmark_cli.attention.kernels.training import configurations, landmark_att
 from landmark_cli.attention.kernels.training.op import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import CASES, EXACT, Case, assert_agrees, outputs_and_gradients
+from tests.closeness import assert_close_norm
 
 DEVICE = "cuda"
 ROUNDED = 1e-2
@@ -127,7 +128,7 @@ def test_strides(view):
         torch.autograd.grad(function(*leaves, block_size=51), leaves, dout) for function in (landmark_attention, eager)
     )
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_close_norm(a, b)
 
 
 @pytest.mark.slow
@@ -220,10 +221,10 @@ def test_compiles_in_one_graph(dynamic):
         leaves = Case(16, tokens, dim=32, heads=2).tensors(torch.float32, DEVICE)
         seed = torch.tensor(tokens)
         found, expected = compiled(*leaves, seed), layer(eager, *leaves, seed)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert_close_norm(found, expected)
         dout = torch.randn_like(found)
         for a, b in zip(*(torch.autograd.grad(x, leaves, dout) for x in (found, expected)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert_close_norm(a, b)
 
 
 def test_activation_checkpointing():
@@ -330,7 +331,7 @@ def test_an_uncommon_address():
     leaves = [x[1:].view(1, 2, 300, 64).requires_grad_(), *(torch.randn(1, 2, 300, 64, device=DEVICE) for _ in "kv")]
     for _ in range(2):
         found, expected = (function(*leaves, block_size=51) for function in (landmark_attention, eager))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert_close_norm(found, expected)
 
 
 def test_tuning(monkeypatch):
