@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How far apart two right ways of a few thousand roundings may be, as a share of a row's size. float32 and float64: some
-# eighty units in the last place, against less than ten that are seen; 16-bit types: two, for the result itself is
-# rounded, and what it was computed from.
+# How far apart two right ways of a few thousand roundings may be, as a share of a row's size. float32 and float64: a
+# few hundred units in the last place, where up to forty are seen; 16-bit types: two, for the result itself is rounded,
+# and so is what it was computed from.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
