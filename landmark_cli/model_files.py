@@ -42,7 +42,8 @@ def inside(folder: Path, name: str, what: str = "") -> Path:
     what: how the user knows the directory, such as "--path-diff". Raises LandmarkError for a file outside of it.
     """
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or any(character in name for character in "\\:\0"):
+    odd = any(character in name for character in "\\:\0") or not name.isprintable()
+    if not parts or name.startswith("/") or ".." in parts or odd:
         raise LandmarkError(f"{what} {folder}: it names a file outside of the directory: {shown(name)}".lstrip())
     check_link(folder, folder / name, what)
     return folder / name

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from landmark_cli.errors import shown
 
@@ -54,6 +55,16 @@ def check(schema: type[T], content: Any, where: str = "") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"it lacks {prefix}{field.name}")
     return schema(**values)
+
+
+def check_attributes(thing: object, owner: type) -> None:
+    """Check the attributes of an object that the class `owner` (its own or one above it) declares with their types.
+
+    Raises ValueError naming the first that is of another type.
+    """
+    for name, kind in inspect.get_annotations(owner, eval_str=True).items():
+        if get_origin(kind) is not ClassVar:
+            _convert(kind, getattr(thing, name), name)
 
 
 @functools.cache

@@ -47,6 +47,8 @@ def open_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         check_directory(Path(path))
     with opening(path, "the tokenizer", trust_remote_code) as code:
         tokenizer = AutoTokenizer.from_pretrained(path, **code)
+        # What is wrong with it may show only when it is used.
+        tokenizer("a", **WHOLE)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

@@ -21,7 +21,7 @@ from landmark_cli.console import error, info
 from landmark_cli.data.pretrained_tokenizers import begin_ids, prompt_ids, text_ids
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
 from landmark_cli.inference.chat import ChatTemplate
-from landmark_cli.inference.generation import encode_prompt, generate
+from landmark_cli.inference.generation import check_ids, encode_prompt, generate
 from landmark_cli.inference.settings import (
     ReadingSettings,
     SamplingSettings,
@@ -233,6 +233,7 @@ class LandmarkLM(TemplateLM):
     def _read(self, rows: list[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """Logits of every text position of every row that the model sees, in pieces: where a row's piece begins in the
         row, and (n, vocabulary) of it."""
+        check_ids(self.model, rows)
         if has_landmarks(self.model) or is_recurrent(self.model):
             for part in open_reader(self.model, self.reading, batch=len(rows)).read(rows):
                 width = part.logits.shape[1]

@@ -34,7 +34,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._child: Any = None
+        self._child = 0
         self._pipe: Connection | None = None
 
     def render(self, messages: list[dict[str, str]], **options: Any) -> str:
@@ -59,19 +59,24 @@ class ChatTemplate:
         """End the child process. A later `render` starts another."""
         if self._pipe is not None:
             self._pipe.close()
-            self._child.kill()
-            self._child.join()
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
             self._pipe = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_serve, args=(self._tokenizer, theirs, self._pipe), daemon=True)
+        ours, theirs = multiprocessing.Pipe()
         with warnings.catch_warnings():
             # Newer Pythons warn of forks beside threads; this child takes no lock that a thread may hold.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._child.start()
+            self._child = os.fork()
+        if self._child == 0:
+            try:
+                ours.close()
+                _serve(self._tokenizer, theirs)
+            finally:
+                os._exit(1)
         theirs.close()
+        self._pipe = ours
 
     def _failed(self, why: str) -> LandmarkError:
         self.close()
@@ -79,9 +84,8 @@ class ChatTemplate:
         return LandmarkError(f"the chat template of {name} cannot be used: {why}; give the prompt without it")
 
 
-def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection, parents: Connection) -> None:
+def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection) -> None:
     """The child process: turn chats into text until the pipe is closed."""
-    parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory()
     while True:

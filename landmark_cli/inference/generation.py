@@ -88,13 +88,15 @@ def generate(
     on_text: called with a row and its next piece of text. trace: record which blocks were read, for a single prompt of
     a model with landmarks. show_progress: while the prompts are read.
 
-    Raises LandmarkError where a prompt holds the landmark token, or is empty and nothing can begin a text.
+    Raises LandmarkError where a prompt holds the landmark token or one that the model does not know, or is empty and
+    nothing can begin a text.
     """
     sampling = sampling or SamplingSettings()
     encoded = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
     rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in encoded]
     if not all(map(len, rows)):
         raise ValueError("prompts: a row of no tokens has nothing to go on from")
+    check_ids(model, rows)
     if streamer is not None and len(rows) != 1:
         raise ValueError("streamer: transformers' streamers take a single prompt")
     reader = reader or open_reader(model, reading or ReadingSettings(), batch=len(rows))
@@ -244,6 +246,17 @@ def tokens_without_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     silent.update(set(range(model.config.vocab_size)) - set(vocabulary.values()))
     landmark = getattr(model.config, "landmark_token_id", None)
     return sorted(silent if landmark is None else silent | {landmark})
+
+
+def check_ids(model: PreTrainedModel, rows: Sequence[Tensor]) -> None:
+    """Raise LandmarkError where a text (n,) has an id that the model has no row for: its tokenizer is another one's."""
+    largest = max((int(row.max()) for row in rows if len(row)), default=0)
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise LandmarkError(
+            f"the tokenizer gives the token {largest}, and the model {model.config.name_or_path} knows {known}: put "
+            "the tokenizer files it was saved with beside it"
+        )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

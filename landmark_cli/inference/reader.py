@@ -22,14 +22,17 @@ from landmark_cli.inference.graphs import ChunkForward, to_device
 from landmark_cli.models.rotary import inverse_frequencies
 
 
-def default_chunk(trained_length: int, top_k: int, landmark_freq: int) -> int:
-    """Text tokens a chunk: what the trained length (stream tokens) leaves beside top_k + 1 blocks, in whole blocks."""
+def default_chunk(trained_length: int, top_k: int, landmark_freq: int, name: str = "") -> int:
+    """Text tokens a chunk: what the trained length (stream tokens) leaves beside top_k + 1 blocks, in whole blocks.
+
+    name: of the model, for the error where nothing is left.
+    """
     block_size = landmark_freq + 1
     blocks = (trained_length - (top_k + 1) * block_size) // block_size
     if blocks < 1:
         raise LandmarkError(
             f"top-k {top_k} leaves no room for a chunk: {top_k} blocks, the incomplete one and one of the chunk take "
-            f"{(top_k + 2) * block_size} positions, the model was trained at {trained_length}; "
+            f"{(top_k + 2) * block_size} positions, the model {name} was trained at {trained_length}; "
             f"use a top-k of at most {max(0, largest_top_k(trained_length, landmark_freq))}, or give a chunk length"
         )
     return blocks * landmark_freq
@@ -85,7 +88,7 @@ class Reader:
         top_k = config.top_k_blocks if top_k is None else top_k
         if chunk is not None and chunk < 1:
             raise LandmarkError(f"the chunk length is {chunk}; it must be at least 1 text token")
-        self.chunk = chunk or default_chunk(config.trained_length, top_k, self.landmark_freq)
+        self.chunk = chunk or default_chunk(config.trained_length, top_k, self.landmark_freq, config.name_or_path)
         self.cache = BlockCache(
             RetrievalSettings(self.landmark_freq + 1, top_k, selection, cache_blocks, positions, context_miss_cutoff),
             inverse_frequencies(model),

@@ -21,6 +21,7 @@ from landmark_cli.attention.dispatch import padding_mask
 from landmark_cli.attention.recurrent import RecurrentMemory
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table, split_and_rotate
 from landmark_cli.data.landmarks import default_top_k
+from landmark_cli.schema import check_attributes
 
 
 class GPTConfig(PreTrainedConfig):
@@ -66,6 +67,7 @@ class GPTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs) -> None:
+        check_attributes(self, GPTConfig)
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must be a whole, even head dim")
         if (self.memory_length is None) != (self.segment_length is None):

@@ -108,6 +108,8 @@ def check_adapters(directory: Path, config: PreTrainedConfig) -> str:
     """
     described = directory / ADAPTER_CONFIG
     adapters = read_record(AdapterConfig, described)
+    if getattr(config, "landmark_freq", None) is None:
+        raise LandmarkError(f"config.json of {directory} is no landmark model's (it lacks landmark_freq); get it again")
     file = next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
     if file is None:
         raise LandmarkError(f"{directory} has no {ADAPTER_WEIGHTS[0]}, the weights that {ADAPTER_CONFIG} belongs to")

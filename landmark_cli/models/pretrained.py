@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
+from landmark_cli.files import reading
 from landmark_cli.model_files import check_directory, check_no_code, opening
 from landmark_cli.schema import check
 from landmark_cli.weight_diff.manifest import MANIFEST
@@ -61,6 +62,9 @@ def open_pretrained(
             **options,
         )
     _check_weights(report, config, path)
+    if model.can_generate():
+        with reading(Path(path) / "generation_config.json"):
+            check(LandmarkSettings, _attributes(model.generation_config))
     tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
     if getattr(config, "landmark_freq", None) is not None:
         check_tokenizer(config, tokenizer, str(path))
@@ -88,8 +92,7 @@ def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
         settings, _ = PreTrainedConfig.get_config_dict(path)
         check_no_code(settings, path)
         config = AutoConfig.from_pretrained(path, **code)
-        names = [field.name for field in fields(LandmarkSettings) if hasattr(config, field.name)]
-        check(LandmarkSettings, {name: getattr(config, name) for name in names}).check_values()
+        check(LandmarkSettings, _attributes(config)).check_values()
     return config
 
 
@@ -106,18 +109,27 @@ class LandmarkSettings:
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     context_miss_token: bool = False
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def check_values(self) -> None:
         """Raise ValueError for a number that makes no sense where it stands."""
         least = {"landmark_token_id": 0, "top_k_blocks": 0}
         for name, value in vars(self).items():
-            if value is not None and value < least.get(name, 1) and name != "context_miss_token":
+            counted = type(value) is int and (name in least or not name.endswith("_token_id"))
+            if counted and value < least.get(name, 1):
                 raise ValueError(f"{name} is {value}, and should be at least {least.get(name, 1)}")
         if self.landmark_freq is None:
             return
-        for name in ("landmark_token_id", "trained_length"):
+        for name in ("landmark_token_id", "trained_length", "top_k_blocks"):
             if getattr(self, name) is None:
                 raise ValueError(f"it has landmarks (landmark_freq {self.landmark_freq}) but lacks {name}")
+
+
+def _attributes(config: Any) -> dict[str, Any]:
+    names = [field.name for field in fields(LandmarkSettings) if hasattr(config, field.name)]
+    return {name: getattr(config, name) for name in names}
 
 
 def _check_weights(report: dict[str, Any], config: PreTrainedConfig, path: str | Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from landmark_cli.models import register
+from landmark_cli.models.gpt import GPTConfig
 from tests.closeness import assert_close_norm
 from tests.tiny import tiny_baseline, tiny_model
 
@@ -33,3 +34,11 @@ def test_padding_is_refused_where_it_would_change_the_result(settings):
     mask[0, 0] = 0
     with pytest.raises(ValueError, match="attention_mask"):
         model(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"layer_norm_eps": "1e-5"}, {"n_layer": 2.0}, {"bias": 1}, {"landmark_freq": "4"}, {"rope_theta": None}]
+)
+def test_settings_of_another_type_are_refused(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} should be"):
+        GPTConfig(**setting)
