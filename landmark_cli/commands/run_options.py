@@ -50,6 +50,12 @@ class RunOptions:
     beta1: float = option(0.9, panel="Training", min=0, max=0.99999, help="AdamW's first beta.")
     beta2: float = option(0.95, panel="Training", min=0, max=0.99999, help="AdamW's second beta.")
     clip: float = option(1.0, panel="Training", min=0, help="Largest gradient norm; 0 for none.")
+    bad_steps: int = option(
+        10,
+        panel="Training",
+        min=1,
+        help="Stop when so many steps in a row have a loss or gradient that is not finite. Such steps change nothing.",
+    )
     seed: int = option(
         0, panel="Training", min=0, max=LARGEST_SEED, help="Of the initial weights, the data's order and dropout."
     )
@@ -163,6 +169,7 @@ def loop_settings(options: RunOptions, output: Path, precision: str, sequence_le
         keep=options.keep,
         fused_loss=options.fused_loss,
         fp32_residual=options.fp32_residual,
+        bad_steps=options.bad_steps,
         go_on=again("resume", output=output),
     )
 

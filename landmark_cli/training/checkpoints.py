@@ -1,23 +1,27 @@
 """Checkpoints of a run: whole or not there at all, the newest few kept, usable on another number of processes.
 
-A checkpoint is a directory `step-00001000` with what `Accelerator.save_state` writes (weights, optimizer, scaler) and
-`training.json` (the step, what makes this run this run, and how weights lie in the files). It is written under another
-name, flushed to the disk and then renamed, so a run that is killed or finds the disk full leaves its last good
-checkpoint as it was.
+A checkpoint is a directory `step-00001000` with what `Accelerator.save_state` writes (weights, optimizer, scaler),
+`training.json` (the step, what makes this run this run, and how weights lie in the files) and the checksums of all
+these files. It is written under another name, flushed to the disk and then renamed, so a run that is killed or finds
+the disk full leaves its last good checkpoint as it was. What was damaged since is found by the checksums, and the one
+before it taken.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
-import pickle
 import re
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -25,21 +29,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import flush, flush_tree
+from landmark_cli.files import flush, flush_tree, read_record, reading, reason, write_json
+from landmark_cli.training.checksums import damage_of, write_checksums
+from landmark_cli.training.finite import not_finite
 
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
 WEIGHTS = "model.safetensors"
+RECORD = "training.json"
+DAMAGED = ".damaged"
 # CheckpointException is what sharded checkpoints raise; it is no Exception.
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-    CheckpointException,
-)
 UNWRITABLE = (OSError, RuntimeError, SafetensorError, CheckpointException)
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
@@ -47,6 +46,17 @@ WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint
 def plain_name(name: str) -> str:
     """A parameter's name without what DDP, FSDP and torch.compile put into it."""
     return WRAPPERS.sub("", name).removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself. step: done by then. identity, layout: see Checkpoints. skipped: see
+    `SkippedSteps.read`; empty for none."""
+
+    step: int
+    identity: dict[str, Any]
+    layout: str | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -60,9 +70,10 @@ class Checkpoints:
         self.directory, self.keep = directory, keep
         self.identity = json.loads(json.dumps(identity))
 
-    def attach(self, accelerator: Accelerator, model: nn.Module) -> None:
-        """Save and load the state of `accelerator`, whose prepared model is `model`."""
-        self.accelerator, self.model, self.layout = accelerator, model, layout(accelerator)
+    def attach(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Save and load the state of `accelerator`, whose prepared model and optimizer these are."""
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.layout = layout(accelerator)
         accelerator.register_save_state_pre_hook(self._replace_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -74,15 +85,39 @@ class Checkpoints:
         found = self.directory.iterdir() if self.directory.is_dir() else ()
         return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
-    def check(self, path: Path) -> int:
-        """The step of a checkpoint that this run may go on from; LandmarkError where it belongs to another run, or was
-        saved by one that was launched in a way this one cannot read."""
-        try:
-            saved = json.loads((path / "training.json").read_text(encoding="utf-8"))
-            step, identity, saved_as = saved["step"], saved["identity"], saved.get("layout")
-        except (OSError, ValueError, KeyError) as error:
-            raise LandmarkError(f"{path} is no checkpoint of a training run: {error}; remove it to go on") from error
-        ours, theirs = self.identity, identity
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint with no damage, the same for all processes, or None where there is none at all. Damaged
+        ones are said and put aside.
+
+        Raises LandmarkError where all of them are damaged.
+        """
+        found, damaged = None, {}
+        if self.accelerator.is_main_process:
+            for path in reversed(self._whole()):
+                damaged[path] = damage_of(path)
+                if damaged[path] is None:
+                    found = path
+                    break
+        found, damaged = broadcast_object_list([found, {path: what for path, what in damaged.items() if what}])
+        if found is None and damaged:
+            each = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
+            raise LandmarkError(
+                f"all checkpoints in {self.directory} are damaged ({each}): remove them to start anew, "
+                "or give another --output"
+            )
+        for path, what in damaged.items():
+            warn(f"{path} is damaged ({what}): going on from {found.name}; it is kept as {path.name}{DAMAGED}")
+            if self.accelerator.is_main_process:
+                shutil.rmtree(path.with_name(path.name + DAMAGED), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    path.rename(path.with_name(path.name + DAMAGED))
+        return found
+
+    def check(self, path: Path) -> Record:
+        """What a checkpoint says of itself that this run may go on from; LandmarkError where it belongs to another run,
+        or was saved by one that was launched in a way this one cannot read."""
+        saved = read_record(Record, path / RECORD, to_do="remove the checkpoint to go on from the one before it")
+        ours, theirs = self.identity, saved.identity
         differences = [
             f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
             for name in sorted(ours.keys() | theirs.keys())
@@ -93,31 +128,43 @@ class Checkpoints:
             raise LandmarkError(
                 f"{path} belongs to another run: {shown}. Give the options it was trained with, or another --output"
             )
-        if saved_as not in (None, self.layout):
+        if saved.layout not in (None, self.layout):
             raise LandmarkError(
-                f"{path} was saved as {saved_as}, and this run reads {self.layout}: launch it as it was launched then, "
-                "or give another --output"
+                f"{path} was saved as {saved.layout}, and this run reads {self.layout}: launch it as it was launched "
+                "then, or give another --output"
             )
-        return step
+        return saved
 
-    def load(self, path: Path) -> int:
-        """Put the state of a checkpoint into the attached model and optimizer; returns its step."""
-        step = self.check(path)
-        try:
+    def load_newest(self) -> Record | None:
+        """Load the newest checkpoint with no damage; None where there is none. Errors as `newest_whole` and `load`."""
+        path = self.newest_whole()
+        return None if path is None else self._restore(path)
+
+    def load(self, path: Path) -> Record:
+        """Put the state of a checkpoint into the attached model and optimizer; returns what it says of itself.
+
+        Raises LandmarkError where it is damaged, or `check` does.
+        """
+        what = damage_of(path)
+        if what is not None:
+            raise LandmarkError(f"{path} is damaged ({what}): remove it to go on from the one before it")
+        return self._restore(path)
+
+    def _restore(self, path: Path) -> Record:
+        saved = self.check(path)
+        with reading(path, to_do="remove it to go on from the one before it"):
             self.accelerator.load_state(str(path))
-        except UNREADABLE as error:
-            raise LandmarkError(
-                f"{path} cannot be read: {first_line(error)}. Remove it to go on from the one before it"
-            ) from error
         # accelerate counts micro-batches; a whole step is done, and another number of them may make one now.
         self.accelerator.step = 0
-        return step
+        return saved
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, skipped: dict[str, int] | None = None) -> Path:
         """Write the checkpoint of `step` and drop the oldest beyond `keep`. Every process calls it.
 
-        Raises LandmarkError where it cannot be written; the earlier ones are untouched then.
+        skipped: what `SkippedSteps.read` says. Raises LandmarkError where it cannot be written, or holds what is not
+        finite; the earlier ones are untouched then.
         """
+        self.refuse_not_finite(f"the checkpoint of step {step} is not saved")
         main, everyone = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
         path = self.directory / f"step-{step:08d}"
         partial = path.with_name(path.name + PARTIAL)
@@ -129,22 +176,22 @@ class Checkpoints:
             self.accelerator.save_state(str(partial))
             everyone()
             if main:
-                self._publish(partial, path, step)
-        except UNWRITABLE as error:
+                self._publish(partial, path, Record(step, self.identity, self.layout, skipped or {}))
+        except (*UNWRITABLE, LandmarkError) as error:
             last = self.newest()
             if main:
                 # Not from under the other processes, whose own errors would hide this one.
                 shutil.rmtree(partial, ignore_errors=True)
             raise LandmarkError(
-                f"the checkpoint of step {step} could not be saved in {self.directory}: {first_line(error)}. "
+                f"the checkpoint of step {step} could not be saved in {self.directory}: {reason(error)}. "
                 f"The last good one is {last or 'none'}; make room and run again with --resume"
             ) from error
         everyone()
         return path
 
-    def _publish(self, partial: Path, path: Path, step: int) -> None:
-        record = {"step": step, "identity": self.identity, "layout": self.layout}
-        (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    def _publish(self, partial: Path, path: Path, record: Record) -> None:
+        write_json(partial / RECORD, dataclasses.asdict(record))
+        write_checksums(partial)
         flush_tree(partial)
         if path.exists():
             shutil.rmtree(path)
@@ -152,6 +199,18 @@ class Checkpoints:
         flush(self.directory)
         for old in self._whole()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def refuse_not_finite(self, what: str) -> None:
+        """LandmarkError in all processes where a weight, or what the optimizer keeps of it, is not finite in one."""
+        named = [(plain_name(name), parameter) for name, parameter in self.model.named_parameters()]
+        for number, state in enumerate(self.optimizer.state.values()):
+            named += [(f"the optimizer's {key} of parameter {number}", value) for key, value in state.items()]
+        bad = [name for name in gather_object([not_finite(named)]) if name is not None]
+        if bad:
+            raise LandmarkError(
+                f"{what}, for {bad[0]} is not finite: try a lower --lr or another --precision. "
+                f"The last good checkpoint is {self.newest() or 'none'}"
+            )
 
     def _remove_partial(self) -> None:
         for left_over in self.directory.glob(f"*{PARTIAL}"):
@@ -208,10 +267,3 @@ def warn_if_full(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         warn(f"{directory} has {free / 1e9:.1f} GB left; the checkpoints of this run need about {needed / 1e9:.1f} GB")
-
-
-def first_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        # What went wrong in the processes; its own text is their tracebacks.
-        error = next(iter(error.failures.values()))[0]
-    return (getattr(error, "strerror", None) or str(error)).strip().splitlines()[0]

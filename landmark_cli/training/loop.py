@@ -18,21 +18,25 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
-from landmark_cli.console import figure, info, progress
+from landmark_cli.console import figure, info, progress, warn
 from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import perplexity_of
-from landmark_cli.interrupts import interrupts
+from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.training.checkpoints import Checkpoints, plain_name, warn_if_full
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
+from landmark_cli.training.finite import spoiled_by
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
-from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups, set_learning_rate
+from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups
 from landmark_cli.training.setup import LossModel, seed_step
 from landmark_cli.training.stopping import Vote
+from landmark_cli.training.update import Update
 
 # What a run does between a signal and its end.
 FINISHING = "finishing the step, then saving a checkpoint"
+# Larger than any signal's number: what is wrong with the run goes before what somebody wants of it.
+TOO_MANY_SKIPPED = 1000
 
 
 class ValidationWindows(Protocol):
@@ -51,8 +55,8 @@ class LoopSettings:
     sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints kept.
     precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention loses an earlier block.
     fused_loss: work the loss out without holding all logits. Sharded models do not: their head is not whole then.
-    fp32_residual: keep the residual stream of a bf16 run in float32. go_on: the command that resumes the run, for
-    messages.
+    fp32_residual: keep the residual stream of a bf16 run in float32. bad_steps: so many steps in a row whose loss or
+    gradient is not finite end the run. go_on: the command that resumes it, for messages.
     """
 
     output: Path
@@ -73,6 +77,7 @@ class LoopSettings:
     group_dropout: float = 0.0
     fused_loss: bool = True
     fp32_residual: bool = False
+    bad_steps: int = 10
     go_on: str = "the same call, and resume"
 
 
@@ -107,7 +112,7 @@ class Loop:
         self.metrics = MetricsFile(settings.output / "metrics.jsonl")
         self.checkpoints = Checkpoints(settings.output / "checkpoints", identity, settings.keep)
         self._prepare(model)
-        self.checkpoints.attach(accelerator, self.module)
+        self.checkpoints.attach(accelerator, self.module, self.optimizer)
         self.vote = Vote()
         self.step = 0
 
@@ -129,13 +134,16 @@ class Loop:
             self.module, self.optimizer = model, accelerator.prepare(optimizer)
         else:
             self.module, self.optimizer = accelerator.prepare(model, optimizer)
+        self.update = Update(accelerator, optimizer, self.optimizer, settings.schedule, settings.clip)
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint, if there is one."""
-        newest = self.checkpoints.newest()
-        if newest is not None:
-            self.step = self.checkpoints.load(newest)
-        return newest is not None
+        """Go on from the newest whole checkpoint, if there is one."""
+        saved = self.checkpoints.load_newest()
+        if saved is None:
+            return False
+        self.step = saved.step
+        self.update.skipped.restore(saved.skipped)
+        return True
 
     def run(self) -> None:
         """Train from the current step to the last, with evaluation, checkpoints and metrics on the way."""
@@ -146,26 +154,27 @@ class Loop:
                 warn_if_full(settings.output, (settings.keep + 1) * CHECKPOINT_BYTES * self.trained)
         self.module.train()
         parameters = list(self.module.parameters())
-        loss_since, logged = torch.zeros((), device=accelerator.device), self.step
+        loss_since, self._skipped = torch.zeros((), device=accelerator.device), self.update.skipped.read()["total"]
         tokens = self.batches.global_batch * settings.sequence_length
         meter = Meter(self.step, settings.steps, tokens, self.flops_per_token, self.peak_flops)
         with interrupts(FINISHING) as asked, progress("training", settings.steps, "steps", initial=self.step) as shown:
             for micro_batches in self.micro_batches():
-                self.vote.begin(asked.signal or 0)
+                self.vote.begin(self._wanted(asked))
                 loss, norm = self.train_step(micro_batches, parameters)
                 loss_since += loss
                 self.step += 1
-                stopping = self.vote.end(asked.signal or 0)
+                stopping = self.vote.end(self._wanted(asked))
                 fields = {}
                 if self._due(settings.log_every) or self.step == 1 or stopping:
-                    record = self._record(meter, loss_since / (self.step - logged), norm)
-                    fields, logged = progress_fields(record), self.step
+                    fields = progress_fields(self._record(meter, loss_since, norm))
                     loss_since.zero_()
+                if stopping == TOO_MANY_SKIPPED:
+                    self._refuse_many_skipped()
                 with meter.pause():
                     if self.validation and self._due(settings.evaluate_every):
                         self._report_evaluation()
                     if self._due(settings.save_every) or stopping:
-                        saved = self.checkpoints.save(self.step)
+                        saved = self.save()
                 shown.advance(1, **fields)
                 if stopping:
                     asked.note(stopping)
@@ -173,6 +182,21 @@ class Loop:
                         f"stopped after step {self.step} of {settings.steps}, saved as {saved}; go on with\n"
                         f"{settings.go_on}"
                     )
+        self._refuse_many_skipped()
+
+    def _wanted(self, asked: Interrupts) -> int:
+        """What this process votes for: to stop for a signal, or for steps that do not count, or to go on."""
+        if self.update.skipped.reached(self.settings.bad_steps):
+            return TOO_MANY_SKIPPED
+        return asked.signal or 0
+
+    def save(self) -> Path:
+        """Save a checkpoint of the step that is reached. Every process calls it.
+
+        Raises LandmarkError where it is not worth one, or cannot be written.
+        """
+        self._refuse_many_skipped()
+        return self.checkpoints.save(self.step, self.update.skipped.read())
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.settings.steps)
@@ -193,43 +217,53 @@ class Loop:
     def train_step(
         self, micro_batches: list[dict[str, Tensor]], parameters: list[nn.Parameter]
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step on this process's rows -> this process's share of the loss, and the gradient's norm.
+        """One optimizer step on this process's rows -> this process's share of the loss, 0 where the step was skipped
+        because it is not finite (see `Update`), and the gradient's norm.
 
         Nothing here waits for the device.
         """
         settings, accelerator = self.settings, self.accelerator
         seed_step(settings.seed, self.step, accelerator.process_index)
-        set_learning_rate(self.optimizer, settings.schedule(self.step))
+        self.update.begin(self.step)
         counts = [(batch["labels"] != IGNORED_TARGET).sum() for batch in micro_batches]
         targets = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
         # The gradient is averaged over processes, and over micro-batches by accelerate; this turns means into the sum.
         scale = accelerator.num_processes * settings.accumulation / targets
-        loss, norm = torch.zeros((), device=accelerator.device), None
+        loss = torch.zeros((), device=accelerator.device)
         for batch in micro_batches:
             with accelerator.accumulate(self.module):
                 part = self.module(**batch)
-                accelerator.backward(part * scale)
+                accelerator.backward(part * spoiled_by(part, scale))
                 loss += part.detach() / targets
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, settings.clip or math.inf)
+                    norm, skip = self.update.judge(parameters)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return loss, norm
+        return torch.where(skip > 0, 0.0, loss), norm
 
     def _record(self, meter: Meter, loss: Tensor, norm: Tensor) -> dict[str, Any]:
-        """Write what the steps since the last record did; the only place that waits for the device."""
-        loss = self.accelerator.reduce(loss, "sum").item()
-        if not math.isfinite(loss):
-            last = self.checkpoints.newest()
-            raise LandmarkError(
-                f"the loss became {loss} at step {self.step}: try a lower --lr, a longer --warmup or --clip 1. "
-                f"The last checkpoint is {last or 'none'}"
+        """Write what the steps since the last record did; the only place that waits for the device.
+
+        loss: the sum of this process's shares since then.
+        """
+        steps, before = self.step - meter.since, self._skipped
+        counts = self.update.skipped.read()
+        self._skipped = counts["total"]
+        skipped = self._skipped - before
+        if skipped:
+            warn(
+                f"{skipped} of the last {steps} steps, up to {self.step}, changed nothing: "
+                "their loss or gradient was not finite"
             )
+        loss = self.accelerator.reduce(loss, "sum").item()
+        # The last step's rate, which is that of the steps that counted before it.
+        counted = self.step - 1 - counts["total"] + (counts["in_a_row"] > 0)
         record = {
             "step": self.step,
-            "loss": loss,
-            "learning_rate": self.settings.schedule(self.step - 1),
+            "loss": loss / (steps - skipped) if skipped < steps else math.nan,
+            "learning_rate": self.settings.schedule(counted),
             "gradient_norm": float(norm),
+            "skipped_steps": self._skipped,
             "tokens": self.step * meter.tokens,
             **meter.read(self.step),
             "peak_memory": peak_memory(self.accelerator.device),
@@ -241,6 +275,18 @@ class Loop:
         if self.accelerator.is_main_process:
             self.metrics.append(record)
         self.accelerator.log(record, step=record["step"])
+
+    def _refuse_many_skipped(self) -> None:
+        """LandmarkError where too many steps in a row were skipped, by what the device knows now."""
+        counts, limit = self.update.skipped.read(), self.settings.bad_steps
+        none_counted = self.step == self.settings.steps == counts["total"]
+        if counts["longest"] >= limit or none_counted:
+            what = f"all {self.step} steps" if none_counted else f"{counts['longest']} steps in a row"
+            raise LandmarkError(
+                f"the loss or gradient of {what} was not finite, up to step {self.step}; they changed nothing. "
+                "Try a lower --lr, a longer --warmup or --clip 1. The last good checkpoint is "
+                f"{self.checkpoints.newest() or 'none'}"
+            )
 
     def _report_evaluation(self) -> None:
         loss = self.evaluate()

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from landmark_cli.console import finite, quantity
-from landmark_cli.files import write_whole, writing
+from landmark_cli.console import finite, quantity, warn
+from landmark_cli.files import read_json_lines, write_whole, writing
+
+CHECKSUM = "crc32"
 
 # Dense bf16 and fp16 tensor-core peaks from the vendors' data sheets, FLOP/s, by a part of the device's name.
 # The first that fits counts, so the slower variants stand before the chip's plain name.
@@ -107,28 +110,44 @@ class Meter:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, in the order of the steps. Only the main process writes."""
+    """metrics.jsonl: one JSON object a line, in the order of the steps. Only the main process writes.
+
+    The last field of a line, "crc32", is the checksum of the line without it, in hexadecimal digits.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
+        """Add a line; a number that is not finite becomes null. Raises LandmarkError where it cannot be written."""
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record)) + "\n")
+            file.write(_line(finite(record)))
 
     def rewind(self, step: int) -> None:
-        """Drop what was written after `step` and a last line cut short: a resumed run writes those steps again."""
+        """Drop what was written after `step`: a resumed run writes those steps again. Lines that are damaged, as the
+        last one may be where a run was killed, are dropped too, and their number is said."""
         if not self.path.exists():
             return
+        damaged: list[int] = []
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
+        for record in read_json_lines(self.path, damaged=lambda number, _: damaged.append(number)):
+            checksum = record.pop(CHECKSUM, None)
+            if type(record.get("step")) is not int or checksum not in (None, _checksum(record)):
+                damaged.append(0)
+            elif record["step"] <= step:
+                kept.append(_line(record))
+        if damaged:
+            warn(f"{self.path}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} left out")
         with writing(self.path):
             write_whole(self.path, "".join(kept))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record | {CHECKSUM: _checksum(record)}) + "\n"
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record).encode()):08x}"
 
 
 def progress_fields(record: dict[str, Any]) -> dict[str, str]:

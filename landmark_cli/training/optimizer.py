@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SCHEDULES = ("one-cycle", "cosine", "linear", "constant")
 
 # A one-cycle run starts at this share of its peak, as in the code of arXiv 2305.16300 (div_factor 100).
 ONE_CYCLE_START = 0.01
+RATES_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,68 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: list[dict[str, object]], betas: tuple[float, float], device: torch.device) -> torch.optim.AdamW:
-    """AdamW over parameter groups, fused where torch can. The loop sets the learning rate before every step."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
+class AdamW(torch.optim.AdamW):
+    """AdamW that can be told on the device at which rate its next step learns, and whether that step counts."""
+
+    _rate: Tensor | None = None
+    _skip: Tensor | None = None
+
+    def prepare_step(self, rate: Tensor, skip: Tensor) -> None:
+        """For the next step only. rate: its learning rate, a scalar. skip: a scalar, 1 where the step is to leave the
+        weights and all that the optimizer keeps as they are, else 0."""
+        self._rate, self._skip = rate, skip
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step, as `prepare_step` said, or as the groups say where it did not."""
+        rate, self._rate, skip, self._skip = self._rate, None, self._skip, None
+        if rate is None:
+            return super().step(closure)
+        if not self.defaults["fused"]:
+            # Only fused kernels ask for themselves.
+            if bool(skip):
+                return None
+            rate = float(rate)
+        kept = [group["lr"] for group in self.param_groups]
+        set_learning_rate(self, rate)
+        # A scaler of fp16 gradients has put its own finding there, and takes it away.
+        scaled = getattr(self, "found_inf", None)
+        if self.defaults["fused"]:
+            self.found_inf = skip if scaled is None else torch.maximum(scaled, skip)
+        try:
+            return super().step(closure)
+        finally:
+            for group, before in zip(self.param_groups, kept, strict=True):
+                group["lr"] = before
+            if scaled is None:
+                self.__dict__.pop("found_inf", None)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+class Rates:
+    """The learning rates of a schedule on a device, found by how many steps counted, which only the device knows."""
+
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        self.schedule, self.device = schedule, device
+        self._first, self._table = 0, None
+
+    def at(self, step: int, skipped: Tensor) -> Tensor:
+        """The rate of the step that comes after `step`, of which `skipped` (a whole number on the device) did not
+        count: a scalar tensor."""
+        if self._table is None or not self._first <= step < self._first + RATES_AT_A_TIME:
+            # So many steps apart, waiting for the device costs nothing.
+            self._first = step - int(skipped)
+            rates = [self.schedule(self._first + number) for number in range(RATES_AT_A_TIME)]
+            # As precise as the kernel that reads it.
+            dtype = torch.float32 if self.device.type == "cuda" else torch.float64
+            self._table = torch.tensor(rates, dtype=dtype, device=self.device)
+        return self._table.index_select(0, (step - self._first - skipped).view(1)).squeeze(0)
+
+
+def adamw(groups: list[dict[str, object]], betas: tuple[float, float], device: torch.device) -> AdamW:
+    """AdamW over parameter groups, fused where torch can. The loop says the learning rate before every step."""
+    return AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float | Tensor) -> None:
     """Give every group of an optimizer, wrapped by accelerate or not, this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

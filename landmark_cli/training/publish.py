@@ -17,6 +17,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reason
 from landmark_cli.models.directory import PARTIAL, put_in_place, save_model
 from landmark_cli.training.checkpoints import plain_name, step_of
+from landmark_cli.training.finite import not_finite, stored_tensors
 from landmark_cli.training.loop import Loop
 from landmark_cli.training.setup import by_main_process, quiet_transformers
 
@@ -43,8 +44,9 @@ class Publication:
         """Write the model as the loop has trained it. Every process calls it.
 
         config.json comes last, so a directory that has one is finished. Raises LandmarkError, in every process, where
-        it cannot be written; a checkpoint of the last step is there then.
+        a weight is not finite, or where it cannot be written; a checkpoint of the last step is there then.
         """
+        loop.checkpoints.refuse_not_finite(f"no model is written to {self._output}")
         state = loop.accelerator.get_state_dict(loop.module)
         try:
             by_main_process(lambda: self._write(state))
@@ -72,6 +74,10 @@ class Publication:
             weights.pop(name, None)
         try:
             self._write_beside(weights)
+            # Weights that are finite in themselves need not be in the dtype that they are saved in.
+            bad = not_finite(stored_tensors(self._output / PARTIAL))
+            if bad is not None:
+                raise ValueError(f"{bad} would not be finite as it is saved; take another --save-dtype")
             put_in_place(self._output / PARTIAL, self._output)
         except Exception as error:
             # Whatever it is, there is something to lose; and what has been written may be what the disk is full of.
@@ -89,7 +95,7 @@ class Publication:
 def _kept(loop: Loop) -> Path:
     """The checkpoint of the step that the loop has reached, saved now where it is not there."""
     path = by_main_process(loop.checkpoints.newest)
-    return path if path is not None and step_of(path) == loop.step else loop.checkpoints.save(loop.step)
+    return path if path is not None and step_of(path) == loop.step else loop.save()
 
 
 def second_names(model: nn.Module) -> set[str]:

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.training.checkpoints import plain_name
+from landmark_cli.training.checksums import damage_of, write_checksums
 from tests.training.tiny import tiny_loop, tiny_model
 
 
@@ -76,14 +78,88 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         tiny_loop(tmp_path, model=tiny_model(bias=True)).resume()
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def flip(path, place=-3):
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 16
+    path.write_bytes(data)
+
+
+FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json", "checksums.sha256"]
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum(tmp_path):
+    path = tiny_loop(tmp_path).checkpoints.save(2)
+    assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
+    shown = subprocess.run(["sha256sum", "-c", "checksums.sha256"], cwd=path, capture_output=True, text=True).stdout
+    assert shown.splitlines() == [f"{name}: OK" for name in sorted(FILES) if name != "checksums.sha256"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, capsys, name, damage):
+    if (name, damage) == ("checksums.sha256", "gone"):
+        pytest.skip("this is a checkpoint of an earlier version")
+    loop = tiny_loop(tmp_path)
+    first, second, third = (loop.checkpoints.save(step) for step in (2, 3, 4))
+    assert not first.exists()
+    file = third / name
+    if damage == "flipped":
+        flip(file)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    with pytest.raises(LandmarkError, match=rf"step-00000004 is damaged \(.*{name}.*remove it to go on from the one"):
+        loop.checkpoints.load(third)
+    assert loop.resume() and loop.step == 3
+    shown = capsys.readouterr().err
+    assert f"{third} is damaged" in shown and name in shown and f"going on from {second.name}" in shown
+    assert saved(tmp_path) == ["step-00000003", "step-00000004.damaged"]
+    loop.checkpoints.save(4)
+    assert loop.resume() and loop.step == 4
+
+
+def test_a_file_that_no_checksum_names_is_damage(tmp_path):
+    path = tiny_loop(tmp_path).checkpoints.save(2)
+    lines = (path / "checksums.sha256").read_text().splitlines(keepends=True)
+    (path / "checksums.sha256").write_text("".join(lines[:-1]))
+    assert damage_of(path) == "checksums.sha256 does not name training.json"
+    (path / ".nfs0001").write_bytes(b"another program's")
+    (path / "checksums.sha256").write_text("".join(lines))
+    assert damage_of(path) is None
+
+
+def test_where_all_are_damaged_the_run_is_refused_and_nothing_put_aside(tmp_path):
+    loop = tiny_loop(tmp_path)
+    for step in (2, 3):
+        flip(loop.checkpoints.save(step) / "optimizer.bin")
+    for _ in range(2):
+        with pytest.raises(LandmarkError, match=r"all checkpoints in .* are damaged \(step-00000003: optimizer.bin"):
+            loop.resume()
+    assert saved(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_as_it_is(tmp_path, capsys):
+    path = tiny_loop(tmp_path).checkpoints.save(2)
+    (path / "checksums.sha256").unlink()
+    record = json.loads((path / "training.json").read_text())
+    del record["skipped"]
+    (path / "training.json").write_text(json.dumps(record))
+    loop = tiny_loop(tmp_path)
+    assert loop.resume() and loop.step == 2
+    assert "has no checksums.sha256, so nothing can be said of damage to it" in capsys.readouterr().err
+
+
+def test_what_no_checksum_shows_is_named_too(tmp_path):
     loop = tiny_loop(tmp_path)
     path = loop.checkpoints.save(2)
     (path / "optimizer.bin").write_bytes(b"damaged")
-    with pytest.raises(LandmarkError, match="step-00000002 cannot be read"):
+    write_checksums(path)
+    with pytest.raises(LandmarkError, match="step-00000002 cannot be read: .*; remove it to go on from the one before"):
         loop.resume()
-    (path / "training.json").unlink()
-    with pytest.raises(LandmarkError, match="is no checkpoint of a training run"):
+    (path / "training.json").write_text("{}")
+    write_checksums(path)
+    with pytest.raises(LandmarkError, match="training.json cannot be read: it lacks step; remove the checkpoint"):
         loop.resume()
 
 
@@ -100,7 +176,7 @@ def test_names_lose_what_wrappers_add():
 
 def test_the_record_says_what_the_run_is(tmp_path):
     path = tiny_loop(tmp_path, identity={"seed": 3, "data": ("a",)}).checkpoints.save(2)
-    record = {"step": 2, "identity": {"seed": 3, "data": ["a"]}, "layout": "whole weights"}
+    record = {"step": 2, "identity": {"seed": 3, "data": ["a"]}, "layout": "whole weights", "skipped": {}}
     assert json.loads((path / "training.json").read_text()) == record
 
 

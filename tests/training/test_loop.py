@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from landmark_cli.errors import LandmarkError
 from landmark_cli.training.publish import Publication, second_names
 from tests.closeness import assert_close_norm
 from tests.training.tiny import RandomBatches, RandomWindows, tiny_loop, tiny_model
@@ -57,8 +56,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     first = tiny_loop(cut, steps=7, model=tiny_model(dropout=0.3), save_every=3)
     checkpoint, save = [], first.checkpoints.save
 
-    def stop_after_saving(step):
-        checkpoint.append(save(step))
+    def stop_after_saving(*arguments):
+        checkpoint.append(save(*arguments))
         raise KeyboardInterrupt
 
     first.checkpoints.save = stop_after_saving
@@ -136,14 +135,6 @@ def test_frozen_weights_neither_train_nor_fill_the_checkpoint(tmp_path):
     saved = load_file(tmp_path / "checkpoints/step-00000002/model.safetensors")
     assert saved and not any("embed" in name or "head" in name for name in saved)
     loop.checkpoints.load(loop.checkpoints.newest())
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    model = tiny_model()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(math.inf)
-    with pytest.raises(LandmarkError, match="the loss became nan at step 1: try a lower --lr"):
-        tiny_loop(tmp_path, model=model).run()
 
 
 def test_batches_of_another_size_are_refused(tmp_path):

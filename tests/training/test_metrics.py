@@ -1,6 +1,7 @@
 """What a run measures: throughput without pauses, FLOPs by the book, a metrics file that survives being killed."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -62,6 +63,22 @@ def test_rewinding_drops_later_records_and_half_a_line(tmp_path):
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3]
     file.append({"step": 4})
     assert len(file.path.read_text().splitlines()) == 4
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(1, 8):
+        file.append({"step": step, "loss": 2.5 / step, "learning_rate": math.nan})
+    lines = file.path.read_text().splitlines()
+    for number, damaged in enumerate(['{"loss": 1}', "[1]", '{"step": "2"}', "\x00", lines[4].replace("0.5", "0.7")]):
+        lines[number] = damaged
+    file.path.write_text("\n".join([*lines, '{"step": 6, "written by": "an earlier version"}', "{" * 1000]) + "\n")
+    file.rewind(6)
+    kept = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [record["step"] for record in kept] == [6, 6] and kept[0]["loss"] == 2.5 / 6
+    assert f"{file.path}: 6 damaged lines left out" in capsys.readouterr().err
+    file.rewind(6)
+    assert capsys.readouterr().err == "" and len(file.path.read_text().splitlines()) == 2
 
 
 def test_metrics_that_cannot_be_written_say_so(tmp_path):

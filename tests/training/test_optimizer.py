@@ -9,7 +9,9 @@ from torch import nn
 
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.optimizer import (
+    RATES_AT_A_TIME,
     SCHEDULES,
+    Rates,
     Schedule,
     adamw,
     decayed_names,
@@ -106,3 +108,64 @@ def test_the_optimizer_takes_the_rate_it_is_given():
     set_learning_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+
+
+def one_weight(fused=True):
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = adamw([{"params": [weight], "weight_decay": 0.1}], (0.9, 0.95), torch.device("cpu"))
+    if not fused:
+        optimizer.defaults["fused"] = optimizer.param_groups[0]["fused"] = False
+    return weight, optimizer
+
+
+def step(weight, optimizer, gradient, skip, rate=0.1):
+    weight.grad = torch.full((4,), gradient)
+    optimizer.prepare_step(torch.tensor(rate, dtype=torch.float64), torch.tensor(skip))
+    optimizer.step()
+    return weight.detach().clone(), {name: one.clone() for name, one in optimizer.state[weight].items()}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1.0])
+def test_a_step_that_is_skipped_changes_nothing(fused, bad):
+    weight, optimizer = one_weight(fused)
+    before, state = step(weight, optimizer, 1.0, 0.0)
+    after, kept = step(weight, optimizer, bad, 1.0)
+    assert torch.equal(after, before) and all(torch.equal(kept[name], state[name]) for name in state)
+    # It is only this one that is skipped.
+    plain, other = one_weight(fused)
+    step(plain, other, 1.0, 0.0)
+    ours, theirs = step(weight, optimizer, 2.0, 0.0, rate=0.2), step(plain, other, 2.0, 0.0, rate=0.2)
+    assert torch.equal(ours[0], theirs[0]) and not torch.equal(ours[0], before)
+
+
+@pytest.mark.parametrize(("gradient", "skip", "counts"), [(1.0, 0.0, True), (1.0, 1.0, False), (math.inf, 0.0, False)])
+def test_either_it_or_the_scaler_of_fp16_gradients_skips_a_step(gradient, skip, counts):
+    weight, optimizer = one_weight()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((weight * gradient).sum()).backward()
+    scaler.unscale_(optimizer)
+    optimizer.prepare_step(torch.tensor(0.1), torch.tensor(skip))
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight.detach(), torch.ones(4)) is not counts
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_the_groups_rates_are_no_part_of_it():
+    """What saves and loads an optimizer finds plain numbers, and may make a step of its own at the rate 0."""
+    weight, optimizer = one_weight()
+    before, _ = step(weight, optimizer, 1.0, 0.0)
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.0
+    weight.grad = torch.zeros(4)
+    optimizer.step()
+    assert torch.equal(weight.detach(), before)
+
+
+def test_rates_go_by_the_steps_that_counted():
+    schedule, skipped = Schedule("cosine", 1.0, 3 * RATES_AT_A_TIME), torch.tensor(0)
+    rates = Rates(schedule, torch.device("cpu"))
+    # From wherever a run is resumed, over the ends of the tables.
+    for number in (5, 6, RATES_AT_A_TIME + 4, RATES_AT_A_TIME + 5, 2 * RATES_AT_A_TIME + 9, 2 * RATES_AT_A_TIME + 10):
+        skipped += 1
+        assert float(rates.at(number, skipped)) == schedule(number - int(skipped))
