@@ -73,10 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `landmark` with these arguments (sys.argv's without any), print what goes wrong, and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _prepare_streams()
-    launch.remember(arguments)
     options = None
     try:
-        with end_on_signals():
+        with launch.command(arguments), end_on_signals():
             run, options = _parse(arguments)
             run(options)
             console.write_out("")

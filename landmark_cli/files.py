@@ -34,6 +34,9 @@ READ_BYTES = 16 << 20
 LONGEST_REASON = 300
 CHECKSUM = "checksum"
 
+# torch's writer does not say what the system told it.
+TORCH_WRITER_SIGNS = ("PytorchStreamWriter failed", "] . unexpected pos ")
+
 # Errors that are no Exception: a panic in a library written in Rust, and a failure of torch's sharded checkpoints.
 FOREIGN_FAILURES = ("PanicException", "CheckpointException")
 
@@ -115,6 +118,8 @@ def reason(error: BaseException) -> str:
         # What went wrong in each process of a sharded checkpoint; the error's own text is their tracebacks.
         return reason(next(iter(failures.values()))[0])
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(sign in str(error) for sign in TORCH_WRITER_SIGNS):
+        return "a file could not be written to its end, as on a full disk or beyond a quota or a limit on a file's size"
     return _short(lines[0]) if lines else type(error).__name__
 
 

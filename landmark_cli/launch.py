@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,10 +20,15 @@ ANSWER_WITHIN = 5.0
 _arguments: list[str] | None = None
 
 
-def remember(arguments: Sequence[str]) -> None:
-    """Keep the command's arguments, for `again`."""
+@contextlib.contextmanager
+def command(arguments: Sequence[str]) -> Iterator[None]:
+    """What is done inside was asked for by a command line of these arguments, for `again`."""
     global _arguments
     _arguments = list(arguments)
+    try:
+        yield
+    finally:
+        _arguments = None
 
 
 def again(*flags: str, **options: object) -> str:

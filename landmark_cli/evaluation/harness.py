@@ -21,6 +21,7 @@ from landmark_cli.console import error, info
 from landmark_cli.data.pretrained_tokenizers import begin_ids, prompt_ids, text_ids
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
 from landmark_cli.inference.chat import ChatTemplate
+from landmark_cli.inference.finite import require_finite
 from landmark_cli.inference.generation import check_ids, encode_prompt, generate
 from landmark_cli.inference.settings import (
     ReadingSettings,
@@ -227,6 +228,7 @@ class LandmarkLM(TemplateLM):
                     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
                     sums[index] -= losses.double().cpu()
                     likeliest[index] &= bool((logits.argmax(-1) == targets).all())
+        require_finite(bool(sums.isfinite().all()), self.model)
         return list(zip(sums.tolist(), likeliest, strict=True))
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ neither predict nor are predicted. Source: arXiv 2305.16300, section 4.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from landmark_cli.console import progress, warn
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, next_token_targets
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import Score
+from landmark_cli.inference.finite import require_finite
 from landmark_cli.inference.graphs import to_device
 from landmark_cli.inference.reader import ReadChunk
 from landmark_cli.inference.settings import (
@@ -77,7 +79,7 @@ def evaluate_perplexity(
     batch_size: windows read at a time, by default as many as a moderate amount of memory allows.
     sample_tokens: measure on a random choice of windows of about so many tokens, drawn with `seed`.
 
-    Raises LandmarkError where the text is shorter than a window.
+    Raises LandmarkError where the text is shorter than a window, and where the model's logits are not finite.
     """
     reading = reading or ReadingSettings()
     memory = memory and (has_landmarks(model) or is_recurrent(model))
@@ -108,7 +110,9 @@ def evaluate_perplexity(
             if memory and getattr(model.config, "context_miss_token", False):
                 retrievals += reader.cache.retrievals
                 dropped += reader.cache.dropped_retrievals
-            shown.advance(len(rows) * eval_length, perplexity=_score(sums.sum(0)).perplexity)
+            so_far = _score(sums.sum(0))
+            require_finite(math.isfinite(so_far.negative_log_likelihood), model)
+            shown.advance(len(rows) * eval_length, perplexity=so_far.perplexity)
     return PerplexityResult(
         overall=_score(sums.sum(0)),
         chunks=[_score(part) for part in sums],

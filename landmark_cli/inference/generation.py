@@ -34,6 +34,7 @@ from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, prompt_ids
 from landmark_cli.data.tokenizers import GPT2_UNUSED
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.chat import ChatTemplate
+from landmark_cli.inference.finite import are_finite, require_finite
 from landmark_cli.inference.reader import Reader
 from landmark_cli.inference.recurrent import RecurrentReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
@@ -89,7 +90,7 @@ def generate(
     a model with landmarks. show_progress: while the prompts are read.
 
     Raises LandmarkError where a prompt holds the landmark token or one that the model does not know, or is empty and
-    nothing can begin a text.
+    nothing can begin a text, and where the model's logits are not finite.
     """
     sampling = sampling or SamplingSettings()
     encoded = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
@@ -160,7 +161,8 @@ def sample(
 ) -> Iterator[list[int | None]]:
     """Read prompts, (n,) int64 text tokens each and none empty, and sample until the criteria have stopped every row.
 
-    Yields the next token of each row; None for a row that has stopped.
+    Yields the next token of each row; None for a row that has stopped. Raises LandmarkError where the model's logits
+    are not finite.
     """
     device = reader.model.device
     if isinstance(reader, Reader):
@@ -175,9 +177,13 @@ def sample(
         if end == ids.shape[1]:
             more = min(max(end, EXPECTED_TOKENS), width + most - end)
             ids = torch.cat([ids, ids.new_zeros(len(prompts), more)], dim=1)
-        scores = processors(ids[:, :end], logits.float())
+        finite = are_finite(logits)
+        # What cannot be drawn from would end a GPU's work, before it can be said why.
+        scores = processors(ids[:, :end], torch.where(finite[:, None], logits.float(), 0.0))
         ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else _draw(scores, generators)
-        tokens = [token if on else None for token, on in zip(ids[:, end].tolist(), going, strict=True)]
+        drawn, finite = torch.stack([ids[:, end], finite]).tolist()
+        require_finite(all(fine for fine, on in zip(finite, going, strict=True) if on), reader.model)
+        tokens = [token if on else None for token, on in zip(drawn, going, strict=True)]
         yield tokens
         stopped = criteria(ids[:, width : end + 1], None).tolist()
         going = [on and not stop for on, stop in zip(going, stopped, strict=True)]

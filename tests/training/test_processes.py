@@ -162,4 +162,4 @@ def test_a_damaged_shard_is_named(corpus, two_shards, tmp_path):
     shard.write_bytes(b"damaged")
     command = [*split(corpus, resumed, processes=1), "--resume"]
     ended = fsdp(1, command, check=False, capture_output=True, text=True)
-    assert ended.returncode and "step-00000003 cannot be read: " in ended.stderr
+    assert ended.returncode and f"step-00000003: pytorch_model_fsdp_0/{shard.name} is not as it was" in ended.stderr
