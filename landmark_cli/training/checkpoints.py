@@ -15,13 +15,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -32,6 +33,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.files import flush, flush_tree, read_record, reading, reason, write_json
 from landmark_cli.training.checksums import damage_of, write_checksums
 from landmark_cli.training.finite import not_finite
+from landmark_cli.training.setup import by_main_process
 
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
@@ -91,27 +93,32 @@ class Checkpoints:
 
         Raises LandmarkError where all of them are damaged.
         """
+        found, damaged = by_main_process(self._look_for_damage)
+        for path, what in damaged.items():
+            warn(f"{path} is damaged ({what}): going on from {found.name}; it is kept as {path.name}{DAMAGED}")
+        return found
+
+    def _look_for_damage(self) -> tuple[Path | None, dict[Path, str]]:
+        """The newest checkpoint without damage, and what is wrong with those that are newer, which are put aside."""
         found, damaged = None, {}
-        if self.accelerator.is_main_process:
-            for path in reversed(self._whole()):
-                damaged[path] = damage_of(path)
-                if damaged[path] is None:
-                    found = path
-                    break
-        found, damaged = broadcast_object_list([found, {path: what for path, what in damaged.items() if what}])
+        for path in reversed(self._whole()):
+            what = damage_of(path)
+            if what is None:
+                found = path
+                break
+            damaged[path] = what
         if found is None and damaged:
             each = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
             raise LandmarkError(
                 f"all checkpoints in {self.directory} are damaged ({each}): remove them to start anew, "
                 "or give another --output"
             )
-        for path, what in damaged.items():
-            warn(f"{path} is damaged ({what}): going on from {found.name}; it is kept as {path.name}{DAMAGED}")
-            if self.accelerator.is_main_process:
-                shutil.rmtree(path.with_name(path.name + DAMAGED), ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    path.rename(path.with_name(path.name + DAMAGED))
-        return found
+        for path in damaged:
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.rename(aside)
+        return found, damaged
 
     def check(self, path: Path) -> Record:
         """What a checkpoint says of itself that this run may go on from; LandmarkError where it belongs to another run,
@@ -165,29 +172,29 @@ class Checkpoints:
         finite; the earlier ones are untouched then.
         """
         self.refuse_not_finite(f"the checkpoint of step {step} is not saved")
-        main, everyone = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
         path = self.directory / f"step-{step:08d}"
         partial = path.with_name(path.name + PARTIAL)
+        record = Record(step, self.identity, self.layout, skipped or {})
         try:
-            if main:
-                self._remove_partial()
-                partial.mkdir(parents=True)
-            everyone()
+            _written_by_main_process(lambda: self._begin(partial))
             self.accelerator.save_state(str(partial))
-            everyone()
-            if main:
-                self._publish(partial, path, Record(step, self.identity, self.layout, skipped or {}))
+            self.accelerator.wait_for_everyone()
+            _written_by_main_process(lambda: self._publish(partial, path, record))
         except (*UNWRITABLE, LandmarkError) as error:
             last = self.newest()
-            if main:
+            if self.accelerator.is_main_process:
                 # Not from under the other processes, whose own errors would hide this one.
                 shutil.rmtree(partial, ignore_errors=True)
             raise LandmarkError(
                 f"the checkpoint of step {step} could not be saved in {self.directory}: {reason(error)}. "
                 f"The last good one is {last or 'none'}; make room and run again with --resume"
             ) from error
-        everyone()
         return path
+
+    def _begin(self, partial: Path) -> None:
+        for left_over in self.directory.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        partial.mkdir(parents=True)
 
     def _publish(self, partial: Path, path: Path, record: Record) -> None:
         write_json(partial / RECORD, dataclasses.asdict(record))
@@ -211,10 +218,6 @@ class Checkpoints:
                 f"{what}, for {bad[0]} is not finite: try a lower --lr or another --precision. "
                 f"The last good checkpoint is {self.newest() or 'none'}"
             )
-
-    def _remove_partial(self) -> None:
-        for left_over in self.directory.glob(f"*{PARTIAL}"):
-            shutil.rmtree(left_over, ignore_errors=True)
 
     def _replace_weights(self, models: list[nn.Module], weights: list[dict[str, Any]], directory: str) -> None:
         """accelerate's hook before it writes whole weights: trained ones only, under their plain names, each once."""
@@ -243,6 +246,18 @@ class Checkpoints:
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         state = model.state_dict()
         return {plain_name(name): state[name] for name in state if name in trained or name not in every}
+
+
+def _written_by_main_process(work: Callable[[], None]) -> None:
+    """Have the main process write something; LandmarkError in every process where it cannot."""
+
+    def told() -> None:
+        try:
+            work()
+        except UNWRITABLE as error:
+            raise LandmarkError(reason(error)) from error
+
+    by_main_process(told)
 
 
 def layout(accelerator: Accelerator) -> str:
