@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,16 +163,24 @@ def read_record(schema: type[T], path: str | Path, what: str = "", *, max_bytes:
 
 
 def read_sealed(
-    schema: type[T], path: str | Path, what: str = "", *, always: bool = True, max_bytes: int = MAX_BYTES, **more: Any
+    schema: type[T],
+    path: str | Path,
+    what: str = "",
+    *,
+    unsealed: Mapping[str, Any] | None = None,
+    max_bytes: int = MAX_BYTES,
+    **more: Any,
 ) -> T:
     """What `write_sealed` wrote, as an object of the dataclass `schema`.
 
-    always: whether a file without a checksum, as earlier versions wrote it, is an error too. Further arguments and
-    errors as those of `read_record`; a file whose content is not what was written raises LandmarkError.
+    unsealed: the fields, with their values, by which a file of an earlier version is known, that had no checksum.
+    Further arguments and errors as those of `read_record`; a file whose content is not what was written raises
+    LandmarkError.
     """
     content = read_json(path, what, max_bytes=max_bytes, **more)
     with reading(path, what, **more):
-        if always or CHECKSUM in content:
+        earlier = unsealed is not None and unsealed.items() <= content.items() and CHECKSUM not in content
+        if not earlier:
             expected = content.pop(CHECKSUM)
             if expected != _checksum(content):
                 raise ValueError("its content is not what was written to it")

@@ -29,7 +29,6 @@ from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.sources import SPLITS
 from landmark_cli.data.text_batches import Batch, or_skip, text_batches
 from landmark_cli.data.token_file import (
-    FORMAT,
     TokenFile,
     TokenFileMetadata,
     TokenFileWriter,
@@ -44,6 +43,8 @@ from landmark_cli.files import writing
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.locks import LOCK, sole_writer
 
+# Counts up when the same source would give other ids or places than before.
+CONTENTS = 1
 BATCH_DOCUMENTS = 4096
 CHECKPOINT_SECONDS = 5.0
 
@@ -308,5 +309,5 @@ def _disk_errors(output: Path) -> Iterator[None]:
 
 def _fingerprint(corpus: Corpus, tokenizer: TextTokenizer) -> str:
     """Tells whether two runs would write the same files."""
-    made_from = [FORMAT, corpus.identity, tokenizer.name, tokenizer.fingerprint, tokenizer.eot_id]
+    made_from = [CONTENTS, corpus.identity, tokenizer.name, tokenizer.fingerprint, tokenizer.eot_id]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

@@ -27,7 +27,9 @@ from landmark_cli.data.left_out import LeftOut
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import hash_file, read_sealed, write_sealed
 
-FORMAT = 1
+FORMAT = 2
+UNSEALED = {"format": 1}
+"""What metadata without a checksum, of an earlier version, says of itself."""
 # What takes a fraction of a second to read and hash.
 ALWAYS_CHECKED_BYTES = 64 << 20
 
@@ -304,8 +306,11 @@ def read_metadata(path: str | Path) -> TokenFileMetadata:
         else:
             found = f"there is no token file {path}"
         raise LandmarkError(f"{found}; make one with: landmark prepare")
-    metadata = read_sealed(TokenFileMetadata, described, always=False, to_do="prepare the corpus again")
-    if metadata.format != FORMAT or min(metadata.tokens, metadata.documents, metadata.vocab_size) < 0:
+    metadata = read_sealed(TokenFileMetadata, described, unsealed=UNSEALED, to_do="prepare the corpus again")
+    if (
+        metadata.format not in (UNSEALED["format"], FORMAT)
+        or min(metadata.tokens, metadata.documents, metadata.vocab_size) < 0
+    ):
         raise LandmarkError(f"{described} is not of a kind that this version reads: prepare the corpus again")
     return metadata
 
@@ -379,7 +384,8 @@ def _changed(path: Path, what: str) -> LandmarkError:
 
 def _remember_modified(path: Path, metadata: TokenFileMetadata, modified: list[int]) -> None:
     """Note that the contents were found right as of now, so that the next opening is cheap; not vital."""
+    metadata = dataclasses.replace(metadata, format=FORMAT, modified_ns=modified)
     try:
-        write_sealed(_metadata_path(path), dataclasses.asdict(dataclasses.replace(metadata, modified_ns=modified)))
+        write_sealed(_metadata_path(path), dataclasses.asdict(metadata))
     except OSError:
         return

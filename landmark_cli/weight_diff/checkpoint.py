@@ -156,7 +156,7 @@ def read_json(path: Path, role: str) -> dict[str, Any]:
 
 def open_shard(file: Path, role: str) -> SafetensorsShard | BinShard:
     """A file of weights, by its ending. Raises LandmarkError where it is missing or damaged."""
-    if not file.exists():
+    if not os.path.exists(file):
         raise LandmarkError(f"{role} {file.parent}: {file.name} is missing")
     with files.reading(file, role):
         return (SafetensorsShard if file.suffix == ".safetensors" else BinShard)(file)
