@@ -9,6 +9,7 @@ from typing import Any
 
 from landmark_cli import console, launch
 from landmark_cli.errors import LandmarkError, Stopped
+from landmark_cli.files import WHAT_TO_DO
 from landmark_cli.memory import asked_for, is_out_of_memory
 from landmark_cli.options import settings_of
 
@@ -34,7 +35,7 @@ def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> i
         console.error(str(error))
         return error.exit_code
     console.error(describe(error, options))
-    if not debug:
+    if not debug and not _is_plain(error):
         console.info("run again with --debug for the traceback")
     return 1
 
@@ -45,11 +46,18 @@ def describe(error: BaseException, options: Any = None) -> str:
         ways = memory_savers(options) if options is not None else []
         advice = f"what takes less: {', '.join(ways)}" if ways else "use a machine that has more"
         return f"out of {asked_for(error)}; {advice}"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    if isinstance(error, OSError) and _is_plain(error):
         files = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
-        return f"{' -> '.join(files)}: {error.strerror}"
+        to_do = WHAT_TO_DO.get(error.errno)
+        return f"{' -> '.join(files)}: {error.strerror}" + (f"; {to_do}" if to_do else "")
     first_line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first_line}".removesuffix(": ")
+
+
+def _is_plain(error: BaseException) -> bool:
+    """Whether one line says all there is to an error: the system's about a file, and memory that ran out."""
+    of_a_file = isinstance(error, OSError) and error.filename is not None and bool(error.strerror)
+    return of_a_file or is_out_of_memory(error)
 
 
 def memory_savers(options: Any) -> list[str]:
