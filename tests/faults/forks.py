@@ -147,7 +147,8 @@ class Fork:
             os.dup2(source, 0)
             for number, file in ((1, self._out), (2, self._err)):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            # A fork of a fork lets go of its parent's files, which must not close the descriptors.
+            sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in range(3))
             os.chdir(self.folder)
             os.environ.update(self.environment)
             code = self.call() or 0
@@ -190,15 +191,10 @@ def landmark(*arguments: object) -> Callable[[], int | None]:
     return call
 
 
-def command(
-    arguments: Sequence[object],
-    folder: Path,
-    *,
-    before: Callable[[], None] | None = None,
-    signals: Iterable[tuple[float, int]] = (),
-    **settings,
-) -> Ended:
-    """Run `landmark ARGUMENTS` in a folder, in a fork, to its end. before: done in the fork first."""
+def begin(
+    arguments: Sequence[object], folder: Path, *, before: Callable[[], None] | None = None, **settings
+) -> Fork:
+    """Start `landmark ARGUMENTS` in a folder. before: done in the fork first. settings: of the Fork."""
     run = landmark(*arguments)
 
     def call() -> int | None:
@@ -206,4 +202,9 @@ def command(
             before()
         return run()
 
-    return Fork(call, folder, **settings).start().wait(signals)
+    return Fork(call, folder, **settings).start()
+
+
+def command(arguments: Sequence[object], folder: Path, **settings) -> Ended:
+    """Run `landmark ARGUMENTS` in a folder to its end."""
+    return begin(arguments, folder, **settings).wait()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.faults import workplace
-from tests.faults.forks import Ended, command
+from tests.faults.forks import Ended, Fork, begin
 from tests.faults.harness import SILENT, Broken, check_done, digest
 from tests.faults.moments import Changes, Length
 
@@ -74,14 +74,20 @@ class Job:
     published: str = ""
     before: Callable[[], None] | None = None
 
-    def run(self, folder: Path, *more: object, before: Callable[[], None] | None = None, **settings) -> Ended:
+    def run(self, folder: Path, *more: object, signals: Iterable[tuple[float, int]] = (), **settings) -> Ended:
+        """Run it in a folder to its end. more, settings: as `start` takes them; signals: as `Fork.wait` does."""
+        return self.start(folder, *more, **settings).wait(signals)
+
+    def start(self, folder: Path, *more: object, before: Callable[[], None] | None = None, **settings) -> Fork:
+        """Begin it. more: further arguments. before: what the fork does first. settings: of the Fork."""
+
         def first() -> None:
             if self.before is not None:
                 self.before()
             if before is not None:
                 before()
 
-        return command([*self.arguments, *more], folder, before=first, **settings)
+        return begin([*self.arguments, *more], folder, before=first, **settings)
 
     def setup(self, base: Path) -> None:
         """Run it once without any fault: base/whole/NAME holds what came of it, and how long it was."""
@@ -93,7 +99,9 @@ class Job:
         changes = Changes(folder)
         ended = self.run(folder, before=changes.watch)
         check_done(ended)
-        note = {"changes": changes.count, "seconds": ended.wall, "result": self.result(folder / OUTPUT)}
+        size = sum(path.stat().st_size for path in (folder / OUTPUT).rglob("*") if path.is_file())
+        result = self.result(folder / OUTPUT)
+        note = {"changes": changes.count, "seconds": ended.wall, "size": size, "result": result}
         (folder / "note.json").write_text(json.dumps(note))
 
     def whole(self, base: Path) -> dict[str, Any]:
@@ -103,6 +111,10 @@ class Job:
     def length(self, base: Path) -> Length:
         note = self._note(base)
         return Length(note["changes"], note["seconds"])
+
+    def size(self, base: Path) -> int:
+        """Bytes that its output takes."""
+        return self._note(base)["size"]
 
     def _note(self, base: Path) -> dict[str, Any]:
         return json.loads((base / "whole" / self.name / "note.json").read_text())

@@ -36,7 +36,7 @@ class Changes:
         return self._shared[8:].rstrip(b"\0").decode(errors="replace")
 
     def watch(self, stop_at: int = 0, number: int = signal.SIGKILL, then: Callable[[], None] | None = None) -> None:
-        """Count from now on, in this process; at change `stop_at` send it the signal `number`."""
+        """Count from now on, in this process; at change `stop_at` send it the signal `number`, or do `then`."""
 
         def count(event: str, arguments: tuple) -> None:
             writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
@@ -48,8 +48,12 @@ class Changes:
             self._shared[:8] = (self.count + 1).to_bytes(8, "little")
             what = f"{event} {path[len(self._below) + 1 :]}".encode()[-ROOM:]
             self._shared[8:] = what + bytes(ROOM - len(what))
-            if self.count == stop_at:
+            if self.count != stop_at:
+                return
+            if then is None:
                 os.kill(os.getpid(), number)
+            else:
+                then()
 
         sys.addaudithook(count)
 

@@ -13,14 +13,19 @@ from tests.faults.harness import CATEGORIES, Result
 BEGIN, END = "<!-- written by make test-faults: begin -->", "<!-- end -->"
 
 
-def rows_of(results: Sequence[Result]) -> list[tuple[str, str, str]]:
-    """(promise, trials, failures), the last row the sum."""
-    rows = []
+def rows_of(results: Sequence[Result]) -> list[tuple[str, str, str, float]]:
+    """(promise, trials, failures, seconds), kinds of one promise together, the last row the sum."""
+    by_promise: dict[str, list[Result]] = collections.defaultdict(list)
     for result in results:
-        found = f"not tried here: {result.not_here}" if result.not_here else str(len(result.failures))
-        rows.append((result.kind.promise, f"{result.trials:,}", found))
-    total = sum(result.trials for result in results), sum(len(result.failures) for result in results)
-    return [*rows, ("all", f"{total[0]:,}", str(total[1]))]
+        by_promise[result.kind.promise].append(result)
+    return [_row(*item) for item in [*by_promise.items(), ("all", results)] if sum(r.trials for r in item[1])]
+
+
+def _row(promise: str, results: Sequence[Result]) -> tuple[str, str, str, float]:
+    left_out = next((f" (partly not tried here: {r.not_here})" for r in results if r.not_here), "")
+    failures = sum(len(result.failures) for result in results)
+    trials = sum(result.trials for result in results)
+    return promise, f"{trials:,}", f"{failures}{left_out}", sum(result.seconds for result in results)
 
 
 def by_category(results: Sequence[Result]) -> str:
@@ -44,20 +49,17 @@ def failures_of(results: Sequence[Result], seed: int) -> str:
 
 def as_text(results: Sequence[Result]) -> str:
     """The table for a terminal, with the time that each row took."""
-    rows = [("promise", "trials", "failures"), *rows_of(results)]
-    seconds = ["processor s", *(f"{result.seconds:.0f}" for result in results), ""]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {spent:>11}"
-        for row, spent in zip(rows, seconds, strict=True)
-    ]
+    rows = [(*row[:3], f"{row[3]:.0f} s") for row in rows_of(results)]
+    rows = [("promise", "trials", "failures", "took"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in (1, 2, 3))]) for row in rows]
     return "\n".join([*lines, by_category(results)])
 
 
 def write_page(page: Path, results: Sequence[Result], *, seed: int, seconds: float) -> None:
     """Put the table into a page between its two marks."""
     lines = ["| promise | trials | failures |", "|---|---:|---:|"]
-    lines += [f"| {promise} | {trials} | {failures} |" for promise, trials, failures in rows_of(results)]
+    lines += [f"| {promise} | {trials} | {failures} |" for promise, trials, failures, _ in rows_of(results)]
     lines += [
         "",
         f"By kind of failure: {by_category(results)}. Seed {seed}, {seconds / 60:.0f} minutes on {machine()}.",
