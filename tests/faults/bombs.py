@@ -33,13 +33,19 @@ class Bomb:
 
     def run(self, trial: Trial) -> None:
         workplace.copy(trial.base, trial.work, *self.copies)
-        # In a fork, for what makes a bomb may leave threads and memory behind.
-        made = Fork(lambda: self.light(trial.work), trial.work, log=trial.work / "made", most_seconds=120).start().wait()
-        assert made.code == 0, made.err
+        set_up(self.light, trial.work)
         ended = command(self.arguments, trial.work)
         check_limits(ended)
         if ended.code != 0:
             check_refused(ended, *self.names, codes=(1, 2))
+
+
+def set_up(make: Light, folder: Path) -> None:
+    """Do make(folder) in a fork, for what makes such files may leave threads and memory behind."""
+    limits = {"most_seconds": 300, "most_bytes": 8 << 30}
+    made = Fork(lambda: make(folder), folder, log=folder / "made", **limits).start().wait()
+    if made.code != 0:
+        raise RuntimeError(f"the file could not be made: {made.err}")
 
 
 def prepare(form: str) -> list[Any]:
@@ -171,7 +177,9 @@ def many_tensors(count: int) -> bytes:
 
 HUGE_TENSOR = header(b'{"model.embed_tokens.weight":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,16]}}')
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}" + "{% endfor %}" * 3
-DOUBLING = "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+DOUBLING = (
+    "{% set n = namespace(x='aaaaaaaaaa') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+)
 
 
 def slow_expression(folder: Path) -> None:

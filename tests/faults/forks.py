@@ -63,6 +63,7 @@ class Fork:
     environment: Mapping[str, str] = field(default_factory=dict)
     log: Path | None = None
     most_seconds: float = MOST_SECONDS
+    most_bytes: int = MOST_BYTES
 
     def start(self) -> Fork:
         self._log = self.log or self.folder.with_name(self.folder.name + ".log")
@@ -101,7 +102,7 @@ class Fork:
         _, status, usage = os.wait4(self.pid, 0)
         os.close(self._descriptor)
         seconds, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-        if over is None and peak > MOST_BYTES:
+        if over is None and peak > self.most_bytes:
             over = "memory"
         if over is None and seconds > self.most_seconds:
             over = "time"
@@ -120,7 +121,7 @@ class Fork:
         if usage is None:
             return None
         seconds, resident = usage
-        if resident > MOST_BYTES:
+        if resident > self.most_bytes:
             return "memory"
         if seconds > self.most_seconds or time.monotonic() - self._started > LONGEST_WAIT:
             return "time"
@@ -191,9 +192,7 @@ def landmark(*arguments: object) -> Callable[[], int | None]:
     return call
 
 
-def begin(
-    arguments: Sequence[object], folder: Path, *, before: Callable[[], None] | None = None, **settings
-) -> Fork:
+def begin(arguments: Sequence[object], folder: Path, *, before: Callable[[], None] | None = None, **settings) -> Fork:
     """Start `landmark ARGUMENTS` in a folder. before: done in the fork first. settings: of the Fork."""
     run = landmark(*arguments)
 

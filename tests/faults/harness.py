@@ -13,6 +13,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,9 @@ def run_kinds(
         for numbers in split(counts(kind), BATCH if kind.inputs else max(1, len(counts(kind)) // (4 * jobs)))
     ]
     KNOWN.update((kind.name, kind) for kind in kinds)
-    workers = multiprocessing.get_context("fork").Pool(jobs)
-    with workers:
-        for name, done, failures, not_here, seconds in workers.imap_unordered(do, tasks):
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as workers:
+        for one in as_completed([workers.submit(do, task) for task in tasks]):
+            name, done, failures, not_here, seconds = one.result()
             result = by_name[name]
             result.trials += done
             result.failures += failures
