@@ -90,14 +90,16 @@ def _seen_gzip(data: bytes) -> Seen:
     while rest.strip(b"\0") or not text:
         member = zlib.decompressobj(31)
         try:
-            # Byte by byte at the end of what is good, so that nothing good is lost to a fault behind it.
-            for start in range(0, len(rest), 64):
-                text += member.decompress(rest[start : start + 64])
+            # Byte by byte, so that nothing good is lost to a fault behind it.
+            for place in range(len(rest)):
+                text += member.decompress(rest[place : place + 1])
+                if member.eof:
+                    break
         except zlib.error:
             return _seen_lines(text, False)
         if not member.eof:
             return _seen_lines(text, False)
-        rest, ended = member.unused_data, True
+        rest, ended = rest[place + 1 :], True
     return _seen_lines(text, ended)
 
 
@@ -121,13 +123,23 @@ def _seen_parquet(data: bytes) -> Seen:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    faults = (pa.ArrowException, OSError, KeyError, ValueError)
+    good, bad, ended = [], False, True
     try:
-        column = parquet.read_table(io.BytesIO(data), columns=["text"]).column("text").cast(pa.large_binary())
-        texts = [text or b"" for text in column.to_pylist()]
-    except (pa.ArrowException, OSError, KeyError, ValueError):
+        file = parquet.ParquetFile(io.BytesIO(data))
+        groups = file.num_row_groups
+    except faults:
         return [], True, False
-    good = [text for text in texts if _is_text(text)]
-    return good, len(good) < len(texts), True
+    for group in range(groups):
+        try:
+            texts = file.read_row_group(group, columns=["text"]).column("text").cast(pa.large_binary()).to_pylist()
+        except faults:
+            ended = False
+            continue
+        found = [text or b"" for text in texts]
+        good += [text for text in found if _is_text(text)]
+        bad = bad or not all(map(_is_text, found))
+    return good, bad, ended
 
 
 SEEN = {
