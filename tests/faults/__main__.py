@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ def main() -> int:
         return range(options.count or (kind.quick if options.quick else kind.full))
 
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     workplace.import_everything()
     root = Path(tempfile.mkdtemp(prefix="landmark-faults-", dir=quick_folder()))
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.forks import LONGEST_WAIT, MOST_BYTES, MOST_SECONDS, Ended, Fork, read_usage
+from tests.faults.forks import LONGEST_WAIT, MOST_BYTES, MOST_SECONDS, Ended, Fork, die_with_parent, read_usage
 
 UNCAUGHT, SILENT, UNCLEAR, TIME, MEMORY, LOST = "uncaught", "silent", "unclear", "time", "memory", "lost"
 CATEGORIES = {
@@ -103,7 +103,7 @@ def run_kinds(
     """Do the trials with these numbers of every kind, `jobs` at a time."""
     by_name = {kind.name: Result(kind) for kind in kinds}
     for kind in kinds:
-        if kind.setup is not None:
+        if kind.setup is not None and counts(kind):
             kind.setup(base)
     tasks = [
         (kind.name, numbers, seed, base, scratch)
@@ -111,7 +111,8 @@ def run_kinds(
         for numbers in split(counts(kind), BATCH if kind.inputs else max(1, len(counts(kind)) // (4 * jobs)))
     ]
     KNOWN.update((kind.name, kind) for kind in kinds)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as workers:
+    workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=die_with_parent)
+    try:
         for one in as_completed([workers.submit(do, task) for task in tasks]):
             name, done, failures, not_here, seconds = one.result()
             result = by_name[name]
@@ -120,6 +121,12 @@ def run_kinds(
             result.not_here = result.not_here or not_here
             result.seconds += seconds
             tell(f"{name}: {result.trials} done, {len(result.failures)} failed")
+    except KeyboardInterrupt:
+        tell("stopped: the table is of what was done until now")
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    finally:
+        workers.shutdown(wait=False, cancel_futures=True)
     for result in by_name.values():
         result.failures.sort()
     return list(by_name.values())
