@@ -117,12 +117,12 @@ def _span_rows(
 def _rows_at_once(group: Any, file_bytes: int) -> int:
     """How many rows of a row group to read at once. ValueError where it would unpack to more than any text does.
 
-    What each column takes would say it better, but pyarrow ends the process where a column's metadata are damaged.
+    By the group's sizes, not its columns': pyarrow ends the process where those are damaged.
     """
-    unpacked = group.total_byte_size
-    if unpacked > PARQUET_BOMB_BYTES and unpacked > PARQUET_BOMB_FACTOR * file_bytes:
-        raise ValueError(f"they unpack to {unpacked} bytes, of a file of {file_bytes}")
-    return max(1, min(PARQUET_ROWS, PARQUET_BYTES * group.num_rows // max(unpacked, 1)))
+    rows, unpacked = max(group.num_rows, 1), group.total_byte_size
+    if unpacked > PARQUET_BOMB_BYTES * rows or unpacked > max(PARQUET_BOMB_BYTES, PARQUET_BOMB_FACTOR * file_bytes):
+        raise ValueError(f"they unpack to {unpacked} bytes, from a file of {file_bytes}")
+    return max(1, min(PARQUET_ROWS, PARQUET_BYTES * rows // max(unpacked, 1)))
 
 
 def _holds_text(kind: Any) -> bool:
