@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--eval-windows", type=int, default=128, help="validation windows on the way")
     parser.add_argument("--eval-lengths", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--top-k", type=int, nargs="+", default=[0, 2, 4])
+    parser.add_argument("--top-k-blocks", type=int, nargs="+", default=[0, 2, 4])
     parser.add_argument("--sample-tokens", type=int, default=262144, help="validation tokens for each figure")
     parser.add_argument("--evaluations", type=int, default=1, help="so many at a time")
     options = parser.parse_args()
@@ -113,16 +113,16 @@ def main() -> None:
     # The most blocks leave the least room for a chunk; all read in chunks of that length.
     stream = options.sequence_length + options.sequence_length // options.landmark_freq
     block = options.landmark_freq + 1
-    chunk = max((stream - (max(options.top_k) + 1) * block) // block, 1) * options.landmark_freq
+    chunk = max((stream - (max(options.top_k_blocks) + 1) * block) // block, 1) * options.landmark_freq
 
     def figure(length: int, k: int | None) -> dict:
-        retrieval = [] if k is None else ["--top-k", k, "--chunk", chunk]
+        retrieval = [] if k is None else ["--top-k-blocks", k, "--chunk", chunk]
         result = perplexity(options, options.model if k is None else output, data, length, *retrieval)
-        return result | {"model": "untouched" if k is None else "fine-tuned", "eval_length": length, "top_k": k}
+        return result | {"model": "untouched" if k is None else "fine-tuned", "eval_length": length, "top_k_blocks": k}
 
     # Several at once: nothing is timed here, and one reader does not fill a GPU.
     with ThreadPoolExecutor(options.evaluations) as pool:
-        pairs = itertools.product(options.eval_lengths, [*options.top_k, None])
+        pairs = itertools.product(options.eval_lengths, [*options.top_k_blocks, None])
         figures = list(pool.map(lambda pair: figure(*pair), pairs))
     report(options, records, figures, steps, chunk)
 
@@ -165,7 +165,7 @@ def report(options: argparse.Namespace, records: list[dict], figures: list[dict]
         "| --- | --- | --- | --- | --- |",
     ]
     for figure in figures:
-        k = "" if figure["top_k"] is None else figure["top_k"]
+        k = "" if figure["top_k_blocks"] is None else figure["top_k_blocks"]
         cells = [figure["model"], figure["eval_length"], k, f"{figure['perplexity']:.3f}", figure["tokens"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     RESULTS.mkdir(exist_ok=True)

@@ -70,7 +70,7 @@ def evaluation(run: Run) -> Iterator[Row]:
     model = gpt(run)
     rows = torch.randint(0, 50000, (16, 4096), generator=torch.Generator().manual_seed(0))
     with fresh():
-        reader = Reader(model, top_k=4, chunk=250, batch=16)
+        reader = Reader(model, top_k_blocks=4, chunk=250, batch=16)
         reader.expect(4096)
 
         def read() -> None:
@@ -117,7 +117,7 @@ def decode_gpt(run: Run) -> Iterator[Row]:
             full[context] = full_step(llama("gpt-like", run), context, 1, run)
     for context in (4096, 32768, 131072, 1 << 20):
         with fresh():
-            reader = Reader(model, top_k=4)
+            reader = Reader(model, top_k_blocks=4)
             fill(reader, context)
             step, loop = step_times(reader, run)
             eager = eager_step(reader, run)
@@ -139,7 +139,7 @@ def decode_gpt_batch(run: Run) -> Iterator[Row]:
     """A step of 16 rows with 128k tokens each. Their 103 GB of blocks do not fit: the layers share one layer's."""
     model = gpt(run)
     with fresh():
-        reader = Reader(model, top_k=4, batch=16)
+        reader = Reader(model, top_k_blocks=4, batch=16)
         fill(reader, 131072, share_storage=True)
         step, loop = step_times(reader, run)
         eager = eager_step(reader, run)
@@ -155,7 +155,7 @@ def decode_gpt_batch(run: Run) -> Iterator[Row]:
 
 def decode_8b(run: Run) -> Iterator[Row]:
     """A step of Llama-3-8B's shape at 128k tokens, k = 8."""
-    model = llama("8b", run, top_k=8)
+    model = llama("8b", run, top_k_blocks=8)
     with fresh():
         reader = Reader(model)
         fill(reader, 131072)
@@ -179,7 +179,7 @@ def decode_8b(run: Run) -> Iterator[Row]:
 
 def prefill_8b(run: Run) -> Iterator[Row]:
     """Reading 128k tokens with Llama-3-8B's shape, k = 8, in chunks of 32 blocks."""
-    model, context = llama("8b", run, top_k=8), 8192 if run.quick else 131072
+    model, context = llama("8b", run, top_k_blocks=8), 8192 if run.quick else 131072
     ids = torch.randint(0, 100000, (1, context), generator=torch.Generator().manual_seed(0))
     with fresh():
         reader = Reader(model, chunk=2016)

@@ -75,8 +75,8 @@ def gpt(run: Run, **settings) -> GPTForCausalLM:
     return build(GPTForCausalLM, GPTConfig(**settings), run.layers)
 
 
-def llama(shape: str, run: Run, top_k: int = 4) -> LlamaForCausalLM:
-    landmarks = {"landmark_freq": 63, "trained_length": 8192, "top_k_blocks": top_k}
+def llama(shape: str, run: Run, top_k_blocks: int = 4) -> LlamaForCausalLM:
+    landmarks = {"landmark_freq": 63, "trained_length": 8192, "top_k_blocks": top_k_blocks}
     config = LlamaConfig(**SHAPES[shape], **landmarks, max_position_embeddings=8192, attn_implementation="landmark")
     return build(LlamaForCausalLM, config, run.layers)
 

@@ -282,7 +282,8 @@ def recipes_folder() -> Path:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the one it may have meant, or all there are."""
     known = sorted(known)
-    close = difflib.get_close_matches(word.replace("_", "-"), known, n=1)
+    word = word.replace("_", "-")
+    close = difflib.get_close_matches(word, known, n=1) or [name for name in known if word and name.startswith(word)]
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known) or 'none'}"
 
 

@@ -52,7 +52,7 @@ def measured(tmp_path):
     def landmark(row):
         settings = row.settings
         shared = settings.get("selection", "per_token_and_head") != "per_token_and_head"
-        return 80 - settings["top-k"] - settings["eval-length"] / 1024 + shared
+        return 80 - settings["top-k-blocks"] - settings["eval-length"] / 1024 + shared
 
     log = ["machine\tsome GPU", "300\tlandmark train --recipe results/landmark", "20\tlandmark eval", "total\t330"]
     tables = {name + ".json": study(name, "landmark", landmark) for name in ("table1", "table2")}

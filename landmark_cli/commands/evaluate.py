@@ -11,7 +11,7 @@ from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, results, show
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.settings import ReadingSettings, has_landmarks
-from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
+from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from landmark_cli.evaluation.score import Score
 
 PERPLEXITY_EXAMPLES = """
-landmark eval perplexity --model runs/pg19-landmark --data data/pg19/validation.bin --eval-length 4096 --top-k 4
+landmark eval perplexity --model runs/pg19-landmark --data data/pg19/validation.bin --eval-length 4096 --top-k-blocks 4
 landmark eval perplexity --eval-length 2048 --sample-tokens 100000 --json perplexity.json
 landmark eval perplexity --model runs/pg19-landmark --no-memory --eval-length 512
 landmark eval perplexity --model runs/pg19-baseline --data data/pg19 --eval-length 360
@@ -30,7 +30,7 @@ landmark eval perplexity --model runs/pg19-baseline --data data/pg19 --eval-leng
 
 PASSKEY_EXAMPLES = """
 landmark eval passkey --model runs/llama-landmark --lengths 2048,4096,8192,16384 --prompts 20
-landmark eval passkey --model runs/llama-landmark --lengths 1000000 --depths 5 --prompts 2 --top-k 4
+landmark eval passkey --model runs/llama-landmark --lengths 1000000 --depths 5 --prompts 2 --top-k-blocks 4
 landmark eval passkey --model HuggingFaceTB/SmolLM2-135M-Instruct --full-attention --depths 5 --plot passkey.png
 """
 
@@ -41,15 +41,6 @@ OUTPUT = "Output"
 @dataclass
 class EvaluationOptions(ReadingSettings, ModelOptions):
     """How a command that measures opens a model and reads with it."""
-
-    top_k_blocks: int | None = option(
-        None,
-        names=("--top-k",),
-        panel="Reading",
-        min=0,
-        max=LONGEST,
-        help="Blocks retrieved for each token; 0 for none. [default: as the model says]",
-    )
 
 
 @dataclass
@@ -213,7 +204,7 @@ def run_passkey(options: PassKeyOptions) -> None:
         for length, cell in ((length, result.cell(length)) for length in result.lengths)
     ]
     data = {"model": name, **passkey_data(result, model, options)}
-    how = f"top-k {data['reading']['top_k']}" if data["reading"] else "its own window"
+    how = f"top-k {data['reading']['top_k_blocks']}" if data["reading"] else "its own window"
     if options.full_attention:
         how = "full attention"
     results(
@@ -291,7 +282,7 @@ def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str
     if not has_landmarks(model):
         return None
     return {
-        "top_k": model.config.top_k_blocks if reading.top_k_blocks is None else reading.top_k_blocks,
+        "top_k_blocks": model.config.top_k_blocks if reading.top_k_blocks is None else reading.top_k_blocks,
         "cache_blocks": reading.cache_blocks,
         "selection": reading.selection,
         "positions": reading.positions,
@@ -319,7 +310,7 @@ def _title(name: str, file: TokenFile, result: PerplexityResult, reading: dict[s
     how = "with the memory of earlier ones" if result.memory else "each by itself"
     if reading is not None:
         cache = "all blocks" if reading["cache_blocks"] is None else f"the newest {reading['cache_blocks']} blocks"
-        how = f"top-k {reading['top_k']} of {cache}, {reading['selection']}"
+        how = f"top-k {reading['top_k_blocks']} of {cache}, {reading['selection']}"
     if result.dropped is not None:
         how += f", {result.dropped:.1%} of retrievals dropped"
     return (

@@ -31,6 +31,7 @@ from landmark_cli.inference.settings import (
     open_reader,
     trained_text_length,
 )
+from landmark_cli.options import nearest
 
 import_extra("lm_eval", "lm-eval")
 
@@ -48,7 +49,7 @@ class LandmarkLM(TemplateLM):
     """Any model that `landmark` opens. One with landmarks, or a Transformer-XL, reads whole contexts; one without sees
     of each the last tokens that its trained length holds.
 
-    pretrained: model directory, hub id or the authors' checkpoint. top_k: blocks retrieved; further arguments (chunk,
+    pretrained: model directory, hub id or the authors' checkpoint. Further arguments (top_k_blocks, chunk,
     cache_blocks, selection, ...) are those of ReadingSettings. max_gen_toks: where a task does not say how much to
     generate. trust_remote_code: run Python code that comes with the model.
     """
@@ -61,7 +62,6 @@ class LandmarkLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
-        top_k: int | None = None,
         max_gen_toks: int = 256,
         trust_remote_code: bool = False,
         **reading: Any,
@@ -70,10 +70,13 @@ class LandmarkLM(TemplateLM):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UsageError(f"batch_size is {batch_size!r}: the landmark model takes a number of 1 or more")
         self.pretrained, self.batch_size, self.max_gen_toks = pretrained, int(batch_size), max_gen_toks
-        unknown = reading.keys() - {field.name for field in fields(ReadingSettings)}
+        known = {field.name for field in fields(ReadingSettings)}
+        unknown = reading.keys() - known
         if unknown:
-            raise UsageError(f"the landmark model has no argument {', '.join(sorted(unknown))}")
-        self.reading = ReadingSettings(top_k_blocks=top_k, **reading)
+            name = min(unknown)
+            meant = nearest(name, (one.replace("_", "-") for one in known)).replace("-", "_")
+            raise UsageError(f"the landmark model has no argument {name}{meant}")
+        self.reading = ReadingSettings(**reading)
         if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
             # The harness's command asks for it where nobody has named a device.
             info(f"there is no GPU: {pretrained} runs on the CPU")

@@ -22,9 +22,6 @@ from landmark_cli.launch import again
 from landmark_cli.options import nearest, option, recipes_folder, settings_of
 from landmark_cli.schema import check
 
-# The option's name in the commands that measure.
-RENAMED = {"top_k_blocks": "top-k"}
-
 
 @dataclass
 class StudyFile:
@@ -55,7 +52,7 @@ class RowSettings(ReadingSettings):
 class Row:
     """One line of a study: which role is measured, with which settings, and the figures that were published for it.
 
-    settings: option names ("eval-length", "top-k", ...) to values. paper: corpus name to figure.
+    settings: option names ("eval-length", "top-k-blocks", ...) to values. paper: corpus name to figure.
     """
 
     role: str
@@ -64,8 +61,7 @@ class Row:
 
     def reading(self) -> ReadingSettings:
         """How the row's model reads."""
-        names = {key: name for name, key in RENAMED.items()}
-        chosen = {names.get(key, key.replace("-", "_")): value for key, value in self.settings.items()}
+        chosen = {key.replace("-", "_"): value for key, value in self.settings.items()}
         return ReadingSettings(**{key: value for key, value in chosen.items() if key in settings_of(ReadingSettings)})
 
 
@@ -106,7 +102,7 @@ def _row(path: Path, number: int, entry: dict[str, Any], roles: dict[str, str]) 
     role = entry.get("role")
     if not isinstance(role, str) or role not in roles:
         raise UsageError(f"{where}: role {shown(role)} is none of the study's roles{nearest(str(role), roles)}")
-    known = {RENAMED.get(name, name).replace("_", "-"): one for name, one in settings_of(RowSettings).items()}
+    known = {name.replace("_", "-"): one for name, one in settings_of(RowSettings).items()}
     settings = {}
     for key, value in entry.items():
         if key in ("role", "paper"):
@@ -231,5 +227,5 @@ def run_study(
 
 
 def describe(settings: dict[str, Any]) -> str:
-    """{"eval-length": 512, "top-k": 2} -> "eval-length 512, top-k 2"."""
+    """{"eval-length": 512, "top-k-blocks": 2} -> "eval-length 512, top-k-blocks 2"."""
     return ", ".join(f"{key} {value}" for key, value in settings.items())

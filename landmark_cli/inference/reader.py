@@ -22,18 +22,19 @@ from landmark_cli.inference.graphs import ChunkForward, to_device
 from landmark_cli.models.rotary import inverse_frequencies
 
 
-def default_chunk(trained_length: int, top_k: int, landmark_freq: int, name: str = "") -> int:
-    """Text tokens a chunk: what the trained length (stream tokens) leaves beside top_k + 1 blocks, in whole blocks.
+def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, name: str = "") -> int:
+    """Text tokens a chunk: what the trained length (stream tokens) leaves beside top_k_blocks + 1 blocks.
 
     name: of the model, for the error where nothing is left.
     """
     block_size = landmark_freq + 1
-    blocks = (trained_length - (top_k + 1) * block_size) // block_size
+    blocks = (trained_length - (top_k_blocks + 1) * block_size) // block_size
     if blocks < 1:
         raise LandmarkError(
-            f"top-k {top_k} leaves no room for a chunk: {top_k} blocks, the incomplete one and one of the chunk take "
-            f"{(top_k + 2) * block_size} positions, the model {name} was trained at {trained_length}; "
-            f"use a top-k of at most {max(0, largest_top_k(trained_length, landmark_freq))}, or give a chunk length"
+            f"retrieving {top_k_blocks} blocks leaves no room for a chunk: these, the incomplete block and one of the "
+            f"chunk take {(top_k_blocks + 2) * block_size} positions, the model {name} was trained at "
+            f"{trained_length}; retrieve at most {max(0, largest_top_k(trained_length, landmark_freq))} "
+            "(--top-k-blocks), or give a chunk length"
         )
     return blocks * landmark_freq
 
@@ -55,9 +56,9 @@ class ReadChunk:
 class Reader:
     """Reads a batch of rows, each at its own pace, and remembers them in a block cache.
 
-    model: any landmark model. top_k: blocks retrieved per query (config.top_k_blocks by default). chunk: text tokens a
-    chunk (by default what the trained length leaves). cache_blocks, selection, positions, context_miss_cutoff: see
-    RetrievalSettings. offload: "cpu" keeps blocks in host memory. batch: rows.
+    model: any landmark model. top_k_blocks: blocks retrieved per query (config.top_k_blocks by default). chunk: text
+    tokens a chunk (by default what the trained length leaves). cache_blocks, selection, positions,
+    context_miss_cutoff: see RetrievalSettings. offload: "cpu" keeps blocks in host memory. batch: rows.
 
     Raises LandmarkError where the model has no landmarks or the settings do not fit it.
     """
@@ -66,7 +67,7 @@ class Reader:
         self,
         model: PreTrainedModel,
         *,
-        top_k: int | None = None,
+        top_k_blocks: int | None = None,
         chunk: int | None = None,
         cache_blocks: int | None = None,
         selection: Selection = "per_token_and_head",
@@ -85,12 +86,16 @@ class Reader:
             )
         self.model = model
         self.landmark_freq, self.landmark_token_id = config.landmark_freq, config.landmark_token_id
-        top_k = config.top_k_blocks if top_k is None else top_k
+        top_k_blocks = config.top_k_blocks if top_k_blocks is None else top_k_blocks
         if chunk is not None and chunk < 1:
             raise LandmarkError(f"the chunk length is {chunk}; it must be at least 1 text token")
-        self.chunk = chunk or default_chunk(config.trained_length, top_k, self.landmark_freq, config.name_or_path)
+        self.chunk = chunk or default_chunk(
+            config.trained_length, top_k_blocks, self.landmark_freq, config.name_or_path
+        )
         self.cache = BlockCache(
-            RetrievalSettings(self.landmark_freq + 1, top_k, selection, cache_blocks, positions, context_miss_cutoff),
+            RetrievalSettings(
+                self.landmark_freq + 1, top_k_blocks, selection, cache_blocks, positions, context_miss_cutoff
+            ),
             inverse_frequencies(model),
             batch=batch,
             device=model.device,

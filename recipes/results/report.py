@@ -165,15 +165,15 @@ def order_table(rows: list[dict[str, Any]], corpus: str) -> list[str]:
     """
     find = figures(rows, corpus)
     plain, wide = find("baseline", 512), {"chunk": 250, "cache_blocks": 40}
-    four = find("landmark", 2048, **wide, top_k=4)
-    longer = find("landmark", 4096, chunk=250, cache_blocks=80, top_k=4)
-    heads, tokens = ({"selection": f"max_over_{what}", "top_k": 4} for what in ("heads", "tokens"))
-    own = find("landmark", 2048, selection="per_token_and_head", top_k=4)
+    four = find("landmark", 2048, **wide, top_k_blocks=4)
+    longer = find("landmark", 4096, chunk=250, cache_blocks=80, top_k_blocks=4)
+    heads, tokens = ({"selection": f"max_over_{what}", "top_k_blocks": 4} for what in ("heads", "tokens"))
+    own = find("landmark", 2048, selection="per_token_and_head", top_k_blocks=4)
     claims = [
         ("landmark at 512, k = 2, against the baseline at 512", find("landmark", 512), plain),
         ("landmark at 2048, k = 4, against the baseline at 512", four, plain),
         ("landmark at 4096, k = 4, against the baseline at 512", longer, plain),
-        ("landmark at 2048, k = 4, against k = 2", four, find("landmark", 2048, **wide, top_k=2)),
+        ("landmark at 2048, k = 4, against k = 2", four, find("landmark", 2048, **wide, top_k_blocks=2)),
         ("landmark, k = 4, at 4096 against at 2048", longer, four),
         ("landmark at 2048, k = 4, against Transformer-XL at 2048", four, find("xl", 2048)),
         ("landmark at 4096, k = 4, against Transformer-XL at 4096", longer, find("xl", 4096)),

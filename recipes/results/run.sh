@@ -127,7 +127,7 @@ tables() {
 
 # keys K PROMPTS LENGTHS ROWS: rows are prompts read at a time; a million tokens of one take 12 GB.
 keys() {
-    measure "passkey-k$1" passkey --model "$model" --top-k "$1" --prompts "$2" --lengths "$3" --batch-size "$4"
+    measure "passkey-k$1" passkey --model "$model" --top-k-blocks "$1" --prompts "$2" --lengths "$3" --batch-size "$4"
 }
 
 short_keys() {
@@ -149,7 +149,7 @@ pretrained_novels() {
 }
 
 pretrained_keys() {
-    local how=(--top-k 4 --batch-size 4 --prompts "$PROMPTS")
+    local how=(--top-k-blocks 4 --batch-size 4 --prompts "$PROMPTS")
     [ "$role" != untouched ] || how=(--full-attention --batch-size 1 --prompts "$UNTOUCHED_PROMPTS")
     measure passkey passkey --model "$model" --lengths "$SMOLLM2_LENGTHS" "${how[@]}"
 }

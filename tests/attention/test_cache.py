@@ -122,14 +122,14 @@ def test_the_least_recently_used_blocks_make_room(places, calls):
 
 def test_blocks_in_host_memory_change_nothing():
     model, rows = tiny_model(), [tiny_text(37)]
-    plain, offloaded = (Reader(model, top_k=2, chunk=8, offload=where) for where in ("none", "cpu"))
+    plain, offloaded = (Reader(model, top_k_blocks=2, chunk=8, offload=where) for where in ("none", "cpu"))
     for a, b in zip(plain.read(rows), offloaded.read(rows), strict=True):
         assert torch.equal(a.logits, b.logits)
 
 
 def test_too_little_host_memory_is_said_before(monkeypatch):
     monkeypatch.setattr(offload, "available_host_memory", lambda: 2**20)
-    reader = Reader(tiny_model(), top_k=2, offload="cpu")
+    reader = Reader(tiny_model(), top_k_blocks=2, offload="cpu")
     reader.expect(100)
     with pytest.raises(LandmarkError, match=r"offloading 125,000,001 tokens needs .* GiB of host memory, 0.0 GiB are"):
         reader.expect(100_000_000)

@@ -11,7 +11,7 @@ from landmark_cli.evaluation.perplexity import evaluate_perplexity
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.store import load
 
-SETTINGS = ["--eval-length", "60", "--chunk", "16", "--top-k", "2"]
+SETTINGS = ["--eval-length", "60", "--chunk", "16", "--top-k-blocks", "2"]
 
 
 def test_the_newest_model_on_the_newest_corpus(landmark, workplace):
@@ -31,7 +31,7 @@ def test_the_newest_model_on_the_newest_corpus(landmark, workplace):
     assert data["perplexity"] == expected.overall.perplexity and data["tokens"] == expected.overall.tokens
     assert [part["loss"] for part in data["chunks"]] == [part.loss for part in expected.chunks]
     assert data["reading"] == {
-        "top_k": 2,
+        "top_k_blocks": 2,
         "cache_blocks": None,
         "selection": "per_token_and_head",
         "positions": "bounded",
@@ -67,7 +67,8 @@ def test_a_baseline_is_read_in_plain_windows(landmark):
         (["--data", "data/other"], 1, "there is no token file data/other.bin"),
         (["--model", "./runs/none"], 1, "cannot open the model ./runs/none"),
         (["--eval-length", "0"], 2, "must be at least 1"),
-        (["--top-k", "20"], 1, "leaves no room for a chunk"),
+        (["--top-k-blocks", "20"], 1, "leaves no room for a chunk"),
+        (["--top-k", "2"], 2, "No such option: --top-k Did you mean --top-k-blocks?"),
         (["--device", "nowhere"], 2, "--device nowhere: there is no such device here; there is cpu"),
     ],
 )
@@ -100,7 +101,7 @@ def test_passkey(landmark, workplace):
         (150, 4, 0),
     ]
     assert [depth["from"] for depth in data["lengths"][0]["depths"]] == [0.0, 1.0]
-    assert len(data["trials"]) == 8 and data["reading"]["top_k"] == 2 and data["model"] == "runs/landmark"
+    assert len(data["trials"]) == 8 and data["reading"]["top_k_blocks"] == 2 and data["model"] == "runs/landmark"
     assert (workplace / "keys.png").stat().st_size > 1000
     assert "0.000-0.490" in result.out and "keys found, by depth and length" in result.out
     assert landmark(*arguments, "--json", "-").out == (workplace / "keys.json").read_text()

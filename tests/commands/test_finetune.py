@@ -91,7 +91,7 @@ def test_the_result_is_a_landmark_model_that_reads_on(place, tmp_path):
     ids = tokenizer(sentences(50, 8), return_tensors="pt").input_ids[0]
     with torch.no_grad():
         whole = opened(insert_landmarks(ids, 7, 258)[None]).logits
-    read = [chunk.logits for chunk in Reader(opened, top_k=100, chunk=30).read([ids])]
+    read = [chunk.logits for chunk in Reader(opened, top_k_blocks=100, chunk=30).read([ids])]
     assert_close_norm(torch.cat(read, 1)[0, -1], whole[0, -1])
 
 

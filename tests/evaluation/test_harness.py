@@ -87,7 +87,7 @@ def instances(kind: str, *arguments: tuple) -> list[Instance]:
 @pytest.mark.parametrize("kind", ["landmark", "baseline", "xl"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_requests_equal_one_forward_pass(place, kind, batch_size):
-    lm = LandmarkLM(str(place / kind), batch_size=batch_size, top_k=64, chunk=7, device="cpu")
+    lm = LandmarkLM(str(place / kind), batch_size=batch_size, top_k_blocks=64, chunk=7, device="cpu")
     pairs = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]] + [("", "The sky")]
     found = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
     for (context, continuation), (loss, likeliest) in zip(pairs, found, strict=True):
@@ -98,7 +98,7 @@ def test_requests_equal_one_forward_pass(place, kind, batch_size):
 
 def test_whole_texts(place):
     texts = [QUESTIONS[1]["question"] * 2, "The sky"]
-    lm = LandmarkLM(str(place / "landmark"), batch_size=2, top_k=64, chunk=9, device="cpu")
+    lm = LandmarkLM(str(place / "landmark"), batch_size=2, top_k_blocks=64, chunk=9, device="cpu")
     found = lm.loglikelihood_rolling(instances("loglikelihood_rolling", *((text,) for text in texts)), True)
     expected = [log_likelihood(lm, [GPT2.eot_id], GPT2.encode(text))[0] for text in texts]
     assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found, expected, strict=True))
@@ -112,7 +112,7 @@ def test_whole_texts(place):
 
 
 def test_tasks_of_local_files(place):
-    lm = LandmarkLM(str(place / "landmark"), batch_size=2, top_k=2, device="cpu")
+    lm = LandmarkLM(str(place / "landmark"), batch_size=2, top_k_blocks=2, device="cpu")
     tasks = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
     results = [simple_evaluate(lm, tasks=[*TASKS], task_manager=tasks, bootstrap_iters=0) for _ in range(2)]
     assert results[0]["results"] == results[1]["results"]
@@ -127,7 +127,7 @@ def test_tasks_of_local_files(place):
 @pytest.mark.slow
 def test_the_harness_s_own_command(place):
     command = [sys.executable, "-m", "landmark_cli.evaluation.harness", "run", "--model", "landmark"]
-    command += ["--model_args", f"pretrained={place / 'landmark'},top_k=2", "--tasks", "local_choice"]
+    command += ["--model_args", f"pretrained={place / 'landmark'},top_k_blocks=2", "--tasks", "local_choice"]
     command += ["--include_path", str(place / "tasks"), "--device", "cpu", "--batch_size", "2"]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -139,7 +139,7 @@ def test_the_harness_s_own_command(place):
 @pytest.mark.parametrize(("path", "code"), [("landmark", 0), ("nowhere", 1)])
 def test_the_harness_s_own_command_without_a_device(place, path, code):
     command = [sys.executable, "-m", "landmark_cli.evaluation.harness", "run", "--model", "landmark"]
-    command += ["--model_args", f"pretrained={place / path},top_k=2", "--tasks", "local_choice"]
+    command += ["--model_args", f"pretrained={place / path},top_k_blocks=2", "--tasks", "local_choice"]
     command += ["--include_path", str(place / "tasks"), "--limit", "1"]
     changes = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **changes})

@@ -27,11 +27,11 @@ study: perplexity
 title: A small study
 roles: {landmark: with landmarks, xl: with a memory, miss: with a context-miss token}
 rows:
-  - {role: landmark, eval-length: 40, chunk: 8, top-k: 1, paper: {pg19: 16.5}}
-  - {role: landmark, eval-length: 40, chunk: 8, top-k: 2, selection: max_over_heads}
+  - {role: landmark, eval-length: 40, chunk: 8, top-k-blocks: 1, paper: {pg19: 16.5}}
+  - {role: landmark, eval-length: 40, chunk: 8, top-k-blocks: 2, selection: max_over_heads}
   - {role: landmark, eval-length: 40, memory: false, chunk: 20}
   - {role: xl, eval-length: 40}
-  - {role: miss, eval-length: 40, chunk: 8, top-k: 2, context-miss-cutoff: 0.2}
+  - {role: miss, eval-length: 40, chunk: 8, top-k-blocks: 2, context-miss-cutoff: 0.2}
 """
 SHAPES = {
     "landmark": {"landmark_freq": 4, "trained_length": 40},
@@ -66,7 +66,7 @@ def test_a_study_measures_every_row_and_writes_its_tables(place, tmp_path):
     results = [row["result"] for row in data["rows"]]
     assert [result["eval_length"] for result in results] == [40] * 5
     assert [result["memory"] for result in results] == [True, True, False, True, True]
-    assert results[0]["reading"]["top_k"] == 1 and results[1]["reading"]["selection"] == "max_over_heads"
+    assert results[0]["reading"]["top_k_blocks"] == 1 and results[1]["reading"]["selection"] == "max_over_heads"
     assert results[3]["chunk"] == 8 and results[3]["reading"] is None
     assert 0 <= results[4]["dropped_retrievals"] <= 1
     assert len({result["perplexity"] for result in results}) == 5
@@ -211,8 +211,8 @@ WRONG = {
 def test_mistakes_are_named(place, tmp_path):
     with pytest.raises(UsageError, match="did you mean table1"):
         load_study("tabel1")
-    with pytest.raises(UsageError, match=r'row 1: unknown key "topk"; did you mean top-k'):
-        (tmp_path / "s.yaml").write_text("study: perplexity\nroles: {a: x}\nrows: [{role: a, topk: 1}]")
+    with pytest.raises(UsageError, match=r'row 1: unknown key "top-k"; did you mean top-k-blocks'):
+        (tmp_path / "s.yaml").write_text("study: perplexity\nroles: {a: x}\nrows: [{role: a, top-k: 1}]")
         load_study(tmp_path / "s.yaml")
     with pytest.raises(UsageError, match="row 1: role 'b' is none of"):
         (tmp_path / "s.yaml").write_text("study: perplexity\nroles: {a: x}\nrows: [{role: b}]")

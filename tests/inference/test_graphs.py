@@ -38,7 +38,7 @@ class Repeated:
 def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
     model, rows = tiny_model(n_layer=1), [tiny_text(44, 1), tiny_text(26, 2)]
-    recorded, plain = (Reader(model, batch=2, chunk=8, top_k=2) for _ in range(2))
+    recorded, plain = (Reader(model, batch=2, chunk=8, top_k_blocks=2) for _ in range(2))
     recorded.forward.recording, recorded.forward.record = True, Repeated
     # What a graph would have recorded of a trace this stand-in does not write again, so only logits are compared.
     for a, b in zip(read(recorded, rows, 7)[0], read(plain, rows, 7)[0], strict=True):
@@ -48,7 +48,7 @@ def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
 
 def test_what_is_read_without_a_graph_leaves_the_traces_of_graphs_alone(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
-    reader, traced = Reader(tiny_model(n_layer=1), chunk=8, top_k=2), {}
+    reader, traced = Reader(tiny_model(n_layer=1), chunk=8, top_k_blocks=2), {}
     reader.forward.recording, reader.forward.record = True, Repeated
     record = ChunkForward._record
 

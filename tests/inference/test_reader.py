@@ -86,7 +86,7 @@ def test_with_all_blocks_retrieved_any_split_equals_one_forward(length, chunk):
 def test_steps_equal_reading_token_by_token():
     rows = [text(23, 1), text(9, 2)]
     expected = read_all(rows, top_k=2, chunk=1)
-    reader = Reader(MODEL, top_k=2, batch=2)
+    reader = Reader(MODEL, top_k_blocks=2, batch=2)
     for at in range(23):
         logits = reader.step([rows[0][at].item(), rows[1][at].item() if at < 9 else None])
         assert_close_norm(logits[0], expected[0][at])
@@ -97,7 +97,7 @@ def test_steps_equal_reading_token_by_token():
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 21])
 def test_last_only_gives_the_last_text_token(length):
     row = text(length)
-    *_, last = Reader(MODEL, top_k=2, chunk=5).read([row], last_only=True)
+    *_, last = Reader(MODEL, top_k_blocks=2, chunk=5).read([row], last_only=True)
     assert last.logits.shape == (1, 1, VOCABULARY)
     assert_close_norm(last.logits[0, 0], read_all([row], top_k=2, chunk=5)[0][-1])
 
@@ -111,7 +111,7 @@ def test_retrieval_matters_and_eviction_forgets():
 
 
 def test_reset_forgets():
-    reader = Reader(MODEL, top_k=2, chunk=8)
+    reader = Reader(MODEL, top_k_blocks=2, chunk=8)
     first = [chunk.logits for chunk in reader.read([text(30)])]
     reader.reset()
     again = [chunk.logits for chunk in reader.read([text(30)])]

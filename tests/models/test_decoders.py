@@ -59,7 +59,7 @@ def test_family(family, tmp_path):
         assert_close_norm(logits, model(stream).logits)
         model.set_attn_implementation("landmark")
 
-    read = torch.cat([chunk.logits for chunk in Reader(model, top_k=9, chunk=20, batch=2).read(list(ids))], 1)
+    read = torch.cat([chunk.logits for chunk in Reader(model, top_k_blocks=9, chunk=20, batch=2).read(list(ids))], 1)
     assert_close_norm(read, logits[:, ~landmark_positions(stream.shape[1], BLOCK)])
 
     # As a user would: saved, opened by transformers, saved again, opened by us.
@@ -255,5 +255,5 @@ def test_the_papers_own_model_goes_on_with_other_landmarks(make):
     ids = texts(1, 40)
     with torch.no_grad():
         logits = model(insert_landmarks(ids, FREQ, 257)).logits[:, -1]
-    (read,) = Reader(model, top_k=9, chunk=40).read([ids[0]])
+    (read,) = Reader(model, top_k_blocks=9, chunk=40).read([ids[0]])
     assert_close_norm(read.logits[:, -1], logits)

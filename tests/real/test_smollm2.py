@@ -81,9 +81,9 @@ def test_it_opens_and_reads_rows_of_a_batch_as_it_reads_each(tuned):
     model = model.float()
     novel = torch.from_numpy(TokenFile.open(tuned / "data/0-sample/validation.bin").tokens[:200].astype("int64"))
     rows = [novel, novel[100:190]]
-    together = [chunk.logits[:, -1] for chunk in Reader(model, top_k=1, chunk=126, batch=2).read(rows)]
+    together = [chunk.logits[:, -1] for chunk in Reader(model, top_k_blocks=1, chunk=126, batch=2).read(rows)]
     for i, row in enumerate(rows):
-        alone = [chunk.logits[0, -1] for chunk in Reader(model, top_k=1, chunk=126).read([row])]
+        alone = [chunk.logits[0, -1] for chunk in Reader(model, top_k_blocks=1, chunk=126).read([row])]
         for n, logits in enumerate(alone):
             assert_close_norm(together[n][i], logits)
 
@@ -91,7 +91,7 @@ def test_it_opens_and_reads_rows_of_a_batch_as_it_reads_each(tuned):
 def test_perplexity_and_text_by_the_command(tuned, tmp_path, capsys):
     corpus = tuned / "data/0-sample"
     run(
-        f"eval perplexity --model {tuned} --data {corpus} --eval-length 378 --top-k 1 --sample-tokens 378 "
+        f"eval perplexity --model {tuned} --data {corpus} --eval-length 378 --top-k-blocks 1 --sample-tokens 378 "
         f"--device cpu --dtype float32 --json {tmp_path / 'perplexity.json'}"
     )
     assert "perplexity" in (tmp_path / "perplexity.json").read_text()

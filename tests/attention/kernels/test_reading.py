@@ -174,6 +174,6 @@ def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
 
 def test_a_model_says_what_the_kernels_cannot(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
-    reader = Reader(tiny_model(), top_k=65, chunk=8)
+    reader = Reader(tiny_model(), top_k_blocks=65, chunk=8)
     with pytest.raises(LandmarkError, match=r"top_k is 65; .* at most 64 blocks; or set LANDMARK_ATTENTION=eager"):
         next(reader.read([tiny_text(9)]))
