@@ -112,7 +112,7 @@ def open_reader(
 
     return Reader(
         model,
-        top_k=settings.top_k_blocks,
+        top_k_blocks=settings.top_k_blocks,
         chunk=settings.chunk,
         cache_blocks=settings.cache_blocks,
         selection=settings.selection,
