@@ -12,7 +12,8 @@ Stream tokens include landmarks and are what the GPU computes; text tokens are w
 second x operations of a token / the chip's dense 16-bit peak. Operations of a token: 6 for every weight of a linear
 layer, the head included, and 6 x layers x heads x head dim x window for attention (half the square), for both models.
 Memory is the most that tensors took. Batches are on the GPU before the clock starts; "with loader" takes them from the
-loop's loader instead. Random tokens, drawn as often as words are.
+loop's loader instead. Random tokens, drawn as often as words are. Waits: how often the host waits for the GPU in a
+step, by torch's own count of operations that do.
 
 --warm compiles cases first, in processes side by side, as many as fit the memory. --variants: what single optimizations
 are worth.
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -87,13 +89,14 @@ class Case:
 
 @dataclass
 class Result:
-    """seconds: of a step; loading: of one with the loader; memory: bytes."""
+    """seconds: of a step; loading: of one with the loader; memory: bytes; waits: of a step, for the GPU."""
 
     case: Case
     seconds: float
     loading: float
     memory: int
     flops: float
+    waits: int
 
     @property
     def stream_tokens(self) -> float:
@@ -161,6 +164,21 @@ def fresh() -> Iterator[None]:
 def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+@contextmanager
+def counted_waits() -> Iterator[list[warnings.WarningMessage]]:
+    """The operations of the block that wait for the GPU, one warning each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if DEVICE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            if DEVICE.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    caught[:] = [one for one in caught if "synchronizing" in str(one.message)]
 
 
 class Bench:
@@ -253,6 +271,10 @@ class Bench:
             step(constant)
         synchronize()
         ready = time.perf_counter()
+        with counted_waits() as waits:
+            step(constant)
+        for one in waits:
+            info(f"{case} waits for the GPU at {one.filename}:{one.lineno}")
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         once = seconds_of(lambda: step(constant))
@@ -262,7 +284,7 @@ class Bench:
         loading = seconds_of(lambda: [step(micro) for micro in islice(loader, steps)]) / steps
         loader.close()
         memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-        return Result(case, seconds, loading, memory, loop.flops_per_token), ready
+        return Result(case, seconds, loading, memory, loop.flops_per_token, len(waits)), ready
 
     def parts(self, case: Case) -> dict[str, float]:
         """Milliseconds that the parts of a step take by themselves, forward and backward, for all layers and
@@ -344,8 +366,8 @@ def report(results: list[Result], parts: dict[Case, dict[str, float]], compared:
         "\n\n".join(__doc__.split("\n\n")[2:4]),
         "",
         "| case | model | mode | window | batch | stream tokens/s | text tokens/s | of the baseline | MFU | memory GiB "
-        "| ms a step | with loader |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| ms a step | with loader | waits |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     speeds = {(r.case.name, r.case.kind, r.case.mode): r.stream_tokens for r in results}
     for r in results:
@@ -356,7 +378,7 @@ def report(results: list[Result], parts: dict[Case, dict[str, float]], compared:
         lines.append(
             f"| {case.name} | {case.kind} | {case.mode} | {case.length} | {case.batch} x {case.accumulation} | "
             f"{r.stream_tokens:,.0f} | {r.text_tokens:,.0f} | {share} | {mfu} | {r.memory / 2**30:.1f} | "
-            f"{1e3 * r.seconds:.1f} | {1e3 * r.loading:.1f} |"
+            f"{1e3 * r.seconds:.1f} | {1e3 * r.loading:.1f} | {r.waits} |"
         )
     if parts:
         lines += [

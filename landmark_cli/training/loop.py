@@ -252,7 +252,7 @@ class Loop:
         skipped = self._skipped - before
         if skipped:
             warn(
-                f"{skipped} of the last {steps} steps, up to {self.step}, changed nothing: "
+                f"{skipped} of the {steps} steps up to step {self.step} changed nothing: "
                 "their loss or gradient was not finite"
             )
         loss = self.accelerator.reduce(loss, "sum").item()

@@ -1,5 +1,7 @@
 """A model of a few thousand weights and batches that need no files."""
 
+import os
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -54,7 +56,9 @@ def tiny_model(seed=0, **changes):
 
 
 def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, identity=None, validation=(), **changes):
-    """A loop over `batch_size * accumulation` rows a step that logs every step; `changes` are LoopSettings' fields."""
+    """A loop over `batch_size * accumulation` rows a step, in each process, that logs every step; `changes` are
+    LoopSettings' fields."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     output.mkdir(parents=True, exist_ok=True)
     settings = {
         "output": output,
@@ -76,7 +80,7 @@ def tiny_loop(output, *, steps=6, batch_size=4, accumulation=2, model=None, iden
     return Loop(
         make_accelerator(precision="fp32", accumulation=accumulation, device="cpu", output=output),
         model if model is not None else tiny_model(),
-        RandomBatches(batch_size * accumulation),
+        RandomBatches(batch_size * accumulation * processes),
         LoopSettings(**(settings | changes)),
         identity if identity is not None else {"n_layer": 2},
         validation=validation,
