@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 
 import torch
 from hypothesis import settings
@@ -8,6 +9,10 @@ from hypothesis import settings
 # Without a GPU kernels run in Triton's interpreter, which is chosen when triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell's work in the background ignores the interrupts that tests send to themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Continuous integration runs on slow and busy machines: an example's time says nothing.
 settings.register_profile("landmark", deadline=None)

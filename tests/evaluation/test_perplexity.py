@@ -118,7 +118,8 @@ def test_score_in_pieces(monkeypatch):
     flat = logits.float().flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum")
     correct = (flat.argmax(-1) == targets.flatten()).sum()
-    assert_close_norm(sums, torch.tensor([13, expected, correct]).double())
+    assert sums[::2].tolist() == [13, correct]
+    assert_close_norm(sums[1], expected.double(), torch.float32)
 
 
 def test_nothing_predicted_has_no_loss():
