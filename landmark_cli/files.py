@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from landmark_cli.errors import LandmarkError
@@ -305,6 +306,15 @@ def check_writable(path: str | Path, what: str = "") -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             partial.unlink()
+
+
+def check_folder(folder: Path, what: str = "") -> None:
+    """The same for files of a folder that is there, or for folders to be made in it."""
+    with writing(folder, what):
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with TemporaryFile(dir=folder):
+            pass
 
 
 def _is_device(path: Path) -> bool:

@@ -200,11 +200,16 @@ def build(options_class: type, values: dict[str, Any]) -> Any:
 
 
 def check_outputs(options: Any) -> None:
-    """Raise LandmarkError where a file that the options want written cannot be, before any work is done for it."""
+    """Raise LandmarkError where a file that the options want written cannot be, before any work is done for it, and
+    UsageError where two of them are one file."""
+    taken: dict[str, str] = {}
     for name, setting in settings_of(type(options)).items():
         value = getattr(options, name)
         if setting.metadata["is_output"] and value is not None and str(value) != "-":
             check_writable(value, setting.label)
+            other = taken.setdefault(os.path.realpath(value), setting.label)
+            if other != setting.label:
+                raise UsageError(f"{other} and {setting.label} name the same file, {value}: give each one of its own")
 
 
 def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[str, Any]:

@@ -327,10 +327,11 @@ def saved_dtype(options: FinetuneOptions) -> torch.dtype:
     """The dtype of the finished model's weights."""
     import torch
 
-    from landmark_cli.models.pretrained import open_config
+    from landmark_cli.models.pretrained import stored_dtype
 
-    named = getattr(torch, options.save_dtype, None)
-    return named or open_config(options.model, trust_remote_code=options.trust_remote_code).dtype or torch.float32
+    if options.save_dtype != "auto":
+        return getattr(torch, options.save_dtype)
+    return stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
 
 
 def check_data(files: list[Any], tokenizer: PreTrainedTokenizerBase, model: str) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.console import warn
 from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id
 from landmark_cli.errors import LandmarkError
 
 from .generation_config import settle_sampling
-from .support import check_config, check_model
+from .support import attention_dropout, check_config, check_model
 
 PADDING_TOKEN = "[PAD]"
 # Products with a matrix of a multiple of 64 rows run at full speed on a GPU; an aligned vocabulary stays aligned.
@@ -60,6 +61,11 @@ def add_landmarks(
         )
     check_config(model.config, name)
     check_model(model, trained_length, name)
+    if dropped := attention_dropout(model):
+        warn(
+            f"{name} asks for attention dropout of {dropped:g}, which landmark attention does not have: it is trained "
+            "without"
+        )
 
     _add_tokens(model, tokenizer)
     settle_sampling(model, name)

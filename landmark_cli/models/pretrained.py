@@ -96,6 +96,19 @@ def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     return config
 
 
+def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype that a model's weights are opened in as stored: its config's, or where that names none, its files'.
+
+    path, trust_remote_code and errors as those of `open_config`.
+    """
+    dtype = open_config(path, trust_remote_code=trust_remote_code).dtype
+    if dtype is not None:
+        return dtype
+    with opening(path, "the model", trust_remote_code) as code, _without_reports():
+        # Nothing is read but what the files say they hold.
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="meta", **code).dtype
+
+
 @dataclass
 class LandmarkSettings:
     """What this package's code takes from a config.json, besides what transformers checks itself."""

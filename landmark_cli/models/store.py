@@ -20,6 +20,10 @@ from .lora import is_adapter, open_adapted
 from .pretrained import open_pretrained
 from .size import MOST_MODULES
 
+FINISHED_WEIGHTS = ("model*.safetensors", "adapter_model*")
+# What directories are called while a run or `weight-diff` writes them.
+UNFINISHED = (".partial", ".unfinished", ".replaced")
+
 
 def load(
     path: str | Path,
@@ -52,18 +56,22 @@ def load(
 
 
 def newest_model(root: str | Path = "runs") -> Path:
-    """The newest finished model directory under `root`. Raises LandmarkError where there is none."""
-    finished = [
-        directory.parent
-        for directory in Path(root).glob("**/config.json")
-        if any(directory.parent.glob("model*.safetensors"))
-    ]
-    # Checkpoints of unfinished runs and weight differences have other names, and are no models.
+    """The newest finished model or adapter directory under `root`. Raises LandmarkError where there is none."""
+    finished = [file.parent for file in Path(root).glob("**/config.json") if _is_finished(file.parent, Path(root))]
     if not finished:
         raise LandmarkError(
             f"no model was named and none is under {root}/; name one with --model, or run landmark train"
         )
     return max(finished, key=lambda directory: (directory / "config.json").stat().st_mtime)
+
+
+def _is_finished(directory: Path, root: Path) -> bool:
+    """Whether a directory with a config.json has weights beside it and is not being written.
+
+    Checkpoints of unfinished runs and weight differences have other names for theirs.
+    """
+    being_written = any(part.endswith(UNFINISHED) for part in directory.relative_to(root).parts)
+    return not being_written and any(any(directory.glob(pattern)) for pattern in FINISHED_WEIGHTS)
 
 
 @dataclass

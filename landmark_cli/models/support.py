@@ -84,6 +84,14 @@ def check_model(model: PreTrainedModel, trained_length: int, name: str) -> None:
             raise _refusal(name, f"in layer {index} {reason}")
 
 
+def attention_dropout(model: PreTrainedModel) -> float:
+    """The largest probability with which a model's layers, while it trains, drop single weights of their attention."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        seen = _probe(model, torch.zeros(1, dtype=torch.long), training=True)
+    return max((layer.arguments.get("dropout") or 0.0 for layer in seen.layers), default=0.0)
+
+
 def _refusal(name: str, reason: str) -> LandmarkError:
     return LandmarkError(
         f"landmark attention cannot be given to {name}: {reason}. "
@@ -183,17 +191,17 @@ def _record(
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, positions: Tensor) -> _Seen:
-    """What every layer's attention is given for equal tokens at these positions."""
+def _probe(model: PreTrainedModel, positions: Tensor, training: bool = False) -> _Seen:
+    """What every layer's attention is given for equal tokens at these positions, when reading or when training."""
     AttentionInterface.register(PROBE, _record)
-    before, training, seen = model.config._attn_implementation, model.training, _Seen(positions)
+    before, was_training, seen = model.config._attn_implementation, model.training, _Seen(positions)
     ids = torch.full((1, len(positions)), model.config.vocab_size // 2, device=model.device)
     try:
-        model.eval().set_attn_implementation(PROBE)
+        model.train(training).set_attn_implementation(PROBE)
         # An attention of the model's own is not replaced, and takes no foreign arguments.
         if model.config._attn_implementation == PROBE:
             model(input_ids=ids, position_ids=positions[None].to(model.device), use_cache=False, landmark_probe=seen)
     finally:
         model.set_attn_implementation(before)
-        model.train(training)
+        model.train(was_training)
     return seen

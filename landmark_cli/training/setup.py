@@ -184,8 +184,9 @@ class LossModel(nn.Module):
         if controlled is not None or (self.group_dropout and self.training):
             extra["landmark_layout"] = self._layout(controlled)
         if self.fused_loss:
-            hidden = self.wrapped.base_model(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
-            return linear_cross_entropy(hidden, self.wrapped.get_output_embeddings().weight, labels)
+            model = without_adapters(self.wrapped)
+            hidden = model.base_model(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
+            return linear_cross_entropy(hidden, model.get_output_embeddings().weight, labels)
         output = self.wrapped(input_ids=input_ids, labels=labels, shift_labels=labels, use_cache=False, **extra)
         count = (labels != IGNORED_TARGET).sum()
         return torch.where(count > 0, output.loss * count, 0.0)
@@ -206,8 +207,14 @@ def bf16_under_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Ten
     return output
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model that peft's wrapper holds, whose layers have the adapters in them; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def has_plain_head(model: nn.Module) -> bool:
     """Whether a model's logits are known to be its last hidden states times its head's weight, and nothing else."""
+    model = without_adapters(model)
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in PLAIN_HEADS:
         return False
     head = model.get_output_embeddings()

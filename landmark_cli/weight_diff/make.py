@@ -12,7 +12,14 @@ from landmark_cli import console
 from landmark_cli.weight_diff import bits, manifest
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor, locate
 from landmark_cli.weight_diff.matching import Pair, pair
-from landmark_cli.weight_diff.output import ShardWriter, check_space, new_directory, plan_shards, write_file
+from landmark_cli.weight_diff.output import (
+    ShardWriter,
+    check_space,
+    check_target,
+    new_directory,
+    plan_shards,
+    write_file,
+)
 from landmark_cli.weight_diff.stream import PIECE_BYTES, for_each_tensor, pieces
 
 RAW, TUNED, DIFF = "--path-raw", "--path-tuned", "--path-diff"
@@ -25,6 +32,7 @@ def make(
 
     path_raw, path_tuned: directories or hub ids, safetensors or `.bin`. Raises LandmarkError as the modules used say.
     """
+    check_target(path_diff, DIFF, overwrite)
     raw = Checkpoint(locate(path_raw, RAW), RAW)
     tuned = Checkpoint(locate(path_tuned, TUNED), TUNED)
     pairs = {found.tensor.name: found for found in pair(tuned, raw)}

@@ -16,7 +16,7 @@ import numpy as np
 
 from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.files import flush
+from landmark_cli.files import check_folder, flush
 from landmark_cli.locks import LOCK, sole_writer
 from landmark_cli.weight_diff.bits import ITEM_BYTES
 from landmark_cli.weight_diff.checkpoint import Tensor
@@ -179,6 +179,14 @@ def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def check_target(path: Path, role: str, overwrite: bool) -> None:
+    """Raise, before anything is fetched or read, as `new_directory` would afterwards."""
+    path = path.expanduser().resolve()
+    _check_target(path, role, overwrite, ())
+    # What is missing above it is made once there is something to write.
+    check_folder(next(folder for folder in path.parents if folder.exists()), role)
 
 
 def check_space(folder: Path, needed: int, role: str) -> None:

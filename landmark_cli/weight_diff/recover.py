@@ -16,7 +16,15 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.weight_diff import authors, bits, manifest
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor, locate
 from landmark_cli.weight_diff.make import DIFF, RAW, TUNED
-from landmark_cli.weight_diff.output import ShardPlan, ShardWriter, check_space, new_directory, plan_shards, write_file
+from landmark_cli.weight_diff.output import (
+    ShardPlan,
+    ShardWriter,
+    check_space,
+    check_target,
+    new_directory,
+    plan_shards,
+    write_file,
+)
 from landmark_cli.weight_diff.stream import PIECE_BYTES, for_each_tensor, pieces
 
 
@@ -35,6 +43,7 @@ def recover(
     path_diff: a directory or hub id of our format or the authors'. verify: check every tensor's sha256 (ours) or the
     sum of all (the authors'). Raises LandmarkError as the modules used say, and if a check fails.
     """
+    check_target(path_tuned, TUNED, overwrite)
     folder_diff = locate(path_diff, DIFF, "diff*.safetensors")
     raw = Checkpoint(locate(path_raw, RAW), RAW)
     source = OurDiff if os.path.lexists(folder_diff / manifest.MANIFEST) else authors.AuthorsDiff

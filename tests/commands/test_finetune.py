@@ -195,6 +195,18 @@ def test_the_weights_keep_their_dtype(tmp_path):
     assert load_file(wide / "model.safetensors")["lm_head.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "merge": True}], ids=["whole", "merged"])
+def test_the_weights_keep_a_dtype_that_no_config_names(tmp_path, changes):
+    tiny_decoder("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    output = finetune(tmp_path / "run", model=str(tmp_path / "base"), steps=1, **changes)
+    assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     def losses(name, processes, accumulation):

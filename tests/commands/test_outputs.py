@@ -75,3 +75,25 @@ def test_trying_leaves_nothing_and_changes_nothing(tmp_path):
     files.check_writable("/dev/stdout")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "there"]
     assert (tmp_path / "there").read_text() == "before"
+
+
+@pytest.mark.parametrize(("words", "other"), [("generate", "trace"), ("eval passkey", "plot")])
+def test_two_outputs_are_two_files(landmark, tmp_path, words, other):
+    same = [f"--json={tmp_path / 'out.png'}", f"--{other}={tmp_path / 'sub/../out.png'}"]
+    result = landmark(*words.split(), *REQUIRED.get(words, []), *same)
+    assert result.code == 2 and f"--json and --{other} name the same file" in result.err
+
+
+@pytest.mark.parametrize("words", ["make", "recover"])
+def test_a_directory_that_cannot_be_written_is_said_before_anything_is_fetched(landmark, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(f"landmark_cli.weight_diff.{words}.locate", lambda *_, **__: pytest.fail("work was begun"))
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").touch()
+    written, read = ("diff", "tuned") if words == "make" else ("tuned", "diff")
+    paths = ["--path-raw=org/raw", f"--path-{read}=org/{read}", f"--path-{written}"]
+    result = landmark("weight-diff", words, *paths, tmp_path / "file/new")
+    assert result.code == 1 and f"--path-{written} {tmp_path}/file cannot be written: Not a directory" in result.err
+    result = landmark("weight-diff", words, *paths, tmp_path / "full")
+    assert result.code == 2 and "the directory is not empty" in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]

@@ -257,3 +257,15 @@ def test_the_papers_own_model_goes_on_with_other_landmarks(make):
         logits = model(insert_landmarks(ids, FREQ, 257)).logits[:, -1]
     (read,) = Reader(model, top_k_blocks=9, chunk=40).read([ids[0]])
     assert_close_norm(read.logits[:, -1], logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3", "olmo2", "gpt-neox", "granite", "mixtral"])
+def test_attention_dropout_is_said_to_be_left_out(family, capsys):
+    said = "asks for attention dropout of 0.1, which landmark attention does not have: it is trained without"
+    landmark_decoder(family)
+    assert said not in capsys.readouterr().err
+    model = tiny_decoder(family, attention_dropout=0.1)
+    state, training = torch.get_rng_state(), model.training
+    add_landmarks(model, tiny_tokenizer(), landmark_freq=FREQ, trained_length=LENGTH)
+    assert said in capsys.readouterr().err
+    assert model.training == training and torch.equal(torch.get_rng_state(), state)

@@ -1,6 +1,8 @@
 """Opening models: our directories, the authors' checkpoints, and what is none of them."""
 
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ import landmark_cli.models.store as store
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from landmark_cli.models.lora import LoraSettings, add_adapters, save_adapters
 from tests import goldens
 from tests.closeness import assert_close_norm
+from tests.models.families import tiny_decoder
 
 TOLERANCE = 1e-5
 
@@ -94,3 +98,27 @@ def test_newest_model_is_the_last_finished(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text("{}")
     assert store.newest_model(tmp_path) == tmp_path / "b"
+
+
+def finished_adapters(directory):
+    adapted = add_adapters(tiny_decoder("llama"), LoraSettings(2, 4.0))
+    save_adapters(adapted, directory, adapted.state_dict())
+
+
+FORMS = {
+    "whole": lambda directory: tiny_model().save_pretrained(directory),
+    "sharded": lambda directory: tiny_model().save_pretrained(directory, max_shard_size=6000),
+    "adapters": finished_adapters,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_newest_model_is_found_in_any_form_but_not_while_it_is_written(tmp_path, form):
+    FORMS["whole"](tmp_path / "older")
+    long_ago = time.time() - 100
+    os.utime(tmp_path / "older/config.json", (long_ago, long_ago))
+    FORMS[form](tmp_path / "newer")
+    assert store.newest_model(tmp_path) == tmp_path / "newer"
+    for place in ("run/model.partial", "new.unfinished", "new.replaced"):
+        FORMS[form](tmp_path / place)
+    assert store.newest_model(tmp_path) == tmp_path / "newer"

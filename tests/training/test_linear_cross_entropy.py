@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from landmark_cli.models.lora import LoraSettings, add_adapters
 from landmark_cli.training import linear_cross_entropy as module
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy, piece_rows
 from landmark_cli.training.setup import PLAIN_HEADS, LossModel
@@ -120,3 +121,33 @@ def test_a_decoders_loss_is_the_same_with_and_without_logits(family):
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     assert_close_norm(*losses)
     assert_close_norm(*gradients)
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")], ids=["all layers", "some"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gpt-neox", "granite"])
+def test_a_loss_with_adapters_is_the_same_with_and_without_logits(family, targets):
+    if targets and family == "gpt-neox":
+        targets = ("query_key_value",)
+    adapted = add_adapters(tiny_decoder(family), LoraSettings(4, 8.0, targets=targets)).train()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            # They begin at zero, where the matrices before them have no gradient.
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    ids, labels = torch.randint(300, (2, 2, 20))
+    labels[:, 5:9] = -100
+    losses, gradients = [], []
+    for fused in (False, True):
+        loss_model = LossModel(adapted, fused_loss=fused)
+        assert loss_model.fused_loss == (fused and family != "granite")
+        loss = loss_model(ids, labels)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, trained))
+    assert all(gradient.norm() > 0 for gradient in gradients[0])
+    assert_close_norm(*losses)
+    assert_close_norm(*gradients)
+
+
+def test_a_head_with_an_adapter_of_its_own_is_no_plain_head():
+    adapted = add_adapters(tiny_decoder("llama"), LoraSettings(4, 8.0, targets=("q_proj", "lm_head")))
+    assert not LossModel(adapted, fused_loss=True).fused_loss
