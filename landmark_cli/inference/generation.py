@@ -257,7 +257,7 @@ def tokens_without_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def check_ids(model: PreTrainedModel, rows: Sequence[Tensor]) -> None:
     """Raise LandmarkError where a text (n,) has an id that the model has no row for: its tokenizer is another one's."""
     largest = max((int(row.max()) for row in rows if len(row)), default=0)
-    known = model.get_input_embeddings().weight.shape[0]
+    known = model.config.vocab_size
     if largest >= known:
         raise LandmarkError(
             f"the tokenizer gives the token {largest}, and the model {model.config.name_or_path} knows {known}: put "

@@ -37,6 +37,8 @@ def workplace(tmp_path_factory):
 def landmark(workplace, monkeypatch, capsys):
     """Run the command in the workplace, in this process: exit code, stdout, stderr."""
     monkeypatch.chdir(workplace)
+    # As in a shell without a terminal: tables are as wide as they need.
+    monkeypatch.delenv("COLUMNS", raising=False)
     console.console.cache_clear()
 
     def call(*arguments):

@@ -68,7 +68,7 @@ def test_a_baseline_is_read_in_plain_windows(landmark):
         (["--model", "./runs/none"], 1, "cannot open the model ./runs/none"),
         (["--eval-length", "0"], 2, "must be at least 1"),
         (["--top-k-blocks", "20"], 1, "leaves no room for a chunk"),
-        (["--top-k", "2"], 2, "No such option: --top-k Did you mean --top-k-blocks?"),
+        (["--top-k", "2"], 2, "No such option: --top-k (Possible options: --top-k-blocks)"),
         (["--device", "nowhere"], 2, "--device nowhere: there is no such device here; there is cpu"),
     ],
 )

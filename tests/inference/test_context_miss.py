@@ -40,7 +40,7 @@ def read(model, text, **options):
 
 def test_retrieved_blocks_are_the_controlled_ones(model):
     text = torch.randint(0, LANDMARK, (21,), generator=torch.Generator().manual_seed(1))
-    logits, cache = read(model, text, top_k=8)
+    logits, cache = read(model, text, top_k_blocks=8)
     stream = insert_landmarks(text, FREQ, LANDMARK)
     controlled = (torch.arange(len(stream)) < 15)[None]
     with torch.no_grad():
@@ -53,8 +53,8 @@ def test_retrieved_blocks_are_the_controlled_ones(model):
 
 def test_a_cutoff_of_one_drops_every_retrieval(model):
     text = torch.randint(0, LANDMARK, (30,), generator=torch.Generator().manual_seed(2))
-    logits, cache = read(model, text, top_k=2, context_miss_cutoff=1.0)
+    logits, cache = read(model, text, top_k_blocks=2, context_miss_cutoff=1.0)
     assert cache.dropped_retrievals == cache.retrievals > 0
-    assert_close_norm(logits, read(model, text, top_k=0)[0])
-    some = read(model, text, top_k=2, context_miss_cutoff=0.2)[1]
+    assert_close_norm(logits, read(model, text, top_k_blocks=0)[0])
+    some = read(model, text, top_k_blocks=2, context_miss_cutoff=0.2)[1]
     assert 0 < some.dropped_retrievals < some.retrievals

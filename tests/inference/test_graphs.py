@@ -77,12 +77,12 @@ def test_the_eager_definition_is_never_recorded(monkeypatch):
     "options",
     [
         {},
-        {"top_k": 3, "cache_blocks": 6},
+        {"top_k_blocks": 3, "cache_blocks": 6},
         {"selection": "max_over_heads"},
         {"selection": "max_over_tokens"},
         {"positions": "absolute"},
         {"offload": "cpu"},
-        {"top_k": 0},
+        {"top_k_blocks": 0},
     ],
     ids=str,
 )

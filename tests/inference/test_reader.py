@@ -66,7 +66,7 @@ def full_forward(row: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=25, deadline=None)
 def test_a_batch_gives_what_its_rows_give_alone(lengths, top_k, selection, cache_blocks, chunk):
     rows = [text(length, seed) for seed, length in enumerate(lengths)]
-    options = {"top_k": top_k, "selection": selection, "cache_blocks": cache_blocks, "chunk": chunk}
+    options = {"top_k_blocks": top_k, "selection": selection, "cache_blocks": cache_blocks, "chunk": chunk}
     together = read_all(rows, **options)
     for row, logits in zip(rows, together, strict=True):
         assert_close_norm(logits, read_all([row], **options)[0])
@@ -76,16 +76,16 @@ def test_a_batch_gives_what_its_rows_give_alone(lengths, top_k, selection, cache
 @settings(max_examples=25, deadline=None)
 def test_with_all_blocks_retrieved_any_split_equals_one_forward(length, chunk):
     row = text(length)
-    read = read_all([row], top_k=64, chunk=chunk, positions="absolute")[0]
+    read = read_all([row], top_k_blocks=64, chunk=chunk, positions="absolute")[0]
     assert_close_norm(read, full_forward(row))
     # All blocks are near ones then, so the bounded placement is the true one too.
-    read = read_all([row], top_k=64, chunk=chunk)[0]
+    read = read_all([row], top_k_blocks=64, chunk=chunk)[0]
     assert_close_norm(read, full_forward(row))
 
 
 def test_steps_equal_reading_token_by_token():
     rows = [text(23, 1), text(9, 2)]
-    expected = read_all(rows, top_k=2, chunk=1)
+    expected = read_all(rows, top_k_blocks=2, chunk=1)
     reader = Reader(MODEL, top_k_blocks=2, batch=2)
     for at in range(23):
         logits = reader.step([rows[0][at].item(), rows[1][at].item() if at < 9 else None])
@@ -99,15 +99,17 @@ def test_last_only_gives_the_last_text_token(length):
     row = text(length)
     *_, last = Reader(MODEL, top_k_blocks=2, chunk=5).read([row], last_only=True)
     assert last.logits.shape == (1, 1, VOCABULARY)
-    assert_close_norm(last.logits[0, 0], read_all([row], top_k=2, chunk=5)[0][-1])
+    assert_close_norm(last.logits[0, 0], read_all([row], top_k_blocks=2, chunk=5)[0][-1])
 
 
 def test_retrieval_matters_and_eviction_forgets():
     row = text(60)
-    base = read_all([row], top_k=2, chunk=8)[0]
-    assert relative_error(base, read_all([row], top_k=0, chunk=8)[0]) > 1e-2
-    assert relative_error(base, read_all([row], top_k=2, chunk=8, cache_blocks=2)[0]) > 1e-2
-    assert_close_norm(read_all([row], top_k=0, chunk=8)[0], read_all([row], top_k=2, chunk=8, cache_blocks=0)[0])
+    base = read_all([row], top_k_blocks=2, chunk=8)[0]
+    assert relative_error(base, read_all([row], top_k_blocks=0, chunk=8)[0]) > 1e-2
+    assert relative_error(base, read_all([row], top_k_blocks=2, chunk=8, cache_blocks=2)[0]) > 1e-2
+    assert_close_norm(
+        read_all([row], top_k_blocks=0, chunk=8)[0], read_all([row], top_k_blocks=2, chunk=8, cache_blocks=0)[0]
+    )
 
 
 def test_reset_forgets():
