@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from tests.faults import jobs, workplace
+from tests.faults.forks import command
 from tests.faults.harness import LOST, Kind, Trial, check_done, check_limits, check_refused
 from tests.faults.jobs import JOBS, OUTPUT, Job
 from tests.faults.moments import Changes
@@ -77,6 +78,12 @@ def in_the_way(job: Job, trial: Trial) -> None:
     assert (trial.work / OUTPUT).read_text() == "a file of the user's\n"
 
 
+def full_output(arguments: list, trial: Trial) -> None:
+    """Results that standard output does not take."""
+    workplace.link(trial.base, trial.work)
+    check_refused(command(arguments, trial.work, stdout="/dev/full"), "standard output")
+
+
 def finish(job: Job, disk: SmallDisk, trial: Trial) -> None:
     # An output directory that was never made is as good as one that is gone on with.
     check_done(job.run(disk.path, *job.again))
@@ -86,6 +93,7 @@ def finish(job: Job, disk: SmallDisk, trial: Trial) -> None:
 AGAIN = "with room again, the same command ends in the same bits"
 FULL = f"a disk that is full, or becomes full at any moment: refused by name, nothing half-published; {AGAIN}"
 READ_ONLY = f"a target that nobody may write to: refused by name; {AGAIN}"
+OUTPUT_FULL = "standard output that takes nothing: said, and exit code 1"
 FILE = "a file of the user's where a folder is needed: refused by name and left alone"
 
 
@@ -97,7 +105,23 @@ def kinds_of(job: Job, many: int) -> list[Kind]:
     ]
 
 
+PRINTING = {
+    "help": ["--help"],
+    "help of a command": ["train", "--help"],
+    "version": ["--version"],
+    "prepare": jobs.PREPARE.arguments,
+    "generate": [*GENERATE, *CPU],
+    "generate --json -": [*GENERATE, *CPU, "--json", "-"],
+    "eval perplexity": [*PERPLEXITY, *CPU],
+    "eval passkey": [*PASSKEY, *CPU],
+    "study": jobs.STUDY.arguments,
+    "train --dry-run": [*workplace.TRAIN, "--dry-run"],
+}
 KINDS = [
     *(kind for job in JOBS for kind in kinds_of(job, 24)),
     *(kind for job in SINKS for kind in kinds_of(job, 4)),
+    *(
+        Kind(f"disks.standard output, {name}", OUTPUT_FULL, 1, int(name == "generate"), partial(full_output, arguments))
+        for name, arguments in PRINTING.items()
+    ),
 ]

@@ -55,13 +55,14 @@ class Ended:
 
 @dataclass
 class Fork:
-    """A child process doing `call` in `folder`, its output in two files beside it."""
+    """A child process doing `call` in `folder`, its output in two files beside it. stdout: another file for it."""
 
     call: Callable[[], int | None]
     folder: Path
     stdin: bytes = b""
     environment: Mapping[str, str] = field(default_factory=dict)
     log: Path | None = None
+    stdout: str | None = None
     most_seconds: float = MOST_SECONDS
     most_bytes: int = MOST_BYTES
 
@@ -108,7 +109,7 @@ class Fork:
             over = "time"
         return Ended(
             code=os.waitstatus_to_exitcode(status),
-            out=self._out.read_text(encoding="utf-8", errors="replace"),
+            out="" if self.stdout else self._out.read_text(encoding="utf-8", errors="replace"),
             err=self._err.read_text(encoding="utf-8", errors="replace"),
             seconds=seconds,
             wall=time.monotonic() - self._started,
@@ -146,7 +147,7 @@ class Fork:
             os.write(source, self.stdin)
             os.lseek(source, 0, os.SEEK_SET)
             os.dup2(source, 0)
-            for number, file in ((1, self._out), (2, self._err)):
+            for number, file in ((1, self.stdout or self._out), (2, self._err)):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
             # A fork of a fork lets go of its parent's files, which must not close the descriptors.
             sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in range(3))

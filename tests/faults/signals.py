@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 from tests.faults import workplace
-from tests.faults.forks import Ended, Fork, command
-from tests.faults.harness import LOST, UNCLEAR, Broken, Kind, Trial, check_done, check_limits, last_line
-from tests.faults.jobs import FINETUNE, JOBS, OUTPUT, PREPARE, STUDY, TRAIN, Job
+from tests.faults.forks import Ended, Fork, begin
+from tests.faults.harness import LOST, UNCAUGHT, UNCLEAR, Broken, Kind, Trial, check_done, check_limits, last_line
+from tests.faults.jobs import FINETUNE, JOBS, OUTPUT, PREPARE, STUDY, TRAIN, Job, differences, run_files
 from tests.faults.moments import Changes, Moment
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -87,55 +88,69 @@ def generating(trial: Trial) -> None:
     """A command that keeps nothing ends by the same exit codes."""
     workplace.link(trial.base, trial.work, "gpt")
     number = trial.random.choice(NUMBERS)
-    ended = Fork(_generate, trial.work).start().wait([(trial.random.uniform(0.3, 1.5), number)])
+    ended = begin(GENERATE, trial.work).wait([(trial.random.uniform(0.3, 1.5), number)])
     check_limits(ended)
     if ended.code != 128 + number:
         raise Broken(UNCLEAR, f"exit code {ended.code} after {number.name}: {last_line(ended.err)}")
 
 
-def _generate() -> None:
-    from tests.faults.forks import landmark
+# Enough steps that a signal can come in their midst.
+LAUNCHED = [*TRAIN.arguments, "--steps", 40, "--save-every", 0, "--eval-every", 0]
+LAUNCH_SECONDS = 120.0
 
-    landmark(*GENERATE)()
+
+def torchrun(folder: Path, *more: str) -> Fork:
+    """Begin a run of two processes under torchrun."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "landmark_cli"]
+    arguments = [*run, *map(str, LAUNCHED), *more]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    call = partial(os.execv, sys.executable, arguments)
+    return Fork(call, folder, environment=paths, most_seconds=LAUNCH_SECONDS).start()
+
+
+def launch_whole(base: Path) -> None:
+    """Once: what a launched run ends in that nobody stops."""
+    folder = base / "whole" / "launched"
+    folder.mkdir(parents=True, exist_ok=True)
+    workplace.link(base, folder, *TRAIN.reads)
+    ended = torchrun(folder).wait()
+    assert ended.code == 0, ended.err
 
 
 def launched(trial: Trial) -> None:
-    """Two processes of torchrun: all of them finish the step, one checkpoint is saved, and the run goes on exactly."""
+    """torchrun stopped in the midst of a run of two processes, which then goes on."""
     workplace.link(trial.base, trial.work, *TRAIN.reads)
-    number = trial.random.choice(NUMBERS)
-    # Enough steps that a signal can come in their midst.
-    more = ["--steps", 60, "--save-every", 0, "--eval-every", 0]
-    arguments = [*TRAIN.arguments, *more]
-    fork = Fork(partial(_torchrun, arguments), trial.work, most_seconds=120).start()
+    number, wanted = trial.random.choice(NUMBERS), trial.random.randint(1, 30)
+    fork = torchrun(trial.work)
     metrics = trial.work / OUTPUT / "metrics.jsonl"
-    wanted = trial.random.randint(1, 20)
-    while fork.alive(0.05) and (not metrics.exists() or metrics.read_text().count("\n") < wanted):
+    while fork.alive(0.01) and (not metrics.exists() or metrics.read_text().count("\n") < wanted):
         pass
     fork.signal(number)
     ended = fork.wait()
-    if ended.err.count("Traceback") or ended.over:
-        raise Broken(UNCLEAR, f"{ended.over or 'a traceback'} after {number.name}: {last_line(ended.err)}")
-    if ended.code == 0:
-        raise Broken(UNCLEAR, f"exit code 0 after {number.name}")
-    if not list((trial.work / OUTPUT / "checkpoints").glob("step-*[0-9]")):
-        raise Broken(LOST, f"no checkpoint after {number.name}: {last_line(ended.err)}")
-    check_done(Fork(partial(_torchrun, [*arguments, "--resume"]), trial.work, most_seconds=120).start().wait())
-    # One process reads what two wrote, and a run of two processes is one of one with twice the rows.
-    alone = command(
-        [*workplace.TRAIN, *more, "--batch-size", 4, "--output", "alone", "--dropout", 0], trial.work, most_seconds=60
-    )
-    check_done(alone)
-
-
-def _torchrun(arguments: list[object]) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "landmark_cli"]
-    os.execv(sys.executable, [*run, *map(str, arguments)])
+    when = f"{number.name} at step {wanted}"
+    # torchrun shows how it ends itself; our processes must not.
+    if ended.over or "landmark_cli/" in ended.err and "Traceback" in ended.err:
+        raise Broken(UNCAUGHT, f"{ended.over or 'a traceback of ours'} after {when}: {last_line(ended.err)}")
+    if ended.err.count("--resume") != 1:
+        raise Broken(
+            UNCLEAR, f"told {ended.err.count('--resume')} times how to go on, after {when}: {ended.err[-300:]}"
+        )
+    if ended.code == 0 or not list((trial.work / OUTPUT / "checkpoints").glob("step-*[0-9]")):
+        raise Broken(LOST, f"exit code {ended.code}, and no checkpoint after {when}: {last_line(ended.err)}")
+    ended = torchrun(trial.work, "--resume").wait()
+    if ended.code != 0:
+        raise Broken(LOST, f"exit code {ended.code} of --resume after {when}: {last_line(ended.err)}")
+    found, whole = (run_files(place / OUTPUT) for place in (trial.work, trial.base / "whole" / "launched"))
+    if found != whole:
+        raise Broken(LOST, f"another result after {when}: {', '.join(differences(found, whole))}")
 
 
 STOPPED = "SIGTERM or SIGINT at any moment: exit code 143 or 130, the way on told; run again, the same bits"
+LAUNCHED_PROMISE = "SIGTERM or SIGINT saves one checkpoint, told once; --resume ends in the same bits"
 TWICE = "a second signal stops at once; run again, the same bits"
 KINDS = [
     *(Kind(f"signals.{job.name}", STOPPED, 20, 1, partial(stopped, job), setup=job.setup) for job in JOBS),
     *(Kind(f"signals.twice, {job.name}", TWICE, 8, 1, partial(twice, job), setup=job.setup) for job in PLACES),
     Kind("signals.generate", "SIGTERM or SIGINT to generate: exit code 143 or 130", 10, 1, generating),
+    Kind("signals.torchrun", f"two processes under torchrun: {LAUNCHED_PROMISE}", 6, 0, launched, setup=launch_whole),
 ]

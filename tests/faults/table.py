@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import platform
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def failures_of(results: Sequence[Result], seed: int) -> str:
         for (category, _), found in sorted(alike.items(), key=lambda item: -len(item[1])):
             number, what = found[0]
             lines.append(f"{len(found):>6} {category}: {what}")
-            lines.append(f"       python -m tests.faults --only '{result.kind.name}' --trial {number} --seed {seed}")
+            name = shlex.quote(result.kind.name)
+            lines.append(f"       python -m tests.faults --only {name} --trial {number} --seed {seed}")
     return "\n".join(lines)
 
 
