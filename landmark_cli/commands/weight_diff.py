@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from landmark_cli.errors import UsageError
+from landmark_cli.errors import UsageError, shown
 from landmark_cli.options import option
 
 MAKE_EXAMPLES = """
@@ -100,8 +100,8 @@ def run_recover(options: RecoverOptions) -> None:
 
 def parse_size(text: str) -> int:
     """ "5GB" or "500 MB" or "1000000" -> bytes. Raises UsageError for anything else, and for 0."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
-        raise UsageError(f'--max-shard-size: expected a size such as 500MB or 5GB, found "{text}"')
+        raise UsageError(f"--max-shard-size: expected a size such as 500MB or 5GB, found {shown(text)}")
     return size

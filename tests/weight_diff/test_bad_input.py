@@ -272,7 +272,7 @@ def test_a_disk_that_becomes_full(tmp_path, monkeypatch, call):
     fails("the disk became full; nothing was left", recover, RAW, AUTHORS_DIFF, tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["", "5", "many", "0GB", "-1GB", "5PB"])
+@pytest.mark.parametrize("text", ["", "5", "many", "0GB", "-1GB", "5PB", "9" * 400 + "GB", "1e400GB", "nan", "inf"])
 def test_sizes(text):
     if text == "5":
         assert [parse_size(size) for size in (text, "5gb", "1.5 MB", "2K")] == [5, 5 * 10**9, 1_500_000, 2000]
