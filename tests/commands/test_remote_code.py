@@ -125,7 +125,7 @@ def test_every_call_that_may_run_code_says_whether_it_may():
             ):
                 if ast.unparse(node.func.value).startswith("Auto"):
                     calls.append((path.name, [ast.unparse(word.value) for word in node.keywords if word.arg is None]))
-    assert len(calls) == 4 and all("code" in given for _, given in calls), calls
+    assert len(calls) >= 4 and all("code" in given for _, given in calls), calls
 
 
 WITHOUT = {"weight-diff make", "weight-diff recover"}
