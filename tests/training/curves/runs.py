@@ -38,8 +38,8 @@ RUN = {
     "precision": "fp32",
     "device": "cpu",
 }
-# The model of recipes/demo/tiny.yaml at half of its width and length. Its vocabulary is bytes: nearly all the time would
-# go into the head otherwise.
+# The model of recipes/demo/tiny.yaml at half of its width and length. Its vocabulary is bytes: nearly all the time
+# would go into the head otherwise.
 TRAIN = RUN | {
     "sequence_length": 128,
     "landmark_freq": 15,
@@ -82,7 +82,7 @@ def tiny_llama(directory: Path) -> None:
 
 
 def make_place() -> None:
-    """What all runs read, in the working directory: the Llama in base/, the beginnings of two sample novels in data/."""
+    """What all runs read, in the working directory: the Llama in base/, two sample novels' beginnings in data/."""
     tiny_llama(Path("base"))
     tokenizer = load_tokenizer("base")
     novels = dict(reversed(list(open_corpus("sample").documents())))
