@@ -102,7 +102,8 @@ def test_what_cannot_be_tried_is_no_success(run):
 
 
 def test_inputs_that_end_the_process_or_take_too_much_are_told_apart(run, monkeypatch):
-    monkeypatch.setattr(harness, "MOST_SECONDS", 0.3)
+    # Memory is taken in far less processor time than this, on a slow machine too.
+    monkeypatch.setattr(harness, "MOST_SECONDS", 1.5)
     monkeypatch.setattr(harness, "MOST_BYTES", read_usage(os.getpid())[1] + (100 << 20))
 
     def call(made, chance):
@@ -117,7 +118,7 @@ def test_inputs_that_end_the_process_or_take_too_much_are_told_apart(run, monkey
         if number == 5:
             raise Broken(SILENT, "a wrong result")
         if number == 6:
-            made.append(bytearray(b"x" * (500 << 20)))
+            made.append(bytearray(b"x" * (180 << 20)))
             time.sleep(5)
 
     monkeypatch.setattr(Kind, "random", lambda kind, seed, number: Numbered(number))
