@@ -23,8 +23,9 @@ import psutil
 MOST_SECONDS = 10.0
 """Of processor time, for one command or one input."""
 MOST_BYTES = 2_000_000_000
-# A machine that is busy with other things lets a process wait; a process that waits for nothing is told by this.
-LONGEST_WAIT = 90.0
+# A machine that is busy with other things lets a process wait; one that waits for nothing is told by taking so many
+# times the processor time it may take.
+LONGEST_WAIT = 9.0
 # Shared pages of the parent count as the child's, as they would if it had imported the libraries itself.
 POLL_SECONDS = 0.02
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -124,7 +125,7 @@ class Fork:
         seconds, resident = usage
         if resident > self.most_bytes:
             return "memory"
-        if seconds > self.most_seconds or time.monotonic() - self._started > LONGEST_WAIT:
+        if seconds > self.most_seconds or time.monotonic() - self._started > LONGEST_WAIT * self.most_seconds:
             return "time"
         return None
 

@@ -250,7 +250,7 @@ def follow(fork: Fork, reading: int, numbers: Sequence[int]):
         if usage and over is None and at is not None:
             if usage[1] > MOST_BYTES:
                 over = MEMORY
-            elif usage[0] - charged > MOST_SECONDS or time.monotonic() - since > LONGEST_WAIT:
+            elif usage[0] - charged > MOST_SECONDS or time.monotonic() - since > LONGEST_WAIT * MOST_SECONDS:
                 over = TIME
             if over:
                 fork._end_all()
