@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reason
 
-SECONDS = 10
+SECONDS = 5
 MEMORY = 1 << 30
 LONGEST_CHAT = 64 << 20
 

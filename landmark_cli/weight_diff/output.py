@@ -22,6 +22,8 @@ from landmark_cli.weight_diff.bits import ITEM_BYTES
 from landmark_cli.weight_diff.checkpoint import Tensor
 
 MARKER = ".landmark-unfinished"
+# What the marker holds when all else is written: a kill may come between the directory's renaming and its removal.
+FINISHED = b"finished\n"
 FLUSH_BYTES = 128 << 20
 # What a file system needs besides the files' bytes.
 SPARE_BYTES = 16 << 20
@@ -167,6 +169,7 @@ def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path
             if path.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 path.rename(replaced)
+            (staging / MARKER).write_bytes(FINISHED)
             staging.rename(path)
             (path / MARKER).unlink()
             flush(path.parent)
@@ -184,6 +187,7 @@ def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path
 def check_target(path: Path, role: str, overwrite: bool) -> None:
     """Raise, before anything is fetched or read, as `new_directory` would afterwards."""
     path = path.expanduser().resolve()
+    _remove_marker(path)
     _check_target(path, role, overwrite, ())
     # What is missing above it is made once there is something to write.
     check_folder(next(folder for folder in path.parents if folder.exists()), role)
@@ -222,6 +226,13 @@ def _check_target(path: Path, role: str, overwrite: bool, keep: Iterable[Path]) 
             raise UsageError(f"{role} {path}: the directory is not empty; --overwrite replaces it")
         if not (path / "config.json").is_file():
             raise UsageError(f"{role} {path}: not a model directory (no config.json), so --overwrite leaves it alone")
+
+
+def _remove_marker(path: Path) -> None:
+    """Take the marker out of a directory that was finished and named, but whose run was killed right then."""
+    marker = path / MARKER
+    if marker.is_file() and marker.read_bytes() == FINISHED:
+        marker.unlink()
 
 
 def _claim(staging: Path, role: str, held: ExitStack) -> None:

@@ -63,7 +63,7 @@ def read_only(job: Job, trial: Trial) -> int:
     def on(disk: SmallDisk) -> None:
         workplace.link(trial.base, disk.path, *job.reads)
         disk.make_read_only()
-        check_refused(job.run(disk.path), OUTPUT)
+        check_refused(job.run(disk.path), OUTPUT, str(disk.path))
         disk.make_writable()
         finish(job, disk, trial)
 

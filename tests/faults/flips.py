@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults import jobs, workplace
-from tests.faults.harness import SILENT, Kind, Trial, check_limits, check_refused
+from tests.faults.harness import SILENT, Broken, Kind, Trial, check_limits, check_refused
 from tests.faults.jobs import OUTPUT, Job
 from tests.faults.moments import Changes
 
+# Of a checkpoint, what makes a difference whichever byte it is; between checksums there are spaces, too.
+CHECKED = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "training.json")
 CHECKPOINT = (f"{OUTPUT}/checkpoints/step-*[0-9]/*",)
 
 
@@ -72,6 +74,8 @@ class Flip:
         check_limits(ended)
         if ended.code == 0:
             self.job.check_result(folder, trial.base, SILENT, f"with a byte of {file.relative_to(folder)} flipped")
+            if self.files == CHECKPOINT and file.name in CHECKED and file.name not in ended.err:
+                raise Broken(SILENT, f"{file.name} of the newest checkpoint is damaged, and nobody said so")
         else:
             check_refused(ended, file.name, *self.names, codes=self.refuse)
 

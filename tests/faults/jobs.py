@@ -40,7 +40,8 @@ def token_files(output: Path) -> dict[str, Any]:
 def run_files(output: Path) -> dict[str, Any]:
     """What a finished run is: its model, its newest checkpoint's weights, and its curve."""
     found: dict[str, Any] = digest(output, "*.safetensors", "*.json", "*.yaml", "*.jinja")
-    checkpoints = sorted(output.glob("checkpoints/*"))
+    # One that was damaged is put aside and left to the user.
+    checkpoints = sorted(path for path in output.glob("checkpoints/*") if path.suffix != ".damaged")
     found["newest"] = digest(checkpoints[-1], "model.safetensors") if checkpoints else None
     found["kept"] = {path.name: sorted(file.name for file in path.iterdir()) for path in checkpoints}
     lines = (output / "metrics.jsonl").read_text().splitlines()

@@ -36,9 +36,17 @@ def killed(job: Job, trial: Trial) -> int:
         moments.append(f"{moment} ({changes.last})")
         job.check_published(trial.work, trial.base, f"killed {', then '.join(moments)}")
     else:
-        check_done(job.run(trial.work, *job.again))
+        finish(job, trial)
     job.check_result(trial.work, trial.base, LOST, f"after kills {', then '.join(moments) or 'that came too late'}")
     return len(moments)
+
+
+def finish(job: Job, trial: Trial) -> None:
+    """Run it to its end, or be told that it had come to its end before the kill."""
+    ended = job.run(trial.work, *job.again)
+    if ended.code == 2 and "the directory is not empty" in ended.err:
+        return
+    check_done(ended)
 
 
 def killed_processes(trial: Trial) -> int:

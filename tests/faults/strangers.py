@@ -207,7 +207,7 @@ WAYS = (
     "{% set x = messages.append(1) %}{{ self.__init__.__globals__ }}",
     "{% include '/etc/passwd' %}",
 )
-STATES = "gpt/checkpoints/step-00000008/random_states_0.pkl"
+CHECKPOINT = "gpt/checkpoints/step-00000008"
 STRANGERS = [
     *(
         Stranger(f"code of a model ({kind}), {' '.join(map(str, arguments[:2]))}", copies,
@@ -247,7 +247,6 @@ STRANGERS = [
             ("authors-diff/pytorch_model.bin", ["authors-raw", "authors-diff"],
              ["weight-diff", "recover", "--path-raw", "authors-raw", "--path-diff", "authors-diff", "--path-tuned",
               "out"], ["authors-diff"]),
-            ("gpt/checkpoints/step-00000008/optimizer.bin", ["gpt", "tokens", "bytes"], RESUME, ["step-00000008"]),
         )
     ),
     *(
@@ -259,10 +258,11 @@ STRANGERS = [
         )
     ),
     *(
-        # Nothing of it is needed to go on, so it need not be refused.
-        Stranger(f"random states with code, {how}", ["gpt", "tokens", "bytes"], trap(STATES), RESUME,
-                 ["step-00000008"])
+        # A checkpoint that is not as it was written is put aside, and the run goes on from the one before it.
+        Stranger(f"a checkpoint with code: {file}, {how}", ["gpt", "tokens", "bytes"], trap(f"{CHECKPOINT}/{file}"),
+                 RESUME, ["step-00000008"])
         for how, trap in (("saved by torch", pickled), ("a plain pickle", plain_pickle))
+        for file in ("random_states_0.pkl", "optimizer.bin")
     ),
     Stranger("a recipe with a Python tag", ["tokens", "bytes"], yaml_tag("x.yaml"), [*TRAIN, "--recipe", "x.yaml"],
              ["x.yaml"], refused=True),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from landmark_cli.weight_diff.output import FINISHED, MARKER
 from tests.weight_diff.weights import GOLDENS, assert_same_bits, golden, landmark, load, make, recover, save
 
 RECOVER = ["recover", "--path-raw", GOLDENS / "raw", "--path-diff"]
@@ -103,6 +104,16 @@ def test_killed_at_every_change_of_a_file(tmp_path):
         assert run.returncode == -signal.SIGKILL, run.stderr
     assert change > 10 and set(seen) == {"old", "none", "new"}
     assert seen == sorted(seen, key=["old", "none", "new"].index)
+
+
+def test_killed_right_before_the_marker_of_unfinished_work_goes(tmp_path):
+    """The directory has its name and is whole; the next command sees that, and takes the marker away."""
+    diff = make(GOLDENS / "raw", GOLDENS / "tuned", tmp_path / "diff")
+    whole = sorted(path.name for path in diff.iterdir())
+    (diff / MARKER).write_bytes(FINISHED)
+    again = landmark("make", "--path-raw", GOLDENS / "raw", "--path-tuned", GOLDENS / "tuned", "--path-diff", diff)
+    assert again.returncode == 2 and "the directory is not empty" in again.stderr
+    assert sorted(path.name for path in diff.iterdir()) == whole
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.4, 0.8])
