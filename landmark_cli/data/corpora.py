@@ -270,9 +270,15 @@ def on_the_hub(name: str, hub: HubCopy, selection: Selection) -> Corpus:
     def documents() -> Iterator[tuple[str, Document]]:
         return selection.taken({split: read(split) for split in by_split})
 
-    identity = _identity(selection, dataclasses.asdict(hub))
-    held_out = "validation" in by_split
-    return Corpus(name, f"the data set {where}", documents, None, identity, True, held_out)
+    return Corpus(
+        name,
+        f"the data set {where}",
+        documents,
+        total_bytes=None,
+        identity=_identity(selection, dataclasses.asdict(hub)),
+        has_fields=True,
+        has_validation="validation" in by_split,
+    )
 
 
 def _local(name: str, kind: Kind, sources: list[Path], selection: Selection) -> Corpus:
@@ -301,10 +307,16 @@ def _local(name: str, kind: Kind, sources: list[Path], selection: Selection) -> 
             splits["train"], splits["validation"] = [text_file(path, 0, place)], [text_file(path, place)]
         return selection.taken(splits, len(train) if plain else None)
 
-    total = sum(file.size for file in found.files) if known else None
     stats = [[file.split, str(file.path), file.size, file.modified_ns] for file in found.files]
-    has_fields = any(file.ending not in PLAIN_TEXT for file in found.files)
-    return Corpus(name, where, documents, total, _identity(selection, stats), has_fields, held_out)
+    return Corpus(
+        name,
+        where,
+        documents,
+        total_bytes=sum(file.size for file in found.files) if known else None,
+        identity=_identity(selection, stats),
+        has_fields=any(file.ending not in PLAIN_TEXT for file in found.files),
+        has_validation=held_out,
+    )
 
 
 def _identity(selection: Selection, source: Any) -> Any:

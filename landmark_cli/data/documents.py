@@ -20,6 +20,7 @@ CHECKED_AT_ONCE = 1 << 20
 ZEROS_ALLOWED = 3
 ZEROS_SHARE = 0.02
 FIELDS_SHOWN = 10
+LONGEST_FIELD = 40
 
 Keep = Callable[[Mapping[str, Any]], bool]
 """Which rows are documents, by their fields."""
@@ -110,7 +111,8 @@ def no_such_field(name: str, field: str, found: Iterable[str], kind: str = "fiel
     """
     found = list(found)
     more = f" and {len(found) - FIELDS_SHOWN} more" if len(found) > FIELDS_SHOWN else ""
-    shown = f"only the {kind} {', '.join(found[:FIELDS_SHOWN])}{more}" if found else "none at all"
+    names = ", ".join(name[:LONGEST_FIELD] for name in found[:FIELDS_SHOWN])
+    shown = f"only the {kind} {names}{more}" if found else "none at all"
     return f"{name} has no text field {field!r}, {shown}: name the right one with --text-field"
 
 

@@ -19,6 +19,7 @@ PARQUET_BYTES = 64 << 20
 # Text in a parquet file takes a third to a tenth of its size; what unpacks to this much and by this factor is none.
 PARQUET_BOMB_BYTES = 256 << 20
 PARQUET_BOMB_FACTOR = 200
+LONGEST_TYPE = 80
 
 
 def parquet_rows(path: Path, text_field: str, keep: Keep | None) -> Iterator[Document]:
@@ -44,7 +45,7 @@ def parquet_rows(path: Path, text_field: str, keep: Keep | None) -> Iterator[Doc
             yield bad_document(BadText(no_such_field(str(path), text_field, columns, "columns"), path, rows))
             return
         if not _holds_text(text_type):
-            why = f"the column {text_field!r} holds no text but {text_type}"
+            why = f"the column {text_field!r} holds no text but {str(text_type)[:LONGEST_TYPE]}"
             yield bad_document(BadText(f"{path}: {why}", path, rows))
             return
         wanted = [text_field, *(c for c in columns if c == "meta" and keep is not None)]

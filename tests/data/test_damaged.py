@@ -177,6 +177,15 @@ def test_rows_that_lack_the_field_are_passed_over_one_by_one(tmp_path):
     assert texts == [] and bad.documents == 3 and "no text field 'text', only the columns body" in str(bad)
 
 
+def test_no_message_is_longer_than_people_read(tmp_path):
+    many = {f"field {i} " + "x" * 1000: i for i in range(500)}
+    _, [bad] = read(write(tmp_path / "rows.jsonl", json_lines([many])))
+    assert len(str(bad)) < 1000 and "and 490 more" in str(bad)
+    parquet.write_table(pa.table({"text": pa.array([many])}), tmp_path / "rows.parquet")
+    _, [bad] = read(tmp_path / "rows.parquet")
+    assert len(str(bad)) < 1000
+
+
 def test_a_json_array_says_what_it_is(tmp_path):
     pretty = json.dumps([{"text": "a", "n": 1}, {"text": "b", "n": 2}], indent=1)
     texts, bad = read(write(tmp_path / "rows.jsonl", pretty))

@@ -89,6 +89,14 @@ def test_names_make_splits_only_where_every_file_falls_into_one(tmp_path, name):
     assert bool(found.notes) == meant
 
 
+def test_nine_novels_of_which_one_is_about_a_train(tmp_path, capsys):
+    folder(tmp_path, *NOVELS, "train-robbery.txt")
+    found = [(split, document.name) for split, document in open_corpus("text", [str(tmp_path)]).documents()]
+    assert sorted(name.rpartition("/")[2] for _, name in found) == [*NOVELS, "train-robbery.txt"]
+    assert [split for split, _ in found].count("validation") == 1
+    assert "found 9 .txt files, 97 B in" in capsys.readouterr().err
+
+
 def test_a_corpus_that_has_splits_keeps_them(tmp_path):
     folder(tmp_path, "train/1.txt", "validation/2.txt", "metadata.txt", "README.txt")
     by_split, found = splits(tmp_path, keeps_splits=True)
