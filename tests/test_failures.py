@@ -115,7 +115,7 @@ def test_memory_that_ran_out_is_one_line_and_says_what_needs_less(error):
     assert is_out_of_memory(error)
     line = failures.describe(error, TrainOptions())
     assert line.startswith("out of GPU memory" if "CUDA" in str(error) else "out of memory")
-    assert "; what takes less: a shorter --sequence-length, a smaller --batch-size" in line and "\n" not in line
+    assert "; what takes less: a shorter --sequence-length, fewer --n-layer" in line and "\n" not in line
     assert "use a machine that has more" in failures.describe(error, PrepareOptions())
 
 

@@ -37,7 +37,7 @@ class RunOptions:
         panel="Training",
         min=1,
         help="Windows a device takes at a time.",
-        saves_memory="a smaller --batch-size, with more --accumulation",
+        saves_memory="a smaller --batch-size (with more --accumulation)",
     )
     accumulation: int = option(8, panel="Training", min=1, help="Times that it does so in a step.")
     lr: float = option(2e-3, panel="Training", min=0, max=1000, help="The highest learning rate.")

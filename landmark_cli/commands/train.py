@@ -62,9 +62,9 @@ class CorpusAndShape(CodeOptions):
     landmark_freq: int = option(50, panel="Data", min=1, max=LONGEST, help="Text tokens between landmarks.")
     baseline: bool = option(False, panel="Data", help="Ordinary attention and no landmarks.")
 
-    n_layer: int = option(12, panel="Model", min=1, max=10_000, help="Layers.")
+    n_layer: int = option(12, panel="Model", min=1, max=10_000, help="Layers.", saves_memory="fewer --n-layer")
     n_head: int = option(8, panel="Model", min=1, max=65_536, help="Attention heads.")
-    n_embd: int = option(1024, panel="Model", min=2, max=1_048_576, help="Width.")
+    n_embd: int = option(1024, panel="Model", min=2, max=1_048_576, help="Width.", saves_memory="a smaller --n-embd")
     bias: bool = option(False, panel="Model", help="Biases in linear layers and norms.")
     dropout: float = option(0.0, panel="Model", min=0, max=0.99, help="Dropout after embedding, attention and MLP.")
     top_k_blocks: int | None = option(None, panel="Model", min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)

@@ -31,7 +31,7 @@ from landmark_cli.inference.settings import (
     open_reader,
     trained_text_length,
 )
-from landmark_cli.options import nearest
+from landmark_cli.options import build, nearest
 
 import_extra("lm_eval", "lm-eval")
 
@@ -76,7 +76,7 @@ class LandmarkLM(TemplateLM):
             name = min(unknown)
             meant = nearest(name, (one.replace("_", "-") for one in known)).replace("-", "_")
             raise UsageError(f"the landmark model has no argument {name}{meant}")
-        self.reading = ReadingSettings(**reading)
+        self.reading = build(ReadingSettings, reading)
         if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
             # The harness's command asks for it where nobody has named a device.
             info(f"there is no GPU: {pretrained} runs on the CPU")

@@ -1,12 +1,23 @@
 """Files that a command writes at its end: what cannot be written is said before the work, by its option and path."""
 
+import builtins
+import errno
+import io
 import os
+import re
+from pathlib import Path
 
 import pytest
 
-from landmark_cli import cli, files
+from landmark_cli import cli, console, files
+from landmark_cli.commands.generate import write_trace
 from landmark_cli.errors import LandmarkError
-from landmark_cli.options import settings_of
+from landmark_cli.evaluation.pictures import save_picture
+from landmark_cli.evaluation.report import write_tables
+from landmark_cli.evaluation.studies import FinishedRows, Study
+from landmark_cli.options import save_recipe, settings_of
+from landmark_cli.training.metrics import MetricsFile
+from tests.greet import GreetOptions
 
 OUTPUTS = {
     f"{command[0]} {setting.label}": (command, setting)
@@ -97,3 +108,49 @@ def test_a_directory_that_cannot_be_written_is_said_before_anything_is_fetched(l
     result = landmark("weight-diff", words, *paths, tmp_path / "full")
     assert result.code == 2 and "the directory is not empty" in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def a_table(path):
+    write_tables(path, Study("name", "title", {}, []), ["column"], [["cell"]], {})
+
+
+def a_picture(path):
+    from matplotlib.figure import Figure
+
+    save_picture(Figure(), path / "x.png", dpi=10)
+
+
+WRITERS = {
+    "--json": lambda path: console.write_json({}, path / "x.json"),
+    "--trace": lambda path: write_trace(path / "x.json", {"model": "x"}, ["a"], [[]]),
+    "--plot": a_picture,
+    "--output of a study": a_table,
+    "finished rows": lambda path: FinishedRows(path / "rows.jsonl").add("key", {}),
+    "metrics": lambda path: MetricsFile(path / "metrics.jsonl").append({"step": 1}),
+    "metrics, rewound": lambda path: MetricsFile(path / "metrics.jsonl").rewind(1),
+    "recipe": lambda path: save_recipe(GreetOptions(), path / "recipe.yaml", "greet"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
+def test_every_writer_names_the_file_that_the_disk_refuses(tmp_path, monkeypatch, writer, number):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(number, os.strerror(number))
+
+    def full(path, mode="r", *rest, **options):
+        if not set("wa").isdisjoint(mode) and str(path).startswith(str(tmp_path)):
+            return Full() if "b" in mode else io.TextIOWrapper(Full(), write_through=True)
+        return real(path, mode, *rest, **options)
+
+    real = open
+    monkeypatch.setattr(builtins, "open", full)
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(LandmarkError) as error:
+        WRITERS[writer](tmp_path)
+    assert re.match(rf"(--\w+ )?{tmp_path}\S* cannot be written: {os.strerror(number)}(; |$)", str(error.value))
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -165,5 +165,14 @@ def test_a_device_that_is_not_there(place, device):
 def test_arguments_that_cannot_be(place):
     with pytest.raises(UsageError, match="batch_size is 'auto'"):
         LandmarkLM(str(place / "landmark"), batch_size="auto")
+    for reading in (
+        {"chunk": 0},
+        {"chunk": "nan"},
+        {"top_k_blocks": -1},
+        {"context_miss_cutoff": 2},
+        {"selection": "x"},
+    ):
+        with pytest.raises(UsageError, match=f"^--{next(iter(reading)).replace('_', '-')}: (must be|expected)"):
+            LandmarkLM(str(place / "landmark"), **reading)
     with pytest.raises(UsageError, match="no argument chunks"):
         LandmarkLM(str(place / "landmark"), chunks=3)

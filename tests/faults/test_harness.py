@@ -32,6 +32,11 @@ def ended(call, folder, **limits):
     return Fork(call, folder, **limits).start().wait()
 
 
+def room_for(more, folder):
+    """What a fork of this process holds from its start, and so many bytes more: it maps fewer pages than its parent."""
+    return int(ended(lambda: print(read_usage(os.getpid())[1]), folder).out) + more
+
+
 def test_a_fork_tells_what_it_printed_and_how_it_ended(tmp_path):
     def call():
         print("out", os.getcwd(), input())
@@ -59,7 +64,7 @@ def test_too_much_time_and_memory_are_seen(tmp_path):
         time.sleep(30 if kept else 0)
 
     assert ended(spin, tmp_path / "at", most_seconds=0.2).over == "time"
-    limit = read_usage(os.getpid())[1] + (100 << 20)
+    limit = room_for(100 << 20, tmp_path / "at")
     assert ended(grow, tmp_path / "at", most_bytes=limit).over == "memory"
 
 
@@ -101,10 +106,10 @@ def test_what_cannot_be_tried_is_no_success(run):
     assert result.trials == 0 and result.not_here == "no right to" and not result.failures
 
 
-def test_inputs_that_end_the_process_or_take_too_much_are_told_apart(run, monkeypatch):
+def test_inputs_that_end_the_process_or_take_too_much_are_told_apart(run, tmp_path, monkeypatch):
     # Memory is taken in far less processor time than this, on a slow machine too.
     monkeypatch.setattr(harness, "MOST_SECONDS", 1.5)
-    monkeypatch.setattr(harness, "MOST_BYTES", read_usage(os.getpid())[1] + (100 << 20))
+    monkeypatch.setattr(harness, "MOST_BYTES", room_for(100 << 20, tmp_path / "at"))
 
     def call(made, chance):
         number = chance.number
