@@ -29,6 +29,9 @@ from landmark_cli.errors import Stopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Under a launcher one request can come twice, from the job's scheduler and handed on by the launcher.
 LAUNCHER_REPEATS_WITHIN = 2.0
+# How long the main thread may stay in native code (connecting to other processes, reading from a hub) before a first
+# signal, which would end it there, ends the process.
+HEARD_WITHIN = 5.0
 SHOW_CURSOR = b"\x1b[?25h\n"
 
 
@@ -84,10 +87,17 @@ class _Ending(Interrupts):
     """Raises Interrupted in the main thread instead of noting the signal."""
 
     def note(self, number: int) -> None:
-        pass
+        waiting = threading.Timer(HEARD_WITHIN, self._end_unheard, [number])
+        waiting.daemon = True
+        waiting.start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
         raise Interrupted(number)
+
+    def _end_unheard(self, number: int) -> None:
+        if self.signal is None:
+            stop_at_once(number)
 
 
 @contextlib.contextmanager

@@ -115,6 +115,19 @@ def test_elsewhere_too_a_second_one_stops_native_code(number):
 
 
 @BOTH
+@pytest.mark.parametrize("launcher", [{}, {"LOCAL_RANK": "0"}], ids=["alone", "launched"])
+def test_elsewhere_one_that_native_code_does_not_let_in_stops_it_soon(number, launcher):
+    code = f"""
+    from landmark_cli import interrupts
+    interrupts.HEARD_WITHIN = 0.5
+    with interrupts.end_on_signals():
+        print("ready", flush=True)
+        {NATIVE}
+    """
+    assert ended(code, number, **launcher) == (128 + number, "", "")
+
+
+@BOTH
 def test_what_was_there_before_is_put_back(number):
     heard = []
     before = signal.signal(number, lambda number, frame: heard.append(number))

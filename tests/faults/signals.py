@@ -101,7 +101,7 @@ LAUNCH_SECONDS = 120.0
 
 def torchrun(folder: Path, *more: str) -> Fork:
     """Begin a run of two processes under torchrun."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "landmark_cli"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "landmark_cli"]
     arguments = [*run, *map(str, LAUNCHED), *more]
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     call = partial(os.execv, sys.executable, arguments)
