@@ -118,10 +118,12 @@ def test_elsewhere_too_a_second_one_stops_native_code(number):
 @pytest.mark.parametrize("launcher", [{}, {"LOCAL_RANK": "0"}], ids=["alone", "launched"])
 def test_elsewhere_one_that_native_code_does_not_let_in_stops_it_soon(number, launcher):
     code = f"""
+    import threading
     from landmark_cli import interrupts
     interrupts.HEARD_WITHIN = 0.5
     with interrupts.end_on_signals():
-        print("ready", flush=True)
+        # Told once the main thread is inside.
+        threading.Timer(0.3, print, ["ready"], dict(flush=True)).start()
         {NATIVE}
     """
     assert ended(code, number, **launcher) == (128 + number, "", "")
