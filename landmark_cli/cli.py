@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = None
     try:
         with launch.command(arguments), end_on_signals():
+            launch.hear_of_launchers_end()
             run, options = _parse(arguments)
             run(options)
             console.write_out("")

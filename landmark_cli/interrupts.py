@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +27,10 @@ from typing import Any
 from landmark_cli.console import info
 from landmark_cli.errors import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What Linux sends to a process whose launcher ended before it, where the process asked for it (see launch.py). It means
+# what SIGTERM means, but never that it came a second time: whoever stops the launcher may have stopped this one as well.
+LAUNCHER_GONE = signal.SIGRTMIN + 5 if sys.platform == "linux" else None
+SIGNALS = (signal.SIGINT, signal.SIGTERM) if LAUNCHER_GONE is None else (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE)
 # Under a launcher one request can come twice, from the job's scheduler and handed on by the launcher.
 LAUNCHER_REPEATS_WITHIN = 2.0
 # How long the main thread may stay in native code (connecting to other processes, reading from a hub) before a first
@@ -54,6 +58,7 @@ class Interrupts:
         self.signal: signal.Signals | None = None
         self._untold = threading.Lock()
         self._arrived_at: float | None = None
+        self._repeats = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -61,7 +66,7 @@ class Interrupts:
     def note(self, number: int) -> None:
         """Take a signal as asked for: one that came here, or to another process of this run."""
         if self.signal is None:
-            self.signal = signal.Signals(number)
+            self.signal = meaning(number)
         if self._untold.acquire(blocking=False):
             info(f"{self.signal.name}: {self.doing}; once more stops at once")
 
@@ -72,14 +77,15 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # In the main thread, between any two of its instructions: all else is for the watching thread.
         if self.signal is None:
-            self.signal = signal.Signals(number)
+            self.signal = meaning(number)
 
     def _arrived(self, number: int) -> None:
         now = time.monotonic()
         if self._arrived_at is None:
             self._arrived_at = now
+            self._repeats = "LOCAL_RANK" in os.environ or number == LAUNCHER_GONE
             self.note(number)
-        elif "LOCAL_RANK" not in os.environ or now - self._arrived_at > LAUNCHER_REPEATS_WITHIN:
+        elif number != LAUNCHER_GONE and now - self._arrived_at > self._repeats * LAUNCHER_REPEATS_WITHIN:
             stop_at_once(number)
 
 
@@ -92,8 +98,10 @@ class _Ending(Interrupts):
         waiting.start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        raise Interrupted(number)
+        # The second of two, one of which came from the launcher's end, finds the first one at its work.
+        if self.signal is None:
+            self.signal = meaning(number)
+            raise Interrupted(self.signal)
 
     def _end_unheard(self, number: int) -> None:
         if self.signal is None:
@@ -114,11 +122,16 @@ def end_on_signals() -> Iterator[None]:
         yield
 
 
+def meaning(number: int) -> signal.Signals:
+    """The signal that this one stands for."""
+    return signal.SIGTERM if number == LAUNCHER_GONE else signal.Signals(number)
+
+
 def stop_at_once(number: int) -> None:
     """End this process without another word, with the exit code of one that the signal ended."""
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)
-    os._exit(128 + number)
+    os._exit(128 + meaning(number))
 
 
 # What was there before each block that is running now: the handlers by signal, and the descriptor to wake up.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
@@ -13,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from landmark_cli.interrupts import LAUNCHER_GONE
+
+PR_SET_PDEATHSIG = 1
 # What the first process of a launch has to say, it says within this many seconds of the others.
 FIRST_COMES_FIRST = 0.5
 ANSWER_WITHIN = 5.0
@@ -80,9 +84,25 @@ def _found_each_other() -> bool:
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def hear_of_launchers_end() -> None:
+    """Have this process sent `LAUNCHER_GONE` when `accelerate launch`, which started it alone, ends before it.
+
+    That launcher hands no signal on: stopped by a scheduler, it would leave a run behind that nobody stops. torchrun,
+    and `accelerate launch` of several processes, look after their processes themselves.
+    """
+    if LAUNCHER_GONE is not None and "LOCAL_RANK" not in os.environ and _launcher():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_GONE)
+
+
 def _program() -> list[str]:
-    """What stands in front of the arguments. Under a launcher, the command line of the process above this one ends with
-    them, and begins with the launcher and its own options."""
+    """What stands in front of the arguments."""
+    name = Path(sys.argv[0]).name
+    return _launcher() or [name if shutil.which(name) else "landmark"]
+
+
+def _launcher() -> list[str]:
+    """The launcher that started this process, with its own options; empty where there was none. The command line of
+    the process above this one begins with them, and ends with the arguments of this one."""
     if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         import psutil
 
@@ -93,5 +113,4 @@ def _program() -> list[str]:
                 # A script that Python runs, as installed launchers are, is started by its own name.
                 script = before > 1 and os.path.isfile(above[1])
                 return [Path(above[1]).name, *above[2:before]] if script else above[:before]
-    name = Path(sys.argv[0]).name
-    return [name if shutil.which(name) else "landmark"]
+    return []

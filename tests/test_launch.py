@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -11,15 +12,24 @@ from landmark_cli import launch
 from tests.training.command import environment
 
 PROGRAM = """
-import os, sys
+import os, sys, time
 from landmark_cli import cli, launch
 from landmark_cli.errors import LandmarkError
+from landmark_cli.interrupts import interrupts
 from tests.greet import EXAMPLES, GreetOptions
 
 def run(options):
     if options.note == "again":
         print(launch.again("resume", out="here"))
         return
+    if options.note == "work":
+        with interrupts("finishing the greeting") as asked:
+            print(os.getpid(), flush=True)
+            while not asked:
+                time.sleep(0.01)
+            time.sleep(0.5)
+            print("finished", flush=True)
+            raise asked.stopped("greeted")
     import torch
     if options.note == "alone":
         torch.distributed.init_process_group("gloo")
@@ -42,6 +52,26 @@ def script(tmp_path):
 
 def launched(*command):
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+@pytest.mark.parametrize(
+    ("number", "both"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+    ids=["the launcher", "both", "Ctrl-C"],
+)
+def test_a_run_stops_well_with_the_launcher_that_started_it(script, number, both):
+    command = ["accelerate", "launch", "--num_processes", "1", script, "greet", "--note", "work"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, env=environment(), **pipes)
+    process = int(launcher.stdout.readline())
+    launcher.send_signal(number)
+    if both:
+        os.kill(process, number)
+    out, err = launcher.communicate(timeout=60)
+    assert out == "finished\n"
+    # What the launcher says of its own end may come between.
+    assert err.count(": finishing the greeting; once more stops at once\n") == 1 and err.count("greeted\n") == 1
 
 
 @pytest.mark.parametrize(
