@@ -44,7 +44,7 @@ def page() -> str:
         parts.append(f"`{options_class.__module__}.{options_class.__name__}`")
         panels = dict.fromkeys(setting.metadata["panel"] for setting in settings.values())
         for panel in sorted(panels, key=lambda panel: panel is not None):
-            rows = [row(s) for s in settings.values() if s.metadata["panel"] == panel and not s.metadata["hidden"]]
+            rows = [row(s) for s in settings.values() if s.metadata["panel"] == panel]
             parts.append(
                 "\n".join(
                     [

@@ -189,7 +189,6 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     about = setting.metadata
     common = {
         "help": escape(about["help"]),
-        "hidden": about["hidden"],
         "min": about["min"],
         "max": about["max"] if setting.bounds[1] < LONGEST else None,
         "rich_help_panel": about["panel"],

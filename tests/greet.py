@@ -29,7 +29,6 @@ class GreetOptions:
     out: Path | None = option(None, help="Where to write.")
     note: str | None = option(None, help="A note.")
     top_k: int = option(4, help="Blocks to read.", names=("--top-k-blocks", "-k"))
-    secret: int = option(7, help="Not for everyone.", hidden=True)
     resume: bool = option(False, help="Go on.", saved=False)
 
 

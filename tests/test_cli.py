@@ -68,7 +68,7 @@ def test_defaults_are_the_dataclass_ones(greet):
 
 
 def test_every_kind_of_option(greet):
-    values = "--times 3 --rate 1e-3 --blocks none --style fancy --out z --note n -k 0 --secret 1"
+    values = "--times 3 --rate 1e-3 --blocks none --style fancy --out z --note n -k 0"
     lists = "-d x --data y --words a,b --mix 0.5,0.25 --mix 0.25"
     flags = "--loud --no-twice --resume"
     code, options, _, _ = greet("greet", "me", *values.split(), *lists.split(), *flags.split())
@@ -87,7 +87,6 @@ def test_every_kind_of_option(greet):
         out=Path("z"),
         note="n",
         top_k=0,
-        secret=1,
         resume=True,
     )
 
@@ -204,7 +203,6 @@ def test_help_tells_all(greet, monkeypatch):
         "--debug",
     ]:
         assert text in out
-    assert "--secret" not in out
     assert "--no-resume" not in out
     assert out.rstrip().endswith("landmark greet me --times 3 --words [x]")
 

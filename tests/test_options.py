@@ -47,7 +47,6 @@ greetings = st.builds(
     out=st.none() | paths,
     note=st.none() | texts,
     top_k=st.integers(-(10**9), 10**9),
-    secret=st.integers(-(10**9), 10**9),
 )
 
 

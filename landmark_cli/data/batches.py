@@ -119,11 +119,6 @@ class Batches:
         self._orders = [_Order(file, self.windows.text_length, seed, i) for i, file in enumerate(self.token_files)]
         self._shares = _conditional_shares(weights, [order.windows for order in self._orders])
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which as many windows are drawn as all files hold."""
-        return sum(order.windows for order in self._orders) / self.global_batch
-
     def batch(self, step: int, start: int, stop: int) -> dict[str, Tensor]:
         """Rows `start` to `stop` of a step's global batch: see `Windows.cut`.
 

@@ -1,12 +1,14 @@
 """Token files: the ids of a corpus in one memory-mapped file, with what is needed to trust and use them.
 
-`train.bin` holds the ids, little-endian uint16 or uint32, every document followed by the end-of-text token. Beside it
-`train.offsets` holds where each document starts (little-endian int64, the end of the last one included) and
-`train.json` the metadata. The metadata comes last: a token file without it is an unfinished one.
+`train.bin` holds the ids, little-endian uint16 or uint32, every document followed by the end-of-text token, and
+`train.json` beside it the metadata. The metadata comes last: a token file without it is an unfinished one.
 
 Nothing that was truncated or changed since is taken for whole. Sizes and the metadata's own checksum are checked
 whenever a file is opened. Contents are checked against their sha256 then where the file is small, or was written to
 since (by a copy, for instance); those of a large file that nobody wrote to when `landmark prepare` is run on it again.
+
+Up to format 2 `train.offsets` stood there too, with the place of every document, which nothing ever read. Token files
+of those formats open as they are, with that file or without it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from landmark_cli.data.left_out import LeftOut
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import hash_file, read_sealed, write_sealed
 
-FORMAT = 2
+FORMAT = 3
 UNSEALED = {"format": 1}
 """What metadata without a checksum, of an earlier version, says of itself."""
 # What takes a fraction of a second to read and hash.
@@ -48,10 +50,10 @@ class TokenFileMetadata:
         text_bytes: size of the text in UTF-8.
         dtype: "uint16" or "uint32".
         sha256: of the file with the ids.
-        offsets_sha256: of the file with the documents' places.
         source: where the text came from, in words.
         made_from: fingerprint of all that the file was made from; empty if nobody needs it.
-        modified_ns: when the two files were last written, in the file system's nanoseconds.
+        modified_ns: when the file with the ids was last written, in the file system's nanoseconds, as a list of one;
+            up to format 2, the time of a second file follows.
         left_out: what the preparation left out, of all splits, since it is no text; noted in that of `train`.
     """
 
@@ -64,7 +66,6 @@ class TokenFileMetadata:
     text_bytes: int
     dtype: Literal["uint16", "uint32"]
     sha256: str
-    offsets_sha256: str
     source: str
     made_from: str
     modified_ns: list[int]
@@ -74,13 +75,12 @@ class TokenFileMetadata:
 
 @dataclass
 class Written:
-    """How much of a token file was on the disk at a checkpoint, and the sha256 of its two files up to there."""
+    """How much of a token file was on the disk at a checkpoint, and its sha256 up to there."""
 
     tokens: int = 0
     documents: int = 0
     text_bytes: int = 0
     sha256: str = ""
-    offsets_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,11 @@ class TokenFile:
     Attributes:
         path: of the ids (`.bin`).
         tokens: (tokens,) uint16 or uint32, memory-mapped.
-        document_offsets: (documents + 1,) int64, memory-mapped: document i is `tokens[offsets[i]:offsets[i + 1]]`, its
-            end-of-text token included.
         metadata: what the file says of itself.
     """
 
     path: Path
     tokens: np.ndarray
-    document_offsets: np.ndarray
     metadata: TokenFileMetadata
 
     @classmethod
@@ -114,26 +111,14 @@ class TokenFile:
         path = _with_ending(Path(path))
         metadata = read_metadata(path)
         _check_size(path, metadata.tokens * np.dtype(metadata.dtype).itemsize)
-        _check_size(_offsets_path(path), (metadata.documents + 1) * 8)
-        modified = _modified_ns(path)
-        touched = modified != metadata.modified_ns
-        if touched or verify or path.stat().st_size <= ALWAYS_CHECKED_BYTES:
-            for file, expected in ((path, metadata.sha256), (_offsets_path(path), metadata.offsets_sha256)):
-                if hash_file(file).hexdigest() != expected:
-                    raise _changed(file, "its contents are not those that were written")
+        status = path.stat()
+        touched = metadata.modified_ns[:1] != [status.st_mtime_ns]
+        if touched or verify or status.st_size <= ALWAYS_CHECKED_BYTES:
+            if hash_file(path).hexdigest() != metadata.sha256:
+                raise _changed(path, "its contents are not those that were written")
         if touched:
-            _remember_modified(path, metadata, modified)
-        return cls(
-            path=path,
-            tokens=map_values(path, metadata.dtype, metadata.tokens),
-            document_offsets=map_values(_offsets_path(path), "int64", metadata.documents + 1),
-            metadata=metadata,
-        )
-
-    def document(self, index: int) -> np.ndarray:
-        """The ids of one document, without its end-of-text token."""
-        start, end = self.document_offsets[index : index + 2]
-        return self.tokens[start : end - 1]
+            _remember_modified(path, metadata, status.st_mtime_ns)
+        return cls(path=path, tokens=map_values(path, metadata.dtype, metadata.tokens), metadata=metadata)
 
     def check_tokenizer(self, encode: Callable[[str], Any], whose: str) -> None:
         """Make sure that another tokenizer reads text as this file's did.
@@ -182,23 +167,20 @@ class TokenFileWriter:
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self._tokenizer = tokenizer
         self._source, self._made_from = source, made_from
-        self._partial = [file.with_name(file.name + partial_suffix) for file in (self.path, _offsets_path(self.path))]
+        self._partial = self.path.with_name(self.path.name + partial_suffix)
         state = resume or Written()
         self.tokens, self.documents, self.text_bytes = state.tokens, state.documents, state.text_bytes
         self._document_start = self.tokens
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        sizes = (self.tokens * self.dtype.itemsize, (self.documents + 1) * 8)
         if resume is None:
-            self._hashes = [hashlib.sha256(), hashlib.sha256()]
-            self._files = [open(file, "wb") for file in self._partial]
-            self._write(1, np.zeros(1, dtype="<i8"))
+            self._hash = hashlib.sha256()
+            self._file = open(self._partial, "wb")
         else:
-            hashes = (state.sha256, state.offsets_sha256)
-            self._hashes = [check_hash(*expected) for expected in zip(self._partial, sizes, hashes, strict=True)]
-            self._files = [open(file, "r+b") for file in self._partial]
-            for file, size in zip(self._files, sizes, strict=True):
-                file.truncate(size)
-                file.seek(size)
+            size = self.tokens * self.dtype.itemsize
+            self._hash = check_hash(self._partial, size, state.sha256)
+            self._file = open(self._partial, "r+b")
+            self._file.truncate(size)
+            self._file.seek(size)
 
     def __enter__(self) -> TokenFileWriter:
         return self
@@ -219,14 +201,15 @@ class TokenFileWriter:
         """
         if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
             raise ValueError(f"ids must be below the vocabulary's {self._tokenizer.vocab_size}, found {ids.max()}")
-        self._write(0, np.asarray(ids, dtype=self.dtype))
+        data = np.asarray(ids, dtype=self.dtype).tobytes()
+        self._hash.update(data)
+        self._file.write(data)
         self.tokens += len(ids)
         self.text_bytes += text_bytes
 
     def end_document(self) -> None:
         """Write the end-of-text token after the document under way."""
         self.append(np.array([self._tokenizer.eot_id]))
-        self._write(1, np.array([self.tokens], dtype="<i8"))
         self._document_start = self.tokens
         self.documents += 1
 
@@ -242,31 +225,28 @@ class TokenFileWriter:
 
     def checkpoint(self) -> Written:
         """Put everything on the disk and return the state to `resume` from. Only between documents."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-        return Written(self.tokens, self.documents, self.text_bytes, *(hashed.hexdigest() for hashed in self._hashes))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return Written(self.tokens, self.documents, self.text_bytes, self._hash.hexdigest())
 
     def close(self) -> None:
-        """Let go of the unfinished files and leave them where they are."""
-        for file in self._files:
-            # What a full disk did not take is lost in any case: `resume` starts from what a checkpoint put there.
-            with contextlib.suppress(OSError):
-                file.close()
+        """Let go of the unfinished file and leave it where it is."""
+        # What a full disk did not take is lost in any case: `resume` starts from what a checkpoint put there.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def discard(self) -> None:
-        """Remove the unfinished files."""
+        """Remove the unfinished file."""
         self.close()
-        for file in self._partial:
-            file.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
     def finish(self, left_out: LeftOut | None = None) -> TokenFileMetadata:
-        """Give the file its name: ids, then documents' places, then metadata. What stood there before is replaced."""
+        """Give the file its name, then write its metadata. What stood there before is replaced."""
         self.checkpoint()
         self.close()
         _metadata_path(self.path).unlink(missing_ok=True)
-        for partial, final in zip(self._partial, (self.path, _offsets_path(self.path)), strict=True):
-            os.replace(partial, final)
+        os.replace(self._partial, self.path)
+        _offsets_path(self.path).unlink(missing_ok=True)
         metadata = TokenFileMetadata(
             tokenizer=self._tokenizer.name,
             tokenizer_fingerprint=self._tokenizer.fingerprint,
@@ -276,20 +256,14 @@ class TokenFileWriter:
             documents=self.documents,
             text_bytes=self.text_bytes,
             dtype=self.dtype.name,
-            sha256=self._hashes[0].hexdigest(),
-            offsets_sha256=self._hashes[1].hexdigest(),
+            sha256=self._hash.hexdigest(),
             source=self._source,
             made_from=self._made_from,
-            modified_ns=_modified_ns(self.path),
+            modified_ns=[self.path.stat().st_mtime_ns],
             left_out=left_out,
         )
         write_sealed(_metadata_path(self.path), dataclasses.asdict(metadata))
         return metadata
-
-    def _write(self, which: int, values: np.ndarray) -> None:
-        data = values.tobytes()
-        self._hashes[which].update(data)
-        self._files[which].write(data)
 
 
 def read_metadata(path: str | Path) -> TokenFileMetadata:
@@ -308,7 +282,7 @@ def read_metadata(path: str | Path) -> TokenFileMetadata:
         raise LandmarkError(f"{found}; make one with: landmark prepare")
     metadata = read_sealed(TokenFileMetadata, described, unsealed=UNSEALED, to_do="prepare the corpus again")
     if (
-        metadata.format not in (UNSEALED["format"], FORMAT)
+        metadata.format not in range(UNSEALED["format"], FORMAT + 1)
         or min(metadata.tokens, metadata.documents, metadata.vocab_size) < 0
     ):
         raise LandmarkError(f"{described} is not of a kind that this version reads: prepare the corpus again")
@@ -339,15 +313,12 @@ def _with_ending(path: Path) -> Path:
 
 
 def _offsets_path(path: Path) -> Path:
+    """What stands beside a token file of format 1 or 2."""
     return path.with_suffix(".offsets")
 
 
 def _metadata_path(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _modified_ns(path: Path) -> list[int]:
-    return [file.stat().st_mtime_ns for file in (path, _offsets_path(path))]
 
 
 def check_hash(file: Path, size: int, sha256: str) -> Any:
@@ -382,9 +353,9 @@ def _changed(path: Path, what: str) -> LandmarkError:
     return LandmarkError(f"{path} was truncated or changed after it was prepared: {what}; prepare the corpus again")
 
 
-def _remember_modified(path: Path, metadata: TokenFileMetadata, modified: list[int]) -> None:
+def _remember_modified(path: Path, metadata: TokenFileMetadata, modified_ns: int) -> None:
     """Note that the contents were found right as of now, so that the next opening is cheap; not vital."""
-    metadata = dataclasses.replace(metadata, format=FORMAT, modified_ns=modified)
+    metadata = dataclasses.replace(metadata, format=FORMAT, modified_ns=[modified_ns])
     try:
         write_sealed(_metadata_path(path), dataclasses.asdict(metadata))
     except OSError:

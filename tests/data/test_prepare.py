@@ -22,6 +22,7 @@ from landmark_cli.data.prepare import prepare
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
 from landmark_cli.data.tokenizers import ASSETS, load_tokenizer
 from landmark_cli.errors import LandmarkError
+from tests.data.texts import documents_in
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def expected(books, gpt2, tmp_path_factory):
 
 def same(written, expected):
     def hashes(files):
-        return {split: (m.sha256, m.offsets_sha256, m.text_bytes) for split, m in files.items()}
+        return {split: (m.sha256, m.documents, m.text_bytes) for split, m in files.items()}
 
     assert hashes(written) == hashes(expected)
 
@@ -67,13 +68,11 @@ def test_every_document_is_there_with_its_end_of_text(books, gpt2, tmp_path):
         opened = TokenFile.open(tmp_path / f"{split}.bin")
         texts = [file.read_bytes().decode() for file in sorted((books / split).iterdir())]
         texts = [text for text in texts if text]
-        assert metadata.documents == len(texts) == len(opened.document_offsets) - 1
-        for number, text in enumerate(texts):
-            assert opened.document(number).tolist() == gpt2.encode(text)
-            assert opened.tokens[opened.document_offsets[number + 1] - 1] == 50256
+        assert documents_in(opened) == [list(gpt2.encode(text)) for text in texts]
+        assert metadata.documents == len(texts) and opened.tokens[-1] == metadata.eot_id == 50256
         assert metadata.text_bytes == sum(len(text.encode()) for text in texts)
         assert (metadata.tokenizer, metadata.vocab_size, metadata.dtype) == ("gpt2", 50257, "uint16")
-    names = [f"{split}{ending}" for split in written for ending in (".bin", ".json", ".offsets")]
+    names = [f"{split}{ending}" for split in written for ending in (".bin", ".json")]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
 
 
@@ -255,7 +254,7 @@ def test_the_command_without_options_prepares_the_sample(tmp_path):
     }
     opened = TokenFile.open(tmp_path / "data" / "sample" / "validation.bin")
     assert opened.tokens[:12].tolist() == GOLDEN_START
-    assert load_tokenizer("gpt2").decode(opened.document(0)).count("Anne") > 400
+    assert load_tokenizer("gpt2").decode(documents_in(opened)[0]).count("Anne") > 400
 
 
 GOLDEN_START = [30946, 84, 4247, 628, 198, 1525, 198, 198, 41083, 2517, 268, 198]

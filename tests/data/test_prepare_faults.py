@@ -1,6 +1,7 @@
 """What may go wrong on the way to token files: text that is bad, bytes that flip between two runs, options without a
 meaning, signals."""
 
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from landmark_cli import cli
@@ -21,7 +23,8 @@ from landmark_cli.data.prepare import prepare
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
-from tests.data.texts import json_lines, packed, write, write_parquet
+from landmark_cli.files import write_sealed
+from tests.data.texts import documents_in, json_lines, packed, write, write_parquet
 
 DAMAGED = Path(__file__).parent / "damaged"
 
@@ -63,7 +66,7 @@ class Slowly:
 def documents(split="out/train"):
     opened = TokenFile.open(split)
     tokenizer = load_tokenizer("gpt2")
-    return [tokenizer.decode(opened.document(i)) for i in range(opened.metadata.documents)]
+    return [tokenizer.decode(document) for document in documents_in(opened)]
 
 
 @pytest.fixture
@@ -173,7 +176,7 @@ def flip(path, at):
     path.write_bytes(bytes(data))
 
 
-FLIPPED = ["train.bin", "train.offsets", "validation.bin", "prepare.json"]
+FLIPPED = ["train.bin", "validation.bin", "prepare.json"]
 
 
 @pytest.mark.parametrize("at", [0, 2, 4])
@@ -188,7 +191,7 @@ def test_bytes_that_flip_between_a_kill_and_the_next_run_are_noticed(gpt2, books
     noted = json.loads((process.state_file(Path("out"))).read_text())
     sizes = {"turns": noted["turns"]}
     for split, written in noted["splits"].items():
-        sizes |= {f"{split}.bin": written["tokens"] * 2, f"{split}.offsets": (written["documents"] + 1) * 8}
+        sizes[f"{split}.bin"] = written["tokens"] * 2
     path = Path("out") / (file + process.suffix)
     if file in sizes:
         os.truncate(path, sizes[file])
@@ -200,6 +203,30 @@ def test_bytes_that_flip_between_a_kill_and_the_next_run_are_noticed(gpt2, books
     said = capsys.readouterr().err
     assert f"{path} " in said and "preparing from the first document on" in said
     assert {split: m.sha256 for split, m in written.items()} == {split: m.sha256 for split, m in expected.items()}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_preparation_that_an_earlier_version_began_goes_on(gpt2, books, count, capsys):
+    """It kept the places of the documents in files of their own, whose hash it noted too."""
+    expected = prepare(corpus(books), gpt2, Path("expected"))
+    first = Process(0, count)
+    with pytest.raises(ZeroDivisionError):
+        prepare(corpus(books), Slowly(gpt2, 8), Path("out"), process=first)
+    noted = json.loads(first.state_file(Path("out")).read_text())
+    del noted["checksum"]
+    for split, written in noted["splits"].items():
+        ids = np.fromfile(f"out/{split}.bin{first.suffix}", dtype="<u2", count=written["tokens"])
+        offsets = np.array([0, *np.flatnonzero(ids == gpt2.eot_id) + 1], dtype="<i8").tobytes()
+        Path(f"out/{split}.offsets{first.suffix}").write_bytes(offsets)
+        written["offsets_sha256"] = hashlib.sha256(offsets).hexdigest()
+    write_sealed(first.state_file(Path("out")), noted)
+    if count > 1:
+        prepare(corpus(books), gpt2, Path("out"), process=Process(1, count))
+    capsys.readouterr()
+    written = prepare(corpus(books), gpt2, Path("out"), process=first)
+    assert f"going on after the first {noted['next_document']} documents" in capsys.readouterr().err
+    assert {split: m.sha256 for split, m in written.items()} == {split: m.sha256 for split, m in expected.items()}
+    assert {file.name for file in Path("out").iterdir()} == {file.name for file in Path("expected").iterdir()}
 
 
 @pytest.mark.parametrize("file", ["train.bin", "turns", "prepare.json"])

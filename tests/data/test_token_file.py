@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter, find_corpus, read_metadata, remove_token_file
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import write_sealed
+from landmark_cli.files import hash_file, write_sealed
+from tests.data.texts import documents_in
 
 
 class Letters:
@@ -39,7 +40,7 @@ def write(path, documents, tokenizer=Letters, **settings):
 @given(st.lists(st.lists(st.integers(0, 255), max_size=20), max_size=8), st.sampled_from([Letters, ManyLetters]))
 def test_documents_come_back(tmp_path_factory, documents, tokenizer):
     opened = write(tmp_path_factory.mktemp("t") / "train.bin", documents, tokenizer)
-    assert [opened.document(i).tolist() for i in range(len(documents))] == documents
+    assert documents_in(opened) == documents
     assert opened.tokens.tolist() == [t for document in documents for t in [*document, tokenizer.eot_id]]
     assert opened.tokens.dtype == (np.uint16 if tokenizer is Letters else np.uint32)
     metadata = opened.metadata
@@ -55,7 +56,7 @@ def test_pieces_make_one_document(tmp_path):
         writer.end_document()
     opened = TokenFile.open(tmp_path / "train")
     assert opened.path == tmp_path / "train.bin"
-    assert opened.document(0).tolist() == [1, 2, 3] and opened.document_offsets.tolist() == [0, 4]
+    assert opened.tokens.tolist() == [1, 2, 3, 256]
 
 
 def test_an_error_leaves_what_stood_there(tmp_path):
@@ -63,8 +64,8 @@ def test_an_error_leaves_what_stood_there(tmp_path):
     with pytest.raises(ZeroDivisionError), TokenFileWriter(tmp_path / "train.bin", Letters, source="new") as writer:
         writer.add_document(np.array([3]))
         raise ZeroDivisionError
-    assert TokenFile.open(tmp_path / "train.bin").document(0).tolist() == [1, 2]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.bin", "train.json", "train.offsets"]
+    assert documents_in(TokenFile.open(tmp_path / "train.bin")) == [[1, 2]]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.bin", "train.json"]
 
 
 def test_a_writer_goes_on_from_a_checkpoint(tmp_path):
@@ -78,8 +79,7 @@ def test_a_writer_goes_on_from_a_checkpoint(tmp_path):
         writer.add_document(np.array([3]), text_bytes=1)
     opened = TokenFile.open(tmp_path / "train.bin")
     assert opened.metadata.sha256 == whole.metadata.sha256
-    assert opened.metadata.offsets_sha256 == whole.metadata.offsets_sha256
-    assert opened.metadata.text_bytes == 3
+    assert (opened.metadata.documents, opened.metadata.text_bytes) == (2, 3)
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path):
@@ -117,8 +117,7 @@ DAMAGE = {
     "truncated": (lambda d: os.truncate(d / "train.bin", 4), r"train\.bin .*4 bytes instead of 10"),
     "longer": (lambda d: open(d / "train.bin", "ab").write(b"xx"), r"train\.bin .*12 bytes instead of 10"),
     "changed": (lambda d: flip_a_byte(d / "train.bin"), r"train\.bin .*contents are not those"),
-    "changed offsets": (lambda d: flip_a_byte(d / "train.offsets"), r"train\.offsets .*contents are not those"),
-    "lost offsets": (lambda d: (d / "train.offsets").unlink(), r"train\.offsets .*missing"),
+    "lost": (lambda d: (d / "train.bin").unlink(), r"train\.bin .*missing"),
     "unfinished": (lambda d: (d / "train.json").unlink(), r"not finished.*landmark prepare"),
     "garbled": (lambda d: (d / "train.json").write_text("{"), r"train\.json cannot be read"),
     "other facts": (
@@ -158,29 +157,96 @@ def test_a_copy_is_checked_once_and_then_trusted(tmp_path, monkeypatch):
     write(tmp_path / "train.bin", [[1, 2]])
     copied = tmp_path / "copy"
     copied.mkdir()
-    for file in ("train.bin", "train.offsets", "train.json"):
+    for file in ("train.bin", "train.json"):
         shutil.copyfile(tmp_path / file, copied / file)
         os.utime(copied / file, ns=(10**18, 10**18))
-    assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
+    assert documents_in(TokenFile.open(copied / "train.bin")) == [[1, 2]]
     monkeypatch.setattr("landmark_cli.data.token_file.ALWAYS_CHECKED_BYTES", 0)
     monkeypatch.setattr("landmark_cli.data.token_file.hash_file", None)
-    assert TokenFile.open(copied / "train.bin").document(0).tolist() == [1, 2]
+    assert documents_in(TokenFile.open(copied / "train.bin")) == [[1, 2]]
 
 
-@pytest.mark.parametrize("file", ["train.bin", "train.offsets"])
-def test_bytes_that_flip_by_themselves_are_found(tmp_path, monkeypatch, file):
+def test_bytes_that_flip_by_themselves_are_found(tmp_path, monkeypatch):
     """A disk that fails leaves the time of writing as it was: small files are hashed all the same, large ones when
     somebody asks."""
     write(tmp_path / "train.bin", [[1, 2], [3]])
-    before = (tmp_path / file).stat().st_mtime_ns
-    flip_a_byte(tmp_path / file)
-    os.utime(tmp_path / file, ns=(before, before))
-    with pytest.raises(LandmarkError, match=f"{file} .*contents are not those"):
-        TokenFile.open(tmp_path / "train.bin")
+    file = tmp_path / "train.bin"
+    before = file.stat().st_mtime_ns
+    flip_a_byte(file)
+    os.utime(file, ns=(before, before))
+    with pytest.raises(LandmarkError, match=r"train\.bin .*contents are not those"):
+        TokenFile.open(file)
     monkeypatch.setattr("landmark_cli.data.token_file.ALWAYS_CHECKED_BYTES", 0)
-    TokenFile.open(tmp_path / "train.bin")
-    with pytest.raises(LandmarkError, match=f"{file} .*contents are not those"):
-        TokenFile.open(tmp_path / "train.bin", verify=True)
+    TokenFile.open(file)
+    with pytest.raises(LandmarkError, match=r"train\.bin .*contents are not those"):
+        TokenFile.open(file, verify=True)
+
+
+def as_written_before(path, version, with_offsets=True):
+    """Turn a token file into one of an earlier format, with the places of its documents in a file beside it; format 1
+    has no checksum and says nothing of what was left out."""
+    content = json.loads(path.with_suffix(".json").read_text())
+    ends = np.flatnonzero(TokenFile.open(path).tokens == content["eot_id"]) + 1
+    offsets = path.with_suffix(".offsets")
+    offsets.write_bytes(np.array([0, *ends], dtype="<i8").tobytes())
+    content |= {"format": version, "offsets_sha256": hash_file(offsets).hexdigest()}
+    content["modified_ns"] = [file.stat().st_mtime_ns for file in (path, offsets)]
+    if not with_offsets:
+        offsets.unlink()
+    del content["checksum"]
+    if version == 1:
+        del content["left_out"]
+        path.with_suffix(".json").write_text(json.dumps(content))
+    else:
+        write_sealed(path.with_suffix(".json"), content)
+
+
+EARLIER = pytest.mark.parametrize(("version", "with_offsets"), [(1, True), (1, False), (2, True), (2, False)], ids=str)
+
+
+@EARLIER
+def test_token_files_of_earlier_formats_open_and_are_trusted(tmp_path, monkeypatch, version, with_offsets):
+    path = tmp_path / "train.bin"
+    write(path, [[1, 2], [3]])
+    as_written_before(path, version, with_offsets)
+    described = path.with_suffix(".json").read_bytes()
+    opened = TokenFile.open(path, verify=True)
+    assert documents_in(opened) == [[1, 2], [3]] and opened.metadata.left_out is None
+    assert (opened.metadata.format, opened.metadata.documents) == (version, 2)
+    # A large one is not hashed again, and nothing is written beside it.
+    monkeypatch.setattr("landmark_cli.data.token_file.ALWAYS_CHECKED_BYTES", 0)
+    monkeypatch.setattr("landmark_cli.data.token_file.hash_file", None)
+    assert documents_in(TokenFile.open(path)) == [[1, 2], [3]]
+    assert path.with_suffix(".json").read_bytes() == described
+
+
+@EARLIER
+@pytest.mark.parametrize("damage", ["truncated", "longer", "changed", "lost"])
+def test_damage_to_token_files_of_earlier_formats_is_found(tmp_path, version, with_offsets, damage):
+    write(tmp_path / "train.bin", [[1, 2], [3]])
+    as_written_before(tmp_path / "train.bin", version, with_offsets)
+    do, message = DAMAGE[damage]
+    do(tmp_path)
+    with pytest.raises(LandmarkError, match=message):
+        TokenFile.open(tmp_path / "train.bin")
+
+
+def test_a_copy_of_an_earlier_format_is_looked_at_once_and_brought_up_to_date(tmp_path):
+    path = tmp_path / "train.bin"
+    write(path, [[1, 2]])
+    as_written_before(path, 2)
+    os.utime(path, ns=(10**18, 10**18))
+    assert documents_in(TokenFile.open(path)) == [[1, 2]]
+    metadata = read_metadata(path)
+    assert (metadata.format, metadata.modified_ns) == (3, [10**18])
+
+
+def test_nothing_of_an_earlier_format_stays_beside_a_file_that_replaces_it(tmp_path):
+    for end in (lambda path: write(path, [[3]]), remove_token_file):
+        write(tmp_path / "train.bin", [[1, 2]])
+        as_written_before(tmp_path / "train.bin", 2)
+        end(tmp_path / "train.bin")
+        assert not (tmp_path / "train.offsets").exists()
 
 
 def test_metadata_without_a_checksum_is_of_an_earlier_version(tmp_path):
@@ -210,15 +276,14 @@ def test_every_bit_of_the_metadata_counts(tmp_path):
         assert json.loads(damaged) == json.loads(content)
 
 
-@pytest.mark.parametrize("file", ["train.bin.partial", "train.offsets.partial"])
 @pytest.mark.parametrize("at", [0, 1, 5])
-def test_every_byte_of_a_checkpoint_counts(tmp_path, file, at):
+def test_every_byte_of_a_checkpoint_counts(tmp_path, at):
     writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
     writer.add_document(np.array([1, 2]))
     state = writer.checkpoint()
     writer.close()
-    flip_a_byte(tmp_path / file, at)
-    with pytest.raises(LandmarkError, match=f"{file} is not what had been written to it"):
+    flip_a_byte(tmp_path / "train.bin.partial", at)
+    with pytest.raises(LandmarkError, match=r"train\.bin\.partial is not what had been written to it"):
         TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state)
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import zstandard
@@ -15,6 +16,12 @@ def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def documents_in(token_file):
+    """The ids of an opened token file's documents, each without its end-of-text token."""
+    ends = np.flatnonzero(token_file.tokens == token_file.metadata.eot_id)
+    return [part[bool(i) :].tolist() for i, part in enumerate(np.split(token_file.tokens, ends))][:-1]
 
 
 def json_lines(rows):

@@ -301,7 +301,6 @@ BOMBS = [
         Bomb(f"{what}: {file}", copies, light(file), arguments, [Path(file).name, *names], quick=0)
         for file, copies, arguments, names in (
             ("tokens/train.json", ["tokens", "bytes"], TRAIN, ["tokens/train."]),
-            ("tokens/train.offsets", ["tokens", "bytes"], TRAIN, ["tokens/train."]),
             ("gpt/config.json", ["gpt"], generate("gpt"), ["gpt"]),
             ("gpt/tokenizer.json", ["gpt"], generate("gpt"), ["gpt"]),
             ("gpt/tokenizer_config.json", ["gpt"], generate("gpt"), ["gpt"]),

@@ -34,6 +34,7 @@ def prepare(form: str, folder: Path) -> list[bytes]:
     """Prepare the one file of a corpus with a tokenizer whose ids are bytes; returns the documents' bytes."""
     from landmark_cli.commands.prepare import PrepareOptions, run
     from landmark_cli.data.token_file import TokenFile
+    from tests.data.texts import documents_in
 
     run(
         PrepareOptions(
@@ -47,7 +48,7 @@ def prepare(form: str, folder: Path) -> list[bytes]:
     )
     file = TokenFile.open(folder / "out" / "train.bin")
     byte_of = byte_of_id()
-    return [bytes(byte_of[i] for i in file.document(n).tolist()) for n in range(file.metadata.documents)]
+    return [bytes(byte_of[i] for i in document) for document in documents_in(file)]
 
 
 def right(documents: list[bytes], made: Input) -> bool:

@@ -89,7 +89,7 @@ def flip(file: Path, chance: random.Random) -> None:
 
 
 # A corpus that is opened, and how far a run on it comes.
-OPENED = ("tokens/*.bin", "tokens/*.offsets", "tokens/*.json")
+OPENED = ("tokens/*.bin", "tokens/*.json")
 FLIPS = [
     Flip("an interrupted prepare", jobs.PREPARE, [f"{OUTPUT}/*.partial"], at=0.6),
     Flip("token files of a training run", jobs.TRAIN, OPENED, names=["tokens/"]),

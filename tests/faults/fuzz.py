@@ -117,7 +117,7 @@ def open_token_file(folder: Path) -> Any:
 
     file = TokenFile.open(folder / "tokens" / "train.bin")
     m = file.metadata
-    return (m.eot_id, m.vocab_size, m.tokenizer_fingerprint), file.tokens.tolist(), file.document_offsets.tolist()
+    return (m.eot_id, m.vocab_size, m.tokenizer_fingerprint), file.tokens.tolist()
 
 
 def same(result: Any, made: Input) -> bool:
@@ -305,7 +305,7 @@ READERS = [
     Reader(
         "token files",
         ["tokens"],
-        {"tokens/train.bin": BYTES, "tokens/train.offsets": BYTES},
+        {"tokens/train.bin": BYTES},
         open_token_file,
         same,
         full=1500,
