@@ -120,6 +120,8 @@ def run_kinds(
             result.failures += failures
             result.not_here = result.not_here or not_here
             result.seconds += seconds
+            for number, category, what in failures:
+                tell(f"{name}, trial {number}: {category}: {what}")
             tell(f"{name}: {result.trials} done, {len(result.failures)} failed")
     except KeyboardInterrupt:
         tell("stopped: the table is of what was done until now")
