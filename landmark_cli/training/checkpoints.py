@@ -100,6 +100,7 @@ class Checkpoints:
 
     def _look_for_damage(self) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint without damage, and what is wrong with those that are newer, which are put aside."""
+        self._remove_left_over()
         found, damaged = None, {}
         for path in reversed(self._whole()):
             what = damage_of(path)
@@ -192,8 +193,7 @@ class Checkpoints:
         return path
 
     def _begin(self, partial: Path) -> None:
-        for left_over in self.directory.glob(f"*{PARTIAL}"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        self._remove_left_over()
         partial.mkdir(parents=True)
 
     def _publish(self, partial: Path, path: Path, record: Record) -> None:
@@ -201,11 +201,24 @@ class Checkpoints:
         write_checksums(partial)
         flush_tree(partial)
         if path.exists():
-            shutil.rmtree(path)
+            self._remove(path)
         os.replace(partial, path)
         flush(self.directory)
         for old in self._whole()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        """Remove a checkpoint, under another name first: one that is half removed must not look like a damaged one."""
+        old = path.with_name(f"{path.name}.old{PARTIAL}")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _remove_left_over(self) -> None:
+        """Remove what a kill left half written or half removed."""
+        for left_over in self.directory.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left_over, ignore_errors=True)
 
     def refuse_not_finite(self, what: str) -> None:
         """LandmarkError in all processes where a weight, or what the optimizer keeps of it, is not finite in one."""

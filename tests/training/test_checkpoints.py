@@ -39,6 +39,22 @@ def test_the_newest_are_kept(tmp_path):
     assert saved(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
 
 
+def test_a_checkpoint_half_removed_is_none(tmp_path, monkeypatch):
+    def killed(path, **_):
+        if path.exists():
+            (path / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    loop = tiny_loop(tmp_path, steps=3, save_every=1, keep=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        loop.run()
+    assert [name for name in saved(tmp_path) if name.endswith(".partial")] == ["step-00000001.old.partial"]
+    again = tiny_loop(tmp_path, steps=3, save_every=1, keep=2)
+    assert again.resume() and again.step == 3
+    assert saved(tmp_path) == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("size", [100, 40_000], ids=["weights", "optimizer"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, size):
     loop = tiny_loop(tmp_path, steps=1)
