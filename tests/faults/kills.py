@@ -7,7 +7,7 @@ import signal
 from functools import partial
 
 from tests.faults import workplace
-from tests.faults.forks import Fork, landmark
+from tests.faults.forks import Ended, Fork, landmark
 from tests.faults.harness import LOST, Kind, Trial, check_done
 from tests.faults.jobs import JOBS, OUTPUT, PREPARE, Job
 from tests.faults.moments import Changes, Moment
@@ -30,23 +30,21 @@ def killed(job: Job, trial: Trial) -> int:
             signals=[(moment.seconds, signal.SIGKILL)] if moment.seconds else [],
         )
         if not ended.killed:
-            # It had come to its end before: then that is the result.
-            check_done(ended)
+            # It came to its end before: then that is the result.
+            check_finished(ended)
             break
         moments.append(f"{moment} ({changes.last})")
         job.check_published(trial.work, trial.base, f"killed {', then '.join(moments)}")
     else:
-        finish(job, trial)
+        check_finished(job.run(trial.work, *job.again))
     job.check_result(trial.work, trial.base, LOST, f"after kills {', then '.join(moments) or 'that came too late'}")
     return len(moments)
 
 
-def finish(job: Job, trial: Trial) -> None:
-    """Run it to its end, or be told that it had come to its end before the kill."""
-    ended = job.run(trial.work, *job.again)
-    if ended.code == 2 and "the directory is not empty" in ended.err:
-        return
-    check_done(ended)
+def check_finished(ended: Ended) -> None:
+    """Broken unless a job came to its end, or says that it had done so before it was killed."""
+    if not (ended.code == 2 and "the directory is not empty" in ended.err):
+        check_done(ended)
 
 
 def killed_processes(trial: Trial) -> int:
