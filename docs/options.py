@@ -15,7 +15,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from landmark_cli.cli import COMMANDS
+from landmark_cli.commands import COMMANDS
 from landmark_cli.options import KINDS, LONGEST, Setting, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,9 +38,10 @@ def page() -> str:
         " in a recipe and, with underscores, its field in Python; options marked *not in a recipe* belong to one run or"
         " to whoever types the command.",
     ]
-    for words, options_class, _, _ in COMMANDS:
+    for command in COMMANDS:
+        options_class = command.options_class
         settings = settings_of(options_class)
-        parts.append(f"## landmark {words}")
+        parts.append(f"## landmark {command.words}")
         parts.append(f"`{options_class.__module__}.{options_class.__name__}`")
         panels = dict.fromkeys(setting.metadata["panel"] for setting in settings.values())
         for panel in sorted(panels, key=lambda panel: panel is not None):
@@ -101,7 +102,7 @@ def saved_in_recipe(setting: Setting) -> bool:
 
 def schema() -> str:
     """The JSON schema of recipes: `command` says which command's keys there may be."""
-    commands = {words: options_class for words, options_class, _, _ in COMMANDS}
+    commands = {command.words: command.options_class for command in COMMANDS}
     rules = [
         {
             "if": {"properties": {"command": {"const": words}}, "required": ["command"]},

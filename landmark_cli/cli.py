@@ -1,71 +1,57 @@
-"""The `landmark` command: which subcommands there are, and how an options dataclass becomes one."""
+"""The `landmark` command: which subcommands there are, and what becomes of what is typed.
+
+Help that shows commands shows names and summaries; a command's options are built when that command is wanted, which
+also imports its module. So nothing here imports what only work needs.
+"""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import MISSING
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from landmark_cli import __version__, console, failures, launch
-from landmark_cli.commands import evaluate, finetune, generate, prepare, study, train, weight_diff
+from landmark_cli.commands import COMMANDS, GROUPS, Command, Work
 from landmark_cli.interrupts import end_on_signals
-from landmark_cli.options import KINDS, LONGEST, Setting, build, load_recipe, settings_of
-
-Work = Callable[[Any], None]
-Command = tuple[str, type, Work, str]
-
-# The words on the command line, the options dataclass, the function that does the work, the examples that end the help.
-COMMANDS: list[Command] = [
-    ("prepare", prepare.PrepareOptions, prepare.run, prepare.EXAMPLES),
-    ("train", train.TrainOptions, train.run, train.EXAMPLES),
-    ("finetune", finetune.FinetuneOptions, finetune.run, finetune.EXAMPLES),
-    ("eval perplexity", evaluate.PerplexityOptions, evaluate.run_perplexity, evaluate.PERPLEXITY_EXAMPLES),
-    ("eval study", study.StudyOptions, study.run, study.EXAMPLES),
-    ("eval passkey", evaluate.PassKeyOptions, evaluate.run_passkey, evaluate.PASSKEY_EXAMPLES),
-    ("generate", generate.GenerateOptions, generate.run, generate.EXAMPLES),
-    ("weight-diff make", weight_diff.MakeOptions, weight_diff.run_make, weight_diff.MAKE_EXAMPLES),
-    ("weight-diff recover", weight_diff.RecoverOptions, weight_diff.run_recover, weight_diff.RECOVER_EXAMPLES),
-]
-
-GROUPS = {
-    "eval": "Measure a model on held-out text.",
-    "weight-diff": "Publish a fine-tuned model as its difference from weights that may not be passed on.",
-}
 
 ABOUT = "Landmark attention: from raw text to a trained model that reads inputs of any length."
+COMMON = "Common"
+LOOK = {"add_completion": False, "rich_markup_mode": "rich"}
 
 
 def build_app(commands: Iterable[Command], begin: Callable[[Work, Any], None] | None = None) -> typer.Typer:
-    """The Typer application of these commands; a command of two words ("eval perplexity") stands in a group.
+    """The Typer application of these commands.
 
     begin: what is done with a command's function and its options; by default the function is called.
     """
     commands = list(commands)
-    shortest = {words: _shortest_example(examples) for words, _, _, examples in commands}
+    shortest = {command.words: _shortest_example(command.examples) for command in commands}
     one_each: dict[str, str] = {}
     for words, example in shortest.items():
         one_each.setdefault(words.split()[0], example)
-    app = _group(ABOUT, one_each.values())
+    begin = begin or (lambda run, options: run(options))
+    full = {command.words: functools.partial(_with_options, command, begin) for command in commands}
+    app = _group(ABOUT, one_each.values(), full)
     app.callback()(_root)
     groups: dict[str, typer.Typer] = {}
-    for words, options_class, run, examples in commands:
-        group, _, name = words.rpartition(" ")
+    for command in commands:
+        group, _, name = command.words.rpartition(" ")
         if group and group not in groups:
-            inside = [example for words, example in shortest.items() if words.startswith(f"{group} ")]
-            groups[group] = _group(GROUPS[group], inside)
+            inside = [words for words in full if words.startswith(f"{group} ")]
+            of_group = {words.removeprefix(f"{group} "): full[words] for words in inside}
+            groups[group] = _group(GROUPS[group], [shortest[words] for words in inside], of_group)
             app.add_typer(groups[group], name=group)
         parent = groups[group] if group else app
-        work = functools.partial(begin, run) if begin else run
-        parent.command(name, epilog=_epilog(examples))(_callback(words, options_class, work))
+        parent.command(name, help=escape(command.summary))(_summary_only)
     return app
 
 
@@ -121,16 +107,40 @@ def _prepare_streams() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _group(help: str, examples: Iterable[str]) -> typer.Typer:
+def _group(help: str, examples: Iterable[str], full: Mapping[str, Callable[[], TyperCommand]]) -> typer.Typer:
+    """A group whose commands have a summary and no options until one is wanted; `full` then makes that one."""
+
+    class Group(TyperGroup):
+        def resolve_command(self, context: typer.Context, arguments: list[str]) -> tuple:
+            name, command, rest = super().resolve_command(context, arguments)
+            return name, full[name]() if name in full else command, rest
+
     return typer.Typer(
+        cls=Group,
         help=help,
         epilog=_epilog("\n".join(examples)),
         no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode="rich",
         # A value for "help" keeps Typer from importing pydantic to convert none, a quarter of the time of any help.
         context_settings={"help_option_names": ["--help", "-h"], "default_map": {"help": False}},
+        **LOOK,
     )
+
+
+def _with_options(command: Command, begin: Callable[[Work, Any], None]) -> TyperCommand:
+    """A command with all its options and its whole help."""
+    from landmark_cli.signature import callback_of
+
+    options_class, run = command.load()
+    name = command.words.split()[-1]
+    alone = typer.Typer(**LOOK)
+    alone.command(name, epilog=_epilog(command.examples))(
+        callback_of(command.words, options_class, functools.partial(begin, run), {"debug": Debug}, panel=COMMON)
+    )
+    return get_command(alone)
+
+
+def _summary_only() -> None:
+    """Stands for a command's work where only its name and summary are shown."""
 
 
 def _epilog(examples: str) -> str:
@@ -147,84 +157,9 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Common")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)]
 Version = Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)]
 
 
 def _root(version: Version = False, debug: Debug = False) -> None:
     pass
-
-
-def _callback(words: str, options_class: type, run: Work) -> Callable[..., None]:
-    """The function Typer sees: its signature is the dataclass's fields, `--recipe` and `--debug`."""
-    settings = settings_of(options_class)
-
-    def use_recipe(context: typer.Context, recipe: str | None) -> None:
-        if recipe is not None and not context.resilient_parsing:
-            values = load_recipe(recipe, options_class, words)
-            context.default_map = {name: _as_text(settings[name], value) for name, value in values.items()}
-
-    def callback(**values: Any) -> None:
-        run(build(options_class, {name: values[name] for name in settings}))
-
-    recipe = typer.Option(
-        "--recipe",
-        help="Take the defaults from a recipe: a shipped one's name or a YAML file.",
-        metavar="<name|path>",
-        is_eager=True,
-        callback=use_recipe,
-        rich_help_panel="Common",
-    )
-    parameters = [_parameter(setting) for setting in settings.values()]
-    parameters += [_keyword("recipe", Annotated[str | None, recipe], None), _keyword("debug", Debug, False)]
-    callback.__signature__ = inspect.Signature(parameters)
-    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    paragraphs = (inspect.getdoc(options_class) or "").split("\n\n")
-    callback.__doc__ = escape("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
-    return callback
-
-
-def _parameter(setting: Setting) -> inspect.Parameter:
-    """One field as Typer's: flags as they are, all else as text, which `build` converts the way it does a recipe's."""
-    about = setting.metadata
-    common = {
-        "help": escape(about["help"]),
-        "min": about["min"],
-        "max": about["max"] if setting.bounds[1] < LONGEST else None,
-        "rich_help_panel": about["panel"],
-    }
-    kind: Any = bool if setting.kind is bool else str
-    kind = list[kind] if setting.many else kind
-    default = setting.default
-    default = inspect.Parameter.empty if default is MISSING else _as_text(setting, default, named_none=False)
-    if about["positional"]:
-        info = typer.Argument(metavar=about["metavar"], **common)
-    else:
-        info = typer.Option(*_names(setting), metavar=about["metavar"] or _metavar(setting), **common)
-    return _keyword(setting.name, Annotated[kind | None, info], default)
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-
-
-def _names(setting: Setting) -> tuple[str, ...]:
-    names = setting.metadata["names"] or (f"--{setting.key}",)
-    if setting.kind is not bool or not setting.metadata["saved"]:
-        return names
-    return tuple(f"{name}/--no-{name[2:]}" if name.startswith("--") else name for name in names)
-
-
-def _metavar(setting: Setting) -> str | None:
-    if setting.kind is bool:
-        return None
-    return f"<{'|'.join(setting.choices) or KINDS[setting.kind]}>" + "..." * setting.many
-
-
-def _as_text(setting: Setting, value: Any, named_none: bool = True) -> Any:
-    """A value in the form that Typer takes from the command line, where None has a name only for some types."""
-    if isinstance(value, bool):
-        return value
-    if value is None:
-        return "none" if named_none and setting.none_has_a_name else None
-    return [str(item) for item in value] if setting.many else str(value)

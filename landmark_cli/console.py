@@ -1,13 +1,12 @@
 """What the user sees: messages and progress on stderr, results on stdout, quiet where nobody watches.
 
 In a run of several processes only the first one talks; errors come from whichever has one. Importing this module costs
-nothing: rich is imported by the functions that draw.
+nothing: rich and json are imported by the functions that need them.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import sys
@@ -293,6 +292,8 @@ def _cell(value: Any, floats: str = ".4g") -> str:
 
 
 def _json(data: Any) -> str:
+    import json
+
     return json.dumps(finite(data), indent=2, allow_nan=False, default=str)
 
 

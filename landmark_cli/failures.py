@@ -11,7 +11,6 @@ from landmark_cli import console, launch
 from landmark_cli.errors import LandmarkError, Stopped
 from landmark_cli.files import WHAT_TO_DO
 from landmark_cli.memory import asked_for, is_out_of_memory
-from landmark_cli.options import settings_of
 
 
 def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> int:
@@ -62,6 +61,8 @@ def _is_plain(error: BaseException) -> bool:
 
 def memory_savers(options: Any) -> list[str]:
     """The options that would save memory if they were given, or given smaller than they are."""
+    from landmark_cli.options import settings_of
+
     ways = []
     for name, setting in settings_of(type(options)).items():
         value, low = getattr(options, name), setting.metadata["min"]

@@ -2,15 +2,14 @@
 path, what is wrong with it and what to do.
 
 `reading` and `writing` stand around other libraries' calls; `read_json`, `read_json_lines` and `read_yaml` read our own
-kinds of files, none larger than its bound, none nested without end, none that goes on for ever.
+kinds of files, none larger than its bound, none nested without end, none that goes on for ever. Whatever prints imports
+this module, so the libraries that parse and hash are imported by the functions that use them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -104,7 +103,8 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte {error.start})"
-    if isinstance(error, json.JSONDecodeError):
+    # By its name, as json is imported where it is used.
+    if isinstance(error, ValueError) and type(error).__name__ == "JSONDecodeError":
         return f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
     if isinstance(error, RecursionError):
         return "nested too deep"
@@ -190,6 +190,8 @@ def read_sealed(
 
 def parse_json(data: bytes) -> dict[str, Any]:
     """The object in UTF-8 JSON text. Raises ValueError or RecursionError for anything else."""
+    import json
+
     content = json.loads(data.decode("utf-8"))
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
@@ -259,6 +261,8 @@ def hash_file(path: str | Path, size: int | None = None) -> Any:
 
     Raises LandmarkError where the file has fewer bytes, or cannot be read.
     """
+    import hashlib
+
     digest = hashlib.sha256()
     with reading(path):
         left = os.stat(path).st_size if size is None else size
@@ -328,6 +332,8 @@ def _target_and_partial(path: Path) -> tuple[Path, Path]:
 
 def write_json(path: Path, content: Any) -> None:
     """`write_whole` with JSON, indented for people to read."""
+    import json
+
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -337,6 +343,9 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def _checksum(content: dict[str, Any]) -> str:
+    import hashlib
+    import json
+
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,7 +7,6 @@ import ctypes
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -63,6 +62,8 @@ def fails_first() -> bool:
     """
     if not is_launched():
         return True
+    import socket
+
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # The store's own client would go on trying, and say so.

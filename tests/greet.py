@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from landmark_cli.commands import Command
 from landmark_cli.options import option
 
 
@@ -36,3 +38,8 @@ EXAMPLES = """
 landmark greet
 landmark greet me --times 3 --words [x]
 """
+
+
+def greet_command(run: Callable[[GreetOptions], None], words: str = "greet") -> Command:
+    """The command, with a function that does its work."""
+    return Command(words, "Greet somebody [loudly].", EXAMPLES, lambda: (GreetOptions, run))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +11,27 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from rich.emoji import Emoji
+from typer.completion import completion_init
 
 from landmark_cli import cli, console
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
 from landmark_cli.options import save_recipe, settings_of
-from tests.greet import EXAMPLES, GreetOptions
+from landmark_cli.signature import paragraphs
+from tests.greet import GreetOptions, greet_command
 from tests.test_console import ODD_NAMES
 from tests.test_options import greetings
 
 ROOT = Path(__file__).parent.parent
-HELPS = sorted({tuple(words.split()[:length]) for words, *_ in cli.COMMANDS for length in (0, 1, 2)})
-HEAVY = ["torch", "transformers", "numpy", "datasets", "accelerate", "tokenizers", "pydantic", "matplotlib"]
+HELPS = sorted({tuple(command.words.split()[:length]) for command in cli.COMMANDS for length in (0, 1, 2)})
+HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "tokenizers", "pydantic", "matplotlib", "yaml"}
+# What a command's module may import, and not what the names and summaries of all commands need.
+SLOWISH = {"json", "hashlib", "socket"}
+COMMANDS = {tuple(command.words.split()) for command in cli.COMMANDS}
+# Our modules that the names and summaries of commands need.
+LIGHT = {
+    f"landmark_cli.{name}"
+    for name in "cli commands console errors failures files interrupts launch memory registration schema".split()
+}
 
 
 def landmark(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -58,7 +66,7 @@ def greet(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return exit.value.code, seen[0] if seen else None, out, err
 
-    monkeypatch.setattr(cli, "COMMANDS", [("greet", GreetOptions, run, EXAMPLES)])
+    monkeypatch.setattr(cli, "COMMANDS", [greet_command(run)])
     yield call
     console.console.cache_clear()
 
@@ -117,7 +125,7 @@ def test_saved_recipe_repeats_the_command(options, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     save_recipe(options, path, "greet")
     seen = []
-    app = cli.build_app([("greet", GreetOptions, seen.append, EXAMPLES)])
+    app = cli.build_app([greet_command(seen.append)])
     with pytest.raises(SystemExit) as exit:
         app(["greet", "--recipe", str(path)])
     assert exit.value.code == 0
@@ -178,10 +186,15 @@ def test_usage_errors_and_help_show_names_as_they_are(greet, monkeypatch, tmp_pa
     assert f"[default: {name}]" in greet("greet", "--recipe", str(recipe), "--help")[2]
 
 
-@pytest.mark.parametrize(("words", "options_class", "examples"), [(*c[:2], c[3]) for c in cli.COMMANDS], ids=str)
-def test_help_has_no_emoji_codes(words, options_class, examples):
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.words)
+def test_help_has_no_emoji_codes(command):
     """Typer gives rich its texts as markup; brackets can be escaped there, emoji codes cannot."""
-    texts = [options_class.__doc__, examples, *(one.metadata["help"] for one in settings_of(options_class).values())]
+    options_class = command.options_class
+    texts = [
+        options_class.__doc__,
+        command.examples,
+        *(one.metadata["help"] for one in settings_of(options_class).values()),
+    ]
     assert [Emoji.replace(text) for text in texts] == texts
 
 
@@ -210,7 +223,7 @@ def test_help_tells_all(greet, monkeypatch):
 def test_groups(capsys, monkeypatch):
     monkeypatch.setattr(cli, "GROUPS", {"eval": "Measure."})
     seen = []
-    commands = [("eval greet", GreetOptions, seen.append, EXAMPLES), ("greet", GreetOptions, seen.append, EXAMPLES)]
+    commands = [greet_command(seen.append, "eval greet"), greet_command(seen.append)]
     app = cli.build_app(commands)
     with pytest.raises(SystemExit) as exit:
         app(["eval", "greet", "me"])
@@ -223,38 +236,75 @@ def test_groups(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
-def test_help_ends_with_an_example_and_imports_nothing_heavy(words):
+def test_help_ends_with_an_example_and_imports_little(words):
     script = f"""
 import sys
 from landmark_cli.cli import main
 try:
     main({[*words, "--help"]})
 finally:
-    print(sorted(set({HEAVY}) & set(sys.modules)))
+    print("imported", *sys.modules)
 """
     environment = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
-    *help_lines, heavy = done.stdout.rstrip().splitlines()
+    *help_lines, imported = done.stdout.rstrip().splitlines()
     example = [line for line in help_lines if line.strip()][-1]
     assert " ".join(["landmark", *words]) in example
-    assert heavy == "[]"
+    imported = set(imported.split())
+    assert HEAVY & imported == set()
+    if words not in COMMANDS:
+        assert SLOWISH & imported == set()
+        assert {name for name in imported if name.startswith("landmark_cli.")} == LIGHT
 
 
-def processor_time(*command: str) -> float:
-    """Seconds that a command takes of a processor, which is how long it takes on a machine that is not busy."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, timeout=120)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def test_options_are_built_for_the_wanted_command_only(monkeypatch, capsys):
+    loaded = []
+    commands = [
+        greet_command(print, words)._replace(load=lambda words=words: loaded.append(words) or (GreetOptions, print))
+        for words in ("greet", "part", "eval greet", "eval part")
+    ]
+    monkeypatch.setattr(cli, "COMMANDS", commands)
+    for arguments, expected in [
+        ([], []),
+        (["--help"], []),
+        (["--version"], []),
+        (["gret"], []),
+        (["eval"], []),
+        (["eval", "--help"], []),
+        (["part", "--help"], ["part"]),
+        (["--debug", "eval", "part", "--help"], ["eval part"]),
+        (["greet", "eval", "--times", "2"], ["greet"]),
+    ]:
+        loaded.clear()
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert loaded == expected, arguments
 
 
-@pytest.mark.parametrize("words", HELPS, ids=" ".join)
-def test_help_is_quick(words):
-    """0.3 s; more only where importing what prints any help, in turns with it, takes nearly half of that."""
-    commands = ("-m", "landmark_cli", *words, "--help"), ("-c", "import typer.rich_utils, rich.markdown")
-    taken = [[processor_time(*command) for command in commands] for _ in range(5)]
-    ours, libraries = map(statistics.median, zip(*taken, strict=True))
-    assert ours < max(0.3, 2.5 * libraries)
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.words)
+def test_summaries_are_what_the_options_say(command):
+    assert command.summary == paragraphs(command.options_class)[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("", {"eval", "greet"}),
+        ("eval ", {"greet"}),
+        ("greet --st", {"--style"}),
+        ("eval greet --loud --ti", {"--times"}),
+    ],
+)
+def test_shells_are_told_what_may_follow(monkeypatch, capsys, typed, expected):
+    """What completion asks of the commands, where Typer's own set-up is installed."""
+    completion_init()
+    monkeypatch.setattr(cli, "COMMANDS", [greet_command(print), greet_command(print, "eval greet")])
+    monkeypatch.setenv("_LANDMARK_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"landmark {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(f"landmark {typed}x".split()) - 1))
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert set(capsys.readouterr().out.split()) == expected
 
 
 @pytest.mark.parametrize(
@@ -269,7 +319,7 @@ def test_all_ways_in(command):
 
 def test_missing_command_and_unknown_command_in_a_process():
     assert landmark().returncode == 2
-    name = cli.COMMANDS[0][0].split()[0]
+    name = cli.COMMANDS[0].words.split()[0]
     done = landmark(name[:-1])
     assert done.returncode == 2
     assert f"Did you mean '{name}'" in done.stderr

@@ -21,7 +21,7 @@ from landmark_cli.failures import memory_savers
 from landmark_cli.interrupts import Interrupted
 from landmark_cli.memory import asked_for, is_out_of_memory
 from landmark_cli.options import settings_of
-from tests.greet import EXAMPLES, GreetOptions
+from tests.greet import greet_command
 from tests.training.command import CHECKOUT, environment
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "rows.jsonl")
@@ -61,7 +61,7 @@ def greet(monkeypatch, capsys):
         def run(options):
             raise error
 
-        monkeypatch.setattr(cli, "COMMANDS", [("greet", GreetOptions, run, EXAMPLES)])
+        monkeypatch.setattr(cli, "COMMANDS", [greet_command(run)])
         with pytest.raises(SystemExit) as exit:
             cli.main(["greet", *arguments])
         out, err = capsys.readouterr()
@@ -135,9 +135,9 @@ def test_other_errors_are_not_about_memory(error):
     assert not is_out_of_memory(error)
 
 
-@pytest.mark.parametrize(("words", "options_class"), [command[:2] for command in cli.COMMANDS], ids=str)
-def test_what_saves_memory_is_named_as_the_command_line_takes_it(words, options_class):
-    for setting in settings_of(options_class).values():
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.words)
+def test_what_saves_memory_is_named_as_the_command_line_takes_it(command):
+    for setting in settings_of(command.options_class).values():
         saves = setting.metadata["saves_memory"]
         assert not saves or setting.label in saves
 
@@ -154,13 +154,13 @@ def test_only_what_is_left_to_save_is_named():
 PIPED = """
 import sys
 from landmark_cli import cli, console
-from tests.greet import EXAMPLES, GreetOptions
+from tests.greet import GreetOptions, greet_command
 
 def run(options):
     for _ in range(100_000):
         {write}
 
-cli.COMMANDS[:] = [("greet", GreetOptions, run, EXAMPLES)]
+cli.COMMANDS[:] = [greet_command(run)]
 cli.main(["greet"])
 """
 WRITERS = ["console.write_out('text\\n')", "console.table(['a'], [['text']])", "console.print_json({'a': 'text'})"]
@@ -202,12 +202,12 @@ def test_any_path_can_be_printed():
 
 LAUNCHED = """
 from landmark_cli import cli
-from tests.greet import EXAMPLES, GreetOptions
+from tests.greet import GreetOptions, greet_command
 
 def run(options):
     raise MemoryError
 
-cli.COMMANDS[:] = [("greet", GreetOptions, run, EXAMPLES)]
+cli.COMMANDS[:] = [greet_command(run)]
 cli.main()
 """
 

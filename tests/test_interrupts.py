@@ -38,7 +38,7 @@ WORK = """
     import time
     from landmark_cli import cli
     from landmark_cli.interrupts import interrupts
-    from tests.greet import EXAMPLES, GreetOptions
+    from tests.greet import GreetOptions, greet_command
 
     def run(options):
         with interrupts("finishing the greeting") as asked:
@@ -47,7 +47,7 @@ WORK = """
             print("finished", flush=True)
             raise asked.stopped("greeted; go on with: landmark greet")
 
-    cli.COMMANDS[:] = [("greet", GreetOptions, run, EXAMPLES)]
+    cli.COMMANDS[:] = [greet_command(run)]
     cli.main(["greet"])
 """
 UNTIL_ASKED = "while not asked: time.sleep(0.01)"

@@ -16,7 +16,7 @@ import os, sys, time
 from landmark_cli import cli, launch
 from landmark_cli.errors import LandmarkError
 from landmark_cli.interrupts import interrupts
-from tests.greet import EXAMPLES, GreetOptions
+from tests.greet import GreetOptions, greet_command
 
 def run(options):
     if options.note == "again":
@@ -38,7 +38,7 @@ def run(options):
         torch.distributed.all_reduce(torch.ones(1))
     raise LandmarkError("the disk is full")
 
-cli.COMMANDS[:] = [("greet", GreetOptions, run, EXAMPLES)]
+cli.COMMANDS[:] = [greet_command(run)]
 cli.main()
 """
 

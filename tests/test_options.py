@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from landmark_cli import options as options_module
-from landmark_cli.cli import COMMANDS
+from landmark_cli.commands import COMMANDS
 from landmark_cli.errors import UsageError
 from landmark_cli.options import (
     LARGEST_SEED,
@@ -117,9 +117,9 @@ def test_refuses_naming_the_option(name, value, message):
 
 
 NUMBERS = {
-    f"{words} {setting.label}": setting
-    for words, options_class, *_ in COMMANDS
-    for setting in settings_of(options_class).values()
+    f"{command.words} {setting.label}": setting
+    for command in COMMANDS
+    for setting in settings_of(command.options_class).values()
     if setting.kind in (int, float)
 }
 NONSENSE = [

@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from landmark_cli.cli import COMMANDS
+from landmark_cli.commands import COMMANDS
 from landmark_cli.options import load_recipe, recipe_names, recipes_folder
 
 if sys.version_info >= (3, 11):
@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-RECIPES = [(words, options_class, name) for words, options_class, *_ in COMMANDS for name in recipe_names(words)]
+RECIPES = [(command, name) for command in COMMANDS for name in recipe_names(command.words)]
 
 
 def tracked(*folders: str) -> list[str]:
@@ -65,13 +65,13 @@ def test_there_are_recipes_of_the_paper_and_the_demo():
     assert {"demo/tiny", "pg19/baseline", "pg19/landmark"} <= set(recipe_names("train"))
 
 
-@pytest.mark.parametrize(("words", "options_class", "name"), RECIPES, ids=[name for *_, name in RECIPES])
-def test_every_recipe_fits_its_command(words, options_class, name):
-    assert load_recipe(name, options_class, words)
+@pytest.mark.parametrize(("command", "name"), RECIPES, ids=[name for _, name in RECIPES])
+def test_every_recipe_fits_its_command(command, name):
+    assert load_recipe(name, command.options_class, command.words)
 
 
 def test_every_recipe_names_a_command_there_is():
-    commands = {words for words, *_ in COMMANDS}
+    commands = {command.words for command in COMMANDS}
     for path in recipes_folder().rglob("*.yaml"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert content.get("command") in {None, *commands}, path
@@ -90,7 +90,7 @@ def test_every_requirement_is_pinned():
 
 def test_readme_lists_every_command():
     rows = re.findall(r"^\| `landmark ([a-z -]+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert sorted(rows) == sorted(words for words, *_ in COMMANDS)
+    assert sorted(rows) == sorted(command.words for command in COMMANDS)
 
 
 def test_launcher_is_four_lines():

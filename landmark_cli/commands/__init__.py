@@ -1,0 +1,148 @@
+"""The commands: what `landmark --help` shows of each, and where the rest of it stands.
+
+A command's module has the dataclass of its options and the function that does the work. It is imported when that
+command is wanted, so that a help that shows only names and summaries costs no more than these.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Work = Callable[[Any], None]
+
+
+class Command(NamedTuple):
+    """One command.
+
+    words: on the command line; a command of two words ("eval perplexity") stands in a group.
+    summary: the first paragraph of its help, which is the first one of the options dataclass's docstring too.
+    examples: command lines, one a line, which end its help.
+    load: imports its module; returns the options dataclass and the function that does the work.
+    """
+
+    words: str
+    summary: str
+    examples: str
+    load: Callable[[], tuple[type, Work]]
+
+    @property
+    def options_class(self) -> type:
+        """The dataclass of its options."""
+        return self.load()[0]
+
+
+def _in(module: str, options_class: str, run: str = "run") -> Callable[[], tuple[type, Work]]:
+    """What `load` is for a command of a module of this package, by the names of its class and its function."""
+
+    def load() -> tuple[type, Work]:
+        found = importlib.import_module(f"{__name__}.{module}")
+        return getattr(found, options_class), getattr(found, run)
+
+    return load
+
+
+COMMANDS = [
+    Command(
+        "prepare",
+        "Turn text into token files that training and evaluation read.",
+        """
+landmark prepare
+landmark prepare pg19 --source ~/pg19
+landmark prepare pg19
+landmark prepare redpajama --source RedPajama-Data-1T-Sample --tokenizer meta-llama/Llama-2-7b-hf
+landmark prepare text --source notes/ --source thesis.tex --output data/mine
+landmark prepare passkey --longest 8192 --tokenizer meta-llama/Llama-2-7b-hf
+accelerate launch --num_processes 8 landmark prepare arxiv-math
+""",
+        _in("prepare", "PrepareOptions"),
+    ),
+    Command(
+        "train",
+        "Train the paper's language model, or its baseline, on prepared token files.",
+        """
+accelerate launch landmark train
+landmark train --data data/pg19 --output runs/pg19-landmark --compile
+landmark train --recipe demo/tiny --device cpu
+landmark train --recipe pg19/landmark --dry-run
+landmark train --data data/pg19 --output runs/pg19-landmark --compile --resume
+""",
+        _in("train", "TrainOptions"),
+    ),
+    Command(
+        "finetune",
+        "Give a pretrained decoder landmark attention and fine-tune it.",
+        """
+landmark finetune --model HuggingFaceTB/SmolLM2-135M --data notes/
+landmark finetune --model meta-llama/Llama-3.2-1B --data emozilla/pg19 --lora-rank 16 --merge
+landmark finetune --model llama-7b --data sample --sequence-length 504 --gradient-checkpointing --output runs/llama
+accelerate launch --config_file recipes/llama/fsdp_8gpu.yaml landmark finetune --recipe llama/finetune_7b --model llama
+""",
+        _in("finetune", "FinetuneOptions"),
+    ),
+    Command(
+        "eval perplexity",
+        "Perplexity and accuracy of a model on a token file, overall and by chunk.",
+        """
+landmark eval perplexity --model runs/pg19-landmark --data data/pg19/validation.bin --eval-length 4096 --top-k-blocks 4
+landmark eval perplexity --eval-length 2048 --sample-tokens 100000 --json perplexity.json
+landmark eval perplexity --model runs/pg19-landmark --no-memory --eval-length 512
+landmark eval perplexity --model runs/pg19-baseline --data data/pg19 --eval-length 360
+""",
+        _in("evaluate", "PerplexityOptions", "run_perplexity"),
+    ),
+    Command(
+        "eval study",
+        "Measure a list of settings over one or several models and put them in one table.",
+        """
+landmark eval study table1 --role landmark=runs/pg19-landmark --role baseline=runs/pg19-baseline --data data/pg19
+landmark eval study table2 --role landmark=runs/pg19-landmark --sample-tokens 200000 --plot
+landmark eval study my-study.yaml --role landmark=runs/demo --output studies/mine
+""",
+        _in("study", "StudyOptions"),
+    ),
+    Command(
+        "eval passkey",
+        "Hide a number in filler text and ask the model for it.",
+        """
+landmark eval passkey --model runs/llama-landmark --lengths 2048,4096,8192,16384 --prompts 20
+landmark eval passkey --model runs/llama-landmark --lengths 1000000 --depths 5 --prompts 2 --top-k-blocks 4
+landmark eval passkey --model HuggingFaceTB/SmolLM2-135M-Instruct --full-attention --depths 5 --plot passkey.png
+""",
+        _in("evaluate", "PassKeyOptions", "run_passkey"),
+    ),
+    Command(
+        "generate",
+        "Continue a text of any length; the text goes to standard output as it comes.",
+        """
+landmark generate --prompt "It was the best of times"
+landmark generate --model runs/pg19-landmark --prompt-file novel.txt --top-k-blocks 4 --max-new-tokens 500
+cat novel.txt | landmark generate --temperature 0 --stop "CHAPTER"
+""",
+        _in("generate", "GenerateOptions"),
+    ),
+    Command(
+        "weight-diff make",
+        "Write the difference of a fine-tuned model from the raw weights it was made of, to publish it without these.",
+        """
+landmark weight-diff make --path-raw llama-7b --path-tuned runs/llama-landmark --path-diff llama-landmark-diff
+landmark weight-diff make --path-raw huggyllama/llama-7b --path-tuned runs/llama-landmark --path-diff diff --overwrite
+""",
+        _in("weight_diff", "MakeOptions", "run_make"),
+    ),
+    Command(
+        "weight-diff recover",
+        "Put the difference of a fine-tuned model on the raw weights it was made of: the fine-tuned model.",
+        """
+landmark weight-diff recover --path-raw llama-7b --path-diff llama-landmark-diff --path-tuned runs/llama-landmark
+landmark weight-diff recover --path-raw llama-7b --path-diff epfml/landmark-attention-llama7b-wdiff --path-tuned tuned
+""",
+        _in("weight_diff", "RecoverOptions", "run_recover"),
+    ),
+]
+
+GROUPS = {
+    "eval": "Measure a model on held-out text.",
+    "weight-diff": "Publish a fine-tuned model as its difference from weights that may not be passed on.",
+}

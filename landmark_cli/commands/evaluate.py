@@ -21,19 +21,6 @@ if TYPE_CHECKING:
     from landmark_cli.evaluation.perplexity import PerplexityResult
     from landmark_cli.evaluation.score import Score
 
-PERPLEXITY_EXAMPLES = """
-landmark eval perplexity --model runs/pg19-landmark --data data/pg19/validation.bin --eval-length 4096 --top-k-blocks 4
-landmark eval perplexity --eval-length 2048 --sample-tokens 100000 --json perplexity.json
-landmark eval perplexity --model runs/pg19-landmark --no-memory --eval-length 512
-landmark eval perplexity --model runs/pg19-baseline --data data/pg19 --eval-length 360
-"""
-
-PASSKEY_EXAMPLES = """
-landmark eval passkey --model runs/llama-landmark --lengths 2048,4096,8192,16384 --prompts 20
-landmark eval passkey --model runs/llama-landmark --lengths 1000000 --depths 5 --prompts 2 --top-k-blocks 4
-landmark eval passkey --model HuggingFaceTB/SmolLM2-135M-Instruct --full-attention --depths 5 --plot passkey.png
-"""
-
 MEASUREMENT = "Measurement"
 OUTPUT = "Output"
 

@@ -31,13 +31,6 @@ if TYPE_CHECKING:
 
     from landmark_cli.models.lora import LoraSettings
 
-EXAMPLES = """\
-landmark finetune --model HuggingFaceTB/SmolLM2-135M --data notes/
-landmark finetune --model meta-llama/Llama-3.2-1B --data emozilla/pg19 --lora-rank 16 --merge
-landmark finetune --model llama-7b --data sample --sequence-length 504 --gradient-checkpointing --output runs/llama
-accelerate launch --config_file recipes/llama/fsdp_8gpu.yaml landmark finetune --recipe llama/finetune_7b --model llama
-"""
-
 DATA, MODEL, LORA = "Data", "Model", "LoRA"
 
 

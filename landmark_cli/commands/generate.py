@@ -20,12 +20,6 @@ from landmark_cli.options import check_outputs, option
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXAMPLES = """
-landmark generate --prompt "It was the best of times"
-landmark generate --model runs/pg19-landmark --prompt-file novel.txt --top-k-blocks 4 --max-new-tokens 500
-cat novel.txt | landmark generate --temperature 0 --stop "CHAPTER"
-"""
-
 PROMPT = "Prompt"
 
 # How people write characters in a shell that hands on a backslash and a letter.

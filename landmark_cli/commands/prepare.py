@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from landmark_cli.data.corpora import Corpus
     from landmark_cli.data.tokenizers import TextTokenizer
 
-EXAMPLES = """\
-landmark prepare
-landmark prepare pg19 --source ~/pg19
-landmark prepare pg19
-landmark prepare redpajama --source RedPajama-Data-1T-Sample --tokenizer meta-llama/Llama-2-7b-hf
-landmark prepare text --source notes/ --source thesis.tex --output data/mine
-landmark prepare passkey --longest 8192 --tokenizer meta-llama/Llama-2-7b-hf
-accelerate launch --num_processes 8 landmark prepare arxiv-math
-"""
-
 PASS_KEYS = "Pass keys"
 SOURCE_OPTIONS = ("source", "revision", "subset", "text_field")
 PASS_KEY_OPTIONS = dict.fromkeys(("shortest", "longest", "seed"), "it is for passkey")

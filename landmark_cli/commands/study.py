@@ -14,12 +14,6 @@ from landmark_cli.errors import UsageError
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
-EXAMPLES = """
-landmark eval study table1 --role landmark=runs/pg19-landmark --role baseline=runs/pg19-baseline --data data/pg19
-landmark eval study table2 --role landmark=runs/pg19-landmark --sample-tokens 200000 --plot
-landmark eval study my-study.yaml --role landmark=runs/demo --output studies/mine
-"""
-
 STUDY = "Study"
 OUTPUT = "Output"
 

@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from landmark_cli.data.tokenizers import TextTokenizer
     from landmark_cli.models.gpt import GPTConfig
 
-EXAMPLES = """\
-accelerate launch landmark train
-landmark train --data data/pg19 --output runs/pg19-landmark --compile
-landmark train --recipe demo/tiny --device cpu
-landmark train --recipe pg19/landmark --dry-run
-landmark train --data data/pg19 --output runs/pg19-landmark --compile --resume
-"""
-
 
 @dataclass
 class CorpusAndShape(CodeOptions):

@@ -9,16 +9,6 @@ from pathlib import Path
 from landmark_cli.errors import UsageError, shown
 from landmark_cli.options import option
 
-MAKE_EXAMPLES = """
-landmark weight-diff make --path-raw llama-7b --path-tuned runs/llama-landmark --path-diff llama-landmark-diff
-landmark weight-diff make --path-raw huggyllama/llama-7b --path-tuned runs/llama-landmark --path-diff diff --overwrite
-"""
-
-RECOVER_EXAMPLES = """
-landmark weight-diff recover --path-raw llama-7b --path-diff llama-landmark-diff --path-tuned runs/llama-landmark
-landmark weight-diff recover --path-raw llama-7b --path-diff epfml/landmark-attention-llama7b-wdiff --path-tuned tuned
-"""
-
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 

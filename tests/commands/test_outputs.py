@@ -20,9 +20,9 @@ from landmark_cli.training.metrics import MetricsFile
 from tests.greet import GreetOptions
 
 OUTPUTS = {
-    f"{command[0]} {setting.label}": (command, setting)
+    f"{command.words} {setting.label}": (command, setting)
     for command in cli.COMMANDS
-    for setting in settings_of(command[1]).values()
+    for setting in settings_of(command.options_class).values()
     if setting.metadata["is_output"]
 }
 REQUIRED = {"eval study": ["table1", "--role=landmark=runs/landmark"], "generate": ["--prompt=x"]}
@@ -38,15 +38,16 @@ PLACES = {
 def test_every_such_option_is_marked(name):
     marked = {setting.name for _, setting in OUTPUTS.values()}
     assert name in marked
-    for _, options_class, *_ in cli.COMMANDS:
-        setting = settings_of(options_class).get(name)
+    for command in cli.COMMANDS:
+        setting = settings_of(command.options_class).get(name)
         assert setting is None or setting.kind is bool or setting.metadata["is_output"]
 
 
 @pytest.mark.parametrize("option", OUTPUTS)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_cannot_be_written_is_said_before_the_work(landmark, tmp_path, monkeypatch, option, place):
-    (words, *_), setting = OUTPUTS[option]
+    command, setting = OUTPUTS[option]
+    words = command.words
     where, message = PLACES[place]
     (tmp_path / "file").write_text("here before")
     path = str(tmp_path / where) if not where.startswith("/") else where

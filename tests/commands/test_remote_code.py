@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 import landmark_cli
-from landmark_cli.cli import COMMANDS
+from landmark_cli.commands import COMMANDS
 from landmark_cli.errors import UsageError
 from landmark_cli.options import load_recipe, settings_of
 from tests.tiny import tiny_llama
@@ -131,8 +131,9 @@ def test_every_call_that_may_run_code_says_whether_it_may():
 WITHOUT = {"weight-diff make", "weight-diff recover"}
 
 
-@pytest.mark.parametrize(("words", "options_class"), [command[:2] for command in COMMANDS], ids=lambda part: str(part))
-def test_every_command_that_opens_a_model_has_the_flag(words, options_class, tmp_path):
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.words)
+def test_every_command_that_opens_a_model_has_the_flag(command, tmp_path):
+    words, options_class = command.words, command.options_class
     settings = settings_of(options_class)
     assert ("trust_remote_code" in settings) == (words not in WITHOUT)
     if words not in WITHOUT:

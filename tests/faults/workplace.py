@@ -77,6 +77,8 @@ def warm_up(base: Path) -> None:
 
     with redirect_stdout(io.StringIO()), suppress(SystemExit):
         cli.main(["train", "--help"])
+    for each in cli.COMMANDS:
+        each.load()
     load(base / "llama", device="cpu")
     settle()
 

@@ -1,0 +1,99 @@
+"""How an options dataclass becomes a command of Typer: its fields are the parameters, its docstring the help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from landmark_cli.options import KINDS, LONGEST, Setting, build, load_recipe, settings_of
+
+
+def callback_of(
+    words: str, options_class: type, run: Callable[[Any], None], flags: Mapping[str, Any], panel: str
+) -> Callable[..., None]:
+    """The function that Typer makes a command of: its signature is the dataclass's fields, `--recipe` and the flags.
+
+    words: the command, as a recipe names it. run: gets the options object. flags: what every command has, by name, with
+    Typer's annotations. panel: the heading that `--recipe` stands under.
+    """
+    settings = settings_of(options_class)
+
+    def use_recipe(context: typer.Context, recipe: str | None) -> None:
+        if recipe is not None and not context.resilient_parsing:
+            values = load_recipe(recipe, options_class, words)
+            context.default_map = {name: _as_text(settings[name], value) for name, value in values.items()}
+
+    def callback(**values: Any) -> None:
+        run(build(options_class, {name: values[name] for name in settings}))
+
+    recipe = typer.Option(
+        "--recipe",
+        help="Take the defaults from a recipe: a shipped one's name or a YAML file.",
+        metavar="<name|path>",
+        is_eager=True,
+        callback=use_recipe,
+        rich_help_panel=panel,
+    )
+    parameters = [_parameter(setting) for setting in settings.values()]
+    parameters.append(_keyword("recipe", Annotated[str | None, recipe], None))
+    parameters += [_keyword(name, annotation, False) for name, annotation in flags.items()]
+    callback.__signature__ = inspect.Signature(parameters)
+    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    callback.__doc__ = escape("\n\n".join(paragraphs(options_class)))
+    return callback
+
+
+def paragraphs(options_class: type) -> list[str]:
+    """The paragraphs of a class's docstring, each in one line."""
+    return [" ".join(paragraph.split()) for paragraph in (inspect.getdoc(options_class) or "").split("\n\n")]
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """One field as Typer's: flags as they are, all else as text, which `build` converts the way it does a recipe's."""
+    about = setting.metadata
+    common = {
+        "help": escape(about["help"]),
+        "min": about["min"],
+        "max": about["max"] if setting.bounds[1] < LONGEST else None,
+        "rich_help_panel": about["panel"],
+    }
+    kind: Any = bool if setting.kind is bool else str
+    kind = list[kind] if setting.many else kind
+    default = setting.default
+    default = inspect.Parameter.empty if default is MISSING else _as_text(setting, default, named_none=False)
+    if about["positional"]:
+        info = typer.Argument(metavar=about["metavar"], **common)
+    else:
+        info = typer.Option(*_names(setting), metavar=about["metavar"] or _metavar(setting), **common)
+    return _keyword(setting.name, Annotated[kind | None, info], default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _names(setting: Setting) -> tuple[str, ...]:
+    names = setting.metadata["names"] or (f"--{setting.key}",)
+    if setting.kind is not bool or not setting.metadata["saved"]:
+        return names
+    return tuple(f"{name}/--no-{name[2:]}" if name.startswith("--") else name for name in names)
+
+
+def _metavar(setting: Setting) -> str | None:
+    if setting.kind is bool:
+        return None
+    return f"<{'|'.join(setting.choices) or KINDS[setting.kind]}>" + "..." * setting.many
+
+
+def _as_text(setting: Setting, value: Any, named_none: bool = True) -> Any:
+    """A value in the form that Typer takes from the command line, where None has a name only for some types."""
+    if isinstance(value, bool):
+        return value
+    if value is None:
+        return "none" if named_none and setting.none_has_a_name else None
+    return [str(item) for item in value] if setting.many else str(value)
