@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shlex
 import shutil
@@ -92,6 +91,8 @@ def hear_of_launchers_end() -> None:
     and `accelerate launch` of several processes, look after their processes themselves.
     """
     if LAUNCHER_GONE is not None and "LOCAL_RANK" not in os.environ and _launcher():
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_GONE)
 
 
