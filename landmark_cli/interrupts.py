@@ -28,8 +28,8 @@ from landmark_cli.console import info
 from landmark_cli.errors import Stopped
 
 # What Linux sends to a process whose launcher ended before it, where the process asked for it (see launch.py). It means
-# what SIGTERM means, but never that SIGTERM came a second time: whoever stops the launcher may have stopped this process
-# as well.
+# what SIGTERM means, but never that SIGTERM came a second time: whoever stops the launcher may have stopped this
+# process as well.
 LAUNCHER_GONE = signal.SIGRTMIN + 5 if sys.platform == "linux" else None
 SIGNALS = (signal.SIGINT, signal.SIGTERM) if LAUNCHER_GONE is None else (signal.SIGINT, signal.SIGTERM, LAUNCHER_GONE)
 # Under a launcher one request can come twice, from the job's scheduler and handed on by the launcher.
