@@ -152,6 +152,8 @@ def open_adapted(
         model = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
     for name in SETTINGS:
         setattr(model.config, name, getattr(config, name, None))
+    # Messages about it name the directory that was asked for, not the base.
+    model.name_or_path = model.config._name_or_path = str(directory)
     model.set_attn_implementation(attention or "landmark")
     return model, tokenizer
 

@@ -152,9 +152,10 @@ def test_adapters(tmp_path, tied):
     assert sorted(path.name for path in merged.iterdir() if "adapter" in path.name) == []
     ids = torch.arange(1, 65)[None]
     plain = AutoModelForCausalLM.from_pretrained(merged)
+    opened = store.load(output, device="cpu")[0]
+    assert opened.name_or_path == opened.config.name_or_path == str(output)
     with torch.no_grad():
-        logits = store.load(output, device="cpu")[0](ids).logits
-        assert_close_norm(plain(ids).logits, logits)
+        assert_close_norm(plain(ids).logits, opened(ids).logits)
     assert plain.config.landmark_freq == 7 and plain.config.tie_word_embeddings == tied
     # The landmark was learned, and so was its part in the layers.
     before = load_file(base / "model.safetensors")
