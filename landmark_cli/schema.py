@@ -6,7 +6,7 @@
         shape: list[int]
         file: str | None = None
 
-    check(Tensor, {"name": "wte", "shape": [8, 4]})
+    check(Tensor, {"name": "norm.weight", "shape": [8]})
 
 Types: bool, int, float (which takes whole numbers too), str, Any, Literal, list[X], tuple[X, ...], dict[str, X],
 `X | Y` and other dataclasses. Fields that the dataclass does not know are left out: a later version may have written

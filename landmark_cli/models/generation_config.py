@@ -14,9 +14,9 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "eps
 def settle_sampling(model: PreTrainedModel, name: str) -> None:
     """Settle whether a generation config samples where it says how but not that it does: transformers saves none such.
 
-    Many older models give a temperature without do_sample, the first Llama 2 among them: they are sampled from. Where
-    do_sample is false, or the temperature 0, decoding is greedy, and the settings that had no effect go. What else
-    transformers finds wrong is left for it to say. name: the model, as the user calls it.
+    Many older models give a temperature without do_sample: they are sampled from. Where do_sample is false, or the
+    temperature 0, decoding is greedy, and the settings that had no effect go. What else transformers finds wrong is
+    left for transformers to say. name: the model, as the user calls it.
     """
     config = model.generation_config if model.can_generate() else None
     if config is None or _is_valid(config):

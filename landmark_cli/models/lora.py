@@ -22,9 +22,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError, import_extra
+from landmark_cli.families import EMBEDDINGS, HEADS
 from landmark_cli.files import read_record, reading
 from landmark_cli.weight_diff.checkpoint import open_shard
-from landmark_cli.weight_diff.matching import EMBEDDINGS, HEADS
 
 from .decoders import check_tokenizer
 from .pretrained import open_config, open_pretrained
@@ -115,7 +115,7 @@ def check_adapters(directory: Path, config: PreTrainedConfig) -> str:
         raise LandmarkError(f"{directory} has no {ADAPTER_WEIGHTS[0]}, the weights that {ADAPTER_CONFIG} belongs to")
     shapes = {name: shape for name, (_, shape) in open_shard(file, "the adapters in").tensors.items()}
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
-    vocabularies = {shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS + HEADS) and shape}
+    vocabularies = {shape[0] for name, shape in shapes.items() if name.endswith((*EMBEDDINGS, *HEADS)) and shape}
     wrong = {adapters.r, *adapters.rank_pattern.values()} - ranks
     if wrong:
         raise LandmarkError(f"{described} gives the rank {min(wrong)}, which none of the weights in {file.name} has")

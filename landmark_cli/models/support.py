@@ -23,6 +23,7 @@ from transformers import (
 from landmark_cli.attention.reference import repeat_heads
 from landmark_cli.attention.rotary import rotate, rotation_table
 from landmark_cli.errors import LandmarkError
+from landmark_cli.families import FAMILIES, fitting
 
 from .rotary import inverse_frequencies
 
@@ -95,7 +96,7 @@ def attention_dropout(model: PreTrainedModel) -> float:
 def _refusal(name: str, reason: str) -> LandmarkError:
     return LandmarkError(
         f"landmark attention cannot be given to {name}: {reason}. "
-        "Models it can be given to are Llama, Mistral, Qwen2, Qwen3, Phi3, OLMo2 and GPT-NeoX, among others"
+        f"Models it can be given to are {fitting()}, among others"
     )
 
 
@@ -109,8 +110,9 @@ def _other_positions(model: PreTrainedModel) -> str:
     ]
     if getattr(config, "rotary_dim", None):
         return f"its rotary embedding {ADJACENT_PAIRS}"
-    if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
-        return f"it has no rotary embedding but ALiBi biases ({kind})"
+    known = FAMILIES[kind].instead_of_rotary if kind in FAMILIES else None
+    if known or getattr(config, "alibi", False):
+        return f"it has no rotary embedding but {known or 'ALiBi biases'} ({kind})"
     if any("relative" in child for child in learned):
         return f"it has no rotary embedding but relative position biases ({kind})"
     if learned:

@@ -27,12 +27,10 @@ from transformers import PreTrainedModel
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
+from landmark_cli.families import FAMILIES
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 
 T = TypeVar("T")
-
-# Model types whose logits are a linear layer of the last hidden states; others scale or cap them, or add to the loss.
-PLAIN_HEADS = frozenset("landmark_gpt llama mistral qwen2 qwen3 phi3 olmo olmo2 gpt_neox gemma".split())
 
 
 def uses_cpu(device: str) -> bool:
@@ -215,7 +213,8 @@ def without_adapters(model: nn.Module) -> nn.Module:
 def has_plain_head(model: nn.Module) -> bool:
     """Whether a model's logits are known to be its last hidden states times its head's weight, and nothing else."""
     model = without_adapters(model)
-    if not isinstance(model, PreTrainedModel) or model.config.model_type not in PLAIN_HEADS:
+    family = FAMILIES.get(model.config.model_type) if isinstance(model, PreTrainedModel) else None
+    if family is None or family.beyond_head:
         return False
     head = model.get_output_embeddings()
     return type(head) is nn.Linear and head.bias is None

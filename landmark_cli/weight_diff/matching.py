@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.families import EMBEDDINGS, HEADS
 from landmark_cli.weight_diff.bits import can_cast
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor
-
-HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def pair(tuned: Checkpoint, raw: Checkpoint) -> list[Pair]:
 
 
 def _tied_embedding(name: str, raw: Checkpoint) -> Tensor | None:
-    embeddings = [tensor for tensor in raw.tensors.values() if tensor.name.endswith(EMBEDDINGS)]
+    embeddings = [tensor for tensor in raw.tensors.values() if tensor.name.endswith(tuple(EMBEDDINGS))]
     return embeddings[0] if name in HEADS and len(embeddings) == 1 else None
 
 

@@ -46,6 +46,7 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16}),
     "phi3": ("Phi3Config", GROUPED),
+    "olmo": ("OlmoConfig", GROUPED),
     "olmo2": ("Olmo2Config", GROUPED),
     "gpt-neox": (
         "GPTNeoXConfig",

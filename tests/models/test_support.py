@@ -43,6 +43,7 @@ REFUSED = {
         "in layer 3 there is no rotary embedding .NoPE.",
     ),
     "learned positions": ("GPT2Config", SMALL, "learned absolute positions .gpt2, transformer.wpe"),
+    "alibi by its type": ("MptConfig", {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4}, "ALiBi"),
     "alibi": ("BloomConfig", {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
     "attention sinks": ("GptOssConfig", {**GROUPED, "head_dim": 8, "num_local_experts": 4}, "attention sinks"),
     "keys normed after rotation": ("HunYuanDenseV1Config", {**GROUPED, "head_dim": 8}, "otherwise than by the rotary"),

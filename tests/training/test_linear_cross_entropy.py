@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from landmark_cli import families
 from landmark_cli.models.lora import LoraSettings, add_adapters
 from landmark_cli.training import linear_cross_entropy as module
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy, piece_rows
-from landmark_cli.training.setup import PLAIN_HEADS, LossModel
+from landmark_cli.training.setup import LossModel
 from tests.closeness import assert_close_norm
 from tests.models.families import FAMILIES, tiny_decoder
 
@@ -115,7 +116,7 @@ def test_a_decoders_loss_is_the_same_with_and_without_logits(family):
     losses, gradients = [], []
     for fused in (False, True):
         loss_model = LossModel(model, fused_loss=fused)
-        assert loss_model.fused_loss == (fused and model.config.model_type in PLAIN_HEADS)
+        assert loss_model.fused_loss == (fused and not families.FAMILIES[model.config.model_type].beyond_head)
         loss = loss_model(ids, labels)
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
