@@ -49,8 +49,8 @@ from long_context_steps import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import landmark_cli
-from landmark_cli.evaluation.perplexity import score
-from landmark_cli.inference.reader import Reader
+from landmark_cli.evaluation.score import score
+from landmark_cli.inference.block_reader import BlockReader
 
 
 @dataclass
@@ -70,7 +70,7 @@ def evaluation(run: Run) -> Iterator[Row]:
     model = gpt(run)
     rows = torch.randint(0, 50000, (16, 4096), generator=torch.Generator().manual_seed(0))
     with fresh():
-        reader = Reader(model, top_k_blocks=4, chunk=250, batch=16)
+        reader = BlockReader(model, top_k_blocks=4, chunk=250, batch=16)
         reader.expect(4096)
 
         def read() -> None:
@@ -117,7 +117,7 @@ def decode_gpt(run: Run) -> Iterator[Row]:
             full[context] = full_step(llama("gpt-like", run), context, 1, run)
     for context in (4096, 32768, 131072, 1 << 20):
         with fresh():
-            reader = Reader(model, top_k_blocks=4)
+            reader = BlockReader(model, top_k_blocks=4)
             fill(reader, context)
             step, loop = step_times(reader, run)
             eager = eager_step(reader, run)
@@ -139,7 +139,7 @@ def decode_gpt_batch(run: Run) -> Iterator[Row]:
     """A step of 16 rows with 128k tokens each. Their 103 GB of blocks do not fit: the layers share one layer's."""
     model = gpt(run)
     with fresh():
-        reader = Reader(model, top_k_blocks=4, batch=16)
+        reader = BlockReader(model, top_k_blocks=4, batch=16)
         fill(reader, 131072, share_storage=True)
         step, loop = step_times(reader, run)
         eager = eager_step(reader, run)
@@ -157,7 +157,7 @@ def decode_8b(run: Run) -> Iterator[Row]:
     """A step of Llama-3-8B's shape at 128k tokens, k = 8."""
     model = llama("8b", run, top_k_blocks=8)
     with fresh():
-        reader = Reader(model)
+        reader = BlockReader(model)
         fill(reader, 131072)
         step, loop = step_times(reader, run, 60)
         eager = eager_step(reader, run)
@@ -182,7 +182,7 @@ def prefill_8b(run: Run) -> Iterator[Row]:
     model, context = llama("8b", run, top_k_blocks=8), 8192 if run.quick else 131072
     ids = torch.randint(0, 100000, (1, context), generator=torch.Generator().manual_seed(0))
     with fresh():
-        reader = Reader(model, chunk=2016)
+        reader = BlockReader(model, chunk=2016)
         marks = []
         for _ in range(2):
             reader.reset()
@@ -241,7 +241,7 @@ def million(run: Run) -> Iterator[Row]:
     ids = torch.randint(0, 49000, (context,), generator=torch.Generator().manual_seed(0))
 
     def measure(offload: str, read: int) -> tuple[float, list[float], float]:
-        reader = Reader(model, chunk=2016, offload=offload)
+        reader = BlockReader(model, chunk=2016, offload=offload)
         if read < context:
             fill(reader, context - read)
         else:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 
 DEVICE = torch.device("cuda")
@@ -98,7 +98,7 @@ def gibibytes() -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def fill(reader: Reader, text: int, share_storage: bool = False) -> None:
+def fill(reader: BlockReader, text: int, share_storage: bool = False) -> None:
     """Make a reader's cache as if `text` tokens of each row had been read: random keys and values, zeros on the host.
 
     share_storage: all layers' blocks are one tensor, where more do not fit; their landmark keys stay their own.
@@ -121,7 +121,7 @@ def fill(reader: Reader, text: int, share_storage: bool = False) -> None:
         layer.landmark_keys.normal_()
 
 
-def step_times(reader: Reader, run: Run, steps: int = 150) -> tuple[float, float]:
+def step_times(reader: BlockReader, run: Run, steps: int = 150) -> tuple[float, float]:
     """(seconds of a step's graph, seconds of a step of a greedy loop). The loop completes blocks on its way."""
     tokens = [1] * reader.cache.batch
     for _ in range(3 if run.quick else 2 * reader.landmark_freq + 5):
@@ -135,7 +135,7 @@ def step_times(reader: Reader, run: Run, steps: int = 150) -> tuple[float, float
     return seconds(graphs[-1].replay, run.times(100)), loop
 
 
-def eager_step(reader: Reader, run: Run) -> float:
+def eager_step(reader: BlockReader, run: Run) -> float:
     """Seconds of a step by the eager definition, over the same cache."""
     recording, reader.forward.recording = reader.forward.recording, False
     with eager_attention():

@@ -96,7 +96,7 @@ def saved_calls(path: Path) -> Iterator[tuple[str, Call]]:
 def model_calls(directory: str, text: Path, tokens: int) -> Iterator[tuple[str, Call]]:
     """The last chunk of each layer of a model that reads the first `tokens` tokens of a text."""
     from landmark_cli.attention.kernels import reading as kernels
-    from landmark_cli.inference.reader import Reader
+    from landmark_cli.inference.block_reader import BlockReader
     from landmark_cli.models.store import load
 
     model, tokenizer = load(directory, device=DEVICE, dtype=DTYPE)
@@ -109,7 +109,7 @@ def model_calls(directory: str, text: Path, tokens: int) -> Iterator[tuple[str, 
         return attend(q, k, v, blocks, chunk, scale)
 
     kernels.attend_chunk = keep
-    reader = Reader(model)
+    reader = BlockReader(model)
     reader.forward.recording = False
     for _ in reader.read([ids[: len(ids) // reader.chunk * reader.chunk]], last_only=True):
         pass

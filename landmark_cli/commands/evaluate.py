@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, results, show
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.settings import ReadingSettings, has_landmarks
+from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
 if TYPE_CHECKING:
@@ -266,6 +266,8 @@ def passkey_data(result: PassKeyResult, model: PreTrainedModel, options: PassKey
 
 def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str, Any] | None:
     """How a model retrieves, as plain data; None for one without landmarks."""
+    from landmark_cli.inference.readers import has_landmarks
+
     if not has_landmarks(model):
         return None
     return {

@@ -8,17 +8,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, print_json, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.files import write_whole, writing
-from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, has_landmarks, is_recurrent, open_reader
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import check_outputs, option
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROMPT = "Prompt"
 
@@ -68,11 +65,13 @@ def run(options: GenerateOptions) -> None:
     name = name_model(options)
     model, tokenizer = open_model(name, options)
     from landmark_cli.inference.generation import encode_prompt, generate
+    from landmark_cli.inference.readers import open_reader
 
-    if options.trace is not None and not has_landmarks(model):
-        raise UsageError(f"--trace: {name} has no landmarks, so it reads no blocks")
     ids = encode_prompt(tokenizer, prompt, chat=options.chat)
-    tell_window(model, name, len(ids))
+    reader = open_reader(model, options)
+    seen = reader.sees(len(ids))
+    if seen < len(ids):
+        info(f"{name} has no landmarks: of the prompt's {len(ids)} tokens it sees the last {seen} at most")
     to_stdout = options.json == "-"
     started = time.monotonic()
     first: list[float] = []
@@ -87,7 +86,7 @@ def run(options: GenerateOptions) -> None:
         tokenizer,
         [ids],
         replace(options, stop=stop),
-        reading=options,
+        reader=reader,
         on_text=show,
         trace=options.trace is not None,
         show_progress=True,
@@ -145,15 +144,6 @@ def stop_strings(typed: list[str]) -> list[str]:
             info(f"--stop {text}: read {what}")
         strings += [meant] if text in ("".join(found), meant) else [meant, text]
     return strings
-
-
-def tell_window(model: PreTrainedModel, name: str, tokens: int) -> None:
-    """Say what a model without any memory makes of a prompt of so many tokens."""
-    if has_landmarks(model) or is_recurrent(model):
-        return
-    window = open_reader(model, ReadingSettings()).window
-    if tokens > window:
-        info(f"{name} has no landmarks: of the prompt's {tokens} tokens it sees the last {window * 3 // 4} at most")
 
 
 def write_trace(path: Path, about: dict[str, Any], texts: list[str], reads: list[list[dict[str, Any]]]) -> None:

@@ -72,7 +72,6 @@ def open_model(
     """
     from transformers.utils import logging
 
-    from landmark_cli.models.device import find_device
     from landmark_cli.models.store import load
 
     logging.disable_progress_bar()
@@ -81,5 +80,5 @@ def open_model(
         attention=attention,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-        device=find_device(options.device),
+        device=options.device,
     )

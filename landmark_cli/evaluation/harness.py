@@ -9,28 +9,21 @@ is the harness's own command with the model class "landmark"; from Python, impor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import error, info
 from landmark_cli.data.pretrained_tokenizers import begin_ids, prompt_ids, text_ids
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
+from landmark_cli.evaluation.score import score
 from landmark_cli.inference.chat import ChatTemplate
-from landmark_cli.inference.finite import require_finite
 from landmark_cli.inference.generation import check_ids, encode_prompt, generate
-from landmark_cli.inference.settings import (
-    ReadingSettings,
-    SamplingSettings,
-    has_landmarks,
-    is_recurrent,
-    open_reader,
-    trained_text_length,
-)
+from landmark_cli.inference.readers import open_reader, reader_class, trained_text_length
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import build, nearest
 
 import_extra("lm_eval", "lm-eval")
@@ -117,7 +110,7 @@ class LandmarkLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of a model with a memory, each text is read in one go; without, window by window, as the harness does."""
-        whole = has_landmarks(self.model) or is_recurrent(self.model)
+        whole = reader_class(self.model).remembers
         length = trained_text_length(self.model)
         pieces: list[tuple[None, list[int], list[int]]] = []
         owners = []
@@ -173,7 +166,7 @@ class LandmarkLM(TemplateLM):
         """requests: (the harness's key, context ids, continuation ids) -> the continuation's log-likelihood in nats,
         and whether each of its tokens was the likeliest."""
 
-        def score(batch: list[tuple[Any, list[int], list[int]]]) -> list[Scored]:
+        def work(batch: list[tuple[Any, list[int], list[int]]]) -> list[Scored]:
             found = self._score([(context, continuation) for _, context, continuation in batch])
             for (key, _, _), result in zip(batch, found, strict=True):
                 if key is not None:
@@ -182,7 +175,7 @@ class LandmarkLM(TemplateLM):
 
         return self._in_batches(
             requests,
-            score,
+            work,
             group=lambda request: self._kept_apart(len(request[1]) + len(request[2])),
             size=lambda request: len(request[1]) + len(request[2]),
             what="reading",
@@ -190,8 +183,8 @@ class LandmarkLM(TemplateLM):
         )
 
     def _kept_apart(self, length: int) -> int:
-        """What may not be in one batch: a Transformer-XL takes rows of one length only."""
-        return length if is_recurrent(self.model) else 0
+        """What may not be in one batch where its reader takes rows of one length only."""
+        return length if reader_class(self.model).equal_lengths else 0
 
     def _in_batches(
         self,
@@ -219,40 +212,21 @@ class LandmarkLM(TemplateLM):
         return results
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Scored]:
+        """Of each context and continuation as `_loglikelihood_tokens`; what the model does not see does not count."""
         rows = [torch.tensor(context + continuation) for context, continuation in pairs]
-        sums, likeliest = torch.zeros(len(rows), dtype=torch.float64), [True] * len(rows)
-        for begins, chunks in self._read([row[:-1] for row in rows]):
-            for index, (begin, logits) in enumerate(zip(begins, chunks, strict=True)):
+        check_ids(self.model, rows)
+        reader = open_reader(self.model, self.reading, batch=len(rows))
+        reader.expect(max(len(row) - 1 for row in rows))
+        sums = torch.zeros(len(rows), 3, dtype=torch.float64, device=self.model.device)
+        for part in reader.read([row[:-1] for row in rows]):
+            for index, (begin, length) in enumerate(zip(part.begins, part.lengths, strict=True)):
                 # Position p predicts token p + 1, of which the first of the continuation is the first that counts.
                 skipped = max(0, len(pairs[index][0]) - 1 - begin)
-                targets = rows[index][begin + skipped + 1 : begin + len(logits) + 1].to(logits.device)
-                if len(targets):
-                    logits = logits[skipped:].float()
-                    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-                    sums[index] -= losses.double().cpu()
-                    likeliest[index] &= bool((logits.argmax(-1) == targets).all())
-        require_finite(bool(sums.isfinite().all()), self.model)
-        return list(zip(sums.tolist(), likeliest, strict=True))
-
-    @torch.no_grad()
-    def _read(self, rows: list[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """Logits of every text position of every row that the model sees, in pieces: where a row's piece begins in the
-        row, and (n, vocabulary) of it."""
-        check_ids(self.model, rows)
-        if has_landmarks(self.model) or is_recurrent(self.model):
-            for part in open_reader(self.model, self.reading, batch=len(rows)).read(rows):
-                width = part.logits.shape[1]
-                pieces = [part.logits[row, width - length :] for row, length in enumerate(part.lengths)]
-                yield [part.begin] * len(rows), pieces
-            return
-        window = trained_text_length(self.model)
-        begins = [max(0, len(row) - window) for row in rows]
-        # Padded on the right, where causal attention never looks.
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [row[begin:] for row, begin in zip(rows, begins, strict=True)], batch_first=True
-        )
-        logits = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
-        yield begins, [logits[row, : len(text) - begins[row]] for row, text in enumerate(rows)]
+                if skipped < length:
+                    targets = rows[index][begin + skipped + 1 : begin + length + 1]
+                    sums[index] += score(part.row(index)[skipped:], targets)
+        reader.require_finite(bool(sums.isfinite().all()))
+        return [(0.0 - negative, correct == tokens) for tokens, negative, correct in sums.tolist()]
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from landmark_cli.console import progress
 from landmark_cli.data.passkey import PassKey, PassKeyPrompts, random_key
 from landmark_cli.data.pretrained_tokenizers import begin_ids, text_ids
 from landmark_cli.inference.generation import generate
-from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
-from landmark_cli.inference.window import WindowReader
+from landmark_cli.inference.readers import open_reader
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 
 # Room for five digits, each a token of its own, and the space before and the full stop behind them.
 ANSWER = SamplingSettings(max_new_tokens=8, temperature=0.0)
@@ -162,10 +162,8 @@ def _ask(
     full_attention: bool,
 ) -> list[Trial]:
     length = len(batch[0].tokens)
-    if full_attention:
-        reader = WindowReader(model, window=length + ANSWER.max_new_tokens, batch=len(batch))
-    else:
-        reader = open_reader(model, reading, batch=len(batch))
+    window = length + ANSWER.max_new_tokens if full_attention else None
+    reader = open_reader(model, reading, batch=len(batch), window=window)
     answers = generate(model, tokenizer, [prompt.tokens for prompt in batch], ANSWER, reader=reader)
     pairs = zip(batch, answers, strict=True)
     return [Trial(length, prompt.depth, prompt.key, answer.text) for prompt, answer in pairs]

@@ -8,10 +8,7 @@ neither predict nor are predicted. Source: arXiv 2305.16300, section 4.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from landmark_cli.console import progress, warn
-from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, next_token_targets
+from landmark_cli.data.landmarks import next_token_targets
 from landmark_cli.errors import LandmarkError
-from landmark_cli.evaluation.score import Score
-from landmark_cli.inference.finite import require_finite
-from landmark_cli.inference.graphs import to_device
-from landmark_cli.inference.reader import ReadChunk
-from landmark_cli.inference.settings import (
-    ReadingSettings,
-    has_landmarks,
-    is_recurrent,
-    open_reader,
-    trained_text_length,
-)
+from landmark_cli.evaluation.score import Score, score
+from landmark_cli.inference.readers import BaseReader, open_reader, reader_class, trained_text_length
+from landmark_cli.inference.settings import ReadingSettings
 
 # Text tokens in one forward pass and in the cache by default: they bound the memory of logits and of keys and values.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 CACHE_TOKENS = {"cpu": 16384, "cuda": 32768}
-# Logits in float32 at a time.
-PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -82,36 +69,34 @@ def evaluate_perplexity(
     Raises LandmarkError where the text is shorter than a window, and where the model's logits are not finite.
     """
     reading = reading or ReadingSettings()
-    memory = memory and (has_landmarks(model) or is_recurrent(model))
+    memory = memory and reader_class(model).remembers
     fitting = trained_text_length(model)
     eval_length = eval_length or max(1, min(4 * fitting, len(tokens) - 1))
     starts = _window_starts(len(tokens), eval_length, sample_tokens, seed)
-    chunk = open_reader(model, reading).chunk if memory else min(reading.chunk or fitting, eval_length)
+    chunk = open_reader(model, reading, memory=memory).chunk
+    chunk = chunk if memory else min(chunk, eval_length)
     if not memory and chunk > fitting:
         warn(f"chunks of {chunk} text tokens are longer than the {fitting} the model was trained on")
     batch_size = batch_size or _default_batch(model.device.type, chunk, eval_length if memory else chunk)
 
     sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64, device=model.device)
     retrievals = dropped = 0
-    reader: Any = None if memory else PlainChunks(model, chunk)
+    reader: BaseReader | None = None
     with progress("perplexity", len(starts) * eval_length, "tokens") as shown:
         for first in range(0, len(starts), batch_size):
             rows = _windows(tokens, starts[first : first + batch_size], eval_length)
             targets = next_token_targets(rows[:, :-1], landmark_token_id=None, eot_id=eot_id, following=rows[:, -1])
-            if memory and (first == 0 or len(rows) != batch_size):
-                reader = open_reader(model, reading, batch=len(rows))
-                if has_landmarks(model):
-                    reader.expect(eval_length)
-            elif memory:
+            if reader is None or reader.batch != len(rows):
+                reader = open_reader(model, reading, batch=len(rows), memory=memory)
+                reader.expect(eval_length)
+            else:
                 reader.reset()
-            once = {"transient": True} if memory and has_landmarks(model) else {}
-            for index, read in enumerate(reader.read(list(rows[:, :-1]), **once)):
-                sums[index] += score(read.logits, targets[:, index * chunk : (index + 1) * chunk])
-            if memory and getattr(model.config, "context_miss_token", False):
-                retrievals += reader.cache.retrievals
-                dropped += reader.cache.dropped_retrievals
+            for index, part in enumerate(reader.read(list(rows[:, :-1]), transient=True)):
+                sums[index] += score(part.logits, targets[:, index * chunk : (index + 1) * chunk])
+            retrievals += reader.retrievals
+            dropped += reader.dropped_retrievals
             so_far = _score(sums.sum(0))
-            require_finite(math.isfinite(so_far.negative_log_likelihood), model)
+            reader.require_finite(math.isfinite(so_far.negative_log_likelihood))
             shown.advance(len(rows) * eval_length, perplexity=so_far.perplexity)
     return PerplexityResult(
         overall=_score(sums.sum(0)),
@@ -128,25 +113,6 @@ def _default_batch(device: str, chunk: int, remembered: int) -> int:
     """Windows read at a time. remembered: text tokens of each that stay in memory."""
     forward, cache = (limits.get(device, limits["cpu"]) for limits in (FORWARD_TOKENS, CACHE_TOKENS))
     return max(1, min(forward // chunk, cache // remembered))
-
-
-def score(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, W, V) of any float type, targets (B, W) -> (3,) float64: tokens, their summed negative log-likelihood,
-    how many were the likeliest. Targets of -100 do not count."""
-    logits, targets = logits.flatten(0, -2), to_device(targets.flatten(), logits.device)
-    if logits.is_cuda and find_spec("triton") is not None:
-        from landmark_cli.evaluation.fused_score import score as fused_score
-
-        return fused_score(logits, targets, IGNORED_TARGET)
-    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
-    # Float32 logits of one piece at a time.
-    size = max(1, PIECE // logits.shape[-1])
-    for piece, wanted in zip(logits.split(size), targets.split(size), strict=True):
-        losses = torch.nn.functional.cross_entropy(piece.float(), wanted, ignore_index=IGNORED_TARGET, reduction="none")
-        sums[0] += (wanted != IGNORED_TARGET).sum()
-        sums[1] += losses.double().sum()
-        sums[2] += (piece.argmax(-1) == wanted).sum()
-    return sums
 
 
 def _score(sums: Tensor) -> Score:
@@ -173,23 +139,3 @@ def _windows(tokens: np.ndarray | Tensor, starts: np.ndarray, eval_length: int) 
     """The windows and the token after each: (n, eval_length + 1) int64."""
     rows = [np.asarray(tokens[start : start + eval_length + 1]).astype(np.int64) for start in starts.tolist()]
     return torch.from_numpy(np.stack(rows))
-
-
-@dataclass(frozen=True)
-class PlainChunks:
-    """Reads rows of one length in chunks of `chunk` text tokens, each as if nothing came before it."""
-
-    model: PreTrainedModel
-    chunk: int
-
-    @torch.no_grad()
-    def read(self, rows: Sequence[Tensor]) -> Iterator[ReadChunk]:
-        """Yields the logits at the text positions of every chunk."""
-        for index, text in enumerate(torch.stack(list(rows)).split(self.chunk, dim=1)):
-            stream, kept = text, 0
-            if has_landmarks(self.model):
-                freq = self.model.config.landmark_freq
-                stream = insert_landmarks(text, freq, self.model.config.landmark_token_id)
-                kept = (~landmark_positions(stream.shape[1], freq + 1)).nonzero().squeeze(-1).to(self.model.device)
-            output = self.model(input_ids=stream.to(self.model.device), logits_to_keep=kept, use_cache=False)
-            yield ReadChunk(output.logits, [text.shape[1]] * len(rows), index * self.chunk)

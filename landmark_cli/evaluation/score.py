@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from landmark_cli.data.landmarks import IGNORED_TARGET
+from landmark_cli.models.device import to_device
+
+# Logits in float32 at a time.
+PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -39,3 +49,22 @@ def perplexity_of(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def score(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (B, W, V) of any float type, targets (B, W) -> (3,) float64: tokens, their summed negative log-likelihood,
+    how many were the likeliest. Targets of -100 do not count."""
+    logits, targets = logits.flatten(0, -2), to_device(targets.flatten(), logits.device)
+    if logits.is_cuda and find_spec("triton") is not None:
+        from landmark_cli.evaluation.fused_score import score as fused_score
+
+        return fused_score(logits, targets, IGNORED_TARGET)
+    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    # Float32 logits of one piece at a time.
+    size = max(1, PIECE // logits.shape[-1])
+    for piece, wanted in zip(logits.split(size), targets.split(size), strict=True):
+        losses = torch.nn.functional.cross_entropy(piece.float(), wanted, ignore_index=IGNORED_TARGET, reduction="none")
+        sums[0] += (wanted != IGNORED_TARGET).sum()
+        sums[1] += losses.double().sum()
+        sums[2] += (piece.argmax(-1) == wanted).sum()
+    return sums

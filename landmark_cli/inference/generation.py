@@ -28,24 +28,19 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from landmark_cli.attention.cache.trace import Trace
 from landmark_cli.console import progress
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, prompt_ids
 from landmark_cli.data.tokenizers import GPT2_UNUSED
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.chat import ChatTemplate
-from landmark_cli.inference.finite import are_finite, require_finite
-from landmark_cli.inference.reader import Reader
-from landmark_cli.inference.recurrent import RecurrentReader
-from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
+from landmark_cli.inference.readers import BaseReader, are_finite, open_reader
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.inference.text import CONTEXT, TextStream
-from landmark_cli.inference.window import WindowReader
 
 # Room made for new tokens at a time: who asks for a million may get an end of text before the tenth.
 EXPECTED_TOKENS = 4096
 # Below it, quotients of logits no longer fit into float32; other tokens than the likeliest are never drawn anyway.
 COLDEST = 1e-6
-AnyReader = Reader | RecurrentReader | WindowReader
 Finish = Literal["end of text", "stop string", "length", "stopping criterion"]
 
 
@@ -55,7 +50,7 @@ class Generation:
 
     text: without the prompt, the end-of-text token and the stop string. tokens: all that were sampled.
     finish: why it ended. reads: where a trace was asked for, for each token the blocks that the query read which
-    predicted it (see Trace.read_by).
+    predicted it (see BaseReader.trace).
     """
 
     text: str
@@ -72,7 +67,7 @@ def generate(
     sampling: SamplingSettings | None = None,
     *,
     reading: ReadingSettings | None = None,
-    reader: AnyReader | None = None,
+    reader: BaseReader | None = None,
     processors: LogitsProcessorList | None = None,
     criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
@@ -90,7 +85,8 @@ def generate(
     a model with landmarks. show_progress: while the prompts are read.
 
     Raises LandmarkError where a prompt holds the landmark token or one that the model does not know, or is empty and
-    nothing can begin a text, and where the model's logits are not finite.
+    nothing can begin a text, and where the model's logits are not finite; UsageError where a model that reads no blocks
+    is to be traced.
     """
     sampling = sampling or SamplingSettings()
     encoded = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
@@ -100,12 +96,11 @@ def generate(
     check_ids(model, rows)
     if streamer is not None and len(rows) != 1:
         raise ValueError("streamer: transformers' streamers take a single prompt")
-    reader = reader or open_reader(model, reading or ReadingSettings(), batch=len(rows))
-    if trace and (len(rows) != 1 or not isinstance(reader, Reader)):
+    if trace and len(rows) != 1:
         raise ValueError("trace: only a single prompt of a model with landmarks can be traced")
+    reader = reader or open_reader(model, reading or ReadingSettings(), batch=len(rows))
+    reads_of = reader.trace() if trace else None
     reads = [] if trace else None
-    if trace:
-        reader.cache.trace = Trace()
     ends = end_tokens(model, tokenizer)
     streams = [TextStream(tokenizer, row[-CONTEXT:].tolist(), sampling.stop or ()) for row in rows]
     tokens: list[list[int]] = [[] for _ in rows]
@@ -125,8 +120,7 @@ def generate(
         show_progress=show_progress,
     ):
         if trace:
-            # The last thing read is the text token that predicted this one, or the landmark after it.
-            reads.append(reader.cache.trace.read_by(0, -1 if reader.cache.host_partial[0] else -2))
+            reads.append(reads_of(0))
         for row, token in enumerate(step):
             if token is None:
                 continue
@@ -151,7 +145,7 @@ def generate(
 
 
 def sample(
-    reader: AnyReader,
+    reader: BaseReader,
     prompts: Sequence[Tensor],
     sampling: SamplingSettings,
     processors: LogitsProcessorList,
@@ -165,8 +159,7 @@ def sample(
     are not finite.
     """
     device = reader.model.device
-    if isinstance(reader, Reader):
-        reader.expect(max(map(len, prompts)) + min(sampling.max_new_tokens, EXPECTED_TOKENS))
+    reader.expect(max(map(len, prompts)) + min(sampling.max_new_tokens, EXPECTED_TOKENS))
     logits = read_prompts(reader, prompts, show_progress=show_progress)
     width, most = max(map(len, prompts)), sampling.max_new_tokens
     # Padded with a token of the row's own, so a repetition penalty makes no difference between alone and in a batch.
@@ -182,7 +175,7 @@ def sample(
         scores = processors(ids[:, :end], torch.where(finite[:, None], logits.float(), 0.0))
         ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else _draw(scores, generators)
         drawn, finite = torch.stack([ids[:, end], finite]).tolist()
-        require_finite(all(fine for fine, on in zip(finite, going, strict=True) if on), reader.model)
+        reader.require_finite(all(fine for fine, on in zip(finite, going, strict=True) if on))
         tokens = [token if on else None for token, on in zip(drawn, going, strict=True)]
         yield tokens
         stopped = criteria(ids[:, width : end + 1], None).tolist()
@@ -192,7 +185,7 @@ def sample(
         logits = reader.step([token if on else None for token, on in zip(tokens, going, strict=True)])
 
 
-def read_prompts(reader: AnyReader, prompts: Sequence[Tensor], *, show_progress: bool = False) -> Tensor:
+def read_prompts(reader: BaseReader, prompts: Sequence[Tensor], *, show_progress: bool = False) -> Tensor:
     """Read a row of text tokens each, (n,) int64, and return the logits after its last one, (B, vocabulary)."""
     last = None
     with progress("reading", sum(map(len, prompts)), "tokens") if show_progress else nullcontext() as shown:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Chunk
 from landmark_cli.console import warn
+from landmark_cli.models.device import to_device
 
 # Tokens times parameters, from which on a chunk keeps a GPU busy by itself.
 MOST_WORK = 2e12
@@ -164,8 +165,3 @@ class ChunkForward:
         traced = {} if self.cache.trace is None else dict(self.cache.trace.layers)
         self._recorded[self._kind(ids, kept)] = Recorded(graph, still_ids, counters, still_kept, traced)
         return True
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; if it comes from the host, without making the host wait for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)

@@ -12,14 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from landmark_cli.attention.recurrent import RecurrentMemory
-from landmark_cli.inference.reader import ReadChunk
+from landmark_cli.inference.readers import BaseReader, ReadChunk
 
 
-class RecurrentReader:
+class RecurrentReader(BaseReader):
     """Reads a batch of rows of one length and remembers the last keys and values of every layer.
 
-    The same interface as Reader; a chunk is one segment of the model. batch: rows.
+    A chunk is one segment of the model. batch: rows.
     """
+
+    equal_lengths = True
 
     def __init__(self, model: PreTrainedModel, *, batch: int = 1):
         self.model, self.batch = model, batch
@@ -31,23 +33,24 @@ class RecurrentReader:
         self.memory = RecurrentMemory(self.model.config.memory_length)
 
     @torch.no_grad()
-    def read(self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False) -> Iterator[ReadChunk]:
-        """Read the rows' tokens on from where they stand, segment by segment; yields after each.
+    def read(
+        self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
+    ) -> Iterator[ReadChunk]:
+        """As BaseReader.read, segment by segment.
 
         Raises ValueError where rows differ in length: the recurrence knows no padding.
         """
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-        if len(rows) != self.batch or len({len(row) for row in rows}) != 1:
+        rows = self._rows(rows)
+        if len({len(row) for row in rows}) != 1:
             raise ValueError(f"rows: expected {self.batch} of one length, found lengths {[len(row) for row in rows]}")
         ids = torch.stack(rows).to(self.model.device)
         for begin in range(0, ids.shape[1], self.chunk):
             segment = ids[:, begin : begin + self.chunk]
             kept = 1 if last_only else 0
             logits = self.model(segment, recurrent_memory=self.memory, logits_to_keep=kept).logits
-            yield ReadChunk(logits, [segment.shape[1]] * self.batch, begin)
+            yield ReadChunk(logits, [segment.shape[1]] * self.batch, [begin] * self.batch)
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
-        """Read one more token of each row and return its logits, (B, vocabulary). A row of None is done with: what it
-        gives from then on means nothing."""
+        """As BaseReader.step; a row of None is done with, what it gives from then on means nothing."""
         (chunk,) = self.read([[token or 0] for token in tokens], last_only=True)
         return chunk.logits[:, -1]

@@ -6,16 +6,9 @@ They are option dataclasses, so a command inherits its options, and nothing heav
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from landmark_cli.options import LARGEST_SEED, LONGEST, option
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from landmark_cli.inference.reader import Reader
-    from landmark_cli.inference.recurrent import RecurrentReader
-    from landmark_cli.inference.window import WindowReader
 
 READING = "Reading"
 SAMPLING = "Sampling"
@@ -93,51 +86,3 @@ class SamplingSettings:
         None, panel=SAMPLING, help=r"Stop before this text (\n is a line break); may be given several times."
     )
     seed: int = option(0, panel=SAMPLING, min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
-
-
-def open_reader(
-    model: PreTrainedModel, settings: ReadingSettings, batch: int = 1
-) -> Reader | RecurrentReader | WindowReader:
-    """What reads for a model: a Reader through the block cache, a RecurrentReader for a Transformer-XL, or a
-    WindowReader where the model has no memory of any kind."""
-    if is_recurrent(model):
-        from landmark_cli.inference.recurrent import RecurrentReader
-
-        return RecurrentReader(model, batch=batch)
-    if not has_landmarks(model):
-        from landmark_cli.inference.window import WindowReader
-
-        return WindowReader(model, batch=batch)
-    from landmark_cli.inference.reader import Reader
-
-    return Reader(
-        model,
-        top_k_blocks=settings.top_k_blocks,
-        chunk=settings.chunk,
-        cache_blocks=settings.cache_blocks,
-        selection=settings.selection,
-        positions=settings.positions,
-        context_miss_cutoff=settings.context_miss_cutoff,
-        offload=settings.offload,
-        batch=batch,
-    )
-
-
-def has_landmarks(model: PreTrainedModel) -> bool:
-    """Whether the model was trained with landmarks."""
-    return bool(getattr(model.config, "landmark_freq", None))
-
-
-def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether the model is a Transformer-XL."""
-    return getattr(model.config, "memory_length", None) is not None
-
-
-def trained_text_length(model: PreTrainedModel) -> int:
-    """Text tokens of the longest input the model was trained on: its window without the landmarks in it.
-
-    A model of which nobody says what it was trained on is taken for its config's max_position_embeddings.
-    """
-    config = model.config
-    length = getattr(config, "trained_length", None) or config.max_position_embeddings
-    return length - length // (config.landmark_freq + 1) if has_landmarks(model) else length

@@ -1,65 +1,96 @@
-"""Read with a model that has no landmarks: of every row it sees the last tokens that its trained length holds.
-
-Same interface as `Reader`, so that generation and pass keys compare models with landmarks and without.
-"""
+"""Read without a memory: a model sees of every row what one window holds."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from landmark_cli.inference.reader import ReadChunk
+from landmark_cli.data.landmarks import insert_landmarks
+from landmark_cli.inference.readers import BaseReader, ReadChunk, has_landmarks, trained_text_length
+from landmark_cli.inference.settings import ReadingSettings
 
 PREFILL = 2048
 
 
-class WindowReader:
-    """Reads a batch of rows, each within its own window of the newest tokens.
+class WindowReader(BaseReader):
+    """Reads a batch of rows, each within its own window of the newest tokens, as one chunk.
 
-    window: tokens a row may see, by default the trained length (config.trained_length, or else
-    max_position_embeddings). When it is full the oldest quarter is forgotten and the rest read anew, so what is seen
-    does not depend on whether the model has a key/value cache of its own; where it has one, it is used.
-    batch: rows.
+    window: text tokens of a row that are seen at most, by default the trained length. kept: how many stay when a row
+    has outgrown it, by default three quarters, so that not every step has to read anew; where `expect` has said that
+    nothing comes after what is read, the whole window. The rest is read anew then, so what is seen does not depend on
+    whether the model has a key/value cache of its own; where it has one, it is used.
+    landmarks: read with landmarks in the text, as the model was trained; else by its attention over the text alone.
     """
 
-    def __init__(self, model: PreTrainedModel, *, window: int | None = None, batch: int = 1):
-        config = model.config
+    remembers = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        window: int | None = None,
+        kept: int | None = None,
+        landmarks: bool = False,
+        batch: int = 1,
+    ):
         self.model, self.batch = model, batch
-        self.window = window or getattr(config, "trained_length", None) or config.max_position_embeddings
-        self.has_cache = "past_key_values" in inspect.signature(model.forward).parameters
+        self.window = self.chunk = window or trained_text_length(model)
+        self.kept = max(1, self.window * 3 // 4) if kept is None else kept
+        self.landmarks = landmarks
+        self.has_cache = not landmarks and "past_key_values" in inspect.signature(model.forward).parameters
         self.reset()
 
     def reset(self) -> None:
         """Forget everything read."""
         self.rows: list[list[int]] = [[] for _ in range(self.batch)]
+        self._expected: int | None = None
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(self.batch, 0, dtype=torch.long)
 
-    def read(self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = True) -> Iterator[ReadChunk]:
-        """Read each row's tokens on from where it stands; yields once, with the logits of each row's last token.
+    def expect(self, tokens: int) -> None:
+        self._expected = tokens
 
-        Raises ValueError for last_only=False: only what is seen at the end is kept.
-        """
-        if not last_only:
-            raise ValueError("last_only: a WindowReader gives the logits of the last tokens only")
-        rows = [torch.as_tensor(row, dtype=torch.long).tolist() for row in rows]
-        if len(rows) != self.batch:
-            raise ValueError(f"{len(rows)} rows given to a reader of {self.batch}")
+    def sees(self, tokens: int) -> int:
+        return tokens if tokens <= self.window else self.kept
+
+    def read(
+        self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
+    ) -> Iterator[ReadChunk]:
+        """As BaseReader.read, but yields once, with the logits of what is seen in the end."""
+        rows = self._rows(rows)
+        longest = max(len(row) for row in rows)
+        if longest == 0:
+            return
+        kept = self.kept
+        if self._expected is not None:
+            self._expected -= longest
+            kept = self.window if self._expected <= 0 else kept
         for seen, row in zip(self.rows, rows, strict=True):
-            seen += row
-            del seen[: self._forgotten(len(seen))]
-        yield ReadChunk(self._read_anew()[:, None], [len(row) for row in rows], 0)
+            seen += row.tolist()
+            del seen[: self._forgotten(len(seen), kept)]
+        if last_only:
+            yield ReadChunk(self._read_anew()[:, None], [len(row) for row in rows], [0] * self.batch)
+            return
+        self._cache = None
+        lengths = [min(len(row), len(seen)) for row, seen in zip(rows, self.rows, strict=True)]
+        first = min(len(seen) - length for seen, length in zip(self.rows, lengths, strict=True))
+        widest = max(map(len, self.rows))
+        logits = self._forward_whole(torch.arange(first, widest) if first else None)
+        begins = [len(row) - length for row, length in zip(rows, lengths, strict=True)]
+        yield ReadChunk(logits, lengths, begins, [len(seen) - first for seen in self.rows])
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
-        """Read one more token of each row (None: the row rests) and return its logits, (B, vocabulary)."""
+        """As BaseReader.step."""
         for seen, token in zip(self.rows, tokens, strict=True):
             if token is not None:
                 seen.append(token)
-        full = [self._forgotten(len(seen)) for seen in self.rows]
+        full = [self._forgotten(len(seen), self.kept) for seen in self.rows]
         for seen, oldest in zip(self.rows, full, strict=True):
             del seen[:oldest]
         if any(full) or self._cache is None:
@@ -68,14 +99,18 @@ class WindowReader:
         ids = torch.tensor([[token or 0] for token in tokens])
         return self._forward_cached(ids, real)
 
-    def _forgotten(self, length: int) -> int:
-        """How many of a row's oldest tokens go: none while it fits, else all but three quarters of the window."""
-        return 0 if length <= self.window else length - max(1, self.window * 3 // 4)
+    def _forgotten(self, length: int, kept: int) -> int:
+        """How many of a row's oldest tokens go: none while it fits, else all but `kept`."""
+        return 0 if length <= self.window else length - kept
 
     def _read_anew(self) -> Tensor:
-        width = max(len(row) for row in self.rows)
+        """Logits (B, vocabulary) after the last token of every row, of all that is seen."""
         if not self.has_cache:
-            return self._forward_all(width)
+            last = torch.tensor([max(len(seen) - 1, 0) for seen in self.rows])
+            kept, index = last.unique(return_inverse=True)
+            device = self.model.device
+            return self._forward_whole(kept)[torch.arange(self.batch, device=device), index.to(device)]
+        width = max(len(row) for row in self.rows)
         self._cache = DynamicCache(config=self.model.config)
         self._mask = torch.zeros(self.batch, 0, dtype=torch.long)
         ids, real = (torch.zeros(self.batch, width, dtype=torch.long) for _ in range(2))
@@ -103,13 +138,42 @@ class WindowReader:
         ).logits[:, -1]
 
     @torch.no_grad()
-    def _forward_all(self, width: int) -> Tensor:
-        """The same without a cache: rows padded on the right, where causal attention never looks."""
-        ids = torch.zeros(self.batch, width, dtype=torch.long)
-        for row, seen in enumerate(self.rows):
-            ids[row, : len(seen)] = torch.tensor(seen, dtype=torch.long)
-        last = torch.tensor([max(len(seen) - 1, 0) for seen in self.rows])
-        kept, index = last.unique(return_inverse=True)
+    def _forward_whole(self, columns: Tensor | None) -> Tensor:
+        """Logits (B, n, vocabulary) at these text columns (n,), None for all, in one pass without a cache: rows are
+        padded on the right, where causal attention never looks."""
+        ids = pad_sequence([torch.tensor(seen, dtype=torch.long) for seen in self.rows], batch_first=True)
+        if self.landmarks:
+            freq = self.model.config.landmark_freq
+            columns = torch.arange(ids.shape[1]) if columns is None else columns
+            columns = columns + columns // freq
+            ids = insert_landmarks(ids, freq, self.model.config.landmark_token_id)
         device = self.model.device
-        logits = self.model(input_ids=ids.to(device), logits_to_keep=kept.to(device), use_cache=False).logits
-        return logits[torch.arange(self.batch, device=device), index.to(device)]
+        kept = 0 if columns is None else columns.to(device)
+        return self.model(input_ids=ids.to(device), logits_to_keep=kept, use_cache=False).logits
+
+
+class SeparateChunkReader(WindowReader):
+    """Reads chunk by chunk, each as if nothing came before it, whatever memory the model has.
+
+    chunk: text tokens, by default what the trained length holds.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk: int | None = None, batch: int = 1):
+        super().__init__(model, window=chunk, kept=1, landmarks=has_landmarks(model), batch=batch)
+
+    @classmethod
+    def open(cls, model: PreTrainedModel, settings: ReadingSettings, batch: int) -> SeparateChunkReader:
+        return cls(model, chunk=settings.chunk, batch=batch)
+
+    def sees(self, tokens: int) -> int:
+        return (tokens - 1) % self.chunk + 1
+
+    def read(
+        self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
+    ) -> Iterator[ReadChunk]:
+        """As BaseReader.read; every chunk begins with nothing read."""
+        rows = self._rows(rows)
+        for begin in range(0, max(len(row) for row in rows), self.chunk):
+            self.reset()
+            for part in super().read([row[begin : begin + self.chunk] for row in rows], last_only=last_only):
+                yield replace(part, begins=[begin] * self.batch)

@@ -1,8 +1,9 @@
-"""Which device a model runs on, by the name that a user gives."""
+"""Which device a model runs on, by the name that a user gives, and getting tensors there."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from landmark_cli.errors import UsageError
 
@@ -23,6 +24,11 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     if device is None or (device.index or 0) >= here.get(device.type, 0):
         raise UsageError(f"--device {name}: there is no such device here; there is {_listed(here)}{_why_not(device)}")
     return device
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; if it comes from the host, without making the host wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 def _listed(here: dict[str, int]) -> str:

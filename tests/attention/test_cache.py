@@ -13,7 +13,7 @@ from landmark_cli.attention.cache import pages as offload
 from landmark_cli.attention.cache.pages import Offload, ResidentBlocks, require_host_memory
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.block_reader import BlockReader
 from tests.attention.reading import Case, read
 from tests.closeness import assert_close_norm
 from tests.tiny import tiny_model, tiny_text
@@ -122,14 +122,14 @@ def test_the_least_recently_used_blocks_make_room(places, calls):
 
 def test_blocks_in_host_memory_change_nothing():
     model, rows = tiny_model(), [tiny_text(37)]
-    plain, offloaded = (Reader(model, top_k_blocks=2, chunk=8, offload=where) for where in ("none", "cpu"))
+    plain, offloaded = (BlockReader(model, top_k_blocks=2, chunk=8, offload=where) for where in ("none", "cpu"))
     for a, b in zip(plain.read(rows), offloaded.read(rows), strict=True):
         assert torch.equal(a.logits, b.logits)
 
 
 def test_too_little_host_memory_is_said_before(monkeypatch):
     monkeypatch.setattr(offload, "available_host_memory", lambda: 2**20)
-    reader = Reader(tiny_model(), top_k_blocks=2, offload="cpu")
+    reader = BlockReader(tiny_model(), top_k_blocks=2, offload="cpu")
     reader.expect(100)
     with pytest.raises(LandmarkError, match=r"offloading 125,000,001 tokens needs .* GiB of host memory, 0.0 GiB are"):
         reader.expect(100_000_000)

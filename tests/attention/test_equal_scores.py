@@ -16,7 +16,7 @@ from landmark_cli.attention.cache.trace import Trace
 from landmark_cli.attention.kernels import reading as kernels
 from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
-from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.block_reader import BlockReader
 from tests.tiny import tiny_model, tiny_text
 
 DIM, BLOCK = 16, 2
@@ -139,7 +139,7 @@ def test_far_blocks_of_one_landmark_key_go_to_the_newest(name, request):
 @pytest.mark.parametrize("implementation", ["eager", "fused"])
 def test_a_reader_knows_that_the_first_layer_has_one_landmark_key(implementation, monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", implementation)
-    reader = Reader(tiny_model(n_layer=1), top_k_blocks=2, chunk=25)
+    reader = BlockReader(tiny_model(n_layer=1), top_k_blocks=2, chunk=25)
     reader.cache.trace = Trace()
     list(reader.read([tiny_text(58)]))
     # The last chunk began behind 12 blocks, of which 10 and 11 are near.

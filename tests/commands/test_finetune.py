@@ -20,8 +20,8 @@ from landmark_cli.cli import main
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.data.landmarks import insert_landmarks
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.generation import generate
-from landmark_cli.inference.reader import Reader
 from landmark_cli.inference.settings import SamplingSettings
 from landmark_cli.models import decoders, store
 from landmark_cli.options import find_recipe, load_recipe, recipe_names
@@ -91,7 +91,7 @@ def test_the_result_is_a_landmark_model_that_reads_on(place, tmp_path):
     ids = tokenizer(sentences(50, 8), return_tensors="pt").input_ids[0]
     with torch.no_grad():
         whole = opened(insert_landmarks(ids, 7, 258)[None]).logits
-    read = [chunk.logits for chunk in Reader(opened, top_k_blocks=100, chunk=30).read([ids])]
+    read = [chunk.logits for chunk in BlockReader(opened, top_k_blocks=100, chunk=30).read([ids])]
     assert_close_norm(torch.cat(read, 1)[0, -1], whole[0, -1])
 
 

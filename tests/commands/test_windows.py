@@ -13,7 +13,8 @@ from landmark_cli.commands.train import TrainOptions
 from landmark_cli.data.landmarks import largest_top_k, stream_length
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.inference.settings import ReadingSettings, open_reader
+from landmark_cli.inference.readers import open_reader
+from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
-from landmark_cli.evaluation.perplexity import evaluate_perplexity, score
-from landmark_cli.evaluation.score import Score
+from landmark_cli.evaluation.perplexity import evaluate_perplexity
+from landmark_cli.evaluation.score import Score, score
 from landmark_cli.inference.settings import ReadingSettings
 from tests.closeness import assert_close_norm
 from tests.tiny import FREQ, LANDMARK, tiny_baseline, tiny_model, tiny_text
@@ -113,7 +113,7 @@ def test_a_text_shorter_than_a_window_is_an_error():
 def test_score_in_pieces(monkeypatch):
     logits, targets = torch.randn(3, 5, 11, dtype=torch.bfloat16), torch.randint(0, 11, (3, 5))
     targets[0, :2] = -100
-    monkeypatch.setattr("landmark_cli.evaluation.perplexity.PIECE", 40)
+    monkeypatch.setattr("landmark_cli.evaluation.score.PIECE", 40)
     sums = score(logits, targets)
     flat = logits.float().flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum")

@@ -191,6 +191,7 @@ def import_everything() -> None:
     import landmark_cli.data.prepare
     import landmark_cli.evaluation.perplexity
     import landmark_cli.evaluation.report
+    import landmark_cli.inference.block_reader
     import landmark_cli.inference.generation
     import landmark_cli.models.lora
     import landmark_cli.training.loop

@@ -5,7 +5,7 @@ import torch
 
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
-from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from tests.closeness import assert_close_norm
@@ -34,7 +34,7 @@ def model():
 
 
 def read(model, text, **options):
-    reader = Reader(model, chunk=12, positions="absolute", **options)
+    reader = BlockReader(model, chunk=12, positions="absolute", **options)
     return torch.cat([chunk.logits for chunk in reader.read([text])], dim=1)[0], reader.cache
 
 

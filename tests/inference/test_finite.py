@@ -11,8 +11,8 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.harness import LandmarkLM
 from landmark_cli.evaluation.passkey import evaluate_passkey
 from landmark_cli.evaluation.perplexity import evaluate_perplexity
-from landmark_cli.inference.finite import are_finite
 from landmark_cli.inference.generation import generate
+from landmark_cli.inference.readers import are_finite
 from landmark_cli.inference.settings import SamplingSettings
 from tests.tiny import tiny_baseline, tiny_llama, tiny_model
 

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, MaxLengthCriteria, StoppingCriteriaList,
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.generation import encode_prompt, generate, read_prompts, tokens_without_text
-from landmark_cli.inference.settings import ReadingSettings, SamplingSettings, open_reader
+from landmark_cli.inference.readers import open_reader
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.inference.text import TextStream
 from landmark_cli.inference.window import WindowReader
 from tests.closeness import assert_close_norm
@@ -198,10 +199,6 @@ def test_a_window_reader_sees_the_newest_tokens_only(kind):
     for step in range(10):
         logits = reader.step([None if row == 1 else step + row for row in range(3)])
         assert_close_norm(logits[[0, 2]], found[step + 1][[0, 2]])
-    with pytest.raises(ValueError, match="last_only"):
-        next(reader.read(rows, last_only=False))
-    with pytest.raises(ValueError, match="2 rows"):
-        next(reader.read(rows[:2]))
 
 
 def test_prompts_are_read_to_each_row_s_own_end():
@@ -249,9 +246,10 @@ def test_a_trace_says_which_blocks_predicted_each_token(tokenizer, kind):
             expected = {(layer, head, block) for layer in range(2) for head in range(2) for block in range(before // 4)}
             assert {(read["layer"], read["head"], read["block"]) for read in reads} == expected
             assert all(0 <= read["share"] <= 1 for read in reads)
-    for bad in ({"prompts": PROMPTS, "model": model}, {"prompts": ["a"], "model": gpt2_model("baseline")}):
-        with pytest.raises(ValueError, match="trace: only a single prompt"):
-            generate(tokenizer=tokenizer, trace=True, **bad)
+    with pytest.raises(ValueError, match="trace: only a single prompt"):
+        generate(model, tokenizer, PROMPTS, trace=True)
+    with pytest.raises(UsageError, match="--trace: the model has no landmarks, so it reads no blocks"):
+        generate(gpt2_model("baseline"), tokenizer, ["a"], trace=True)
 
 
 def test_blocks_in_host_memory_give_the_same(tokenizer, monkeypatch):

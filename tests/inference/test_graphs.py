@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache.trace import Trace
+from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
-from landmark_cli.inference.reader import Reader
 from tests.closeness import assert_close_norm
 from tests.tiny import tiny_llama, tiny_model, tiny_text
 
 
-def read(reader: Reader, rows: list[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], list]:
+def read(reader: BlockReader, rows: list[torch.Tensor], steps: int) -> tuple[list[torch.Tensor], list]:
     """Logits of all chunks and steps, and what the steps' queries read."""
     reader.cache.trace = Trace()
     found = [chunk.logits.clone() for chunk in reader.read(rows)]
@@ -38,7 +38,7 @@ class Repeated:
 def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
     model, rows = tiny_model(n_layer=1), [tiny_text(44, 1), tiny_text(26, 2)]
-    recorded, plain = (Reader(model, batch=2, chunk=8, top_k_blocks=2) for _ in range(2))
+    recorded, plain = (BlockReader(model, batch=2, chunk=8, top_k_blocks=2) for _ in range(2))
     recorded.forward.recording, recorded.forward.record = True, Repeated
     # What a graph would have recorded of a trace this stand-in does not write again, so only logits are compared.
     for a, b in zip(read(recorded, rows, 7)[0], read(plain, rows, 7)[0], strict=True):
@@ -48,7 +48,7 @@ def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
 
 def test_what_is_read_without_a_graph_leaves_the_traces_of_graphs_alone(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
-    reader, traced = Reader(tiny_model(n_layer=1), chunk=8, top_k_blocks=2), {}
+    reader, traced = BlockReader(tiny_model(n_layer=1), chunk=8, top_k_blocks=2), {}
     reader.forward.recording, reader.forward.record = True, Repeated
     record = ChunkForward._record
 
@@ -66,7 +66,7 @@ def test_what_is_read_without_a_graph_leaves_the_traces_of_graphs_alone(monkeypa
 
 def test_the_eager_definition_is_never_recorded(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "eager")
-    reader = Reader(tiny_model(n_layer=1), batch=2, chunk=8)
+    reader = BlockReader(tiny_model(n_layer=1), batch=2, chunk=8)
     reader.forward.recording, reader.forward.record = True, Repeated
     read(reader, [tiny_text(20, 1), tiny_text(9, 2)], 3)
     assert not reader.forward.recording and not reader.forward._recorded
@@ -89,7 +89,7 @@ def test_the_eager_definition_is_never_recorded(monkeypatch):
 def test_graphs_change_nothing(options):
     model = tiny_model(n_head=2, n_embd=32).cuda()
     rows = [tiny_text(200, 1), tiny_text(153, 2), tiny_text(9, 3)]
-    recorded, plain = (Reader(model, batch=3, **{"chunk": 8, **options}) for _ in range(2))
+    recorded, plain = (BlockReader(model, batch=3, **{"chunk": 8, **options}) for _ in range(2))
     plain.forward.recording = False
     for _ in range(2):
         ours, our_reads = read(recorded, rows, 30)
@@ -108,8 +108,8 @@ def test_graphs_change_nothing(options):
 def test_a_gpu_reads_what_the_cpu_reads():
     model = tiny_model(n_head=2, n_embd=32)
     rows = [tiny_text(90, 1), tiny_text(40, 2)]
-    ours, _ = read(Reader(copy.deepcopy(model).cuda(), batch=2, chunk=8), rows, 20)
-    theirs, _ = read(Reader(model, batch=2, chunk=8), rows, 20)
+    ours, _ = read(BlockReader(copy.deepcopy(model).cuda(), batch=2, chunk=8), rows, 20)
+    theirs, _ = read(BlockReader(model, batch=2, chunk=8), rows, 20)
     for a, b in zip(ours, theirs, strict=True):
         assert_close_norm(a.cpu(), b)
 
@@ -123,7 +123,7 @@ def test_a_decoder_of_the_library_is_recorded():
     config._attn_implementation = "landmark"
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().cuda()
-    recorded, plain = (Reader(model, batch=1, chunk=8) for _ in range(2))
+    recorded, plain = (BlockReader(model, batch=1, chunk=8) for _ in range(2))
     plain.forward.recording = False
     for a, b in zip(read(recorded, [tiny_text(60)], 12)[0], read(plain, [tiny_text(60)], 12)[0], strict=True):
         assert_close_norm(a, b)
@@ -140,7 +140,7 @@ def test_a_model_that_cannot_be_recorded_is_read_all_the_same(monkeypatch, capsy
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", waits)
-    reader = Reader(model, chunk=8)
+    reader = BlockReader(model, chunk=8)
     assert isinstance(reader.forward, ChunkForward)
     found, _ = read(reader, [tiny_text(60)], 5)
     assert all(logits.isfinite().all() for logits in found)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.reader import Reader, default_chunk
+from landmark_cli.inference.block_reader import BlockReader, default_chunk
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from tests.closeness import assert_close_norm, relative_error
@@ -43,7 +43,7 @@ def text(length: int, seed: int = 1) -> torch.Tensor:
 def read_all(rows, **options) -> list[torch.Tensor]:
     """Logits of every text token of each row."""
     parts = [[] for _ in rows]
-    for chunk in Reader(MODEL, batch=len(rows), **options).read(rows):
+    for chunk in BlockReader(MODEL, batch=len(rows), **options).read(rows):
         for row, length in enumerate(chunk.lengths):
             parts[row].append(chunk.logits[row, chunk.logits.shape[1] - length :])
     return [torch.cat(part) for part in parts]
@@ -86,7 +86,7 @@ def test_with_all_blocks_retrieved_any_split_equals_one_forward(length, chunk):
 def test_steps_equal_reading_token_by_token():
     rows = [text(23, 1), text(9, 2)]
     expected = read_all(rows, top_k_blocks=2, chunk=1)
-    reader = Reader(MODEL, top_k_blocks=2, batch=2)
+    reader = BlockReader(MODEL, top_k_blocks=2, batch=2)
     for at in range(23):
         logits = reader.step([rows[0][at].item(), rows[1][at].item() if at < 9 else None])
         assert_close_norm(logits[0], expected[0][at])
@@ -97,7 +97,7 @@ def test_steps_equal_reading_token_by_token():
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 21])
 def test_last_only_gives_the_last_text_token(length):
     row = text(length)
-    *_, last = Reader(MODEL, top_k_blocks=2, chunk=5).read([row], last_only=True)
+    *_, last = BlockReader(MODEL, top_k_blocks=2, chunk=5).read([row], last_only=True)
     assert last.logits.shape == (1, 1, VOCABULARY)
     assert_close_norm(last.logits[0, 0], read_all([row], top_k_blocks=2, chunk=5)[0][-1])
 
@@ -113,7 +113,7 @@ def test_retrieval_matters_and_eviction_forgets():
 
 
 def test_reset_forgets():
-    reader = Reader(MODEL, top_k_blocks=2, chunk=8)
+    reader = BlockReader(MODEL, top_k_blocks=2, chunk=8)
     first = [chunk.logits for chunk in reader.read([text(30)])]
     reader.reset()
     again = [chunk.logits for chunk in reader.read([text(30)])]
@@ -129,9 +129,9 @@ def test_errors():
     with pytest.raises(LandmarkError, match="leaves no room"):
         default_chunk(512, 9, 50)
     with pytest.raises(LandmarkError, match="landmark token"):
-        next(Reader(MODEL).read([torch.tensor([1, LANDMARK])]))
+        next(BlockReader(MODEL).read([torch.tensor([1, LANDMARK])]))
     with pytest.raises(LandmarkError, match="at least 1"):
-        Reader(MODEL, chunk=0)
+        BlockReader(MODEL, chunk=0)
     baseline = GPTForCausalLM(GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, landmark_freq=None))
     with pytest.raises(LandmarkError, match="no landmarks"):
-        Reader(baseline)
+        BlockReader(baseline)

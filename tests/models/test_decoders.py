@@ -7,7 +7,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks, check_tokenizer
 from tests.awkward_tokenizers import byte_tokenizer
@@ -59,7 +59,9 @@ def test_family(family, tmp_path):
         assert_close_norm(logits, model(stream).logits)
         model.set_attn_implementation("landmark")
 
-    read = torch.cat([chunk.logits for chunk in Reader(model, top_k_blocks=9, chunk=20, batch=2).read(list(ids))], 1)
+    read = torch.cat(
+        [chunk.logits for chunk in BlockReader(model, top_k_blocks=9, chunk=20, batch=2).read(list(ids))], 1
+    )
     assert_close_norm(read, logits[:, ~landmark_positions(stream.shape[1], BLOCK)])
 
     # As a user would: saved, opened by transformers, saved again, opened by us.
@@ -87,7 +89,7 @@ def test_without_landmarks_it_is_the_model_it_was(family, tmp_path):
     with torch.no_grad():
         assert torch.equal(opened(ids).logits[..., :257], plain(ids).logits[..., :257])
     with pytest.raises(LandmarkError, match='opened with the attention "sdpa"'):
-        Reader(opened)
+        BlockReader(opened)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -255,7 +257,7 @@ def test_the_papers_own_model_goes_on_with_other_landmarks(make):
     ids = texts(1, 40)
     with torch.no_grad():
         logits = model(insert_landmarks(ids, FREQ, 257)).logits[:, -1]
-    (read,) = Reader(model, top_k_blocks=9, chunk=40).read([ids[0]])
+    (read,) = BlockReader(model, top_k_blocks=9, chunk=40).read([ids[0]])
     assert_close_norm(read.logits[:, -1], logits)
 
 

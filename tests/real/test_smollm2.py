@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from landmark_cli import cli
 from landmark_cli.data.token_file import TokenFile
-from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks
 from tests.closeness import assert_close_norm
@@ -81,9 +81,9 @@ def test_it_opens_and_reads_rows_of_a_batch_as_it_reads_each(tuned):
     model = model.float()
     novel = torch.from_numpy(TokenFile.open(tuned / "data/0-sample/validation.bin").tokens[:200].astype("int64"))
     rows = [novel, novel[100:190]]
-    together = [chunk.logits[:, -1] for chunk in Reader(model, top_k_blocks=1, chunk=126, batch=2).read(rows)]
+    together = [chunk.logits[:, -1] for chunk in BlockReader(model, top_k_blocks=1, chunk=126, batch=2).read(rows)]
     for i, row in enumerate(rows):
-        alone = [chunk.logits[0, -1] for chunk in Reader(model, top_k_blocks=1, chunk=126).read([row])]
+        alone = [chunk.logits[0, -1] for chunk in BlockReader(model, top_k_blocks=1, chunk=126).read([row])]
         for n, logits in enumerate(alone):
             assert_close_norm(together[n][i], logits)
 

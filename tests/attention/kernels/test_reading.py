@@ -11,7 +11,7 @@ from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.reader import Reader
+from landmark_cli.inference.block_reader import BlockReader
 from tests.attention.reading import Case, read
 from tests.closeness import assert_close_norm, tolerance
 from tests.tiny import tiny_model, tiny_text
@@ -174,6 +174,6 @@ def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
 
 def test_a_model_says_what_the_kernels_cannot(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
-    reader = Reader(tiny_model(), top_k_blocks=65, chunk=8)
+    reader = BlockReader(tiny_model(), top_k_blocks=65, chunk=8)
     with pytest.raises(LandmarkError, match=r"top_k is 65; .* at most 64 blocks; or set LANDMARK_ATTENTION=eager"):
         next(reader.read([tiny_text(9)]))

@@ -6,8 +6,8 @@ back outputs at text positions only. Source: arXiv 2305.16300, section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Literal
 
 import torch
@@ -16,9 +16,13 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Positions, RetrievalSettings, Selection
 from landmark_cli.attention.cache.pages import Offload, require_host_memory
+from landmark_cli.attention.cache.trace import Trace
 from landmark_cli.data.landmarks import insert_landmarks, largest_top_k, stream_length
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.graphs import ChunkForward, to_device
+from landmark_cli.inference.graphs import ChunkForward
+from landmark_cli.inference.readers import BaseReader, ReadChunk
+from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.models.device import to_device
 from landmark_cli.models.rotary import inverse_frequencies
 
 
@@ -39,21 +43,7 @@ def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, na
     return blocks * landmark_freq
 
 
-@dataclass(frozen=True)
-class ReadChunk:
-    """What one chunk gave.
-
-    logits: (B, W, vocabulary) at text positions, rows of fewer than W text tokens padded on the left.
-    lengths: text tokens of each row in this chunk (0 once a row has ended).
-    begin: where this chunk's text begins in every row.
-    """
-
-    logits: Tensor
-    lengths: list[int]
-    begin: int
-
-
-class Reader:
+class BlockReader(BaseReader):
     """Reads a batch of rows, each at its own pace, and remembers them in a block cache.
 
     model: any landmark model. top_k_blocks: blocks retrieved per query (config.top_k_blocks by default). chunk: text
@@ -84,7 +74,7 @@ class Reader:
                 f'this model was opened with the attention "{config._attn_implementation}"; '
                 'only with "landmark" can it read through a block cache'
             )
-        self.model = model
+        self.model, self.batch = model, batch
         self.landmark_freq, self.landmark_token_id = config.landmark_freq, config.landmark_token_id
         top_k_blocks = config.top_k_blocks if top_k_blocks is None else top_k_blocks
         if chunk is not None and chunk < 1:
@@ -107,6 +97,11 @@ class Reader:
             torch.cuda.empty_cache()
         self.forward = ChunkForward(model, self.cache)
 
+    @classmethod
+    def open(cls, model: PreTrainedModel, settings: ReadingSettings, batch: int) -> BlockReader:
+        chosen = {field.name: getattr(settings, field.name) for field in fields(ReadingSettings)}
+        return cls(model, **chosen, batch=batch)
+
     def expect(self, tokens: int) -> None:
         """Say that the longest row goes on for `tokens` text tokens more: memory for all of them is then taken at once.
 
@@ -121,6 +116,24 @@ class Reader:
                 self.cache.settings, self.model.config, stream, self.cache.batch, next(self.model.parameters()).dtype
             )
 
+    @property
+    def retrievals(self) -> int:
+        return self.cache.retrievals
+
+    @property
+    def dropped_retrievals(self) -> int:
+        return self.cache.dropped_retrievals
+
+    def trace(self) -> Callable[[int], list[dict[str, int | float]]]:
+        """As BaseReader.trace; blocks are numbered from the start of the row, `landmark_freq` text tokens each."""
+        self.cache.trace = Trace()
+
+        def reads(row: int) -> list[dict[str, int | float]]:
+            # The last thing read is the row's newest text token, or the landmark after it.
+            return self.cache.trace.read_by(row, -1 if self.cache.host_partial[row] else -2)
+
+        return reads
+
     def reset(self) -> None:
         """Forget everything read."""
         self.cache.reset()
@@ -128,15 +141,9 @@ class Reader:
     def read(
         self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
     ) -> Iterator[ReadChunk]:
-        """Read each row's text tokens on from where it stands, chunk by chunk; a row may be longer than another.
-
-        Every row is cut as it would be alone, so a batch gives what its rows give one by one. last_only: logits of the
-        last text token of a chunk only (W = 1). transient: the next chunk's logits may take the place of this one's, so
-        use them before (it saves a copy). Yields after every chunk.
-        """
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-        if len(rows) != self.cache.batch:
-            raise ValueError(f"{len(rows)} rows given to a reader of {self.cache.batch}")
+        """As BaseReader.read. A row may be longer than another: every row is cut as it would be alone, so a batch gives
+        what its rows give one by one. Raises LandmarkError where a row holds the landmark token."""
+        rows = self._rows(rows)
         for row in rows:
             if (row == self.landmark_token_id).any():
                 raise LandmarkError(
@@ -147,7 +154,7 @@ class Reader:
             yield self._read_chunk([row[begin : begin + self.chunk] for row in rows], begin, last_only, transient)
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
-        """Read one more text token of each row (None: the row rests) and return its logits, (B, vocabulary)."""
+        """As BaseReader.step."""
         landmark = self.landmark_token_id
         ends_block = [
             token is not None and partial == self.landmark_freq - 1
@@ -182,7 +189,7 @@ class Reader:
             logits = logits.gather(1, index)
         elif last_only or not transient:
             logits = logits.clone()
-        return ReadChunk(logits, lengths, begin)
+        return ReadChunk(logits, lengths, [begin] * self.batch)
 
     def _stream(self, text: Tensor, partial: int) -> Tensor:
         """Text of a row with its landmarks, continuing a block of which `partial` text tokens have been read."""

@@ -1,0 +1,183 @@
+"""What every reader can do, and which one a model gets.
+
+A reader feeds a batch of texts of any length through a model and hands back logits; it keeps what the model remembers
+of them. Generation and evaluation know readers by what is said here alone. A new kind of reader is a class of
+`BaseReader` in a module of its own, and a line in `reader_class`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.settings import ReadingSettings
+
+
+@dataclass(frozen=True)
+class ReadChunk:
+    """What one chunk gave.
+
+    logits: (B, W, vocabulary) at text positions. Where rows have fewer than W text tokens in the chunk, `row` finds a
+    row's own; the last one of every row that has any stands at the end if only the last ones were asked for.
+    lengths: text tokens of each row in this chunk (0 once a row has ended).
+    begins: where this chunk's text begins in each row, counted in what `read` was given.
+    ends: columns of logits up to the last token of each row; None for W in every row, padding on the left.
+    """
+
+    logits: Tensor
+    lengths: list[int]
+    begins: list[int]
+    ends: list[int] | None = None
+
+    def row(self, row: int) -> Tensor:
+        """(n, vocabulary): the logits at the text tokens that a row has in this chunk, where all were asked for."""
+        end = self.logits.shape[1] if self.ends is None else self.ends[row]
+        return self.logits[row, end - self.lengths[row] : end]
+
+
+class BaseReader(ABC):
+    """Reads a batch of rows through a model, each on from where it stands.
+
+    model: what is read through. batch: rows. chunk: the most text tokens of a row that one chunk takes.
+    remembers: whether what was read in earlier chunks counts in later ones, however long the text.
+    equal_lengths: whether all rows have to be of one length.
+    retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries have chosen since the
+    last reset, and how many of these a share under the cutoff dropped.
+    """
+
+    remembers: ClassVar[bool] = True
+    equal_lengths: ClassVar[bool] = False
+    retrievals: int = 0
+    dropped_retrievals: int = 0
+    model: PreTrainedModel
+    batch: int
+    chunk: int
+
+    @classmethod
+    def open(cls, model: PreTrainedModel, settings: ReadingSettings, batch: int) -> BaseReader:
+        """A reader as the settings say, as far as they concern readers of this kind."""
+        return cls(model, batch=batch)
+
+    @abstractmethod
+    def read(
+        self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
+    ) -> Iterator[ReadChunk]:
+        """Read each row's text tokens, (n,) int64, on from where it stands, chunk by chunk; yields after every chunk.
+
+        The first chunk begins with the rows' first tokens. last_only: logits of the last text token of a chunk only
+        (W = 1). transient: the next chunk's logits may take the place of this one's, so use them before (it saves a
+        copy). Raises ValueError for another number of rows than `batch`.
+        """
+
+    @abstractmethod
+    def step(self, tokens: Sequence[int | None]) -> Tensor:
+        """Read one more text token of each row and return its logits, (B, vocabulary).
+
+        A row of None rests, and its logits mean nothing.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything read."""
+
+    def expect(self, tokens: int) -> None:  # noqa: B027 (most prepare nothing)
+        """Say that the longest row goes on for `tokens` text tokens more, so that what they need can be prepared.
+
+        Raises LandmarkError where it is known that there is no room for them.
+        """
+
+    def sees(self, tokens: int) -> int:
+        """How many of a row's newest tokens can count in the logits after it, where `tokens` are read in one go."""
+        return tokens
+
+    def trace(self) -> Callable[[int], list[dict[str, int | float]]]:
+        """From now on note which blocks queries read. Returns what tells those that the newest text token of a row has
+        read: a dict of layer, head, block and share for each.
+
+        Raises UsageError where a reader reads no blocks.
+        """
+        name = self.model.name_or_path or "the model"
+        raise UsageError(f"--trace: {name} has no landmarks, so it reads no blocks")
+
+    def require_finite(self, finite: bool) -> None:
+        """Raise LandmarkError unless the logits read, or what was summed up of them, were finite: a model whose logits
+        are not says nothing, and neither a text nor a figure may come of it."""
+        if finite:
+            return
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        wider = "" if dtype == "float32" else f", or {dtype} is too narrow for it (try --dtype float32)"
+        raise LandmarkError(
+            f"{self.model.name_or_path or 'the model'} gives logits that are nan or infinite, so what it says means "
+            f"nothing: its weights are not finite{wider}"
+        )
+
+    def _rows(self, rows: Sequence[Tensor | Sequence[int]]) -> list[Tensor]:
+        """The rows as int64 tensors. Raises ValueError where they are not as many as the reader reads."""
+        if len(rows) != self.batch:
+            raise ValueError(f"{len(rows)} rows given to a reader of {self.batch}")
+        return [torch.as_tensor(row, dtype=torch.long) for row in rows]
+
+
+def reader_class(model: PreTrainedModel) -> type[BaseReader]:
+    """What reads for a model: by recurrence for a Transformer-XL, through the block cache where it has landmarks, and
+    in a window of the newest tokens where the model has no memory of any kind."""
+    if getattr(model.config, "memory_length", None) is not None:
+        from landmark_cli.inference.recurrent import RecurrentReader
+
+        return RecurrentReader
+    if has_landmarks(model):
+        from landmark_cli.inference.block_reader import BlockReader
+
+        return BlockReader
+    from landmark_cli.inference.window import WindowReader
+
+    return WindowReader
+
+
+def open_reader(
+    model: PreTrainedModel,
+    settings: ReadingSettings,
+    batch: int = 1,
+    *,
+    memory: bool = True,
+    window: int | None = None,
+) -> BaseReader:
+    """A reader of `batch` rows for a model.
+
+    memory: False reads every chunk as if nothing came before it, in chunks that the trained length holds by default.
+    window: read without landmarks and retrieval, by the attention that the model has of itself, over the newest so many
+    tokens. Raises LandmarkError where the settings do not fit the model.
+    """
+    from landmark_cli.inference.window import SeparateChunkReader, WindowReader
+
+    if window is not None:
+        return WindowReader(model, window=window, batch=batch)
+    kind = reader_class(model) if memory else SeparateChunkReader
+    return kind.open(model, settings, batch)
+
+
+def are_finite(logits: Tensor) -> Tensor:
+    """Whether none of the logits (..., vocabulary) is nan or infinite, (...). Nothing waits for the device."""
+    return logits.isfinite().all(-1)
+
+
+def has_landmarks(model: PreTrainedModel) -> bool:
+    """Whether the model was trained with landmarks."""
+    return bool(getattr(model.config, "landmark_freq", None))
+
+
+def trained_text_length(model: PreTrainedModel) -> int:
+    """Text tokens of the longest input the model was trained on: its window without the landmarks in it.
+
+    A model of which nobody says what it was trained on is taken for its config's max_position_embeddings.
+    """
+    config = model.config
+    length = getattr(config, "trained_length", None) or config.max_position_embeddings
+    return length - length // (config.landmark_freq + 1) if has_landmarks(model) else length
