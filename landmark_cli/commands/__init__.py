@@ -124,7 +124,7 @@ cat novel.txt | landmark generate --temperature 0 --stop "CHAPTER"
     ),
     Command(
         "weight-diff make",
-        "Write the difference of a fine-tuned model from the raw weights it was made of, to publish it without these.",
+        "Write the difference of a fine-tuned model from its raw weights, to be published without the raw weights.",
         """
 landmark weight-diff make --path-raw llama-7b --path-tuned runs/llama-landmark --path-diff llama-landmark-diff
 landmark weight-diff make --path-raw huggyllama/llama-7b --path-tuned runs/llama-landmark --path-diff diff --overwrite
@@ -133,7 +133,7 @@ landmark weight-diff make --path-raw huggyllama/llama-7b --path-tuned runs/llama
     ),
     Command(
         "weight-diff recover",
-        "Put the difference of a fine-tuned model on the raw weights it was made of: the fine-tuned model.",
+        "Make a fine-tuned model of its raw weights and its difference from them.",
         """
 landmark weight-diff recover --path-raw llama-7b --path-diff llama-landmark-diff --path-tuned runs/llama-landmark
 landmark weight-diff recover --path-raw llama-7b --path-diff epfml/landmark-attention-llama7b-wdiff --path-tuned tuned

@@ -50,20 +50,22 @@ class PerplexityOptions(EvaluationOptions):
         help="Text tokens of a window. [default: 4 times the trained length]",
         saves_memory="a shorter --eval-length",
     )
-    memory: bool = option(True, panel=MEASUREMENT, help="Remember earlier chunks; without, each is read by itself.")
+    memory: bool = option(
+        True, panel=MEASUREMENT, help="Remember earlier chunks; otherwise each chunk is read by itself."
+    )
     sample_tokens: int | None = option(
         None,
         panel=MEASUREMENT,
         min=1,
         max=10**15,
-        help="Read a random choice of windows of about so many tokens. [default: all]",
+        help="Read a random choice of windows, of about this many tokens in all. [default: all windows]",
     )
-    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Of that choice.")
+    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for choosing the windows.")
     batch_size: int | None = option(
         None,
         panel=MEASUREMENT,
         min=1,
-        help="Windows read at a time. [default: by their chunks' length]",
+        help="Windows read at a time. [default: by the length of their chunks]",
         saves_memory="a smaller --batch-size",
     )
     json: str | None = option(
@@ -91,16 +93,16 @@ class PassKeyOptions(EvaluationOptions):
         saves_memory="shorter --lengths",
     )
     prompts: int = option(
-        10, panel=MEASUREMENT, min=1, help="Prompts of each length; with --depths, of each depth too."
+        10, panel=MEASUREMENT, min=1, help="Prompts of each length; with --depths, of each length at each depth."
     )
     depths: int | None = option(
         None,
         panel=MEASUREMENT,
         min=1,
-        help="Put keys at so many depths, evenly from 0 to 1. [default: drawn evenly]",
+        help="Put keys at this many depths, evenly from 0 to 1. [default: at depths drawn from 0 to 1]",
     )
     full_attention: bool = option(
-        False, panel=MEASUREMENT, help="Read by the model's ordinary attention, as an untouched model does."
+        False, panel=MEASUREMENT, help="Read with ordinary attention, as models without landmarks do."
     )
     batch_size: int | None = option(
         None,
@@ -109,7 +111,7 @@ class PassKeyOptions(EvaluationOptions):
         help="Prompts read at a time. [default: by their length]",
         saves_memory="a smaller --batch-size",
     )
-    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Of keys and depths.")
+    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing keys and depths.")
     json: str | None = option(
         None,
         panel=OUTPUT,

@@ -43,11 +43,11 @@ class LoraOptions:
         panel=LORA,
         min=1,
         max=65_536,
-        help="Train adapters of this rank, embeddings and head.",
+        help="Train adapters of this rank, the embeddings and the head. [default: train every weight]",
         saves_memory="a small --lora-rank",
     )
     lora_alpha: float | None = option(
-        None, panel=LORA, min=0, max=1e6, help="The adapters count alpha / rank times. [default: twice the rank]"
+        None, panel=LORA, min=0, max=1e6, help="What adapters add is scaled by alpha / rank. [default: twice the rank]"
     )
     lora_dropout: float = option(0.0, panel=LORA, min=0, max=0.99, help="Dropout of the adapters' input.")
     lora_targets: list[str] | None = option(
@@ -66,7 +66,7 @@ class LoraOptions:
 class PretrainedOptions(CodeOptions):
     """Which model, and its landmarks."""
 
-    model: str = option(panel=MODEL, help="A model directory or a hub id.")
+    model: str = option(panel=MODEL, help="The model to fine-tune: a directory or a hub id.")
     landmark_freq: int = option(63, panel=MODEL, min=1, max=LONGEST, help="Text tokens between landmarks.")
     top_k_blocks: int | None = option(None, panel=MODEL, min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
     gradient_checkpointing: bool = option(
@@ -127,7 +127,9 @@ class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
     # What it does to pretrained weights has not been measured.
     fp32_residual: bool = changed("fp32_residual", True)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", panel="Output", help="Of the weights in the finished model; auto: as those it started from."
+        "auto",
+        panel="Output",
+        help="Type of the weights in the finished model; auto: the type they had before fine-tuning.",
     )
 
 

@@ -35,7 +35,7 @@ class PromptOptions:
         panel=PROMPT,
         saved=False,
         is_output=True,
-        help="Write the text, its tokens and why it ended to this file; - for stdout.",
+        help="Write the text, its tokens and why generation ended to this file; - for standard output.",
     )
     trace: Path | None = option(
         None,

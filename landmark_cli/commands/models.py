@@ -24,7 +24,7 @@ class CodeOptions:
         panel=MODEL,
         saved=False,
         in_recipe=False,
-        help="Run Python code that comes with a model or tokenizer, with all your rights; without, it is refused.",
+        help="Run Python code that comes with a model or tokenizer, with all your rights; otherwise it is refused.",
     )
 
 
@@ -35,7 +35,7 @@ class MachineOptions(CodeOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         panel=MODEL,
-        help="Of the weights and the computation; auto: as they are stored.",
+        help="Type of the weights and the computation; auto: the type that the weights are stored in.",
         saves_memory="--dtype bfloat16",
     )
     device: str = option("auto", panel=MODEL, help="Where to run: cpu, cuda, cuda:1; auto: a GPU where there is one.")
@@ -48,7 +48,8 @@ class ModelOptions(MachineOptions):
     model: str | None = option(
         None,
         panel=MODEL,
-        help="A model directory, a hub id, or the authors' checkpoint. [default: the newest finished one under runs/]",
+        help="The model: a directory, a hub id or a checkpoint of the paper's authors. "
+        "[default: the newest finished model under runs/]",
     )
 
 

@@ -48,34 +48,37 @@ class PrepareOptions(CodeOptions):
     """
 
     corpus: Literal["sample", "pg19", "arxiv-math", "redpajama", "text", "passkey"] = option(
-        "sample", positional=True, help="sample, pg19, arxiv-math, redpajama, text or passkey."
+        "sample", positional=True, help="The corpus: sample, pg19, arxiv-math, redpajama, text or passkey."
     )
     source: list[str] | None = option(
-        None, help="A file or folder (repeatable), or the hub id of a copy. [default: the corpus's own copy on the hub]"
+        None,
+        help="Where the corpus is: a file or folder (repeatable), or a hub id. [default: the hub id of a known copy]",
     )
     output: Path | None = option(None, saved=False, help="Where the token files go. [default: data/CORPUS]")
-    tokenizer: str = option("gpt2", help="gpt2, or the directory or hub id of any tokenizer of transformers.")
+    tokenizer: str = option(
+        "gpt2", help="The tokenizer: gpt2, or the directory or hub id of any tokenizer of transformers."
+    )
     validation_share: float = option(
         0.01,
         min=0,
         max=0.5,
-        help="Share of the documents held out where the corpus has no validation split; of the sample, of its novels.",
+        help="Share of the documents (of sample: of its novels) held out where the corpus has no validation split.",
     )
     max_documents: int | None = option(
         None,
         min=1,
-        help="Read only so many documents of each split; of passkey, make so many. [default: all; 2000]",
+        help="Read at most this many documents of each split; of passkey, make this many. [default: all; 2000]",
     )
     text_field: str = option("text", help="The field or column that holds the text of .jsonl and .parquet.")
-    revision: str | None = option(None, help="Of a copy on the hub: branch, tag or commit.")
-    subset: str | None = option(None, help="Of a copy on the hub: the name of its configuration.")
+    revision: str | None = option(None, help="Branch, tag or commit of a corpus on the hub.")
+    subset: str | None = option(None, help="Name of the configuration of a corpus on the hub.")
     on_bad_text: Literal["stop", "skip"] = option(
         "stop",
         help="What to do about a document that is not UTF-8 text or not JSON, and about the rest of a damaged file.",
     )
     shortest: int = option(256, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the shortest document, about.")
     longest: int = option(4096, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the longest document, about.")
-    seed: int = option(0, panel=PASS_KEYS, min=0, max=LARGEST_SEED, help="Of lengths, keys and depths.")
+    seed: int = option(0, panel=PASS_KEYS, min=0, max=LARGEST_SEED, help="Seed for drawing lengths, keys and depths.")
     json: Path | None = option(
         None, saved=False, is_output=True, help="Write the result to this file too; - for standard output."
     )

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 TOP_K_BLOCKS_HELP = (
-    "Blocks the model retrieves unless it is told otherwise. [default: 4, or what the window has room for]"
+    "Blocks that the model is to retrieve for each token, as its config will say. "
+    "[default: 4, or as many as the window has room for]"
 )
 
 
@@ -36,57 +37,68 @@ class RunOptions:
         16,
         panel="Training",
         min=1,
-        help="Windows a device takes at a time.",
+        help="Windows in a micro-batch: what each device takes at a time.",
         saves_memory="a smaller --batch-size (with more --accumulation)",
     )
-    accumulation: int = option(8, panel="Training", min=1, help="Times that it does so in a step.")
+    accumulation: int = option(8, panel="Training", min=1, help="Micro-batches per optimizer step, on each device.")
     lr: float = option(2e-3, panel="Training", min=0, max=1000, help="The highest learning rate.")
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = option(
         "one-cycle", panel="Training", help="How the learning rate climbs and falls."
     )
-    warmup: float = option(0.02, panel="Training", min=0, max=1, help="Share of the steps in which it climbs.")
+    warmup: float = option(
+        0.02, panel="Training", min=0, max=1, help="Share of the steps in which the learning rate climbs."
+    )
     final_lr: float = option(0.2, panel="Training", min=0, max=1, help="The last learning rate, as a share of --lr.")
-    weight_decay: float = option(1e-3, panel="Training", min=0, max=1000, help="On matrices of linear layers only.")
+    weight_decay: float = option(
+        1e-3, panel="Training", min=0, max=1000, help="AdamW's weight decay, of matrices of linear layers only."
+    )
     beta1: float = option(0.9, panel="Training", min=0, max=0.99999, help="AdamW's first beta.")
     beta2: float = option(0.95, panel="Training", min=0, max=0.99999, help="AdamW's second beta.")
-    clip: float = option(1.0, panel="Training", min=0, help="Largest gradient norm; 0 for none.")
+    clip: float = option(
+        1.0, panel="Training", min=0, help="Norm that larger gradients are clipped to; 0 for no clipping."
+    )
     bad_steps: int = option(
         10,
         panel="Training",
         min=1,
-        help="Stop when so many steps in a row have a loss or gradient that is not finite. Such steps change nothing.",
+        help="Stop after this many steps in a row whose loss or gradient is not finite. Such steps change nothing.",
     )
     seed: int = option(
-        0, panel="Training", min=0, max=LARGEST_SEED, help="Of the initial weights, the data's order and dropout."
+        0, panel="Training", min=0, max=LARGEST_SEED, help="Seed for the initial weights, the data's order and dropout."
     )
 
-    device: Literal["auto", "cpu"] = option("auto", panel="Machine", saved=False, help="Where to train.")
+    device: Literal["auto", "cpu"] = option(
+        "auto", panel="Machine", saved=False, help="Where to train: auto is a GPU where there is one."
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
         panel="Machine",
-        help="auto: accelerate's own setting, else bf16 on a GPU that has it, else fp32.",
+        help="Precision to compute in; auto: accelerate's own setting, else bf16 on a GPU that has it, else fp32.",
     )
-    tf32: bool = option(True, panel="Machine", help="TF32 for what stays in fp32 on a GPU.")
+    tf32: bool = option(True, panel="Machine", help="Use TF32 on a GPU for products that stay in fp32.")
     compile: bool = option(False, panel="Machine", help="Compile the model with torch.compile.")
     fused_loss: bool = option(
         True, panel="Machine", help="Work the loss out piece by piece, without holding the logits of all tokens."
     )
 
     fp32_residual: bool = option(
-        False, panel="Machine", help="In a bf16 run, keep the sum that the layers add to in fp32 (the residual stream)."
+        False, panel="Machine", help="In a bf16 run, keep the sum that the layers add to (the residual stream) in fp32."
     )
 
     output: Path | None = option(
-        None, panel="Output", saved=False, help="The run's directory. [default: a new one under runs/]"
+        None, panel="Output", saved=False, help="Directory of the run. [default: a new one under runs/]"
     )
     resume: bool = option(
-        False, panel="Output", saved=False, help="Go on from the newest checkpoint there; start where there is none."
+        False,
+        panel="Output",
+        saved=False,
+        help="Go on from the newest checkpoint in --output; without a checkpoint there, start.",
     )
     log_every: int = option(10, panel="Output", min=1, help="Steps between two lines of metrics.jsonl.")
-    eval_every: int = option(500, panel="Output", min=0, help="Steps between two evaluations; 0 for none.")
+    eval_every: int = option(500, panel="Output", min=0, help="Steps between two evaluations; 0 for no evaluation.")
     eval_windows: int = option(128, panel="Output", min=1, help="Windows of validation text that an evaluation reads.")
-    save_every: int = option(1000, panel="Output", min=0, help="Steps between two checkpoints; 0 for none.")
-    keep: int = option(2, panel="Output", min=1, help="The newest checkpoints kept.")
+    save_every: int = option(1000, panel="Output", min=0, help="Steps between two checkpoints; 0 for no checkpoints.")
+    keep: int = option(2, panel="Output", min=1, help="How many of the newest checkpoints are kept.")
     log_with: list[Literal["wandb", "tensorboard"]] | None = option(
         None, panel="Output", saved=False, help="Trackers to log to besides metrics.jsonl."
     )

@@ -22,13 +22,17 @@ OUTPUT = "Output"
 class StudyOptions(MachineOptions):
     """Measure a list of settings over one or several models and put them in one table.
 
-    Shipped: table1, table2 and table3 of the paper, whose figures stand beside. Finished rows are kept in the output
-    directory: an interrupted study goes on, and a changed model, setting or text is measured anew.
+    Shipped are table1, table2 and table3 of the paper, with the paper's figures beside the measured ones. Finished rows
+    are kept in the output directory: an interrupted study goes on, and a changed model, setting or text is measured
+    anew.
     """
 
     study: str = option(help="A shipped study (table1, table2, table3) or a YAML file.", positional=True)
     role: list[str] | None = option(
-        None, panel=STUDY, metavar="<role=model>", help="Which model plays which role, such as landmark=runs/demo."
+        None,
+        panel=STUDY,
+        metavar="<role=model>",
+        help="The model for a role of the study, such as landmark=runs/demo. Repeatable.",
     )
     data: Path | None = option(
         None,
@@ -40,23 +44,25 @@ class StudyOptions(MachineOptions):
         panel=STUDY,
         min=1,
         max=10**15,
-        help="Read a random choice of windows of about so many tokens. [default: all]",
+        help="Read a random choice of windows, of about this many tokens in all. [default: all windows]",
     )
-    seed: int = option(0, panel=STUDY, min=0, max=LARGEST_SEED, help="Of that choice.")
+    seed: int = option(0, panel=STUDY, min=0, max=LARGEST_SEED, help="Seed for choosing the windows.")
     batch_size: int | None = option(
         None,
         panel=STUDY,
         min=1,
-        help="Windows read at a time. [default: by their chunks' length]",
+        help="Windows read at a time. [default: by the length of their chunks]",
         saves_memory="a smaller --batch-size",
     )
     compare: str | None = option(
-        None, panel=STUDY, help="The corpus whose published figures are shown: pg19 or arxiv-math. [default: both]"
+        None,
+        panel=STUDY,
+        help="The corpus whose published figures are shown: pg19 or arxiv-math. [default: both corpora]",
     )
     output: Path | None = option(
         None, panel=OUTPUT, help="Directory of the tables and finished rows. [default: studies/ and the study's name]"
     )
-    plot: bool = option(False, panel=OUTPUT, help="Draw a picture too (needs the extra plot).")
+    plot: bool = option(False, panel=OUTPUT, help="Draw the table as a picture too. Needs the extra plot.")
     json: str | None = option(
         None,
         panel=OUTPUT,

@@ -52,12 +52,16 @@ class CorpusAndShape(CodeOptions):
         saves_memory="a shorter --sequence-length",
     )
     landmark_freq: int = option(50, panel="Data", min=1, max=LONGEST, help="Text tokens between landmarks.")
-    baseline: bool = option(False, panel="Data", help="Ordinary attention and no landmarks.")
+    baseline: bool = option(False, panel="Data", help="Train the baseline: ordinary attention, no landmarks.")
 
-    n_layer: int = option(12, panel="Model", min=1, max=10_000, help="Layers.", saves_memory="fewer --n-layer")
-    n_head: int = option(8, panel="Model", min=1, max=65_536, help="Attention heads.")
-    n_embd: int = option(1024, panel="Model", min=2, max=1_048_576, help="Width.", saves_memory="a smaller --n-embd")
-    bias: bool = option(False, panel="Model", help="Biases in linear layers and norms.")
+    n_layer: int = option(
+        12, panel="Model", min=1, max=10_000, help="Number of layers.", saves_memory="fewer --n-layer"
+    )
+    n_head: int = option(8, panel="Model", min=1, max=65_536, help="Number of attention heads.")
+    n_embd: int = option(
+        1024, panel="Model", min=2, max=1_048_576, help="Width of the hidden states.", saves_memory="a smaller --n-embd"
+    )
+    bias: bool = option(False, panel="Model", help="Give linear layers and norms biases.")
     dropout: float = option(0.0, panel="Model", min=0, max=0.99, help="Dropout after embedding, attention and MLP.")
     top_k_blocks: int | None = option(None, panel="Model", min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
 
@@ -66,16 +70,22 @@ class CorpusAndShape(CodeOptions):
         panel="Variants",
         min=1,
         max=LONGEST,
-        help="Train a Transformer-XL that remembers so many tokens. [default: none]",
+        help="Train a Transformer-XL that remembers this many tokens. [default: train no Transformer-XL]",
     )
     segment_length: int | None = option(
-        None, panel="Variants", min=1, max=LONGEST, help="Tokens of its segments. [default: --memory-length]"
+        None,
+        panel="Variants",
+        min=1,
+        max=LONGEST,
+        help="Tokens of a segment of the Transformer-XL. [default: --memory-length]",
     )
     context_miss_token: bool = option(
-        False, panel="Variants", help="Learn a token that says nothing is to be retrieved."
+        False,
+        panel="Variants",
+        help="Learn a context-miss token, whose share of the attention says whether to retrieve.",
     )
     controlled_landmarks: float = option(
-        0.5, panel="Variants", min=0, max=1, help="Its training: the share of landmarks that it controls."
+        0.5, panel="Variants", min=0, max=1, help="Share of landmarks that the context-miss token controls in training."
     )
     position_jump: int = option(
         0,
@@ -85,7 +95,11 @@ class CorpusAndShape(CodeOptions):
         help="After every landmark, positions jump ahead by a random number below this.",
     )
     group_dropout: float = option(
-        0.0, panel="Variants", min=0, max=0.99, help="Probability that attention loses an earlier block."
+        0.0,
+        panel="Variants",
+        min=0,
+        max=0.99,
+        help="Probability that attention leaves an earlier block out in training.",
     )
 
 

@@ -14,20 +14,20 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 @dataclass
 class MakeOptions:
-    """Write the difference of a fine-tuned model from the raw weights it was made of, to publish it without these.
+    """Write the difference of a fine-tuned model from its raw weights, to be published without the raw weights.
 
     Exact: with the raw weights, `recover` gives every bit of the tuned model back. The tuned tensors may have rows for
-    new tokens. Raw weights of another element type are cast to that of the tuned ones first.
+    new tokens. Raw weights of another element type are cast to that of the tuned weights first.
     """
 
     path_raw: str = option(help="The weights before fine-tuning: a directory or hub id, .bin or safetensors.")
     path_tuned: str = option(help="The fine-tuned model: a directory or hub id.")
-    path_diff: Path = option(help="The directory to write.")
+    path_diff: Path = option(help="The directory to write the difference to.")
     max_shard_size: str = option("5GB", help="Largest file of weights to write, such as 500MB or 5GB.")
     overwrite: bool = option(False, help="Replace the directory if it is not empty.")
     threads: int | None = option(
         None,
-        help="Tensors worked on at a time; as many as there are processors.",
+        help="Tensors worked on at a time. [default: as many as there are processors]",
         min=1,
         max=1024,
         saves_memory="fewer --threads",
@@ -36,21 +36,21 @@ class MakeOptions:
 
 @dataclass
 class RecoverOptions:
-    """Put the difference of a fine-tuned model on the raw weights it was made of: the fine-tuned model.
+    """Make a fine-tuned model of its raw weights and its difference from them.
 
     Reads what `landmark weight-diff make` wrote, checking the sha256 of every tensor, and the differences that the
-    authors of landmark attention publish, checking the sum they give.
+    authors of landmark attention publish, checking the sum that the authors give.
     """
 
     path_raw: str = option(help="The weights before fine-tuning: a directory or hub id, .bin or safetensors.")
     path_diff: str = option(help="The difference: a directory or hub id.")
     path_tuned: Path = option(help="The directory to write the fine-tuned model to.")
-    verify: bool = option(True, help="Check the result and keep none that is wrong.")
+    verify: bool = option(True, help="Check the recovered model, and keep nothing where it is wrong.")
     max_shard_size: str = option("5GB", help="Largest file of weights to write, such as 500MB or 5GB.")
     overwrite: bool = option(False, help="Replace the directory if it is not empty.")
     threads: int | None = option(
         None,
-        help="Tensors worked on at a time; as many as there are processors.",
+        help="Tensors worked on at a time. [default: as many as there are processors]",
         min=1,
         max=1024,
         saves_memory="fewer --threads",

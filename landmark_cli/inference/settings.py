@@ -23,7 +23,7 @@ class ReadingSettings:
         panel=READING,
         min=0,
         max=LONGEST,
-        help="Blocks retrieved for each token; 0 for none. [default: as the model says]",
+        help="Blocks retrieved for each token; 0 for none. [default: the number in the model's config]",
     )
     chunk: int | None = option(
         None,
@@ -37,30 +37,30 @@ class ReadingSettings:
         None,
         panel=READING,
         min=0,
-        help="Newest blocks kept for retrieval. [default: all]",
+        help="How many of the newest blocks are kept for retrieval. [default: all]",
         saves_memory="fewer --cache-blocks",
     )
     selection: Literal["per_token_and_head", "max_over_heads", "max_over_tokens"] = option(
         "per_token_and_head",
         panel=READING,
-        help="Who shares a choice of blocks: nobody, all heads, or a chunk's tokens.",
+        help="Who chooses blocks: every token and head, every token for all heads, or every head for all of a chunk.",
     )
     positions: Literal["bounded", "absolute"] = option(
         "bounded",
         panel=READING,
-        help="Retrieved blocks stand right before the chunk, within the trained length, or at their true distance.",
+        help="Where retrieved blocks stand: before the chunk, within the trained length, or at their true distance.",
     )
     context_miss_cutoff: float = option(
         0.0,
         panel=READING,
         min=0,
         max=1,
-        help="Models with a context-miss token: retrieve nothing where its share is smaller.",
+        help="For models with a context-miss token: retrieve nothing where that token's share of attention is smaller.",
     )
     offload: Literal["none", "cpu"] = option(
         "none",
         panel=READING,
-        help="cpu: blocks lie in host memory, and the GPU fetches those it reads.",
+        help="cpu: keep blocks in host memory, from which the GPU fetches those that it reads.",
         saves_memory="--offload cpu (on a GPU)",
     )
 
@@ -70,19 +70,29 @@ class SamplingSettings:
     """How the next token is chosen and when to stop."""
 
     max_new_tokens: int = option(
-        256, panel=SAMPLING, min=1, help="Most tokens to generate.", saves_memory="fewer --max-new-tokens"
+        256, panel=SAMPLING, min=1, help="Largest number of tokens to generate.", saves_memory="fewer --max-new-tokens"
     )
     temperature: float = option(
-        0.8, panel=SAMPLING, min=0, max=1000, help="Flattens (above 1) or sharpens; 0 is greedy decoding."
+        0.8,
+        panel=SAMPLING,
+        min=0,
+        max=1000,
+        help="Above 1 flattens the probabilities, below 1 sharpens them; 0 is greedy decoding.",
     )
     top_p: float = option(
-        1.0, panel=SAMPLING, min=0, max=1, help="Sample from the likeliest tokens that make up this share; 1 for all."
+        1.0,
+        panel=SAMPLING,
+        min=0,
+        max=1,
+        help="Sample from the likeliest tokens whose probabilities add up to this; 1 for all.",
     )
     top_k: int = option(50, panel=SAMPLING, min=0, help="Sample from this many likeliest tokens; 0 for all.")
     repetition_penalty: float = option(
-        1.0, panel=SAMPLING, min=0.01, max=100, help="Above 1: tokens seen before get less likely."
+        1.0, panel=SAMPLING, min=0.01, max=100, help="Above 1, tokens that occurred before become less likely."
     )
     stop: list[str] | None = option(
         None, panel=SAMPLING, help=r"Stop before this text (\n is a line break); may be given several times."
     )
-    seed: int = option(0, panel=SAMPLING, min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
+    seed: int = option(
+        0, panel=SAMPLING, min=0, max=LARGEST_SEED, help="Seed for sampling: the same seed gives the same text."
+    )
