@@ -22,11 +22,12 @@ from landmark_cli.files import write_whole, writing
 if TYPE_CHECKING:
     from rich.console import Console
 
-# A pipe or a log file gets lines of progress this many seconds or this share of the work apart, and a moment at least.
+# A pipe or a log file gets lines of progress this many seconds or this share of the work apart, and LINE_MOMENT at
+# least.
 LINE_SECONDS = 10.0
 LINE_SHARE = 0.1
 LINE_MOMENT = 2.0
-# There, a table takes the width it needs.
+# In a pipe or a log file a table takes the width it needs.
 PLAIN_WIDTH = 4096
 LONGEST_FIGURE = 1e9
 
@@ -89,7 +90,7 @@ def _writing_out() -> Iterator[None]:
     except LandmarkError as error:
         if not isinstance(error.__cause__, BrokenPipeError):
             raise
-        # What is still held goes nowhere, or Python would try again when it ends.
+        # What Python still holds for stdout goes nowhere, or it would try to write that again when it ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -183,7 +184,8 @@ def progress(
 ) -> Iterator[Progress]:
     """Show the progress of work on stderr: a bar on a terminal, else a line every ten seconds or tenth of the work.
 
-    total: None where nobody knows. unit: "B" is shown as MB and MB/s. initial: what an earlier run had done.
+    total: how much work there is; None where nobody knows. unit: "B" is shown as MB and MB/s. initial: what an earlier
+    run had done.
     """
     if not is_main_process():
         yield Progress(description, total, unit, initial)
@@ -249,7 +251,7 @@ def print_json(data: Any) -> None:
 
 
 def write_json(data: Any, path: str | Path) -> None:
-    """Write data to a file as `print_json` prints it, and say so."""
+    """Write data to a file as `print_json` prints it, and tell the user that it is written."""
     if is_main_process():
         with writing(path, "--json"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +283,8 @@ def duration(seconds: float) -> str:
 
 
 def figure(value: float, spec: str) -> str:
-    """A number by a format such as ".2f"; one that would be a long row of digits by its power of ten: "1.3e+250"."""
+    """A number by a format such as ".2f"; a number that would be a long row of digits by its power of ten:
+    "1.3e+250"."""
     return format(value, ".4g" if abs(value) >= LONGEST_FIGURE else spec)
 
 

@@ -24,7 +24,7 @@ from landmark_cli.schema import check
 
 T = TypeVar("T")
 
-# Far above any file of ours; a reader that may find more says so.
+# Far above any file of ours; a reader of larger files gives its own bound.
 MAX_BYTES = 16 << 20
 MAX_LINE_BYTES = 1 << 20
 # PyYAML reads about 100 kB a second.
@@ -63,8 +63,8 @@ def reading(
     what: how the user knows the file, such as "recipe" or "--path-raw"; it stands in front of the path. to_do: what
     puts it right. kind: UsageError where naming the file was the mistake.
 
-    Raises LandmarkError for everything but an interruption. Only the library's own call belongs into the block, for a
-    mistake of ours would be reported as the file's.
+    Raises LandmarkError for everything but an interruption. Only the library's own call belongs into the block:
+    a mistake of ours in it would be reported as the file's.
     """
     try:
         yield
@@ -174,7 +174,7 @@ def read_sealed(
 ) -> T:
     """What `write_sealed` wrote, as an object of the dataclass `schema`.
 
-    unsealed: the fields, with their values, by which a file of an earlier version is known, that had no checksum.
+    unsealed: the fields, with their values, by which a file of an earlier version, which had no checksum, is known.
     Further arguments and errors as those of `read_record`; a file whose content is not what was written raises
     LandmarkError.
     """
@@ -204,8 +204,8 @@ def read_json_lines(
 ) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file with one on each line, empty lines aside; a file of any size, line by line.
 
-    damaged: called with the number of a line that holds none, and why, after which reading goes on; without it such a
-    line raises LandmarkError. Further arguments and errors as those of `read_bytes`.
+    damaged: called with the number of a line that holds no object, and why, after which reading goes on; without
+    `damaged` such a line raises LandmarkError. Further arguments and errors as those of `read_bytes`.
     """
     with reading(path, what, **more):
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -278,7 +278,8 @@ def hash_file(path: str | Path, size: int | None = None) -> Any:
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that it is there whole and on the disk, or not at all. OSErrors are left to `writing`.
 
-    What is no ordinary file (/dev/stdout, a pipe) is written to as it is; of a link, the file it leads to.
+    What is no ordinary file (/dev/stdout, a pipe) is written to as it is; where the path is a link, the file that it
+    leads to is written.
     """
     data = data.encode() if isinstance(data, str) else data
     if _is_device(path):
@@ -313,7 +314,7 @@ def check_writable(path: str | Path, what: str = "") -> None:
 
 
 def check_folder(folder: Path, what: str = "") -> None:
-    """The same for files of a folder that is there, or for folders to be made in it."""
+    """Try whether files or folders could be made in a folder that is there. Raises LandmarkError, as `writing` does."""
     with writing(folder, what):
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -350,7 +351,8 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a directory. OSErrors are left to `writing`."""
+    """Wait until the disk holds what was written to a file, or the names in a directory. OSErrors are left to
+    `writing`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

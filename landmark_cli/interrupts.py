@@ -9,7 +9,7 @@
 
 A signal is noticed by a thread of its own, so that it is answered while the main thread waits inside native code: for
 a GPU, for other processes, for a long multiplication. Outside of such a block `landmark` ends by what `end_on_signals`
-raises, and the blocks of code that are left tidy up behind them.
+raises, and every `with` and `finally` that is left on the way tidies up.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """What ends work that has no place to keep: as a KeyboardInterrupt does, for SIGTERM too."""
+    """Ends work that has no place to keep, as a KeyboardInterrupt does, for SIGTERM too."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -65,7 +65,7 @@ class Interrupts:
         return self.signal is not None
 
     def note(self, number: int) -> None:
-        """Take a signal as asked for: one that came here, or to another process of this run."""
+        """Take a stop as asked for by a signal that came to this process or to another one of this run."""
         if self.signal is None:
             self.signal = meaning(number)
         if self._untold.acquire(blocking=False):
@@ -99,7 +99,7 @@ class _Ending(Interrupts):
         waiting.start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # The second of two, one of which came from the launcher's end, finds the first one at its work.
+        # Of two signals, one of which came from the launcher's end, the second leaves the first to its work.
         if self.signal is None:
             self.signal = meaning(number)
             raise Interrupted(self.signal)
@@ -150,7 +150,7 @@ def _watching(asked: Interrupts) -> Iterator[Interrupts]:
     thread = threading.Thread(target=_watch, args=(reading, asked), daemon=True, name="landmark-signals")
     thread.start()
     waking = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # What is ignored stays so: a shell's background work does not hear its Ctrl-C.
+    # A signal that is ignored stays ignored: a shell's background work does not hear its Ctrl-C.
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     _before.append(({number: signal.signal(number, asked._handle) for number in heard}, waking))
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from landmark_cli.interrupts import LAUNCHER_GONE
 
 PR_SET_PDEATHSIG = 1
-# What the first process of a launch has to say, it says within this many seconds of the others.
+# If the first process of a launch has something to say, it says so within this many seconds of the others.
 FIRST_COMES_FIRST = 0.5
 ANSWER_WITHIN = 5.0
 
@@ -54,7 +54,7 @@ def is_launched() -> bool:
 
 
 def fails_first() -> bool:
-    """Whether this is the first process of its launch that fails, to be asked once by each that does.
+    """Whether this is the first process of its launch that fails, to be asked once by each process that fails.
 
     What makes one process fail makes them all fail, or leaves the others without it, and the user has to hear of it
     once. The processes agree through the store by which they found each other.
@@ -65,7 +65,7 @@ def fails_first() -> bool:
 
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # The store's own client would go on trying, and say so.
+        # The store's own client would try again and again, and print that it does.
         socket.create_connection((host, port), ANSWER_WITHIN).close()
         from torch.distributed import TCPStore
 
@@ -75,7 +75,7 @@ def fails_first() -> bool:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return store.add(f"landmark/failures/{attempt}", 1) == 1
     except (KeyError, OSError, RuntimeError, ValueError):
-        # There is none before the first process made it, and none any more once that has ended, and said why.
+        # There is no store before the first process made it, nor after that process has ended, having said why.
         return not _found_each_other()
 
 
@@ -85,7 +85,8 @@ def _found_each_other() -> bool:
 
 
 def hear_of_launchers_end() -> None:
-    """Have this process sent `LAUNCHER_GONE` when `accelerate launch`, which started it alone, ends before it.
+    """Have this process sent `LAUNCHER_GONE` when `accelerate launch`, which started this process and no other, ends
+    before this process does.
 
     That launcher hands no signal on: stopped by a scheduler, it would leave a run behind that nobody stops. torchrun,
     and `accelerate launch` of several processes, look after their processes themselves.
@@ -97,7 +98,7 @@ def hear_of_launchers_end() -> None:
 
 
 def _program() -> list[str]:
-    """What stands in front of the arguments."""
+    """What stands in front of the arguments in the command line that started this process."""
     name = Path(sys.argv[0]).name
     return _launcher() or [name if shutil.which(name) else "landmark"]
 

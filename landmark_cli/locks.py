@@ -39,8 +39,8 @@ def sole_writer(directory: Path, name: str = LOCK) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before it is let go: whoever has opened it by then finds that it has no name any more. Where the directory was
-        # replaced meanwhile, a lock in its place is another's.
+        # The lock's file is removed before the lock is let go: whoever has opened the file by then finds that it has no
+        # name any more. Where the directory was replaced meanwhile, a lock's file at this path is another command's.
         with suppress(OSError):
             if os.path.samestat(held, file.stat()):
                 file.unlink()

@@ -19,9 +19,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
-        # What it says beside its number is a file's name.
+        # What the system's error says beside its number is a file's name.
         return error.errno == errno.ENOMEM
-    # torch has a class of its own for a GPU's memory only, and to ask for that would mean to import it.
+    # torch has a class of its own for a GPU's memory only, and asking for that class would mean importing torch.
     return SAID.search(str(error)) is not None
 
 

@@ -3,8 +3,8 @@
 A directory may come from anywhere: its index files, configs and links name other files, its configs may name Python
 code. Everything that opens one asks here before a library reads it.
 
-A file counts as inside where it is so with all links resolved; a hub cache, whose files are links into the `blobs`
-folder beside them, counts as inside too.
+A file counts as inside where its path, with all links resolved, lies in the directory; a hub cache, whose files are
+links into the `blobs` folder beside them, counts as inside too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt")
 HUB_REPOSITORIES = ("models--", "datasets--")
 # Keys under which transformers takes names of files from a config.
 NAMES_FILES = ("weight_map", "transformers_weights", "configuration_files", "fast_tokenizer_files")
-# Old versions stored these with the place where the model was once saved, and nothing opens them.
+# Keys under which old versions of transformers stored the place where the model was once saved; nothing opens it.
 NEVER_OPENED = ("special_tokens_map_file", "added_tokens_file", "tokenizer_config_file", "chat_template_file")
-# Keys under which it takes an implementation, which may be compiled code of the hub.
+# Keys under which transformers takes an implementation, which may be compiled code of the hub.
 NAMES_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -65,7 +65,8 @@ def leaves(folder: Path, path: Path) -> bool:
 
 
 def check_directory(folder: Path, what: str = "") -> None:
-    """Refuse a model directory, before a library opens it, whose files lie or lead outside of it or are none.
+    """Refuse a model directory, before a library opens it, whose files lie or lead outside of it, or are no ordinary
+    files, or name files outside of it.
 
     Raises LandmarkError naming the first such file.
     """
@@ -81,7 +82,8 @@ def check_directory(folder: Path, what: str = "") -> None:
 
 
 def check_pickle(path: Path, what: str = "") -> None:
-    """Refuse a file of torch.save that unpacks to more than it is. Others of that name are left to who reads them."""
+    """Refuse a file of torch.save that unpacks to more than it is. Files that torch.save did not write are
+    left to whoever reads them."""
     with reading(path, what):
         if not zipfile.is_zipfile(path):
             return
@@ -94,8 +96,8 @@ def check_pickle(path: Path, what: str = "") -> None:
 def opening(path: str | Path, what: str, trust_remote_code: bool) -> Iterator[dict[str, bool]]:
     """Stand around a library's call that opens a model or tokenizer; gives the arguments that every such call takes.
 
-    trust_remote_code: whether Python code that comes with it may run, as --trust-remote-code says; whose code that is
-    is said then. It is an argument of every call: without it, transformers asks whoever sits at the terminal.
+    trust_remote_code: whether Python code that comes with it may run, as --trust-remote-code says; the user is then
+    told whose code that is. Every call gets the argument: without it, transformers asks whoever sits at the terminal.
 
     Raises LandmarkError for whatever the library raises.
     """
@@ -154,7 +156,7 @@ def _check_names(folder: Path, config: dict[str, Any], what: str) -> None:
             inside(folder, name, what)
     for key, name in config.items():
         if key.endswith("_file") and key not in NEVER_OPENED and isinstance(name, str):
-            # Where the model was once saved often stands here; it matters where there is such a file on this machine.
+            # The place where the model was once saved often stands here; it matters if this machine has such a file.
             with reading(folder, what):
                 outside = os.path.exists(name) and leaves(folder, Path(name))
             if outside:

@@ -6,12 +6,12 @@
         name: str = option(help="Who to greet.", positional=True)
         times: int = option(1, help="How often.", min=1)
 
-From it come the Typer command (`landmark_cli.cli`), the keys of a recipe and the Python call
+From the dataclass come the Typer command (`landmark_cli.signature`), the keys of a recipe and the Python call
 `run(GreetOptions(name="you"))`. Types: bool, int, float, str, pathlib.Path and Literal of strings, each as it is, as
 `X | None` or as `list[X]`.
 
 A recipe is a YAML file (without aliases) of options for one command, `command: train` among its keys. On the command
-line it replaces the defaults, and an option given beside it replaces the recipe's.
+line a recipe replaces the defaults, and an option given beside the recipe replaces the recipe's value.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def option(
     """Declare one field of an options dataclass.
 
     default: the value, or a list (copied for each object); without one the option is required.
-    panel: the heading it stands under in the help.
+    panel: the heading that the option stands under in the help.
     names: the command-line names, where they differ from the field's: ("--top-k-blocks", "-k").
     min, max: bounds of a number, both included; without them LARGEST either way.
     metavar: what the help shows in place of the type.
     positional: an argument instead of an option.
-    in_recipe: whether a recipe may set it; not for what only whoever types the command can decide.
-    is_output: whether it names a file that the command writes at its end; "-" is standard output.
-    saved: whether `save_recipe` writes it; not for what belongs to one run only, such as `--resume` or `--dry-run`.
+    in_recipe: whether a recipe may set the option; False for what only whoever types the command can decide.
+    is_output: whether the option names a file that the command writes at its end; "-" is standard output.
+    saved: whether `save_recipe` writes the option; False for what belongs to one run only, such as `--resume`.
     saves_memory: how the option is given so that less memory is needed ("a smaller --batch-size"), if it can be.
     """
     metadata = {
@@ -108,7 +108,7 @@ class Setting:
 
     @property
     def none_has_a_name(self) -> bool:
-        """Whether the text "none" stands for None: only where it could be nothing else."""
+        """Whether the text "none" stands for None: only where that text could mean nothing else."""
         return self.optional and not self.many and (self.kind in (int, float) or bool(self.choices))
 
     @property

@@ -267,7 +267,7 @@ def passkey_data(result: PassKeyResult, model: PreTrainedModel, options: PassKey
 
 
 def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str, Any] | None:
-    """How a model retrieves, as plain data; None for one without landmarks."""
+    """How a model retrieves, as plain data; None for a model without landmarks."""
     from landmark_cli.inference.readers import has_landmarks
 
     if not has_landmarks(model):

@@ -124,7 +124,7 @@ class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
     final_lr: float = changed("final_lr", 0.1)
     weight_decay: float = changed("weight_decay", 0.1)
     beta2: float = changed("beta2", 0.999)
-    # What it does to pretrained weights has not been measured.
+    # What a bf16 residual stream does to pretrained weights has not been measured.
     fp32_residual: bool = changed("fp32_residual", True)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
@@ -207,7 +207,7 @@ def finetune(
 
 
 def check(options: FinetuneOptions) -> None:
-    """Raise UsageError for options that cannot go together, LandmarkError for a package that one of them needs."""
+    """Raise UsageError for options that cannot go together, LandmarkError for a missing package that one needs."""
     from landmark_cli.data.landmarks import stream_length
 
     trained_length = stream_length(options.sequence_length, options.landmark_freq)
@@ -246,7 +246,8 @@ def run_name(options: FinetuneOptions) -> str:
 
 
 def token_files(options: FinetuneOptions, output: Path, accelerator: Accelerator) -> list[Path]:
-    """The directories of token files to train on; text is tokenized into the run's own, by all processes together."""
+    """The directories of token files to train on; text is tokenized into a directory of the run, by all processes
+    together."""
     from landmark_cli.data.corpora import KINDS, open_corpus
     from landmark_cli.data.merge import Process
     from landmark_cli.data.prepare import prepare
@@ -312,7 +313,7 @@ def landmark_model(
     )
     model.config.include_landmark_in_loss = options.landmarks_in_loss
     if options.gradient_checkpointing:
-        # Newer versions of transformers have another name for it.
+        # Newer versions of transformers say activation, not gradient, checkpointing.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model, tokenizer

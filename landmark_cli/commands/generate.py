@@ -58,7 +58,7 @@ class GenerateOptions(ReadingSettings, SamplingSettings, ModelOptions, PromptOpt
 def run(options: GenerateOptions) -> None:
     """Read the prompt, stream the text after it to standard output, and say how fast it went.
 
-    Raises UsageError for none or several prompts or an empty --stop, LandmarkError for one that cannot be read.
+    Raises UsageError for none or several prompts or an empty --stop, LandmarkError for a prompt that cannot be read.
     """
     prompt, stop = read_prompt(options), stop_strings(options.stop or [])
     check_outputs(options)
@@ -127,9 +127,10 @@ def read_prompt(options: GenerateOptions) -> str:
 
 
 def stop_strings(typed: list[str]) -> list[str]:
-    r"""What --stop was meant to say: \n, \t and \r typed as two characters are the one that they stand for.
+    r"""What --stop was meant to say: \n, \t and \r typed as two characters are the one character that they stand for.
 
-    Where other text is with them, it counts as typed too: \newpage and \tau are LaTeX. Raises UsageError for no text.
+    Where there is other text beside them, the text as it was typed stops too: \newpage and \tau are LaTeX. Raises
+    UsageError for an empty text.
     """
     strings = []
     for text in typed:

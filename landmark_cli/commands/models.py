@@ -54,7 +54,7 @@ class ModelOptions(MachineOptions):
 
 
 def name_model(options: ModelOptions) -> str:
-    """The model an option names, or the newest finished one under runs/, saying which."""
+    """The model that --model names, or the newest finished model under runs/, of which the user is then told."""
     if options.model is not None:
         return options.model
     from landmark_cli.models.store import newest_model
@@ -67,9 +67,10 @@ def name_model(options: ModelOptions) -> str:
 def open_model(
     name: str, options: MachineOptions, attention: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a model by name as the options say; attention: in place of the one it was saved with.
+    """Open a model by name as the options say. attention: its `attn_implementation`, in place of the one it was saved
+    with.
 
-    Raises LandmarkError where it cannot be opened, UsageError where there is no such device.
+    Raises LandmarkError where the model cannot be opened, UsageError where there is no such device.
     """
     from transformers.utils import logging
 

@@ -44,7 +44,7 @@ class PrepareOptions(CodeOptions):
     or have the names that such files have on the hub (train-00000-of-00002.parquet,
     train.jsonl). Everything that is left out is counted and named.
 
-    Interrupted, it goes on where it was when the same command is run again.
+    An interrupted prepare goes on where it was when the same command is run again.
     """
 
     corpus: Literal["sample", "pg19", "arxiv-math", "redpajama", "text", "passkey"] = option(
@@ -120,7 +120,7 @@ def run(options: PrepareOptions) -> None:
 
 
 def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
-    """The documents that the options name; those of passkey are made by the tokenizer's measure."""
+    """The documents that the options name; passkey's are made to lengths that the tokenizer measures."""
     from landmark_cli.data.corpora import open_corpus
     from landmark_cli.data.passkey import passkey_corpus
 

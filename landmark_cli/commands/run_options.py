@@ -110,7 +110,7 @@ def changed(name: str, default: Any) -> Any:
 
 
 def check_window(sequence_length: int, trained_length: int, landmark_freq: int, top_k_blocks: int | None) -> None:
-    """Raise UsageError where a model trained on such windows could not be read with as it is.
+    """Raise UsageError where a model trained on such windows could not read with these settings.
 
     sequence_length: as the option counts it. trained_length: positions of the window, landmarks included.
     """

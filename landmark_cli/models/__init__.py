@@ -1,6 +1,6 @@
 """Models whose attention is landmark attention, each a model of the transformers library.
 
-Importing this package registers them there, before any of its modules can be asked for.
+Importing this package registers the models with transformers, before any of its modules can be asked for.
 """
 
 

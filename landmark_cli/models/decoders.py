@@ -1,8 +1,9 @@
 """Landmark attention for any rotary decoder of the transformers library.
 
-The model's code is transformers' own. It gets a landmark token, "landmark" as its attention implementation, and four
-settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks. A config with a landmark_freq
-opens with landmark attention wherever this package is imported; `attn_implementation="sdpa"` opens the plain decoder.
+The model's code is transformers' own. The model gets a landmark token, "landmark" as its attention implementation, and
+four settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks. A config with a
+landmark_freq opens with landmark attention wherever this package is imported; `attn_implementation="sdpa"` opens the
+plain decoder.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def add_landmarks(
 
     The tokenizer gets a landmark token, and a padding token where it has none, with ids behind those of all its tokens
     and of all that the config names. Their embedding rows (and the head's) are the mean of the rows that tokens have;
-    no other row changes. Done to a model that has landmarks, it changes the settings only.
+    no other row changes. Of a model that has landmarks already, only the settings change.
 
-    landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows it
-    will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks retrieved by
-    default at inference; 4, or fewer where the windows leave no room beside them.
+    landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows that
+    the model will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks
+    retrieved by default at inference; 4, or fewer where the windows leave no room beside them.
 
     Raises LandmarkError where landmark attention does not fit the model (see support.py), or the windows do not fit its
     positions.
@@ -128,7 +129,8 @@ def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     gaps = sorted(set(range(end)) - known)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         for parameter in embedding.parameters():
-            # A choice of rows would be a copy, of gigabytes perhaps: all up to the last one, less the few in gaps.
+            # Indexing the known rows would copy them, gigabytes perhaps: the sum is that of all rows up to the last
+            # known one, less the few in gaps.
             total = parameter[:end].sum(0, dtype=torch.float32) - parameter[gaps].sum(0, dtype=torch.float32)
             mean = (total / len(known)).to(parameter.dtype)
             parameter[spare] = mean
@@ -147,7 +149,8 @@ def _named_ids(config: PreTrainedConfig) -> list[int]:
 class OpensWithLandmarks:
     """`landmark_freq` of every transformers config: one that has it set opens with landmark attention.
 
-    An `attn_implementation` that the caller gives has been set before, and wins. Stored and saved like any other value.
+    An `attn_implementation` that the caller gives has been set before, and wins. The value itself is stored and saved
+    like any other of a config.
     """
 
     def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Any:

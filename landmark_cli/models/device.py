@@ -11,7 +11,8 @@ from landmark_cli.errors import UsageError
 def find_device(name: str | torch.device | None = None) -> torch.device:
     """The device of a name such as "cpu", "cuda" or "cuda:1"; for None and "auto" a GPU where there is one.
 
-    Raises UsageError for what this machine has not, what does not compute (meta), and what is no device at all.
+    Raises UsageError for a device that this machine has not, what does not compute (meta), and what is no device at
+    all.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None or name == "auto":

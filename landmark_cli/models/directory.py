@@ -16,7 +16,7 @@ from landmark_cli.files import flush, flush_tree
 CONFIG = "config.json"
 # Where a model is written, inside its directory, before its files are put in place.
 PARTIAL = "model.partial"
-# Whole or in several files with an index, and adapters.
+# Files of weights: whole or in several files with an index, and adapters.
 WEIGHTS = ("model*.safetensors*", "adapter_*")
 
 
@@ -25,8 +25,8 @@ def save_model(
 ) -> None:
     """Write a model as transformers does, tokenizer aside.
 
-    weights: by the names that the model has for them. dtype: theirs in the files, and the one that the config names;
-    as they are without it. The model itself stays as it is.
+    weights: by the names that the model has for them. dtype: of the weights in the files, and the one that the config
+    names; by default the weights' own. The model itself stays as it is.
     """
     if dtype is None:
         model.save_pretrained(directory, state_dict=weights)

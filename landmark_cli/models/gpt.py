@@ -1,6 +1,6 @@
 """The paper's language model: a pre-norm decoder with rotary positions, as a model of the transformers library.
 
-Which attention it has is transformers' `attn_implementation`: "landmark", or "sdpa" for the baseline.
+Which attention the model has is transformers' `attn_implementation`: "landmark", or "sdpa" for the baseline.
 Source: arXiv 2305.16300, section 4.1.
 """
 
@@ -163,7 +163,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            # Each layer adds to the residual twice; the sum keeps the scale of one.
+            # Each layer adds to the residual twice; scaled so, the sum has the scale of one addition.
             residual = getattr(module, "adds_to_residual", False)
             nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
             if module.bias is not None:

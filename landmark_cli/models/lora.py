@@ -1,7 +1,7 @@
 """LoRA adapters (peft) on a landmark decoder: small matrices beside the projections, embeddings and head in full.
 
-The landmark token has to be learned, and what its embedding row means to every layer, so embeddings and head are
-trained and saved whole; the other weights stay as they are. An adapter directory holds the adapters, embeddings and
+What the landmark token's embedding row is, and what it means to every layer, has to be learned, so embeddings and head
+are trained and saved whole; the other weights stay as they are. An adapter directory holds the adapters, embeddings and
 head, the landmark model's config.json and the tokenizer, and names the model that it belongs to.
 """
 
@@ -39,7 +39,7 @@ SETTINGS = ("landmark_freq", "landmark_token_id", "trained_length", "top_k_block
 class LoraSettings:
     """rank: of the adapters. alpha: their output counts alpha / rank times. dropout: of their input.
 
-    targets: names of the layers that get one; None for all linear layers but the head.
+    targets: names of the layers that get an adapter; None for all linear layers but the head.
     """
 
     rank: int
@@ -152,7 +152,7 @@ def open_adapted(
         model = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
     for name in SETTINGS:
         setattr(model.config, name, getattr(config, name, None))
-    # Messages about it name the directory that was asked for, not the base.
+    # Messages about this model name the directory that was asked for, not the base.
     model.name_or_path = model.config._name_or_path = str(directory)
     model.set_attn_implementation(attention or "landmark")
     return model, tokenizer
@@ -169,8 +169,8 @@ def save_merged(
 ) -> None:
     """Write the plain model that an adapter directory opens as, its weights summed in float32 and stored as dtype.
 
-    weights: as for `save_adapters`; with none, config and generation config alone. Raises LandmarkError where the base
-    cannot be opened.
+    weights: as for `save_adapters`; where there are none, only config and generation config are written. Raises
+    LandmarkError where the base cannot be opened.
     """
     base = model.get_base_model()
     if not weights:

@@ -41,7 +41,7 @@ def open_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a causal language model and its tokenizer.
 
-    path: a directory or a hub id. attention: transformers' `attn_implementation`, by default the one it was saved with.
+    path: a directory or a hub id. attention: transformers' `attn_implementation`, by default the saved one.
     dtype: of the weights, by default as stored. trust_remote_code: whether Python code that comes with it may run.
     options: further arguments of `from_pretrained`.
 
@@ -74,8 +74,8 @@ def open_pretrained(
 def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a model directory or hub id. trust_remote_code: whether Python code that comes with it may run.
 
-    Raises LandmarkError where there is none that transformers knows, where a setting of ours is none, and where a file
-    of the directory lies or leads outside of it.
+    Raises LandmarkError where there is none that transformers knows, where a setting of ours has an impossible value,
+    and where a file of the directory lies or leads outside of it.
     """
     directory = Path(path)
     local = os.path.exists(path) or (os.sep in str(path) and not _looks_like_hub_id(str(path)))
@@ -105,7 +105,7 @@ def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.
     if dtype is not None:
         return dtype
     with opening(path, "the model", trust_remote_code) as code, _without_reports():
-        # Nothing is read but what the files say they hold.
+        # On the meta device only the headers of the files are read, which say what the files hold.
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="meta", **code).dtype
 
 

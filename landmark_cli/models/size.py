@@ -15,10 +15,10 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.model_files import opening
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
-# Modules are made one by one, which takes time also where they take no memory; no model has as many of a kind.
+# Modules are made one by one, which takes time even where they take no memory; no model has more of one kind.
 MOST_MODULES = 1024
 COUNTS = ("layers", "n_layer", "experts", "heads", "n_head")
-# Of what is computed rather than stored, such as rotary frequencies and causal masks.
+# Elements of what is computed rather than stored, such as rotary frequencies and causal masks.
 MOST_BUFFERS = 1 << 30
 # A stored element takes a byte, or 4 bits; with a quantisation of its own perhaps one bit.
 LEAST_BYTES, LEAST_QUANTIZED_BYTES = 0.5, 0.125
@@ -29,9 +29,9 @@ def check_size(
 ) -> None:
     """Refuse a config that describes a larger model than its files hold, or than this machine can.
 
-    path: the model's directory, or a hub id, whose files nobody knows yet. attention: its `attn_implementation`, by
-    default the config's. Only the shapes of the weights are made. Raises LandmarkError, and for a config that no model
-    can be made of too.
+    path: the model's directory, or a hub id, whose files nobody knows yet. attention: the model's
+    `attn_implementation`, by default the config's. Only the shapes of the weights are made. Raises LandmarkError, and
+    for a config that no model can be made of too.
     """
     for name, count in _counts(config.to_dict()):
         if count > MOST_MODULES:

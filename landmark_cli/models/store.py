@@ -68,7 +68,7 @@ def newest_model(root: str | Path = "runs") -> Path:
 def _is_finished(directory: Path, root: Path) -> bool:
     """Whether a directory with a config.json has weights beside it and is not being written.
 
-    Checkpoints of unfinished runs and weight differences have other names for theirs.
+    In checkpoints of unfinished runs and in weight differences the files of weights have other names.
     """
     being_written = any(part.endswith(UNFINISHED) for part in directory.relative_to(root).parts)
     return not being_written and any(any(directory.glob(pattern)) for pattern in FINISHED_WEIGHTS)
@@ -94,7 +94,7 @@ class SummaryArguments:
         with reading(summary):
             if min(self.n_layer, self.n_head, self.n_embd, self.sequence_length) < 1 or self.n_layer > MOST_MODULES:
                 raise ValueError("it describes a model of no size")
-            # A model without landmarks has a mem_freq too: the data's, not its own.
+            # The arguments of a model without landmarks have a mem_freq too, that of the data, not of the model.
             return GPTConfig(
                 vocab_size=vocab_size,
                 n_layer=self.n_layer,

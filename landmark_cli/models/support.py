@@ -2,7 +2,7 @@
 
 Reading through a block cache turns keys and queries by whole blocks, so every layer must encode positions by rotating
 half-split pairs of dimensions by fixed angles, and must weigh its keys by nothing but their dot products. What a model
-does is seen by asking it: one forward of a few equal tokens, whose keys may differ by that rotation and nothing else.
+does is found by trying: in one forward of a few equal tokens, keys may differ by that rotation and by nothing else.
 """
 
 from __future__ import annotations
