@@ -22,8 +22,13 @@ from landmark_cli.errors import LandmarkError, shown
 from landmark_cli.files import read_json, reading
 
 MAX_JSON_BYTES = 32 << 20
+# The header of a safetensors file; those of the largest models have less than a hundredth of it.
+MAX_HEADER_BYTES = 32 << 20
+# Whatever is no weights, vocabularies above all; the largest ones have some 40 MB.
+MAX_TEXT_BYTES = 256 << 20
 # What belongs to a model, besides whatever else stands in its directory.
-OPENED = {".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja", ".tiktoken", ".py", ".gguf"}
+WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
+OPENED = {*WEIGHTS, ".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
 TEMPLATES = "additional_chat_templates"
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", "*.index.json")
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt")
@@ -73,12 +78,26 @@ def check_directory(folder: Path, what: str = "") -> None:
     for path in _files_of(folder):
         check_link(folder, path, what)
         with reading(path, what):
-            if not stat.S_ISREG(path.stat().st_mode):
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is no ordinary file")
+            if path.suffix not in WEIGHTS and found.st_size > MAX_TEXT_BYTES:
+                raise ValueError(f"it has {found.st_size:,} bytes, and at most {MAX_TEXT_BYTES:,} are read")
+            if path.suffix == ".safetensors":
+                _check_header(path)
         if any(path.match(pattern) for pattern in CONFIGS):
             _check_names(folder, read_json(path, what, max_bytes=MAX_JSON_BYTES), what)
         elif any(path.match(pattern) for pattern in PICKLES):
             check_pickle(path, what)
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError for a safetensors file whose header would take a library long to read. A header that goes beyond
+    its file is left to who reads it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER_BYTES < length < path.stat().st_size:
+        raise ValueError(f"its header has {length:,} bytes, and at most {MAX_HEADER_BYTES:,} are read")
 
 
 def check_pickle(path: Path, what: str = "") -> None:

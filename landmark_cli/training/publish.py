@@ -63,7 +63,7 @@ class Publication:
             _check_settings(self._model, self._output / PARTIAL)
         except Exception as error:
             raise LandmarkError(
-                f"nothing was trained, for the model could not be saved afterwards: {reason(error)}"
+                f"nothing was trained, for the model could not be saved in {self._output} afterwards: {reason(error)}"
             ) from error
         finally:
             shutil.rmtree(self._output / PARTIAL, ignore_errors=True)

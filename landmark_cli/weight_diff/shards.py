@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from landmark_cli.files import parse_json
+from landmark_cli.model_files import MAX_HEADER_BYTES
 from landmark_cli.schema import check
 from landmark_cli.weight_diff.bits import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-# As many as a hundred thousand tensors take.
-LONGEST_HEADER = 32 << 20
 TORCH_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -64,7 +63,7 @@ class SafetensorsShard:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             _refuse_pointer(start)
-            if len(start) < 8 or length > min(LONGEST_HEADER, size - 8):
+            if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"truncated or not a safetensors file ({size} bytes)")
             header = parse_json(file.read(length))
             metadata = header.pop("__metadata__", None)

@@ -233,3 +233,21 @@ def test_damaged_files_raise_nothing_else(copy, name, file):
             open_config(directory) if name == "decoder" and number % 2 else store.load(directory, device="cpu")
         except LandmarkError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "tokenizer.model", "chat_template.jinja", "code.py"])
+def test_a_vocabulary_of_gigabytes_is_not_read(copy, name):
+    directory = copy("decoder")
+    with (directory / name).open("ab") as file:
+        file.truncate(4 << 30)
+    with pytest.raises(LandmarkError, match=rf"{name} cannot be read: it has 4,294,967,296 bytes, and at most"):
+        store.load(directory)
+
+
+def test_a_header_of_a_million_tensors_is_not_read(copy):
+    directory = copy("decoder")
+    entry = '"t%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(entry % number for number in range(1_000_000)) + "}").encode()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(LandmarkError, match=r"model.safetensors cannot be read: its header has 5\d,\d+,\d+ bytes"):
+        store.load(directory)
