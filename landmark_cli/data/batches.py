@@ -95,7 +95,7 @@ class Batches:
         weights: how often each file is drawn from, relative to the others; None takes them by their size.
         sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks: see `Windows`.
         global_batch: windows in a step, over all processes and accumulation.
-        seed: of the order.
+        seed: of the order of the windows.
 
     Raises:
         LandmarkError: a file holds less than one window, or the weights do not fit the files.
@@ -133,7 +133,7 @@ class Batches:
     def _place(self, row: int) -> tuple[TokenFile, int]:
         """The file and the token at which the window of a row of the endless sequence starts."""
         for order, share in zip(self._orders, self._shares, strict=True):
-            # The first `row` rows held `drawn` of this file; what it left belongs to the files after it.
+            # The first `row` rows held `drawn` windows of this file; the other rows belong to the files after it.
             drawn = row * share // WEIGHT_UNITS
             if (row + 1) * share // WEIGHT_UNITS > drawn:
                 return order.token_file, order.start(drawn)
@@ -147,7 +147,7 @@ class SequentialWindows:
     Args:
         token_file: an opened token file.
         sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks: see `Windows`.
-        limit: at most so many windows, spread evenly over the file; None takes all.
+        limit: the most windows to take, spread evenly over the file; None takes all.
 
     Raises:
         LandmarkError: the file holds less than one window.
@@ -194,7 +194,7 @@ def iterate(
     global batch, n = global_batch / world_size. For a GPU they are copied from pinned memory without waiting.
 
     Raises:
-        LandmarkError: the global batch cannot be split like that.
+        LandmarkError: the global batch cannot be split into such micro-batches.
     """
     rows, rest = divmod(batches.global_batch, world_size * accumulation)
     if rest:
@@ -220,8 +220,9 @@ def iterate(
 
 
 def work_alone() -> None:
-    """Have torch use no team of threads in this thread: it takes longer for a few thousand numbers, and holds every
-    processor. Other threads go on as they are, those that are started later too, which torch.set_num_threads reaches.
+    """Have torch use no team of threads in this thread: a team takes longer for a few thousand numbers, and
+    holds every processor. Other threads keep theirs, those that are started later too, which torch.set_num_threads
+    would reach.
     """
     from threadpoolctl import ThreadpoolController
 
@@ -237,7 +238,8 @@ class _Order:
         self.token_file = token_file
         self.length = length
         self._key = _mix(_mix(seed) ^ index)
-        # One less than fit, so that every epoch has the same number of them and a shift that reaches both ends.
+        # One window less than fits, so that every epoch has the same number of windows and a shift that reaches both
+        # ends.
         self.windows = max(1, _window_count(token_file, length) - 1)
         self._shifts = len(token_file.tokens) - self.windows * length
 
@@ -273,7 +275,7 @@ def _mix(value: int) -> int:
 
 
 def _window_count(token_file: TokenFile, length: int) -> int:
-    """Windows of `length` tokens in a file, each with a token after it."""
+    """Windows of `length` tokens in a file, each window with a token after it."""
     tokens = len(token_file.tokens)
     if tokens < length + 1:
         raise LandmarkError(

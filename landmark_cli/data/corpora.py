@@ -40,8 +40,8 @@ class Corpus:
 
     Attributes:
         name: "sample", "pg19", ...
-        source: where they come from, in words.
-        documents: called, yields every document with the split it belongs to.
+        source: where the documents come from, in words.
+        documents: called, yields every document with the split that the document belongs to.
         total_bytes: what all documents take where they are stored; None where nobody knows.
         identity: what has to be the same for the documents to be the same (JSON).
         has_fields: whether documents are rows with a field of text.
@@ -71,7 +71,7 @@ class HubCopy:
 class Kind:
     """A corpus that this program knows: the files a local copy has, its copy on the hub, the rows to take.
 
-    has_splits: its copies have splits, and a file outside of them is none of its documents.
+    has_splits: copies of the corpus have splits, and a file outside of the splits is none of its documents.
     """
 
     endings: tuple[str, ...] = ENDINGS
@@ -136,10 +136,10 @@ def open_corpus(
         revision, subset: of a hub copy.
         text_field: the field or column with the text, where documents are rows.
         validation_share: share of the documents that becomes the validation split where the corpus has none.
-        max_documents: read only so many of each split that the corpus has; None reads all.
+        max_documents: the most documents to read of each split that the corpus has; None reads all.
 
     Raises:
-        LandmarkError: nothing is there, or it holds no documents.
+        LandmarkError: a source does not exist, or holds no documents.
         UsageError: options that do not go together.
     """
     if name == "sample":
@@ -192,7 +192,8 @@ def sample(validation_share: float = 0.01, max_documents: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to take of a corpus: its text field, the rows that `keep` wants, so many documents, a validation share."""
+    """What to take of a corpus: its text field, the rows that `keep` wants, how many documents, the validation
+    share."""
 
     text_field: str = "text"
     keep: Keep | None = None
@@ -200,13 +201,14 @@ class Selection:
     max_documents: int | None = None
 
     def limited(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """The first `max_documents` of them."""
+        """The first `max_documents` of the documents."""
         return islice(documents, self.max_documents)
 
     def taken(
         self, splits: Mapping[str, Iterable[Document]], known: int | None = None
     ) -> Iterator[tuple[str, Document]]:
-        """The first `max_documents` of each split; where none is for validation, a share of the training documents is.
+        """The first `max_documents` of each split; without a validation split, a share of the training documents is
+        one.
 
         known: how many training documents there are, if somebody knows.
         """
@@ -217,9 +219,10 @@ class Selection:
                 yield from ((split, document) for document in self.limited(splits[split]))
 
     def divided(self, documents: Iterable[Document], known: int | None = None) -> Iterator[tuple[str, Document]]:
-        """The first `max_documents`, every so many of which one is for validation, at least one.
+        """The first `max_documents`: one of every 1 / validation_share of them is for validation, and at least one in
+        all.
 
-        known: how many documents there are, if somebody knows; else the very first one is for validation.
+        known: how many documents there are, if somebody knows; else the very first document is for validation.
         """
         every = round(1 / self.validation_share) if self.validation_share else 0
         offset = 0
@@ -232,10 +235,10 @@ class Selection:
 
 
 def on_the_hub(name: str, hub: HubCopy, selection: Selection) -> Corpus:
-    """A data set that `datasets` opens, streamed: a hub id, or a local folder in one of the formats it knows.
+    """A data set that `datasets` opens, streamed: a hub id, or a local folder in a format that `datasets` knows.
 
     Raises:
-        LandmarkError: it cannot be opened, or has no such text field or no split named train.
+        LandmarkError: the data set cannot be opened, or has no such text field or no split named train.
     """
     import datasets
 
@@ -325,6 +328,7 @@ def _identity(selection: Selection, source: Any) -> Any:
 
 
 def _may_be_on_the_hub(source: str) -> bool:
-    """Whether a source that is not there may be a hub id: not when its folder is there, or it ends like a file."""
+    """Whether a source that does not exist may be a hub id: not when its folder exists, or its name ends like a
+    file's."""
     named_like_one = _HUB_ID.fullmatch(source) and ending_of(source) not in ENDINGS
     return bool(named_like_one) and not Path(source).parent.is_dir()

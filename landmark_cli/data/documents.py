@@ -27,10 +27,10 @@ Keep = Callable[[Mapping[str, Any]], bool]
 
 
 class BadText(Exception):
-    """What is no text or cannot be read: its message says where that stands, and what is wrong.
+    """Something that is no text or cannot be read: the message says where it stands, and what is wrong.
 
-    file: the file that it stands in. documents: how many are lost with it; None where all that follows in the file is
-    lost and nobody can tell how many documents that would be.
+    file: the file that it stands in. documents: how many documents are lost with it; None where all that follows in the
+    file is lost and nobody can tell how many documents that would be.
     """
 
     def __init__(self, message: str, file: str | Path, documents: int | None = 1) -> None:
@@ -44,9 +44,9 @@ class Document:
 
     Attributes:
         name: the file, or the file and its line or row, for messages.
-        size: bytes it takes where it is stored.
-        pieces: called with a limit, yields its text as UTF-8 in order, in pieces of at most that many bytes. Raises
-            BadText before the first piece if it is no text, LandmarkError where the system cannot read it.
+        size: bytes that the document takes where it is stored.
+        pieces: called with a limit, yields the text as UTF-8 in order, in pieces of at most that many bytes. Raises
+            BadText before the first piece where the document is no text, LandmarkError where the system cannot read it.
     """
 
     name: str
@@ -55,7 +55,8 @@ class Document:
 
 
 def text_file(path: Path, start: int = 0, end: int | None = None) -> Document:
-    """A text file, or the bytes from `start` to `end` of one, as a document. A byte order mark is no part of it."""
+    """A text file, or the bytes from `start` to `end` of one, as a document. A byte order mark is no part of the
+    text."""
     if end is None:
         with reading(path):
             end = path.stat().st_size
@@ -63,7 +64,7 @@ def text_file(path: Path, start: int = 0, end: int | None = None) -> Document:
 
 
 def text_document(name: str, text: str | bytes | None, size: int | None = None, file: str | Path = "") -> Document:
-    """A text that is in memory as a document; None is an empty one. file: where it stands, if that is not its name."""
+    """A text that is in memory as a document; None is an empty text. file: where the text stands, if not in `name`."""
     size = len(text or "") if size is None else size
     return Document(name, size, partial(_memory_pieces, name, file or name, text or b""))
 
@@ -107,7 +108,7 @@ def cut_before(text: bytes, limit: int) -> int:
 def no_such_field(name: str, field: str, found: Iterable[str], kind: str = "fields") -> str:
     """What is wrong with rows that have the fields `found`, but not the text field that was asked for.
 
-    kind: what they are called, "fields" or "columns".
+    kind: what the fields are called, "fields" or "columns".
     """
     found = list(found)
     more = f" and {len(found) - FIELDS_SHOWN} more" if len(found) > FIELDS_SHOWN else ""
@@ -136,7 +137,7 @@ def _memory_pieces(name: str, file: str | Path, text: str | bytes, limit: int) -
     _check_zeros(name, file, _zeros(text), len(text))
     start = 0
     while len(text) - start > limit:
-        # All that the cut looks at: 64 KiB before the limit and two bytes behind it.
+        # All that `cut_before` looks at: 64 KiB before the limit and two bytes behind it.
         window = start + max(0, limit - CUT_WINDOW)
         place = window + cut_before(text[window : start + limit + 2], start + limit - window)
         yield text[start:place]
@@ -198,13 +199,13 @@ def _read(path: Path, file: io.BufferedReader, size: int) -> bytes:
 
 
 def _check_large_file(path: Path, file: io.BufferedReader, size: int) -> None:
-    """Read a file that does not come in one piece once before, so that no half of a bad one is used."""
+    """Read a file that does not come in one piece once before, so that no half of a bad file is used."""
     rest, zeros, left = b"", 0, size
     while left:
         data = _read(path, file, min(left, CHECKED_AT_ONCE))
         left -= len(data)
         zeros += _zeros(data)
-        # What may be the start of a character that goes on in the next read.
+        # A character that may go on in the next read is left to that read.
         end = len(data) - next((i for i in range(1, min(4, len(data))) if data[-i] >= 0xC0), 0) if left else len(data)
         try:
             (rest + data[:end]).decode()

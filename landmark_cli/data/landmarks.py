@@ -16,7 +16,7 @@ DEFAULT_TOP_K = 4
 
 
 def stream_length(text_length: int, landmark_freq: int) -> int:
-    """Positions that ``text_length`` text tokens take once landmarks are in, the one after the last whole group too."""
+    """Positions that ``text_length`` text tokens take with their landmarks, the one after the last whole group too."""
     _check_length("text_length", text_length)
     _check_freq(landmark_freq)
     return text_length + text_length // landmark_freq
@@ -35,13 +35,14 @@ def text_length(stream_length: int, landmark_freq: int) -> int:
 def largest_top_k(trained_length: int, landmark_freq: int) -> int:
     """The most blocks that a model can retrieve within ``trained_length`` positions; below 0 where it cannot read.
 
-    Beside them stand the incomplete block and a chunk of one block at least, so to read takes two whole blocks.
+    Beside the retrieved blocks stand the incomplete block and a chunk of one block at least, so reading takes two whole
+    blocks.
     """
     return trained_length // (landmark_freq + 1) - 2
 
 
 def default_top_k(trained_length: int, landmark_freq: int) -> int:
-    """Blocks retrieved unless told otherwise: 4, or as many as there is room for."""
+    """Blocks that a model retrieves where nobody sets a number: 4, or as many as there is room for."""
     return max(0, min(DEFAULT_TOP_K, largest_top_k(trained_length, landmark_freq)))
 
 
@@ -89,10 +90,10 @@ def next_token_targets(
 ) -> Tensor:
     """What each position of a stream has to predict: int64, same shape, -100 where nothing.
 
-    A text position predicts the next *text* token, so the one before a landmark predicts the first one after it; a
-    landmark predicts nothing. A position holding the end-of-text token predicts nothing either, because another
-    document follows. With ``include_landmarks`` every position predicts the position after it, landmarks included
-    (except across the end of a document).
+    A text position predicts the next *text* token, so the position before a landmark predicts the first text token
+    after it; a landmark predicts nothing. A position holding the end-of-text token predicts nothing either, because
+    another document follows. With ``include_landmarks`` every position predicts the position after it, landmarks
+    included (except across the end of a document).
 
     Args:
         stream: ids (..., n). Landmarks may stand anywhere.
@@ -100,7 +101,7 @@ def next_token_targets(
         eot_id: the end-of-text token's id; None if there is none.
         include_landmarks: count landmarks as targets, and let them predict.
         following: ids (...), the one token that comes after each row: the target of the row's last positions. Without
-            it those positions are ignored.
+            ``following`` those positions are ignored.
 
     Raises:
         ValueError: the shape of ``following`` is not that of ``stream`` without its last dimension.
@@ -120,7 +121,7 @@ def next_token_targets(
         ended_before_landmark = torch.zeros_like(ended)
         ended_before_landmark[..., 1:] = landmark[..., 1:] & ended[..., :-1]
         return after.masked_fill(ended | ended_before_landmark, IGNORED_TARGET)
-    # Look past landmarks: the index of the nearest position of `after` that holds none, to the right or here.
+    # Look past landmarks: the index of the nearest position of `after`, here or to the right, that holds no landmark.
     index = torch.arange(length, device=stream.device).expand(after.shape)
     index = torch.where(after == landmark_token_id, length - 1, index)
     nearest = index.flip(-1).cummin(-1).values.flip(-1)

@@ -16,8 +16,8 @@ class FileLosses:
     """What was left out of one file.
 
     Attributes:
-        first: the first of it, with the place and the reason.
-        documents: how many, those of a damaged rest aside where nobody can tell how many these are.
+        first: the first loss, with its place and the reason.
+        documents: how many documents, without those of a damaged rest of which nobody can tell how many they are.
         damaged: whether there is such a rest.
     """
 
@@ -36,7 +36,7 @@ class FileLosses:
 
 @dataclass
 class LeftOut:
-    """What was left out of all files, by the file's name; beyond 1000 files they are counted together."""
+    """What was left out of all files, by the file's name; files beyond the first 1000 are counted together."""
 
     files: dict[str, FileLosses] = field(default_factory=dict)
 
@@ -48,11 +48,11 @@ class LeftOut:
         return sum(losses.documents for losses in self.files.values())
 
     def add(self, bad: BadText) -> bool:
-        """Count one loss; whether the user should be told of it, as the first of its file and not of too many files."""
+        """Count one loss; returns whether to tell the user of it: the first one of a file, of not too many files."""
         return self._add(bad.file, FileLosses(str(bad), bad.documents or 0, bad.documents is None))
 
     def merge(self, other: LeftOut) -> list[str]:
-        """Count what another process left out; returns what the user should be told of it."""
+        """Count what another process left out; returns what the user should be told of these losses."""
         return [losses.first for file, losses in other.files.items() if self._add(file, losses)]
 
     def summary(self) -> str:

@@ -16,12 +16,12 @@ from landmark_cli.files import reading, reason
 
 # A line is one document with all its fields, and parsing takes several times its size. The largest books have 10 MB.
 LINE_BYTES = 64 << 20
-# A longer line is passed over, to its end; one that has none within so many bytes is taken for damage.
+# A longer line is passed over, to its end; a line without an end within this many bytes is taken for damage.
 PASSED_OVER_BYTES = 448 << 20
 BUFFER_BYTES = 128 << 10
 UNPACKED_AT_ONCE = 128 << 10
-# Four bytes of zstandard can stand for 128 KiB: so much input becomes 256 MB at most. Where it does become many times
-# its size, it is taken in smaller portions.
+# Four bytes of zstandard can stand for 128 KiB: this much input becomes 256 MB at most. Input that does become many
+# times its size is taken in smaller portions.
 ZSTANDARD_INPUT_BYTES = 8 << 10
 DENSE_INPUT_BYTES = 512
 DENSE_FACTOR = 100
@@ -30,13 +30,14 @@ DENSE_FACTOR = 100
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes | BadText]]:
     """The lines of a file with their numbers, from 1; by its ending, gzip and zstandard are unpacked.
 
-    In place of a line stands a BadText where it is too long, or where the file is cut or damaged, which ends it.
+    In place of a line stands a BadText where the line is too long, or where the file is cut or damaged, which ends the
+    lines.
 
     Raises LandmarkError where the system cannot read the file.
     """
     number = 0
     with contextlib.ExitStack() as opened:
-        # Whoever takes the lines raises nothing in here.
+        # Errors of whoever takes the lines do not come in here.
         try:
             stream = _open(path, opened)
             while True:
@@ -50,7 +51,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes | BadText]]:
                 yield number, line
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:
-                # The system's, which no damage causes.
+                # An error of the system's, which no damage causes.
                 with reading(path):
                     raise
             place = f"after line {number - 1}" if number > 1 else "from its beginning"

@@ -37,19 +37,20 @@ class Process:
 
     @property
     def suffix(self) -> str:
-        """What the names of its unfinished files end with."""
+        """What the names of this process's unfinished files end with."""
         return ".partial" if self.count == 1 else f".{self.rank}of{self.count}.partial"
 
     def takes(self, number: int) -> bool:
-        """Whether document `number` is its own."""
+        """Whether document `number` is for this process."""
         return number // TURN % self.count == self.rank
 
     def state_file(self, output: Path) -> Path:
-        """Where it notes how far it is."""
+        """Where this process notes how far it is."""
         return output / f"prepare.json{self.suffix}"
 
     def turns_file(self, output: Path) -> Path:
-        """Where it notes what became of each of its documents: (number of the split, ids with end of text) int64."""
+        """Where this process notes what became of each of its documents: (number of the split, ids with end of text)
+        int64."""
         return output / f"turns{self.suffix}"
 
 
@@ -58,14 +59,14 @@ def merge(
 ) -> tuple[dict[str, TokenFileWriter], list[Place]]:
     """Wait for the parts of all `count` processes and write their documents in the corpus's order.
 
-    open_writer: starts the token file of a split. asked: whether to stop, as soon as it is.
+    open_writer: starts the token file of a split. asked: true from the moment on when somebody asks for a stop.
 
     Returns:
         The writers by split, not finished yet, and the processes' places.
 
     Raises:
         LandmarkError: a part is not what its process wrote.
-        Stopped: somebody asked for it; the parts stay for the next run.
+        Stopped: somebody asked for a stop; the parts stay for the next run.
     """
     parts = [Process(rank, count) for rank in range(count)]
     places = [_await(part.state_file(output), made_from, asked) for part in parts]

@@ -12,11 +12,12 @@ from typing import Any
 from landmark_cli.data.documents import BadText, Document, Keep, bad_document, no_such_field, text_document
 from landmark_cli.files import reading, reason
 
-# Rows that are read at once, and what they may take together if that is more than one.
+# Most rows that are read at once, most rows of small groups that are opened together, and the bytes that rows read at
+# once may take if they are more than one.
 PARQUET_ROWS = 16
 PARQUET_SPAN_ROWS = 1000
 PARQUET_BYTES = 64 << 20
-# Text in a parquet file takes a third to a tenth of its size; what unpacks to this much and by this factor is none.
+# Text in a parquet file takes a third to a tenth of its size; what unpacks to this much and by this factor is no text.
 PARQUET_BOMB_BYTES = 256 << 20
 PARQUET_BOMB_FACTOR = 200
 LONGEST_TYPE = 80
@@ -67,7 +68,7 @@ class _RowGroup:
 
 
 def _spans(groups: list[Any]) -> Iterator[list[_RowGroup]]:
-    """Row groups that follow each other, together where they are small, since each reading has a price of its own."""
+    """Row groups that follow each other, together where they are small, since each read has a price of its own."""
     span: list[_RowGroup] = []
     first = 1
     for index, metadata in enumerate(groups):
@@ -118,7 +119,7 @@ def _span_rows(
 def _rows_at_once(group: Any, file_bytes: int) -> int:
     """How many rows of a row group to read at once. ValueError where it would unpack to more than any text does.
 
-    By the group's sizes, not its columns': pyarrow ends the process where those are damaged.
+    Goes by the group's sizes, not its columns': pyarrow ends the process where the columns' sizes are damaged.
     """
     rows, unpacked = max(group.num_rows, 1), group.total_byte_size
     if unpacked > PARQUET_BOMB_BYTES * rows or unpacked > max(PARQUET_BOMB_BYTES, PARQUET_BOMB_FACTOR * file_bytes):
@@ -137,7 +138,7 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _raise_system_error(path: Path, error: Exception) -> None:
-    """The system's errors, which no damage causes, are not the file's; parquet's own have no number."""
+    """Raise an error that is the system's, which no damage causes; errors of parquet's own have no number."""
     if isinstance(error, OSError) and error.errno is not None:
         with reading(path):
             raise OSError(error.errno, os.strerror(error.errno)) from error

@@ -29,7 +29,7 @@ KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 ANSWER = " {key}."
 LARGEST_KEY = 50_000
-# About what a token of this text takes, for the progress of preparing.
+# About how many bytes a token of this text takes, for the progress of preparing.
 TOKEN_BYTES = 4
 
 
@@ -37,7 +37,7 @@ TOKEN_BYTES = 4
 class PassKey:
     """One prompt.
 
-    tokens: (length,) int64, ends with the question. key: what it hides. depth: share of the filler in front of it.
+    tokens: (length,) int64, ends with the question. key: the number hidden. depth: share of the filler before the key.
     """
 
     tokens: np.ndarray
@@ -59,7 +59,7 @@ class PassKeyPrompts:
 
     @property
     def shortest(self) -> int:
-        """Tokens that a prompt of any key can do with: one without filler."""
+        """Tokens of a prompt without filler, enough for any key."""
         return len(self._task) + len(self._key_line(LARGEST_KEY)) + len(self._question)
 
     def make(self, length: int, key: int, depth: float) -> PassKey:

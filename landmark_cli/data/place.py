@@ -16,13 +16,13 @@ class Place:
 
     Attributes:
         made_from: fingerprint of all that the token files are made from.
-        finished: whether all its documents are done.
-        next_document: the number of the first document that is not.
-        read: bytes that those documents take where they are stored.
+        finished: whether all documents of the process are done.
+        next_document: the number of the first document that is not done.
+        read: bytes that the documents before that one take where they are stored.
         left_out: what was no text.
         splits: what is on the disk of each split's token file.
         turns: bytes of the file that says what became of each document (see `Process.turns_file`).
-        turns_sha256: of that file up to there.
+        turns_sha256: of these bytes of that file.
     """
 
     made_from: str
@@ -36,7 +36,7 @@ class Place:
 
     @classmethod
     def read_from(cls, file: Path) -> Place:
-        """Raises LandmarkError where there is none, or it is not what was written."""
+        """The place noted in a file. Raises LandmarkError where there is none, or the file is not what was written."""
         return read_sealed(cls, file)
 
     def write_to(self, file: Path) -> None:

@@ -15,8 +15,9 @@ _END = object()
 def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
     """The same items, made up to `depth` ahead in a background thread.
 
-    What the source raises is raised here, in its place. Closing this generator stops the thread, and closes the source
-    if it is a generator; so does the end of the program, since a thread that still runs then can crash in native code.
+    What the source raises is raised here, in its place among the items. Closing this generator stops the thread, and
+    closes a source that is a generator. The end of the program does so too, since a thread that still runs then can
+    crash in native code.
     """
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()

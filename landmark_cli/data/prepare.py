@@ -43,7 +43,7 @@ from landmark_cli.files import writing
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.locks import LOCK, sole_writer
 
-# Counts up when the same source would give other ids or places than before.
+# Counts up when a version of this program gives other ids or places to the same source.
 CONTENTS = 1
 BATCH_DOCUMENTS = 4096
 CHECKPOINT_SECONDS = 5.0
@@ -78,7 +78,8 @@ def prepare(
         if process.rank == 0:
             held.enter_context(sole_writer(output))
         if process.count > 1:
-            # The processes of a second launch must keep their hands off the parts of this one's, whoever is first.
+            # The processes of a second launch must keep their hands off the parts that this launch writes, whoever is
+            # first.
             held.enter_context(sole_writer(output, f"{LOCK}{process.suffix}"))
         asked = held.enter_context(interrupts("noting the place"))
         held.enter_context(_disk_errors(output))
@@ -150,13 +151,13 @@ class _Part:
                     self._save()
                     saved = time.monotonic()
                 if asked:
-                    # In the middle of a document the place is that of the last time, a few seconds before it.
+                    # In the middle of a document the place is the one that was noted last, a few seconds before.
                     raise asked.stopped(GO_ON)
         if self._process.count > 1:
             self._save(finished=True)
 
     def close(self) -> None:
-        """Let go of its files; those that are finished do not mind."""
+        """Let go of the files; closing one that is finished changes nothing."""
         for file in [*self.writers.values(), *([self._turns] if self._turns else [])]:
             file.close()
 
@@ -225,7 +226,8 @@ class _Part:
         return Place(self._made_from)
 
     def _resume(self, place: Place) -> None:
-        """Open the files that an earlier run left, at that place. LandmarkError where they are not what it wrote."""
+        """Open the files that an earlier run left, at that place. LandmarkError where the files are not what that run
+        wrote."""
         for split, written in place.splits.items():
             self.writers[split] = self.new_writer(split, self._process.suffix, resume=written)
         if self._process.count > 1:
@@ -239,7 +241,7 @@ class _Part:
 def _finish(
     writers: dict[str, TokenFileWriter], output: Path, corpus: Corpus, left_out: LeftOut, documents: int
 ) -> dict[str, TokenFileMetadata]:
-    """Give the token files their names: training text last, since its file stands for all of them."""
+    """Give the token files their names: training text last, since that file's being there says that all are."""
     if "train" not in writers or not writers["train"].documents:
         others = any(writer.documents for writer in writers.values())
         for writer in writers.values():
@@ -261,7 +263,7 @@ def _finish(
 
 def _why_nothing(others: bool, left_out: LeftOut, documents: int) -> str:
     """Why no document is left for training. others: whether there are documents of other splits. documents: how many
-    were looked at."""
+    documents were looked at."""
     if left_out:
         good = (
             "what is good of it became text of other splits (see --validation-share)"
@@ -277,7 +279,7 @@ def _why_nothing(others: bool, left_out: LeftOut, documents: int) -> str:
 
 
 def _finished(output: Path, made_from: str, skip_bad_text: bool) -> dict[str, TokenFileMetadata] | None:
-    """The token files in a directory, if they are whole, were made from the same, and had nothing to skip or may."""
+    """The token files in a directory, if they are whole, were made from the same, and skipped nothing or may skip."""
     there = [split for split in SPLITS if (output / f"{split}.json").exists()]
     if "train" not in there:
         return None
@@ -295,7 +297,8 @@ def _finished(output: Path, made_from: str, skip_bad_text: bool) -> dict[str, To
 
 @contextlib.contextmanager
 def _disk_errors(output: Path) -> Iterator[None]:
-    """What the system says while token files are written; whoever reads has put its errors into words already."""
+    """What the system says while token files are written; errors of reading have been put into words by whoever
+    reads."""
     try:
         yield
     except OSError as error:

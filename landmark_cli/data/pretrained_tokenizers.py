@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 LANDMARK_TOKEN = "<landmark>"
 
-# Text of many kinds: tokenizers that read it alike read everything alike.
+# Text of many kinds: tokenizers that give it the same ids are taken to give every text the same ids.
 PROBE = (
     'It was the best of times, it was the worst of times; 1859\'s "Tale" cost £12.50.\n\n'
     "\tdef f(x):\n        return x**2  # naïve\n$\\int_0^1 \\mathcal{O}_X$ — Größe, Москва, 東京, 🙂 end"
 )
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-# What transformers' own call may be told by its directory, said anew at every call.
+# What a tokenizer's directory may tell transformers' own call, said anew at every call.
 WHOLE = {"truncation": False, "padding": False, "verbose": False}
 
 
@@ -38,8 +38,8 @@ def open_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     """A tokenizer directory or hub id as `AutoTokenizer` opens it, but for what is stored in it about cutting texts,
     padding them and leaving out merges at random.
 
-    trust_remote_code: whether Python code that comes with it may run. Raises LandmarkError where there is none, it is
-    damaged, or its directory names files outside of itself.
+    trust_remote_code: whether Python code that comes with it may run. Raises LandmarkError where there is no tokenizer,
+    it is damaged, or its directory names files outside of itself.
     """
     from transformers import AutoTokenizer
 
@@ -47,7 +47,7 @@ def open_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         check_directory(Path(path))
     with opening(path, "the tokenizer", trust_remote_code) as code:
         tokenizer = AutoTokenizer.from_pretrained(path, **code)
-        # What is wrong with it may show only when it is used.
+        # What is wrong with a tokenizer may show only when it is used.
         tokenizer("a", **WHOLE)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -59,16 +59,17 @@ def open_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a document: all of it, nothing around it; a special token that it spells is text like any other."""
+    """The ids of a document: all of the text, nothing around it; a special token that the text spells is text like any
+    other."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, **WHOLE)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text that a model is to go on from; none for an empty text if nothing begins one.
 
-    Special tokens that it spells are read as such. What the tokenizer puts in front of a text by itself stands there
-    once, whether or not the text (a chat template's, say) spells it too. What it puts behind a text, such as an end of
-    text, is left out: the model goes on there.
+    Special tokens that the text spells are read as such. What the tokenizer puts in front of a text by itself stands
+    there once, whether or not the text (a chat template's, say) spells it too. What it puts behind a text, such as an
+    end of text, is left out: the model goes on there.
     """
     begin = begin_ids(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, **WHOLE)
@@ -126,7 +127,7 @@ def _name_ids(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], tokens: l
         return
     model = backend.model
     state = json.loads(model.__getstate__())
-    # A vocabulary that is a list has no gaps.
+    # A vocabulary that is a list, not a dictionary, has no gaps.
     if isinstance(state["vocab"], dict):
         state["vocab"] |= tokenizer.get_added_vocab() | ids
         model.__setstate__(json.dumps(state).encode())
@@ -141,13 +142,13 @@ def check_read_back(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a tokenizer somewhere and read it again, before work is spent that needs it to come back the same.
+    """Write a tokenizer somewhere and read it again, before work that needs the tokenizer to come back the same.
 
     save: writes the directory it is given. name: what the user calls the tokenizer. encode: text -> ids, as now.
     special: ids of tokens, by token ("<landmark>") or by role ("eos_token"), as now. trust_remote_code: whether Python
     code that came with it may run.
 
-    Raises LandmarkError where it cannot be written or read, or is not the same.
+    Raises LandmarkError where the tokenizer cannot be written or read, or comes back with other ids.
     """
     with TemporaryDirectory(prefix="landmark-tokenizer-") as directory:
         try:
@@ -161,7 +162,7 @@ def check_read_back(
     vocabulary = again.get_vocab()
     found = {token: vocabulary.get(getattr(again, token) if token in ROLES else token) for token in special}
     changed = _unlike(special, found)
-    # What is written out is text, also where it spells the token.
+    # Text that spells the landmark token is text like any other.
     for text in (PROBE, LANDMARK_TOKEN):
         ids = text_ids(again, text)
         if ids != list(encode(text)):

@@ -34,7 +34,7 @@ JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
 ENDINGS = PLAIN_TEXT + JSON_LINES + PARQUET
 
-# Objects and lists take many times the memory of their text; what a document has beside its text is small.
+# Objects and lists take many times the memory of their text; a document's fields beside its text are small.
 DENSE_LINE_BYTES = 8 << 20
 DENSE_LINE_NODES = 4 << 20
 
@@ -68,7 +68,7 @@ def rows_as_documents(
     """Rows that `datasets` yields as documents.
 
     Raises:
-        LandmarkError: it cannot yield the next one, for whatever reason its loaders have.
+        LandmarkError: `datasets` cannot yield the next row, for whatever reason its loaders have.
     """
     rows, number = iter(rows), 0
     while True:

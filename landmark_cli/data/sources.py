@@ -2,7 +2,7 @@
 
 A folder has splits where every file of it lies in a folder train/, validation/ or test/, or has exactly the name that
 a copy of a data set has on the hub (`train-00000-of-00002.parquet`, `train.jsonl`). Any other name that begins like one
-(`train-robbery.txt`, `dev-notes.md`) is a name.
+(`train-robbery.txt`, `dev-notes.md`) says nothing about splits.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from landmark_cli.files import reading
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
-# A shard's number of how many, and the hash that `datasets` once put behind it.
+# A shard's number, how many shards there are, and the hash that `datasets` once put behind these.
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]{16})?$")
-# What stands beside the splits of a data set and is no part of it.
+# What may stand beside the splits of a data set and is no part of the text.
 ABOUT = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
 NAMES_SHOWN = 5
 
@@ -57,7 +57,7 @@ class Sources:
     Attributes:
         files: in the order they are read.
         left_out: names of what is not read, by the reason.
-        notes: what may surprise about them, in words.
+        notes: what may surprise about the files, in words.
     """
 
     files: list[SourceFile] = field(default_factory=list)
@@ -207,7 +207,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _split_named(path: Path) -> str | None:
-    """The split that a folder's or a file's own name is the exact name of."""
+    """The split whose exact name is the name of this folder or file."""
     name, ending = path.name.lower(), ending_of(path.name)
     return SPLIT_NAMES.get(_SHARD.sub("", name.removesuffix(ending) if ending in ENDINGS else name))
 

@@ -17,12 +17,12 @@ class Batch:
 
     Attributes:
         pieces: UTF-8.
-        places: of each piece its split, and whether its document ends with it.
-        text_bytes: what all pieces have.
-        read: bytes that its documents take where they are stored.
-        next_document: the number of the document behind its last one that ends.
+        places: for each piece its split, and whether a document ends with the piece.
+        text_bytes: size of all pieces together.
+        read: bytes that the documents of this batch take where they are stored.
+        next_document: the number of the document behind the last one that ends in this batch.
         whole: whether no document goes on in the next batch.
-        bad: what stood in the place of documents, each of which is an empty one here.
+        bad: what stood in the place of documents; in this batch each of these documents is empty.
     """
 
     pieces: list[bytes] = field(default_factory=list)
@@ -49,9 +49,10 @@ def text_batches(
     batch_documents: int,
     skip_bad_text: bool,
 ) -> Iterator[Batch]:
-    """The documents from number `first` on that are this process's, in batches.
+    """The documents from number `first` on that are for this process, in batches.
 
-    piece_bytes: longer documents are cut. batch_bytes, batch_documents: a batch that has so much is full.
+    piece_bytes: longer documents are cut. batch_bytes, batch_documents: a batch with this much text, or this many
+    documents, is full.
 
     Raises:
         LandmarkError: a document is no text and is not to be skipped.
@@ -86,5 +87,5 @@ def text_batches(
 
 
 def or_skip(message: str) -> str:
-    """What to tell somebody whose work stops at text that is bad."""
+    """What to tell somebody whose work stops at bad text: the message, and that --on-bad-text skips such text."""
     return f"{message}; `landmark prepare --on-bad-text skip` leaves out what is no text and keeps the rest"

@@ -4,8 +4,9 @@
 `train.json` beside it the metadata. The metadata comes last: a token file without it is an unfinished one.
 
 Nothing that was truncated or changed since is taken for whole. Sizes and the metadata's own checksum are checked
-whenever a file is opened. Contents are checked against their sha256 then where the file is small, or was written to
-since (by a copy, for instance); those of a large file that nobody wrote to when `landmark prepare` is run on it again.
+whenever a file is opened. The contents of a file that is small, or was written to since (by a copy, for instance), are
+checked against their sha256 at the same time; those of a large file that nobody wrote to only when `landmark prepare`
+is run on it again.
 
 Up to format 2 `train.offsets` stood there too, with the place of every document, which nothing ever read. Token files
 of those formats open as they are, with that file or without it.
@@ -32,7 +33,7 @@ from landmark_cli.files import hash_file, read_sealed, write_sealed
 FORMAT = 3
 UNSEALED = {"format": 1}
 """What metadata without a checksum, of an earlier version, says of itself."""
-# What takes a fraction of a second to read and hash.
+# Files up to this size take a fraction of a second to read and hash.
 ALWAYS_CHECKED_BYTES = 64 << 20
 
 
@@ -54,7 +55,7 @@ class TokenFileMetadata:
         made_from: fingerprint of all that the file was made from; empty if nobody needs it.
         modified_ns: when the file with the ids was last written, in the file system's nanoseconds, as a list of one;
             up to format 2, the time of a second file follows.
-        left_out: what the preparation left out, of all splits, since it is no text; noted in that of `train`.
+        left_out: what the preparation left out, of all splits, since it is no text; noted in `train.json`.
     """
 
     tokenizer: str
@@ -101,10 +102,10 @@ class TokenFile:
     def open(cls, path: str | Path, *, verify: bool = False) -> TokenFile:
         """Open `<name>.bin` (the ending may be left out) and check that it is the file that was written.
 
-        verify: check the contents of a large file too that was not written to since.
+        verify: check the contents of a large file even if it was not written to since.
 
         Raises:
-            LandmarkError: it is missing, unfinished, truncated, or was changed.
+            LandmarkError: the file is missing, unfinished, truncated, or was changed.
         """
         if Path(path).is_dir():
             raise LandmarkError(f"{path} is a directory, not a token file: name one in it, such as {path}/train.bin")
@@ -124,7 +125,7 @@ class TokenFile:
         """Make sure that another tokenizer reads text as this file's did.
 
         Raises:
-            LandmarkError: it does not; the message says `whose` tokenizer it is.
+            LandmarkError: that tokenizer gives other ids; the message says `whose` tokenizer it is.
         """
         from landmark_cli.data.tokenizers import tokenizer_fingerprint
 
@@ -224,14 +225,14 @@ class TokenFileWriter:
         self.end_document()
 
     def checkpoint(self) -> Written:
-        """Put everything on the disk and return the state to `resume` from. Only between documents."""
+        """Put everything on the disk and return the state to `resume` from. Call it between documents only."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return Written(self.tokens, self.documents, self.text_bytes, self._hash.hexdigest())
 
     def close(self) -> None:
         """Let go of the unfinished file and leave it where it is."""
-        # What a full disk did not take is lost in any case: `resume` starts from what a checkpoint put there.
+        # What a full disk did not take is lost in any case: `resume` starts from what a checkpoint put on the disk.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -300,7 +301,7 @@ def find_corpus(data_root: str | Path = "data") -> Path:
     """The directory under `data_root` whose `train` token file was finished last.
 
     Raises:
-        LandmarkError: none has one.
+        LandmarkError: no directory has such a file.
     """
     finished = [file for file in Path(data_root).glob("*/train.bin") if _metadata_path(file).exists()]
     if not finished:
@@ -354,7 +355,7 @@ def _changed(path: Path, what: str) -> LandmarkError:
 
 
 def _remember_modified(path: Path, metadata: TokenFileMetadata, modified_ns: int) -> None:
-    """Note that the contents were found right as of now, so that the next opening is cheap; not vital."""
+    """Note that the contents were found right as of now, so that the next opening is cheap. Errors are passed over."""
     metadata = dataclasses.replace(metadata, format=FORMAT, modified_ns=[modified_ns])
     try:
         write_sealed(_metadata_path(path), dataclasses.asdict(metadata))

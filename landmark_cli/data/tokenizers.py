@@ -1,7 +1,7 @@
 """Text <-> token ids: GPT-2's vocabulary, which is part of this package, or any tokenizer of transformers.
 
-`load_tokenizer` gives either behind one small interface. tiktoken defines what GPT-2's ids are; many documents at once
-go through gigatoken where it is installed, which gives the same ids an order of magnitude faster.
+`load_tokenizer` gives either kind behind one small interface. tiktoken defines what GPT-2's ids are; many documents at
+once go through gigatoken where it is installed, which gives the same ids an order of magnitude faster.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GPT2_LANDMARK_ID = 50260
 GPT2_UNUSED = ("<unused0>", "<unused1>", "<unused2>")
 """Special tokens of a GPT-2 tokenizer directory that keep `<landmark>` at 50260, the id of the authors' checkpoints."""
 
-# GPT-2 cuts text into these pieces before it merges bytes; possessive forms of the published expression.
+# GPT-2 cuts text into these pieces before it merges bytes; the quantifiers of the published expression made possessive.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
@@ -53,10 +53,10 @@ class TextTokenizer(ABC):
 
     Attributes:
         name: "gpt2", a directory, or a hub id: what `load_tokenizer` was given.
-        vocab_size: ids are below this: the largest one of any token, special tokens included, and one.
+        vocab_size: ids are below this: the largest id of any token, special tokens included, plus one.
         eot_id: the token that ends a document.
         landmark_id: the id of `<landmark>` in what `save_pretrained` writes.
-        piece_bytes: longer documents are cut into pieces of so many bytes at most; the same on every machine.
+        piece_bytes: longer documents are cut into pieces of at most this many bytes; the same on every machine.
         batch_bytes: how much text is worth handing to `encode_documents` at once.
         trust_remote_code: whether Python code that comes with it may run.
     """
@@ -83,7 +83,7 @@ class TextTokenizer(ABC):
 
     @abstractmethod
     def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerBase:
-        """The same as a tokenizer of the transformers library; landmark: with the landmark token."""
+        """This tokenizer as one of the transformers library. landmark: whether with the landmark token."""
 
     def save_pretrained(self, directory: str | Path, landmark: bool = True) -> None:
         """Write a tokenizer directory that `transformers.AutoTokenizer` opens, with `<landmark>` unless told not to."""
@@ -93,7 +93,7 @@ class TextTokenizer(ABC):
         """Make sure, before a model is trained with it, that what `save_pretrained` writes is this tokenizer.
 
         Raises:
-            LandmarkError: it cannot be written and read, or has other ids.
+            LandmarkError: the directory cannot be written or read, or the tokenizer read from it gives other ids.
         """
         special = {"eos_token": self.eot_id} | ({LANDMARK_TOKEN: self.landmark_id} if landmark else {})
         check_read_back(
@@ -124,8 +124,8 @@ def load_tokenizer(name: str = "gpt2", *, trust_remote_code: bool = False) -> Te
 def tokenizer_fingerprint(encode: Callable[[str], Sequence[int]]) -> str:
     """A short hash of the ids that `encode` gives to a fixed text of many kinds.
 
-    Tokenizers that read text alike share it, whatever special tokens were added to one of them, so it shows whether a
-    token file and a model belong together.
+    Tokenizers that read text alike share this hash, whatever special tokens were added to one of them, so it shows
+    whether a token file and a model belong together.
     """
     ids = np.asarray(encode(PROBE), dtype="<u4")
     return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
@@ -254,7 +254,7 @@ class TransformersTokenizer(TextTokenizer):
         return self._tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
 
     def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerBase:
-        # A second copy, so that this one keeps encoding as before.
+        # A second copy, so that the tokenizer here keeps encoding as before.
         tokenizer = self._open()
         if landmark:
             add_tokens(tokenizer, [LANDMARK_TOKEN])
@@ -264,8 +264,8 @@ class TransformersTokenizer(TextTokenizer):
 class BulkGPT2:
     """GPT-2 ids through gigatoken, from UTF-8 bytes.
 
-    One core does several hundred MB a second, about what one thread reads and checks, so it is left at one. Its cache
-    of words has no bound: it is made anew when the process has grown by `limit` bytes.
+    One core does several hundred MB a second, about what one thread reads and checks, so gigatoken is given one core.
+    Its cache of words has no bound: the encoder is made anew when the process has grown by `limit` bytes.
     """
 
     def __init__(self, ranks: dict[bytes, int], limit: int = 384 << 20) -> None:

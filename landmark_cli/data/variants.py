@@ -18,8 +18,8 @@ from landmark_cli.data.batches import Batches
 class VariantBatches:
     """Batches with what the variants add to every row: a pure function of (seed, step, row), as the batches are.
 
-    position_jump: after every landmark the positions jump ahead by a random whole number below it; 0 or 1 for none.
-    controlled_landmarks: probability that a landmark is controlled by the context-miss token.
+    position_jump: after every landmark the positions jump ahead by a random whole number below this; 0 or 1 for no
+    jumps. controlled_landmarks: probability that a landmark is controlled by the context-miss token.
     """
 
     batches: Batches
@@ -41,7 +41,7 @@ class VariantBatches:
         if self.position_jump > 1:
             blocks = -(-length // block_size)
             jumps = np.stack([generator.integers(0, self.position_jump, blocks) for generator in generators])
-            # The first block stands where it always does.
+            # The first block stands at the positions that it has without jumps.
             ahead = (jumps.cumsum(1) - jumps).repeat(block_size, axis=1)[:, :length]
             batch["position_ids"] = torch.from_numpy(np.arange(length) + ahead)
         if self.controlled_landmarks > 0:
