@@ -3,8 +3,8 @@
 A checkpoint is a directory `step-00001000` with what `Accelerator.save_state` writes (weights, optimizer, scaler),
 `training.json` (the step, what makes this run this run, and how weights lie in the files) and the checksums of all
 these files. It is written under another name, flushed to the disk and then renamed, so a run that is killed or finds
-the disk full leaves its last good checkpoint as it was. What was damaged since is found by the checksums, and the one
-before it taken.
+the disk full leaves its last good checkpoint as it was. What was damaged since is found by the checksums, and the
+checkpoint before it is taken.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint says of itself. step: done by then. identity, layout: see Checkpoints. skipped: see
-    `SkippedSteps.read`; empty for none."""
+    """What a checkpoint says of itself. step: steps done when it was saved. identity, layout: see Checkpoints. skipped:
+    see `SkippedSteps.read`; empty where no step was skipped."""
 
     step: int
     identity: dict[str, Any]
@@ -64,8 +64,9 @@ class Record:
 class Checkpoints:
     """The checkpoints of one run.
 
-    directory: where they are. identity: what must be the same for a run to go on from them, by name: the model's shape,
-    the data, the batch, the seed. keep: how many of the newest stay. `attach` comes after accelerator.prepare.
+    directory: where the checkpoints are. identity: what must be the same for a run to go on from them, by name: the
+    model's shape, the data, the batch, the seed. keep: how many of the newest stay. `attach` comes after
+    accelerator.prepare.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], keep: int) -> None:
@@ -88,8 +89,8 @@ class Checkpoints:
         return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
     def newest_whole(self) -> Path | None:
-        """The newest checkpoint with no damage, the same for all processes, or None where there is none at all. Damaged
-        ones are said and put aside.
+        """The newest checkpoint with no damage, the same for all processes, or None where there is none at all. The
+        user is told of damaged ones, which are put aside.
 
         Raises LandmarkError where all of them are damaged.
         """
@@ -123,7 +124,7 @@ class Checkpoints:
 
     def check(self, path: Path) -> Record:
         """What a checkpoint says of itself that this run may go on from; LandmarkError where it belongs to another run,
-        or was saved by one that was launched in a way this one cannot read."""
+        or was saved by a run whose launch stores weights in a way that this launch cannot read."""
         saved = read_record(Record, path / RECORD, to_do="remove the checkpoint to go on from the one before it")
         ours, theirs = self.identity, saved.identity
         differences = [
@@ -151,7 +152,7 @@ class Checkpoints:
     def load(self, path: Path) -> Record:
         """Put the state of a checkpoint into the attached model and optimizer; returns what it says of itself.
 
-        Raises LandmarkError where it is damaged, or `check` does.
+        Raises LandmarkError where the checkpoint is damaged, and what `check` raises.
         """
         what = damage_of(path)
         if what is not None:
@@ -162,15 +163,15 @@ class Checkpoints:
         saved = self.check(path)
         with reading(path, to_do="remove it to go on from the one before it"):
             self.accelerator.load_state(str(path))
-        # accelerate counts micro-batches; a whole step is done, and another number of them may make one now.
+        # accelerate counts micro-batches; a whole step is done, and a step may have another number of them now.
         self.accelerator.step = 0
         return saved
 
     def save(self, step: int, skipped: dict[str, int] | None = None) -> Path:
         """Write the checkpoint of `step` and drop the oldest beyond `keep`. Every process calls it.
 
-        skipped: what `SkippedSteps.read` says. Raises LandmarkError where it cannot be written, or holds what is not
-        finite; the earlier ones are untouched then.
+        skipped: what `SkippedSteps.read` says. Raises LandmarkError where the checkpoint cannot be written, or
+        a number in it is not finite; earlier checkpoints are untouched then.
         """
         self.refuse_not_finite(f"the checkpoint of step {step} is not saved")
         path = self.directory / f"step-{step:08d}"
@@ -184,7 +185,7 @@ class Checkpoints:
         except (*UNWRITABLE, LandmarkError) as error:
             last = self.newest()
             if self.accelerator.is_main_process:
-                # Not from under the other processes, whose own errors would hide this one.
+                # Only one process removes it, so that the others meet no errors that would hide this one.
                 shutil.rmtree(partial, ignore_errors=True)
             raise LandmarkError(
                 f"the checkpoint of step {step} could not be saved in {self.directory}: {reason(error)}. "
@@ -253,7 +254,7 @@ class Checkpoints:
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """The attached model's trained parameters and its persistent buffers, by plain name. Frozen weights come from
-        where the model came from, so they are not among them."""
+        where the model came from, so frozen weights are not among them."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -274,8 +275,8 @@ def _written_by_main_process(work: Callable[[], None]) -> None:
 
 
 def layout(accelerator: Accelerator) -> str:
-    """How weights and optimizer lie in a checkpoint's files. Each way is read by any number of processes of its own
-    kind, except DeepSpeed's."""
+    """How weights and optimizer lie in a checkpoint's files. What was stored in one of these ways can be read in the
+    same way by any number of processes, except DeepSpeed's."""
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin

@@ -10,7 +10,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.files import hash_file, read_text, reason, write_whole
 
 NAME = "checksums.sha256"
-# hashlib lets go of Python's lock, so large files are hashed side by side.
+# hashlib lets go of Python's global lock, so large files are hashed side by side.
 THREADS = 8
 
 
@@ -26,8 +26,8 @@ def write_checksums(directory: Path) -> None:
 
 
 def damage_of(directory: Path) -> str | None:
-    """What is wrong with a directory, beside what was written down of it, in a few words; None where all is right, or
-    where nothing was written down."""
+    """What is wrong with a directory compared with its checksums, in a few words; None where all is right, or where it
+    has no checksums."""
     if not (directory / NAME).exists():
         warn(f"{directory} has no {NAME}, so nothing can be said of damage to it: it is taken as it is")
         return None
@@ -57,7 +57,7 @@ def _damage_of(directory: Path, name: str, digest: str) -> str | None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """All that belongs to a directory; hidden files are other programs'."""
+    """All files below a directory but hidden ones, which are other programs'."""
     return sorted(
         path for path in directory.rglob("*") if path.is_file() and path.name != NAME and not path.name.startswith(".")
     )

@@ -14,7 +14,7 @@ LAYER_BYTES_16, LAYER_BYTES_32 = 50, 84
 # Without the fused loss, bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its
 # gradient.
 LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
-# Of one parameter: float32 weight, AdamW's two moments, and in memory the gradient.
+# Bytes of one parameter: float32 weight, AdamW's two moments, and in memory the gradient.
 PARAMETER_BYTES, CHECKPOINT_BYTES = 16, 12
 
 

@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 class SkippedSteps:
     """Counts on the device the steps that did not count because their loss or gradient was not finite.
 
-    total: all of the run, a whole number on the device. `in_a_row` is how many the last steps were, `longest` the most
-    that ever were. Nothing waits for the device but `read`.
+    total: skipped steps of the whole run, a whole number on the device. `in_a_row` is how many of the newest steps were
+    skipped, one after the other, `longest` the most that ever were. Nothing waits for the device but `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.total, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.int64, device=device).unbind()
-        # Copied while the host goes on, so it may be some steps behind.
+        # What the host sees: copied while it goes on, so this may be some steps behind.
         self._seen = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def judge(self, norm: Tensor) -> Tensor:
@@ -36,11 +36,11 @@ class SkippedSteps:
         return bad.float()
 
     def reached(self, limit: int) -> bool:
-        """Whether so many were skipped in a row, as far as the host has heard by now."""
+        """Whether `limit` steps were skipped in a row, as far as the host has heard by now."""
         return int(self._seen) >= limit
 
     def read(self) -> dict[str, int]:
-        """All three by name. Waits for the device."""
+        """total, in_a_row and longest, by name. Waits for the device."""
         total, in_a_row, longest = torch.stack([self.total, self.in_a_row, self.longest]).tolist()
         return {"total": total, "in_a_row": in_a_row, "longest": longest}
 
@@ -52,13 +52,13 @@ class SkippedSteps:
 
 
 def spoiled_by(loss: Tensor, scale: Tensor) -> Tensor:
-    """The scale of a loss's gradient, nan where the loss is not finite: then its gradient is not either."""
+    """The scale of a loss's gradient, nan where the loss is not finite, so that the gradient is not finite either."""
     return torch.where(loss.detach().isfinite(), scale, torch.nan)
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first of these tensors that holds nan or infinity, or None. Of a tensor that lies on several
-    processes, this one's part counts. Waits for the device once."""
+    processes, this process looks at its own part. Waits for the device once."""
     names, largest = [], []
     for name, tensor in named:
         part = getattr(tensor, "ds_tensor", tensor)

@@ -1,9 +1,9 @@
 """Cross-entropy of a language model's head straight from hidden states: its logits are formed in pieces, never kept.
 
 Forward works out the gradients too, while a piece of the logits is at hand: three matrix products in all, as many as
-without, where recomputing the logits in backward would take a fourth. Each piece adds to the whole gradient of the
-weight, so pieces are large: liger-kernel, out for the least memory, cuts 32 of them where one does for 8192 tokens of
-width 1024, and torch's own function needs torch 2.13.
+with whole logits, where recomputing the logits in backward would take a fourth. Each piece adds to the whole gradient
+of the weight, so pieces are large: liger-kernel, out for the least memory, cuts 32 of them where one does for 8192
+tokens of width 1024, and torch's own function needs torch 2.13.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from landmark_cli.data.landmarks import IGNORED_TARGET
 
-# Logits of a piece: 1 GiB of them in 16 bits.
+# Most logits of a piece: they take 1 GiB in 16 bits.
 PIECE = 1 << 29
 
 
@@ -24,7 +24,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """Sum over the targets that are not -100 of the negative log-likelihood under softmax(hidden @ weight.T).
 
     hidden: (..., E); weight: (V, E); targets: (...) int64. Returns a float32 scalar, differentiable once by hidden and
-    weight. Under autocast the products are in its dtype, as a linear layer's are.
+    weight. Under autocast the products are in autocast's dtype, as a linear layer's are.
     """
     dtype = hidden.dtype
     if hidden.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(hidden.device.type):
@@ -44,7 +44,7 @@ def piece_rows(rows: int, vocabulary: int) -> int:
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, by_hidden: bool, by_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, its gradient by hidden, by weight), the latter empty where they are not wanted."""
+    """(loss, its gradient by hidden, by weight), the gradients empty where they are not wanted."""
     loss, hidden_gradient, weight_gradient = _empty_outputs(hidden, weight, targets, by_hidden, by_weight)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     losses = loss.new_empty(rows)
@@ -121,7 +121,7 @@ def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor) -> 
 
 @functools.cache
 def _fused() -> ModuleType | None:
-    """The kernel that does the same in one pass, unless Triton is missing."""
+    """The module of the kernel that does what `score_and_differentiate` does; None where Triton is missing."""
     try:
         from . import fused_cross_entropy
     except ImportError:

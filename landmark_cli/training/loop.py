@@ -3,7 +3,7 @@
 Nothing of a run's course lives outside its checkpoint: the batch, the learning rate and the seed of every step are pure
 functions of the step, so a resumed run repeats an uninterrupted one. The loss is the mean over all targets of the
 global batch, whatever its split into processes and micro-batches: each micro-batch contributes its sum, divided by the
-number of targets of them all.
+number of targets of all micro-batches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from landmark_cli.training.update import Update
 
 # What a run does between a signal and its end.
 FINISHING = "finishing the step, then saving a checkpoint"
-# Larger than any signal's number: what is wrong with the run goes before what somebody wants of it.
+# Larger than any signal's number, so that in a vote a fault of the run goes before a signal.
 TOO_MANY_SKIPPED = 1000
 
 
@@ -51,12 +51,13 @@ class ValidationWindows(Protocol):
 class LoopSettings:
     """How to train. Steps are optimizer steps; every N steps means never where N is 0.
 
-    output: the run's directory. batch_size: rows a process takes at a time; accumulation: how often in a step.
-    sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints kept.
-    precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention loses an earlier block.
-    fused_loss: work the loss out without holding all logits. Sharded models do not: their head is not whole then.
-    fp32_residual: keep the residual stream of a bf16 run in float32. bad_steps: so many steps in a row whose loss or
-    gradient is not finite end the run. go_on: the command that resumes it, for messages.
+    output: the run's directory. batch_size: rows of a process's micro-batch; accumulation: micro-batches of a process
+    in a step. sequence_length: of a row, landmarks included. clip: largest gradient norm, 0 for none. keep: checkpoints
+    kept. precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention leaves an earlier block out.
+    fused_loss: work the loss out without holding all logits. Sharded models hold them all the same: their head is in
+    shards while the loss is computed. fp32_residual: keep the residual stream of a bf16 run in float32. bad_steps: this
+    many steps in a row whose loss or gradient is not finite end the run. go_on: the command that resumes it, for
+    messages.
     """
 
     output: Path
@@ -121,7 +122,8 @@ class Loop:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         model = LossModel(model, settings.group_dropout, settings.fused_loss and not sharded, settings.fp32_residual)
         decayed = decayed_names(model)
-        # FSDP 1 makes new parameters, so its optimizer comes after it; FSDP 2 wants to see both at once.
+        # FSDP 1 makes new parameters, so the optimizer is made after it; FSDP 2 wants to see model and optimizer at
+        # once.
         wrap_first = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
         if wrap_first:
             if not accelerator.state.fsdp_plugin.use_orig_params:
@@ -193,7 +195,7 @@ class Loop:
     def save(self) -> Path:
         """Save a checkpoint of the step that is reached. Every process calls it.
 
-        Raises LandmarkError where it is not worth one, or cannot be written.
+        Raises LandmarkError where too many steps in a row were skipped, or the checkpoint cannot be written.
         """
         self._refuse_many_skipped()
         return self.checkpoints.save(self.step, self.update.skipped.read())
@@ -227,7 +229,8 @@ class Loop:
         self.update.begin(self.step)
         counts = [(batch["labels"] != IGNORED_TARGET).sum() for batch in micro_batches]
         targets = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
-        # The gradient is averaged over processes, and over micro-batches by accelerate; this turns means into the sum.
+        # The gradient becomes a mean over processes, and by accelerate one over micro-batches; this turns means into
+        # the sum.
         scale = accelerator.num_processes * settings.accumulation / targets
         loss = torch.zeros((), device=accelerator.device)
         for batch in micro_batches:
@@ -242,9 +245,9 @@ class Loop:
         return torch.where(skip > 0, 0.0, loss), norm
 
     def _record(self, meter: Meter, loss: Tensor, norm: Tensor) -> dict[str, Any]:
-        """Write what the steps since the last record did; the only place that waits for the device.
+        """Write a record of the steps since the last one; nothing else in the loop waits for the device.
 
-        loss: the sum of this process's shares since then.
+        loss: the sum of this process's shares of the loss in these steps.
         """
         steps, before = self.step - meter.since, self._skipped
         counts = self.update.skipped.read()
@@ -256,7 +259,7 @@ class Loop:
                 "their loss or gradient was not finite"
             )
         loss = self.accelerator.reduce(loss, "sum").item()
-        # The last step's rate, which is that of the steps that counted before it.
+        # The last step's learning rate, which goes by how many steps counted before it.
         counted = self.step - 1 - counts["total"] + (counts["in_a_row"] > 0)
         record = {
             "step": self.step,
@@ -303,7 +306,7 @@ class Loop:
         for windows in self.validation:
             for begin in range(0, len(windows), size * accelerator.num_processes):
                 start = begin + accelerator.process_index * size
-                # The last rows move back to make a full batch; what was counted before has no targets then.
+                # The last batch begins earlier, to be a full one; its rows that were counted before get no targets.
                 first = max(min(start, len(windows) - size), 0)
                 batch = windows.batch(first, first + size)
                 batch["labels"][: start - first] = IGNORED_TARGET

@@ -21,7 +21,7 @@ from landmark_cli.files import read_json_lines, write_whole, writing
 CHECKSUM = "crc32"
 
 # Dense bf16 and fp16 tensor-core peaks from the vendors' data sheets, FLOP/s, by a part of the device's name.
-# The first that fits counts, so the slower variants stand before the chip's plain name.
+# The first name that fits counts, so a chip's slower variants stand before its plain name.
 PEAK_FLOPS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -78,8 +78,8 @@ def peak_memory(device: torch.device) -> int:
 class Meter:
     """Throughput between two readings, without the pauses for evaluation and checkpoints.
 
-    tokens: stream tokens (landmarks included) of one step over all processes. flops: of one token. peak: FLOP/s of all
-    chips together, or None.
+    tokens: stream tokens (landmarks included) of one step over all processes. flops: FLOPs of one token. peak: FLOP/s
+    of all chips together, or None.
     """
 
     def __init__(self, step: int, steps: int, tokens: int, flops: float, peak: float | None) -> None:
@@ -94,7 +94,7 @@ class Meter:
         self.paused += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """What happened since the last reading, `step` steps of the run being done now. Starts the next interval."""
+        """Throughput since the last reading; starts the next interval. step: steps of the run that are done by now."""
         now = time.perf_counter()
         seconds = max(now - self.started - self.paused, 1e-9) / (step - self.since)
         speed = self.tokens / seconds
@@ -119,13 +119,14 @@ class MetricsFile:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line; a number that is not finite becomes null. Raises LandmarkError where it cannot be written."""
+        """Add a line; a number that is not finite becomes null. Raises LandmarkError where the file cannot be
+        written."""
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(finite(record)))
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`: a resumed run writes those steps again. Lines that are damaged, as the
-        last one may be where a run was killed, are dropped too, and their number is said."""
+        last one may be where a run was killed, are dropped too, and the user is told how many there were."""
         if not self.path.exists():
             return
         damaged: list[int] = []

@@ -1,4 +1,4 @@
-"""AdamW and learning-rate schedules as pure functions of the step, so that nothing of them needs a checkpoint."""
+"""AdamW and learning-rate schedules as pure functions of the step, so that no checkpoint has to hold schedules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ RATES_AT_A_TIME = 4096
 class Schedule:
     """The learning rate of every step of a run.
 
-    kind: "one-cycle" climbs from 1% of the peak along half a cosine and comes down along another; with final 0.2 it is
-        the paper's (arXiv 2305.16300, section 4.1: base 0.002, warm-up 2%, last 0.0004). "cosine" and "linear" climb in
-        a straight line from 0 and come down as they are named; "constant" climbs and stays.
+    kind: "one-cycle" climbs from 1% of the peak along half a cosine and comes down along another; with final 0.2 this
+    is
+        the paper's schedule (arXiv 2305.16300, section 4.1: base 0.002, warm-up 2%, last 0.0004). "cosine" and "linear"
+        climb in a straight line from 0 and come down as their names say; "constant" climbs and stays.
     peak: the highest learning rate.
     steps: optimizer steps of the whole run.
     warmup: share of the steps spent climbing, 0 to 1.
@@ -93,29 +94,29 @@ def parameter_groups(
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW that can be told on the device at which rate its next step learns, and whether that step counts."""
+    """AdamW that can be told on the device which learning rate its next step has, and whether that step counts."""
 
     _rate: Tensor | None = None
     _skip: Tensor | None = None
 
     def prepare_step(self, rate: Tensor, skip: Tensor) -> None:
-        """For the next step only. rate: its learning rate, a scalar. skip: a scalar, 1 where the step is to leave the
-        weights and all that the optimizer keeps as they are, else 0."""
+        """Say how the next step is to be done, and only the next. rate: its learning rate, a scalar. skip: a scalar, 1
+        where the step is to leave the weights and all that the optimizer keeps as they are, else 0."""
         self._rate, self._skip = rate, skip
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step, as `prepare_step` said, or as the groups say where it did not."""
+        """One step, as `prepare_step` said, or by the groups' learning rates where nothing was said."""
         rate, self._rate, skip, self._skip = self._rate, None, self._skip, None
         if rate is None:
             return super().step(closure)
         if not self.defaults["fused"]:
-            # Only fused kernels ask for themselves.
+            # Only fused kernels look at found_inf by themselves.
             if bool(skip):
                 return None
             rate = float(rate)
         kept = [group["lr"] for group in self.param_groups]
         set_learning_rate(self, rate)
-        # A scaler of fp16 gradients has put its own finding there, and takes it away.
+        # A scaler of fp16 gradients has put what it found there, and takes it away afterwards.
         scaled = getattr(self, "found_inf", None)
         if self.defaults["fused"]:
             self.found_inf = skip if scaled is None else torch.maximum(scaled, skip)
@@ -129,7 +130,8 @@ class AdamW(torch.optim.AdamW):
 
 
 class Rates:
-    """The learning rates of a schedule on a device, found by how many steps counted, which only the device knows."""
+    """The learning rates of a schedule on a device, looked up by how many steps counted, which only the device
+    knows."""
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self.schedule, self.device = schedule, device
@@ -139,10 +141,10 @@ class Rates:
         """The rate of the step that comes after `step`, of which `skipped` (a whole number on the device) did not
         count: a scalar tensor."""
         if self._table is None or not self._first <= step < self._first + RATES_AT_A_TIME:
-            # So many steps apart, waiting for the device costs nothing.
+            # Steps as far apart as this: waiting for the device costs nothing.
             self._first = step - int(skipped)
             rates = [self.schedule(self._first + number) for number in range(RATES_AT_A_TIME)]
-            # As precise as the kernel that reads it.
+            # The precision of the kernel that reads the rate.
             dtype = torch.float32 if self.device.type == "cuda" else torch.float64
             self._table = torch.tensor(rates, dtype=dtype, device=self.device)
         return self._table.index_select(0, (step - self._first - skipped).view(1)).squeeze(0)

@@ -1,7 +1,8 @@
 """The last write of a run: the finished model, in the form that `from_pretrained` opens.
 
-It is rehearsed before the first step, so what cannot be saved is said before anything is trained. And what was trained
-is not lost where it fails in the end: the last checkpoint stays, and --resume writes the model again from there.
+The write is rehearsed before the first step, so the user hears of what cannot be saved before anything is trained. And
+what was trained is not lost where the write fails in the end: the last checkpoint stays, and --resume writes the model
+again from there.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ SaveModel = Callable[[nn.Module, Path, dict[str, Tensor]], None]
 
 
 class Publication:
-    """How a run's model is written into its directory, tried as soon as it is known: every process makes one.
+    """How a run's model is written into its directory, which is tried at once. Every process makes one of these.
 
-    model: before anything is wrapped around it. output: the run's directory. save_rest(directory) adds what belongs
-    beside the model (tokenizer, recipe). save(model, directory, weights) writes one that has another form than
-    transformers' own; with no weights at all, everything else of it.
+    model: the model before anything is wrapped around it. output: the run's directory. save_rest(directory) adds what
+    belongs beside the model (tokenizer, recipe). save(model, directory, weights) writes a model that has another form
+    than transformers' own; with no weights at all, everything but the weights.
 
     Raises LandmarkError, in every process, where the model could not be saved in the end.
     """
@@ -44,7 +45,7 @@ class Publication:
         """Write the model as the loop has trained it. Every process calls it.
 
         config.json comes last, so a directory that has one is finished. Raises LandmarkError, in every process, where
-        a weight is not finite, or where it cannot be written; a checkpoint of the last step is there then.
+        a weight is not finite, or where the model cannot be written; a checkpoint of the last step is there then.
         """
         loop.checkpoints.refuse_not_finite(f"no model is written to {self._output}")
         state = loop.accelerator.get_state_dict(loop.module)
@@ -74,13 +75,14 @@ class Publication:
             weights.pop(name, None)
         try:
             self._write_beside(weights)
-            # Weights that are finite in themselves need not be in the dtype that they are saved in.
+            # Weights that are finite in float32 may not be in the dtype that they are saved in.
             bad = not_finite(stored_tensors(self._output / PARTIAL))
             if bad is not None:
                 raise ValueError(f"{bad} would not be finite as it is saved; take another --save-dtype")
             put_in_place(self._output / PARTIAL, self._output)
         except Exception as error:
-            # Whatever it is, there is something to lose; and what has been written may be what the disk is full of.
+            # After whatever error: what was trained must not be lost, and what has been written may be what fills the
+            # disk.
             shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
             raise LandmarkError(f"the model could not be written to {self._output}: {reason(error)}") from error
 
@@ -93,14 +95,14 @@ class Publication:
 
 
 def _kept(loop: Loop) -> Path:
-    """The checkpoint of the step that the loop has reached, saved now where it is not there."""
+    """The checkpoint of the step that the loop has reached, saved now where there is none yet."""
     path = by_main_process(loop.checkpoints.newest)
     return path if path is not None and step_of(path) == loop.step else loop.save()
 
 
 def second_names(model: nn.Module) -> set[str]:
     """The names but the first of a model's tied weights, which are tensors of their own once they are gathered or
-    converted. Adapters keep both: which of them is trained is theirs to say."""
+    converted. Adapters keep both names: which of the two is trained differs between adapters."""
     if not isinstance(model, PreTrainedModel):
         return set()
     first = {name for name, _ in model.named_parameters()}

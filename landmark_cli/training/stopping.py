@@ -10,11 +10,11 @@ from landmark_cli.errors import LandmarkError
 
 
 class Vote:
-    """What the processes of a run want before each step, and the largest of it, which all of them learn.
+    """What the processes of a run want before each step; all of them learn the largest of these numbers.
 
-    wanted: a number, 0 for going on. One process votes alone, and its answer is what it wants at last. Several have
-    what they wanted before the step reduced while the step goes on, between their CPUs, so no GPU waits for it and
-    nobody waits for the network: what comes up in a step is answered after the next.
+    wanted: a number, 0 for going on. One process votes alone: the outcome is what it wants at the end of
+    the step. Of several, what they wanted before the step is reduced while the step goes on, between their CPUs, so no
+    GPU waits for the vote and nobody waits for the network: what comes up in one step is answered after the next.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Vote:
             self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def end(self, wanted: int) -> int:
-        """The outcome, after the step. wanted: by now, which counts where there is one process.
+        """The outcome, after the step. wanted: what this process wants by now, which counts where it is the only one.
 
         Raises LandmarkError where another process is not there any more.
         """

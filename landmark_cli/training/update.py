@@ -43,7 +43,7 @@ class Update:
                     "DeepSpeed looks for gradients that are not finite only where it partitions the optimizer: "
                     "set zero_stage 1, 2 or 3 for accelerate"
                 )
-            # Stages 1 and 2 look in fp16 only, unless they are told.
+            # Stages 1 and 2 look for gradients that are not finite in fp16 only, unless they are told to look always.
             optimizer.optimizer.check_grad_overflow = True
 
     def begin(self, step: int) -> None:
@@ -61,7 +61,7 @@ class Update:
         """
         norm = self.accelerator.clip_grad_norm_(parameters, self.clip or math.inf)
         if self.deepspeed:
-            # It has made the update by now, or skipped it.
+            # DeepSpeed has made the update by now, or skipped it.
             norm = math.inf if self.optimizer.step_was_skipped else norm
             norm = torch.tensor(norm or 0.0, device=self.accelerator.device)
         if isinstance(norm, DTensor):

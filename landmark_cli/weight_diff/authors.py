@@ -2,7 +2,7 @@
 
 Each tensor is tuned - raw in float32. Tuned has two tokens more than raw ([PAD] and <landmark>), whose rows were
 subtracted from the mean of raw's rows, which is where fine-tuning began. One number is there to check: the sum of all
-tuned tensors, in checksum_psum.txt; their first release has no such file and the sum 49798.7656.
+tuned tensors, in checksum_psum.txt; the authors' first release has no such file, and its sum is 49798.7656.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AuthorsDiff:
     """A difference of the authors' format over these raw weights. Raises LandmarkError if the models differ.
 
     tensors: what is recovered, in order, in float32. model_files: configuration and tokenizer to carry along, content
-    by name; nothing tells whether they are as they were written (verify is for the sum of the tensors).
+    by name; nothing tells whether these files are as they were written (verify is about the sum of the tensors).
     Buffers that only one side has are carried along.
     """
 
@@ -53,7 +53,7 @@ class AuthorsDiff:
         self.model_files = manifest.model_files(folder, DIFF)
 
     def write(self, writer: ShardWriter, *, verify: bool, threads: int) -> str:
-        """Write all tensors -> how they were checked. Raises LandmarkError if their sum is another than promised."""
+        """Write all tensors -> how they were checked. Raises LandmarkError if their sum is not the authors'."""
 
         def work(tensor: Tensor, check: Callable[[], None]) -> float:
             if tensor.name in self._raw_buffers or self._pairs[tensor.name].raw is None:
@@ -64,7 +64,7 @@ class AuthorsDiff:
         sums = for_each_tensor(self.tensors, work, threads=threads, description="recover")
         if not verify:
             return "not verified"
-        # In the order of the files, which is that of the authors' model: their sum is rounded on the way.
+        # Added in the order of the files, which is that of the authors' model: the authors' sum is rounded on the way.
         of_diff = [sums[name] for name in self.diff.tensors]
         candidates = [*_total(of_diff), *_total(of_diff + [sums[name] for name in self._raw_buffers])]
         if not any(abs(total - expected) <= TOLERANCE for total in candidates):
@@ -96,7 +96,8 @@ class AuthorsDiff:
             return 0.0
         numbers = bits.to_float32(values, source.dtype)
         if side is self.diff and tensor.name.endswith("rotary_emb.inv_freq") and not numbers.any():
-            # The authors' library gave raw this buffer too, so the difference is zero; newer ones do not store it.
+            # The authors' version of transformers gave raw this buffer too, so the difference is zero; newer versions
+            # do not store it.
             numbers = _inverse_frequencies(self.raw.config, source.count)
         writer.write(tensor.name, 0, numbers)
         return _sum(numbers)
@@ -119,7 +120,7 @@ class AuthorsDiff:
         return total
 
     def _mean_row(self, raw: Tensor) -> np.ndarray:
-        """The mean of the rows in float32, by the function and so with the rounding of the authors."""
+        """The mean of the rows in float32, by the authors' function and so with their rounding."""
         import torch
 
         rows = bits.to_float32(self.raw.read(raw.name, 0, raw.count), raw.dtype).reshape(raw.shape)

@@ -33,7 +33,7 @@ ITEM_BYTES = {
 UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 SIGNED = {1: np.dtype(np.int8), 2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
 CASTABLE = ("F64", "F32", "F16", "BF16")
-# Machines differ in which NaN a cast gives, so here there is one.
+# Machines differ in which NaN a cast gives; here a cast gives this one.
 NAN = {"F64": 0x7FF8000000000000, "F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}
 
 
@@ -66,7 +66,7 @@ def can_cast(source: str, target: str) -> bool:
 
 
 def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Bit patterns of one float type -> those of another, through float32, rounding to nearest, ties to even.
+    """Bit patterns of one float type -> bit patterns of another, through float32, rounding to nearest, ties to even.
 
     The result depends on the values alone, not on machine or library. Raises ValueError for types `can_cast` excludes.
     """

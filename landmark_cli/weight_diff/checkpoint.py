@@ -19,7 +19,7 @@ from landmark_cli.weight_diff.bits import ITEM_BYTES, pattern
 from landmark_cli.weight_diff.shards import BinShard, SafetensorsShard
 
 # Pages of the mapped files count as this process's memory until they are given back, which happens each time this many
-# bytes have been read. A .bin file has to be opened anew for it, so that happens less often.
+# bytes have been read. A .bin file has to be opened anew to give them back, so that happens less often.
 RELEASE_BYTES = {".safetensors": 64 << 20, ".bin": 256 << 20}
 
 WHOLE_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -103,14 +103,15 @@ class Checkpoint:
         return shard.read(name, start, stop, dtype)
 
     def inside(self, file: str) -> Path:
-        """The path of a file of this directory by the name an index gives. Raises LandmarkError for one outside."""
+        """The path of a file of this directory by the name that an index gives. Raises LandmarkError for a file
+        outside."""
         path = inside(self.folder, file, self.role)
         if path.suffix not in RELEASE_BYTES:
             raise LandmarkError(f'{self.role} {self.folder}: its index names "{file}", neither .safetensors nor .bin')
         return path
 
     def _find_files(self) -> dict[str, Path]:
-        """Which file holds which tensor; one file of everything stands under the name ""."""
+        """The file of each tensor, by the tensor's name; a single file of all tensors stands under the name ""."""
         found = next((self.folder / name for name in WHOLE_FILES if os.path.lexists(self.folder / name)), None)
         if found is None:
             stray = sorted(path.name for kind in RELEASE_BYTES for path in self.folder.glob(f"*{kind}"))
@@ -127,7 +128,7 @@ class Checkpoint:
 def locate(name: str, role: str, *patterns: str) -> Path:
     """The directory of weights that a path or a hub id names; from the hub, the files that match are fetched.
 
-    patterns: wanted besides the configuration, the tokenizer and the weights.
+    patterns: files to fetch besides the configuration, the tokenizer and the weights.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -147,7 +148,7 @@ def locate(name: str, role: str, *patterns: str) -> Path:
 
 
 def read_json(path: Path, role: str) -> dict[str, Any]:
-    """A JSON object from a file of a directory of weights. Raises LandmarkError naming the file if there is none."""
+    """A JSON object from a file of a directory of weights. Raises LandmarkError naming the file if it holds none."""
     if not os.path.lexists(path):
         raise LandmarkError(f"{role} {path.parent}: it has no {path.name}")
     check_link(path.parent, path, role)

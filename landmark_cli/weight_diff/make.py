@@ -28,7 +28,8 @@ RAW, TUNED, DIFF = "--path-raw", "--path-tuned", "--path-diff"
 def make(
     path_raw: str, path_tuned: str, path_diff: Path, *, max_shard_bytes: int, overwrite: bool, threads: int
 ) -> None:
-    """Write the directory `path_diff`, from which `recover` and the raw weights give the tuned ones back bit for bit.
+    """Write the directory `path_diff`, from which, with the raw weights, `recover` gives the tuned weights back bit for
+    bit.
 
     path_raw, path_tuned: directories or hub ids, safetensors or `.bin`. Raises LandmarkError as the modules used say.
     """
@@ -68,7 +69,7 @@ def make(
 def _write_difference(
     pair: Pair, tuned: Checkpoint, raw: Checkpoint, writer: ShardWriter, check: Callable[[], None]
 ) -> tuple[str, str]:
-    """Write one tensor's difference -> sha256 of the tuned tensor and of the raw one in the tuned one's type."""
+    """Write one tensor's difference -> sha256 of the tuned tensor and of the raw tensor in the tuned tensor's type."""
     tensor, name = pair.tensor, manifest.stored(pair.tensor).name
     tuned_digest, raw_digest = hashlib.sha256(), hashlib.sha256()
     dtype = bits.pattern(tensor.dtype)

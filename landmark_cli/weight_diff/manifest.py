@@ -1,14 +1,14 @@
 """Our format of a weight difference: a directory that is no model, and a manifest that knows every tensor's sha256.
 
-    config.json                   says that this is not a model and how to make one of it
+    config.json                   says that this is not a model and how to make a model of it
     landmark_diff.json            the manifest, with the sha256 of every tensor, of every other file, and its own
     diff.safetensors              (or shards of it) `diff.<tensor>`: unsigned integers, see `bits.difference`
     tuned/                        configuration and tokenizer of the tuned model
 
-The raw tensor is first cast to the tuned one's element type (`bits.cast`). The manifest's sha256 of a raw tensor is
-that of the bytes after this cast, so raw weights stored in another type are recognised where they mean the same. The
-rows of new tokens, and tensors that raw does not have, are stored as they are. Tensors that share their memory are
-stored once.
+A raw tensor is first cast to the tuned tensor's element type (`bits.cast`). The manifest's sha256 of a raw tensor is
+that of the bytes after this cast, so raw weights that are stored in another type are recognised if they are equal after
+the cast. The rows of new tokens, and tensors that raw does not have, are stored as they are. Tensors that share their
+memory are stored once.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ BELONGS_TO_MODEL = (
 class Entry:
     """A tuned tensor in the manifest.
 
-    file: where its difference is, or None with same_as: the tensor it shares its memory with.
-    raw: the tensor under it, as far as it goes, with raw_sha256 of its bytes as the tuned type; or None.
+    file: where the tensor's difference is, or None with same_as: the tensor that it shares its memory with.
+    raw: the raw tensor that was subtracted, with raw_sha256 of its bytes in the tuned type; None if there is none.
     """
 
     tensor: Tensor
@@ -76,7 +76,7 @@ class Entry:
 
     @property
     def shared(self) -> int:
-        """How many leading elements raw has too."""
+        """How many leading elements the raw tensor has too."""
         return self.raw.count if self.raw else 0
 
 
@@ -89,8 +89,8 @@ def stored(tensor: Tensor) -> Tensor:
 def model_files(folder: Path, role: str) -> dict[str, bytes]:
     """The configuration and tokenizer files of a model directory: their content by name, config.json last.
 
-    Raises LandmarkError for one that cannot be read or is a link out of the directory, and where config.json is
-    missing: nobody could open the model.
+    Raises LandmarkError for a file that cannot be read or is a link out of the directory, and where config.json is
+    missing, without which nobody could open the model.
     """
     found = {path for pattern in BELONGS_TO_MODEL for path in folder.glob(pattern) if path.is_file()}
     names = sorted(path.name for path in found if path.suffix not in (".safetensors", ".bin"))
@@ -100,7 +100,7 @@ def model_files(folder: Path, role: str) -> dict[str, bytes]:
 def _read_files(folder: Path, names: list[str], role: str) -> dict[str, bytes]:
     if "config.json" not in names:
         raise LandmarkError(f"{role} {folder}: config.json is missing, without which nothing opens the model")
-    # What makes it a model comes last.
+    # config.json, which makes a directory a model, comes last.
     names = sorted(names, key=lambda name: name == "config.json")
     return {name: read_bytes(inside(folder, name, role), role, max_bytes=MAX_CARRIED_BYTES) for name in names}
 
@@ -150,8 +150,8 @@ class ManifestFields:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was read. entries: the tensors in order. raw_name: of the raw weights. files: as written, or None
-    where the version that wrote it knew none."""
+    """A manifest that was read. entries: the tensors in order. raw_name: of the raw weights. files: their sha256 by
+    name, or None in a manifest of version 1, which has none."""
 
     entries: list[Entry]
     raw_name: str
@@ -186,7 +186,7 @@ def manifest_text(entries: list[Entry], raw: Checkpoint, raw_name: str, files: d
 
 
 def read_manifest(folder: Path, role: str) -> Manifest:
-    """The manifest of a difference. Raises LandmarkError for one that is damaged or of a version not understood."""
+    """The manifest of a difference. Raises LandmarkError for a manifest that is damaged or of an unknown version."""
     path = folder / MANIFEST
     content = read_json(path, role)
     version = content.get("version")

@@ -1,4 +1,5 @@
-"""Which tensor of the raw weights belongs to which of the tuned ones, and whether the two models are of one kind."""
+"""Which tensor of the raw weights belongs to which tensor of the tuned weights, and whether both are one kind of
+model."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor of the tuned weights (or of their difference) and the raw one under it.
+    """A tensor of the tuned weights (or of their difference) and the raw tensor that it differs from.
 
     raw: None for a tensor that stands for itself. shared: how many leading elements both have; what comes after them
     are the rows of new tokens.
@@ -29,7 +30,7 @@ def is_parameter(name: str) -> bool:
 
 
 def pair(tuned: Checkpoint, raw: Checkpoint) -> list[Pair]:
-    """A pair for every tensor of `tuned`, in its order. `raw` may have fewer tokens, and other buffers.
+    """A pair for every tensor of `tuned`, in the order of `tuned`. `raw` may have fewer tokens, and other buffers.
 
     A head that the raw model ties to its embedding is paired with the embedding.
     Raises LandmarkError naming the first tensor that shows that the two are different models.

@@ -22,7 +22,8 @@ from landmark_cli.weight_diff.bits import ITEM_BYTES
 from landmark_cli.weight_diff.checkpoint import Tensor
 
 MARKER = ".landmark-unfinished"
-# What the marker holds when all else is written: a kill may come between the directory's renaming and its removal.
+# What the marker file holds when all else is written: a kill may come after the directory is renamed and before the
+# marker is removed.
 FINISHED = b"finished\n"
 FLUSH_BYTES = 128 << 20
 # What a file system needs besides the files' bytes.
@@ -40,7 +41,7 @@ class ShardPlan:
 
 
 def plan_shards(tensors: Iterable[Tensor], max_bytes: int, stem: str, metadata: dict[str, str]) -> list[ShardPlan]:
-    """Split tensors into files of at most `max_bytes` of them, in order; a larger one stands alone.
+    """Split tensors into files of at most `max_bytes`, in order; a tensor larger than that has a file of its own.
 
     The files are called STEM.safetensors, or STEM-00001-of-00003.safetensors if there are several.
     """
@@ -131,7 +132,7 @@ class ShardWriter:
 
 
 def _reserve(file: int, nbytes: int) -> None:
-    """Take the room on the disk now: a full one shows at once, and writing becomes several times as fast (ext4)."""
+    """Take the room on the disk now: a full disk shows at once, and writing becomes several times as fast (on ext4)."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file, 0, nbytes)
@@ -150,9 +151,9 @@ def _write_at(file: int, data: memoryview, offset: int) -> None:
 def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path]) -> Iterator[Path]:
     """A directory to write into, which becomes `path` if the block ends well and is removed if it does not.
 
-    It stands beside `path` as PATH.unfinished until then; what a killed run left there is thrown away.
+    Until then the directory stands beside `path` as PATH.unfinished; what a killed run left there is thrown away.
     overwrite: replace the model directory that `path` is. keep: directories that must not be replaced.
-    Raises UsageError for a path that cannot be written so, LandmarkError if another run is writing it.
+    Raises UsageError for a path that cannot be made or replaced, LandmarkError if another run is writing it.
     """
     path = path.expanduser().resolve()
     _check_target(path, role, overwrite, keep)
@@ -160,7 +161,7 @@ def new_directory(path: Path, role: str, *, overwrite: bool, keep: Iterable[Path
     with ExitStack() as held:
         _claim(staging, role, held)
         try:
-            # Another run may have written it since, and whatever writes it now must not be replaced.
+            # Another run may have written `path` since it was checked, and that must not be replaced unasked.
             _check_target(path, role, overwrite, keep)
             if path.exists():
                 held.enter_context(sole_writer(path))
@@ -189,7 +190,7 @@ def check_target(path: Path, role: str, overwrite: bool) -> None:
     path = path.expanduser().resolve()
     _remove_marker(path)
     _check_target(path, role, overwrite, ())
-    # What is missing above it is made once there is something to write.
+    # Folders above it that are missing are made once there is something to write.
     check_folder(next(folder for folder in path.parents if folder.exists()), role)
 
 

@@ -40,8 +40,9 @@ def recover(
 ) -> None:
     """Write the directory `path_tuned`: the weights, configuration and tokenizer of the tuned model.
 
-    path_diff: a directory or hub id of our format or the authors'. verify: check every tensor's sha256 (ours) or the
-    sum of all (the authors'). Raises LandmarkError as the modules used say, and if a check fails.
+    path_diff: a directory or hub id of our format or the authors'. verify: check the sha256 of every tensor (our
+    format) or the sum of all tensors (the authors'). Raises LandmarkError as the modules used say, and if a check
+    fails.
     """
     check_target(path_tuned, TUNED, overwrite)
     folder_diff = locate(path_diff, DIFF, "diff*.safetensors")
@@ -65,8 +66,8 @@ def recover(
 class OurDiff:
     """A difference of our format over these raw weights. Raises LandmarkError if the two do not belong together.
 
-    tensors: what is recovered, in order. model_files: configuration and tokenizer to carry along, content by name;
-    verify: check their sha256.
+    tensors: what is recovered, in order. model_files: configuration and tokenizer to carry along, content by name.
+    verify: check the sha256 of these files.
     """
 
     def __init__(self, folder: Path, raw: Checkpoint, *, verify: bool) -> None:
@@ -94,7 +95,8 @@ class OurDiff:
                 self._entries[name] = replace(entry, raw=self._find_raw(entry.raw))
 
     def write(self, writer: ShardWriter, *, verify: bool, threads: int) -> str:
-        """Write all tensors -> how they were checked. Raises LandmarkError for the first whose sha256 is another."""
+        """Write all tensors -> how they were checked. Raises LandmarkError for the first tensor with another sha256
+        than its own."""
 
         def work(tensor: Tensor, check: Callable[[], None]) -> None:
             self._write_tensor(self._entries[tensor.name], writer, verify, check)

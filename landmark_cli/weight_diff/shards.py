@@ -52,7 +52,7 @@ class SafetensorsShard:
     """A safetensors file: eight bytes of header length, a JSON header, the tensors' bytes.
 
     tensors: (element type, shape) by name, in the order of the bytes. metadata: what else the header says. Raises
-    ValueError for a file that is not one, and what `files.reading` turns into an error that names it.
+    ValueError for a file of another format, and what `files.reading` turns into an error that names the file.
     """
 
     aliases: Mapping[str, str] = {}
@@ -97,7 +97,7 @@ class SafetensorsShard:
         return np.frombuffer(self._map, dtype, stop - start, offset)
 
     def release(self) -> None:
-        """Give the pages read so far back; views of them stay valid and read the file again."""
+        """Give the pages read so far back; views of these pages stay valid and read the file again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -156,7 +156,7 @@ class BinShard:
         return copy[start:stop]
 
     def release(self) -> None:
-        """Give the pages read so far back, by opening the file anew; views of them stay valid."""
+        """Give the pages read so far back, by opening the file anew; views of these pages stay valid."""
         self._state = self._load()
 
 

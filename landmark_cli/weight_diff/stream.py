@@ -42,7 +42,8 @@ def for_each_tensor(
 ) -> dict[str, Result]:
     """Call work(tensor, check) for every tensor, `threads` at a time, with a progress bar -> results by name.
 
-    `work` calls check() between pieces, which ends it when another tensor has failed. The first failure is raised.
+    `work` calls check() between pieces, which ends the work on a tensor when another tensor has failed. The first
+    failure is raised.
     """
     tensors = list(tensors)
     stop = threading.Event()

@@ -76,7 +76,9 @@ def untrained(output):
 @pytest.mark.parametrize("kind", ["whole", "merged"])
 def test_what_transformers_does_not_save_is_refused_before_the_first_step(place, tmp_path, kind):
     base = with_generation_config(place, tmp_path / "base", early_stopping=True, num_beams=1)
-    with pytest.raises(LandmarkError, match="nothing was trained, .* saved in .* afterwards: .*GenerationConfig is invalid"):
+    with pytest.raises(
+        LandmarkError, match="nothing was trained, .* saved in .* afterwards: .*GenerationConfig is invalid"
+    ):
         finetune(place, tmp_path / "run", model=base, **KINDS[kind])
     assert untrained(tmp_path / "run") and not (tmp_path / "run/data").exists()
 
