@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from landmark_cli.evaluation.passkey import PassKeyResult
 
-# From nothing found over half to all, red, green and blue.
+# Red, green and blue for no key found, half of them, and all.
 COLOURS = ((215, 48, 39), (254, 224, 139), (26, 152, 80))
 
 
@@ -25,7 +25,7 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def terminal_heat_map(result: PassKeyResult) -> Table:
-    """A row for each depth, a column for each length; a cell says the share found and shows it."""
+    """A row for each depth, a column for each length; a cell says the share of keys found and has its colour."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -47,7 +47,7 @@ def terminal_heat_map(result: PassKeyResult) -> Table:
 
 
 def draw_heat_map(result: PassKeyResult, path: Path, title: str) -> None:
-    """Write the same as a picture. Needs the extra `plot`."""
+    """Write the heat map as a picture. Needs the extra `plot`."""
     check_picture(path)
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure

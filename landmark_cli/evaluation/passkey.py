@@ -20,7 +20,7 @@ from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 
 # Room for five digits, each a token of its own, and the space before and the full stop behind them.
 ANSWER = SamplingSettings(max_new_tokens=8, temperature=0.0)
-# Prompts read at a time have about so many tokens together.
+# The prompts read at a time have about this many tokens together.
 BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
 DEPTH_BINS = 10
 
@@ -61,7 +61,7 @@ class Cell:
 class PassKeyResult:
     """All trials, by length and by depth.
 
-    grid: the depths that were asked for; None where they were drawn evenly, to be counted in DEPTH_BINS ranges.
+    grid: the depths that were asked for; None where depths were drawn evenly, which are counted in DEPTH_BINS ranges.
     """
 
     trials: list[Trial]
@@ -73,13 +73,14 @@ class PassKeyResult:
 
     @property
     def depths(self) -> list[tuple[float, float]]:
-        """The rows of the heat map: from and to a depth, the same one on a grid."""
+        """The rows of the heat map: (from, to) a depth, twice the same depth on a grid."""
         if self.grid is not None:
             return [(depth, depth) for depth in self.grid]
         return [(row / DEPTH_BINS, (row + 1) / DEPTH_BINS) for row in range(DEPTH_BINS)]
 
     def cell(self, length: int, depths: tuple[float, float] = (0.0, 1.0)) -> Cell:
-        """The trials of a length whose depth lies in a range: its end counts where it is 1 or the range is a point."""
+        """The trials of a length whose depth lies in a range; the end of the range is part of it where it is 1 or
+        equals the beginning."""
         low, high = depths
         inside = [
             trial
@@ -103,11 +104,12 @@ def evaluate_passkey(
 ) -> PassKeyResult:
     """Hide keys in prompts of these lengths (text tokens, the question included) and ask the model for them, greedily.
 
-    prompts: of each length, their depths drawn evenly from 0 to 1; with `depths`, of each of so many depths from 0 to 1
-    at even distances. full_attention: read without landmarks and retrieval, by the attention and key/value cache that
-    the model has of itself; its trained length is no bound then. batch_size: prompts read at a time.
+    prompts: how many of each length, their depths drawn evenly from 0 to 1; with `depths`, how many of each length at
+    each of that many depths, evenly from 0 to 1. full_attention: read without landmarks and retrieval, by the attention
+    and key/value cache that the model has of itself; the trained length is no bound then. batch_size: prompts read at a
+    time.
 
-    A trial depends on seed, length and its number only. Raises LandmarkError for a length that is too short.
+    A trial depends only on the seed, its length and its number. Raises LandmarkError for a length that is too short.
     """
     reading = reading or ReadingSettings()
     maker = prompt_maker(tokenizer)
@@ -126,7 +128,8 @@ def evaluate_passkey(
 
 
 def prompt_maker(tokenizer: PreTrainedTokenizerBase) -> PassKeyPrompts:
-    """Prompts as the tokenizer begins texts: behind what it puts there by itself, such as a begin-of-text token."""
+    """Makes prompts that begin with what the tokenizer puts in front of a text by itself, such as a begin-of-text
+    token."""
     return PassKeyPrompts(partial(text_ids, tokenizer), begin_ids(tokenizer))
 
 
@@ -140,13 +143,13 @@ def wilson_interval(found: int, trials: int, z: float = 1.959964) -> tuple[float
     share, spread = found / trials, z * z / trials
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    # Exact at the ends, where rounding would leave a trace.
+    # The bounds 0 and 1 are exact, where rounding would miss them by a little.
     return (centre - half if found else 0.0), (centre + half if found < trials else 1.0)
 
 
 def _plan(maker: PassKeyPrompts, length: int, prompts: int, grid: list[float] | None, seed: int):
     """Keys and depths of the prompts of one length."""
-    # Made once here, so that a length that is too short is known before any work.
+    # A prompt is made here, so that the user hears of a length that is too short before any work.
     maker.make(length, 1, 0.0)
     for number in range(prompts * len(grid or [0.0])):
         generator = np.random.default_rng([seed, length, number])

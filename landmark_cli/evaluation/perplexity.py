@@ -22,7 +22,8 @@ from landmark_cli.evaluation.score import Score, score
 from landmark_cli.inference.readers import BaseReader, open_reader, reader_class, trained_text_length
 from landmark_cli.inference.settings import ReadingSettings
 
-# Text tokens in one forward pass and in the cache by default: they bound the memory of logits and of keys and values.
+# By default so many text tokens are in one forward pass and in the cache, which bounds the memory of logits and of keys
+# and values.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 CACHE_TOKENS = {"cpu": 16384, "cuda": 32768}
 
@@ -31,7 +32,7 @@ CACHE_TOKENS = {"cpu": 16384, "cuda": 32768}
 class PerplexityResult:
     """What `evaluate_perplexity` measured.
 
-    overall: over all windows. chunks: over the i-th chunks of the windows. windows: how many were read.
+    overall: over all windows. chunks: over the i-th chunks of the windows. windows: how many windows were read.
     eval_length, chunk: text tokens of a window and of a chunk. memory: whether chunks were read through a block cache.
     dropped: of models with a context-miss token, the share of retrievals that the cutoff left out; else None.
     """
@@ -59,12 +60,12 @@ def evaluate_perplexity(
 ) -> PerplexityResult:
     """Measure how well a model predicts a text.
 
-    tokens: (n,) ids of text without landmarks. eot_id: the end-of-text token, which predicts nothing.
-    eval_length: text tokens of a window, by default 4 times the trained length (or all there is, where that is less).
-    memory: False reads every chunk by itself; a model without landmarks never has a memory.
-    reading: how to read. Without memory only its `chunk` counts, by default what the trained length holds.
-    batch_size: windows read at a time, by default as many as a moderate amount of memory allows.
-    sample_tokens: measure on a random choice of windows of about so many tokens, drawn with `seed`.
+    tokens: (n,) ids of text without landmarks. eot_id: the end-of-text token, which predicts nothing. eval_length: text
+    tokens of a window, by default 4 times the trained length (or the whole text, where that is shorter). memory: False
+    reads every chunk by itself; a model without landmarks never has a memory. reading: how to read. Without memory only
+    its `chunk` counts, by default what the trained length holds. batch_size: windows read at a time, by default as many
+    as a moderate amount of memory allows. sample_tokens: measure on a random choice of windows, of about this many
+    tokens in all, drawn with `seed`.
 
     Raises LandmarkError where the text is shorter than a window, and where the model's logits are not finite.
     """
@@ -110,7 +111,7 @@ def evaluate_perplexity(
 
 
 def _default_batch(device: str, chunk: int, remembered: int) -> int:
-    """Windows read at a time. remembered: text tokens of each that stay in memory."""
+    """Windows read at a time. remembered: text tokens of each window that stay in memory."""
     forward, cache = (limits.get(device, limits["cpu"]) for limits in (FORWARD_TOKENS, CACHE_TOKENS))
     return max(1, min(forward // chunk, cache // remembered))
 

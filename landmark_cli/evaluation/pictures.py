@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_picture(path: Path, what: str = "--plot") -> str:
-    """The format that a picture's name asks for, PNG where it asks for none.
+    """The format that a picture's name ends with, PNG where the name has no ending.
 
     Raises UsageError for a format that is not drawn, LandmarkError where matplotlib is missing.
     """

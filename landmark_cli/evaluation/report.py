@@ -68,7 +68,8 @@ def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -
     axes.set_xlabel("text tokens of a window")
     axes.set_ylabel("perplexity")
     axes.set_title(study.title, parse_math=False)
-    # The names are put in afterwards: a legend leaves out what begins with an underscore, and reads $ as mathematics.
+    # The lines' names are put in afterwards: a legend leaves out names that begin with an underscore, and reads $ as
+    # mathematics.
     for text, label in zip(axes.legend(fontsize="x-small").get_texts(), lines, strict=True):
         text.set_parse_math(False)
         text.set_text(label)
@@ -86,5 +87,5 @@ def _cell(value: Any) -> str:
 
 
 def _perplexity(result: dict[str, Any]) -> float | None:
-    """Of a result as it is stored, where an infinite one is None."""
+    """The perplexity of a stored result, in which an infinite one is None."""
     return None if result.get("loss") is None else perplexity_of(result["loss"])

@@ -1,4 +1,4 @@
-"""How well tokens were predicted, as sums, and the figures that come of them."""
+"""How well tokens were predicted, as sums, and the figures that come of these sums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.models.device import to_device
 
-# Logits in float32 at a time.
+# Most logits that are in float32 at a time.
 PIECE = 1 << 24
 
 
@@ -20,7 +20,8 @@ PIECE = 1 << 24
 class Score:
     """Sums over the predicted tokens of a text or of a part of it.
 
-    tokens: predicted. negative_log_likelihood: their sum, in nats. correct: how many were the likeliest token.
+    tokens: how many were predicted. negative_log_likelihood: the sum over them, in nats. correct: how many of them were
+    the likeliest token.
     """
 
     tokens: int
@@ -44,7 +45,8 @@ class Score:
 
 
 def perplexity_of(loss: float) -> float:
-    """exp of a mean loss in nats; infinite from about 709.8 on, where no float holds it (the loss still tells)."""
+    """exp of a mean loss in nats; infinite from about 709.8 on, where no float holds the result (the loss is finite
+    still)."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -42,7 +42,7 @@ class Published:
 
 @dataclass
 class RowSettings(ReadingSettings):
-    """The settings that a row may have: how to read, and what."""
+    """The settings that a row may have: how the model reads, and in what windows."""
 
     eval_length: int | None = option(None, min=1, help="Text tokens of a window.")
     memory: bool = option(True, help="Remember earlier chunks.")
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file: its title, its roles (name to what should play it) and its rows."""
+    """A study file: its title, its roles (name to a description of the model to play it) and its rows."""
 
     name: str
     title: str
@@ -119,7 +119,7 @@ def _row(path: Path, number: int, entry: dict[str, Any], roles: dict[str, str]) 
 
 
 def model_identity(path: str | Path) -> dict[str, Any]:
-    """What tells one state of a model directory from another: its place and its files' sizes and times."""
+    """What tells one state of a model directory from another: the directory's path and its files' sizes and times."""
     directory = Path(path)
     files = sorted(file for file in directory.glob("*") if file.suffix in (".safetensors", ".bin", ".pt", ".json"))
     return {
@@ -139,9 +139,10 @@ class FinishedRow:
 
 @dataclass
 class FinishedRows:
-    """The rows measured so far, one JSON object a line in `path`, found again by what they depended on.
+    """The rows measured so far, one JSON object a line in `path`, found again by what they depend on.
 
-    A line that was cut short or changed since it was written is measured again; how many there are is said.
+    The row of a line that was cut short or changed since it was written is measured again; the user is told how many
+    such lines there are.
     """
 
     path: Path
@@ -158,7 +159,8 @@ class FinishedRows:
             warn(f"{self.path} has {len(damaged)} damaged lines: their rows are measured again")
 
     def _written(self, damaged: list[int]) -> Iterator[FinishedRow | None]:
-        """The lines as they were written; None for one of another kind. What is no JSON is added to `damaged`."""
+        """The lines as they were written; None for a line of another kind. Numbers of lines that are no JSON go to
+        `damaged`."""
         for entry in read_json_lines(self.path, damaged=lambda number, _: damaged.append(number)):
             try:
                 yield check(FinishedRow, entry)
@@ -182,7 +184,8 @@ class FinishedRows:
 
 
 def check_roles(study: Study, models: dict[str, str]) -> None:
-    """Raise UsageError for a role the study does not have, or where no role has a model; say what is left out."""
+    """Raise UsageError for a role that the study does not have, or where no role has a model; tell the user which roles
+    are left out."""
     for role in models:
         if role not in study.roles:
             raise UsageError(f'--role {role}=...: {study.name} has no role "{role}"{nearest(role, study.roles)}')
@@ -212,7 +215,7 @@ def run_study(
             if row.role not in models:
                 results.append(None)
                 continue
-            # As the model is now: it may be another one than when the study began.
+            # The model as it is now, which may be another than when the study began.
             key = finished.key({"model": model_identity(models[row.role]), "settings": row.settings, **common})
             label = f"row {number} of {len(study.rows)}, {row.role}"
             if finished.get(key) is not None:

@@ -1,1 +1,1 @@
-"""Reading inputs of any length through a model, and what sits on that: generation."""
+"""Reading inputs of any length through a model, and generating text after what was read."""

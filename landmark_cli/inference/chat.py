@@ -1,7 +1,8 @@
 """Chat templates: small programs that come with a tokenizer, run where they can neither hang nor take all memory.
 
-transformers runs them in jinja2's sandbox, from which they reach nothing; but a loop of theirs may have no end, and a
-power or a padding as many digits as there is memory. So a template runs in a child process that is stopped in time.
+transformers runs templates in jinja2's sandbox, from which they reach nothing; but a loop of a template may have no
+end, and a power or a padding in one may have as many digits as there is memory. So a template runs in a child process
+that is stopped in time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LONGEST_CHAT = 64 << 20
 class ChatTemplate:
     """A tokenizer's chat template, ready to turn messages into text.
 
-    The child process is forked with the first chat and serves all; `close` ends it, as does the end of this process.
+    The child process is forked with the first chat and serves all chats; `close` and the end of this process end it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,7 +94,7 @@ def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection) -> None:
             messages, options = pipe.recv()
         except EOFError:
             return
-        # For when nobody is left to stop it.
+        # For when nobody is left to stop this process.
         signal.alarm(2 * SECONDS)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)

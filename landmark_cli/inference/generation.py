@@ -37,9 +37,9 @@ from landmark_cli.inference.readers import BaseReader, are_finite, open_reader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.inference.text import CONTEXT, TextStream
 
-# Room made for new tokens at a time: who asks for a million may get an end of text before the tenth.
+# Room is made for this many new tokens at a time: whoever asks for a million may get an end of text after ten.
 EXPECTED_TOKENS = 4096
-# Below it, quotients of logits no longer fit into float32; other tokens than the likeliest are never drawn anyway.
+# At lower temperatures quotients of logits no longer fit into float32, and only the likeliest token is drawn anyway.
 COLDEST = 1e-6
 Finish = Literal["end of text", "stop string", "length", "stopping criterion"]
 
@@ -48,9 +48,9 @@ Finish = Literal["end of text", "stop string", "length", "stopping criterion"]
 class Generation:
     """What was generated after one prompt.
 
-    text: without the prompt, the end-of-text token and the stop string. tokens: all that were sampled.
-    finish: why it ended. reads: where a trace was asked for, for each token the blocks that the query read which
-    predicted it (see BaseReader.trace).
+    text: without the prompt, the end-of-text token and the stop string. tokens: all that were sampled. finish: why
+    generation ended. reads: where a trace was asked for, for each token the blocks that the query read which predicted
+    it (see BaseReader.trace).
     """
 
     text: str
@@ -77,16 +77,17 @@ def generate(
 ) -> list[Generation]:
     """Continue prompts, texts or token ids of any lengths, as one batch.
 
-    Row r samples with the seed `sampling.seed + r`, so it gives what it would give alone with that seed.
-    reader: one that has read nothing or a text that the prompts go on from; by default `reading` says how to read.
-    processors, criteria: further ones of transformers, after ours; criteria see the generated tokens only.
-    streamer: one of transformers', for a single prompt; it gets the prompt's ids and then every token as it comes.
-    on_text: called with a row and its next piece of text. trace: record which blocks were read, for a single prompt of
-    a model with landmarks. show_progress: while the prompts are read.
+    Row r samples with the seed `sampling.seed + r`, so a row gives what it would give alone with that seed. reader: a
+    reader that has read nothing or a text that the prompts go on from; by default `reading` says how to read.
+    processors, criteria: further logits processors and stopping criteria of transformers, which come after ours;
+    criteria see the generated tokens only. streamer: a streamer of transformers, for a single prompt; it gets the
+    prompt's ids and then every token as it comes. on_text: called with a row and its next piece of text. trace: record
+    which blocks were read, for a single prompt of a model with landmarks. show_progress: show a progress bar while the
+    prompts are read.
 
-    Raises LandmarkError where a prompt holds the landmark token or one that the model does not know, or is empty and
-    nothing can begin a text, and where the model's logits are not finite; UsageError where a model that reads no blocks
-    is to be traced.
+    Raises LandmarkError where a prompt holds the landmark token or a token that the model does not know, or is empty
+    and no token begins a text, and where the model's logits are not finite; UsageError where a model that reads no
+    blocks is to be traced.
     """
     sampling = sampling or SamplingSettings()
     encoded = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
@@ -162,7 +163,8 @@ def sample(
     reader.expect(max(map(len, prompts)) + min(sampling.max_new_tokens, EXPECTED_TOKENS))
     logits = read_prompts(reader, prompts, show_progress=show_progress)
     width, most = max(map(len, prompts)), sampling.max_new_tokens
-    # Padded with a token of the row's own, so a repetition penalty makes no difference between alone and in a batch.
+    # Rows are padded with a token of their own, so that a repetition penalty does the same to a row alone and in a
+    # batch.
     ids = torch.stack([torch.cat([row[:1].expand(width - len(row)), row]) for row in prompts]).to(device)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
     going = [True] * len(prompts)
@@ -171,7 +173,7 @@ def sample(
             more = min(max(end, EXPECTED_TOKENS), width + most - end)
             ids = torch.cat([ids, ids.new_zeros(len(prompts), more)], dim=1)
         finite = are_finite(logits)
-        # What cannot be drawn from would end a GPU's work, before it can be said why.
+        # Drawing from scores that are not finite would end a GPU's work before the user can be told why.
         scores = processors(ids[:, :end], torch.where(finite[:, None], logits.float(), 0.0))
         ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else _draw(scores, generators)
         drawn, finite = torch.stack([ids[:, end], finite]).tolist()
@@ -186,7 +188,8 @@ def sample(
 
 
 def read_prompts(reader: BaseReader, prompts: Sequence[Tensor], *, show_progress: bool = False) -> Tensor:
-    """Read a row of text tokens each, (n,) int64, and return the logits after its last one, (B, vocabulary)."""
+    """Read every prompt, (n,) int64 text tokens, into its row; return the logits after its last token, (B,
+    vocabulary)."""
     last = None
     with progress("reading", sum(map(len, prompts)), "tokens") if show_progress else nullcontext() as shown:
         for part in reader.read(prompts, last_only=True):
@@ -248,7 +251,8 @@ def tokens_without_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def check_ids(model: PreTrainedModel, rows: Sequence[Tensor]) -> None:
-    """Raise LandmarkError where a text (n,) has an id that the model has no row for: its tokenizer is another one's."""
+    """Raise LandmarkError where a text (n,) has an id that the model has no row for: the tokenizer is another
+    model's."""
     largest = max((int(row.max()) for row in rows if len(row)), default=0)
     known = model.config.vocab_size
     if largest >= known:
@@ -259,7 +263,7 @@ def check_ids(model: PreTrainedModel, rows: Sequence[Tensor]) -> None:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text, by whoever names one: tokenizer, config, generation config."""
+    """The tokens that end a text by tokenizer, config or generation config."""
     found: set[int] = set()
     for source in (tokenizer, model.config, getattr(model, "generation_config", None)):
         named = getattr(source, "eos_token_id", None)

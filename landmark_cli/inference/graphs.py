@@ -19,7 +19,7 @@ from landmark_cli.attention.cache import BlockCache, Chunk
 from landmark_cli.console import warn
 from landmark_cli.models.device import to_device
 
-# Tokens times parameters, from which on a chunk keeps a GPU busy by itself.
+# Tokens times parameters of a chunk, from which on it keeps a GPU busy without a graph.
 MOST_WORK = 2e12
 MOST_GRAPHS = 12
 
@@ -28,18 +28,18 @@ class CudaGraph:
     """A function without arguments, recorded: replay() runs its kernels again, on the same memory."""
 
     def __init__(self, function: Callable[[], Tensor], device: torch.device, pool: tuple | None):
-        """pool: of another graph's memory, to be shared; never are two of them replayed at once."""
+        """pool: memory of another graph, to be shared: no two graphs of a pool are replayed at once."""
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            # Once without recording: what is compiled, grown or chosen on first use must not be recorded.
+            # A first time without recording: what is compiled, grown or chosen at the first use must not be recorded.
             function()
             torch.cuda.synchronize(device)
             self.graph.capture_begin(*([] if pool is None else [pool]), capture_error_mode="thread_local")
             try:
                 self.output = function()
             except BaseException:
-                # Ending what is broken fails too, and would hide why it broke.
+                # Ending a recording that is broken fails too, and would hide why it broke.
                 with suppress(RuntimeError):
                     self.graph.capture_end()
                 raise
@@ -62,7 +62,7 @@ class Recorded:
 
 
 class ChunkForward:
-    """Reads chunk after chunk into a block cache: the first of a kind as usual, later ones as CUDA graphs.
+    """Reads chunk after chunk into a block cache: the first chunks of a kind as usual, later ones as CUDA graphs.
 
     A kind is what decides which kernels run on which shapes: the chunk's width, how many positions give logits, whether
     there are blocks to retrieve and, for long chunks, how many, roughly.
@@ -104,7 +104,7 @@ class ChunkForward:
             to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
         recorded.graph.replay()
         if self.cache.trace is not None:
-            # A copy, for what is read next without a graph is entered there.
+            # A copy, since the trace is written to when a chunk is read without a graph next.
             self.cache.trace.layers = dict(recorded.traced)
         self.cache.end_chunk(chunk)
         return recorded.graph.output
@@ -138,14 +138,14 @@ class ChunkForward:
     def _record(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> bool:
         """Record a graph for chunks like this one; False, once and for all, where the model cannot be recorded."""
         device = self.cache.device
-        # What is run while recording must read and store nothing: all padding.
+        # Chunks that are run while recording must read and store nothing: they are all padding.
         counters = torch.zeros(3, len(ids), dtype=torch.int32, device=device)
         counters[0] = ids.shape[1]
         still_ids, still_kept = torch.zeros_like(ids, device=device), torch.zeros_like(kept, device=device)
         still_chunk = self._chunk(counters, ids, lengths)
 
         def forward() -> Tensor:
-            # A new one each time: what a chunk works out from its counters has to be recorded.
+            # A new chunk each time: what a chunk works out from its counters has to be recorded.
             return self._forward(still_ids, replace(still_chunk), still_kept)
 
         if self.cache.trace is not None:
@@ -157,7 +157,7 @@ class ChunkForward:
             warn(f"reading without CUDA graphs, slower: {str(error).splitlines()[0]}")
             self.recording = False
             return False
-        # Graphs of memory that has been replaced, and the one that was not used for longest.
+        # What goes: graphs of memory that has been replaced, and the graph that was not used for the longest time.
         generation = self.cache.generation
         stale = [kind for kind in self._recorded if kind[-1] != generation] + list(self._recorded)[: 1 - MOST_GRAPHS]
         for kind in stale:

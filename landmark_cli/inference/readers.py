@@ -1,7 +1,7 @@
 """What every reader can do, and which one a model gets.
 
 A reader feeds a batch of texts of any length through a model and hands back logits; it keeps what the model remembers
-of them. Generation and evaluation know readers by what is said here alone. A new kind of reader is a class of
+of these texts. Generation and evaluation know readers only by what is said here. A new kind of reader is a class of
 `BaseReader` in a module of its own, and a line in `reader_class`.
 """
 
@@ -24,8 +24,8 @@ from landmark_cli.inference.settings import ReadingSettings
 class ReadChunk:
     """What one chunk gave.
 
-    logits: (B, W, vocabulary) at text positions. Where rows have fewer than W text tokens in the chunk, `row` finds a
-    row's own; the last one of every row that has any stands at the end if only the last ones were asked for.
+    logits: (B, W, vocabulary) at text positions. Where rows have fewer than W text tokens in the chunk, `row` finds
+    the logits of one row; if only the last logits were asked for, those of every row that has any stand at the end.
     lengths: text tokens of each row in this chunk (0 once a row has ended).
     begins: where this chunk's text begins in each row, counted in what `read` was given.
     ends: columns of logits up to the last token of each row; None for W in every row, padding on the left.
@@ -43,13 +43,13 @@ class ReadChunk:
 
 
 class BaseReader(ABC):
-    """Reads a batch of rows through a model, each on from where it stands.
+    """Reads a batch of rows through a model, each row on from where it was read to.
 
-    model: what is read through. batch: rows. chunk: the most text tokens of a row that one chunk takes.
+    model: the model to read through. batch: rows. chunk: the most text tokens of a row that one chunk takes.
     remembers: whether what was read in earlier chunks counts in later ones, however long the text.
     equal_lengths: whether all rows have to be of one length.
     retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries have chosen since the
-    last reset, and how many of these a share under the cutoff dropped.
+    last reset, and how many of these were dropped for a share under the cutoff.
     """
 
     remembers: ClassVar[bool] = True
@@ -69,11 +69,12 @@ class BaseReader(ABC):
     def read(
         self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
     ) -> Iterator[ReadChunk]:
-        """Read each row's text tokens, (n,) int64, on from where it stands, chunk by chunk; yields after every chunk.
+        """Read each row's text tokens, (n,) int64, on from where it was read to, chunk by chunk; yields after every
+        chunk.
 
         The first chunk begins with the rows' first tokens. last_only: logits of the last text token of a chunk only
-        (W = 1). transient: the next chunk's logits may take the place of this one's, so use them before (it saves a
-        copy). Raises ValueError for another number of rows than `batch`.
+        (W = 1). transient: the next chunk's logits may take the place of this chunk's, which saves a copy: use them
+        before. Raises ValueError for another number of rows than `batch`.
         """
 
     @abstractmethod
@@ -88,18 +89,19 @@ class BaseReader(ABC):
         """Forget everything read."""
 
     def expect(self, tokens: int) -> None:  # noqa: B027 (most prepare nothing)
-        """Say that the longest row goes on for `tokens` text tokens more, so that what they need can be prepared.
+        """Say that the longest row goes on for `tokens` text tokens more, so that room for these can be prepared.
 
-        Raises LandmarkError where it is known that there is no room for them.
+        Raises LandmarkError where it is known by now that there is no room for these tokens.
         """
 
     def sees(self, tokens: int) -> int:
-        """How many of a row's newest tokens can count in the logits after it, where `tokens` are read in one go."""
+        """How many of a row's newest tokens can count in the logits after the row, where `tokens` are read in one
+        go."""
         return tokens
 
     def trace(self) -> Callable[[int], list[dict[str, int | float]]]:
-        """From now on note which blocks queries read. Returns what tells those that the newest text token of a row has
-        read: a dict of layer, head, block and share for each.
+        """Note from now on which blocks queries read. Returns a function that takes a row and tells which blocks its
+        newest text token has read: a dict of layer, head, block and share for each.
 
         Raises UsageError where a reader reads no blocks.
         """
@@ -107,8 +109,8 @@ class BaseReader(ABC):
         raise UsageError(f"--trace: {name} has no landmarks, so it reads no blocks")
 
     def require_finite(self, finite: bool) -> None:
-        """Raise LandmarkError unless the logits read, or what was summed up of them, were finite: a model whose logits
-        are not says nothing, and neither a text nor a figure may come of it."""
+        """Raise LandmarkError unless the logits read, or what was summed up of them, were finite: from a model whose
+        logits are not finite neither a text nor a figure may come."""
         if finite:
             return
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
@@ -119,15 +121,15 @@ class BaseReader(ABC):
         )
 
     def _rows(self, rows: Sequence[Tensor | Sequence[int]]) -> list[Tensor]:
-        """The rows as int64 tensors. Raises ValueError where they are not as many as the reader reads."""
+        """The rows as int64 tensors. Raises ValueError where there are more or fewer rows than the reader reads."""
         if len(rows) != self.batch:
             raise ValueError(f"{len(rows)} rows given to a reader of {self.batch}")
         return [torch.as_tensor(row, dtype=torch.long) for row in rows]
 
 
 def reader_class(model: PreTrainedModel) -> type[BaseReader]:
-    """What reads for a model: by recurrence for a Transformer-XL, through the block cache where it has landmarks, and
-    in a window of the newest tokens where the model has no memory of any kind."""
+    """The class of reader for a model: by recurrence for a Transformer-XL, through the block cache where the model has
+    landmarks, and in a window of the newest tokens where it has no memory of any kind."""
     if getattr(model.config, "memory_length", None) is not None:
         from landmark_cli.inference.recurrent import RecurrentReader
 
@@ -151,9 +153,9 @@ def open_reader(
 ) -> BaseReader:
     """A reader of `batch` rows for a model.
 
-    memory: False reads every chunk as if nothing came before it, in chunks that the trained length holds by default.
-    window: read without landmarks and retrieval, by the attention that the model has of itself, over the newest so many
-    tokens. Raises LandmarkError where the settings do not fit the model.
+    memory: False reads every chunk as if nothing came before the chunk, by default as long as the trained length holds.
+    window: read without landmarks and retrieval, by the attention that the model has of itself, over this many of the
+    newest tokens. Raises LandmarkError where the settings do not fit the model.
     """
     from landmark_cli.inference.window import SeparateChunkReader, WindowReader
 
@@ -174,7 +176,7 @@ def has_landmarks(model: PreTrainedModel) -> bool:
 
 
 def trained_text_length(model: PreTrainedModel) -> int:
-    """Text tokens of the longest input the model was trained on: its window without the landmarks in it.
+    """Text tokens of the longest input that the model was trained on: a training window without its landmarks.
 
     A model of which nobody says what it was trained on is taken for its config's max_position_embeddings.
     """

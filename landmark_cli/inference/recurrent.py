@@ -51,6 +51,6 @@ class RecurrentReader(BaseReader):
             yield ReadChunk(logits, [segment.shape[1]] * self.batch, [begin] * self.batch)
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
-        """As BaseReader.step; a row of None is done with, what it gives from then on means nothing."""
+        """As BaseReader.step; a row of None has ended: its logits mean nothing from then on."""
         (chunk,) = self.read([[token or 0] for token in tokens], last_only=True)
         return chunk.logits[:, -1]

@@ -1,6 +1,6 @@
 """How a model reads and samples: the settings that commands offer and the Python functions take.
 
-They are option dataclasses, so a command inherits its options, and nothing heavy is imported here.
+They are option dataclasses, from which commands inherit these options, so nothing heavy is imported here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: no half characters, nothing that a stop string may still take back."""
+"""Tokens to text while the tokens come: no half characters, nothing that a stop string may still take back."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 HALF_CHARACTER = "\ufffd"
-# How much of the prompt is decoded along: some tokenizers drop the space in front of a text's first word.
+# Tokens of the prompt that are decoded along: some tokenizers drop the space in front of a text's first word.
 CONTEXT = 8
 
 
 class TextStream:
     """The text of a growing row of tokens, given out piece by piece; the pieces joined are `text`.
 
-    context: tokens that stand before. stop: strings that end the text; `stopped` says whether one was found, and the
-    text ends in front of it. Special tokens are left out.
+    context: tokens that stand before the row. stop: strings that end the text; `stopped` says whether one was found,
+    and the text ends in front of it. Special tokens are left out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = (), stop: Sequence[str] = ()):
@@ -55,7 +55,7 @@ class TextStream:
             self.text = self.text[: min(found)]
             self.stopped = True
         held = 0 if final or self.stopped else max((_overlap(self.text, string) for string in self.stop), default=0)
-        # What was given stays given, and what may be a stop string's beginning waits.
+        # What was given out stays so, and what may be a stop string's beginning waits.
         piece = self.text[self._given : len(self.text) - held]
         self._given += len(piece)
         return piece

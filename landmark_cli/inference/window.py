@@ -21,11 +21,12 @@ PREFILL = 2048
 class WindowReader(BaseReader):
     """Reads a batch of rows, each within its own window of the newest tokens, as one chunk.
 
-    window: text tokens of a row that are seen at most, by default the trained length. kept: how many stay when a row
-    has outgrown it, by default three quarters, so that not every step has to read anew; where `expect` has said that
-    nothing comes after what is read, the whole window. The rest is read anew then, so what is seen does not depend on
-    whether the model has a key/value cache of its own; where it has one, it is used.
-    landmarks: read with landmarks in the text, as the model was trained; else by its attention over the text alone.
+    window: text tokens of a row that are seen at most, by default the trained length. kept: how many of them stay when
+    a row has outgrown the window: by default three quarters, so that not every step has to read anew, or the whole
+    window where `expect` has said that nothing comes after what is read. Those that stay are read anew then, so what is
+    seen does not depend on whether the model has a key/value cache of its own; where it has one, the cache is used.
+    landmarks: read with landmarks in the text, as the model was trained; else by ordinary attention over the text
+    alone.
     """
 
     remembers = False
@@ -100,7 +101,7 @@ class WindowReader(BaseReader):
         return self._forward_cached(ids, real)
 
     def _forgotten(self, length: int, kept: int) -> int:
-        """How many of a row's oldest tokens go: none while it fits, else all but `kept`."""
+        """How many of a row's oldest tokens go: none while the row fits into the window, else all but `kept`."""
         return 0 if length <= self.window else length - kept
 
     def _read_anew(self) -> Tensor:
