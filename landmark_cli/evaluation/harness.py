@@ -39,12 +39,12 @@ Scored = tuple[float, bool]
 
 @register_model("landmark")
 class LandmarkLM(TemplateLM):
-    """Any model that `landmark` opens. One with landmarks, or a Transformer-XL, reads whole contexts; one without sees
-    of each the last tokens that its trained length holds.
+    """Any model that `landmark` opens. A model with landmarks, or a Transformer-XL, reads whole contexts; any other
+    sees the last tokens of a context that its trained length holds.
 
     pretrained: model directory, hub id or the authors' checkpoint. Further arguments (top_k_blocks, chunk,
-    cache_blocks, selection, ...) are those of ReadingSettings. max_gen_toks: where a task does not say how much to
-    generate. trust_remote_code: run Python code that comes with the model.
+    cache_blocks, selection, ...) are those of ReadingSettings. max_gen_toks: most tokens to generate where a
+    task does not say. trust_remote_code: run Python code that comes with the model.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LandmarkLM(TemplateLM):
             raise UsageError(f"the landmark model has no argument {name}{meant}")
         self.reading = build(ReadingSettings, reading)
         if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
-            # The harness's command asks for it where nobody has named a device.
+            # The harness's command asks for a GPU where nobody has named a device.
             info(f"there is no GPU: {pretrained} runs on the CPU")
             device = None
         opened_as = MachineOptions(dtype=dtype, device=device or "auto", trust_remote_code=trust_remote_code is True)
@@ -98,7 +98,7 @@ class LandmarkLM(TemplateLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         encoded, continuation = super()._encode_pair(context, continuation)
-        # Of a context of nothing but spaces, which go with what follows.
+        # A context of nothing but spaces, which go with what follows, has no tokens of its own.
         return encoded or [self.prefix_token_id], continuation
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -109,7 +109,7 @@ class LandmarkLM(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of a model with a memory, each text is read in one go; without, window by window, as the harness does."""
+        """A model with a memory reads each text in one go; any other window by window, as the harness does."""
         whole = reader_class(self.model).remembers
         length = trained_text_length(self.model)
         pieces: list[tuple[None, list[int], list[int]]] = []
@@ -148,7 +148,7 @@ class LandmarkLM(TemplateLM):
         )
 
     def _sampling(self, wanted: dict[str, Any]) -> SamplingSettings:
-        """A task's generation arguments as our settings; without do_sample it is greedy."""
+        """A task's generation arguments as our settings; greedy where they do not say do_sample."""
         limits = [wanted[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in wanted]
         until = wanted.get("until") or []
         return SamplingSettings(
@@ -183,7 +183,8 @@ class LandmarkLM(TemplateLM):
         )
 
     def _kept_apart(self, length: int) -> int:
-        """What may not be in one batch where its reader takes rows of one length only."""
+        """The length of a request where the reader takes rows of one length only, else 0: one batch has one such
+        number."""
         return length if reader_class(self.model).equal_lengths else 0
 
     def _in_batches(
@@ -212,7 +213,8 @@ class LandmarkLM(TemplateLM):
         return results
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[Scored]:
-        """Of each context and continuation as `_loglikelihood_tokens`; what the model does not see does not count."""
+        """For each context and continuation what `_loglikelihood_tokens` returns; tokens that the model does not see do
+        not count."""
         rows = [torch.tensor(context + continuation) for context, continuation in pairs]
         check_ids(self.model, rows)
         reader = open_reader(self.model, self.reading, batch=len(rows))
@@ -220,7 +222,8 @@ class LandmarkLM(TemplateLM):
         sums = torch.zeros(len(rows), 3, dtype=torch.float64, device=self.model.device)
         for part in reader.read([row[:-1] for row in rows]):
             for index, (begin, length) in enumerate(zip(part.begins, part.lengths, strict=True)):
-                # Position p predicts token p + 1, of which the first of the continuation is the first that counts.
+                # Position p predicts token p + 1; the first that counts is the one that predicts the continuation's
+                # first token.
                 skipped = max(0, len(pairs[index][0]) - 1 - begin)
                 if skipped < length:
                     targets = rows[index][begin + skipped + 1 : begin + length + 1]

@@ -29,7 +29,7 @@ from landmark_cli.models.rotary import inverse_frequencies
 def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, name: str = "") -> int:
     """Text tokens a chunk: what the trained length (stream tokens) leaves beside top_k_blocks + 1 blocks.
 
-    name: of the model, for the error where nothing is left.
+    name: the model's, for the error where nothing is left.
     """
     block_size = landmark_freq + 1
     blocks = (trained_length - (top_k_blocks + 1) * block_size) // block_size
@@ -93,7 +93,8 @@ class BlockReader(BaseReader):
             one_landmark=True,
         )
         if model.device.type == "cuda":
-            # What the graphs of an earlier reader held is of no use to others, in this process or another, until then.
+            # Until then the memory that the graphs of an earlier reader held is of no use to others, in this process or
+            # another.
             torch.cuda.empty_cache()
         self.forward = ChunkForward(model, self.cache)
 
@@ -103,9 +104,10 @@ class BlockReader(BaseReader):
         return cls(model, **chosen, batch=batch)
 
     def expect(self, tokens: int) -> None:
-        """Say that the longest row goes on for `tokens` text tokens more: memory for all of them is then taken at once.
+        """Say that the longest row goes on for `tokens` text tokens more: memory for all of these is then taken at
+        once.
 
-        Raises LandmarkError where they are to be offloaded and host memory will not hold them.
+        Raises LandmarkError where blocks are to be offloaded and host memory will not hold them all.
         """
         size = self.landmark_freq + 1
         read = max(n * size + r for n, r in zip(self.cache.host_blocks, self.cache.host_partial, strict=True))
@@ -141,8 +143,8 @@ class BlockReader(BaseReader):
     def read(
         self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
     ) -> Iterator[ReadChunk]:
-        """As BaseReader.read. A row may be longer than another: every row is cut as it would be alone, so a batch gives
-        what its rows give one by one. Raises LandmarkError where a row holds the landmark token."""
+        """As BaseReader.read. A row may be longer than another: every row is cut into chunks as it would be alone, so a
+        batch gives what its rows give one by one. Raises LandmarkError where a row holds the landmark token."""
         rows = self._rows(rows)
         for row in rows:
             if (row == self.landmark_token_id).any():
@@ -192,7 +194,8 @@ class BlockReader(BaseReader):
         return ReadChunk(logits, lengths, [begin] * self.batch)
 
     def _stream(self, text: Tensor, partial: int) -> Tensor:
-        """Text of a row with its landmarks, continuing a block of which `partial` text tokens have been read."""
+        """Text of a row with its landmarks put in, going on with a block of which `partial` text tokens have been
+        read."""
         head = self.landmark_freq - partial
         if len(text) < head:
             return text
@@ -204,8 +207,8 @@ class BlockReader(BaseReader):
 def _text_positions(landmark: Tensor, wanted: int) -> tuple[Tensor, Tensor | None]:
     """The last `wanted` text positions of each row, given where landmarks (and padding) stand, (B, T).
 
-    Returns the positions any row needs, (n,), and each row's places among them, (B, wanted), or None where all rows
-    need the same.
+    Returns the positions that any row needs, (n,), and where among these each row's own are, (B, wanted), or None
+    where all rows need the same positions.
     """
     text = ~landmark
     rank = text.long().flip(-1).cumsum(-1).flip(-1)
