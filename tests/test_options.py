@@ -116,6 +116,14 @@ def test_refuses_naming_the_option(name, value, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.words)
+def test_help_texts_stand_alone(command):
+    """They are read one at a time: none goes on from the one above, as "Of that choice" and "Its length" would."""
+    for setting in settings_of(command.options_class).values():
+        text = setting.metadata["help"]
+        assert re.fullmatch(r"(?!(Of|It|Its|They|Their|Such|So|That|Those|These|This) )[A-Z].*[.\]]", text), text
+
+
 NUMBERS = {
     f"{command.words} {setting.label}": setting
     for command in COMMANDS

@@ -60,7 +60,7 @@ class ReadingSettings:
     offload: Literal["none", "cpu"] = option(
         "none",
         panel=READING,
-        help="cpu: keep blocks in host memory, from which the GPU fetches those that it reads.",
+        help="Where blocks lie: cpu is host memory, from which the GPU fetches those that it reads.",
         saves_memory="--offload cpu (on a GPU)",
     )
 
