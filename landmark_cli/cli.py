@@ -21,6 +21,7 @@ from typer.main import get_command
 
 from landmark_cli import __version__, console, failures, launch
 from landmark_cli.commands import COMMANDS, GROUPS, Command, Work
+from landmark_cli.errors import LandmarkError
 from landmark_cli.interrupts import end_on_signals
 
 ABOUT = "Landmark attention: from raw text to a trained model that reads inputs of any length."
@@ -88,9 +89,14 @@ def _parse(arguments: Sequence[str]) -> tuple[Work, Any]:
             stack.enter_context(redirect_stderr(io.StringIO()))
         try:
             app(args=arguments, prog_name="landmark")
-        except SystemExit:
+        except SystemExit as end:
             if not chosen:
+                if not end.code:
+                    console.write_out("")
                 raise
+        except OSError as error:
+            # Help is all that is written here; files that options name are read by those who say what fails.
+            raise LandmarkError(f"standard output cannot be written: {error.strerror or error}") from error
     return chosen[0]
 
 

@@ -337,3 +337,14 @@ def test_extra_that_is_broken_inside_is_not_called_missing(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(os.fspath(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="something_it_needs"):
         import_extra("broken_extra", "lora")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["weight-diff"]], ids=" ".join)
+def test_help_that_nobody_can_read_is_an_error(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "landmark_cli", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output cannot be written: No space left on device")
