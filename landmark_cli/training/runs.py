@@ -1,4 +1,4 @@
-"""Where a run lives and what it needs to know before it starts; train and finetune share it."""
+"""Where a run lives and what a run needs to know before it starts, for train and finetune."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def resolve_precision(precision: str, device: str) -> str:
 def run_directory(output: Path | None, name: str, resume: bool) -> Iterator[Path]:
     """The directory of a run, the same for all processes; made if it is not there, and held while the block runs.
 
-    output: the one the user named. Without it: a new runs/<name>, runs/<name>-2, ...; with resume the last of these.
-    Raises LandmarkError, in every process, where there is a run already that would be overwritten, or one is going on.
+    output: the directory that the user named. Without it: a new runs/<name>, runs/<name>-2, ...; with resume the last
+    of these.
+    Raises LandmarkError, in every process, where a run that is there would be overwritten, or is going on.
     """
     with ExitStack() as held:
         found = by_main_process(lambda: _claim(output, name, resume, held))
-        # On a machine with disks of its own.
+        # Other machines may have disks of their own.
         found.mkdir(parents=True, exist_ok=True)
         yield found
 
@@ -61,7 +62,7 @@ def _claim(output: Path | None, name: str, resume: bool, held: ExitStack) -> Pat
 
 
 def _last_or_new(name: str, resume: bool) -> Path:
-    """Making a directory fails where there is one already, so two runs never get the same."""
+    """Two runs never get the same directory, since making one fails where it exists already."""
     last = None
     for number in itertools.count(1):
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")
@@ -77,7 +78,7 @@ def _last_or_new(name: str, resume: bool) -> Path:
 
 
 def attention_name(config: Any) -> str:
-    """Which attention a model has. What computes landmark attention is said when it first runs."""
+    """Which attention a model has. Which backend computes landmark attention is said when it first runs."""
     if getattr(config, "landmark_freq", None):
         return f"landmark attention, blocks of {config.landmark_freq} + 1 tokens"
     return f"ordinary attention ({config._attn_implementation})"
@@ -89,7 +90,7 @@ def device_name(device: torch.device) -> str:
 
 
 def model_identity(config: Any) -> dict[str, Any]:
-    """What a model's config says about which model it is, for `Checkpoints`: everything that changes its weights or
+    """What a model's config says about which model it is, for `Checkpoints`: everything that changes the weights or
     what they compute."""
     return {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY}
 

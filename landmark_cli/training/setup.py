@@ -39,9 +39,9 @@ def uses_cpu(device: str) -> bool:
 
 
 def process_state(device: str) -> PartialState:
-    """Which process this is of how many; the processes of a launch find each other here."""
+    """Which process this is, of how many. The processes of a launch find each other in this call."""
     if not torch.distributed.is_initialized():
-        # What an earlier run of this Python process left, which may have been on another device.
+        # Forget what an earlier run of this Python process left, which may have been on another device.
         PartialState._reset_state()
     return PartialState(cpu=uses_cpu(device))
 
@@ -77,7 +77,7 @@ def make_accelerator(
 ) -> Accelerator:
     """The accelerate object of a run; how many processes there are, FSDP and DeepSpeed come from the launcher.
 
-    batch_size, clip: DeepSpeed has to know them beforehand; nothing else does.
+    batch_size, clip: only DeepSpeed has to know these beforehand.
 
     Raises LandmarkError where a tracker's package is missing or the precision needs a GPU.
     """
@@ -104,7 +104,7 @@ def make_accelerator(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from transformers.integrations import unset_hf_deepspeed_config
 
-        # Else transformers would open models in shards already, and landmarks are added to whole ones.
+        # Else transformers would open models in shards already, and landmarks are added to whole models.
         unset_hf_deepspeed_config()
     if accelerator.distributed_type == DistributedType.FSDP:
         _keep_sums_exact(accelerator)
@@ -112,8 +112,8 @@ def make_accelerator(
 
 
 def allow_tf32() -> None:
-    """Let products of float32 matrices be made of tf32 on a GPU, whichever of torch's two ways of saying so was used
-    before: the older one, which compilers ask still, raises where the newer one has said so already."""
+    """Let products of float32 matrices be made of tf32 on a GPU, whichever of torch's two settings for this was used
+    before: the older one, which compilers still ask, raises an error where the newer one has been set already."""
     if torch.backends.cuda.matmul.fp32_precision != "tf32":
         torch.set_float32_matmul_precision("high")
 
@@ -131,7 +131,7 @@ def _keep_sums_exact(accelerator: Accelerator) -> None:
 
 
 def _deepspeed(batch_size: int, accumulation: int, clip: float) -> DeepSpeedPlugin | None:
-    """The run's settings for DeepSpeed, where the launcher chose that; what else it does is the launcher's to say."""
+    """The run's settings for DeepSpeed, where the launcher chose DeepSpeed; its other settings are the launcher's."""
     if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return None
     import_extra("deepspeed", "deepspeed")
@@ -147,10 +147,10 @@ class LossModel(nn.Module):
 
     For all else it stands in for the model: accelerate asks for its layers to shard, its tied weights, its config.
 
-    group_dropout: probability that attention loses an earlier block. fused_loss: work the loss out without holding the
-    logits (see linear_cross_entropy.py), where the model's head is such that this is the same. fp32_residual: whether
-    under bf16 autocast the residual stream, the sum that every layer adds to, stays in float32. In bfloat16, as in a
-    model that is bfloat16 throughout, a step takes some 5% less time.
+    group_dropout: probability that attention leaves an earlier block out. fused_loss: work the loss out without holding
+    the logits (see linear_cross_entropy.py), where the model's head is such that the result is the same. fp32_residual:
+    whether under bf16 autocast the residual stream, the sum that every layer adds to, stays in float32. With the
+    residual stream in bfloat16, as in a model that is bfloat16 throughout, a step takes some 5% less time.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.wrapped = model
         if not fp32_residual:
-            # Embeddings are where it begins.
+            # The residual stream begins with the embeddings.
             model.get_input_embeddings().register_forward_hook(bf16_under_autocast)
         self.group_dropout = group_dropout
         self.fused_loss = fused_loss and has_plain_head(model)
@@ -175,7 +175,7 @@ class LossModel(nn.Module):
     ) -> Tensor:
         """Sum over the targets that are not -100 of their negative log-likelihood.
 
-        input_ids, labels: (B, T), labels being the target of their own position. position_ids, controlled: (B, T), of
+        input_ids, labels: (B, T), labels being the targets of their own positions. position_ids, controlled: (B, T), of
         the paper's variants.
         """
         extra = {} if position_ids is None else {"position_ids": position_ids}
@@ -192,13 +192,13 @@ class LossModel(nn.Module):
     def _layout(self, controlled: Tensor | None) -> LandmarkLayout:
         dropout = {}
         if self.group_dropout and self.training:
-            # On the CPU, where reading it waits for nothing; the loop seeds every step.
+            # The seed is on the CPU, where reading it waits for nothing; the loop seeds torch for every step.
             dropout = {"dropout_p": self.group_dropout, "dropout_seed": torch.randint(1 << 62, ())}
         return LandmarkLayout(controlled=controlled, **dropout)
 
 
 def bf16_under_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """A forward hook: a module's output in bfloat16 under bf16 autocast. Not in float16, whose range sums can leave."""
+    """A forward hook: a module's output in bfloat16 under bf16 autocast. Not in float16: sums can leave its range."""
     device = output.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         return output.to(torch.bfloat16)
@@ -206,7 +206,8 @@ def bf16_under_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Ten
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The transformers model that peft's wrapper holds, whose layers have the adapters in them; any other as it is."""
+    """The transformers model that peft's wrapper holds, whose layers have the adapters in them; any other model as it
+    is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -228,7 +229,7 @@ def seed_step(seed: int, step: int, process: int) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars inside."""
+    """Show none of transformers' own progress bars while the block runs."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
