@@ -220,7 +220,7 @@ class LandmarkLM(TemplateLM):
         reader = open_reader(self.model, self.reading, batch=len(rows))
         reader.expect(max(len(row) - 1 for row in rows))
         sums = torch.zeros(len(rows), 3, dtype=torch.float64, device=self.model.device)
-        for part in reader.read([row[:-1] for row in rows]):
+        for part in reader.read([row[:-1] for row in rows], transient=True):
             for index, (begin, length) in enumerate(zip(part.begins, part.lengths, strict=True)):
                 # Position p predicts token p + 1; the first that counts is the one that predicts the continuation's
                 # first token.

@@ -145,6 +145,8 @@ def _load_authors(directory: Path, attention: str | None, dtype: str | torch.dty
                 f"{file} does not fit its summary.json: {name} should be {tuple(expected[name].shape)}, found "
                 f"{found or 'nothing'}"
             )
+    # What messages call it.
+    config.name_or_path = str(directory)
     model = GPTForCausalLM(config)
     model.load_state_dict({name: converted[name] for name in expected})
     if dtype != "auto":

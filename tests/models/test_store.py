@@ -65,6 +65,7 @@ def test_the_authors_baseline_has_no_landmarks(tmp_path):
     authors_checkpoint(tmp_path, model="base_rotary")
     model, _ = store.load(tmp_path, device="cpu")
     assert model.config.landmark_freq is None and model.config._attn_implementation == "sdpa"
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path)
 
 
 def test_a_checkpoint_that_does_not_fit_its_summary(tmp_path):
