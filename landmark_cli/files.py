@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.memory import asked_for, is_out_of_memory
@@ -226,6 +226,34 @@ def read_json_lines(
                 damaged(number, reason(error))
                 continue
             yield content
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all. One that was cut short at the file's end, by a kill or a full disk,
+    makes way for it. Raises what the system raises."""
+    with open(path, "ab+", buffering=0) as file:
+        end = _end_of_lines(file)
+        file.truncate(end)
+        left = f"{line}\n".encode()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def read_yaml(path: str | Path, what: str = "", **more: Any) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+import resource
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,3 +259,27 @@ def test_damaged_files_never_raise_anything_else(tmp_path, reader):
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert refused > 50 or reader == "text"
+
+
+@pytest.mark.parametrize("torn", ["", "{", "x" * 9000])
+@pytest.mark.parametrize("whole", ["", "1\n", "1\n" * 5000])
+def test_a_line_takes_the_place_of_one_that_was_cut_short(tmp_path, whole, torn):
+    path = tmp_path / "lines"
+    path.write_text(whole + torn)
+    files.append_line(path, "2")
+    assert path.read_text() == whole + "2\n"
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "lines"
+    files.append_line(path, "1")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.append_line(path, "2" * 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_text() == "1\n"

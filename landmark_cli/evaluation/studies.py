@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from landmark_cli.console import finite, info, warn
 from landmark_cli.errors import UsageError, shown
-from landmark_cli.files import read_json_lines, read_yaml, reading, writing
+from landmark_cli.files import append_line, read_json_lines, read_yaml, reading, writing
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.interrupts import interrupts
 from landmark_cli.launch import again
@@ -179,8 +179,7 @@ class FinishedRows:
         entry = {"key": key, "result": result}
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry | {"sha256": self.key(entry)}) + "\n")
+            append_line(self.path, json.dumps(entry | {"sha256": self.key(entry)}))
 
 
 def check_roles(study: Study, models: dict[str, str]) -> None:

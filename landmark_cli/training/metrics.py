@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from landmark_cli.console import finite, quantity, warn
-from landmark_cli.files import read_json_lines, write_whole, writing
+from landmark_cli.files import append_line, read_json_lines, write_whole, writing
 
 CHECKSUM = "crc32"
 
@@ -121,8 +121,8 @@ class MetricsFile:
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; a number that is not finite becomes null. Raises LandmarkError where the file cannot be
         written."""
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(finite(record)))
+        with writing(self.path):
+            append_line(self.path, _line(finite(record)))
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`: a resumed run writes those steps again. Lines that are damaged, as the
@@ -136,7 +136,7 @@ class MetricsFile:
             if type(record.get("step")) is not int or checksum not in (None, _checksum(record)):
                 damaged.append(0)
             elif record["step"] <= step:
-                kept.append(_line(record))
+                kept.append(f"{_line(record)}\n")
         if damaged:
             warn(f"{self.path}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} left out")
         with writing(self.path):
@@ -144,7 +144,7 @@ class MetricsFile:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record | {CHECKSUM: _checksum(record)}) + "\n"
+    return json.dumps(record | {CHECKSUM: _checksum(record)})
 
 
 def _checksum(record: dict[str, Any]) -> str:
