@@ -7,6 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.commands.measurement import (
+    batch_size_option,
+    file_option,
+    json_option,
+    sample_tokens_option,
+    text_option,
+    window_seed_option,
+    windows_at_a_time,
+)
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, results, show
 from landmark_cli.errors import LandmarkError
@@ -38,11 +47,7 @@ class PerplexityOptions(EvaluationOptions):
     predicts the one after it; landmarks and ends of documents predict nothing.
     """
 
-    data: Path | None = option(
-        None,
-        panel=MEASUREMENT,
-        help="A token file, or a prepared corpus whose validation.bin is read. [default: the newest under data/]",
-    )
+    data: Path | None = text_option(MEASUREMENT)
     eval_length: int | None = option(
         None,
         panel=MEASUREMENT,
@@ -53,28 +58,10 @@ class PerplexityOptions(EvaluationOptions):
     memory: bool = option(
         True, panel=MEASUREMENT, help="Remember earlier chunks; otherwise each chunk is read by itself."
     )
-    sample_tokens: int | None = option(
-        None,
-        panel=MEASUREMENT,
-        min=1,
-        max=10**15,
-        help="Read a random choice of windows, of about this many tokens in all. [default: all windows]",
-    )
-    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for choosing the windows.")
-    batch_size: int | None = option(
-        None,
-        panel=MEASUREMENT,
-        min=1,
-        help="Windows read at a time. [default: by the length of their chunks]",
-        saves_memory="a smaller --batch-size",
-    )
-    json: str | None = option(
-        None,
-        panel=OUTPUT,
-        saved=False,
-        is_output=True,
-        help="Write the results to this file as data too; - for standard output.",
-    )
+    sample_tokens: int | None = sample_tokens_option(MEASUREMENT)
+    seed: int = window_seed_option(MEASUREMENT)
+    batch_size: int | None = windows_at_a_time(MEASUREMENT)
+    json: str | None = json_option(OUTPUT)
 
 
 @dataclass
@@ -104,28 +91,10 @@ class PassKeyOptions(EvaluationOptions):
     full_attention: bool = option(
         False, panel=MEASUREMENT, help="Read with ordinary attention, as models without landmarks do."
     )
-    batch_size: int | None = option(
-        None,
-        panel=MEASUREMENT,
-        min=1,
-        help="Prompts read at a time. [default: by their length]",
-        saves_memory="a smaller --batch-size",
-    )
+    batch_size: int | None = batch_size_option(MEASUREMENT, "Prompts read at a time. [default: by their length]")
     seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing keys and depths.")
-    json: str | None = option(
-        None,
-        panel=OUTPUT,
-        saved=False,
-        is_output=True,
-        help="Write the results to this file as data too; - for standard output.",
-    )
-    plot: Path | None = option(
-        None,
-        panel=OUTPUT,
-        saved=False,
-        is_output=True,
-        help="Write the heat map to this file as a picture. Needs the extra plot.",
-    )
+    json: str | None = json_option(OUTPUT)
+    plot: Path | None = file_option(OUTPUT, "Write the heat map to this file as a picture. Needs the extra plot.")
 
 
 def run_perplexity(options: PerplexityOptions) -> None:

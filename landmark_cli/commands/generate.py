@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from landmark_cli.commands.measurement import file_option
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, print_json, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
@@ -30,20 +31,10 @@ class PromptOptions:
     prompt: str | None = option(None, panel=PROMPT, help="The text to continue.")
     prompt_file: Path | None = option(None, panel=PROMPT, help="A UTF-8 file with the text to continue.")
     chat: bool = option(False, panel=PROMPT, help="Put the prompt into the model's chat template.")
-    json: str | None = option(
-        None,
-        panel=PROMPT,
-        saved=False,
-        is_output=True,
-        help="Write the text, its tokens and why generation ended to this file; - for standard output.",
+    json: str | None = file_option(
+        PROMPT, "Write the text, its tokens and why generation ended to this file; - for standard output."
     )
-    trace: Path | None = option(
-        None,
-        panel=PROMPT,
-        saved=False,
-        is_output=True,
-        help="Write the blocks that each generated token read to this file, as JSON.",
-    )
+    trace: Path | None = file_option(PROMPT, "Write the blocks that each generated token read to this file, as JSON.")
 
 
 @dataclass

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.commands.evaluate import check_fits, open_text, perplexity_data
+from landmark_cli.commands.measurement import (
+    json_option,
+    sample_tokens_option,
+    text_option,
+    window_seed_option,
+    windows_at_a_time,
+)
 from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
 from landmark_cli.locks import sole_writer
-from landmark_cli.options import LARGEST_SEED, check_outputs, option
+from landmark_cli.options import check_outputs, option
 
 STUDY = "Study"
 OUTPUT = "Output"
@@ -34,26 +41,10 @@ class StudyOptions(MachineOptions):
         metavar="<role=model>",
         help="The model for a role of the study, such as landmark=runs/demo. Repeatable.",
     )
-    data: Path | None = option(
-        None,
-        panel=STUDY,
-        help="A token file, or a prepared corpus whose validation.bin is read. [default: the newest under data/]",
-    )
-    sample_tokens: int | None = option(
-        None,
-        panel=STUDY,
-        min=1,
-        max=10**15,
-        help="Read a random choice of windows, of about this many tokens in all. [default: all windows]",
-    )
-    seed: int = option(0, panel=STUDY, min=0, max=LARGEST_SEED, help="Seed for choosing the windows.")
-    batch_size: int | None = option(
-        None,
-        panel=STUDY,
-        min=1,
-        help="Windows read at a time. [default: by the length of their chunks]",
-        saves_memory="a smaller --batch-size",
-    )
+    data: Path | None = text_option(STUDY)
+    sample_tokens: int | None = sample_tokens_option(STUDY)
+    seed: int = window_seed_option(STUDY)
+    batch_size: int | None = windows_at_a_time(STUDY)
     compare: str | None = option(
         None,
         panel=STUDY,
@@ -63,13 +54,7 @@ class StudyOptions(MachineOptions):
         None, panel=OUTPUT, help="Directory of the tables and finished rows. [default: studies/ and the study's name]"
     )
     plot: bool = option(False, panel=OUTPUT, help="Draw the table as a picture too. Needs the extra plot.")
-    json: str | None = option(
-        None,
-        panel=OUTPUT,
-        saved=False,
-        is_output=True,
-        help="Write the results to this file as data too; - for standard output.",
-    )
+    json: str | None = json_option(OUTPUT)
 
 
 def run(options: StudyOptions) -> None:

@@ -1,0 +1,52 @@
+"""Options that several commands have which measure a model on text, each under that command's own heading (`panel`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from landmark_cli.options import LARGEST_SEED, option
+
+
+def text_option(panel: str) -> Any:
+    """The text to measure on: Path | None."""
+    return option(
+        None,
+        panel=panel,
+        help="A token file, or a prepared corpus whose validation.bin is read. [default: the newest under data/]",
+    )
+
+
+def sample_tokens_option(panel: str) -> Any:
+    """How much of it: int | None."""
+    return option(
+        None,
+        panel=panel,
+        min=1,
+        max=10**15,
+        help="Read a random choice of windows, of about this many tokens in all. [default: all windows]",
+    )
+
+
+def window_seed_option(panel: str) -> Any:
+    """Which part of it: int."""
+    return option(0, panel=panel, min=0, max=LARGEST_SEED, help="Seed for choosing the windows.")
+
+
+def batch_size_option(panel: str, help: str) -> Any:
+    """How much at a time: int | None."""
+    return option(None, panel=panel, min=1, help=help, saves_memory="a smaller --batch-size")
+
+
+def windows_at_a_time(panel: str) -> Any:
+    """How many windows are read at a time: int | None."""
+    return batch_size_option(panel, "Windows read at a time. [default: by the length of their chunks]")
+
+
+def file_option(panel: str, help: str) -> Any:
+    """A file to write, tried before the work begins: str | None or Path | None."""
+    return option(None, panel=panel, saved=False, is_output=True, help=help)
+
+
+def json_option(panel: str) -> Any:
+    """Where results go as data: str | None."""
+    return file_option(panel, "Write the results to this file as data too; - for standard output.")
