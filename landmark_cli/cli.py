@@ -7,6 +7,7 @@ also imports its module. So nothing here imports what only work needs.
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import os
 import sys
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with launch.command(arguments), end_on_signals():
             launch.hear_of_launchers_end()
             run, options = _parse(arguments)
+            gc.enable()
             run(options)
             console.write_out("")
     except SystemExit:

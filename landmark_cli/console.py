@@ -1,7 +1,7 @@
 """What the user sees: messages and progress on stderr, results on stdout, quiet where nobody watches.
 
 In a run of several processes only the first one talks; errors come from whichever has one. Importing this module costs
-nothing: rich and json are imported by the functions that need them.
+nothing: what draws and writes is imported by the functions that need it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from landmark_cli.errors import LandmarkError
-from landmark_cli.files import write_whole, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,16 +82,18 @@ def write_out(text: str) -> None:
 def _writing_out() -> Iterator[None]:
     """Errors of stdout as such; where its reader has gone away, as in `landmark generate | head`, a silent end."""
     try:
-        with writing("standard output"):
-            yield
-    except LandmarkError as error:
-        if not isinstance(error.__cause__, BrokenPipeError):
-            raise
+        yield
+    except BrokenPipeError:
         # What Python still holds for stdout goes nowhere, or it would try to write that again when it ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         raise SystemExit(1) from None
+    except (OSError, RuntimeError):
+        from landmark_cli.files import writing
+
+        with writing("standard output"):
+            raise
 
 
 class Progress:
@@ -252,6 +251,8 @@ def print_json(data: Any) -> None:
 
 def write_json(data: Any, path: str | Path) -> None:
     """Write data to a file as `print_json` prints it, and tell the user that it is written."""
+    from landmark_cli.files import write_whole, writing
+
     if is_main_process():
         with writing(path, "--json"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,8 @@
-"""What a command that fails says at its end: one or two lines on stderr, once in a launch of several processes."""
+"""What a command that fails says at its end: one or two lines on stderr, once in a launch of several processes.
+
+Help needs none of what the functions here import, and a command's options have imported all of it: what is told of an
+error must not need a file to be opened when no more can be.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ from typing import Any
 
 from landmark_cli import console, launch
 from landmark_cli.errors import LandmarkError, Stopped
-from landmark_cli.files import WHAT_TO_DO
-from landmark_cli.memory import asked_for, is_out_of_memory
 
 
 def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> int:
@@ -41,6 +43,9 @@ def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> i
 
 def describe(error: BaseException, options: Any = None) -> str:
     """One line about an error that nobody foresaw, with the file where it is about one."""
+    from landmark_cli.files import WHAT_TO_DO
+    from landmark_cli.memory import asked_for, is_out_of_memory
+
     if is_out_of_memory(error):
         ways = memory_savers(options) if options is not None else []
         advice = f"what takes less: {', '.join(ways)}" if ways else "use a machine that has more"
@@ -55,6 +60,8 @@ def describe(error: BaseException, options: Any = None) -> str:
 
 def _is_plain(error: BaseException) -> bool:
     """Whether one line says all there is to an error: the system's about a file, and memory that ran out."""
+    from landmark_cli.memory import is_out_of_memory
+
     of_a_file = isinstance(error, OSError) and error.filename is not None and bool(error.strerror)
     return of_a_file or is_out_of_memory(error)
 

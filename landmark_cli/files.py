@@ -2,8 +2,8 @@
 path, what is wrong with it and what to do.
 
 `reading` and `writing` stand around other libraries' calls; `read_json`, `read_json_lines` and `read_yaml` read our own
-kinds of files, none larger than its bound, none nested without end, none that goes on for ever. Whatever prints imports
-this module, so the libraries that parse and hash are imported by the functions that use them.
+kinds of files, none larger than its bound, none nested without end, none that goes on for ever. Every command's options
+import this module, so the libraries that parse and hash are imported by the functions that use them.
 """
 
 from __future__ import annotations
