@@ -157,12 +157,13 @@ def open_reader(
     window: read without landmarks and retrieval, by the attention that the model has of itself, over this many of the
     newest tokens. Raises LandmarkError where the settings do not fit the model.
     """
+    if window is None and memory:
+        return reader_class(model).open(model, settings, batch)
     from landmark_cli.inference.window import SeparateChunkReader, WindowReader
 
-    if window is not None:
-        return WindowReader(model, window=window, batch=batch)
-    kind = reader_class(model) if memory else SeparateChunkReader
-    return kind.open(model, settings, batch)
+    if window is None:
+        return SeparateChunkReader.open(model, settings, batch)
+    return WindowReader(model, window=window, batch=batch)
 
 
 def are_finite(logits: Tensor) -> Tensor:
