@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/finetune-smollm2"), help="for runs and token files")
     parser.add_argument("--name", default="finetune-smollm2")
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--sequence-length", type=int, default=1040, help="landmarks included")
     parser.add_argument("--landmark-freq", type=int, default=63)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -111,9 +111,8 @@ def main() -> None:
     )
 
     # The most blocks leave the least room for a chunk; all read in chunks of that length.
-    stream = options.sequence_length + options.sequence_length // options.landmark_freq
     block = options.landmark_freq + 1
-    chunk = max((stream - (max(options.top_k_blocks) + 1) * block) // block, 1) * options.landmark_freq
+    chunk = max((options.sequence_length - (max(options.top_k_blocks) + 1) * block) // block, 1) * options.landmark_freq
 
     def figure(length: int, k: int | None) -> dict:
         retrieval = [] if k is None else ["--top-k-blocks", k, "--chunk", chunk]
@@ -140,7 +139,7 @@ def report(options: argparse.Namespace, records: list[dict], figures: list[dict]
         "# SmolLM2-135M with landmarks, fine-tuned on novels",
         "",
         f"Machine: {machine(options.device)}.",
-        f"{steps} steps of {windows} windows of {options.sequence_length} text tokens and their landmarks "
+        f"{steps} steps of {windows} windows of {options.sequence_length} tokens, landmarks included "
         f"(one after every {options.landmark_freq}), {last['tokens'] / 1e6:.1f}M tokens in all; "
         f"`python benchmarks/finetune_smollm2.py {' '.join(sys.argv[1:])}`.",
         "",

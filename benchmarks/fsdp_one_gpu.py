@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/fsdp"))
     parser.add_argument("--output", type=Path, help="write the report here too")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--sequence-length", type=int, default=504)
+    parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
 

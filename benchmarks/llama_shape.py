@@ -94,35 +94,19 @@ def main() -> None:
 
     import landmark_cli.models  # noqa: F401  registers the attention
     from landmark_cli.commands.finetune import FinetuneOptions
-    from landmark_cli.commands.run_options import begin, carry_out, loop_settings, open_split
-    from landmark_cli.data.batches import Batches
-    from landmark_cli.data.landmarks import stream_length
+    from landmark_cli.commands.run_options import begin, carry_out, make_loop
+    from landmark_cli.data.training_data import TrainingData
     from landmark_cli.options import build, load_recipe
-    from landmark_cli.training.loop import Loop
-    from landmark_cli.training.runs import run_identity
 
     recipe = load_recipe("llama/finetune_7b", FinetuneOptions, "finetune")
     lists = {name: [value] for name, value in values.items() if name == "data"}
     options = build(FinetuneOptions, recipe | {"model": "the shape of Llama 3 8B", "eval_every": 0} | values | lists)
-    length = stream_length(options.sequence_length, options.landmark_freq)
-    with begin(options, "llama-shape") as (accelerator, output, precision):
-        model = empty_model(given.layers, given.tiny, options.landmark_freq, length)
-        files = open_split([Path(name) for name in options.data], "train")
-        rows = options.batch_size * options.accumulation * accelerator.num_processes
-        windows = {
-            "sequence_length": length,
-            "landmark_freq": options.landmark_freq,
-            "landmark_token_id": model.config.landmark_token_id,
-            "eot_id": files[0].metadata.eot_id,
-            "include_landmarks": options.landmarks_in_loss,
-        }
-        loop = Loop(
-            accelerator,
-            model,
-            Batches(files, None, global_batch=rows, seed=options.seed, **windows),
-            loop_settings(options, output, precision, length),
-            identity=run_identity(model.config, files, None, rows, options.seed),
-        )
+    data = TrainingData.open([Path(name) for name in options.data], validation=False)
+    with begin(options, "llama-shape") as begun:
+        accelerator = begun[0]
+        model = empty_model(given.layers, given.tiny, options.landmark_freq, options.sequence_length)
+        more = {"landmarks_in_loss": options.landmarks_in_loss, "identity": {}}
+        loop = make_loop(options, begun, model, model.config, data, **more)
         fill(loop.module, accelerator.process_index, accelerator.num_processes)
         carry_out(options, model.config, loop)
         accelerator.end_training()

@@ -228,7 +228,7 @@ def finetuning(bench: Bench) -> None:
         def run(name: str, count: int, batch: int, accumulation: int, layers: int = layers) -> Path:
             if not fits(bench, layers, count, accumulation):
                 raise RuntimeError("does not fit")
-            short = {"sequence_length": 126, "landmark_freq": 63} if options.cpu else {}
+            short = {"sequence_length": 128, "landmark_freq": 63} if options.cpu else {}
             return bench.finetune(name, count, batch, accumulation, layers, steps=options.steps // 2, **short)
 
         for batch in options.micro_batches:
@@ -261,7 +261,7 @@ def resuming(bench: Bench) -> None:
         )
 
     def llama(name: str, processes: int, resume: bool) -> Path:
-        short = {"sequence_length": 126, "landmark_freq": 63, "tf32": "false", "resume": str(resume).lower()}
+        short = {"sequence_length": 128, "landmark_freq": 63, "tf32": "false", "resume": str(resume).lower()}
         return bench.finetune(name, processes, 1, 8 // processes, 2, **common, **short)
 
     for what, run in (("pre-training, DDP", gpt), ("fine-tuning, FSDP", llama)):

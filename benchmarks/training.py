@@ -46,7 +46,7 @@ from torch import Tensor, nn
 import landmark_cli
 from landmark_cli.attention.dispatch import landmark_attention
 from landmark_cli.console import info
-from landmark_cli.data.batches import Batches
+from landmark_cli.data.batches import Batches, Windows
 from landmark_cli.inference.graphs import CudaGraph
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
@@ -215,10 +215,7 @@ class Bench:
         batches = Batches(
             [self.words],
             None,
-            sequence_length=case.length,
-            landmark_freq=model.config.landmark_freq,
-            landmark_token_id=model.config.landmark_token_id,
-            eot_id=END,
+            Windows(case.length, model.config.landmark_freq, model.config.landmark_token_id, END),
             global_batch=case.batch * case.accumulation,
             seed=0,
         )

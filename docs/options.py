@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.commands import COMMANDS
-from landmark_cli.options import KINDS, LONGEST, Setting, settings_of
+from landmark_cli.options import KINDS, LONGEST, RECIPE_FORMAT, Setting, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "options.md"
@@ -107,7 +107,11 @@ def schema() -> str:
         {
             "if": {"properties": {"command": {"const": words}}, "required": ["command"]},
             "then": {
-                "properties": {"command": True, **{s.key: json_type(s) for s in recipe_settings(options_class)}},
+                "properties": {
+                    "command": True,
+                    "format": True,
+                    **{s.key: json_type(s) for s in recipe_settings(options_class)},
+                },
                 "additionalProperties": False,
             },
         }
@@ -117,7 +121,7 @@ def schema() -> str:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A recipe of the landmark command",
         "type": "object",
-        "properties": {"command": {"enum": list(commands)}},
+        "properties": {"command": {"enum": list(commands)}, "format": {"const": RECIPE_FORMAT}},
         "required": ["command"],
         "allOf": rules,
     }

@@ -11,7 +11,10 @@ From the dataclass come the Typer command (`landmark_cli.signature`), the keys o
 `X | None` or as `list[X]`.
 
 A recipe is a YAML file (without aliases) of options for one command, `command: train` among its keys. On the command
-line a recipe replaces the defaults, and an option given beside the recipe replaces the recipe's value.
+line a recipe replaces the defaults, and an option given beside the recipe replaces the recipe's value. What a run saves
+is a recipe too, and says `format: 2`. Where an option meant something else to the runs that saved recipes without a
+format, its dataclass has a static method `read_earlier(values)`, which gives the values of such a recipe as they are
+meant today.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ KINDS = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
 PACKAGE = Path(__file__).parent
 # The bound of a number that declares none of its own: larger ones are mistakes, and their products overflow.
 LARGEST = 10**9
+RECIPE_FORMAT = 2
 # Bounds of lengths, in tokens, and of seeds, which numpy takes too.
 LONGEST = 2**24
 LARGEST_SEED = 2**32 - 1
@@ -214,13 +218,16 @@ def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[s
     """The values of a recipe by field name, each of the field's type.
 
     recipe: a shipped recipe's name ("demo/tiny") or the path of a YAML file.
-    Raises UsageError for an unknown recipe, key or value, or a recipe of another command.
+    Raises UsageError for an unknown recipe, format, key or value, or a recipe of another command.
     """
     path = find_recipe(recipe, command)
     content = read_yaml(path, "recipe", kind=UsageError)
     owner = content.pop("command", command)
     if owner != command:
         raise UsageError(f"recipe {recipe}: it is for `landmark {owner}`, not for `landmark {command}`")
+    version = content.pop("format", None)
+    if version not in (None, RECIPE_FORMAT):
+        raise UsageError(f"recipe {recipe}: this version reads format {RECIPE_FORMAT}, not {shown(version)}")
     settings = settings_of(options_class)
     by_key = {name: setting for setting in settings.values() for name in (setting.name.replace("_", "-"), setting.key)}
     values = {}
@@ -235,6 +242,8 @@ def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[s
             values[setting.name] = setting.convert(value)
         except ValueError as error:
             raise UsageError(f"recipe {recipe}: {key}: {error}") from None
+    if version is None and hasattr(options_class, "read_earlier"):
+        values = options_class.read_earlier(values)
     return values
 
 
@@ -242,7 +251,7 @@ def save_recipe(options: Any, path: str | Path, command: str) -> None:
     """Write options as a recipe, so that `landmark COMMAND --recipe PATH` repeats the run."""
     import yaml
 
-    content: dict[str, Any] = {"command": command}
+    content: dict[str, Any] = {"command": command, "format": RECIPE_FORMAT}
     for name, setting in settings_of(type(options)).items():
         if setting.metadata["saved"]:
             content[setting.key] = _for_yaml(getattr(options, name))

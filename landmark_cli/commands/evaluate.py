@@ -18,12 +18,11 @@ from landmark_cli.commands.measurement import (
 )
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, results, show
-from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.evaluation.passkey import Cell, PassKeyResult
@@ -103,10 +102,13 @@ def run_perplexity(options: PerplexityOptions) -> None:
     Raises LandmarkError where model and token file do not fit each other or the text is too short.
     """
     check_outputs(options)
+    from landmark_cli.data.checks import check_token_files
+    from landmark_cli.data.pretrained_tokenizers import text_ids
+
     file = open_text(options.data)
     name = name_model(options)
     model, tokenizer = open_model(name, options)
-    check_fits(file, name, model, tokenizer)
+    check_token_files([file], partial(text_ids, tokenizer), model.config.vocab_size, name)
     from landmark_cli.evaluation.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(
@@ -186,18 +188,6 @@ def open_text(path: Path | None) -> TokenFile:
         path = find_corpus(Path("data"))
         info(f"reading {path / 'validation.bin'} of the newest prepared corpus under data/ (--data names another)")
     return TokenFile.open(path / "validation.bin" if path.is_dir() else path)
-
-
-def check_fits(file: TokenFile, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise LandmarkError unless the token file's ids mean to the model what they meant to its tokenizer."""
-    from landmark_cli.data.pretrained_tokenizers import text_ids
-
-    file.check_tokenizer(partial(text_ids, tokenizer), name)
-    if file.metadata.vocab_size > model.config.vocab_size:
-        raise LandmarkError(
-            f"{file.path} has ids up to {file.metadata.vocab_size}, the model {name} knows {model.config.vocab_size}: "
-            f"prepare the corpus with the model's own tokenizer"
-        )
 
 
 def perplexity_data(result: PerplexityResult, model: PreTrainedModel, reading: ReadingSettings) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
     TOP_K_BLOCKS_HELP,
+    DataOptions,
     RunOptions,
     begin,
     carry_out,
     changed,
+    check_weights,
     check_window,
-    loop_settings,
-    open_split,
-    validation_windows,
+    make_loop,
 )
 from landmark_cli.console import info
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from landmark_cli.models.lora import LoraSettings
 
 DATA, MODEL, LORA = "Data", "Model", "LoRA"
+NAMED_BY_EARLIER_RUNS = {"sequence_length", "landmark_freq", "landmarks_in_loss", "text_field", "validation_share"}
+NAMED_BY_EARLIER_RUNS |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge", "four_bit", "save_dtype"}
 
 
 @dataclass
@@ -78,7 +79,7 @@ class PretrainedOptions(CodeOptions):
 
 
 @dataclass(kw_only=True)
-class TextOptions:
+class TextOptions(DataOptions):
     """What to train on."""
 
     data: list[str] = option(
@@ -86,21 +87,7 @@ class TextOptions:
         help="A directory of token files made with the model's tokenizer, files or folders of text (.txt, .md, .tex, "
         ".jsonl, .parquet), a hub id, or sample, pg19, arxiv-math, redpajama. Repeatable.",
     )
-    data_weights: list[float] | None = option(
-        None,
-        names=("--data-weights", "--mix"),
-        panel=DATA,
-        min=0,
-        help="How often to draw from each of them: 0.9,0.1. [default: by their number of tokens]",
-    )
-    sequence_length: int = option(
-        2016,
-        panel=DATA,
-        min=1,
-        max=LONGEST,
-        help="Text tokens of a training window; its landmarks come on top.",
-        saves_memory="a shorter --sequence-length",
-    )
+    sequence_length: int = changed("sequence_length", 2048)
     landmarks_in_loss: bool = option(False, panel=DATA, help="Train the model to predict landmarks too.")
     text_field: str = option("text", panel=DATA, help="The field or column that holds the text of .jsonl and .parquet.")
     validation_share: float = option(
@@ -132,6 +119,23 @@ class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
         help="Type of the weights in the finished model; auto: the type they had before fine-tuning.",
     )
 
+    @staticmethod
+    def read_earlier(values: dict[str, Any]) -> dict[str, Any]:
+        """The values of a recipe without a format, as they are meant today: see `options.load_recipe`.
+
+        Runs of earlier versions saved such recipes. Their sequence_length counted text alone, and the landmarks of a
+        window came on top. What a run saved names every option, which nobody does by hand; a recipe that lacks some was
+        written for what the help says.
+        """
+        if not NAMED_BY_EARLIER_RUNS <= values.keys():
+            return values
+        from landmark_cli.data.landmarks import stream_length
+
+        text = values["sequence_length"]
+        length = stream_length(text, values["landmark_freq"])
+        info(f"the recipe was saved by an earlier version: its {text} text tokens a window are {length} with landmarks")
+        return values | {"sequence_length": length}
+
 
 def run(options: FinetuneOptions) -> None:
     """Fine-tune, and leave a model directory (or, with adapters that are not merged, an adapter directory).
@@ -140,26 +144,22 @@ def run(options: FinetuneOptions) -> None:
     fit and for what is wrong with data or directories.
     """
     check(options)
-    from landmark_cli.data.landmarks import stream_length
-
-    trained_length = stream_length(options.sequence_length, options.landmark_freq)
-    check_model(options, trained_length)
-    with begin(options, run_name(options)) as (accelerator, output, precision):
-        finetune(options, trained_length, accelerator, output, precision)
+    check_model(options)
+    with begin(options, run_name(options)) as begun:
+        finetune(options, begun)
 
 
-def finetune(
-    options: FinetuneOptions, trained_length: int, accelerator: Accelerator, output: Path, precision: str
-) -> None:
-    """The run itself, in every process. trained_length: positions of a window, landmarks included."""
-    from landmark_cli.data.batches import Batches
+def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> None:
+    """The run itself, in every process."""
+    from landmark_cli.data.checks import check_token_files
+    from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
+    from landmark_cli.data.training_data import TrainingData, token_files
     from landmark_cli.models import lora
     from landmark_cli.models.directory import save_model
-    from landmark_cli.training.loop import Loop
     from landmark_cli.training.publish import Publication
-    from landmark_cli.training.runs import run_identity
 
-    model, tokenizer = landmark_model(options, trained_length, precision, accelerator)
+    accelerator, output, precision = begun
+    model, tokenizer = landmark_model(options, precision, accelerator)
     config, adapters = model.config, adapter_settings(options)
     trained = lora.add_adapters(model, adapters) if adapters else model
 
@@ -180,25 +180,25 @@ def finetune(
         save = partial(save_model, dtype=saved_dtype(options))
     publication = Publication(trained, output, save_rest, save)
 
-    directories = token_files(options, output, accelerator)
-    files = open_split(directories, "train")
-    check_data(files, tokenizer, options.model)
-    windows = {
-        "sequence_length": trained_length,
-        "landmark_freq": config.landmark_freq,
-        "landmark_token_id": config.landmark_token_id,
-        "eot_id": files[0].metadata.eot_id,
-        "include_landmarks": options.landmarks_in_loss,
-    }
-    global_batch = options.batch_size * options.accumulation * accelerator.num_processes
-    identity = run_identity(config, files, options.data_weights, global_batch, options.seed)
-    loop = Loop(
-        accelerator,
+    directories = token_files(
+        options.data,
+        output / "data",
+        options.model,
+        text_field=options.text_field,
+        validation_share=options.validation_share,
+        trust_remote_code=options.trust_remote_code,
+    )
+    accelerator.wait_for_everyone()
+    data = TrainingData.open(directories, options.data_weights, validation=options.eval_every > 0)
+    check_token_files(data.files, partial(text_ids, tokenizer), largest_id(tokenizer) + 1, options.model)
+    loop = make_loop(
+        options,
+        begun,
         trained,
-        Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows),
-        loop_settings(options, output, precision, trained_length),
-        identity=identity | {"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss},
-        validation=validation_windows(options, directories, windows),
+        config,
+        data,
+        landmarks_in_loss=options.landmarks_in_loss,
+        identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss},
     )
     carry_out(options, config, loop)
     publication.publish(loop)
@@ -208,12 +208,8 @@ def finetune(
 
 def check(options: FinetuneOptions) -> None:
     """Raise UsageError for options that cannot go together, LandmarkError for a missing package that one needs."""
-    from landmark_cli.data.landmarks import stream_length
-
-    trained_length = stream_length(options.sequence_length, options.landmark_freq)
-    check_window(options.sequence_length, trained_length, options.landmark_freq, options.top_k_blocks)
-    if options.data_weights and len(options.data_weights) != len(options.data):
-        raise UsageError(f"--data-weights: {len(options.data_weights)} given for {len(options.data)} of --data")
+    check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
+    check_weights(options)
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:
         raise UsageError(f"--{given[0].replace('_', '-')} is for adapters: give --lora-rank too")
@@ -223,7 +219,7 @@ def check(options: FinetuneOptions) -> None:
         import_extra("bitsandbytes", "qlora")
 
 
-def check_model(options: FinetuneOptions, trained_length: int) -> None:
+def check_model(options: FinetuneOptions) -> None:
     """Refuse by its config a model that will not do, before anything is read or written."""
     from landmark_cli.models.decoders import check_length
     from landmark_cli.models.lora import is_adapter
@@ -237,7 +233,7 @@ def check_model(options: FinetuneOptions, trained_length: int) -> None:
     config = open_config(options.model, trust_remote_code=options.trust_remote_code)
     check_config(config, options.model)
     limit = getattr(config, "max_position_embeddings", None)
-    check_length(trained_length, limit, options.landmark_freq, options.model)
+    check_length(options.sequence_length, limit, options.landmark_freq, options.model)
 
 
 def run_name(options: FinetuneOptions) -> str:
@@ -245,37 +241,8 @@ def run_name(options: FinetuneOptions) -> str:
     return f"{Path(options.model).name}-landmark"
 
 
-def token_files(options: FinetuneOptions, output: Path, accelerator: Accelerator) -> list[Path]:
-    """The directories of token files to train on; text is tokenized into a directory of the run, by all processes
-    together."""
-    from landmark_cli.data.corpora import KINDS, open_corpus
-    from landmark_cli.data.merge import Process
-    from landmark_cli.data.prepare import prepare
-    from landmark_cli.data.tokenizers import load_tokenizer
-
-    directories, tokenizer = [], None
-    for number, name in enumerate(options.data):
-        if (Path(name) / "train.json").is_file():
-            directories.append(Path(name))
-            continue
-        known = name == "sample" or name in KINDS
-        corpus = open_corpus(
-            name if known else "text",
-            None if known else [name],
-            text_field=options.text_field,
-            validation_share=options.validation_share,
-        )
-        tokenizer = tokenizer or load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
-        directory = output / "data" / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
-        info(f"{name}: {corpus.source} -> {directory} (tokenizer {tokenizer.name})")
-        prepare(corpus, tokenizer, directory, process=Process.from_environment())
-        directories.append(directory)
-    accelerator.wait_for_everyone()
-    return directories
-
-
 def landmark_model(
-    options: FinetuneOptions, trained_length: int, precision: str, accelerator: Accelerator
+    options: FinetuneOptions, precision: str, accelerator: Accelerator
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pretrained model and its tokenizer, with landmarks: float32 to train, in the run's precision to be frozen."""
     import torch
@@ -301,7 +268,7 @@ def landmark_model(
         model,
         tokenizer,
         landmark_freq=options.landmark_freq,
-        trained_length=trained_length,
+        trained_length=options.sequence_length,
         top_k_blocks=options.top_k_blocks,
     )
     check_read_back(
@@ -328,16 +295,6 @@ def saved_dtype(options: FinetuneOptions) -> torch.dtype:
     if options.save_dtype != "auto":
         return getattr(torch, options.save_dtype)
     return stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
-
-
-def check_data(files: list[Any], tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-    """LandmarkError where token files were made with another tokenizer than the model's."""
-    from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
-
-    for file in files:
-        file.check_tokenizer(partial(text_ids, tokenizer), model)
-        if file.metadata.vocab_size > largest_id(tokenizer) + 1:
-            raise LandmarkError(f"{file.path} holds tokens up to {file.metadata.vocab_size}, beyond those of {model}")
 
 
 def adapter_settings(options: FinetuneOptions) -> LoraSettings | None:

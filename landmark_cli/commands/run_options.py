@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from landmark_cli.console import info, quantity, warn
-from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.options import LARGEST_SEED, option
+from landmark_cli.console import info, quantity
+from landmark_cli.errors import UsageError
+from landmark_cli.options import LARGEST_SEED, LONGEST, option
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
     from transformers import PreTrainedConfig
 
-    from landmark_cli.data.batches import SequentialWindows
-    from landmark_cli.data.token_file import TokenFile
+    from landmark_cli.data.training_data import TrainingData
     from landmark_cli.training.loop import Loop, LoopSettings
 
 
@@ -26,6 +26,30 @@ TOP_K_BLOCKS_HELP = (
     "Blocks that the model is to retrieve for each token, as its config will say. "
     "[default: 4, or as many as the window has room for]"
 )
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """What a run trains on, and how long the windows are that it reads."""
+
+    data: list[Path] | None = option(
+        None, panel="Data", help="Directories that `landmark prepare` made. [default: the newest under data/]"
+    )
+    data_weights: list[float] | None = option(
+        None,
+        names=("--data-weights", "--mix"),
+        panel="Data",
+        min=0,
+        help="How often to draw from each of --data: 0.9,0.1. [default: by their number of tokens]",
+    )
+    sequence_length: int = option(
+        512,
+        panel="Data",
+        min=2,
+        max=LONGEST,
+        help="Tokens of a training window, landmarks included.",
+        saves_memory="a shorter --sequence-length",
+    )
 
 
 @dataclass
@@ -106,17 +130,22 @@ class RunOptions:
 
 def changed(name: str, default: Any) -> Any:
     """The option `name` of every run, with another default for one command."""
-    return dataclasses.field(default=default, metadata=RunOptions.__dataclass_fields__[name].metadata)
+    fields = {**DataOptions.__dataclass_fields__, **RunOptions.__dataclass_fields__}
+    return dataclasses.field(default=default, metadata=fields[name].metadata)
 
 
-def check_window(sequence_length: int, trained_length: int, landmark_freq: int, top_k_blocks: int | None) -> None:
-    """Raise UsageError where a model trained on such windows could not read with these settings.
+def check_weights(options: DataOptions) -> None:
+    """Raise UsageError unless there is one of --data-weights for each of --data, or none."""
+    weights, corpora = len(options.data_weights or ()), len(options.data or ())
+    if weights and weights != corpora:
+        raise UsageError(f"--data-weights: {weights} given for {corpora} of --data")
 
-    sequence_length: as the option counts it. trained_length: positions of the window, landmarks included.
-    """
+
+def check_window(sequence_length: int, landmark_freq: int, top_k_blocks: int | None) -> None:
+    """Raise UsageError where a model trained on such windows could not read with these settings."""
     from landmark_cli.data.landmarks import largest_top_k
 
-    largest = largest_top_k(trained_length, landmark_freq)
+    largest = largest_top_k(sequence_length, landmark_freq)
     if largest < 0:
         raise UsageError(
             f"--sequence-length {sequence_length} is shorter than two blocks of --landmark-freq {landmark_freq} text "
@@ -129,35 +158,9 @@ def check_window(sequence_length: int, trained_length: int, landmark_freq: int, 
         )
 
 
-def open_split(directories: list[Path], split: str) -> list[TokenFile]:
-    """The token files of one split, all of one tokenizer; directories without a split other than train are left out."""
-    from landmark_cli.data.token_file import TokenFile
-
-    paths = [directory / f"{split}.bin" for directory in directories]
-    files = [TokenFile.open(path) for path in paths if split == "train" or path.exists()]
-    if len({file.metadata.tokenizer_fingerprint for file in files}) > 1:
-        names = ", ".join(f"{file.path} with {file.metadata.tokenizer}" for file in files)
-        raise LandmarkError(f"--data: prepared with different tokenizers ({names}); prepare all with one")
-    return files
-
-
-def validation_windows(
-    options: RunOptions, directories: list[Path], settings: dict[str, Any]
-) -> list[SequentialWindows]:
-    """The windows that evaluations read: --eval-windows of them, spread over all validation files.
-
-    settings: what cuts windows out of a file, the same as for training.
-    """
-    from landmark_cli.data.batches import SequentialWindows
-
-    files = open_split(directories, "validation") if options.eval_every else []
-    if options.eval_every and not files:
-        warn(f"{directories[0]} has no validation.bin: training without evaluation")
-    limit = max(options.eval_windows // max(len(files), 1), 1)
-    return [SequentialWindows(file, limit=limit, **settings) for file in files]
-
-
-def loop_settings(options: RunOptions, output: Path, precision: str, sequence_length: int) -> LoopSettings:
+def loop_settings(
+    options: RunOptions, output: Path, precision: str, sequence_length: int, group_dropout: float = 0.0
+) -> LoopSettings:
     """The options as the training loop takes them. sequence_length: positions of a window, landmarks included."""
     from landmark_cli.launch import again
     from landmark_cli.training.loop import LoopSettings
@@ -182,6 +185,7 @@ def loop_settings(options: RunOptions, output: Path, precision: str, sequence_le
         fused_loss=options.fused_loss,
         fp32_residual=options.fp32_residual,
         bad_steps=options.bad_steps,
+        group_dropout=group_dropout,
         go_on=again("resume", output=output),
     )
 
@@ -214,6 +218,40 @@ def begin(options: RunOptions, name: str) -> Iterator[tuple[Accelerator, Path, s
         )
         set_seed(options.seed)
         yield accelerator, output, precision
+
+
+def make_loop(
+    options: RunOptions,
+    begun: tuple[Accelerator, Path, str],
+    model: nn.Module,
+    config: PreTrainedConfig,
+    data: TrainingData,
+    *,
+    landmarks_in_loss: bool = False,
+    variants: dict[str, Any] | None = None,
+    group_dropout: float = 0.0,
+    identity: dict[str, Any],
+) -> Loop:
+    """The loop of a run over its batches, and over its validation windows.
+
+    begun: what `begin` gave. config: the model's, adapters aside. landmarks_in_loss: count landmarks as targets.
+    variants: see `TrainingData.batches`. group_dropout: see `LoopSettings`. identity: what else must stay the same when
+    the run is resumed, besides model, data and seed.
+    """
+    from landmark_cli.training.loop import Loop
+    from landmark_cli.training.runs import run_identity
+
+    accelerator, output, precision = begun
+    global_batch = options.batch_size * options.accumulation * accelerator.num_processes
+    windows = data.windows(config, landmarks_in_loss)
+    return Loop(
+        accelerator,
+        model,
+        data.batches(windows, global_batch, options.seed, **variants or {}),
+        loop_settings(options, output, precision, windows.sequence_length, group_dropout),
+        identity=run_identity(config, data, global_batch, options.seed) | identity,
+        validation=data.validation_windows(windows, options.eval_windows),
+    )
 
 
 def carry_out(options: RunOptions, config: PreTrainedConfig, loop: Loop) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from landmark_cli.commands.evaluate import check_fits, open_text, perplexity_data
+from landmark_cli.commands.evaluate import open_text, perplexity_data
 from landmark_cli.commands.measurement import (
     json_option,
     sample_tokens_option,
@@ -62,6 +63,8 @@ def run(options: StudyOptions) -> None:
 
     Raises UsageError for an unknown study, role or corpus, LandmarkError where model and text do not fit.
     """
+    from landmark_cli.data.checks import check_token_files
+    from landmark_cli.data.pretrained_tokenizers import text_ids
     from landmark_cli.evaluation.perplexity import evaluate_perplexity
     from landmark_cli.evaluation.pictures import check_picture
     from landmark_cli.evaluation.report import draw_study, study_table, write_tables
@@ -88,7 +91,7 @@ def run(options: StudyOptions) -> None:
             opened.clear()
             name = models[row.role]
             model, tokenizer = open_model(name, options)
-            check_fits(file, name, model, tokenizer)
+            check_token_files([file], partial(text_ids, tokenizer), model.config.vocab_size, name)
             opened[row.role] = model
         reading = row.reading()
         result = evaluate_perplexity(

@@ -11,46 +11,28 @@ from typing import TYPE_CHECKING
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
     TOP_K_BLOCKS_HELP,
+    DataOptions,
     RunOptions,
     begin,
     carry_out,
+    check_weights,
     check_window,
-    loop_settings,
-    open_split,
-    validation_windows,
+    make_loop,
 )
 from landmark_cli.console import info, quantity, table
 from landmark_cli.errors import UsageError
 from landmark_cli.options import LONGEST, option, save_recipe
 
 if TYPE_CHECKING:
-    from landmark_cli.data.token_file import TokenFile
     from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.training_data import TrainingData
     from landmark_cli.models.gpt import GPTConfig
 
 
 @dataclass
-class CorpusAndShape(CodeOptions):
+class CorpusAndShape(DataOptions, CodeOptions):
     """What the paper's model is trained on, and its shape."""
 
-    data: list[Path] | None = option(
-        None, panel="Data", help="Directories that `landmark prepare` made. [default: the newest under data/]"
-    )
-    data_weights: list[float] | None = option(
-        None,
-        names=("--data-weights", "--mix"),
-        panel="Data",
-        min=0,
-        help="How often to draw from each of them: 0.9,0.1. [default: by their number of tokens]",
-    )
-    sequence_length: int = option(
-        512,
-        panel="Data",
-        min=2,
-        max=LONGEST,
-        help="Tokens of a training window, landmarks included.",
-        saves_memory="a shorter --sequence-length",
-    )
     landmark_freq: int = option(50, panel="Data", min=1, max=LONGEST, help="Text tokens between landmarks.")
     baseline: bool = option(False, panel="Data", help="Train the baseline: ordinary attention, no landmarks.")
 
@@ -121,30 +103,32 @@ def run(options: TrainOptions) -> None:
 
     Raises UsageError for options that contradict each other, LandmarkError for what is wrong with data or directories.
     """
-    from landmark_cli.data.token_file import find_corpus
-
     check(options)
+    from landmark_cli.data.checks import check_token_files
+    from landmark_cli.data.token_file import find_corpus
+    from landmark_cli.data.tokenizers import load_tokenizer
+    from landmark_cli.data.training_data import TrainingData
+
     if not options.data:
         corpus = find_corpus(Path("data"))
         info(f"training on {corpus}, the newest prepared corpus under data/ (--data names another)")
         options = dataclasses.replace(options, data=[corpus])
-    train_files = open_split(options.data, "train")
-    from landmark_cli.data.tokenizers import load_tokenizer
-
-    tokenizer = load_tokenizer(train_files[0].metadata.tokenizer, trust_remote_code=options.trust_remote_code)
-    train_files[0].check_tokenizer(tokenizer.encode, f"{tokenizer.name} as it is now")
+    evaluated = options.eval_every > 0 and not options.dry_run
+    data = TrainingData.open(options.data, options.data_weights, validation=evaluated)
+    tokenizer = load_tokenizer(data.train[0].metadata.tokenizer, trust_remote_code=options.trust_remote_code)
+    check_token_files(data.files, tokenizer.encode, tokenizer.vocab_size, f"{tokenizer.name} as it is now")
     config = model_config(options, tokenizer)
     if options.dry_run:
-        show_plan(options, config, train_files)
+        show_plan(options, config, data)
     else:
         tokenizer.check_saved(landmark=not options.baseline)
-        train(options, config, tokenizer, train_files)
+        train(options, config, tokenizer, data)
 
 
 def check(options: TrainOptions) -> None:
     """Raise UsageError for options that cannot go together."""
     if not options.baseline:
-        check_window(options.sequence_length, options.sequence_length, options.landmark_freq, options.top_k_blocks)
+        check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
     if options.segment_length and not options.memory_length:
         raise UsageError("--segment-length is a Transformer-XL's: give --memory-length too")
     if options.memory_length and not options.baseline:
@@ -159,8 +143,7 @@ def check(options: TrainOptions) -> None:
             raise UsageError(f"{name} is about landmarks: leave out --baseline or {name}")
     if options.n_embd % options.n_head or options.n_embd // options.n_head % 2:
         raise UsageError(f"--n-embd {options.n_embd} over --n-head {options.n_head} must give a whole, even head width")
-    if options.data_weights and len(options.data_weights) != len(options.data or ()):
-        raise UsageError(f"--data-weights: {len(options.data_weights)} given for {len(options.data or ())} of --data")
+    check_weights(options)
 
 
 def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
@@ -186,16 +169,13 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
     )
 
 
-def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, files: list[TokenFile]) -> None:
+def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, data: TrainingData) -> None:
     """The run itself, in every process."""
-    from landmark_cli.data.batches import Batches
-    from landmark_cli.data.variants import VariantBatches
     from landmark_cli.models.gpt import GPTForCausalLM
-    from landmark_cli.training.loop import Loop
     from landmark_cli.training.publish import Publication
-    from landmark_cli.training.runs import run_identity
 
-    with begin(options, run_name(options)) as (accelerator, output, precision):
+    with begin(options, run_name(options)) as begun:
+        accelerator, output, _ = begun
         model = GPTForCausalLM(config)
 
         def save_rest(directory: Path) -> None:
@@ -203,23 +183,17 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, fi
             save_recipe(options, directory / "recipe.yaml", "train")
 
         publication = Publication(model, output, save_rest)
-        global_batch = options.batch_size * options.accumulation * accelerator.num_processes
-        windows = window_settings(options, config)
-        batches = Batches(files, options.data_weights, global_batch=global_batch, seed=options.seed, **windows)
         controlled = options.controlled_landmarks if options.context_miss_token else 0.0
         variants = {"position_jump": options.position_jump, "controlled_landmarks": controlled}
-        if any(variants.values()):
-            batches = VariantBatches(batches, options.seed, **variants)
-        variants["group_dropout"] = options.group_dropout
-        loop = Loop(
-            accelerator,
+        loop = make_loop(
+            options,
+            begun,
             model,
-            batches,
-            dataclasses.replace(
-                loop_settings(options, output, precision, options.sequence_length), group_dropout=options.group_dropout
-            ),
-            identity=run_identity(config, files, options.data_weights, global_batch, options.seed) | variants,
-            validation=validation_windows(options, options.data, windows),
+            config,
+            data,
+            variants=variants,
+            group_dropout=options.group_dropout,
+            identity=variants | {"group_dropout": options.group_dropout},
         )
         carry_out(options, config, loop)
         publication.publish(loop)
@@ -232,17 +206,7 @@ def run_name(options: TrainOptions) -> str:
     return f"{options.data[0].resolve().name}-{'baseline' if options.baseline else 'landmark'}"
 
 
-def window_settings(options: TrainOptions, config: GPTConfig) -> dict[str, int | None]:
-    """What cuts windows out of token files: the same for training and evaluation."""
-    return {
-        "sequence_length": options.sequence_length,
-        "landmark_freq": config.landmark_freq,
-        "landmark_token_id": config.landmark_token_id,
-        "eot_id": config.eos_token_id,
-    }
-
-
-def show_plan(options: TrainOptions, config: GPTConfig, files: list[TokenFile]) -> None:
+def show_plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> None:
     """What `--dry-run` prints."""
     import torch
 
@@ -257,7 +221,7 @@ def show_plan(options: TrainOptions, config: GPTConfig, files: list[TokenFile]) 
     windows = options.batch_size * options.accumulation * processes
     needs = estimate(model, options.batch_size, precision, options.fused_loss)
     tokens = options.steps * windows * options.sequence_length
-    text = sum(file.metadata.tokens for file in files)
+    text = sum(file.metadata.tokens for file in data.train)
     share = 1.0 if options.baseline else options.landmark_freq / (options.landmark_freq + 1)
     rows = [
         ("parameters", f"{needs.parameters:,}"),

@@ -93,7 +93,7 @@ class Batches:
     Args:
         token_files: opened token files.
         weights: how often each file is drawn from, relative to the others; None takes them by their size.
-        sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks: see `Windows`.
+        windows: what cuts windows out of them.
         global_batch: windows in a step, over all processes and accumulation.
         seed: of the order of the windows.
 
@@ -105,18 +105,12 @@ class Batches:
         self,
         token_files: Sequence[TokenFile],
         weights: Sequence[float] | None,
-        sequence_length: int,
-        landmark_freq: int | None,
-        landmark_token_id: int | None,
-        eot_id: int | None,
+        windows: Windows,
         global_batch: int,
         seed: int,
-        include_landmarks: bool = False,
     ) -> None:
-        self.windows = Windows(sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks)
-        self.token_files = list(token_files)
-        self.global_batch = global_batch
-        self._orders = [_Order(file, self.windows.text_length, seed, i) for i, file in enumerate(self.token_files)]
+        self.windows, self.global_batch = windows, global_batch
+        self._orders = [_Order(file, windows.text_length, seed, i) for i, file in enumerate(token_files)]
         self._shares = _conditional_shares(weights, [order.windows for order in self._orders])
 
     def batch(self, step: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -146,26 +140,16 @@ class SequentialWindows:
 
     Args:
         token_file: an opened token file.
-        sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks: see `Windows`.
+        windows: what cuts windows out of the file.
         limit: the most windows to take, spread evenly over the file; None takes all.
 
     Raises:
         LandmarkError: the file holds less than one window.
     """
 
-    def __init__(
-        self,
-        token_file: TokenFile,
-        sequence_length: int,
-        landmark_freq: int | None,
-        landmark_token_id: int | None,
-        eot_id: int | None,
-        limit: int | None = None,
-        include_landmarks: bool = False,
-    ) -> None:
-        self.windows = Windows(sequence_length, landmark_freq, landmark_token_id, eot_id, include_landmarks)
-        self.token_file = token_file
-        self._available = _window_count(token_file, self.windows.text_length)
+    def __init__(self, token_file: TokenFile, windows: Windows, limit: int | None = None) -> None:
+        self.token_file, self.windows = token_file, windows
+        self._available = _window_count(token_file, windows.text_length)
         self._count = self._available if limit is None else min(limit, self._available)
 
     def __len__(self) -> int:

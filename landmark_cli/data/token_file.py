@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -120,20 +119,6 @@ class TokenFile:
         if touched:
             _remember_modified(path, metadata, status.st_mtime_ns)
         return cls(path=path, tokens=map_values(path, metadata.dtype, metadata.tokens), metadata=metadata)
-
-    def check_tokenizer(self, encode: Callable[[str], Any], whose: str) -> None:
-        """Make sure that another tokenizer reads text as this file's did.
-
-        Raises:
-            LandmarkError: that tokenizer gives other ids; the message says `whose` tokenizer it is.
-        """
-        from landmark_cli.data.tokenizers import tokenizer_fingerprint
-
-        if tokenizer_fingerprint(encode) != self.metadata.tokenizer_fingerprint:
-            raise LandmarkError(
-                f"{self.path} was prepared with the tokenizer {self.metadata.tokenizer}, which is not that of {whose}: "
-                f"prepare the corpus with the model's own tokenizer (landmark prepare --tokenizer)"
-            )
 
 
 class TokenFileWriter:

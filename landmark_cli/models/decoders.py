@@ -83,25 +83,13 @@ def check_length(trained_length: int, limit: int | None, landmark_freq: int, nam
     such windows could not be read with."""
     if limit is not None and trained_length > limit:
         raise LandmarkError(
-            f"{name} has {limit} positions, but a window with its landmarks takes {trained_length}; "
-            f"take a text length (--sequence-length) of at most {limit - limit // (landmark_freq + 1)}"
+            f"{name} has {limit} positions, fewer than a window of {trained_length} tokens: "
+            f"take a --sequence-length of at most {limit}"
         )
     if largest_top_k(trained_length, landmark_freq) < 0:
         raise LandmarkError(
             f"a window of {trained_length} tokens holds fewer than the two blocks of {landmark_freq} text tokens and a "
             "landmark that reading takes; take longer windows or a smaller landmark-freq"
-        )
-
-
-def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """LandmarkError where a landmark model's tokenizer has no landmark token, or another id for it."""
-    expected, vocabulary = config.landmark_token_id, tokenizer.get_vocab()
-    found = vocabulary.get(LANDMARK_TOKEN)
-    if found != expected:
-        has = "no landmark token" if found is None else f"{LANDMARK_TOKEN} as token {found}"
-        raise LandmarkError(
-            f"the tokenizer of {name} has {has}, but the model's landmark is token {expected}; "
-            "put the tokenizer files it was saved with beside it"
         )
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError, import_extra
 from landmark_cli.families import EMBEDDINGS, HEADS
 from landmark_cli.files import read_record, reading
 from landmark_cli.weight_diff.checkpoint import open_shard
 
-from .decoders import check_tokenizer
 from .pretrained import open_config, open_pretrained
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -146,7 +146,7 @@ def open_adapted(
     except LandmarkError as error:
         raise LandmarkError(f"{directory} holds adapters for the model {base}, which is needed too: {error}") from error
     tokenizer = open_tokenizer(directory, trust_remote_code=trust_remote_code)
-    check_tokenizer(config, tokenizer, str(directory))
+    check_landmark_token(config, tokenizer, str(directory))
     model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     with reading(directory, "the adapters in"), _without_deprecations():
         model = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reading
@@ -27,7 +28,6 @@ from landmark_cli.model_files import check_directory, check_no_code, opening
 from landmark_cli.schema import check
 from landmark_cli.weight_diff.manifest import MANIFEST
 
-from .decoders import check_tokenizer
 from .size import check_size
 
 
@@ -67,7 +67,7 @@ def open_pretrained(
             check(LandmarkSettings, _attributes(model.generation_config))
     tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
     if getattr(config, "landmark_freq", None) is not None:
-        check_tokenizer(config, tokenizer, str(path))
+        check_landmark_token(config, tokenizer, str(path))
     return model, tokenizer
 
 

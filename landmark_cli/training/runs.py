@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.training_data import TrainingData
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
 from landmark_cli.locks import sole_writer
@@ -95,14 +95,12 @@ def model_identity(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY}
 
 
-def run_identity(
-    config: Any, files: Sequence[TokenFile], weights: Sequence[float] | None, global_batch: int, seed: int
-) -> dict[str, Any]:
+def run_identity(config: Any, data: TrainingData, global_batch: int, seed: int) -> dict[str, Any]:
     """What must stay the same for a run to be resumed exactly: the model, the tokens and how they make batches."""
     return model_identity(config) | {
-        "tokenizer": files[0].metadata.tokenizer,
-        "data": [file.metadata.sha256 for file in files],
-        "data_weights": weights,
+        "tokenizer": data.train[0].metadata.tokenizer,
+        "data": [file.metadata.sha256 for file in data.train],
+        "data_weights": data.weights,
         "global_batch": global_batch,
         "seed": seed,
     }

@@ -32,7 +32,7 @@ from tests.models.families import random_decoder, tiny_decoder, tiny_tokenizer
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
 SHORT = {
     "landmark_freq": 7,
-    "sequence_length": 28,
+    "sequence_length": 32,
     "steps": 3,
     "batch_size": 2,
     "accumulation": 2,
@@ -226,11 +226,11 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"sequence_length": 13}, UsageError, "--sequence-length 13 is shorter than two blocks of --landmark-freq 7"),
+        ({"sequence_length": 15}, UsageError, "--sequence-length 15 is shorter than two blocks of --landmark-freq 7"),
         (
             {"sequence_length": 600},
             LandmarkError,
-            "has 512 positions, .* takes 685; .*--sequence-length. of at most 448",
+            "base has 512 positions, fewer than a window of 600 tokens: take a --sequence-length of at most 512",
         ),
         ({"top_k_blocks": 3}, UsageError, "--top-k-blocks 3 leaves .* in a window of 4 blocks: .* at most 2"),
         ({"data_weights": [1.0, 2.0]}, UsageError, "--data-weights: 2 given for 1 of --data"),
@@ -339,7 +339,7 @@ def test_the_recipe_of_the_authors_and_the_config_for_accelerate():
     assert recipe_names("finetune") == ["llama/finetune_7b", "results/smollm2"]
     values = load_recipe("llama/finetune_7b", FinetuneOptions, "finetune")
     assert (values["sequence_length"], values["landmark_freq"], values["lr"], values["steps"]) == (
-        504,
+        512,
         63,
         2e-5,
         15_000,

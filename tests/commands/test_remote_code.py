@@ -75,7 +75,7 @@ def commands(part, folder, tmp_path):
     study.write_text("study: perplexity\nroles: {a: any}\nrows: [{role: a, eval-length: 20}]")
     yield "eval", "study", study, "--role", f"a={folder}", "--output", tmp_path / "study"
     run = ("--steps", 1, "--device", "cpu", "--batch-size", 1, "--accumulation", 1, "--eval-every", 0)
-    length = ("--sequence-length", 24, "--landmark-freq", 7)
+    length = ("--sequence-length", 27, "--landmark-freq", 7)
     yield "finetune", "--model", folder, "--data", data, *length, "--output", tmp_path / "finetuned", *run
     if part == "tokenizer":
         yield "prepare", "text", "--source", data, "--tokenizer", folder, "--output", tmp_path / "prepared"

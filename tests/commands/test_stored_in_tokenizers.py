@@ -1,12 +1,13 @@
 """Every place where text becomes ids, with tokenizer directories that store what is not the text's."""
 
 import json
+from functools import partial
 
 import pytest
 from accelerate.state import AcceleratorState
 
-from landmark_cli.commands.evaluate import check_fits
-from landmark_cli.commands.finetune import check_data
+from landmark_cli.data.checks import check_token_files
+from landmark_cli.data.pretrained_tokenizers import text_ids
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.evaluation.harness import LandmarkLM
@@ -54,8 +55,7 @@ def test_prepare_and_what_token_files_are_checked_by(landmark, workplace, model,
     assert result.code == 0, result.err
     file = TokenFile.open(workplace / "stored" / directory.name / "train.bin")
     assert file.tokens.tolist() == [*byte_ids(TEXT), END]
-    check_fits(file, "it", *opened[:2])
-    check_data([file], opened[1], "it")
+    check_token_files([file], partial(text_ids, opened[1]), opened[0].config.vocab_size, "it")
 
 
 def test_prepare_passkey(landmark, workplace, model):
@@ -74,7 +74,7 @@ def test_finetune(landmark, workplace, tmp_path):
         byte_tokenizer(**stored).save_pretrained(base)
         (workplace / "stored.txt").write_text(TEXT)
         AcceleratorState._reset_state(reset_partial_state=True)
-        arguments = ["--sequence-length", 28, "--landmark-freq", 7, "--steps", 1, "--batch-size", 2, "--device", "cpu"]
+        arguments = ["--sequence-length", 32, "--landmark-freq", 7, "--steps", 1, "--batch-size", 2, "--device", "cpu"]
         output = tmp_path / f"{base.name}-landmark"
         result = landmark(
             "finetune", "--model", base, "--data", "stored.txt", "--output", output, "--validation-share", 0, *arguments

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from landmark_cli.data.batches import Batches, SequentialWindows, iterate, permuted
+from landmark_cli.data.batches import Batches, SequentialWindows, Windows, iterate, permuted
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, remove_landmarks
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
 from landmark_cli.errors import LandmarkError
@@ -45,7 +45,7 @@ def others(tmp_path_factory):
 
 
 def batches_of(*files, weights=None, length=16, freq=4, batch=6, seed=1, **more):
-    return Batches(files, weights, length, freq, LANDMARK, EOT, batch, seed, **more)
+    return Batches(files, weights, Windows(length, freq, LANDMARK, EOT, **more), batch, seed)
 
 
 @given(st.integers(1, 500), st.integers(0, 2**64 - 1))
@@ -199,15 +199,15 @@ def test_wrong_rows_are_named(numbers):
     with pytest.raises(ValueError, match="rows 0 to 6, not 4 to 7"):
         batches_of(numbers).batch(0, 4, 7)
     with pytest.raises(ValueError, match="landmark_token_id"):
-        Batches([numbers], None, 16, 4, None, EOT, 6, 1)
+        Windows(16, 4, None, EOT)
 
 
 def test_evaluation_reads_front_to_back(numbers):
-    windows = SequentialWindows(numbers, 20, 4, LANDMARK, EOT)
+    windows = SequentialWindows(numbers, Windows(20, 4, LANDMARK, EOT))
     assert len(windows) == 1003 // 16
     text = torch.cat([remove_landmarks(windows.batch(i, i + 5)["input_ids"], 5) for i in range(0, len(windows), 5)])
     assert torch.equal(text.flatten(), torch.arange(len(windows) * 16))
-    few = SequentialWindows(numbers, 20, 4, LANDMARK, EOT, limit=4)
+    few = SequentialWindows(numbers, Windows(20, 4, LANDMARK, EOT), limit=4)
     assert few.batch(0, 9)["input_ids"][:, 0].tolist() == [0, 15 * 16, 31 * 16, 46 * 16]
 
 

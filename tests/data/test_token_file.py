@@ -287,20 +287,6 @@ def test_every_byte_of_a_checkpoint_counts(tmp_path, at):
         TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state)
 
 
-def test_another_tokenizer_is_noticed(tmp_path):
-    from landmark_cli.data.tokenizers import tokenizer_fingerprint
-
-    def encode(text):
-        return list(text.encode())
-
-    letters = Letters()
-    letters.fingerprint = tokenizer_fingerprint(encode)
-    opened = write(tmp_path / "train.bin", [[1]], letters)
-    opened.check_tokenizer(encode, "the model")
-    with pytest.raises(LandmarkError, match="prepared with the tokenizer letters, which is not that of runs/m"):
-        opened.check_tokenizer(lambda text: [1], "runs/m")
-
-
 def test_the_newest_corpus_is_found(tmp_path):
     with pytest.raises(LandmarkError, match="no prepared corpus under .*landmark prepare"):
         find_corpus(tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from landmark_cli.data.batches import Batches
+from landmark_cli.data.batches import Batches, Windows
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.data.variants import VariantBatches
@@ -12,16 +12,8 @@ from landmark_cli.data.variants import VariantBatches
 def make(folder, **settings) -> VariantBatches:
     with TokenFileWriter(folder / "train.bin", load_tokenizer("gpt2"), source="random ids") as writer:
         writer.add_document(np.random.default_rng(0).integers(0, 50000, 3000))
-    batches = Batches(
-        [TokenFile.open(folder / "train.bin")],
-        None,
-        sequence_length=33,
-        landmark_freq=4,
-        landmark_token_id=50260,
-        eot_id=50256,
-        global_batch=8,
-        seed=3,
-    )
+    windows = Windows(sequence_length=33, landmark_freq=4, landmark_token_id=50260, eot_id=50256)
+    batches = Batches([TokenFile.open(folder / "train.bin")], None, windows, global_batch=8, seed=3)
     return VariantBatches(batches, seed=3, **settings)
 
 

@@ -23,7 +23,7 @@ TRAIN += ["--sequence-length", 34, "--landmark-freq", 7, "--top-k-blocks", 2, "-
 TRAIN += ["--accumulation", 1, "--steps", 8, "--save-every", 2, "--log-every", 1, "--eval-every", 4]
 TRAIN += ["--eval-windows", 4, "--dropout", 0.1]
 FINETUNE = ["finetune", "--model", "llama", "--data", "novels", "--device", "cpu", "--landmark-freq", 7]
-FINETUNE += ["--sequence-length", 28, "--steps", 6, "--batch-size", 2, "--accumulation", 1, "--lr", 1e-2]
+FINETUNE += ["--sequence-length", 32, "--steps", 6, "--batch-size", 2, "--accumulation", 1, "--lr", 1e-2]
 FINETUNE += ["--save-every", 2, "--log-every", 1, "--eval-every", 3, "--eval-windows", 4]
 ADAPTERS = ["--lora-rank", 2]
 # eval study by two roles and several settings.

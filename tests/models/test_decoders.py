@@ -5,11 +5,12 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from landmark_cli.attention.dispatch import LandmarkLayout
+from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import store
-from landmark_cli.models.decoders import add_landmarks, check_tokenizer
+from landmark_cli.models.decoders import add_landmarks
 from tests.awkward_tokenizers import byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.models.families import FAMILIES, VOCABULARY, tiny_decoder, tiny_tokenizer
@@ -240,13 +241,13 @@ def test_windows_that_do_not_fit():
 
 def test_a_tokenizer_of_another_model():
     model, tokenizer = landmark_decoder("llama")
-    check_tokenizer(model.config, tokenizer, "it")
+    check_landmark_token(model.config, tokenizer, "it")
     with pytest.raises(LandmarkError, match="no landmark token, but the model's landmark is token 258"):
-        check_tokenizer(model.config, tiny_tokenizer(), "it")
+        check_landmark_token(model.config, tiny_tokenizer(), "it")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<landmark>"])
     with pytest.raises(LandmarkError, match="<landmark> as token 257"):
-        check_tokenizer(model.config, tokenizer, "it")
+        check_landmark_token(model.config, tokenizer, "it")
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_baseline])

@@ -58,7 +58,7 @@ VARIANTS = {"context_miss_token": True, "controlled_landmarks": 0.5, "position_j
 FINETUNE = RUN | {
     "model": "base",
     "data": ["data"],
-    "sequence_length": 120,
+    "sequence_length": 128,
     "landmark_freq": 15,
     "batch_size": 1,
     "accumulation": 2,

@@ -1,0 +1,123 @@
+"""Token files -> the batches and validation windows of a run.
+
+`landmark train` opens directories that `landmark prepare` made. `landmark finetune` opens them too, and prepares text
+that it is given into the run's own directory first (`token_files`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from landmark_cli.console import info, warn
+from landmark_cli.data.batches import Batches, SequentialWindows, Windows
+from landmark_cli.data.checks import check_one_tokenizer
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.variants import VariantBatches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The token files of a run, opened, and all made with one tokenizer.
+
+    Attributes:
+        train: one for each corpus.
+        validation: those of the corpora that have one, where evaluations are wanted.
+        weights: how often each corpus is drawn from, relative to the others; None takes them by their size.
+    """
+
+    train: list[TokenFile]
+    validation: list[TokenFile]
+    weights: list[float] | None = None
+
+    @property
+    def files(self) -> list[TokenFile]:
+        """All of them."""
+        return [*self.train, *self.validation]
+
+    @classmethod
+    def open(
+        cls, directories: Sequence[Path], weights: list[float] | None = None, *, validation: bool = True
+    ) -> TrainingData:
+        """Open the token files of prepared corpora. validation: whether the run is evaluated on the way.
+
+        Raises LandmarkError where a corpus has no train.bin, a file is damaged, or they are not of one tokenizer.
+        """
+        held_out = [directory / "validation.bin" for directory in directories] if validation else []
+        data = cls(
+            [TokenFile.open(directory / "train.bin") for directory in directories],
+            [TokenFile.open(path) for path in held_out if path.exists()],
+            weights,
+        )
+        check_one_tokenizer(data.files)
+        if validation and not data.validation:
+            warn(f"{directories[0]} has no validation.bin: training without evaluation")
+        return data
+
+    def windows(self, config: PreTrainedConfig, include_landmarks: bool = False) -> Windows:
+        """What cuts windows of a model's trained length out of these files, for training and evaluation alike.
+
+        config: the model's. include_landmarks: count landmarks as targets.
+        """
+        eot_id = self.train[0].metadata.eot_id
+        return Windows(config.trained_length, config.landmark_freq, config.landmark_token_id, eot_id, include_landmarks)
+
+    def batches(self, windows: Windows, global_batch: int, seed: int, **variants: Any) -> Batches | VariantBatches:
+        """The batches that the run trains on: see `Batches`, and `VariantBatches` for its settings, the variants."""
+        batches = Batches(self.train, self.weights, windows, global_batch, seed)
+        return VariantBatches(batches, seed, **variants) if any(variants.values()) else batches
+
+    def validation_windows(self, windows: Windows, count: int) -> list[SequentialWindows]:
+        """About `count` windows for an evaluation to read, spread over all validation files."""
+        limit = max(count // max(len(self.validation), 1), 1)
+        return [SequentialWindows(file, windows, limit) for file in self.validation]
+
+
+def token_files(
+    names: Sequence[str],
+    directory: Path,
+    tokenizer: str,
+    *,
+    text_field: str = "text",
+    validation_share: float = 0.01,
+    trust_remote_code: bool = False,
+) -> list[Path]:
+    """Directories of token files, one for each name: the named one itself where it is such a directory already, or else
+    a new one in `directory`, into which all processes of a launch prepare what the name stands for together.
+
+    names: prepared corpora, corpora that `open_corpus` knows, or sources of text. tokenizer: a directory or hub id, of
+    the tokenizer that text is prepared with. text_field, validation_share: see `open_corpus`. trust_remote_code:
+    whether Python code that comes with the tokenizer may run. Processes other than the first may return before the
+    token files are there.
+
+    Raises LandmarkError as `prepare` does.
+    """
+    from landmark_cli.data.corpora import KINDS, open_corpus
+    from landmark_cli.data.merge import Process
+    from landmark_cli.data.prepare import prepare
+    from landmark_cli.data.tokenizers import load_tokenizer
+
+    directories, opened = [], None
+    for number, name in enumerate(names):
+        if (Path(name) / "train.json").is_file():
+            directories.append(Path(name))
+            continue
+        known = name == "sample" or name in KINDS
+        corpus = open_corpus(
+            name if known else "text",
+            None if known else [name],
+            text_field=text_field,
+            validation_share=validation_share,
+        )
+        opened = opened or load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        prepared = directory / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
+        info(f"{name}: {corpus.source} -> {prepared} (tokenizer {opened.name})")
+        prepare(corpus, opened, prepared, process=Process.from_environment())
+        directories.append(prepared)
+    return directories
