@@ -20,13 +20,11 @@ from landmark_cli.commands.run_options import (
     make_loop,
 )
 from landmark_cli.console import info
-from landmark_cli.errors import LandmarkError, UsageError, import_extra
+from landmark_cli.errors import UsageError, import_extra
 from landmark_cli.options import LONGEST, option, save_recipe
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from landmark_cli.models.lora import LoraSettings
 
@@ -144,7 +142,14 @@ def run(options: FinetuneOptions) -> None:
     fit and for what is wrong with data or directories.
     """
     check(options)
-    check_model(options)
+    from landmark_cli.training.finetuning import check_pretrained
+
+    check_pretrained(
+        options.model,
+        landmark_freq=options.landmark_freq,
+        sequence_length=options.sequence_length,
+        trust_remote_code=options.trust_remote_code,
+    )
     with begin(options, run_name(options)) as begun:
         finetune(options, begun)
 
@@ -154,30 +159,40 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     from landmark_cli.data.checks import check_token_files
     from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
     from landmark_cli.data.training_data import TrainingData, token_files
-    from landmark_cli.models import lora
-    from landmark_cli.models.directory import save_model
+    from landmark_cli.models.lora import add_adapters
+    from landmark_cli.training.finetuning import checkpoint_activations, open_with_landmarks, saving
     from landmark_cli.training.publish import Publication
 
     accelerator, output, precision = begun
-    model, tokenizer = landmark_model(options, precision, accelerator)
-    config, adapters = model.config, adapter_settings(options)
-    trained = lora.add_adapters(model, adapters) if adapters else model
+    adapters = adapter_settings(options)
+    model, tokenizer = open_with_landmarks(
+        options.model,
+        landmark_freq=options.landmark_freq,
+        sequence_length=options.sequence_length,
+        top_k_blocks=options.top_k_blocks,
+        precision=precision,
+        frozen=adapters is not None,
+        four_bit_on=accelerator.device if options.four_bit else None,
+        trust_remote_code=options.trust_remote_code,
+    )
+    config = model.config
+    config.include_landmark_in_loss = options.landmarks_in_loss
+    if options.gradient_checkpointing:
+        checkpoint_activations(model)
+    trained = add_adapters(model, adapters) if adapters else model
 
     def save_rest(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
         save_recipe(options, directory / "recipe.yaml", "finetune")
 
-    if options.merge:
-        save = partial(
-            lora.save_merged,
-            tokenizer=tokenizer,
-            dtype=saved_dtype(options),
-            trust_remote_code=options.trust_remote_code,
-        )
-    elif adapters:
-        save = lora.save_adapters
-    else:
-        save = partial(save_model, dtype=saved_dtype(options))
+    save = saving(
+        options.model,
+        tokenizer,
+        adapters=adapters is not None,
+        merge=options.merge,
+        dtype=options.save_dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
     publication = Publication(trained, output, save_rest, save)
 
     directories = token_files(
@@ -219,82 +234,9 @@ def check(options: FinetuneOptions) -> None:
         import_extra("bitsandbytes", "qlora")
 
 
-def check_model(options: FinetuneOptions) -> None:
-    """Refuse by its config a model that will not do, before anything is read or written."""
-    from landmark_cli.models.decoders import check_length
-    from landmark_cli.models.lora import is_adapter
-    from landmark_cli.models.pretrained import open_config
-    from landmark_cli.models.support import check_config
-
-    if is_adapter(options.model):
-        raise LandmarkError(
-            f"{options.model} holds adapters only: make it a whole model first, by --merge in its own run"
-        )
-    config = open_config(options.model, trust_remote_code=options.trust_remote_code)
-    check_config(config, options.model)
-    limit = getattr(config, "max_position_embeddings", None)
-    check_length(options.sequence_length, limit, options.landmark_freq, options.model)
-
-
 def run_name(options: FinetuneOptions) -> str:
     """The name of a run without --output."""
     return f"{Path(options.model).name}-landmark"
-
-
-def landmark_model(
-    options: FinetuneOptions, precision: str, accelerator: Accelerator
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained model and its tokenizer, with landmarks: float32 to train, in the run's precision to be frozen."""
-    import torch
-
-    from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, check_read_back, special_ids, text_ids
-    from landmark_cli.models.decoders import add_landmarks
-    from landmark_cli.models.pretrained import open_pretrained
-
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    loading: dict[str, Any] = {"dtype": torch.float32 if options.lora_rank is None else half}
-    if options.four_bit:
-        from transformers import BitsAndBytesConfig
-
-        loading["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=half,
-        )
-        loading["device_map"] = {"": accelerator.device}
-    model, tokenizer = open_pretrained(options.model, trust_remote_code=options.trust_remote_code, **loading)
-    add_landmarks(
-        model,
-        tokenizer,
-        landmark_freq=options.landmark_freq,
-        trained_length=options.sequence_length,
-        top_k_blocks=options.top_k_blocks,
-    )
-    check_read_back(
-        tokenizer.save_pretrained,
-        options.model,
-        partial(text_ids, tokenizer),
-        special_ids(tokenizer, LANDMARK_TOKEN),
-        trust_remote_code=options.trust_remote_code,
-    )
-    model.config.include_landmark_in_loss = options.landmarks_in_loss
-    if options.gradient_checkpointing:
-        # Newer versions of transformers say activation, not gradient, checkpointing.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    return model, tokenizer
-
-
-def saved_dtype(options: FinetuneOptions) -> torch.dtype:
-    """The dtype of the finished model's weights."""
-    import torch
-
-    from landmark_cli.models.pretrained import stored_dtype
-
-    if options.save_dtype != "auto":
-        return getattr(torch, options.save_dtype)
-    return stored_dtype(options.model, trust_remote_code=options.trust_remote_code)
 
 
 def adapter_settings(options: FinetuneOptions) -> LoraSettings | None:

@@ -1,0 +1,112 @@
+"""A pretrained decoder as `landmark finetune` trains it: refused where it will not do, opened with landmarks, saved."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, check_read_back, special_ids, text_ids
+from landmark_cli.errors import LandmarkError
+from landmark_cli.models import lora
+from landmark_cli.models.decoders import add_landmarks, check_length
+from landmark_cli.models.directory import save_model
+from landmark_cli.models.pretrained import open_config, open_pretrained, stored_dtype
+from landmark_cli.models.support import check_config
+from landmark_cli.training.publish import SaveModel
+
+
+def check_pretrained(name: str, *, landmark_freq: int, sequence_length: int, trust_remote_code: bool = False) -> None:
+    """Refuse a model by its config, before anything is read or written.
+
+    name: a model directory or hub id. landmark_freq: text tokens between landmarks. sequence_length: tokens of a
+    window, landmarks included. trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises LandmarkError where landmark attention does not fit the model, or the windows do not fit its positions.
+    """
+    if lora.is_adapter(name):
+        raise LandmarkError(f"{name} holds adapters only: make it a whole model first, by --merge in its own run")
+    config = open_config(name, trust_remote_code=trust_remote_code)
+    check_config(config, name)
+    check_length(sequence_length, getattr(config, "max_position_embeddings", None), landmark_freq, name)
+
+
+def open_with_landmarks(
+    name: str,
+    *,
+    landmark_freq: int,
+    sequence_length: int,
+    top_k_blocks: int | None,
+    precision: str,
+    frozen: bool = False,
+    four_bit_on: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained model and its tokenizer, with landmarks.
+
+    landmark_freq, sequence_length, top_k_blocks: see `add_landmarks`. precision: the run's, "bf16", "fp16" or "fp32".
+    frozen: the weights will not be trained: they are kept in that precision, and in float32 otherwise. four_bit_on: the
+    device on which they are kept in 4 bits; None for none. name, trust_remote_code: see `check_pretrained`.
+
+    Raises LandmarkError where landmark attention does not fit the model, and where its tokenizer would not come back
+    the same from what is saved.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    loading: dict[str, Any] = {"dtype": half if frozen else torch.float32}
+    if four_bit_on is not None:
+        from transformers import BitsAndBytesConfig
+
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=half,
+        )
+        loading["device_map"] = {"": four_bit_on}
+    model, tokenizer = open_pretrained(name, trust_remote_code=trust_remote_code, **loading)
+    add_landmarks(
+        model, tokenizer, landmark_freq=landmark_freq, trained_length=sequence_length, top_k_blocks=top_k_blocks
+    )
+    check_read_back(
+        tokenizer.save_pretrained,
+        name,
+        partial(text_ids, tokenizer),
+        special_ids(tokenizer, LANDMARK_TOKEN),
+        trust_remote_code=trust_remote_code,
+    )
+    return model, tokenizer
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have a model compute its activations again in the backward pass, in place of keeping them."""
+    # Newer versions of transformers say activation, not gradient, checkpointing.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def saving(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adapters: bool,
+    merge: bool,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> SaveModel:
+    """How the finished model is written: as an adapter directory or, without adapters or where they are merged into the
+    weights, as a plain model.
+
+    dtype: of its weights; "auto": the one they are stored in where the model came from. name, trust_remote_code: see
+    `check_pretrained`.
+    """
+    if adapters and not merge:
+        return lora.save_adapters
+    if dtype == "auto":
+        kept = stored_dtype(name, trust_remote_code=trust_remote_code)
+    else:
+        kept = getattr(torch, dtype)
+    if merge:
+        return partial(lora.save_merged, tokenizer=tokenizer, dtype=kept, trust_remote_code=trust_remote_code)
+    return partial(save_model, dtype=kept)
