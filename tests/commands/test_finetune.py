@@ -230,7 +230,7 @@ def test_two_processes_train_as_one(tmp_path):
         (
             {"sequence_length": 600},
             LandmarkError,
-            "base has 512 positions, fewer than a window of 600 tokens: take a --sequence-length of at most 512",
+            "base has 512 positions, fewer than a window of 600 tokens: .*--sequence-length. of at most 512",
         ),
         ({"top_k_blocks": 3}, UsageError, "--top-k-blocks 3 leaves .* in a window of 4 blocks: .* at most 2"),
         ({"data_weights": [1.0, 2.0]}, UsageError, "--data-weights: 2 given for 1 of --data"),

@@ -19,7 +19,7 @@ from tests.models.families import tiny_decoder, tiny_tokenizer
 from tests.training.command import environment, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
-SHORT = {"landmark_freq": 7, "sequence_length": 28, "steps": 2, "batch_size": 2, "accumulation": 1, "eval_every": 0}
+SHORT = {"landmark_freq": 7, "sequence_length": 32, "steps": 2, "batch_size": 2, "accumulation": 1, "eval_every": 0}
 KINDS = {"whole": {}, "adapters": {"lora_rank": 2}, "merged": {"lora_rank": 2, "merge": True}}
 FEW = {"steps": 2, "accumulation": 1, "eval_every": 0, "save_every": 2}
 LLAMA_2 = {"temperature": 0.9, "top_p": 0.6}
@@ -191,7 +191,7 @@ def test_no_process_waits_for_one_that_cannot_save(place, tmp_path):
     command += [f"--data={place / 'cats.txt'}", f"--output={tmp_path / 'run'}", "--landmark-freq=7"]
     environ = environment(ACCELERATE_USE_CPU="true")
     ended = subprocess.run(
-        [*command, "--sequence-length=28", "--steps=1"], env=environ, capture_output=True, text=True, timeout=240
+        [*command, "--sequence-length=32", "--steps=1"], env=environ, capture_output=True, text=True, timeout=240
     )
     assert ended.returncode and "nothing was trained" in ended.stderr
     assert untrained(tmp_path / "run")
