@@ -23,7 +23,7 @@ from typer.main import get_command
 from landmark_cli import __version__, console, failures, launch
 from landmark_cli.commands import COMMANDS, GROUPS, Command, Work
 from landmark_cli.errors import LandmarkError
-from landmark_cli.interrupts import end_on_signals
+from landmark_cli.interrupts import Interrupted, end_on_signals
 
 ABOUT = "Landmark attention: from raw text to a trained model that reads inputs of any length."
 COMMON = "Common"
@@ -63,9 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _prepare_streams()
     options = None
     try:
-        with launch.command(arguments), end_on_signals():
+        with launch.command(arguments), end_on_signals() as asked:
             launch.hear_of_launchers_end()
-            run, options = _parse(arguments)
+            try:
+                run, options = _parse(arguments)
+            except SystemExit:
+                if asked:
+                    # Typer ends without a word, and takes every signal for Ctrl-C.
+                    raise Interrupted(asked.signal) from None
+                raise
             gc.enable()
             run(options)
             console.write_out("")

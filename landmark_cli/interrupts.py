@@ -117,10 +117,10 @@ def interrupts(doing: str) -> Iterator[Interrupts]:
 
 
 @contextlib.contextmanager
-def end_on_signals() -> Iterator[None]:
+def end_on_signals() -> Iterator[Interrupts]:
     """Have the first signal raise Interrupted in the block, and a second one end the process."""
-    with _watching(_Ending("ending")):
-        yield
+    with _watching(_Ending("ending")) as asked:
+        yield asked
 
 
 def meaning(number: int) -> signal.Signals:

@@ -94,6 +94,24 @@ def test_elsewhere_it_ends_what_runs_and_tidies_up(number):
 
 
 @BOTH
+def test_while_options_are_read_it_is_no_other(number):
+    code = """
+    import time
+    from landmark_cli import cli
+    from tests.greet import greet_command
+
+    def load():
+        print("ready", flush=True)
+        time.sleep(600)
+
+    cli.COMMANDS[:] = [greet_command(print)._replace(load=load)]
+    cli.main(["greet"])
+    """
+    code, out, err = ended(code, number)
+    assert (code, out) == (128 + number, "") and err.endswith(f"stopped by {number.name}\n")
+
+
+@BOTH
 def test_elsewhere_too_a_second_one_stops_native_code(number):
     code = f"""
     from landmark_cli.interrupts import end_on_signals

@@ -19,6 +19,7 @@ from landmark_cli.commands.measurement import (
 from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
+from landmark_cli.interrupts import interrupts
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import check_outputs, option
 
@@ -125,9 +126,12 @@ def run(options: StudyOptions) -> None:
                 {**dataclasses.asdict(row), "result": result} for row, result in zip(study.rows, measured, strict=True)
             ],
         }
-        write_tables(output, study, columns, rows, data)
-        if options.plot:
-            draw_study(picture, study, measured)
+        with interrupts("writing the tables") as asked:
+            write_tables(output, study, columns, rows, data)
+            if options.plot:
+                draw_study(picture, study, measured)
+        if asked:
+            raise asked.stopped(f"tables: {output}/{study.name}.*; nothing is left to measure")
     results(columns, rows, data=data, json_target=options.json, title=study.title)
     info(f"tables: {output}/{study.name}.md, .csv, .json" + (", .png" if options.plot else ""))
 

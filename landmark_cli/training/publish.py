@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reason
+from landmark_cli.interrupts import interrupts
 from landmark_cli.models.directory import PARTIAL, put_in_place, save_model
 from landmark_cli.training.checkpoints import plain_name, step_of
 from landmark_cli.training.finite import not_finite, stored_tensors
@@ -44,9 +45,18 @@ class Publication:
     def publish(self, loop: Loop) -> None:
         """Write the model as the loop has trained it. Every process calls it.
 
-        config.json comes last, so a directory that has one is finished. Raises LandmarkError, in every process, where
-        a weight is not finite, or where the model cannot be written; a checkpoint of the last step is there then.
+        config.json comes last, so a directory that has one is finished.
+
+        Raises LandmarkError, in every process, where a weight is not finite, or where the model cannot be written; a
+        checkpoint of the last step is there then. Raises Stopped, once the model is written, where a signal has asked
+        for an end meanwhile.
         """
+        with interrupts("writing the trained model") as asked:
+            self._publish(loop)
+        if asked:
+            raise asked.stopped(f"trained model: {self._output}; nothing is left to do")
+
+    def _publish(self, loop: Loop) -> None:
         loop.checkpoints.refuse_not_finite(f"no model is written to {self._output}")
         state = loop.accelerator.get_state_dict(loop.module)
         try:

@@ -31,6 +31,7 @@ POLL_SECONDS = 0.02
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
 PR_SET_PDEATHSIG = 1
+SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class Ended:
 
 @dataclass
 class Fork:
-    """A child process doing `call` in `folder`, its output in two files beside it. stdout: another file for it."""
+    """A child process doing `call` in `folder`, its output in two files beside it. stdout: another file for it.
+
+    hears: whether it hears signals from the first; else `call` says when.
+    """
 
     call: Callable[[], int | None]
     folder: Path
@@ -66,6 +70,7 @@ class Fork:
     stdout: str | None = None
     most_seconds: float = MOST_SECONDS
     most_bytes: int = MOST_BYTES
+    hears: bool = True
 
     def start(self) -> Fork:
         self._log = self.log or self.folder.with_name(self.folder.name + ".log")
@@ -73,9 +78,12 @@ class Fork:
         sys.stdout.flush()
         sys.stderr.flush()
         self._started = time.monotonic()
+        # A signal that came before the child is as a shell starts it would be heard by what the trials had set up.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
             self._be_child()
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         self._descriptor = os.pidfd_open(self.pid)
         return self
 
@@ -110,8 +118,8 @@ class Fork:
             over = "time"
         return Ended(
             code=os.waitstatus_to_exitcode(status),
-            out="" if self.stdout else self._out.read_text(encoding="utf-8", errors="replace"),
-            err=self._err.read_text(encoding="utf-8", errors="replace"),
+            out="" if self.stdout else _text_of(self._out),
+            err=_text_of(self._err),
             seconds=seconds,
             wall=time.monotonic() - self._started,
             peak=peak,
@@ -144,6 +152,8 @@ class Fork:
             # As a shell starts a command, whatever started the trials.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self.hears:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             source = os.memfd_create("stdin")
             os.write(source, self.stdin)
             os.lseek(source, 0, os.SEEK_SET)
@@ -165,6 +175,11 @@ class Fork:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
+
+
+def _text_of(file: Path) -> str:
+    """What a child printed; nothing where it was killed before it could."""
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 
 def read_usage(pid: int) -> tuple[float, int] | None:
@@ -189,9 +204,22 @@ def landmark(*arguments: object) -> Callable[[], int | None]:
         from landmark_cli import cli, console
 
         console.console.cache_clear()
+        cli.end_on_signals = _heard_inside(cli.end_on_signals)
         cli.main([str(argument) for argument in arguments])
 
     return call
+
+
+def _heard_inside(block: Callable) -> Callable:
+    """A context that lets signals in once it is entered: what comes earlier finds Python still at its start."""
+
+    @contextlib.contextmanager
+    def inside():
+        with block() as asked:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            yield asked
+
+    return inside
 
 
 def begin(arguments: Sequence[object], folder: Path, *, before: Callable[[], None] | None = None, **settings) -> Fork:
@@ -203,7 +231,7 @@ def begin(arguments: Sequence[object], folder: Path, *, before: Callable[[], Non
             before()
         return run()
 
-    return Fork(call, folder, **settings).start()
+    return Fork(call, folder, hears=False, **settings).start()
 
 
 def command(arguments: Sequence[object], folder: Path, **settings) -> Ended:

@@ -309,6 +309,12 @@ def check_done(ended: Ended) -> None:
         raise Broken(LOST, f"exit code {ended.code}: {last_line(ended.err)}")
 
 
+def check_finished(ended: Ended) -> None:
+    """Broken unless a job came to its end, or says that it had done so before it was killed."""
+    if not (ended.code == 2 and "the directory is not empty" in ended.err):
+        check_done(ended)
+
+
 def digest(folder: Path, *patterns: str, leave_out: Sequence[str] = ()) -> dict[str, str]:
     """sha256 of the files under a folder that match, by relative path."""
     files = sorted(set(itertools.chain.from_iterable(folder.glob(pattern) for pattern in patterns or ("**/*",))))

@@ -7,8 +7,8 @@ import signal
 from functools import partial
 
 from tests.faults import workplace
-from tests.faults.forks import Ended, Fork, landmark
-from tests.faults.harness import LOST, Kind, Trial, check_done
+from tests.faults.forks import Fork, landmark
+from tests.faults.harness import LOST, Kind, Trial, check_done, check_finished
 from tests.faults.jobs import JOBS, OUTPUT, PREPARE, Job
 from tests.faults.moments import Changes, Moment
 
@@ -39,12 +39,6 @@ def killed(job: Job, trial: Trial) -> int:
         check_finished(job.run(trial.work, *job.again))
     job.check_result(trial.work, trial.base, LOST, f"after kills {', then '.join(moments) or 'that came too late'}")
     return len(moments)
-
-
-def check_finished(ended: Ended) -> None:
-    """Broken unless a job came to its end, or says that it had done so before it was killed."""
-    if not (ended.code == 2 and "the directory is not empty" in ended.err):
-        check_done(ended)
 
 
 def killed_processes(trial: Trial) -> int:
