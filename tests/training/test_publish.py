@@ -117,7 +117,7 @@ def test_what_the_end_needs_is_tried_before_the_first_step(place, tmp_path, monk
 def test_a_config_that_does_not_come_back_is_refused_before_the_first_step(place, tmp_path, monkeypatch):
     to_diff_dict = PreTrainedConfig.to_diff_dict
     monkeypatch.setattr(PreTrainedConfig, "to_diff_dict", lambda self: to_diff_dict(self) | {"top_k_blocks": 9})
-    with pytest.raises(LandmarkError, match="its config.json comes back with top_k_blocks 9, not 1"):
+    with pytest.raises(LandmarkError, match="its config.json comes back with top_k_blocks 9, not 2"):
         finetune(place, tmp_path)
     assert untrained(tmp_path)
 
