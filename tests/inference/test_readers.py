@@ -202,6 +202,12 @@ def test_rows_have_to_be_as_many_as_the_reader_reads(kind):
         next(reader_of(kind, batch=3).read([tiny_text(3)] * 2))
 
 
+def test_the_block_reader_s_earlier_name():
+    from landmark_cli.inference.reader import Reader
+
+    assert Reader is BlockReader and Reader(tiny_model(), top_k_blocks=2, chunk=8).chunk == 8
+
+
 def test_the_recurrence_takes_rows_of_one_length():
     with pytest.raises(ValueError, match=r"expected 2 of one length, found lengths \[5, 4\]"):
         next(reader_of("transformer-xl").read([tiny_text(5), tiny_text(4)]))
@@ -245,7 +251,8 @@ def imported(path: Path) -> set[str]:
 def test_one_place_knows_the_kinds_of_readers():
     modules = {"landmark_cli.inference." + name for name in ("reader", "block_reader", "recurrent", "window")}
     knowing = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imported(path) & modules}
-    assert knowing == {"inference/readers.py"}
+    # And reader.py, which keeps an earlier name.
+    assert knowing == {"inference/readers.py", "inference/reader.py"}
     known = imported(PACKAGE / "inference" / "readers.py")
     assert {module.removeprefix("landmark_cli.inference.") for module in known & modules} == {
         "block_reader",
