@@ -36,7 +36,7 @@ def page() -> str:
         "# Options and recipe keys",
         "Made by `python docs/options.py` from the options dataclasses. An option's name without its dashes is its key"
         " in a recipe and, with underscores, its field in Python; options marked *not in a recipe* belong to one run or"
-        " to whoever types the command.",
+        " to whoever types the command. A recipe has two more keys: `command`, and in what a run saved, `format`.",
     ]
     for command in COMMANDS:
         options_class = command.options_class
