@@ -14,11 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reason
+from landmark_cli.files import reading, reason
 from landmark_cli.model_files import check_directory, opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedTokenizerBase
 
@@ -58,10 +59,17 @@ def open_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
+def encoding_by(name: str) -> AbstractContextManager[None]:
+    """Stand around a library's call that encodes text by the tokenizer of this name: what is wrong with a tokenizer may
+    show only in some text, such as an expression that would try a word in every way there is. Raises LandmarkError."""
+    return reading(name, "the tokenizer")
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a document: all of the text, nothing around it; a special token that the text spells is text like any
     other."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, **WHOLE)
+    with encoding_by(tokenizer.name_or_path):
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, **WHOLE)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -72,7 +80,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     end of text, is left out: the model goes on there.
     """
     begin = begin_ids(tokenizer)
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, **WHOLE)
+    with encoding_by(tokenizer.name_or_path):
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, **WHOLE)
     start = 0
     while begin and ids[start : start + len(begin)] == begin:
         start += len(begin)

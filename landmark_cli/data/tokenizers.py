@@ -26,6 +26,7 @@ from landmark_cli.data.pretrained_tokenizers import (
     LANDMARK_TOKEN,
     PROBE,
     add_tokens,
+    encoding_by,
     check_read_back,
     largest_id,
     open_tokenizer,
@@ -247,7 +248,8 @@ class TransformersTokenizer(TextTokenizer):
         if self._fast is None:
             ids = [text_ids(self._tokenizer, text) for text in texts]
         else:
-            ids = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+            with encoding_by(self.name):
+                ids = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         return [np.asarray(row, dtype=np.uint32) for row in ids]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -243,3 +243,20 @@ def test_random_vocabularies_with_gaps(tmp_path):
             special_ids(tokenizer, LANDMARK_TOKEN, *(f"<|{id}|>" for id in ids)),
         )
         assert np.all(np.array(ids) == tokenizer.convert_tokens_to_ids([f"<|{id}|>" for id in ids]))
+
+
+SLOW = {"type": "Split", "pattern": {"Regex": "(a|a|aa)*$|(a+)+b"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("encode", ["document", "documents", "prompt"])
+def test_an_expression_that_never_ends_is_the_tokenizers_fault(tmp_path, encode):
+    byte_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"pre_tokenizer": SLOW}))
+    text = "a" * 5000 + "!"
+    with pytest.raises(LandmarkError, match=f"the tokenizer {tmp_path} cannot be read: .*retry-limit"):
+        if encode == "documents":
+            load_tokenizer(str(tmp_path)).encode_documents([text])
+        else:
+            {"document": text_ids, "prompt": prompt_ids}[encode](open_tokenizer(tmp_path), text)
