@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from landmark_cli.attention.kernels.training import landmark_attention
+from landmark_cli.attention.dispatch import landmark_attention
 from landmark_cli.attention.reference import landmark_attention as definition
 
 GPU = torch.cuda.is_available()
@@ -110,11 +110,11 @@ def plain(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, int], Tensor
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-    return landmark_attention(q, k, v, block_size=block)
+    return landmark_attention(q, k, v, block_size=block, backend="triton")
 
 
 def hopper(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-    return landmark_attention(q, k, v, block_size=block, hopper=True)
+    return landmark_attention(q, k, v, block_size=block, backend="hopper")
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:

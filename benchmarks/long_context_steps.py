@@ -106,7 +106,7 @@ def fill(reader: BlockReader, text: int, share_storage: bool = False) -> None:
     cache, model = reader.cache, reader.model
     blocks = text // reader.landmark_freq
     cache.expect((text + 4096) * (reader.landmark_freq + 1) // reader.landmark_freq)
-    cache.host_blocks, cache.host_partial = [blocks] * cache.batch, [0] * cache.batch
+    cache.host_blocks, cache.host_tail = [blocks] * cache.batch, [0] * cache.batch
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     dim = model.config.hidden_size // model.config.num_attention_heads
     like = torch.empty(cache.batch, heads, 1, dim, dtype=torch.bfloat16, device=DEVICE)
@@ -141,7 +141,7 @@ def eager_step(reader: BlockReader, run: Run) -> float:
     with eager_attention():
         taken = seconds(lambda: reader.step([1] * reader.cache.batch), run.times(3))
     reader.forward.recording = recording
-    reader.cache.implementations.discard("eager")
+    reader.cache.backends.discard("eager")
     return taken
 
 

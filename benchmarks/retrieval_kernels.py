@@ -48,7 +48,7 @@ CHOICES = {
     "attend": [Configuration(16, 64, 1, 1), Configuration(16, 64, 2, 1), Configuration(16, 64, 4, 1),
                Configuration(32, 64, 2, 1), Configuration(32, 64, 4, 1), Configuration(64, 64, 4, 1),
                Configuration(64, 64, 4, 1, 128), Configuration(64, 64, 8, 1), Configuration(128, 64, 8, 1)],
-    "finish": [Configuration(64, 64, 4, 1), Configuration(64, 64, 4, 2), Configuration(64, 64, 4, 2, 128),
+    "merge": [Configuration(64, 64, 4, 1), Configuration(64, 64, 4, 2), Configuration(64, 64, 4, 2, 128),
                Configuration(64, 64, 4, 3), Configuration(64, 64, 8, 2), Configuration(128, 64, 8, 1),
                Configuration(128, 64, 8, 2), Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2, 128)],
 }  # fmt: skip
@@ -83,9 +83,9 @@ def saved_calls(path: Path) -> Iterator[tuple[str, Call]]:
     tensors = load_file(path, device=DEVICE)
     for name in sorted({key.split(".")[0] for key in tensors}, key=int):
         part = {key.split(".")[1]: value for key, value in tensors.items() if key.split(".")[0] == name}
-        block_size, k, blocks, partial = part["numbers"].tolist()
+        block_size, k, blocks, tail = part["numbers"].tolist()
         cache = BlockCache(RetrievalSettings(block_size, k), part["frequencies"], device=DEVICE)
-        cache.host_blocks, cache.host_partial, cache.expected_blocks = [blocks], [partial], part["blocks"].shape[2]
+        cache.host_blocks, cache.host_tail, cache.expected_blocks = [blocks], [tail], part["blocks"].shape[2]
         chunk = cache.begin_chunk([part["q"].shape[2]])
         layer = cache.layer(0, part["k"], chunk)
         used = part["blocks"].shape[2]
@@ -102,14 +102,14 @@ def model_calls(directory: str, text: Path, tokens: int) -> Iterator[tuple[str, 
     model, tokenizer = load(directory, device=DEVICE, dtype=DTYPE)
     ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"][:tokens]
     calls: dict[int, Call] = {}
-    attend = kernels.attend_chunk
+    attend, reader = kernels.attend_chunk, BlockReader(model)
 
-    def keep(q: Tensor, k: Tensor, v: Tensor, blocks, chunk, scale=None) -> Tensor:
-        calls[blocks.index] = Call(q, k, v, blocks, chunk, scale)
-        return attend(q, k, v, blocks, chunk, scale)
+    def keep(q: Tensor, k: Tensor, v: Tensor, blocks, chunk, scale, traced):
+        (index,) = (index for index, layer in reader.cache.layers.items() if layer is blocks)
+        calls[index] = Call(q, k, v, blocks, chunk, scale)
+        return attend(q, k, v, blocks, chunk, scale, traced)
 
     kernels.attend_chunk = keep
-    reader = BlockReader(model)
     reader.forward.recording = False
     for _ in reader.read([ids[: len(ids) // reader.chunk * reader.chunk]], last_only=True):
         pass
@@ -121,11 +121,11 @@ def save(calls: dict[str, Call], path: Path) -> None:
     """Keep calls for --load."""
     kept = {}
     for name, call in calls.items():
-        (blocks,), (partial,) = call.chunk.host_blocks, call.chunk.host_partial
-        numbers = torch.tensor([call.settings.block_size, call.top_k, blocks, partial])
+        (blocks,), (tail,) = call.chunk.host_blocks, call.chunk.host_tail
+        numbers = torch.tensor([call.settings.block_size, call.top_k, blocks, tail])
         stored = call.blocks.blocks[:, :, : blocks + 1]
         tensors = {"q": call.q, "k": call.k, "v": call.v, "blocks": stored, "numbers": numbers}
-        tensors["frequencies"] = call.chunk.inverse_frequencies
+        tensors["frequencies"] = call.blocks.rotations.frequencies(call.q.device)
         kept |= {f"{name.split()[1]}.{key}": value.contiguous().cpu() for key, value in tensors.items()}
     save_file(kept, path)
 
@@ -156,8 +156,8 @@ def stages(call: Call) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "route", lambda: launch.find_pairs(call, ages)
     pairs = launch.find_pairs(call, ages)
     yield "attend", lambda: launch.attend(call, pairs)
-    yield "finish", lambda: launch.finish(call, pairs)
-    yield "finish without pairs", lambda: launch.finish(call)
+    yield "merge", lambda: launch.merge(call, pairs)
+    yield "merge without pairs", lambda: launch.merge(call)
 
 
 def select_alone(call: Call) -> Tensor:
@@ -202,9 +202,7 @@ def tune_step(call: Call) -> Iterator[tuple[str, float, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument(
-        "--tune", nargs="?", const="select,attend,finish", help="stages to time in other configurations"
-    )
+    parser.add_argument("--tune", nargs="?", const="select,attend,merge", help="stages to time in other configurations")
     parser.add_argument(
         "--warm", action="store_true", help="compile in parallel first, a process for every shape and stage"
     )

@@ -26,6 +26,8 @@ import triton
 from attention import DEVICE, GPU, TOY_SHAPES, Shape, Timer, shapes
 
 from landmark_cli.attention.kernels.common.configuration import Configuration
+from landmark_cli.attention.kernels.common.statistics import Part, backward_parts
+from landmark_cli.attention.kernels.common.tensors import empty_heads_last
 from landmark_cli.attention.kernels.training import configurations, launch
 
 TRIED = {
@@ -43,7 +45,7 @@ def backward_call(shape: Shape, workspace: int) -> tuple[tuple, launch.Layout]:
     q, k, v, dout = (x.detach() for x in shape.tensors())
     layout = launch.Layout(shape.block, shape.dim**-0.5)
     out, lse = launch.forward(q, k, v, layout)
-    gradients = (launch.empty_heads_last(x) for x in (q, k, v))
+    gradients = (empty_heads_last(x) for x in (q, k, v))
     statistics = torch.empty(workspace, dtype=torch.float32, device=DEVICE)
     return (q, k, v, out, dout, lse, None, *gradients, statistics, None, None), layout
 
@@ -69,10 +71,10 @@ def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
     }
 
 
-def parts_of(shape: Shape) -> tuple[list[tuple], int]:
+def parts_of(shape: Shape) -> tuple[list[Part], int]:
     """The parts that backward works on, and the numbers of their workspace, as in training."""
     q, k, *_ = shape.tensors()
-    return launch.backward_parts(q, k, shape.block)
+    return backward_parts(q, k, shape.block)
 
 
 def backward_in_parts(shape: Shape, counts: list[int]) -> dict[int, Callable[[], object]]:
@@ -87,7 +89,7 @@ def backward_in_parts(shape: Shape, counts: list[int]) -> dict[int, Callable[[],
 
     def run(step: int) -> None:
         parts = [
-            (first_row, last_row, first, min(step, key_heads - first), plane) for first in range(0, key_heads, step)
+            Part(first_row, last_row, first, min(step, key_heads - first), plane) for first in range(0, key_heads, step)
         ]
         list(launch.launch_backward(tensors, layout, parts))
 

@@ -1,1 +1,1 @@
-"""Landmark attention: its definition, its fused twins, and the block cache that reads any length."""
+"""Landmark attention: its definition, its twins in kernels, and the block cache that reads any length."""

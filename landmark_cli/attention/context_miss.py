@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cache import Chunk, LayerBlocks
 from .reference import attention_logits, landmark_attention
-from .retrieval import read_blocks, select_blocks
+from .retrieval import Read, read_blocks, select_blocks
 
 
 def attend_chunk_with_context_miss(
@@ -21,12 +21,11 @@ def attend_chunk_with_context_miss(
     blocks: LayerBlocks,
     chunk: Chunk,
     scale: float | None = None,
-) -> Tensor:
+) -> Read:
     """attend_chunk for a model with a context-miss token; context_miss_key: (B, G, 1, D), its key in this layer.
 
     Retrieved blocks do not compete in the outer softmax: they share out, by a softmax among their landmarks, what the
-    context-miss token got there. A share under settings.context_miss_cutoff counts as 0; cache.dropped_retrievals of
-    cache.retrievals says how often that was so.
+    context-miss token got there. A share under settings.context_miss_cutoff counts as 0, and its blocks as dropped.
     """
     settings = blocks.settings
     window_k, window_v, first = blocks.window(k, v, chunk)
@@ -40,18 +39,16 @@ def attend_chunk_with_context_miss(
         context_miss_key=context_miss_key,
         return_lse=True,
     )
+    read = Read(out)
     if min(settings.top_k, chunk.most_cached) > 0:
         ages = select_blocks(q, blocks, chunk, scale)
-        group, outputs = read_blocks(q, blocks, chunk, ages, scale)
-        miss = torch.exp(attention_logits(q, context_miss_key, scale).squeeze(-1) - lse)
-        retrieved = (group > float("-inf")) & chunk.real[:, None, :, None]
-        dropped = retrieved & (miss < settings.context_miss_cutoff).unsqueeze(-1)
-        chunk.cache.retrievals += int(retrieved.sum())
-        chunk.cache.dropped_retrievals += int(dropped.sum())
-        read = retrieved & ~dropped
-        share = torch.softmax(group, dim=-1).nan_to_num(0.0) * miss.unsqueeze(-1) * read
-        if chunk.cache.trace is not None:
-            chunk.cache.trace.record(blocks.index, chunk, ages.expand(read.shape).masked_fill(~read, 0), share)
+        logits, outputs = read_blocks(q, blocks, chunk, ages, scale)
+        miss = torch.exp(attention_logits(q, context_miss_key, scale).squeeze(-1) - lse).unsqueeze(-1)
+        retrieved = (logits > float("-inf")) & chunk.real[:, None, :, None]
+        dropped = retrieved & (miss < settings.context_miss_cutoff)
+        kept = retrieved & ~dropped
+        share = torch.softmax(logits, dim=-1).nan_to_num(0.0) * miss * kept
         out = (out + (outputs * share.unsqueeze(-1)).sum(-2)).to(q.dtype)
+        read = Read(out, ages.expand(kept.shape).masked_fill(~kept, 0), share, dropped)
     blocks.append(k, v, chunk)
-    return out
+    return read

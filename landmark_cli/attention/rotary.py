@@ -1,7 +1,7 @@
 """Rotary position embedding, half-split: dimension i is rotated together with dimension i + rotary_dim / 2.
 
 Rotations compose and only differences of angles matter, so a cached key stays rotated by its offset in its block and a
-query is turned by whole blocks to stand at the wanted distance. Sources: arXiv 2104.09864; 2305.16300, section 3.2.
+query is rotated by whole blocks to stand at the wanted distance. Sources: arXiv 2104.09864; 2305.16300, section 3.2.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     # A compiled model's rotations are part of its own kernels.
     if x.is_cuda and not torch.compiler.is_compiling():
-        fused = _fused()
-        if fused is not None and fused.serves(x, cos, sin):
-            return fused.rotate(x, cos, sin)
+        kernel = _kernel()
+        if kernel is not None and kernel.serves(x, cos, sin):
+            return kernel.rotate(x, cos, sin)
     half = cos.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
     # Rounded before they are put together, so that a compiled model writes each half once, in its own dtype.
-    turned = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
-    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+    rotated = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    return torch.cat([*rotated, rest] if rest.shape[-1] else rotated, dim=-1)
 
 
 def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +82,7 @@ def _split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
 
 class SplitAndRotate(torch.autograd.Function):
     """Forward is for torch.compile to fuse. Backward is one operator: the kernel that torch.compile makes of a stack of
-    turned-back gradients takes more than twice the time that its bytes need."""
+    gradients rotated back takes more than twice the time that its bytes need."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +98,9 @@ class SplitAndRotate(torch.autograd.Function):
 @torch.library.custom_op("landmark::join_rotated", mutates_args=())
 def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """q and k, rotated, and v as it is, (B, H, T, D) each, put together: (B, T, 3, H, D)."""
-    fused = _fused()
-    if fused is not None and all(fused.serves(x, cos, sin) for x in (q, k, v)):
-        return fused.join_rotated(q, k, v, cos, sin)
+    kernel = _kernel()
+    if kernel is not None and all(kernel.serves(x, cos, sin) for x in (q, k, v)):
+        return kernel.join_rotated(q, k, v, cos, sin)
     return torch.stack([rotate(q, cos, sin), rotate(k, cos, sin), v]).permute(1, 3, 0, 2, 4).contiguous()
 
 
@@ -111,12 +111,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @functools.cache
-def _fused() -> ModuleType | None:
+def _kernel() -> ModuleType | None:
     """The kernel that does the same in one pass, unless Triton is missing or plain PyTorch was asked for."""
     if os.environ.get("LANDMARK_ATTENTION") == "eager":
         return None
     try:
-        from .kernels.common import rotary as fused_rotary
+        from .kernels.common import rotary
     except ImportError:
         return None
-    return fused_rotary
+    return rotary

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from landmark_cli.attention.cache import BlockCache, Positions, RetrievalSettings, Selection
-from landmark_cli.attention.cache.pages import Offload, require_host_memory
-from landmark_cli.attention.cache.trace import Trace
+from landmark_cli.attention.cache import BlockCache, Offload, Positions, RetrievalSettings, Selection, Trace
+from landmark_cli.attention.cache.pages import require_host_memory
 from landmark_cli.data.landmarks import insert_landmarks, largest_top_k, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.graphs import ChunkForward
@@ -110,13 +109,20 @@ class BlockReader(BaseReader):
         Raises LandmarkError where blocks are to be offloaded and host memory will not hold them all.
         """
         size = self.landmark_freq + 1
-        read = max(n * size + r for n, r in zip(self.cache.host_blocks, self.cache.host_partial, strict=True))
+        read = max(n * size + r for n, r in zip(self.cache.host_blocks, self.cache.host_tail, strict=True))
         stream = read + stream_length(tokens, self.landmark_freq) + 1
         self.cache.expect(stream)
         if self.cache.offload is not None:
-            require_host_memory(
-                self.cache.settings, self.model.config, stream, self.cache.batch, next(self.model.parameters()).dtype
-            )
+            require_host_memory(stream, self.model.config.num_hidden_layers, self._layer_bytes(stream))
+
+    def _layer_bytes(self, tokens: int) -> int:
+        """What the blocks of a layer take, with `tokens` stream tokens in every row."""
+        config, settings = self.model.config, self.cache.settings
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        blocks = min(tokens // settings.block_size + 1, settings.retrievable)
+        numbers = self.cache.batch * heads * blocks * 2 * settings.block_size * head_dim
+        return numbers * next(self.model.parameters()).dtype.itemsize
 
     @property
     def retrievals(self) -> int:
@@ -132,7 +138,7 @@ class BlockReader(BaseReader):
 
         def reads(row: int) -> list[dict[str, int | float]]:
             # The last thing read is the row's newest text token, or the landmark after it.
-            return self.cache.trace.read_by(row, -1 if self.cache.host_partial[row] else -2)
+            return self.cache.trace.read_by(row, -1 if self.cache.host_tail[row] else -2)
 
         return reads
 
@@ -159,8 +165,8 @@ class BlockReader(BaseReader):
         """As BaseReader.step."""
         landmark = self.landmark_token_id
         ends_block = [
-            token is not None and partial == self.landmark_freq - 1
-            for token, partial in zip(tokens, self.cache.host_partial, strict=True)
+            token is not None and tail == self.landmark_freq - 1
+            for token, tail in zip(tokens, self.cache.host_tail, strict=True)
         ]
         width = 1 + any(ends_block)
         streams = [
@@ -177,7 +183,7 @@ class BlockReader(BaseReader):
         return logits.gather(1, index.expand(-1, 1, logits.shape[-1]))[:, 0]
 
     def _read_chunk(self, texts: list[Tensor], begin: int, last_only: bool, transient: bool) -> ReadChunk:
-        streams = [self._stream(text, r) for text, r in zip(texts, self.cache.host_partial, strict=True)]
+        streams = [self._stream(text, r) for text, r in zip(texts, self.cache.host_tail, strict=True)]
         stream_lengths = [len(stream) for stream in streams]
         ids = torch.full((len(streams), max(stream_lengths)), self.landmark_token_id)
         for row, stream in enumerate(streams):
@@ -193,10 +199,10 @@ class BlockReader(BaseReader):
             logits = logits.clone()
         return ReadChunk(logits, lengths, [begin] * self.batch)
 
-    def _stream(self, text: Tensor, partial: int) -> Tensor:
-        """Text of a row with its landmarks put in, going on with a block of which `partial` text tokens have been
+    def _stream(self, text: Tensor, tail: int) -> Tensor:
+        """Text of a row with its landmarks put in, going on with a tail block of which `tail` text tokens have been
         read."""
-        head = self.landmark_freq - partial
+        head = self.landmark_freq - tail
         if len(text) < head:
             return text
         landmark = torch.tensor([self.landmark_token_id])

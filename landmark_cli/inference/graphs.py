@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,7 +95,6 @@ class ChunkForward:
             kind = self._kind(ids, kept)
         recorded = self._recorded[kind]
         self._recorded.move_to_end(kind)
-        chunk = self._chunk(recorded.counters, ids, lengths)
         for to, source in (
             (recorded.ids, ids),
             (recorded.kept, kept),
@@ -106,7 +105,7 @@ class ChunkForward:
         if self.cache.trace is not None:
             # A copy, since the trace is written to when a chunk is read without a graph next.
             self.cache.trace.layers = dict(recorded.traced)
-        self.cache.end_chunk(chunk)
+        self.cache.advance(lengths)
         return recorded.graph.output
 
     def _read(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> Tensor:
@@ -114,26 +113,16 @@ class ChunkForward:
         logits = self._forward(to_device(ids, self.cache.device), chunk, to_device(kept, self.cache.device))
         self.cache.end_chunk(chunk)
         # What the eager definition does cannot be recorded: its shapes depend on what has been read.
-        self.recording &= "eager" not in self.cache.implementations
+        self.recording &= "eager" not in self.cache.backends
         return logits
 
     def _forward(self, ids: Tensor, chunk: Chunk, kept: Tensor) -> Tensor:
-        return self.model(
-            input_ids=ids,
-            position_ids=chunk.position_ids,
-            landmark_chunk=chunk,
-            logits_to_keep=kept,
-            use_cache=False,
-        ).logits
+        return self.model(input_ids=ids, **self.cache.inputs(chunk), logits_to_keep=kept, use_cache=False).logits
 
     def _kind(self, ids: Tensor, kept: Tensor) -> tuple:
         most = min(max(self.cache.host_blocks), self.cache.settings.retrievable)
         blocks = most.bit_length() if ids.shape[1] > 2 else most > 0
         return ids.shape[1], len(kept), blocks, self.cache.trace is not None, self.cache.generation
-
-    def _chunk(self, counters: Tensor, ids: Tensor, lengths: Sequence[int]) -> Chunk:
-        cache = self.cache
-        return Chunk(cache, ids.shape[1], list(lengths), list(cache.host_blocks), list(cache.host_partial), counters)
 
     def _record(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> bool:
         """Record a graph for chunks like this one; False, once and for all, where the model cannot be recorded."""
@@ -142,14 +131,12 @@ class ChunkForward:
         counters = torch.zeros(3, len(ids), dtype=torch.int32, device=device)
         counters[0] = ids.shape[1]
         still_ids, still_kept = torch.zeros_like(ids, device=device), torch.zeros_like(kept, device=device)
-        still_chunk = self._chunk(counters, ids, lengths)
 
         def forward() -> Tensor:
             # A new chunk each time: what a chunk works out from its counters has to be recorded.
-            return self._forward(still_ids, replace(still_chunk), still_kept)
+            chunk = self.cache.chunk(lengths, ids.shape[1], counters)
+            return self._forward(still_ids, chunk, still_kept)
 
-        if self.cache.trace is not None:
-            self.cache.trace.layers = {}
         pool = next((recorded.graph.pool for recorded in self._recorded.values()), None)
         try:
             graph = self.record(forward, device, pool)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from landmark_cli.attention.cache import Chunk
+from landmark_cli.attention.cache import BlockCache, Chunk
 from landmark_cli.attention.dispatch import padding_mask
 from landmark_cli.attention.recurrent import RecurrentMemory
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table, split_and_rotate
@@ -205,8 +205,8 @@ class GPTModel(GPTPreTrainedModel):
         """Exactly one of input_ids (B, T) and inputs_embeds (B, T, n_embd); positions count from 0 by default.
 
         attention_mask: (B, T), 0 where a row is padded, at either end; a row's blocks count from its first token.
-        Further keyword arguments (landmark_chunk, landmark_layout) reach the attention. A Transformer-XL reads an input
-        on from `recurrent_memory`, if given, whatever position_ids say.
+        Further keyword arguments (landmark_cache and landmark_chunk, landmark_layout) reach the attention. A
+        Transformer-XL reads an input on from `recurrent_memory`, if given, whatever position_ids say.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -218,7 +218,8 @@ class GPTModel(GPTPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         if self.config.context_miss_token:
-            x, position_ids = self._with_context_miss(x, position_ids, kwargs.get("landmark_chunk"))
+            reading = kwargs.get("landmark_cache"), kwargs.get("landmark_chunk")
+            x, position_ids = self._with_context_miss(x, position_ids, *reading)
         x = self._layers(x, position_ids, **kwargs)
         return BaseModelOutput(last_hidden_state=x[:, 1:] if self.config.context_miss_token else x)
 
@@ -251,14 +252,16 @@ class GPTModel(GPTPreTrainedModel):
         # Padding sees itself, for a row of scores must not be empty.
         return (attention_mask[:, None] & causal | causal.diag().diag())[:, None]
 
-    def _with_context_miss(self, x: Tensor, position_ids: Tensor, chunk: Chunk | None) -> tuple[Tensor, Tensor]:
+    def _with_context_miss(
+        self, x: Tensor, position_ids: Tensor, cache: BlockCache | None, chunk: Chunk | None
+    ) -> tuple[Tensor, Tensor]:
         """Put the context-miss token in front of x (B, T, n_embd): right before position 0, or before the whole window
         from which a chunk retrieves."""
         position_ids = position_ids.expand(x.shape[:2])
         if chunk is None:
             front = position_ids.new_full((x.shape[0], 1), -1)
         else:
-            front = chunk.window_start[:, None] - 1
+            front = cache.window_start(chunk)[:, None] - 1
         token = self.context_miss_embedding.weight.expand(x.shape[0], 1, -1)
         return torch.cat([token.to(x.dtype), x], dim=1), torch.cat([front, position_ids], dim=1)
 

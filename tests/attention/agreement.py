@@ -1,13 +1,16 @@
-"""Cases on which the fused attention is held against the definition, on the CPU and on a GPU."""
+"""Cases on which the Triton kernels are held against the definition, on the CPU and on a GPU."""
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from landmark_cli.attention.kernels.training import landmark_attention as fused
+from landmark_cli.attention import dispatch
 from landmark_cli.attention.reference import landmark_attention as eager
+
+triton_attention = functools.partial(dispatch.landmark_attention, backend="triton")
 
 # Largest relative error of float32 kernels.
 EXACT = 1e-5
@@ -94,7 +97,7 @@ def errors(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     """Relative norm of the difference to the float32 definition, of outputs and of gradients of both outputs."""
     q, k, v = case.tensors(dtype, device)
     dout, dlse = torch.randn_like(q), torch.randn(q.shape[:3], device=device)
-    found = outputs_and_gradients(fused, q, k, v, dout, dlse, **case.arguments(device))
+    found = outputs_and_gradients(triton_attention, q, k, v, dout, dlse, **case.arguments(device))
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     expected = outputs_and_gradients(eager, *exact, dout.float(), dlse, **case.arguments(device))
     assert all(x.dtype == dtype for x in found[:1] + found[2:])

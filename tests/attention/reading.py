@@ -1,15 +1,12 @@
-"""Read the same random chunks with the eager definition and with the fused kernels."""
+"""Read the same random chunks with the eager definition and with the Triton kernels."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from landmark_cli.attention import retrieval
-from landmark_cli.attention.cache import BlockCache, Chunk, RetrievalSettings
-from landmark_cli.attention.cache.pages import Offload
-from landmark_cli.attention.cache.trace import Trace
-from landmark_cli.attention.kernels import reading as kernels
+from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Trace
+from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 
 
@@ -31,7 +28,7 @@ class Case:
 
 
 def read(case: Case, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], list[Tensor], list[BlockCache]]:
-    """(eager outputs, fused outputs, caches) of every chunk; eager reads the same numbers in float32.
+    """(eager outputs, Triton outputs, caches) of every chunk; eager reads the same numbers in float32.
 
     Every second chunk is traced. resident: offload, keeping so many blocks on the device.
     """
@@ -50,18 +47,18 @@ def read(case: Case, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], 
             torch.randn(case.batch, max(lengths), n, case.dim, generator=generator).to(device, case.dtype)
             for n in (case.heads, case.key_heads, case.key_heads)
         )
-        for which, attend in enumerate((retrieval.attend_chunk, kernels.attend_chunk)):
+        for which, backend in enumerate(("eager", "triton")):
             cache = caches[which]
             cache.trace = Trace() if index % 2 else None
             chunk = cache.begin_chunk(lengths)
-            given = [_turned(q, chunk), _turned(k, chunk), v.transpose(1, 2)]
+            rotation = rotation_table(chunk.position_ids, inverse_frequencies.to(device))
+            given = [_rotated(q, *rotation), _rotated(k, *rotation), v.transpose(1, 2)]
             given = [x.float() for x in given] if which == 0 else given
-            outputs[which].append(attend(*given, cache.layer(0, given[1], chunk), chunk).float())
+            outputs[which].append(attend_chunk(0, *given, cache, chunk, backend=backend).float())
             cache.end_chunk(chunk)
     return *outputs, caches
 
 
-def _turned(x: Tensor, chunk: Chunk) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, T, H, D) -> (B, H, T, D) rotated at the chunk's positions."""
-    cos, sin = rotation_table(chunk.position_ids, chunk.inverse_frequencies)
     return rotate(x.transpose(1, 2), cos[:, None], sin[:, None])

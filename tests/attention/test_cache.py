@@ -1,16 +1,13 @@
 """The block cache: rings that grow, room made in one go, traces, blocks in host memory, settings that cannot be."""
 
-import types
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from landmark_cli.attention import retrieval
-from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.cache import pages as offload
-from landmark_cli.attention.cache.pages import Offload, ResidentBlocks, require_host_memory
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings, pages
+from landmark_cli.attention.cache.pages import Pages, require_host_memory
+from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
@@ -24,7 +21,7 @@ DIM = 4
 def attend(cache: BlockCache, lengths, generator) -> torch.Tensor:
     chunk = cache.begin_chunk(lengths)
     q, k, v = (torch.randn(cache.batch, 1, chunk.width, DIM, generator=generator) for _ in range(3))
-    out = retrieval.attend_chunk(q, k, v, cache.layer(0, k, chunk), chunk)
+    out = attend_chunk(0, q, k, v, cache, chunk, backend="eager")
     cache.end_chunk(chunk)
     return out
 
@@ -88,36 +85,31 @@ def test_a_trace_names_the_blocks_and_their_shares(selection):
 
 
 @given(st.integers(1, 6), st.lists(st.sets(st.integers(0, 11), max_size=8), max_size=25))
-def test_the_least_recently_used_blocks_make_room(places, calls):
-    units = 12
-    blocks = types.SimpleNamespace(
-        blocks=torch.zeros(1, 2, 6, 2, 1, 1),
-        landmark_keys=torch.zeros(1, 2, 6, 1),
-        offload=Offload(1, places * 2 * 4),
-    )
-    resident = ResidentBlocks(blocks)
-    assert (resident.places, resident.units) == (places, units)
+def test_the_least_recently_used_pages_make_room(frames, calls):
+    count_of_pages = 12
+    resident = Pages((1, 2, 6, 2, 1, 1), torch.zeros(1), frames * 2 * 4)
+    assert (resident.frames, resident.pages) == (frames, count_of_pages)
     held: dict[int, int] = {}
     for now, call in enumerate(calls, 1):
-        needed = torch.zeros(units, dtype=torch.bool)
+        needed = torch.zeros(count_of_pages, dtype=torch.bool)
         needed[list(call)] = True
-        arriving, places_given, count = resident.admit(needed)
-        copied = dict(zip(arriving[:count].tolist(), places_given[:count].tolist(), strict=True))
+        arriving, frames_given, count = resident.admit(needed)
+        copied = dict(zip(arriving[:count].tolist(), frames_given[:count].tolist(), strict=True))
         missing = call - held.keys()
-        stay = {unit: used for unit, used in held.items() if unit not in call}
+        stay = {page: used for page, used in held.items() if page not in call}
         assert copied.keys() <= missing
         # As many as fit beside those that are needed and here; the oldest of the others leave.
-        assert len(copied) == min(len(missing), places - len(call & held.keys()))
+        assert len(copied) == min(len(missing), frames - len(call & held.keys()))
         held.update(dict.fromkeys(call & held.keys(), now))
-        leaving = max(0, len(held) + len(copied) - places)
+        leaving = max(0, len(held) + len(copied) - frames)
         oldest = sorted(stay.values())[:leaving]
         held.update(dict.fromkeys(copied, now))
-        in_pool = {unit for unit in range(units) if resident.place[unit] >= 0}
+        in_pool = {page for page in range(count_of_pages) if resident.page_table[page] >= 0}
         left = held.keys() - in_pool
-        assert sorted(stay[unit] for unit in left) == oldest
-        held = {unit: used for unit, used in held.items() if unit in in_pool}
+        assert sorted(stay[page] for page in left) == oldest
+        held = {page: used for page, used in held.items() if page in in_pool}
         assert in_pool == held.keys()
-        assert len({int(resident.place[unit]) for unit in in_pool}) == len(in_pool)
+        assert len({int(resident.page_table[page]) for page in in_pool}) == len(in_pool)
 
 
 def test_blocks_in_host_memory_change_nothing():
@@ -128,13 +120,13 @@ def test_blocks_in_host_memory_change_nothing():
 
 
 def test_too_little_host_memory_is_said_before(monkeypatch):
-    monkeypatch.setattr(offload, "available_host_memory", lambda: 2**20)
+    monkeypatch.setattr(pages, "available_host_memory", lambda: 2**20)
     reader = BlockReader(tiny_model(), top_k_blocks=2, offload="cpu")
     reader.expect(100)
     with pytest.raises(LandmarkError, match=r"offloading 125,000,001 tokens needs .* GiB of host memory, 0.0 GiB are"):
         reader.expect(100_000_000)
-    monkeypatch.setattr(offload, "available_host_memory", lambda: None)
-    require_host_memory(reader.cache.settings, reader.model.config, 10**9, 1, torch.float32)
+    monkeypatch.setattr(pages, "available_host_memory", lambda: None)
+    require_host_memory(10**9, 12, 10**15)
 
 
 def test_settings_and_lengths_that_cannot_be():

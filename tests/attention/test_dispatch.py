@@ -1,10 +1,11 @@
-"""Which implementation runs where, that the user is told once, and that models enter through it."""
+"""Which backend runs where, that the user is told once, and that models enter through it."""
 
 import pytest
 import torch
 
-from landmark_cli.attention import dispatch
-from landmark_cli.attention.dispatch import LandmarkLayout, choose_implementation, landmark_attention
+from landmark_cli.attention import backends, dispatch
+from landmark_cli.attention.backends import BACKENDS, Problem, choose
+from landmark_cli.attention.dispatch import LandmarkLayout, landmark_attention
 from landmark_cli.attention.kernels.hopper import support
 from landmark_cli.attention.reference import landmark_attention as eager
 from landmark_cli.errors import UsageError
@@ -20,44 +21,63 @@ def untold(monkeypatch):
     """Nothing chosen, nothing said, and no Hopper GPU, whose choices have tests of their own."""
     monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
     monkeypatch.setattr(support, "is_hopper", lambda device: False)
-    dispatch._announce.cache_clear()
+    backends._announce.cache_clear()
 
 
-def test_a_gpu_runs_fused_and_a_cpu_eager(capsys):
-    assert choose_implementation("cuda", torch.bfloat16, 128, 64) == "fused"
-    assert choose_implementation("cpu", torch.bfloat16, 128, 64) == "eager"
+PLAIN = Problem("cuda", torch.bfloat16, 128, 64)
+
+
+def test_a_gpu_runs_triton_and_a_cpu_eager(capsys):
+    assert choose(PLAIN) == "triton"
+    assert choose(PLAIN._replace(device="cpu")) == "eager"
     said = capsys.readouterr().err
-    assert "landmark attention: fused" in said and "landmark attention: eager" in said
-    assert choose_implementation("cuda", torch.bfloat16, 128, 64) == "fused"
+    assert "landmark attention: triton (on cuda)" in said and "landmark attention: eager" in said
+    assert choose(PLAIN) == "triton"
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (("cuda", torch.float64, 128, 64), "float64"),
-        (("cuda", torch.bfloat16, 288, 64), "head dim 288"),
-        (("cuda", torch.bfloat16, 128, 300), "block_size is 300"),
-        (("mps", torch.bfloat16, 128, 64), "mps"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"head_dim": 288}, "head dim 288"),
+        ({"block_size": 300}, "block_size is 300"),
+        ({"device": "mps"}, "mps"),
+        ({"reading": True, "differentiated": True}, "gradients"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_the_kernels_cannot_serve_runs_eager_and_says_why(given, reason, capsys):
-    assert choose_implementation(*given) == "eager"
+    problem = PLAIN._replace(**given)
+    assert choose(problem) == "eager"
     assert reason in capsys.readouterr().err
     with pytest.raises(ValueError, match=reason):
-        choose_implementation(*given, requested="fused")
+        choose(problem, "triton")
 
 
 def test_the_environment_and_the_argument_choose(monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", "eager")
-    assert choose_implementation("cuda", torch.bfloat16, 128, 64) == "eager"
-    assert choose_implementation("cuda", torch.bfloat16, 128, 64, requested="fused") == "fused"
+    assert choose(PLAIN) == "eager"
+    assert choose(PLAIN, "triton") == "triton"
+    # Its name until it had company.
+    assert choose(PLAIN, "fused") == "triton"
     monkeypatch.setenv("LANDMARK_ATTENTION", "flash")
-    with pytest.raises(UsageError, match="LANDMARK_ATTENTION=flash"):
-        choose_implementation("cuda", torch.bfloat16, 128, 64)
+    with pytest.raises(UsageError, match='LANDMARK_ATTENTION=flash: .* "hopper", "triton", "eager"; .flash. was asked'):
+        choose(PLAIN)
     monkeypatch.setenv("LANDMARK_ATTENTION", "hopper")
     with pytest.raises(UsageError, match="LANDMARK_ATTENTION=hopper: .* compute capability 9.0"):
-        choose_implementation("cuda", torch.bfloat16, 128, 64)
+        choose(PLAIN)
+
+
+def test_the_table_is_whole():
+    """Every backend has a name of its own and reads, or says who does; the last one serves everything."""
+    for name, backend in BACKENDS.items():
+        assert backend.name == name and (backend.forward is None) == (backend.backward is None)
+        assert BACKENDS[backend.reads_as].read is not None
+    hardest = Problem("mps", torch.float64, 3, None, True, True, True, True, True, True, True)
+    *_, last = BACKENDS.values()
+    assert last.meant_for("mps") and last.why_not(hardest) is None
+    assert all(backend.why_not(hardest) for backend in BACKENDS.values() if backend is not last)
 
 
 @pytest.mark.parametrize("argument", ["landmark_mask", "context_miss_key"])
@@ -68,21 +88,21 @@ def test_arguments_that_only_the_definition_knows(argument):
         given["context_miss_key"] = torch.randn(1, 2, 1, 16)
     assert_close_norm(landmark_attention(q, k, v, **given), eager(q, k, v, **given))
     with pytest.raises(ValueError, match=argument):
-        landmark_attention(q, k, v, **given, implementation="fused")
+        landmark_attention(q, k, v, **given, backend="triton")
 
 
-@pytest.mark.parametrize("implementation", ["eager", "fused"])
-def test_a_model_compiles_with_it_in_one_graph(implementation):
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_model_compiles_with_it_in_one_graph(backend):
     class Module:
         layer_idx = 0
         config = type("Config", (), {"landmark_freq": 6})()
 
     def forward(q, k, v):
-        layout = LandmarkLayout(implementation=implementation)
+        layout = LandmarkLayout(backend=backend)
         return dispatch.landmark_attention_forward(Module, q, k, v, None, landmark_layout=layout)[0] * 2
 
     q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))
-    compiled = torch.compile(forward, fullgraph=implementation == "fused", backend="aot_eager")
+    compiled = torch.compile(forward, fullgraph=backend == "triton", backend="aot_eager")
     assert_close_norm(compiled(q, k, v), 2 * eager(q, k, v, block_size=7).transpose(1, 2))
 
 
@@ -92,8 +112,8 @@ def test_a_model_compiles_with_it_in_one_graph(implementation):
     [pytest.param("cpu", 1e-5, id="interpreted"), pytest.param("cuda", 1e-4, marks=pytest.mark.gpu, id="gpu")],
 )
 @pytest.mark.parametrize("name", goldens.names("gpt_forward_*") + goldens.names("llama_forward_*"))
-def test_the_authors_outputs_through_the_fused_kernels(name, device, tolerance, monkeypatch, capsys):
-    monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
+def test_the_authors_outputs_through_the_triton_kernels(name, device, tolerance, monkeypatch, capsys):
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
     room = test_gpt_goldens if name.startswith("gpt") else test_llama_goldens
     room.check_forward(name, device, tolerance)
-    assert "landmark attention: fused" in capsys.readouterr().err
+    assert "landmark attention: triton" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Which block wins where scores are equal, or nearly: no tolerance decides, and of equal scores the newer block's wins.
 
-Every way in which blocks are chosen is tried: the definition's, and those of the fused kernels.
+Every way in which blocks are chosen is tried: the definition's, and those of the Triton kernels.
 """
 
 from dataclasses import dataclass, field
@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from landmark_cli.attention import retrieval
-from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.cache.pages import Offload
-from landmark_cli.attention.cache.trace import Trace
-from landmark_cli.attention.kernels import reading as kernels
+from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Trace
+from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 from landmark_cli.inference.block_reader import BlockReader
@@ -30,7 +27,7 @@ class Way:
     blocks: int = 40
     heads: int = 1
     top_k: int = 1
-    fused: bool = True
+    backend: str = "triton"
     settings: dict = field(default_factory=dict)
     offload: bool = False
     dtype: torch.dtype = torch.float32
@@ -38,9 +35,9 @@ class Way:
 
 
 WAYS = {
-    "eager": Way(7, fused=False),
-    "eager, shared by heads": Way(7, fused=False, heads=2, settings={"selection": "max_over_heads"}),
-    "eager, shared by tokens": Way(7, fused=False, settings={"selection": "max_over_tokens"}),
+    "eager": Way(7, backend="eager"),
+    "eager, shared by heads": Way(7, backend="eager", heads=2, settings={"selection": "max_over_heads"}),
+    "eager, shared by tokens": Way(7, backend="eager", settings={"selection": "max_over_tokens"}),
     "a chunk": Way(7),
     "a chunk, landmarks in several tiles": Way(7, blocks=140, heads=2),
     "a chunk whose landmarks are shared out": Way(7, blocks=140, shared_out=True),
@@ -71,7 +68,6 @@ def chosen(way: Way, landmark_keys: Tensor, inverse_frequencies: Tensor, q: Tens
     settings = RetrievalSettings(BLOCK, way.top_k, **way.settings)
     cache = BlockCache(settings, inverse_frequencies, offload=offload, **options)
     cache.trace = Trace()
-    attend = kernels.attend_chunk if way.fused else retrieval.attend_chunk
     keys = torch.randn(way.blocks, BLOCK, DIM, generator=generator)
     keys[:, -1] = landmark_keys
     keys = torch.cat([keys.flatten(0, 1), torch.randn(way.tokens, DIM, generator=generator)])
@@ -84,8 +80,9 @@ def chosen(way: Way, landmark_keys: Tensor, inverse_frequencies: Tensor, q: Tens
         cos, sin = rotation_table(chunk.position_ids, inverse_frequencies)
         k = rotate(keys[begin:end].to(way.dtype)[None, None], cos[:, None], sin[:, None])
         queries = rotate(queries.to(way.dtype).expand(1, way.heads, -1, -1), cos[:, None], sin[:, None])
-        if last or way.fused is False:
-            attend(queries, k, torch.randn(k.shape, generator=generator).to(k), cache.layer(0, k, chunk), chunk, 1.0)
+        if last or way.backend == "eager":
+            v = torch.randn(k.shape, generator=generator).to(k)
+            attend_chunk(0, queries, k, v, cache, chunk, 1.0, backend=way.backend)
         else:
             # What earlier chunks attend to does not matter here.
             cache.layer(0, k, chunk).append(k, torch.zeros_like(k), chunk)
@@ -136,9 +133,9 @@ def test_far_blocks_of_one_landmark_key_go_to_the_newest(name, request):
     raise AssertionError("no query preferred a far block")
 
 
-@pytest.mark.parametrize("implementation", ["eager", "fused"])
-def test_a_reader_knows_that_the_first_layer_has_one_landmark_key(implementation, monkeypatch):
-    monkeypatch.setenv("LANDMARK_ATTENTION", implementation)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_reader_knows_that_the_first_layer_has_one_landmark_key(backend, monkeypatch):
+    monkeypatch.setenv("LANDMARK_ATTENTION", backend)
     reader = BlockReader(tiny_model(n_layer=1), top_k_blocks=2, chunk=25)
     reader.cache.trace = Trace()
     list(reader.read([tiny_text(58)]))

@@ -7,22 +7,22 @@ from landmark_cli.attention import rotary
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table
 from tests.closeness import assert_close_norm
 
-fused_rotary = pytest.importorskip("landmark_cli.attention.kernels.common.rotary")
+kernel = pytest.importorskip("landmark_cli.attention.kernels.common.rotary")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("rotary_dim", [24, 16], ids=["whole", "partial"])
-def test_the_kernel_turns_and_turns_gradients_back(rotary_dim, monkeypatch):
+def test_the_kernel_rotates_and_rotates_gradients_back(rotary_dim, monkeypatch):
     torch.manual_seed(0)
     qkv = torch.randn(2, 5, 3, 4, 24, device=DEVICE)
     table = rotation_table(torch.arange(5, device=DEVICE)[None] + 7, default_inverse_frequencies(rotary_dim).to(DEVICE))
     cos, sin = (part[:, None] for part in table)
     weights = torch.randn(2, 4, 5, 24, device=DEVICE)
     found = []
-    monkeypatch.setattr(rotary, "_fused", lambda: None)
-    for turn in (fused_rotary.rotate, rotary.rotate):
+    monkeypatch.setattr(rotary, "_kernel", lambda: None)
+    for rotate in (kernel.rotate, rotary.rotate):
         x = qkv.clone().requires_grad_()
-        out = turn(x[:, :, 1].transpose(1, 2), cos, sin)
+        out = rotate(x[:, :, 1].transpose(1, 2), cos, sin)
         (gradient,) = torch.autograd.grad((out * weights).sum(), x)
         found.append((out.detach(), gradient))
     assert_close_norm(*found)
@@ -33,9 +33,9 @@ def test_the_kernel_joins_what_the_definition_joins(rotary_dim, monkeypatch):
     q, k, v = torch.randn(3, 2, 5, 4, 24, device=DEVICE).transpose(2, 3)
     table = rotation_table(torch.arange(5, device=DEVICE)[None] + 7, default_inverse_frequencies(rotary_dim).to(DEVICE))
     cos, sin = (part[:, None] for part in table)
-    found = fused_rotary.join_rotated(q, k, v, cos, sin)
-    monkeypatch.setattr(rotary, "_fused", lambda: None)
-    assert_close_norm(found, rotary.join_rotated(q, k, v, cos, sin))
+    found = kernel.join_rotated(q, k, v, cos, sin)
+    monkeypatch.setattr(rotary, "_kernel", lambda: None)
+    torch.testing.assert_close(found, rotary.join_rotated(q, k, v, cos, sin), rtol=1e-5, atol=1e-5)
     torch.library.opcheck(rotary.join_rotated, (q, k, v, cos, sin))
 
 

@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from landmark_cli.attention import retrieval
-from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.cache.pages import Offload
-from landmark_cli.attention.cache.trace import Trace
-from landmark_cli.attention.context_miss import attend_chunk_with_context_miss
-from landmark_cli.attention.kernels import reading as kernels
+from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Trace
+from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from tests.closeness import assert_close_norm
 
@@ -16,21 +12,12 @@ DIM, BLOCK, HEADS, BLOCKS = 16, 3, 2, 9
 SETTINGS = RetrievalSettings(BLOCK, 3, context_miss_cutoff=0.02)
 
 
-def with_context_miss(q, k, v, blocks, chunk):
-    key = torch.randn(1, k.shape[1], 1, DIM, generator=torch.Generator().manual_seed(5))
-    return attend_chunk_with_context_miss(q, k, v, key, blocks, chunk)
-
-
-ATTENTIONS = {
-    "eager": retrieval.attend_chunk,
-    "fused": kernels.attend_chunk,
-    "context miss": with_context_miss,
-}
+CONTEXT_MISS_KEY = torch.randn(1, 1, 1, DIM, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["", "offloaded"])
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ["eager", "triton", "context miss"])
 def test_traced_shares_are_those_of_the_output(name, tokens, offloaded):
     generator = torch.Generator().manual_seed(1)
     offload = Offload(1, 4 * 2 * BLOCK * DIM * 4) if offloaded else None
@@ -42,7 +29,8 @@ def test_traced_shares_are_those_of_the_output(name, tokens, offloaded):
         chunk = cache.begin_chunk(lengths)
         assert cache.trace.layers == {}
         q, k = (torch.randn(2, n, chunk.width, DIM, generator=generator) * 2 for n in (HEADS, 1))
-        out = ATTENTIONS[name](q, k, v.expand(2, 1, -1, -1), cache.layer(0, k, chunk), chunk)
+        given = {"context_miss_key": CONTEXT_MISS_KEY} if name == "context miss" else {"backend": name}
+        out = attend_chunk(0, q, k, v.expand(2, 1, -1, -1), cache, chunk, **given)
         cache.end_chunk(chunk)
     read = 0
     for row in range(2):
@@ -65,7 +53,7 @@ def test_a_chunk_that_reads_no_blocks_leaves_nothing_of_an_earlier_one():
         for length in (9, 4):
             chunk = cache.begin_chunk([length])
             x = torch.randn(1, 1, length, DIM)
-            retrieval.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk)
+            attend_chunk(0, x, x, x, cache, chunk, backend="eager")
             cache.end_chunk(chunk)
             assert bool(cache.trace.read_by(0, -1)) == (length == 4), again
         cache.reset()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from landmark_cli.attention.cache.trace import Trace
+from landmark_cli.attention.cache import Trace
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
 from tests.closeness import assert_close_norm
@@ -36,7 +36,7 @@ class Repeated:
 
 
 def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
-    monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
     model, rows = tiny_model(n_layer=1), [tiny_text(44, 1), tiny_text(26, 2)]
     recorded, plain = (BlockReader(model, batch=2, chunk=8, top_k_blocks=2) for _ in range(2))
     recorded.forward.recording, recorded.forward.record = True, Repeated
@@ -47,7 +47,7 @@ def test_nothing_but_the_counters_says_what_has_been_read(monkeypatch):
 
 
 def test_what_is_read_without_a_graph_leaves_the_traces_of_graphs_alone(monkeypatch):
-    monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
     reader, traced = BlockReader(tiny_model(n_layer=1), chunk=8, top_k_blocks=2), {}
     reader.forward.recording, reader.forward.record = True, Repeated
     record = ChunkForward._record

@@ -28,7 +28,7 @@ FIRST_CHUNKS = {
 
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
-    monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
 
 
 def check(name: str, *, chunks: int | None, rows: int | None, device: str, tolerance: float) -> None:
@@ -55,10 +55,10 @@ def check(name: str, *, chunks: int | None, rows: int | None, device: str, toler
     with torch.no_grad():
         for begin, end in steps[:chunks]:
             chunk = cache.begin_chunk([end - begin] * stream.shape[0])
-            given = {"position_ids": chunk.position_ids, "landmark_chunk": chunk, "use_cache": False}
+            given = {**cache.inputs(chunk), "use_cache": False}
             logits.append(model(inputs_embeds=stream[:, begin:end].to(device), **given).logits.cpu())
             cache.end_chunk(chunk)
-    assert cache.implementations == {"fused"}
+    assert cache.backends == {"triton"}
     found = torch.cat(logits, dim=1)
     found = found[:, kept[: found.shape[1]]]
     assert_close_norm(found, expected[:, : found.shape[1]], within=tolerance)

@@ -100,7 +100,7 @@ def test_chunked_reading(name):
         for length in chunks:
             begin, end = stream_length(read, freq), stream_length(read + length, freq)
             chunk = cache.begin_chunk([end - begin] * stream.shape[0])
-            out = model(inputs_embeds=stream[:, begin:end], position_ids=chunk.position_ids, landmark_chunk=chunk)
+            out = model(inputs_embeds=stream[:, begin:end], **cache.inputs(chunk))
             cache.end_chunk(chunk)
             logits.append(out.logits)
             read += length

@@ -62,7 +62,7 @@ def test_chunked_reading(name):
     with torch.no_grad():
         for begin, end in spec["steps"]:
             chunk = cache.begin_chunk([end - begin] * stream.shape[0])
-            given = {"position_ids": chunk.position_ids, "landmark_chunk": chunk, "use_cache": False}
+            given = {**cache.inputs(chunk), "use_cache": False}
             logits.append(model(inputs_embeds=stream[:, begin:end], **given).logits)
             cache.end_chunk(chunk)
 

@@ -1,5 +1,10 @@
 """The block cache: what a model has read, block by block, and where the next chunk stands."""
 
-from .cache import BlockCache, Chunk, LayerBlocks, Positions, RetrievalSettings, Selection
+from .blocks import LayerBlocks
+from .cache import BlockCache
+from .chunk import Chunk
+from .pages import Offload
+from .settings import Positions, RetrievalSettings, Selection
+from .trace import Trace
 
-__all__ = ["BlockCache", "Chunk", "LayerBlocks", "Positions", "RetrievalSettings", "Selection"]
+__all__ = ["BlockCache", "Chunk", "LayerBlocks", "Offload", "Positions", "RetrievalSettings", "Selection", "Trace"]

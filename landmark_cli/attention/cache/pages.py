@@ -1,18 +1,14 @@
-"""Blocks in host memory: what the GPU then keeps of them, and how much host memory they take."""
+"""Blocks in host memory: which of them the GPU holds copies of, and whether host memory holds them all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from landmark_cli.errors import LandmarkError
-
-if TYPE_CHECKING:
-    from .cache import LayerBlocks
 
 GIB = 2**30
 
@@ -27,76 +23,78 @@ class Offload:
     layers: int
     resident_bytes: int = 2 * GIB
 
+    @property
+    def bytes_per_layer(self) -> int:
+        return self.resident_bytes // self.layers
+
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Host memory that like's device can read; pinned where that is a GPU."""
         return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
 
 
-class ResidentBlocks:
-    """The blocks of one layer that the GPU holds copies of; the least recently used ones make room for others.
+class Pages:
+    """The pages of one layer's blocks that the GPU holds copies of; the least recently used make room for others.
 
-    A unit is one block of one key head of one row, numbered (row * G + head) * capacity + slot.
+    A page is one block of one key head of one row, numbered (row * G + head) * capacity + slot. The copies lie in the
+    frames of a pool.
 
-    pool: (places, 2, block_size, D). place: (units + 1,) int32, where in the pool a unit is, -1 where it is not.
-    unit, used: (places + 1,) int32, which unit is in a place (-1: none) and when it was last used.
+    pool: (frames, 2, block_size, D). page_table: (pages + 1,) int32, which frame holds a page, -1 where none does.
+    held, used: (frames + 1,) int32, which page a frame holds (-1: none) and when it was last used.
     The last entry of each is a dummy, so that everything below has a fixed shape and runs without the host.
     """
 
-    def __init__(self, blocks: LayerBlocks):
-        shape, like = blocks.blocks.shape, blocks.landmark_keys
-        size = shape[3:].numel() * like.element_size()
-        self.units = shape[:3].numel()
-        self.places = max(1, min(self.units, blocks.offload.resident_bytes // blocks.offload.layers // size))
-        self.pool = like.new_zeros(self.places, *shape[3:])
+    def __init__(self, shape: tuple[int, ...], like: Tensor, room: int):
+        """shape: of the blocks, (B, G, capacity, 2, block_size, D). like: a tensor on the GPU. room: bytes there."""
+        page = torch.Size(shape[3:])
+        self.pages = torch.Size(shape[:3]).numel()
+        self.frames = max(1, min(self.pages, room // (page.numel() * like.element_size())))
+        self.pool = like.new_zeros(self.frames, *page)
 
         def filled(count: int, value: int) -> Tensor:
             return torch.full((count + 1,), value, dtype=torch.int32, device=like.device)
 
-        self.place, self.unit, self.used = filled(self.units, -1), filled(self.places, -1), filled(self.places, 0)
+        self.page_table, self.held, self.used = filled(self.pages, -1), filled(self.frames, -1), filled(self.frames, 0)
         self.now = torch.zeros((), dtype=torch.int32, device=like.device)
 
     def admit(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give needed units that are not in the pool a place, as far as there are places that this call does not need.
+        """Give needed pages that no frame holds a frame, as far as there are frames that this call does not need.
 
-        needed: (units,) bool. Returns (units, places, count): the first `count` of `units` have to be copied to the
-        first `count` of `places`; both (places,) int32, count a tensor without dimensions.
+        needed: (pages,) bool. Returns (pages, frames, count): the first `count` of `pages` have to be copied to the
+        first `count` of `frames`; both (frames,) int32, count a tensor without dimensions.
         """
         self.now += 1
-        places, dummy_unit = self.places, self.units
-        place = self.place[:-1]
-        self.used[torch.where(needed & (place >= 0), place, places).long()] = self.now
-        missing = needed & (place < 0)
+        frames, dummy_page = self.frames, self.pages
+        frame = self.page_table[:-1]
+        self.used[torch.where(needed & (frame >= 0), frame, frames).long()] = self.now
+        missing = needed & (frame < 0)
         rank = missing.cumsum(0) - 1
         oldest = self.used[:-1].argsort(stable=True)
         count = torch.minimum(missing.sum(), (self.used[:-1] < self.now).sum())
-        taken = torch.arange(places, device=needed.device) < count
+        taken = torch.arange(frames, device=needed.device) < count
 
-        arriving = torch.full_like(self.unit, dummy_unit)
-        target = torch.where(missing & (rank < count), rank, places)
-        arriving[target] = torch.arange(self.units, dtype=torch.int32, device=needed.device)
+        arriving = torch.full_like(self.held, dummy_page)
+        target = torch.where(missing & (rank < count), rank, frames)
+        arriving[target] = torch.arange(self.pages, dtype=torch.int32, device=needed.device)
         arriving = arriving[:-1]
 
-        # A unit may have been overwritten since: then it has left its place already.
-        leaving = self.unit[oldest]
-        left = taken & (leaving >= 0) & (self.place[leaving.long()] == oldest)
+        # A page may have been overwritten since: then it has left its frame already.
+        leaving = self.held[oldest]
+        left = taken & (leaving >= 0) & (self.page_table[leaving.long()] == oldest)
         # Not by an index and "= -1", which would copy the number from the host and cannot be recorded.
-        self.place.index_fill_(0, torch.where(left, leaving, dummy_unit).long(), -1)
-        self.place[torch.where(taken, arriving, dummy_unit).long()] = oldest.int()
-        self.unit[torch.where(taken, oldest, places)] = arriving
-        self.used[torch.where(taken, oldest, places)] = self.now
+        self.page_table.index_fill_(0, torch.where(left, leaving, dummy_page).long(), -1)
+        self.page_table[torch.where(taken, arriving, dummy_page).long()] = oldest.int()
+        self.held[torch.where(taken, oldest, frames)] = arriving
+        self.used[torch.where(taken, oldest, frames)] = self.now
         return arriving, oldest.int(), count
 
 
-def require_host_memory(settings, config, tokens: int, batch: int, dtype: torch.dtype) -> None:
-    """Raise LandmarkError where the blocks of `tokens` stream tokens a row will not fit into this machine's memory.
+def require_host_memory(tokens: int, layers: int, layer_bytes: int) -> None:
+    """Raise LandmarkError where blocks will not fit into this machine's memory.
 
-    settings: RetrievalSettings. config: the model's. Pinned memory is handed out in powers of two a layer.
+    tokens: of each row, which the error names. layer_bytes: of all blocks of one of the layers; pinned memory is handed
+    out in powers of two.
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    blocks = min(tokens // settings.block_size + 1, settings.retrievable)
-    layer = batch * heads * blocks * 2 * settings.block_size * head_dim * dtype.itemsize
-    needed, available = config.num_hidden_layers * (1 << (layer - 1).bit_length()), available_host_memory()
+    needed, available = layers * (1 << (layer_bytes - 1).bit_length()), available_host_memory()
     if available is not None and needed > available:
         raise LandmarkError(
             f"offloading {tokens:,} tokens needs {needed / GIB:.1f} GiB of host memory, {available / GIB:.1f} GiB are "

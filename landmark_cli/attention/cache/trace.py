@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .cache import Chunk
-
 
 class Trace:
     """Set as `BlockCache.trace`, holds what every layer's queries read in the chunk read last.
@@ -17,10 +15,13 @@ class Trace:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def record(self, layer: int, chunk: Chunk, ages: Tensor, shares: Tensor) -> None:
-        """Keep what a layer's queries read; ages may be shared by heads or tokens, (B, H or 1, T or 1, k)."""
-        ages = ages.expand(shares.shape).masked_fill(~chunk.real[:, None, :, None], 0)
-        self.layers[layer] = ages, shares, chunk.blocks
+    def record(self, layer: int, ages: Tensor, shares: Tensor, real: Tensor, blocks: Tensor) -> None:
+        """Keep what a layer's queries read.
+
+        ages may be shared by heads or tokens, (B, H or 1, T or 1, k); shares: (B, H, T, k); real: (B, T) bool, no
+        padding; blocks: (B,) complete blocks before the chunk.
+        """
+        self.layers[layer] = ages.expand(shares.shape).masked_fill(~real[:, None, :, None], 0), shares, blocks
 
     def read_by(self, row: int, token: int) -> list[dict[str, int | float]]:
         """The blocks that one query of the last chunk read: a dict of layer, head, block and share for each.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.kernels import reading as kernels
+from landmark_cli.attention.kernels import reading
 from landmark_cli.attention.kernels.reading.call import Call
 from landmark_cli.attention.kernels.training import launch
 from landmark_cli.attention.rotary import default_inverse_frequencies
@@ -52,10 +52,10 @@ def test_attention_and_reading_do_products_as_they_were_told(name):
     cache = BlockCache(RetrievalSettings(3, 1), default_inverse_frequencies(16))
     chunk = cache.begin_chunk([6])
     blocks = cache.layer(0, x, chunk)
-    kernels.attend_chunk(x, x, x, blocks, chunk)
+    reading.attend_chunk(x, x, x, blocks, chunk)
     assert Call(x, x, x, blocks, chunk, None).precision == expected
     choice = launch.choices("forward", x, 3).configurations[0]
-    assert launch._constants(x, launch.Layout(3, 1.0), choice)["PRECISION"] == expected
+    assert launch._constants(x, 1, launch.Layout(3, 1.0), choice)["PRECISION"] == expected
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -8,16 +8,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.experimental import gluon
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import backends, dispatch
+from landmark_cli.attention.backends import Problem
+from landmark_cli.attention.kernels.common import statistics
 from landmark_cli.attention.kernels.hopper import launch, schedule, support
-from landmark_cli.attention.kernels.training import launch as portable
-from landmark_cli.attention.kernels.training.op import attention
+from landmark_cli.attention.operators import attention
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import Case
 from tests.attention.kernels import gluon_emulator
 
 ROUNDED = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 KERNELS = {name: getattr(launch, name) for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")}
+# Settings of the operator: blocks of 64, nothing but them.
+PLAIN = 64, 0.125, None, None, 0.0, None, "hopper"
 PAIRS, SINGLES = launch.ForwardConfiguration(2, 3, 4, 2), launch.ForwardConfiguration(2, 4, 4, 1, row_stages=2)
 
 
@@ -73,8 +76,8 @@ def test_backward_in_ranges_of_rows(monkeypatch):
     out, lse = launch.forward(q, k, v, 64, 0.125)
     dout = torch.randn_like(q)
     whole = launch.backward(dout, None, q, k, v, out, lse, 64, 0.125)
-    monkeypatch.setattr(portable, "WORKSPACE", 0.2)
-    assert portable.work_groups(q, k, 64)[1] < 500
+    monkeypatch.setattr(statistics, "WORKSPACE", 0.2)
+    assert statistics.backward_parts(q, k, 64)[0][0].first_row > 0
     for a, b in zip(whole, launch.backward(dout, None, q, k, v, out, lse, 64, 0.125), strict=True):
         assert (a.float() - b.float()).norm() <= 1e-3 * a.float().norm()
 
@@ -105,9 +108,9 @@ def test_a_call_of_a_known_kind_launches_on_its_own_tensors(monkeypatch):
     notes = []
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(launch, name, Noted(kernel, notes))
-    monkeypatch.setattr(portable, "WORKSPACE", 0.2)
-    launch._forward_calls.clear()
-    launch._backward_calls.clear()
+    monkeypatch.setattr(statistics, "WORKSPACE", 0.2)
+    launch.FORWARD_CALLS.clear()
+    launch.BACKWARD_CALLS.clear()
     seen = []
     for _ in range(3):
         q, k, v = (x.detach() for x in Case(64, 500, keys=700, dim=64, heads=2, batch=2).tensors(torch.float16, "cpu"))
@@ -126,8 +129,8 @@ def test_a_call_of_a_known_kind_launches_on_its_own_tensors(monkeypatch):
     # Every tensor is somebody's operand, and in parts some begin behind a tensor's beginning.
     assert {i for launched in seen[0] for i, _ in launched} == set(range(9))
     assert any(start > 0 for launched in seen[0] for _, start in launched)
-    launch._forward_calls.clear()
-    launch._backward_calls.clear()
+    launch.FORWARD_CALLS.clear()
+    launch.BACKWARD_CALLS.clear()
 
 
 @pytest.mark.parametrize("unfit", ["strides", "address"])
@@ -135,8 +138,8 @@ def test_copied_inputs_are_what_a_call_and_its_repetition_launch_on(monkeypatch,
     notes = []
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(launch, name, Noted(kernel, notes))
-    launch._forward_calls.clear()
-    launch._backward_calls.clear()
+    launch.FORWARD_CALLS.clear()
+    launch.BACKWARD_CALLS.clear()
     q, k, v = (x.detach() for x in Case(64, 300, dim=64, heads=2).tensors(torch.float16, "cpu"))
     # As another call of the same kind, whose tensors are fit, leaves it.
     for _ in range(3):
@@ -154,8 +157,8 @@ def test_copied_inputs_are_what_a_call_and_its_repetition_launch_on(monkeypatch,
     # A copy lies elsewhere, where the copy engine can begin.
     launched = [operands[place] for (_, operands), place in zip(notes, [1, 2, 2] * 2, strict=True)]
     assert other.data_ptr() not in launched and all(address % 16 == 0 for address in launched)
-    launch._forward_calls.clear()
-    launch._backward_calls.clear()
+    launch.FORWARD_CALLS.clear()
+    launch.BACKWARD_CALLS.clear()
 
 
 @gluon.jit
@@ -219,9 +222,10 @@ def test_short_sequences_have_more_heads_in_flight(monkeypatch):
     ids=str,
 )
 def test_what_they_cannot_serve_is_named(given, reason, monkeypatch):
-    assert "compute capability 9.0" in support.why_not("cpu", *given)
+    why_not = backends.BACKENDS["hopper"].why_not
+    assert "compute capability 9.0" in why_not(Problem("cpu", *given))
     monkeypatch.setattr(support, "is_hopper", lambda device: True)
-    assert reason in support.why_not("cuda", *given)
+    assert reason in why_not(Problem("cuda", *given))
 
 
 def test_this_triton_has_what_they_call():
@@ -240,17 +244,17 @@ def test_another_gluon_is_explained(monkeypatch):
 @pytest.mark.parametrize(
     "error", [AttributeError("gl has no such thing"), RuntimeError("PassManager::run failed\nmore")], ids=repr
 )
-def test_what_does_not_compile_runs_the_portable_kernels_and_says_so_once(name, error, monkeypatch, capsys):
+def test_what_does_not_compile_runs_the_triton_kernels_and_says_so_once(name, error, monkeypatch, capsys):
     def broken(*arguments):
         raise error
 
-    monkeypatch.setattr(support, "_failure", None)
+    monkeypatch.setattr(backends, "_given_up", None)
     monkeypatch.setattr(support, "is_hopper", lambda device: True)
     monkeypatch.setattr(launch, name, broken)
     leaves = Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu")
     exact = [x.detach().float().requires_grad_() for x in leaves]
     for _ in range(2):
-        out, _ = attention(*leaves, 64, 0.125, None, None, 0.0, None, True)
+        out, _ = attention(*leaves, *PLAIN)
         expected = eager(*exact, block_size=64)
         found = out, *torch.autograd.grad(out.float().square().sum(), leaves)
         wanted = expected, *torch.autograd.grad(expected.square().sum(), exact)
@@ -258,21 +262,25 @@ def test_what_does_not_compile_runs_the_portable_kernels_and_says_so_once(name, 
             assert (a.float() - b).norm() <= 1e-2 * b.norm()
     said = capsys.readouterr().err
     assert said.count("warning") == 1 and str(error).splitlines()[0] in said
-    assert "does not compile" in support.why_not("cuda", torch.bfloat16, 64, 64)
+    assert "does not compile" in backends.BACKENDS["hopper"].why_not(Problem("cuda", torch.bfloat16, 64, 64))
 
 
 def test_other_errors_are_not_taken_for_that(monkeypatch):
-    monkeypatch.setattr(support, "_failure", None)
+    def broken(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(backends, "_given_up", None)
+    monkeypatch.setattr(launch, "forward", broken)
     with pytest.raises(RuntimeError, match="illegal memory"):
-        support.run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))
-    assert support.run(lambda: 3) == 3
+        attention(*Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu"), *PLAIN)
+    assert backends._given_up is None
 
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError, NotImplementedError, ImportError, KeyError, RuntimeError])
 @pytest.mark.parametrize("place", ["forward", "forward_configuration", "query_schedule", "aligned"])
 def test_faults_of_our_own_code_are_raised(place, error, monkeypatch):
-    """None of them may have the portable kernels run instead for the rest of the process, without a word of why."""
-    monkeypatch.setattr(support, "_failure", None)
+    """None of them may have the Triton kernels run instead for the rest of the process, without a word of why."""
+    monkeypatch.setattr(backends, "_given_up", None)
     # As if the fault were in a line of that function's.
     code = compile(
         "def broken(*arguments, **named):\n    raise error('a fault of ours, in PassManager')", launch.__file__, "exec"
@@ -280,10 +288,9 @@ def test_faults_of_our_own_code_are_raised(place, error, monkeypatch):
     names = {"__name__": launch.__name__, "error": error}
     exec(code, names)
     monkeypatch.setattr(launch, place, names["broken"])
-    leaves = Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu")
     with pytest.raises(error, match="a fault of ours"):
-        attention(*leaves, 64, 0.125, None, None, 0.0, None, True)
-    assert support._failure is None
+        attention(*Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu"), *PLAIN)
+    assert backends._given_up is None
 
 
 def test_a_gpu_is_asked_for_itself(monkeypatch):
@@ -294,19 +301,19 @@ def test_a_gpu_is_asked_for_itself(monkeypatch):
     support.is_hopper.cache_clear()
     monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
     monkeypatch.setattr(dispatch, "_definition", lambda *given, **named: None)
-    chosen, choose = {}, dispatch.choose_implementation
+    chosen, choose = {}, dispatch.choose
 
-    def remember(device, *given, **named):
-        chosen[device] = choose(device, *given, **named)
+    def remember(problem, requested):
+        chosen[problem.device] = choose(problem, requested)
         return "eager"
 
-    monkeypatch.setattr(dispatch, "choose_implementation", remember)
+    monkeypatch.setattr(dispatch, "choose", remember)
     with FakeTensorMode():
         for device in capabilities:
             q = torch.empty(1, 2, 512, 128, dtype=torch.bfloat16, device=device)
             dispatch.landmark_attention(q, q, q, block_size=64)
     support.is_hopper.cache_clear()
-    assert chosen == {"cuda:0": "hopper", "cuda:1": "fused"}
+    assert chosen == {"cuda:0": "hopper", "cuda:1": "triton"}
 
 
 @pytest.fixture
@@ -314,7 +321,7 @@ def able(monkeypatch):
     """As if the CPU were the chip."""
     monkeypatch.setattr(support, "is_hopper", lambda device: True)
     monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
-    dispatch._announce.cache_clear()
+    backends._announce.cache_clear()
 
 
 def test_they_run_where_they_are_asked_for(able, monkeypatch, capsys):
@@ -343,22 +350,30 @@ def test_they_run_where_they_are_asked_for(able, monkeypatch, capsys):
 )
 def test_asked_for_what_they_cannot_do_they_say_so(able, queries, arguments, reason):
     q, k, v = Case(64, queries, dim=64).tensors(torch.bfloat16, "cpu")
-    with pytest.raises(ValueError, match=f"Hopper kernels were asked for, but .*{reason}"):
-        dispatch.landmark_attention(q, k, v, **arguments, implementation="hopper")
+    with pytest.raises(ValueError, match=f'the backend "hopper" was asked for, but .*{reason}'):
+        dispatch.landmark_attention(q, k, v, **arguments, backend="hopper")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "needs_portable", "told"),
+    ("dtype", "few_queries", "told"),
     [
-        (torch.bfloat16, None, "hopper (on cuda)"),
-        (torch.float32, None, "fused (on cuda; q is torch.float32"),
-        (torch.bfloat16, "q has fewer than 256 tokens", "fused (on cuda; q has fewer than 256 tokens)"),
+        (torch.bfloat16, False, "hopper (on cuda)"),
+        (torch.float32, False, "triton (on cuda; q is torch.float32"),
+        (torch.bfloat16, True, "triton (on cuda; q has fewer than 256 tokens)"),
     ],
     ids=str,
 )
-def test_they_run_where_they_can(able, dtype, needs_portable, told, capsys):
-    name = dispatch.choose_implementation("cuda", dtype, 128, 64, needs_portable=needs_portable)
+def test_they_run_where_they_can(able, dtype, few_queries, told, capsys):
+    name = backends.choose(Problem("cuda:0", dtype, 128, 64, few_queries=few_queries))
     assert told.startswith(name) and f"landmark attention: {told}" in capsys.readouterr().err
+
+
+def test_asked_for_to_read_the_triton_kernels_do(able, monkeypatch, capsys):
+    problem = Problem("cuda:0", torch.bfloat16, 128, 64, reading=True)
+    assert backends.choose(problem) == "triton"
+    assert "triton (on cuda; retrieval has no Hopper kernels of its own)" in capsys.readouterr().err
+    monkeypatch.setenv("LANDMARK_ATTENTION", "hopper")
+    assert backends.choose(problem) == "triton"
 
 
 @pytest.mark.parametrize("view", ["of one projection", "head dim in steps", "expanded keys", "off by 2 bytes"])

@@ -1,6 +1,6 @@
 """The Hopper kernels on a Hopper GPU, through dispatch: what the definition gives, the same bits every time, no hang.
 
-    pytest -m gpu -n 8 tests/attention/test_hopper_gpu.py
+    pytest -m gpu -n 8 tests/attention/kernels/test_hopper_gpu.py
 
 A kernel that waits for ever ends its process after LIMIT seconds, with a trace that names the test.
 """
@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import backends, dispatch
+from landmark_cli.attention.kernels.common.statistics import backward_parts
 from landmark_cli.attention.kernels.hopper import launch, support
-from landmark_cli.attention.kernels.training import launch as portable
-from landmark_cli.attention.kernels.training.op import attention, attention_backward
+from landmark_cli.attention.operators import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import Case, outputs_and_gradients
 from tests.attention.kernels import test_training_gpu
@@ -39,11 +39,11 @@ def limit():
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
-    assert support.why_not(DEVICE, torch.bfloat16, 64, 64) is None, "the portable kernels took their place"
+    assert backends._given_up is None, "the Triton kernels took their place"
 
 
 def hopper(q, k, v, **arguments):
-    return dispatch.landmark_attention(q, k, v, **arguments, implementation="hopper")
+    return dispatch.landmark_attention(q, k, v, **arguments, backend="hopper")
 
 
 def assert_agrees(case: Case, dtype: torch.dtype) -> None:
@@ -60,11 +60,10 @@ def assert_agrees(case: Case, dtype: torch.dtype) -> None:
 
 def serves(case: Case) -> bool:
     dims = case.dim in support.HEAD_DIMS and case.block_size in support.BLOCK_SIZES
-    plain = support.why_not_for(case.queries, case.start, case.cu_seqlens, case.dropout_p)
-    return dims and plain is None
+    return dims and case.queries >= backends.FEW_QUERIES and not (case.start or case.cu_seqlens or case.dropout_p)
 
 
-# The portable kernels' cases in the domain, and further ones.
+# The Triton kernels' cases in the domain, and further ones.
 CASES = [case for case in test_training_gpu.LARGE_CASES if serves(case)] + [
     Case(64, 256, dim=128),
     Case(64, 257, dim=128, batch=3, heads=100, key_heads=100),
@@ -177,7 +176,7 @@ def test_a_call_of_a_known_kind_repeats_launches():
 def test_backward_in_ranges_of_rows():
     case = Case(16, 6000, keys=6500, dim=64, heads=2, key_heads=1)
     q, k, _ = case.tensors(torch.bfloat16, DEVICE)
-    assert portable.work_groups(q, k, case.block_size)[1] < case.queries
+    assert backward_parts(q, k, case.block_size)[0][0].first_row > 0
     assert_agrees(case, torch.bfloat16)
 
 
@@ -229,7 +228,7 @@ def test_other_configurations(choice):
 def test_opcheck():
     q, k, v = (x.detach() for x in Case(64, 300, dim=64, heads=2, key_heads=1).tensors(torch.bfloat16, DEVICE))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    settings = 64, 0.125, None, None, 0.0, None, True
+    settings = 64, 0.125, None, None, 0.0, None, "hopper"
     torch.library.opcheck(attention, (*leaves, *settings))
     out, lse = attention(q, k, v, *settings)
     torch.library.opcheck(attention_backward, (torch.randn_like(out), None, q, k, v, out, lse, *settings))
@@ -298,16 +297,16 @@ def test_autocast():
     assert out.dtype == torch.bfloat16 and (out - expected).norm() <= ROUNDED[torch.bfloat16] * expected.norm()
 
 
-def test_the_portable_kernels_agree():
+def test_the_triton_kernels_agree():
     """The same inputs through both, at a size that the definition has no memory for."""
     case = Case(64, 16384, dim=128, heads=4, key_heads=2)
     leaves = case.tensors(torch.bfloat16, DEVICE)
     given = torch.randn_like(leaves[0]), torch.randn(leaves[0].shape[:3], device=DEVICE)
     found, expected = (
         outputs_and_gradients(
-            dispatch.landmark_attention, *leaves, *given, block_size=64, return_lse=True, implementation=name
+            dispatch.landmark_attention, *leaves, *given, block_size=64, return_lse=True, backend=name
         )
-        for name in ("hopper", "fused")
+        for name in ("hopper", "triton")
     )
     for a, b in zip(found, expected, strict=True):
         assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()

@@ -1,4 +1,4 @@
-"""The fused kernels read what the eager definition reads."""
+"""The Triton kernels read what the eager definition reads."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.kernels import reading as kernels
+from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
@@ -165,15 +165,15 @@ def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
     cache = BlockCache(RetrievalSettings(4, 65), default_inverse_frequencies(16))
     chunk = cache.begin_chunk([4])
     x = torch.zeros(1, 1, 4, 16)
-    with pytest.raises(ValueError, match="top_k is 65; the fused kernels retrieve at most 64"):
-        kernels.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk)
+    with pytest.raises(LandmarkError, match="top_k is 65; the Triton kernels retrieve at most 64"):
+        attend_chunk(0, x, x, x, cache, chunk, backend="triton")
     cache = BlockCache(RetrievalSettings(4, 2), default_inverse_frequencies(16))
-    with pytest.raises(ValueError, match="scale is -1"):
-        kernels.attend_chunk(x, x, x, cache.layer(0, x, chunk), chunk, scale=-1.0)
+    with pytest.raises(LandmarkError, match="scale is -1"):
+        attend_chunk(0, x, x, x, cache, chunk, scale=-1.0, backend="triton")
 
 
 def test_a_model_says_what_the_kernels_cannot(monkeypatch):
-    monkeypatch.setenv("LANDMARK_ATTENTION", "fused")
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
     reader = BlockReader(tiny_model(), top_k_blocks=65, chunk=8)
     with pytest.raises(LandmarkError, match=r"top_k is 65; .* at most 64 blocks; or set LANDMARK_ATTENTION=eager"):
         next(reader.read([tiny_text(9)]))

@@ -1,4 +1,4 @@
-"""The fused kernels, interpreted on the CPU, give what the definition gives: outputs and gradients."""
+"""The Triton kernels, interpreted on the CPU, give what the definition gives: outputs and gradients."""
 
 import math
 
@@ -7,12 +7,14 @@ import torch
 import triton
 from torch.utils.checkpoint import checkpoint
 
+from landmark_cli.attention.kernels.common import statistics
 from landmark_cli.attention.kernels.common.configuration import Configuration
-from landmark_cli.attention.kernels.training import landmark_attention, launch
+from landmark_cli.attention.kernels.training import launch
 from landmark_cli.attention.kernels.training.configurations import Choices
-from landmark_cli.attention.kernels.training.op import attention, attention_backward
+from landmark_cli.attention.operators import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import CASES, EXACT, Case, assert_agrees
+from tests.attention.agreement import triton_attention as landmark_attention
 from tests.closeness import assert_close_norm
 
 # numpy, which the interpreter calculates with, says so where a row sees nothing of a block.
@@ -67,11 +69,11 @@ def test_tiles_of_other_heights(rows, tiles):
 )
 def test_backward_in_parts(case, share, whole_heads, tiles, monkeypatch):
     tiles(32, 16)
-    monkeypatch.setattr(launch, "WORKSPACE", share)
+    monkeypatch.setattr(statistics, "WORKSPACE", share)
     q, k, _ = case.tensors(torch.float32, "cpu")
-    key_heads, rows = launch.work_groups(q, k, case.block_size)
-    assert key_heads < case.batch * case.key_heads or rows < case.queries
-    assert (rows == case.queries) == whole_heads
+    parts, _ = statistics.backward_parts(q, k, case.block_size)
+    assert len(parts) > 1
+    assert all((part.first_row, part.last_row) == (0, case.queries) for part in parts) == whole_heads
     assert_agrees(case, EXACT)
 
 
@@ -80,13 +82,18 @@ def test_backward_in_parts(case, share, whole_heads, tiles, monkeypatch):
 @pytest.mark.parametrize("block_size", [16, 51, 64])
 def test_the_workspace_is_bounded(heads, tokens, block_size):
     q = torch.empty(1, heads, tokens, 128, dtype=torch.bfloat16, device="meta")
-    key_heads, rows = launch.work_groups(q, q, block_size)
-    sizes = [
-        12 * key_heads * launch.statistics_size(min(rows, tokens - at), at, block_size) for at in range(0, tokens, rows)
+    parts, workspace = statistics.backward_parts(q, q, block_size)
+    assert 4 * workspace <= statistics.WORKSPACE * q.numel() * q.element_size()
+    for part in parts:
+        size = statistics.statistics_size(part.last_row - part.first_row, part.first_row, block_size)
+        assert size == 4 * part.plane and 3 * part.key_heads * size <= workspace
+        assert part.key_heads == 1 or (part.first_row, part.last_row) == (0, tokens)
+    # Whole rounds of the heads that are in flight together, but for a few heads and for the last part.
+    step, in_flight = parts[0].key_heads, statistics.HEADS_IN_FLIGHT
+    assert step == heads or step < in_flight or step % in_flight == 0
+    assert sorted({(part.first_head, part.first_row) for part in parts}) == [
+        (head, row) for head in range(0, heads, step) for row in sorted({part.first_row for part in parts})
     ]
-    assert max(sizes) <= launch.WORKSPACE * q.numel() * q.element_size()
-    assert key_heads == 1 or rows == tokens
-    assert key_heads == heads or key_heads < launch.HEADS_IN_FLIGHT or key_heads % launch.HEADS_IN_FLIGHT == 0
 
 
 @pytest.mark.parametrize("view", ["of one projection", "head dim in steps", "expanded keys", "expanded gradient"])
@@ -148,10 +155,10 @@ def test_opcheck(bounds):
     start = torch.tensor([3], dtype=torch.int32) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 20], dtype=torch.int32) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5)) if bounds == "dropout" else (0.0, None)
-    torch.library.opcheck(attention, (q, k, v, 7, 0.25, start, cu_seqlens, *dropout, False))
+    torch.library.opcheck(attention, (q, k, v, 7, 0.25, start, cu_seqlens, *dropout, "triton"))
     q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = attention(q, k, v, 7, 0.25, start, cu_seqlens, *dropout, False)
-    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 7, 0.25, start, cu_seqlens, *dropout, False)
+    out, lse = attention(q, k, v, 7, 0.25, start, cu_seqlens, *dropout, "triton")
+    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 7, 0.25, start, cu_seqlens, *dropout, "triton")
     torch.library.opcheck(attention_backward, arguments)
 
 

@@ -1,6 +1,6 @@
-"""The fused kernels on an NVIDIA GPU give what the definition gives, in every precision and at real sizes.
+"""The Triton kernels on an NVIDIA GPU give what the definition gives, in every precision and at real sizes.
 
-    pytest -m "gpu and not slow" -n 12 --dist worksteal tests/attention/test_training_gpu.py
+    pytest -m "gpu and not slow" -n 12 --dist worksteal tests/attention/kernels/test_training_gpu.py
 
 Nearly all of the time goes into compiling kernels, so processes help; the slow test takes 30 GB. A kernel that reads
 where it must not ends its process: `-k 2-byte`, `-k 4-byte` and `-k "not byte"` find it.
@@ -12,10 +12,12 @@ import triton
 from torch.utils.checkpoint import checkpoint
 
 from landmark_cli.attention import dispatch
-from landmark_cli.attention.kernels.training import configurations, landmark_attention, launch
-from landmark_cli.attention.kernels.training.op import attention, attention_backward
+from landmark_cli.attention.kernels.common.statistics import backward_parts
+from landmark_cli.attention.kernels.training import configurations, launch
+from landmark_cli.attention.operators import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import CASES, EXACT, Case, assert_agrees, outputs_and_gradients
+from tests.attention.agreement import triton_attention as landmark_attention
 from tests.closeness import assert_close_norm
 
 DEVICE = "cuda"
@@ -193,7 +195,7 @@ def test_extra_memory_of_a_training_step(case):
 @pytest.mark.parametrize("case", [Case(7, 2000, dim=64), Case(3, 1500, keys=1800, dim=128, heads=2)], ids=str)
 def test_backward_in_ranges_of_rows(case):
     q, k, _ = case.tensors(torch.bfloat16, DEVICE)
-    assert launch.work_groups(q, k, case.block_size)[1] < case.queries
+    assert backward_parts(q, k, case.block_size)[0][0].first_row > 0
     assert_agrees(case, ROUNDED, torch.bfloat16, DEVICE)
 
 
@@ -204,10 +206,10 @@ def test_opcheck(bounds):
     start = torch.tensor([3], dtype=torch.int32, device=DEVICE) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 90], dtype=torch.int32, device=DEVICE) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5, device=DEVICE)) if bounds == "dropout" else (0.0, None)
-    torch.library.opcheck(attention, (q, k, v, 16, 0.25, start, cu_seqlens, *dropout, False))
+    torch.library.opcheck(attention, (q, k, v, 16, 0.25, start, cu_seqlens, *dropout, "triton"))
     q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = attention(q, k, v, 16, 0.25, start, cu_seqlens, *dropout, False)
-    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 16, 0.25, start, cu_seqlens, *dropout, False)
+    out, lse = attention(q, k, v, 16, 0.25, start, cu_seqlens, *dropout, "triton")
+    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 16, 0.25, start, cu_seqlens, *dropout, "triton")
     torch.library.opcheck(attention_backward, arguments)
 
 
@@ -296,6 +298,11 @@ def test_a_new_length_compiles_nothing():
     assert not compiled
 
 
+def forget_calls():
+    for calls in (launch.FORWARD_CALLS, launch.BACKWARD_CALLS):
+        calls.clear()
+
+
 @pytest.mark.parametrize("kind", ["plain", "start", "cu_seqlens", "dropout", "rows"])
 def test_calls_alike_repeat_their_launches(kind):
     """Other tensors, bounds and seeds of the same kind give what they give in a call of its own."""
@@ -316,13 +323,13 @@ def test_calls_alike_repeat_their_launches(kind):
         return [out, *torch.autograd.grad(out, leaves, dout)]
 
     torch.use_deterministic_algorithms(False)
-    launch.forget_calls()
+    forget_calls()
     for number in range(3):
         leaves = case(number).tensors(torch.bfloat16, DEVICE)
         inputs = leaves, torch.randn_like(leaves[0])
         found = step(number, *inputs)
-        assert launch._forward_calls and all(call.launches for call in launch._backward_calls.values())
-        launch.forget_calls()
+        assert launch.FORWARD_CALLS.launches and launch.BACKWARD_CALLS.launches
+        forget_calls()
         assert all(torch.equal(a, b) for a, b in zip(found, step(number, *inputs), strict=True))
 
 
@@ -339,7 +346,7 @@ def test_tuning(monkeypatch):
     monkeypatch.setattr(configurations, "TUNE", True)
     monkeypatch.setattr(configurations, "TRIED", 2)
     configurations._choices.cache_clear()
-    launch.forget_calls()
+    forget_calls()
     try:
         assert_agrees(Case(64, 600, dim=64, heads=2), ROUNDED, torch.bfloat16, DEVICE)
         q = torch.empty(1, 2, 600, 64, dtype=torch.bfloat16, device=DEVICE)
@@ -347,7 +354,7 @@ def test_tuning(monkeypatch):
             assert configurations.choices(kernel, q, 64).tuned
     finally:
         configurations._choices.cache_clear()
-        launch.forget_calls()
+        forget_calls()
 
 
 @pytest.mark.parametrize(
@@ -363,4 +370,4 @@ def test_bad_input_is_named(words, device, arguments):
     q = torch.randn(1, 1, 8, 16, device=DEVICE)
     k = q.to(device)
     with pytest.raises(ValueError, match=words):
-        dispatch.landmark_attention(q, k, k, **arguments, implementation="fused")
+        dispatch.landmark_attention(q, k, k, **arguments, backend="triton")

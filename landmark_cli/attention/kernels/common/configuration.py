@@ -31,6 +31,11 @@ def is_exact(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
+def product_precision(dtype: torch.dtype) -> str:
+    """What Triton is to make products of this dtype of; of 16-bit numbers it makes them exactly, whatever is said."""
+    return "tf32x3" if is_exact(dtype) else "tf32"
+
+
 def padded(size: int) -> int:
     """The rows or columns of a tile that holds `size`: a power of two, and at least what a matrix unit works on."""
     return max(16, triton.next_power_of_2(size))

@@ -1,35 +1,35 @@
-"""Rotation of queries and keys in one pass over memory: the fused twin of rotary.rotate."""
+"""Rotation of queries and keys in one pass over memory: the twin of rotary.rotate."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device
 from .tensors import empty_heads_last
 
 
 @triton.jit
-def _move(X, OUT, x_stride, out_stride, cos, sin, heads, TURNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+def _move(X, OUT, x_stride, out_stride, cos, sin, heads, ROTATED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
           HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    """All heads of a token, the first 2 * HALF dimensions turned or as they are. Strides: from head to head."""
-    dim = tl.arange(0, HALF_PAD)[None, :]
+    """All heads of a token, the first 2 * HALF dimensions rotated or as they are. Strides: from head to head."""
+    dim = tl.arange(0, HALF_PAD)[None, :]  # (1, HALF_PAD)
     for first in range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)[:, None]
+        head = first + tl.arange(0, HEADS)[:, None]  # (HEADS, 1), as x and out
         x, out = X + head * x_stride, OUT + head * out_stride
+        # (HEADS, HALF_PAD), as one and two.
         mask = (head < heads) & (dim < HALF)
         one = tl.load(x + dim, mask=mask)
         two = tl.load(x + dim + HALF, mask=mask)
-        if TURNED:
+        if ROTATED:
             one, two = one.to(tl.float32), two.to(tl.float32)
             one, two = one * cos - two * sin, two * cos + one * sin
         tl.store(out + dim, one.to(OUT.dtype.element_ty), mask=mask)
         tl.store(out + dim + HALF, two.to(OUT.dtype.element_ty), mask=mask)
         if REST > 0:
-            rest = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
+            rest = 2 * HALF + tl.arange(0, REST_PAD)[None, :]  # (1, REST_PAD)
             mask = (head < heads) & (rest < 2 * HALF + REST)
             tl.store(out + rest, tl.load(x + rest, mask=mask), mask=mask)
 
@@ -37,7 +37,7 @@ def _move(X, OUT, x_stride, out_stride, cos, sin, heads, TURNED: tl.constexpr, H
 @triton.jit
 def _angles(COS, SIN, strides, row, token, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
     """cos and sin of a token, (1, HALF_PAD): they serve all its heads."""
-    dim = tl.arange(0, HALF_PAD)[None, :]
+    dim = tl.arange(0, HALF_PAD)[None, :]  # (1, HALF_PAD), as at
     at = row * strides[0] + token * strides[2] + dim
     return tl.load(COS + at, mask=dim < HALF, other=0.0), tl.load(SIN + at, mask=dim < HALF, other=0.0)
 
@@ -45,7 +45,7 @@ def _angles(COS, SIN, strides, row, token, HALF: tl.constexpr, HALF_PAD: tl.cons
 @triton.jit(do_not_specialize=["heads"])
 def rotate_kernel(X, COS, SIN, OUT, x_strides, cos_strides, out_strides, heads, HALF: tl.constexpr, REST: tl.constexpr,
                   HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    """OUT = X turned, (B, H, T, D). Program (token, batch row)."""
+    """OUT = X rotated, (B, H, T, D). Program (token, batch row)."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     cos, sin = _angles(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
@@ -57,7 +57,7 @@ def rotate_kernel(X, COS, SIN, OUT, x_strides, cos_strides, out_strides, heads, 
 @triton.jit(do_not_specialize=["heads"])
 def join_kernel(Q, K, V, COS, SIN, OUT, q_strides, k_strides, v_strides, cos_strides, heads, HALF: tl.constexpr,
                 REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    """OUT (B, T, 3, H, D) = Q and K turned and V as it is, (B, H, T, D) each. Program (token, batch row)."""
+    """OUT (B, T, 3, H, D) = Q and K rotated and V as it is, (B, H, T, D) each. Program (token, batch row)."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     cos, sin = _angles(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
@@ -82,7 +82,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """q and k, turned, and v as it is, (B, H, T, D) each with a dense last dimension, in one: (B, T, 3, H, D)."""
+    """q and k, rotated, and v as it is, (B, H, T, D) each with a dense last dimension, in one: (B, T, 3, H, D)."""
     batch, heads, tokens, dim = q.shape
     joined = q.new_empty(batch, tokens, 3, heads, dim)
     _launch(join_kernel, (q, k, v), cos, sin, joined, ())
@@ -90,7 +90,7 @@ def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> T
 
 
 class Rotation(torch.autograd.Function):
-    """A rotation's gradient is turned back."""
+    """A rotation's gradient is rotated back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _launch(kernel, parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, out: Te
     half = cos.shape[-1]
     rest = dim - 2 * half
     cos, sin = (t.expand(batch, 1, tokens, half) for t in (cos, sin))
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+    with on_device(out):
         kernel[(tokens, batch)](
             *parts, cos, sin, out, *(t.stride()[:3] for t in (*parts, cos)), *out_strides, heads, HALF=half, REST=rest,
             HALF_PAD=triton.next_power_of_2(half), REST_PAD=triton.next_power_of_2(max(1, rest)),

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..common.tiles import LN2
 from .forward_blocks import consume_pairs, consume_singles, masked_weights
 from .pipeline import (
     ROWS,
@@ -73,8 +74,8 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROUP: gl.constexpr, BLOCK: gl.constexpr,
-             CONSUMERS: gl.constexpr, STEP: gl.constexpr):  # fmt: skip
+def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY: gl.constexpr,
+             BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STEP: gl.constexpr):  # fmt: skip
     """Fill the rings in the order in which the consumers read them."""
     q_ring, k_ring, v_ring = rings
     turns, queries, offset, query_heads = sizes
@@ -85,7 +86,7 @@ def producer(q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROU
         head, tile = scheduled(SCHEDULE, turn)
         if tile >= 0:
             batch = head // query_heads
-            key_head = head % query_heads // GROUP
+            key_head = head % query_heads // HEADS_PER_KEY
             row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
             most_whole = whole_blocks(row + ROWS * (CONSUMERS - 1), touched, offset, BLOCK, STEP)
             for which in gl.static_range(CONSUMERS):
@@ -125,12 +126,12 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
             most_whole = whole_blocks(row + ROWS * (CONSUMERS - 1), touched, offset, BLOCK, STEP)
             row += ROWS * CONSUMER
             whole = whole_blocks(row, touched, offset, BLOCK, STEP)
-            rows = row + gl.arange(0, ROWS, ROW)
+            rows = row + gl.arange(0, ROWS, ROW)  # (ROWS,), as position
             position = rows + offset
             slot = stage * CONSUMERS + CONSUMER
             q_tile = q_tiles.index(slot)
             mbarrier.wait(q_full.index(slot), q_phase)
-            q = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))
+            q = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))  # (ROWS, D)
             top = gl.full([ROWS], float("-inf"), gl.float32, ROW)
             total = gl.zeros([ROWS], gl.float32, ROW)
             acc = gl.zeros([ROWS, D], gl.float32, OUT)
@@ -152,7 +153,7 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
                 mbarrier.wait(k_full.index(k_slot), k_phase)
                 mbarrier.wait(v_full.index(v_slot), v_phase)
                 if block <= last:
-                    s = start_product(q, k_tiles.index(k_slot), zeros)
+                    s = start_product(q, k_tiles.index(k_slot), zeros)  # (ROWS, COLS), as p
                     s = warpgroup_mma_wait(0, deps=(s,))
                     top, total, acc, p = masked_weights(
                         s, top, total, acc, block, position, scale, BLOCK, DTYPE, WEIGHTS
@@ -164,7 +165,7 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
 
             if row < queries:
                 acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
-                lse = (top + gl.log2(total)) * 0.6931471805599453
+                lse = (top + gl.log2(total)) * LN2  # (ROWS,)
                 gl.store(LSE + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
                 q_tile.store(acc.to(DTYPE))
                 fence_async_shared()
@@ -177,7 +178,7 @@ def consumer(CONSUMER: gl.constexpr, rings, shares, out_desc, LSE, SCHEDULE, sca
 
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "query_heads"])
 def forward_kernel(q_desc, k_desc, v_desc, landmark_desc, out_desc, LSE, SCHEDULE, turns, scale, queries, offset,
-                   query_heads, GROUP: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr,
+                   query_heads, HEADS_PER_KEY: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr,
                    K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, STAGES: gl.constexpr,
                    STEP: gl.constexpr):  # fmt: skip
     """OUT (B, H, queries, D) and LSE (B, H, queries), natural, of the queries behind `offset` keys."""
@@ -198,12 +199,14 @@ def forward_kernel(q_desc, k_desc, v_desc, landmark_desc, out_desc, LSE, SCHEDUL
         gl.warp_specialize([
             (consumer, (0, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
             (consumer, (1, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
-            (producer, (q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS, STEP)),
+            (producer, (q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY, BLOCK, CONSUMERS,
+                        STEP)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consumer, (0, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
             (consumer, (1, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
             (consumer, (2, rings, shares, out_desc, LSE, SCHEDULE, scale, sizes, BLOCK, CONSUMERS, STEP)),
-            (producer, (q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS, STEP)),
+            (producer, (q_desc, k_desc, v_desc, landmark_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY, BLOCK, CONSUMERS,
+                        STEP)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip

@@ -15,7 +15,10 @@ from .pipeline import MINUS_INFINITY, ROWS, following, pack, reciprocal, release
 
 @gluon.jit
 def landmark_logits(q, zeros, k_ring, slot, phase):
-    """Logits of a chunk's landmarks, which come before its blocks' keys: (logits, the place after them)."""
+    """A chunk's landmark logits, (ROWS, COLS), whose keys come before its blocks': (logits, the place after them).
+
+    q: (ROWS, D); zeros: (ROWS, COLS).
+    """
     tiles, full, empty = k_ring
     mbarrier.wait(full.index(slot), phase)
     s = start_product(q, tiles.index(slot), zeros)
@@ -26,25 +29,31 @@ def landmark_logits(q, zeros, k_ring, slot, phase):
 
 @gluon.jit
 def chunk_shares(s, top, total, acc, shares, first, whole, scale):
-    """Outer softmax over a chunk's landmarks, given their logits s: its shares are left in shared memory."""
+    """Outer softmax over a chunk's landmark logits s, (ROWS, COLS), whose shares are left in shared memory.
+
+    shares: (COLS, ROWS). top, total: (ROWS,) and acc: (ROWS, D), the softmax's maximum, sum and output so far.
+    """
     COLS: gl.constexpr = s.shape[1]
-    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))  # (COLS,)
     s = gl.where((first + col)[None, :] < whole, s * scale, MINUS_INFINITY)
-    higher = gl.maximum(top, gl.max(s, 1))
-    fade = gl.exp2(top - higher)
-    outer = gl.exp2(s - higher[:, None])
+    new_top = gl.maximum(top, gl.max(s, 1))
+    rescale = gl.exp2(top - new_top)
+    outer = gl.exp2(s - new_top[:, None])  # (ROWS, COLS)
     shares.permute((1, 0)).store(outer)
-    total = total * fade + gl.sum(outer, 1)
-    return higher, total, acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
+    total = total * rescale + gl.sum(outer, 1)
+    return new_top, total, acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
 
 
 @gluon.jit
 def weights(s, share, scale, BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """A whole block's in-block softmax times its share, as the left operand of the product with its values."""
+    """A whole block's in-block softmax times its share, as the left operand of the product with its values.
+
+    s, and what it gives: (ROWS, COLS). share: (ROWS,).
+    """
     COLS: gl.constexpr = s.shape[1]
-    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))  # (COLS,)
     s = gl.where(col[None, :] < BLOCK - 1, s, MINUS_INFINITY)
-    p = gl.exp2(s * scale - (gl.max(s, 1) * scale)[:, None])
+    p = gl.exp2(s * scale - (gl.max(s, 1) * scale)[:, None])  # (ROWS, COLS)
     p = p * (share * reciprocal(gl.sum(p, 1)))[:, None]
     return gl.convert_layout(pack(p, DTYPE), LAYOUT)
 
@@ -52,7 +61,7 @@ def weights(s, share, scale, BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: g
 @gluon.jit
 def consume_singles(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v_phase, top, total, acc, whole, scale,
                     BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """All whole blocks of a tile, one a step."""
+    """All whole blocks of a tile, one a step. Logits s and weights p are (ROWS, COLS), shares (ROWS,)."""
     k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     CHUNK: gl.constexpr = k_tiles.shape[1]
@@ -92,7 +101,7 @@ def consume_singles(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v
 @gluon.jit
 def consume_pairs(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v_phase, top, total, acc, whole, scale,
                   BLOCK: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """All whole blocks of a tile, two a step."""
+    """All whole blocks of a tile, two a step. Logits s0, s1 and weights p0, p1 are (ROWS, COLS), shares (ROWS,)."""
     k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     K_SLOTS: gl.constexpr = k_tiles.shape[0]
@@ -155,24 +164,24 @@ def consume_pairs(q, zeros, k_ring, v_ring, shares, k_slot, k_phase, v_slot, v_p
 @gluon.jit
 def masked_weights(s, top, total, acc, block, position, scale, BLOCK: gl.constexpr, DTYPE: gl.constexpr,
                    LAYOUT: gl.constexpr):  # fmt: skip
-    """One block that rows may stand in, before or behind: (top, total, acc rescaled, weights)."""
+    """One block that rows may stand in, before or behind: (top, total, acc rescaled, weights (ROWS, COLS))."""
     COLS: gl.constexpr = s.shape[1]
-    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))  # (COLS,)
     start = block * BLOCK
-    earlier = position >= start + BLOCK
-    text = (col[None, :] < BLOCK - 1) & (start + col[None, :] <= position[:, None])
-    landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale
+    earlier = position >= start + BLOCK  # (ROWS,)
+    text = (col[None, :] < BLOCK - 1) & (start + col[None, :] <= position[:, None])  # (ROWS, COLS)
+    landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale  # (ROWS,)
     s = gl.where(text, s, MINUS_INFINITY)
     inner_top = gl.max(s, 1) * scale
     inner_top = gl.where(inner_top == MINUS_INFINITY, 0.0, inner_top)
-    p = gl.exp2(s * scale - inner_top[:, None])
-    inner = gl.sum(p, 1)
-    group = gl.where(earlier, landmark, inner_top + gl.log2(inner))
-    higher = gl.maximum(top, group)
-    finite = gl.where(higher == MINUS_INFINITY, 0.0, higher)
-    fade = gl.exp2(top - finite)
-    outer = gl.exp2(group - finite)
-    total = total * fade + outer
+    p = gl.exp2(s * scale - inner_top[:, None])  # (ROWS, COLS)
+    inner = gl.sum(p, 1)  # (ROWS,), as all that follows but p and acc
+    logit = gl.where(earlier, landmark, inner_top + gl.log2(inner))
+    new_top = gl.maximum(top, logit)
+    finite = gl.where(new_top == MINUS_INFINITY, 0.0, new_top)
+    rescale = gl.exp2(top - finite)
+    outer = gl.exp2(logit - finite)
+    total = total * rescale + outer
     p = p * gl.where(inner > 0, outer / inner, 0.0)[:, None]
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return higher, total, acc, gl.convert_layout(p.to(DTYPE), LAYOUT)
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return new_top, total, acc, gl.convert_layout(p.to(DTYPE), LAYOUT)

@@ -2,7 +2,7 @@
 
 Everything stands transposed, keys by rows. Thanks to the first kernel's numbers it needs no reductions:
 
-    P^T = exp2(K q^T + shift)     dv += P^T dO     dS^T = P^T (V dO^T - normal)     dk += dS^T q
+    P^T = exp2(K q^T + shift)     dv += P^T dO     dS^T = P^T (V dO^T - block delta)     dk += dS^T q
 
 A tile is a pair of blocks, one a consumer; both read the same rows. Rings: one slot a consumer for its block's keys
 and values; and slots that hold 64 rows of q and dO with both blocks' statistics, in the order of `row_tiles`, one query
@@ -60,7 +60,7 @@ def produce_rows(q_desc, dout_desc, statistics_desc, rows_ring, batch, query_hea
 
 
 @gluon.jit
-def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE, sizes, GROUP: gl.constexpr,
+def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY: gl.constexpr,
              BLOCK: gl.constexpr):  # fmt: skip
     """Fill the rings in the order in which the consumers read them."""
     k_ring, v_ring, rows_ring = rings
@@ -81,9 +81,9 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
             row, end, incomplete = row_tiles(tile, queries, offset, BLOCK)
             index0 = statistics_index(CONSUMERS * tile, queries, offset, BLOCK)
             index1 = statistics_index(CONSUMERS * tile + 1, queries, offset, BLOCK)
-            for member in range(GROUP):
-                query_head = key_head * GROUP + member
-                statistics_row = (local_head * GROUP + member) * 3
+            for member in range(HEADS_PER_KEY):
+                query_head = key_head * HEADS_PER_KEY + member
+                statistics_row = (local_head * HEADS_PER_KEY + member) * 3
                 for number in range(incomplete + (end - row) // ROWS):
                     at = gl.where(number < incomplete, end, row + (number - incomplete) * ROWS)
                     slot, phase = produce_rows(q_desc, dout_desc, statistics_desc, rows_ring, batch, query_head,
@@ -93,13 +93,13 @@ def producer(q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE
 
 @gluon.jit
 def store_gradient(BASE, strides, batch, key_head, start, keys, value, BLOCK: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """Store the rows of a block's gradient, or add them to what is there."""
+    """Store the rows of a block's gradient, value (KEYS, D), or add them to what is there."""
     LAYOUT: gl.constexpr = value.type.layout
-    key = gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
-    dim = gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))
+    key = gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))  # (KEYS,)
+    dim = gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))  # (D,)
     base = BASE + batch.to(gl.int64) * strides[0] + key_head.to(gl.int64) * strides[1]
     pointers = base + ((start + key).to(gl.int64) * strides[2])[:, None] + dim[None, :]
-    mask = ((key < BLOCK) & (start + key < keys))[:, None]
+    mask = ((key < BLOCK) & (start + key < keys))[:, None]  # (KEYS, 1)
     if ACCUMULATE:
         value += gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
     gl.store(pointers, value.to(BASE.dtype.element_ty), mask=mask)
@@ -107,7 +107,7 @@ def store_gradient(BASE, strides, batch, key_head, start, keys, value, BLOCK: gl
 
 @gluon.jit
 def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHEDULE, scales, sizes,
-             GROUP: gl.constexpr, BLOCK: gl.constexpr, ACCUMULATE: gl.constexpr):  # fmt: skip
+             HEADS_PER_KEY: gl.constexpr, BLOCK: gl.constexpr, ACCUMULATE: gl.constexpr):  # fmt: skip
     """dk and dv of one block of every pair."""
     k_ring, v_ring, rows_ring = rings
     turns, queries, offset, first_head, key_heads = sizes
@@ -121,7 +121,7 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    key = gl.arange(0, KEYS, gl.SliceLayout(1, LOGITS))
+    key = gl.arange(0, KEYS, gl.SliceLayout(1, LOGITS))  # (KEYS,)
     zeros = gl.zeros([KEYS, ROWS], gl.float32, LOGITS)
     slot, phase, k_phase = 0, 0, 0
     # What comes next is looked up a turn ahead: one to three percent faster in this kernel, no faster in the others.
@@ -133,7 +133,7 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
             start = (CONSUMERS * tile + CONSUMER) * BLOCK
             dk = gl.zeros([KEYS, D], gl.float32, OUTPUT)
             dv = gl.zeros([KEYS, D], gl.float32, OUTPUT)
-            k = k_tiles.index(CONSUMER)
+            k = k_tiles.index(CONSUMER)  # (KEYS, D) in shared memory, as v
             v = v_tiles.index(CONSUMER)
             mbarrier.wait(k_full.index(CONSUMER), k_phase)
             mbarrier.wait(v_full.index(CONSUMER), k_phase)
@@ -142,17 +142,17 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
             own = gl.cdiv(gl.maximum(gl.minimum(start + BLOCK - offset, end) - row, 0), ROWS)
             # The first of them, if all its rows are before the block.
             unseen = gl.where(row + ROWS + offset <= start, incomplete, -1)
-            for _ in range(GROUP):
+            for _ in range(HEADS_PER_KEY):
                 for number in range(incomplete + own):
                     first = gl.where(number < incomplete, end, row + (number - incomplete) * ROWS)
                     mbarrier.wait(full.index(slot), phase)
                     if number != unseen:
-                        rows = first + gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))
-                        position = gl.where(rows < queries, rows + offset, -1)[None, :]
-                        numbers = statistics.index(2 * slot + CONSUMER)
-                        q = q_tiles.index(slot)
+                        rows = first + gl.arange(0, ROWS, gl.SliceLayout(0, LOGITS))  # (ROWS,)
+                        position = gl.where(rows < queries, rows + offset, -1)[None, :]  # (1, ROWS)
+                        numbers = statistics.index(2 * slot + CONSUMER)  # (4, ROWS) in shared memory
+                        q = q_tiles.index(slot)  # (ROWS, D) in shared memory, as dout
                         dout = dout_tiles.index(slot)
-                        s = start_product(k, q, zeros)
+                        s = start_product(k, q, zeros)  # (KEYS, ROWS), as all down to ds
                         dp = start_product(v, dout, zeros)
                         s, dp = warpgroup_mma_wait(0, deps=(s, dp))
                         text = (key[:, None] < BLOCK - 1) & (start + key[:, None] <= position)
@@ -170,9 +170,9 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
                 for _ in range(row + own * ROWS, end, ROWS):
                     mbarrier.wait(full.index(slot), phase)
                     numbers = statistics.index(2 * slot + CONSUMER)
-                    s = start_product(k, q_tiles.index(slot), zeros)
+                    s = start_product(k, q_tiles.index(slot), zeros)  # (KEYS, ROWS), as dp, p and ds
                     dp = start_product(v, dout_tiles.index(slot), zeros)
-                    shift = numbers.slice(0, 1).load(LOGITS)
+                    shift = numbers.slice(0, 1).load(LOGITS)  # (1, ROWS)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     p = gl.exp2(s * scale + shift)
                     p16 = gl.convert_layout(pack(p, DTYPE), OPERAND)
@@ -203,7 +203,7 @@ def consumer(CONSUMER: gl.constexpr, rings, DK, DV, dk_strides, dv_strides, SCHE
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "key_heads"])
 def key_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, statistics_desc, DK, DV, SCHEDULE, dk_strides, dv_strides,
                         turns, scale, softmax_scale, queries, offset, first_head, key_heads,
-                        GROUP: gl.constexpr, BLOCK: gl.constexpr, SLOTS: gl.constexpr,
+                        HEADS_PER_KEY: gl.constexpr, BLOCK: gl.constexpr, SLOTS: gl.constexpr,
                         ACCUMULATE: gl.constexpr):  # fmt: skip
     """dk and dv of the scheduled key heads, counted from first_head on. ACCUMULATE: add to DK and DV."""
     D: gl.constexpr = k_desc.block_type.shape[3]
@@ -219,7 +219,9 @@ def key_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, statistics_desc, DK, 
     sizes = (turns, queries, offset, first_head, key_heads)
     scales = (scale, softmax_scale)
     gl.warp_specialize([
-        (consumer, (0, rings, DK, DV, dk_strides, dv_strides, SCHEDULE, scales, sizes, GROUP, BLOCK, ACCUMULATE)),
-        (consumer, (1, rings, DK, DV, dk_strides, dv_strides, SCHEDULE, scales, sizes, GROUP, BLOCK, ACCUMULATE)),
-        (producer, (q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE, sizes, GROUP, BLOCK)),
+        (consumer, (0, rings, DK, DV, dk_strides, dv_strides, SCHEDULE, scales, sizes, HEADS_PER_KEY, BLOCK,
+                    ACCUMULATE)),
+        (consumer, (1, rings, DK, DV, dk_strides, dv_strides, SCHEDULE, scales, sizes, HEADS_PER_KEY, BLOCK,
+                    ACCUMULATE)),
+        (producer, (q_desc, dout_desc, k_desc, v_desc, statistics_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY, BLOCK)),
     ], [4, 1], [240, 24])  # fmt: skip

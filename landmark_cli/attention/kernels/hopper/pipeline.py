@@ -70,7 +70,7 @@ def release(ring, slot, phase):
 
 @gluon.jit
 def start_product(a, tile, zeros):
-    """Begin a @ tile^T, in float32; to be waited for."""
+    """Begin a @ tile^T, (rows of a, rows of tile) in float32; to be waited for."""
     return warpgroup_mma(a, tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 

@@ -21,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..common import tiles
+from ..common import statistics as portable
+from ..common.tiles import LOG2E
 from .forward import tile_blocks, whole_blocks
 from .pipeline import (
     MINUS_INFINITY,
@@ -40,12 +41,12 @@ from .pipeline import (
 )
 
 # Where a block's numbers lie: the portable kernels' layout.
-statistics_index = gluon.jit(tiles.statistics_index.fn)
+statistics_index = gluon.jit(portable.statistics_index.fn)
 
 
 @gluon.jit
-def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: gl.constexpr, BLOCK: gl.constexpr,
-             CONSUMERS: gl.constexpr):  # fmt: skip
+def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY: gl.constexpr,
+             BLOCK: gl.constexpr, CONSUMERS: gl.constexpr):  # fmt: skip
     """Fill the rings in the order in which the consumers read them."""
     q_ring, dout_ring, k_ring, v_ring = rings
     turns, queries, offset, first_head, query_heads, plane, numbers = sizes
@@ -62,48 +63,56 @@ def producer(q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP: g
                 produce(dout_desc, batch, query_head, row + ROWS * which, dout_ring, which, q_phase)
             q_phase ^= 1
             for block in range(touched):
-                k_slot, k_phase = produce(k_desc, batch, query_head // GROUP, block * BLOCK, k_ring, k_slot, k_phase)
-                v_slot, v_phase = produce(v_desc, batch, query_head // GROUP, block * BLOCK, v_ring, v_slot, v_phase)
+                k_slot, k_phase = produce(
+                    k_desc, batch, query_head // HEADS_PER_KEY, block * BLOCK, k_ring, k_slot, k_phase
+                )
+                v_slot, v_phase = produce(
+                    v_desc, batch, query_head // HEADS_PER_KEY, block * BLOCK, v_ring, v_slot, v_phase
+                )
 
 
 @gluon.jit
 def load_rows(BASE, strides, batch, query_head, row, queries, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """64 rows of a head from `row` on, zeros behind its end."""
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    dim = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    """(ROWS, D): rows of a head from `row` on, zeros behind its end."""
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))  # (ROWS,)
+    dim = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))  # (D,)
     base = BASE + batch.to(gl.int64) * strides[0] + query_head.to(gl.int64) * strides[1]
     pointers = base + (rows.to(gl.int64) * strides[2])[:, None] + dim[None, :]
     return gl.load(pointers, mask=(rows < queries)[:, None], other=0.0)
 
 
 @gluon.jit
-def store_statistics(at, plane, shift, normal, dlandmark, row_ok):
+def store_statistics(at, plane, shift, block_delta, dlandmark, row_ok):
+    """Store a block's three numbers of each row; all but plane are (ROWS,), `at` of pointers."""
     gl.store(at, shift, mask=row_ok)
-    gl.store(at + plane, normal, mask=row_ok)
+    gl.store(at + plane, block_delta, mask=row_ok)
     gl.store(at + 2 * plane, dlandmark, mask=row_ok)
 
 
 @gluon.jit
 def masked_logit_gradients(s, dp, lse, delta, block, position, scale, BLOCK: gl.constexpr):
-    """dS of one block that rows may stand in, before or behind: (dS, shift, normal, dS of the landmark)."""
+    """dS of one block that rows may stand in, before or behind: (dS, shift, block_delta, dS of the landmark).
+
+    s, dp and dS: (ROWS, COLS); all others: (ROWS,).
+    """
     COLS: gl.constexpr = s.shape[1]
-    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))
+    col = gl.arange(0, COLS, gl.SliceLayout(0, s.type.layout))  # (COLS,)
     start = block * BLOCK
-    earlier = position >= start + BLOCK
-    text = (col[None, :] < BLOCK - 1) & (start + col[None, :] <= position[:, None])
-    landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale
+    earlier = position >= start + BLOCK  # (ROWS,)
+    text = (col[None, :] < BLOCK - 1) & (start + col[None, :] <= position[:, None])  # (ROWS, COLS)
+    landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale  # (ROWS,)
     s = gl.where(text, s * scale, MINUS_INFINITY)
-    top = gl.where(earlier, gl.max(s, 1), lse)
-    p = gl.exp2(s - top[:, None])
-    inner = gl.where(earlier, gl.sum(p, 1), 1.0)
-    normal = gl.where(earlier, gl.sum(p * dp, 1) / inner, delta)
+    top = gl.where(earlier, gl.max(s, 1), lse)  # (ROWS,)
+    p = gl.exp2(s - top[:, None])  # (ROWS, COLS)
+    inner = gl.where(earlier, gl.sum(p, 1), 1.0)  # (ROWS,), as all that follows but ds
+    block_delta = gl.where(earlier, gl.sum(p * dp, 1) / inner, delta)
     outer = gl.exp2(landmark - lse)
     share = gl.where(earlier, outer / inner, 1.0)
-    dlandmark = gl.where(earlier, outer * (normal - delta), 0.0)
+    dlandmark = gl.where(earlier, outer * (block_delta - delta), 0.0)
     shift = gl.where(earlier, landmark - lse - top - gl.log2(inner), -lse)
-    ds = p * share[:, None] * (dp - normal[:, None])
+    ds = p * share[:, None] * (dp - block_delta[:, None])
     ds = gl.where(col[None, :] == BLOCK - 1, dlandmark[:, None], ds)
-    return ds, shift, normal, dlandmark
+    return ds, shift, block_delta, dlandmark
 
 
 @gluon.jit
@@ -126,7 +135,7 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     ACROSS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    col = gl.arange(0, COLS, gl.SliceLayout(0, LOGITS))
+    col = gl.arange(0, COLS, gl.SliceLayout(0, LOGITS))  # (COLS,)
     zeros = gl.zeros([ROWS, COLS], gl.float32, LOGITS)
     k_slot, k_phase, v_slot, v_phase, q_phase = 0, 0, 0, 0, 0
     for turn in range(turns):
@@ -136,16 +145,17 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             row, touched = tile_blocks(tile, queries, offset, BLOCK, CONSUMERS)
             row += ROWS * CONSUMER
             whole = whole_blocks(row, touched, offset, BLOCK, 1)
-            rows = row + gl.arange(0, ROWS, ROW)
+            rows = row + gl.arange(0, ROWS, ROW)  # (ROWS,), as all down to `statistics`
             position = rows + offset
             row_ok = rows < queries
             number = head.to(gl.int64) * numbers + rows
-            lse = gl.load(LSE + number, mask=row_ok, other=0.0) * 1.4426950408889634
+            lse = gl.load(LSE + number, mask=row_ok, other=0.0) * LOG2E
             statistics = STATISTICS + local_head.to(gl.int64) * 3 * plane + rows
-            q = q_tiles.index(CONSUMER)
+            q = q_tiles.index(CONSUMER)  # (ROWS, D) in shared memory, as dout
             dout = dout_tiles.index(CONSUMER)
             mbarrier.wait(q_full.index(CONSUMER), q_phase)
             mbarrier.wait(dout_full.index(CONSUMER), q_phase)
+            # (ROWS, D) and (ROWS,).
             out = load_rows(OUT, out_strides, head // query_heads, head % query_heads, row, queries, D, ACROSS)
             delta = gl.convert_layout(gl.sum(out.to(gl.float32) * dout.load(ACROSS).to(gl.float32), 1), ROW)
             if DLSE is not None:
@@ -159,11 +169,12 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
             before = k_slot + 0
             mbarrier.wait(k_full.index(k_slot), k_phase)
             for block in range(whole):
-                s = start_product(q, k_tiles.index(k_slot), zeros)
+                s = start_product(q, k_tiles.index(k_slot), zeros)  # (ROWS, COLS), as dp, p and next_ds
                 mbarrier.wait(v_full.index(v_slot), v_phase)
                 dp = start_product(dout, v_tiles.index(v_slot), zeros)
                 sum_ = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
+                # (ROWS,), as top, inner, outer, shift, block_delta, dlandmark and share.
                 landmark = gl.max(gl.where(col[None, :] == BLOCK - 1, s, MINUS_INFINITY), 1) * scale
                 s = gl.where(col[None, :] < BLOCK - 1, s, MINUS_INFINITY)
                 top = gl.max(s, 1) * scale
@@ -176,14 +187,14 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                 dp = warpgroup_mma_wait(1, deps=(dp,))
                 v_slot, v_phase = release(v_ring, v_slot, v_phase)
                 inverse = reciprocal(inner)
-                normal = gl.sum(p * dp, 1) * inverse
-                dlandmark = outer * (normal - delta)
+                block_delta = gl.sum(p * dp, 1) * inverse
+                dlandmark = outer * (block_delta - delta)
                 share = outer * inverse
-                next_ds = p * (dp * share[:, None] - (normal * share)[:, None])
+                next_ds = p * (dp * share[:, None] - (block_delta * share)[:, None])
                 next_ds = gl.where(col[None, :] == BLOCK - 1, dlandmark[:, None], next_ds)
                 next_ds = gl.convert_layout(pack(next_ds, DTYPE), OPERAND)
                 at = statistics + statistics_index(block, queries, offset, BLOCK)
-                store_statistics(at, plane, shift, normal, dlandmark, row_ok)
+                store_statistics(at, plane, shift, block_delta, dlandmark, row_ok)
                 next_slot, k_phase = following(k_slot, k_phase, K_SLOTS)
                 mbarrier.wait(k_full.index(next_slot), k_phase)
                 dq, ds, next_ds = warpgroup_mma_wait(0, deps=(sum_, ds, next_ds))
@@ -203,11 +214,11 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
                     s = start_product(q, k_tiles.index(k_slot), zeros)
                     dp = start_product(dout, v_tiles.index(v_slot), zeros)
                     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-                    next_ds, shift, normal, dlandmark = masked_logit_gradients(
+                    next_ds, shift, block_delta, dlandmark = masked_logit_gradients(
                         s, dp, lse, delta, block, position, scale, BLOCK
                     )
                     at = statistics + statistics_index(block, queries, offset, BLOCK)
-                    store_statistics(at, plane, shift, normal, dlandmark, row_ok & (position >= block * BLOCK))
+                    store_statistics(at, plane, shift, block_delta, dlandmark, row_ok & (position >= block * BLOCK))
                     next_ds = gl.convert_layout(next_ds.to(DTYPE), OPERAND)
                     dq = warpgroup_mma(next_ds, k_tiles.index(k_slot), dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=(dq,))
@@ -228,8 +239,8 @@ def consumer(CONSUMER: gl.constexpr, rings, dq_desc, OUT, out_strides, LSE, DLSE
 @gluon.jit(do_not_specialize=["turns", "queries", "offset", "first_head", "query_heads", "plane", "numbers"])
 def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, DLSE, STATISTICS, SCHEDULE, out_strides,
                           turns, scale, softmax_scale, queries, offset, first_head, query_heads, plane, numbers,
-                          GROUP: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
-                          V_SLOTS: gl.constexpr):  # fmt: skip
+                          HEADS_PER_KEY: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr,
+                          K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr):  # fmt: skip
     """dq of the scheduled heads, counted from first_head on, and their STATISTICS (heads, 3, plane).
 
     LSE and DLSE hold `numbers` for each head; they begin with those of the queries.
@@ -253,7 +264,7 @@ def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, 
                         CONSUMERS)),
             (consumer, (1, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK,
                         CONSUMERS)),
-            (producer, (q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS)),
+            (producer, (q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY, BLOCK, CONSUMERS)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -263,5 +274,5 @@ def query_gradient_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, OUT, LSE, 
                         CONSUMERS)),
             (consumer, (2, rings, dq_desc, OUT, out_strides, LSE, DLSE, STATISTICS, SCHEDULE, scales, sizes, BLOCK,
                         CONSUMERS)),
-            (producer, (q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, GROUP, BLOCK, CONSUMERS)),
+            (producer, (q_desc, dout_desc, k_desc, v_desc, rings, SCHEDULE, sizes, HEADS_PER_KEY, BLOCK, CONSUMERS)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip

@@ -1,6 +1,6 @@
 """Attention to the selected blocks, block by block: each is read once, for all queries that chose it.
 
-Nothing is gathered per query: what a pair of query and block gives, an output and the landmark's logit, is all that is
+Nothing is gathered per query: what a pair of query and block gives, an output and the landmark logit, is all that is
 written. Logits are kept times log2(e): exp2 is what the hardware has. Source: arXiv 2305.16300, section 3.
 """
 
@@ -9,61 +9,62 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import block_base, dot, load_columns, load_parts, query_rows, turn
+from .parts import dot, load_columns, load_parts, page_base, query_rows, rotate
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])
-def attend_kernel(Q, HOME, POOL, PLACE, COS, SIN, COUNT, FIRST, TILES, TOTAL, LIST, PAIR_OUT, GROUP_LOGIT, q_strides,
-                  tokens, batch, heads, capacity, pairs, most_tiles, scale,
-                  GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
-                  REST_PAD: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-                  ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """PAIR_OUT (B, H, T, K, D): a block's values by its inner softmax; GROUP_LOGIT (B, H, T, K): its landmark's logit.
+def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, TOTAL, LIST, PAIR_OUT, LANDMARK_LOGIT,
+                  q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scale,
+                  HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
+                  BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """PAIR_OUT (B, H, T, K, D): a block's values by its inner softmax; LANDMARK_LOGIT (B, H, T, K): its landmark's.
 
-    Program (tile of a block's list, key head); programs beyond the last tile have nothing to do.
+    Program (tile of a block's list, key head); programs beyond the last tile have nothing to
+    do.
     """
     tile = tl.program_id(0)
     key_row = tl.program_id(1)
     if tile >= tl.load(TOTAL + key_row):
         return
-    D: tl.constexpr = 2 * HALF + REST
+    D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
     entry = tl.load(TILES + tl.cast(key_row, tl.int64) * most_tiles + tile)
     slot = entry.to(tl.int32)
-    number = (entry >> 32).to(tl.int32) * ROWS + tl.arange(0, ROWS)
-    unit = tl.cast(key_row, tl.int64) * capacity + slot
-    ok = number < tl.load(COUNT + unit)
-    listed = LIST + tl.cast(key_row, tl.int64) * pairs + tl.load(FIRST + unit)
+    number = (entry >> 32).to(tl.int32) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all down to `offset`
+    page = tl.cast(key_row, tl.int64) * capacity + slot
+    ok = number < tl.load(COUNT + page)
+    listed = LIST + tl.cast(key_row, tl.int64) * pairs + tl.load(FIRST + page)
     entry = tl.load(listed + number, mask=ok, other=0)
     pair = entry.to(tl.int32)
     distance = (entry >> 32).to(tl.int32)
 
-    _, _, _, offset = query_rows(pair // K, tokens, 0, key_row % heads, key_row // heads, q_strides, GROUP)
-    q = load_parts(Q, offset, ok, HALF, REST, HALF_PAD, REST_PAD)
-    q = turn(q, COS, SIN, distance[:, None], HALF, HALF_PAD)
-    base = block_base(HOME, POOL, PLACE, unit, 2 * BLOCK * D)
-    dim = tl.arange(0, D_PAD)
+    _, _, _, offset = query_rows(pair // K, tokens, 0, key_row % heads, key_row // heads, q_strides, HEADS_PER_KEY)
+    q = load_parts(Q, offset, ok, PARTS)
+    q = rotate(q, rotations, distance[:, None], PARTS)
+    base = page_base(BLOCKS, POOL, PAGE_TABLE, page, 2 * BLOCK * D)
+    dim = tl.arange(0, D_PAD)  # (D_PAD,)
     landmark = tl.full([ROWS], float("-inf"), tl.float32)
     for part in tl.static_range((BLOCK + COLS - 1) // COLS):
-        column = part * COLS + tl.arange(0, COLS)
-        k = load_parts(base, column * D, column < BLOCK, HALF, REST, HALF_PAD, REST_PAD)
-        s = dot(q, k, PRECISION) * scale
+        column = part * COLS + tl.arange(0, COLS)  # (COLS,)
+        k = load_parts(base, column * D, column < BLOCK, PARTS)
+        s = dot(q, k, PRECISION) * scale  # (ROWS, COLS)
         landmark = tl.maximum(landmark, tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1))
         s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
-        v = load_columns(base + BLOCK * D, column * D, column < BLOCK, dim, D)
+        v = load_columns(base + BLOCK * D, column * D, column < BLOCK, dim, D)  # (COLS, D_PAD)
+        # top, total and rescale: (ROWS,); p: (ROWS, COLS); out: (ROWS, D_PAD).
         if part == 0:
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         else:
-            higher = tl.maximum(top, tl.max(s, 1))
-            fade = tl.exp2(top - higher)
-            p = tl.exp2(s - higher[:, None])
-            total = total * fade + tl.sum(p, 1)
-            out = tl.dot(p.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
-            top = higher
+            new_top = tl.maximum(top, tl.max(s, 1))
+            rescale = tl.exp2(top - new_top)
+            p = tl.exp2(s - new_top[:, None])
+            total = total * rescale + tl.sum(p, 1)
+            out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
+            top = new_top
 
-    at = tl.cast(key_row, tl.int64) * pairs + pair
-    pointers = PAIR_OUT + at[:, None] * D + dim[None, :]
+    at = tl.cast(key_row, tl.int64) * pairs + pair  # (ROWS,)
+    pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)
     tl.store(pointers, (out / total[:, None]).to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
-    tl.store(GROUP_LOGIT + at, landmark, mask=ok)
+    tl.store(LANDMARK_LOGIT + at, landmark, mask=ok)

@@ -1,12 +1,13 @@
-"""What the kernels of one layer's call have in common."""
+"""What the kernels of one layer's call have in common, and what they need of the block cache."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...cache import Chunk, LayerBlocks
-from ..common.configuration import is_exact, padded
+from ..common.configuration import padded, product_precision
 
 # Landmarks a tile: all blocks that are scored at their true distance must lie in the first.
 TILE = 64
@@ -17,36 +18,100 @@ PASS = 16
 STEP_TOKENS = 4
 
 
+class Settings(Protocol):
+    """How blocks are retrieved; attention/cache/settings.py says more."""
+
+    block_size: int
+    top_k: int
+    selection: str
+    positions: str
+    retrievable: int
+
+
+class Rotations(Protocol):
+    """Rotations by whole block slots."""
+
+    def table(self, slots: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotations by 0, 1, .. block slots, (at least `slots`, rotary_dim / 2) each."""
+
+
+class Pages(Protocol):
+    """The pages of offloaded blocks that the GPU holds copies of.
+
+    pool: (frames, 2, block_size, D). page_table: int32, which frame holds a page, -1 where none does.
+    """
+
+    frames: int
+    pool: Tensor
+    page_table: Tensor
+
+    def admit(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of needed pages, (pages,) bool, those to be copied and the frames to copy them to, so many of both."""
+
+
+class Blocks(Protocol):
+    """One layer's blocks: a ring in which block number b stands at slot b % capacity.
+
+    blocks: (B, G, capacity, 2, block_size, D), keys and values. landmark_keys: (B, G, capacity, D). pages: None where
+    blocks are not offloaded. one_landmark_key: whether all landmarks have one key before rotation.
+    """
+
+    settings: Settings
+    rotations: Rotations
+    blocks: Tensor
+    landmark_keys: Tensor
+    capacity: int
+    pages: Pages | None
+    one_landmark_key: bool
+
+    def arrivals(self, rows: int) -> Tensor:
+        """(rows,) int32 zeros in which programs count themselves."""
+
+
+class Chunk(Protocol):
+    """Where a chunk stands.
+
+    width: tokens. counters: (3, B) int32: padding in front of each row, its complete blocks before the chunk, tokens of
+    its tail block. most_cached: blocks that can be retrieved in the row that has most. stream_rotation: with absolute
+    positions, cos and sin, (B, rotary_dim / 2), of the rotation to positions in each row's stream.
+    """
+
+    width: int
+    counters: Tensor
+    most_cached: int
+    stream_rotation: tuple[Tensor, Tensor] | None
+
+
 class Call:
     """One layer's chunk on its way through the kernels.
 
-    q: (B, H, T, D); k, v: (B, G, T, D). turns: cos and sin of whole block slots. stream_turn: with absolute positions,
-    the turn to each row's stream positions. place, pool: where copies of offloaded blocks are. parts: how the kernels
-    see a head's dimensions. precision: of products.
+    q: (B, H, T, D); k, v: (B, G, T, D). rotations: cos and sin of whole block slots. stream_rotation: as a chunk's.
+    page_table, pool: where copies of offloaded blocks are. parts: how the kernels see a head's dimensions, see
+    parts.py. precision: of products.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, chunk: Chunk, scale: float | None):
         self.q, self.k, self.v, self.blocks, self.chunk = q, k, v, blocks, chunk
         self.settings = blocks.settings
         self.batch, self.heads, self.tokens, self.dim = q.shape
         self.key_heads = k.shape[1]
-        self.group = self.heads // self.key_heads
-        self.key_rows, self.group_rows = self.batch * self.key_heads, self.group * self.tokens
+        self.heads_per_key = self.heads // self.key_heads
+        self.key_rows, self.query_rows = self.batch * self.key_heads, self.heads_per_key * self.tokens
         self.scale = self.dim**-0.5 if scale is None else scale
         self.top_k, self.capacity = self.settings.top_k, blocks.capacity
         self.absolute = self.settings.positions == "absolute"
         slots = max(self.top_k, self.capacity if self.absolute else 0, chunk.width // self.settings.block_size) + 2
-        self.turns = chunk.cache.turns(slots, q.device, torch.float32)
-        self.stream_turn = chunk.stream_turn if self.absolute else (None, None)
-        resident = blocks.resident
-        self.place, self.pool = (None, blocks.blocks) if resident is None else (resident.place, resident.pool)
+        self.rotations = blocks.rotations.table(slots, q.device, torch.float32)
+        self.stream_rotation = chunk.stream_rotation if self.absolute else (None, None)
+        pages = blocks.pages
+        self.page_table, self.pool = (None, blocks.blocks) if pages is None else (pages.page_table, pages.pool)
 
-        half = chunk.inverse_frequencies.shape[0]
+        half = self.rotations[0].shape[1]
         rest = self.dim - 2 * half
-        self.parts = {"HALF": half, "REST": rest, "HALF_PAD": padded(half), "REST_PAD": padded(rest)}
+        self.parts = half, rest, padded(half), padded(rest)
         self.dim_pad = padded(self.dim)
         self.exact = q.dtype == torch.float32
-        self.precision = "tf32x3" if is_exact(q.dtype) else "tf32"
+        self.precision = product_precision(q.dtype)
 
     @property
     def is_step(self) -> bool:
@@ -66,6 +131,11 @@ class Call:
     def scoring(self) -> tuple[int, int, int]:
         """What kernels that score landmarks have to know: reach, and whether far blocks share a landmark key."""
         return *self.reach, int(self.blocks.one_landmark_key and not self.absolute)
+
+    @property
+    def heads_and_parts(self) -> dict[str, int | tuple[int, ...]]:
+        """Constants of the kernels that take queries."""
+        return {"HEADS_PER_KEY": self.heads_per_key, "PARTS": self.parts}
 
     @property
     def row_bytes(self) -> int:

@@ -13,7 +13,7 @@ LARGE_ROW = 256
 
 def select_configuration(call: Call) -> Configuration:
     """For scoring landmarks; rows are the queries of the heads on a key head."""
-    rows = min(64 if call.row_bytes <= 2 * LARGE_ROW else 16, padded(call.group_rows))
+    rows = min(64 if call.row_bytes <= 2 * LARGE_ROW else 16, padded(call.query_rows))
     if call.row_bytes > LARGE_ROW:
         return Configuration(rows, TILE, warps=8 if rows == 64 else 4)
     # With 128 registers a multiprocessor holds four programs instead of three; longer lists need more.
@@ -23,7 +23,7 @@ def select_configuration(call: Call) -> Configuration:
 
 def step_configuration(call: Call) -> Configuration:
     """For scoring landmarks in a decoding step; a single query needs no tile of rows."""
-    if call.group_rows > 1:
+    if call.query_rows > 1:
         return Configuration(16, TILE)
     # Landmarks of 32 KiB: 16 loads of 16 bytes a thread, and some seven programs a multiprocessor.
     return Configuration(1, max(16, min(256, 32768 // call.row_bytes)), stages=1)
@@ -41,7 +41,7 @@ def attend_configuration(call: Call, pairs: float) -> Configuration:
     return Configuration(64, cols, stages=1, registers=None if call.exact else 128)
 
 
-def finish_configuration(call: Call) -> Configuration:
+def merge_configuration(call: Call) -> Configuration:
     """For a chunk's attention to itself; columns are at least 16 and, up to 64, hold a block."""
     rows, cols = min(64, padded(call.tokens)), min(64, padded(call.settings.block_size))
     if call.row_bytes > LARGE_ROW:

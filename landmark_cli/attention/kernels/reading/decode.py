@@ -10,40 +10,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .candidates import best_candidates
+from .parts import counts_of, load_columns, load_parts, page_base, rotate, sum_products
 from .route import distance_of
-from .step import best_candidates
-from .tiles import block_base, load_columns, load_parts, place_of, sum_products, turn
 
 NOTHING = tl.constexpr(float("-inf"))
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
-def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_OUT, PARTS_LOGIT, ARRIVED, OUT,
+def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES, ITEM_OUT, ITEM_LOGIT, ARRIVED, OUT,
                   CHOSEN, SHARES, q_strides, out_strides, tokens, batch, heads, capacity, retrievable, top_k, scale,
-                  GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
-                  REST_PAD: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
-                  ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
-                  COLS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+                  HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
+                  K_PAD: tl.constexpr, ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr,
+                  CANDIDATES: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
                   ABSOLUTE: tl.constexpr):  # fmt: skip
     """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that candidates_kernel left.
 
     Program (item, query of a head). Items: K selected blocks, the query's own block, and, where a step may begin a new
-    block, the one before. PARTS_OUT (B, H, T, ITEMS, D) and PARTS_LOGIT hold what they find; ARRIVED (B, H, T) counts
+    block, the one before. ITEM_OUT (B, H, T, ITEMS, D) and ITEM_LOGIT hold what they find; ARRIVED (B, H, T) counts
     programs that are through, from 0 and back to 0. CHOSEN and SHARES (B, H, T, K), unless None: ages and shares of the
-    selected blocks. COLS: landmarks a tile of candidates_kernel's. PART: keys a tile of a block.
+    selected blocks. COLS: landmarks a tile of candidates_kernel's. KEYS: keys a tile of a block. retrievable: most
+    blocks to choose from.
     """
     item = tl.program_id(0)
     row = tl.program_id(1)
-    query_heads = heads * GROUP
-    D: tl.constexpr = 2 * HALF + REST
+    query_heads = heads * HEADS_PER_KEY
+    D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
     batch_row = row // (query_heads * tokens)
     head = row // tokens % query_heads
     token = row % tokens
-    start, blocks, partial = place_of(COUNTERS, batch, batch_row)
+    start, blocks, tail = counts_of(COUNTERS, batch, batch_row)
     cached = tl.minimum(blocks, retrievable)
-    taken = tl.minimum(cached, top_k)
+    near = tl.minimum(cached, top_k)
     real = token >= start
-    position = tl.maximum(token - start + partial, 0)
+    position = tl.maximum(token - start + tail, 0)
 
     # What this item reads: the ring's block `slot`, of which the first `texts` keys are seen, `distance` slots before.
     texts = BLOCK - 1
@@ -51,12 +51,12 @@ def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_
     slot = (blocks + position // BLOCK) % capacity
     ok = real
     if item < K:
-        best = best_candidates(AGES, SCORES, row, cached, taken, K, SPLITS, CANDIDATES, COLS, K_PAD)
-        rank = tl.arange(0, K_PAD)
+        best = best_candidates(AGES, SCORES, row, cached, near, K, SPLITS, CANDIDATES, COLS, K_PAD)  # (K_PAD,)
+        rank = tl.arange(0, K_PAD)  # (K_PAD,)
         age = tl.sum(tl.where(rank == item, best, 0), 0)
         older = tl.sum((best > age).to(tl.int32), 0)
         ok = real & (age > 0)
-        distance = tl.where(ok, distance_of(age, older, taken, ABSOLUTE), 0)
+        distance = tl.where(ok, distance_of(age, older, near, ABSOLUTE), 0)
         slot = tl.where(ok, (blocks - age) % capacity, 0)
         if CHOSEN is not None:
             tl.store(CHOSEN + row * K + item, tl.where(ok, age, 0))
@@ -68,59 +68,59 @@ def decode_kernel(Q, HOME, POOL, PLACE, COUNTERS, COS, SIN, AGES, SCORES, PARTS_
             slot = blocks % capacity
             ok = real & (position >= BLOCK)
 
-    one = tl.arange(0, 1)
+    one = tl.arange(0, 1)  # (1,): the query is a tile of one row, in parts
     at = tl.cast(batch_row, tl.int64) * q_strides[0] + tl.cast(head, tl.int64) * q_strides[1]
     at += tl.cast(token, tl.int64) * q_strides[2]
-    q = load_parts(Q, at + one, one == 0, HALF, REST, HALF_PAD, REST_PAD)
+    q = load_parts(Q, at + one, one == 0, PARTS)
     if distance < 0:
-        q = turn(q, COS, SIN, -distance, HALF, HALF_PAD, True)
+        q = rotate(q, rotations, -distance, PARTS, True)
     else:
-        q = turn(q, COS, SIN, distance, HALF, HALF_PAD)
-    key_row = batch_row * heads + head // GROUP
-    unit = tl.cast(key_row, tl.int64) * capacity + slot
-    base = HOME + unit * (2 * BLOCK * D)
+        q = rotate(q, rotations, distance, PARTS)
+    key_row = batch_row * heads + head // HEADS_PER_KEY
+    page = tl.cast(key_row, tl.int64) * capacity + slot
+    base = BLOCKS + page * (2 * BLOCK * D)
     if item < K:
-        base = block_base(HOME, POOL, PLACE, unit, 2 * BLOCK * D)
+        base = page_base(BLOCKS, POOL, PAGE_TABLE, page, 2 * BLOCK * D)
 
-    dim = tl.arange(0, D_PAD)
+    dim = tl.arange(0, D_PAD)  # (D_PAD,)
     landmark = float("-inf")
     top = -1.0e30
     total = 0.0
     out = tl.zeros([D_PAD], tl.float32)
-    for part in tl.static_range((BLOCK + PART - 1) // PART):
-        column = part * PART + tl.arange(0, PART)
+    for part in tl.static_range((BLOCK + KEYS - 1) // KEYS):
+        column = part * KEYS + tl.arange(0, KEYS)  # (KEYS,), as seen, s and p
         seen = (column < BLOCK) & ok
-        k = load_parts(base, column * D, seen, HALF, REST, HALF_PAD, REST_PAD)
-        v = load_columns(base + BLOCK * D, column * D, seen & (column < texts), dim, D)
+        k = load_parts(base, column * D, seen, PARTS)
+        v = load_columns(base + BLOCK * D, column * D, seen & (column < texts), dim, D)  # (KEYS, D_PAD)
         s = sum_products(q, k) * scale
         landmark = tl.maximum(landmark, tl.max(tl.where(column == BLOCK - 1, s, NOTHING), 0))
         s = tl.where(column < texts, s, NOTHING)
-        higher = tl.maximum(top, tl.max(s, 0))
-        fade = tl.exp2(top - higher)
-        p = tl.exp2(s - higher)
-        total = total * fade + tl.sum(p, 0)
-        out = out * fade + tl.sum(p[:, None] * v.to(tl.float32), 0)
-        top = higher
+        new_top = tl.maximum(top, tl.max(s, 0))
+        rescale = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top)
+        total = total * rescale + tl.sum(p, 0)
+        out = out * rescale + tl.sum(p[:, None] * v.to(tl.float32), 0)
+        top = new_top
     logit = tl.where(item == K, top + tl.log2(total), landmark)
     logit = tl.where(ok, logit, NOTHING)
     at = tl.cast(row, tl.int64) * ITEMS
-    tl.store(PARTS_OUT + (at + item) * D + dim, out / total, mask=dim < D)
-    tl.store(PARTS_LOGIT + at + item, logit)
+    tl.store(ITEM_OUT + (at + item) * D + dim, out / total, mask=dim < D)
+    tl.store(ITEM_LOGIT + at + item, logit)
 
-    # The program that comes last puts the parts together, and leaves the count at 0 for the next step.
+    # The program that comes last puts the items together, and leaves the count at 0 for the next step.
     tl.debug_barrier()
     if tl.atomic_add(ARRIVED + row, 1, sem="acq_rel") == ITEMS - 1:
         tl.debug_barrier()
-        items = tl.arange(0, ITEMS_PAD)
-        logits = tl.load(PARTS_LOGIT + at + items, mask=items < ITEMS, other=NOTHING, cache_modifier=".cg")
+        items = tl.arange(0, ITEMS_PAD)  # (ITEMS_PAD,), as logits and share
+        logits = tl.load(ITEM_LOGIT + at + items, mask=items < ITEMS, other=NOTHING, cache_modifier=".cg")
         share = tl.exp2(logits - tl.maximum(tl.max(logits, 0), -1.0e30))
         share = share / tl.maximum(tl.sum(share, 0), 1.0e-30)
-        parts = PARTS_OUT + (at + items)[:, None] * D + dim[None, :]
+        pointers = ITEM_OUT + (at + items)[:, None] * D + dim[None, :]  # (ITEMS_PAD, D_PAD), as mask and found
         mask = (items < ITEMS)[:, None] & (dim < D)[None, :]
-        found = tl.load(parts, mask=mask, other=0.0, cache_modifier=".cg")
+        found = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
         to = tl.cast(batch_row, tl.int64) * out_strides[0] + tl.cast(head, tl.int64) * out_strides[1]
         to += tl.cast(token, tl.int64) * out_strides[2]
-        out = tl.sum(found * share[:, None], 0)
+        out = tl.sum(found * share[:, None], 0)  # (D_PAD,)
         tl.store(OUT + to + dim, out.to(OUT.dtype.element_ty), mask=dim < D)
         if SHARES is not None:
             tl.store(SHARES + row * K + items, share, mask=items < K)

@@ -1,4 +1,4 @@
-"""Reading a chunk with the fused kernels: what runs in which order, on which grids."""
+"""Reading a chunk with the kernels: what runs in which order, on which grids."""
 
 from __future__ import annotations
 
@@ -10,64 +10,57 @@ import torch
 import triton
 from torch import Tensor
 
-from ...cache import Chunk, LayerBlocks, RetrievalSettings
-from ...cache.pages import ResidentBlocks
 from ..common.configuration import Configuration
+from ..common.launch import on_device
 from ..common.tensors import empty_heads_last
+from ..common.tiles import LOG2E
 from .attend import attend_kernel
-from .call import MAX_TOP_K, STEP_TOKENS, Call, strides
-from .configurations import attend_configuration, finish_configuration, store_rows
+from .call import MAX_TOP_K, STEP_TOKENS, Blocks, Call, Chunk, Settings, strides
+from .configurations import attend_configuration, merge_configuration, store_rows
 from .decode import decode_kernel
-from .finish import finish_kernel
+from .merge import merge_kernel
 from .route import count_kernel, fill_kernel, scan_kernel
 from .selection import select, step_candidates
 from .store import fetch_kernel, store_kernel
 
-LOG2E = math.log2(math.e)
-
 
 def attend_chunk(
-    q: Tensor, k: Tensor, v: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None = None
-) -> Tensor:
-    """The fused twin of `landmark_cli.attention.retrieval.attend_chunk`: same arguments, same values, no gradients.
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, chunk: Chunk, scale: float | None = None, traced: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The kernels' twin of `landmark_cli.attention.retrieval.attend_chunk`: same values, no gradients.
 
-    q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids, any strides with a dense last dimension.
-    Returns (B, H, T, D), in memory (B, T, H, D); zeros on padding. The largest tensor made on the way has B * H * T *
-    top_k * D elements. Nothing waits for the device, so calls can be captured in a CUDA graph. Raises ValueError where
-    `why_not` gives a reason.
+    q: (B, H, T, D) and k, v: (B, G, T, D), rotated at the chunk's positions, any strides with a dense last dimension.
+    Returns the output (B, H, T, D), in memory (B, T, H, D), zeros on padding; and, if traced and there are blocks to
+    retrieve, their ages, (B, H, T, k) int32, 0 where there are fewer, and their shares, (B, H, T, k) float32.
+
+    Only where `why_not` gives no reason. The largest tensor made on the way has B * H * T * top_k * D elements. Nothing
+    waits for the device, so calls can be captured in a CUDA graph.
     """
-    reason = why_not(blocks.settings, scale)
-    if reason is not None:
-        raise ValueError(reason)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if blocks.offload is not None and blocks.resident is None:
-        blocks.resident = ResidentBlocks(blocks)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q):
         call = Call(q, k, v, blocks, chunk, scale)
         # The ring has room for the chunk beside all blocks that can still be read.
         store(call)
         if min(call.top_k, chunk.most_cached) == 0:
-            return finish(call)
-        if call.is_step and blocks.offload is None:
-            return decode(call)
+            return merge(call), None, None
+        if call.is_step and blocks.pages is None:
+            return decode(call, traced)
         pairs = find_pairs(call, select(call))
         lse = call.empty(*q.shape[:3], dtype=torch.float32)
-        if blocks.offload is None:
+        if blocks.pages is None:
             attend(call, pairs)
-            out = finish(call, pairs, lse=lse)
+            out = merge(call, pairs, lse=lse)
         else:
             out = attend_offloaded(call, pairs, lse)
-        if chunk.cache.trace is not None:
-            chunk.cache.trace.record(blocks.index, chunk, pairs.ages, torch.exp2(pairs.logits - lse.unsqueeze(-1)))
-    return out
+        return (out, pairs.ages, torch.exp2(pairs.logits - lse.unsqueeze(-1))) if traced else (out, None, None)
 
 
-def why_not(settings: RetrievalSettings, scale: float | None = None) -> str | None:
-    """Why the fused kernels cannot serve, naming the setting and what is allowed; None if they can."""
+def why_not(settings: Settings, scale: float | None = None) -> str | None:
+    """Why the kernels cannot read so, naming the setting and what is allowed; None if they can."""
     if settings.top_k > MAX_TOP_K:
-        return f"top_k is {settings.top_k}; the fused kernels retrieve at most {MAX_TOP_K} blocks"
+        return f"top_k is {settings.top_k}; the Triton kernels retrieve at most {MAX_TOP_K} blocks"
     if scale is not None and not 0.0 < scale < math.inf:
-        return f"scale is {scale}; the fused kernels need a positive one"
+        return f"scale is {scale}; the Triton kernels need a positive one"
     return None
 
 
@@ -75,9 +68,9 @@ def store(call: Call) -> None:
     """Put the chunk's keys and values into their blocks."""
     rows, blocks = store_rows(call), call.blocks
     store_kernel[(triton.cdiv(call.tokens, rows), call.key_rows)](
-        call.k, call.v, blocks.blocks, blocks.landmark_keys, call.place, call.chunk.counters, *call.turns,
-        *call.stream_turn, strides(call.k), strides(call.v), call.tokens, *call.ring, **call.parts, D_PAD=call.dim_pad,
-        BLOCK=call.settings.block_size, ROWS=rows, ABSOLUTE=call.absolute, num_warps=1,
+        call.k, call.v, blocks.blocks, blocks.landmark_keys, call.page_table, call.chunk.counters, call.rotations,
+        call.stream_rotation, strides(call.k), strides(call.v), call.tokens, *call.ring, PARTS=call.parts,
+        D_PAD=call.dim_pad, BLOCK=call.settings.block_size, ROWS=rows, ABSOLUTE=call.absolute, num_warps=1,
     )  # fmt: skip
 
 
@@ -102,7 +95,7 @@ class Pairs:
 def find_pairs(call: Call, ages: Tensor) -> Pairs:
     """List the pairs of queries and blocks; ages as select gives."""
     ages = ages.expand(*call.q.shape[:3], call.top_k)
-    key_rows, capacity, rows = call.key_rows, call.capacity, call.group_rows
+    key_rows, capacity, rows = call.key_rows, call.capacity, call.query_rows
     pairs = rows * call.top_k
     choice = attend_configuration(call, pairs / call.chunk.most_cached)
     count = torch.zeros(key_rows, capacity, dtype=torch.int32, device=call.q.device)
@@ -112,7 +105,7 @@ def find_pairs(call: Call, ages: Tensor) -> Pairs:
     tile = max(1, min(128, 1024 // k_pad))
     count_kernel[(triton.cdiv(rows, tile), key_rows)](
         ages, call.chunk.counters, count, slot, number, distance, logits, strides(ages), call.tokens, *call.ring,
-        *call.reach, GROUP=call.group, K=call.top_k, K_PAD=k_pad, ROWS=tile, ABSOLUTE=call.absolute,
+        *call.reach, HEADS_PER_KEY=call.heads_per_key, K=call.top_k, K_PAD=k_pad, ROWS=tile, ABSOLUTE=call.absolute,
     )  # fmt: skip
     most_tiles = pairs // choice.rows + min(capacity, pairs)
     first, total = call.empty(key_rows, capacity), call.empty(key_rows)
@@ -132,20 +125,20 @@ def find_pairs(call: Call, ages: Tensor) -> Pairs:
 
 def attend(call: Call, pairs: Pairs) -> None:
     """Fill in the pairs' logits and outputs."""
-    turns = call.turns
+    rotations = call.rotations
     if not call.exact:
         # Half the bytes: the tables are read for every pair, and round off less than 16-bit queries do.
-        turns = call.chunk.cache.turns(turns[0].shape[0], call.q.device, torch.float16)
+        rotations = call.blocks.rotations.table(rotations[0].shape[0], call.q.device, torch.float16)
     attend_kernel[(pairs.tiles.shape[1], call.key_rows)](
-        call.q, call.blocks.blocks, call.pool, call.place, *turns, pairs.count, pairs.first, pairs.tiles, pairs.total,
-        pairs.entries, pairs.outputs, pairs.logits, strides(call.q), call.tokens, *call.ring, pairs.entries.shape[1],
-        pairs.tiles.shape[1], call.scale * LOG2E, GROUP=call.group, **call.parts, D_PAD=call.dim_pad, K=call.top_k,
-        BLOCK=call.settings.block_size, ROWS=pairs.choice.rows, COLS=pairs.choice.cols, PRECISION=call.precision,
-        **pairs.choice.launch_options(),
+        call.q, call.blocks.blocks, call.pool, call.page_table, rotations, pairs.count, pairs.first, pairs.tiles,
+        pairs.total, pairs.entries, pairs.outputs, pairs.logits, strides(call.q), call.tokens, *call.ring,
+        pairs.entries.shape[1], pairs.tiles.shape[1], call.scale * LOG2E.value, **call.heads_and_parts,
+        D_PAD=call.dim_pad, K=call.top_k, BLOCK=call.settings.block_size, ROWS=pairs.choice.rows,
+        COLS=pairs.choice.cols, PRECISION=call.precision, **pairs.choice.launch_options(),
     )  # fmt: skip
 
 
-def finish(
+def merge(
     call: Call,
     pairs: Pairs | None = None,
     *,
@@ -153,38 +146,39 @@ def finish(
     lse: Tensor | None = None,
     local_lse: Tensor | None = None,
 ) -> Tensor:
-    """The chunk's attention to itself and the incomplete block, merged with the pairs; into out, (B, H, T, D).
+    """The chunk's attention to itself and the tail block, merged with the pairs; into out, (B, H, T, D).
 
     lse: where its log-sum-exp goes (base 2). local_lse: out holds the part without pairs already, and this is its lse.
     """
     out = empty_heads_last(call.q) if out is None else out
-    block_size, choice = call.settings.block_size, finish_configuration(call)
+    block_size, choice = call.settings.block_size, merge_configuration(call)
     outputs, logits = (None, None) if pairs is None else (pairs.outputs, pairs.logits)
-    finish_kernel[(triton.cdiv(call.tokens, choice.rows), call.batch * call.heads)](
+    merge_kernel[(triton.cdiv(call.tokens, choice.rows), call.batch * call.heads)](
         call.q, call.k, call.v, call.blocks.blocks, call.chunk.counters, outputs, logits, local_lse, lse, out,
-        *map(strides, (call.q, call.k, call.v, out)), call.tokens, *call.ring, call.scale * LOG2E, GROUP=call.group,
-        D=call.dim, D_PAD=call.dim_pad, BLOCK=block_size, RETRIEVED=0 if pairs is None else call.top_k,
-        ROWS=choice.rows, COLS=choice.cols, PARTS=triton.cdiv(block_size, choice.cols),
-        MERGE_ONLY=local_lse is not None, PRECISION=call.precision, **choice.launch_options(),
+        *map(strides, (call.q, call.k, call.v, out)), call.tokens, *call.ring, call.scale * LOG2E.value,
+        HEADS_PER_KEY=call.heads_per_key, D=call.dim, D_PAD=call.dim_pad, BLOCK=block_size,
+        RETRIEVED=0 if pairs is None else call.top_k, ROWS=choice.rows, COLS=choice.cols,
+        KEY_TILES=triton.cdiv(block_size, choice.cols), MERGE_ONLY=local_lse is not None, PRECISION=call.precision,
+        **choice.launch_options(),
     )  # fmt: skip
     return out
 
 
 def attend_offloaded(call: Call, pairs: Pairs, lse: Tensor) -> Tensor:
-    """Attention with blocks in host memory: missing ones travel while the chunk attends to itself.
+    """Attention with blocks in host memory: missing pages travel while the chunk attends to itself.
 
-    What finds no place on the GPU is read from host memory by the attention itself.
+    What finds no frame on the GPU is read from host memory by the attention itself.
     """
-    resident = call.blocks.resident
+    held = call.blocks.pages
     local_lse = torch.empty_like(lse)
     with _beside(call.q.device) as joined:
-        units, places, count = resident.admit((pairs.count > 0).flatten())
-        size = resident.pool[0].numel()
-        fetch_kernel[(resident.places,)](call.blocks.blocks, resident.pool, units, places, count, SIZE=size, STEP=1024)
-    out = finish(call, lse=local_lse)
+        pages, frames, count = held.admit((pairs.count > 0).flatten())
+        size = held.pool[0].numel()
+        fetch_kernel[(held.frames,)](call.blocks.blocks, held.pool, pages, frames, count, SIZE=size, STEP=1024)
+    out = merge(call, lse=local_lse)
     joined()
     attend(call, pairs)
-    return finish(call, pairs, out=out, lse=lse, local_lse=local_lse)
+    return merge(call, pairs, out=out, lse=lse, local_lse=local_lse)
 
 
 @contextlib.contextmanager
@@ -204,23 +198,24 @@ def _beside(device: torch.device):
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def decode(call: Call) -> Tensor:
-    """Attention of a step of few tokens, whose keys have been stored: select, then all the rest in one kernel."""
+def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Attention of a step of few tokens, whose keys have been stored: select, then all the rest in one kernel.
+
+    Returns what attend_chunk does.
+    """
     found = step_candidates(call)
     items, rows = call.top_k + 1 + (call.tokens > 1), call.batch * call.heads * call.tokens
-    parts = call.empty(rows, items, call.dim, dtype=torch.float32)
+    outputs = call.empty(rows, items, call.dim, dtype=torch.float32)
     logits = call.empty(rows, items, dtype=torch.float32)
-    out, trace = empty_heads_last(call.q), call.chunk.cache.trace
+    out = empty_heads_last(call.q)
     arrived = call.blocks.arrivals(call.batch * call.heads * STEP_TOKENS)
     shape = *call.q.shape[:3], call.top_k
-    chosen, shares = (None, None) if trace is None else (call.empty(*shape), call.empty(*shape, dtype=torch.float32))
+    chosen, shares = (call.empty(*shape), call.empty(*shape, dtype=torch.float32)) if traced else (None, None)
     decode_kernel[(items, rows)](
-        call.q, call.blocks.blocks, call.pool, call.place, call.chunk.counters, *call.turns, found.ages,
-        found.scores, parts, logits, arrived, out, chosen, shares, strides(call.q), strides(out), call.tokens,
-        *call.ring, *call.reach, call.scale * LOG2E, GROUP=call.group, **call.parts, D_PAD=call.dim_pad,
+        call.q, call.blocks.blocks, call.pool, call.page_table, call.chunk.counters, call.rotations, found.ages,
+        found.scores, outputs, logits, arrived, out, chosen, shares, strides(call.q), strides(out), call.tokens,
+        *call.ring, *call.reach, call.scale * LOG2E.value, **call.heads_and_parts, D_PAD=call.dim_pad,
         **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
-        PART=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, num_warps=4,
+        KEYS=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, num_warps=4,
     )  # fmt: skip
-    if trace is not None:
-        trace.record(call.blocks.index, call.chunk, chosen, shares)
-    return out
+    return out, chosen, shares

@@ -9,39 +9,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import place_of
+from .parts import counts_of
 
 
 @triton.jit
-def distance_of(age, rank, taken, ABSOLUTE: tl.constexpr):
-    """Block slots from a selected block to the chunk's incomplete block; rank: how many of the selected are older."""
+def distance_of(age, rank, near, ABSOLUTE: tl.constexpr):
+    """Block slots from a selected block to the chunk's tail block; rank: how many of the selected ones are older."""
     if ABSOLUTE:
         return age
     else:
-        return taken - rank + (age > taken).to(tl.int32)
+        return near - rank + (age > near).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
-def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, GROUP_LOGIT, age_strides, tokens, batch, heads,
-                 capacity, retrievable, top_k, GROUP: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
-                 ROWS: tl.constexpr, ABSOLUTE: tl.constexpr):  # fmt: skip
+def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, LANDMARK_LOGIT, age_strides, tokens, batch, heads,
+                 capacity, retrievable, top_k,
+                 HEADS_PER_KEY: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
+                 ABSOLUTE: tl.constexpr):  # fmt: skip
     """For each pair: SLOT of its block in the ring (-1: none), its NUMBER in the block's list, DISTANCE to the block.
 
-    COUNT (B, G, capacity) rises from 0 by each block's pairs. GROUP_LOGIT (B, H, T, K) becomes minus infinity where
-    there is no block. AGES has strides (batch, head, token), its last dimension is dense. Program (rows, key head).
+    COUNT (B, G, capacity) rises from 0 by each block's pairs. LANDMARK_LOGIT (B, H, T, K) becomes minus infinity where
+    there is no block. AGES has strides (batch, head, token), its last dimension is dense.
+    retrievable: most blocks to choose from. Program (rows, key head).
     """
     key_row = tl.program_id(1)
     batch_row = key_row // heads
-    start, blocks, _ = place_of(COUNTERS, batch, batch_row)
-    taken = tl.minimum(tl.minimum(blocks, retrievable), top_k)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start, blocks, _ = counts_of(COUNTERS, batch, batch_row)
+    near = tl.minimum(tl.minimum(blocks, retrievable), top_k)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all down to `at`
     token = row % tokens
-    in_range = row < GROUP * tokens
+    in_range = row < HEADS_PER_KEY * tokens
     real = in_range & (token >= start)
-    head = (key_row % heads) * GROUP + row // tokens
+    head = (key_row % heads) * HEADS_PER_KEY + row // tokens
     at = tl.cast(batch_row, tl.int64) * age_strides[0] + head.to(tl.int64) * age_strides[1]
     at += token.to(tl.int64) * age_strides[2]
-    j = tl.arange(0, K_PAD)
+    j = tl.arange(0, K_PAD)  # (K_PAD,)
+    # (ROWS, K_PAD), as all that follows but first_pair.
     age = tl.load(AGES + at[:, None] + j[None, :], mask=real[:, None] & (j < K)[None, :], other=0)
     rank = tl.zeros([ROWS, K_PAD], tl.int32)
     for other in range(K):
@@ -50,13 +53,13 @@ def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, GROUP_LOGIT, age
     ok = age > 0
     slot = tl.where(ok, (blocks - age) % capacity, -1)
     pair = row[:, None] * K + j[None, :]
-    first_pair = tl.cast(key_row, tl.int64) * GROUP * tokens * K
+    first_pair = tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens * K
     number = tl.atomic_add(COUNT + tl.cast(key_row, tl.int64) * capacity + slot, 1, mask=ok, sem="relaxed")
     mask = in_range[:, None] & (j < K)[None, :]
     tl.store(SLOT + first_pair + pair, slot, mask=mask)
     tl.store(NUMBER + first_pair + pair, number, mask=ok)
-    tl.store(DISTANCE + first_pair + pair, distance_of(age, rank, taken, ABSOLUTE), mask=ok)
-    tl.store(GROUP_LOGIT + first_pair + pair, float("-inf"), mask=mask & (age == 0))
+    tl.store(DISTANCE + first_pair + pair, distance_of(age, rank, near, ABSOLUTE), mask=ok)
+    tl.store(LANDMARK_LOGIT + first_pair + pair, float("-inf"), mask=mask & (age == 0))
 
 
 @triton.jit(do_not_specialize=["capacity", "most_tiles"])
@@ -64,7 +67,7 @@ def scan_kernel(COUNT, FIRST, TILES, TOTAL, capacity, most_tiles, ROWS: tl.const
     """FIRST (B, G, capacity): where each block's list begins. TILES (B, G, most_tiles): the tiles of ROWS pairs that
     blocks are worked off in, slot + (tile in the block << 32), TOTAL (B, G) of them. Program (key head)."""
     key_row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, SLOTS)
+    slot = tl.arange(0, SLOTS)  # (SLOTS,), as all vectors below
     pairs = 0
     tiles = 0
     for first in range(0, capacity, SLOTS):
@@ -85,7 +88,7 @@ def scan_kernel(COUNT, FIRST, TILES, TOTAL, capacity, most_tiles, ROWS: tl.const
 def fill_kernel(SLOT, NUMBER, DISTANCE, FIRST, LIST, pairs, capacity, SIZE: tl.constexpr):
     """LIST (B, G, pairs): the blocks' pairs one after the other, pair + (distance << 32). Program (pairs, key head)."""
     key_row = tl.program_id(1).to(tl.int64)
-    pair = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    pair = tl.program_id(0) * SIZE + tl.arange(0, SIZE)  # (SIZE,), as all below
     at = key_row * pairs + pair
     slot = tl.load(SLOT + at, mask=pair < pairs, other=-1)
     ok = slot >= 0

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..common.configuration import Configuration, padded
 from .call import PASS, TILE, Call, strides
+from .candidates import candidates_kernel, pick_kernel
 from .configurations import select_configuration, step_configuration
-from .select import select_kernel
 from .shared import normalizer_kernel, shared_scores_kernel, top_kernel
-from .step import candidates_kernel, pick_kernel
+from .top_k import select_kernel
 
 # In a decoding step: programs that share one key head's landmarks, and programs of all key heads, at most.
 MAX_SPLITS, MAX_PROGRAMS = 256, 4096
@@ -40,12 +40,11 @@ def select(call: Call) -> Tensor:
     ages = call.empty(*call.q.shape[:3], call.top_k)
     scores = torch.empty_like(ages, dtype=torch.float32) if call.top_k > PASS else None
     for first in range(0, call.top_k, PASS):
-        select_kernel[(triton.cdiv(call.group_rows, choice.rows), call.key_rows)](
-            call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, ages, scores,
-            strides(call.q), call.tokens, *call.ring, *call.scoring, first, call.scale, GROUP=call.group, **call.parts,
+        select_kernel[(triton.cdiv(call.query_rows, choice.rows), call.key_rows)](
+            call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
+            strides(call.q), call.tokens, *call.ring, *call.scoring, first, call.scale, **call.heads_and_parts,
             K=min(PASS, call.top_k - first), WIDTH=call.top_k, ROWS=choice.rows, COLS=TILE, LATER=first > 0,
-            ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision,
-            **choice.launch_options(),
+            ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip
     return ages
 
@@ -69,7 +68,7 @@ def step_candidates(call: Call) -> Candidates:
 
 def shares_of_landmarks(call: Call, choice: Configuration) -> int:
     """Among how many programs the landmarks of a tile of queries are shared out, a power of 2; 1: they are not."""
-    programs = triton.cdiv(call.group_rows, choice.rows) * call.key_rows
+    programs = triton.cdiv(call.query_rows, choice.rows) * call.key_rows
     tiles = triton.cdiv(call.capacity, choice.cols)
     wanted = min(ENOUGH_PROGRAMS // programs, tiles // LEAST_TILES, MOST_SHARES)
     return 1 << max(0, wanted.bit_length() - 1) if call.top_k <= PASS else 1
@@ -81,11 +80,11 @@ def candidates(call: Call, choice: Configuration, most: int) -> Candidates:
     splits = 1 + min(triton.cdiv(call.capacity, choice.cols), most)
     shape = *call.q.shape[:3], splits, call.top_k
     ages, scores = call.empty(*shape), call.empty(*shape, dtype=torch.float32)
-    candidates_kernel[(triton.cdiv(call.group_rows, choice.rows), splits, call.key_rows)](
-        call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, ages, scores,
-        strides(call.q), call.tokens, *call.ring, *call.scoring, call.scale, GROUP=call.group, **call.parts,
-        K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
-        ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
+    candidates_kernel[(triton.cdiv(call.query_rows, choice.rows), splits, call.key_rows)](
+        call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
+        strides(call.q), call.tokens, *call.ring, *call.scoring, call.scale, **call.heads_and_parts, K=call.top_k,
+        NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits, ABSOLUTE=call.absolute,
+        EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
     return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})
@@ -105,10 +104,10 @@ def normalizer(call: Call) -> Tensor:
     """Log-sum-exp of each query's scores over all its blocks, (B, H, T)."""
     lse = call.empty(*call.q.shape[:3], dtype=torch.float32)
     choice = select_configuration(call)
-    normalizer_kernel[(triton.cdiv(call.group_rows, choice.rows), call.key_rows)](
-        call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, lse, strides(call.q),
-        call.tokens, *call.ring, *call.scoring, call.scale, GROUP=call.group, **call.parts, ROWS=choice.rows, COLS=TILE,
-        ABSOLUTE=call.absolute, PRECISION=call.precision, **choice.launch_options(),
+    normalizer_kernel[(triton.cdiv(call.query_rows, choice.rows), call.key_rows)](
+        call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, lse,
+        strides(call.q), call.tokens, *call.ring, *call.scoring, call.scale, **call.heads_and_parts, ROWS=choice.rows,
+        COLS=TILE, ABSOLUTE=call.absolute, PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     return lse
 
@@ -121,9 +120,10 @@ def shared(call: Call, lse: Tensor, first_token: int, tokens: int) -> Tensor:
     scores = call.empty(*sharing, call.capacity, dtype=torch.float32)
     row_grid = (triton.cdiv(tokens, rows), call.batch) if over_heads else (1, call.batch * call.heads)
     shared_scores_kernel[(triton.cdiv(call.capacity, TILE), *row_grid)](
-        call.q, call.blocks.landmark_keys, call.chunk.counters, *call.turns, *call.stream_turn, lse, scores,
-        strides(call.q), call.tokens, first_token, tokens, *call.ring, *call.scoring, call.scale, GROUP=call.group,
-        **call.parts, ROWS=rows, COLS=TILE, OVER_HEADS=over_heads, ABSOLUTE=call.absolute, PRECISION=call.precision,
+        call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, lse, scores,
+        strides(call.q), call.tokens, first_token, tokens, *call.ring, *call.scoring, call.scale,
+        **call.heads_and_parts,
+        ROWS=rows, COLS=TILE, OVER_HEADS=over_heads, ABSOLUTE=call.absolute, PRECISION=call.precision,
     )  # fmt: skip
     ages, best = call.empty(*sharing, call.top_k), call.empty(*sharing, call.top_k, dtype=torch.float32)
     count = ages[..., 0].numel()

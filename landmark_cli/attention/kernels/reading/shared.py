@@ -8,100 +8,98 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .select import NO_SCORE, after, far_query, keep_best, landmark_scores
-from .tiles import place_of, query_rows
+from .parts import counts_of, query_rows
+from .top_k import NO_SCORE, after, far_query, keep_best, landmark_scores
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
-def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, tokens, batch,
-                      heads, capacity, retrievable, top_k, one_key, scale,
-                      GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
-                      REST_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr,
-                      PRECISION: tl.constexpr):  # fmt: skip
+def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, tokens, batch, heads,
+                      capacity, retrievable, top_k, one_key,
+                      scale,
+                      HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                      ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """LSE (B, H, T): the log-sum-exp of each query's scores over all blocks. Program (tile of rows, key head)."""
     key_row = tl.program_id(1)
     batch_row = key_row // heads
-    start, blocks, _ = place_of(COUNTERS, batch, batch_row)
+    start, blocks, _ = counts_of(COUNTERS, batch, batch_row)
     cached = tl.minimum(blocks, retrievable)
-    taken = tl.minimum(cached, top_k)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, GROUP)
-    q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
-                  ABSOLUTE)  # fmt: skip
-    column = tl.arange(0, COLS)
+    near = tl.minimum(cached, top_k)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as real and offset
+    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, HEADS_PER_KEY)
+    q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
+    column = tl.arange(0, COLS)  # (COLS,)
     top = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(tl.cdiv(cached, COLS)):
-        s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1 + tile * COLS, column, key_row, blocks, cached, taken,
-                            capacity, one_key, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE,
-                            PRECISION)  # fmt: skip
-        higher = tl.maximum(top, tl.max(s, 1))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
-        top = higher
-    lse = top + tl.log(tl.where(total > 0, total, 1.0))
-    tl.store(LSE + tl.cast(key_row, tl.int64) * GROUP * tokens + row, lse, mask=row < GROUP * tokens)
+        s = landmark_scores(q, LANDMARK_KEYS, rotations, 1 + tile * COLS, column, key_row, blocks, cached, near,
+                            capacity, one_key, scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
+        new_top = tl.maximum(top, tl.max(s, 1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
+        top = new_top
+    lse = top + tl.log(tl.where(total > 0, total, 1.0))  # (ROWS,)
+    tl.store(LSE + tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row, lse, mask=row < HEADS_PER_KEY * tokens)
 
 
 @triton.jit
-def log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age, column,
-                    token, batch_row, head, tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
-                    GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
-                    REST_PAD: tl.constexpr, ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Log-probability of blocks first_age + column for the tokens of one head; minus infinity for padding."""
-    start, blocks, _ = place_of(COUNTERS, batch, batch_row)
+def log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, first_age, column, token,
+                    batch_row, head, tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
+                    HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """Log-probability, (ROWS, COLS), of blocks first_age + column, (COLS,), for the tokens, (ROWS,), of one head; minus
+    infinity for padding."""
+    start, blocks, _ = counts_of(COUNTERS, batch, batch_row)
     cached = tl.minimum(blocks, retrievable)
-    taken = tl.minimum(cached, top_k)
-    key_head = head // GROUP
+    near = tl.minimum(cached, top_k)
+    key_head = head // HEADS_PER_KEY
     key_row = batch_row * heads + key_head
-    row = (head % GROUP) * tokens + token
-    real, _, _, offset = query_rows(row, tokens, start, key_head, batch_row, q_strides, GROUP)
+    row = (head % HEADS_PER_KEY) * tokens + token  # (ROWS,), as real and offset
+    real, _, _, offset = query_rows(row, tokens, start, key_head, batch_row, q_strides, HEADS_PER_KEY)
     real = real & (token < tokens)
-    q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
-                  ABSOLUTE)  # fmt: skip
-    s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity,
-                        one_key, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
-    lse = tl.load(LSE + tl.cast(key_row, tl.int64) * GROUP * tokens + row, mask=real, other=0.0)
+    q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
+    s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
+                        one_key, scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
+    # (ROWS,)
+    lse = tl.load(LSE + tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row, mask=real, other=0.0)
     return tl.where(real[:, None], s - lse[:, None], NO_SCORE)
 
 
 @triton.jit(do_not_specialize=["tokens", "first_token", "shared_tokens", "batch", "heads", "capacity", "retrievable",
                                "top_k", "one_key"])  # fmt: skip
-def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, SHARED, q_strides, tokens,
+def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, SHARED, q_strides, tokens,
                          first_token, shared_tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
-                         GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
-                         REST_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OVER_HEADS: tl.constexpr,
-                         ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                         HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                         OVER_HEADS: tl.constexpr, ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """SHARED: the best log-probability that those who share a selection give each block, by age from 1 on.
 
     OVER_HEADS: (B, shared_tokens, capacity), tokens from first_token on; program (tile of blocks, tile of tokens, batch
     row). Else (B, H, capacity), the maximum over all tokens; program (tile of blocks, 0, batch row and head).
     """
-    column = tl.arange(0, COLS)
+    column = tl.arange(0, COLS)  # (COLS,), as age
     first_age = 1 + tl.program_id(0) * COLS
     age = first_age + column
-    token = tl.arange(0, ROWS)
+    token = tl.arange(0, ROWS)  # (ROWS,)
     if OVER_HEADS:
         batch_row = tl.program_id(2)
         token += tl.program_id(1) * ROWS
         best = tl.full([ROWS, COLS], NO_SCORE, tl.float32)
-        for head in range(heads * GROUP):
-            s = log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age,
+        for head in range(heads * HEADS_PER_KEY):
+            s = log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, first_age,
                                 column, first_token + token, batch_row, head, tokens, batch, heads, capacity,
-                                retrievable, top_k, one_key, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE,
-                                PRECISION)  # fmt: skip
+                                retrievable, top_k, one_key, scale,
+                                HEADS_PER_KEY, PARTS, ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
             best = tl.maximum(best, s)
-        at = (tl.cast(batch_row, tl.int64) * shared_tokens + token) * capacity
-        mask = (token < shared_tokens)[:, None] & (age <= capacity)[None, :]
+        at = (tl.cast(batch_row, tl.int64) * shared_tokens + token) * capacity  # (ROWS,)
+        mask = (token < shared_tokens)[:, None] & (age <= capacity)[None, :]  # (ROWS, COLS)
         tl.store(SHARED + at[:, None] + age[None, :] - 1, best, mask=mask)
     else:
-        batch_row = tl.program_id(2) // (heads * GROUP)
-        head = tl.program_id(2) % (heads * GROUP)
+        batch_row = tl.program_id(2) // (heads * HEADS_PER_KEY)
+        head = tl.program_id(2) % (heads * HEADS_PER_KEY)
         best = tl.full([COLS], NO_SCORE, tl.float32)
         for first in range(0, tokens, ROWS):
-            s = log_probability(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, LSE, q_strides, first_age,
+            s = log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, first_age,
                                 column, first + token, batch_row, head, tokens, batch, heads, capacity, retrievable,
-                                top_k, one_key, scale, GROUP, HALF, REST, HALF_PAD, REST_PAD, ABSOLUTE,
-                                PRECISION)  # fmt: skip
+                                top_k, one_key, scale, HEADS_PER_KEY,
+                                PARTS, ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
             best = tl.maximum(best, tl.max(s, 0))
         at = tl.cast(tl.program_id(2), tl.int64) * capacity
         tl.store(SHARED + at + age - 1, best, mask=age <= capacity)
@@ -112,11 +110,11 @@ def top_kernel(SHARED, COUNTERS, AGES, SCORES, rows, rows_per_batch, batch, capa
                K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                LATER: tl.constexpr):  # fmt: skip
     """The ages of the K best of each row of SHARED (rows, capacity), into columns first.. of AGES (rows, WIDTH)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all down to the running lists
     in_range = row < rows
     blocks = tl.load(COUNTERS + batch + row // rows_per_batch, mask=in_range, other=0)
     cached = tl.minimum(blocks, retrievable)
-    column = tl.arange(0, COLS)
+    column = tl.arange(0, COLS)  # (COLS,), as age
     base = row.to(tl.int64) * capacity
     out = row.to(tl.int64) * WIDTH + first
     if LATER:
@@ -127,7 +125,7 @@ def top_kernel(SHARED, COUNTERS, AGES, SCORES, rows, rows_per_batch, batch, capa
     for tile in range(tl.cdiv(tl.max(cached, 0), COLS)):
         first_age = 1 + tile * COLS
         age = first_age + column
-        mask = age[None, :] <= cached[:, None]
+        mask = age[None, :] <= cached[:, None]  # (ROWS, COLS), as s
         s = tl.load(SHARED + base[:, None] + age[None, :] - 1, mask=mask, other=NO_SCORE)
         if LATER:
             s = after(s, first_age, column, last_score, last_age, True)

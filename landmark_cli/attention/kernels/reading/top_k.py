@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_parts, place_of, query_rows, sum_products, turn
+from .parts import counts_of, dot, load_parts, query_rows, rotate, sum_products
 
 NO_SCORE = tl.constexpr(float("-inf"))
 
@@ -34,7 +34,7 @@ def rounded(number, COLS: tl.constexpr):
 
 @triton.jit
 def sortable(score, column, EXACT: tl.constexpr):
-    """What take_top works on: the scores themselves, or (faster) integers of their upper bits and the column below."""
+    """What take_top works on, (ROWS, COLS): scores, or (faster) integers of their upper bits and the column below."""
     COLS: tl.constexpr = column.shape[0]
     if EXACT:
         return score
@@ -44,11 +44,11 @@ def sortable(score, column, EXACT: tl.constexpr):
 
 @triton.jit
 def take_top(tile, column, EXACT: tl.constexpr):
-    """Each row's best score and its column, the first of equal ones; and the tile without them."""
+    """Each row's best score and its column, (ROWS,) each, the first of equal ones; and the tile without them."""
     COLS: tl.constexpr = column.shape[0]
-    top = tl.max(tile, 1)
+    top = tl.max(tile, 1)  # (ROWS,)
     if EXACT:
-        found = tl.min(tl.where(tile == top[:, None], column[None, :], COLS - 1), 1)
+        found = tl.min(tl.where(tile == top[:, None], column[None, :], COLS - 1), 1)  # (ROWS,)
         return top, found, tl.where(column[None, :] == found[:, None], NO_SCORE, tile)
     else:
         # What is taken becomes the lowest integer, which read as a score is no number: it beats nothing.
@@ -57,7 +57,7 @@ def take_top(tile, column, EXACT: tl.constexpr):
 
 @triton.jit
 def insert(scores, ages, score, age):
-    """Put each row's new score into its list, which falls; the last one drops out."""
+    """Put each row's new score into its list, which falls; the last one drops out. All are (ROWS,)."""
     new_scores = ()
     new_ages = ()
     for j in tl.static_range(len(scores)):
@@ -70,7 +70,7 @@ def insert(scores, ages, score, age):
 
 @triton.jit
 def keep_best(scores, ages, tile, first_age, column, EXACT: tl.constexpr):
-    """Bring a tile of scores, whose columns have ages first_age, .., into the running lists."""
+    """Bring a tile of scores, (ROWS, COLS), whose columns have ages first_age, .., into the running lists."""
     tile = sortable(tile, column, EXACT)
     score, found, tile = take_top(tile, column, EXACT)
     while tl.max((score > scores[len(scores) - 1]).to(tl.int32), 0) > 0:
@@ -81,32 +81,33 @@ def keep_best(scores, ages, tile, first_age, column, EXACT: tl.constexpr):
 
 @triton.jit
 def after(tile, first_age, column, score, age, EXACT: tl.constexpr):
-    """Strike out what an earlier pass kept: all up to a row's last (score, age)."""
+    """Strike out of a tile of scores, (ROWS, COLS), what an earlier pass kept: all up to a row's last (score, age)."""
     COLS: tl.constexpr = column.shape[0]
     if not EXACT:
         # As the lists know a score.
         tile = rounded(ordered(tile), COLS)
-    older = (first_age + column)[None, :] > age[:, None]
+    older = (first_age + column)[None, :] > age[:, None]  # (ROWS, COLS)
     return tl.where((tile < score[:, None]) | ((tile == score[:, None]) & older), tile, NO_SCORE)
 
 
 @triton.jit
-def landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity, one_key,
-                    scale, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
-                    NEAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores of the blocks of ages first_age + column, (rows, columns), minus infinity where there is no such block.
+def landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity, one_key,
+                    scale, PARTS: tl.constexpr, WITH_NEAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores of the blocks of ages first_age + column, (ROWS, COLS), minus infinity where there is no such block.
 
-    q stands at the distance of far blocks. NEAR: the tile may hold some of the last `taken` blocks, which are scored at
-    their true distance: their keys are turned by the difference. one_key, 1 or 0: whether far blocks share a key.
+    q, in parts, stands at the distance of far blocks. WITH_NEAR: the tile may hold some of the last `near` blocks,
+    which are scored at their true distance: their keys are rotated by the difference. one_key, 1 or 0: whether far
+    blocks share a landmark key.
     """
-    age = first_age + column
+    age = first_age + column  # (COLS,), as ok and slot
     ok = age <= cached
-    slot = blocks % capacity - tl.where(one_key != 0, tl.minimum(age, taken + 1), age)
+    slot = blocks % capacity - tl.where(one_key != 0, tl.minimum(age, near + 1), age)
     slot = tl.where(ok, tl.where(slot < 0, slot + capacity, slot), 0)
-    base = LANDMARK_KEYS + tl.cast(key_row, tl.int64) * capacity * (2 * HALF + REST)
-    k = load_parts(base, slot.to(tl.int64) * (2 * HALF + REST), ok, HALF, REST, HALF_PAD, REST_PAD)
-    if NEAR:
-        k = turn(k, COS, SIN, tl.maximum(taken + 1 - age, 0)[:, None], HALF, HALF_PAD)
+    D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
+    base = LANDMARK_KEYS + tl.cast(key_row, tl.int64) * capacity * D
+    k = load_parts(base, slot.to(tl.int64) * D, ok, PARTS)
+    if WITH_NEAR:
+        k = rotate(k, rotations, tl.maximum(near + 1 - age, 0)[:, None], PARTS)
     if q[0].shape[0] == 1:
         # The matrix unit would work on 16 rows.
         s = sum_products(q, k)[None, :]
@@ -116,59 +117,58 @@ def landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, bloc
 
 
 @triton.jit
-def far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF: tl.constexpr,
-              REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, ABSOLUTE: tl.constexpr):  # fmt: skip
-    """Queries turned to the distance of far blocks or, with absolute positions, to their positions in the stream."""
-    q = load_parts(Q, offset, real, HALF, REST, HALF_PAD, REST_PAD)
+def far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS: tl.constexpr,
+              ABSOLUTE: tl.constexpr):  # fmt: skip
+    """Queries, in parts, rotated to the distance of far blocks or, with absolute positions, to those in the stream."""
+    q = load_parts(Q, offset, real, PARTS)
     if ABSOLUTE:
-        return turn(q, STREAM_COS, STREAM_SIN, batch_row, HALF, HALF_PAD)
+        return rotate(q, stream_rotation, batch_row, PARTS)
     else:
-        return turn(q, COS, SIN, taken + 1, HALF, HALF_PAD)
+        return rotate(q, rotations, near + 1, PARTS)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key",
-                               "first"])  # fmt: skip
-def select_kernel(Q, LANDMARK_KEYS, COUNTERS, COS, SIN, STREAM_COS, STREAM_SIN, AGES, SCORES, q_strides, tokens, batch,
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key", "first"])
+def select_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, SCORES, q_strides, tokens, batch,
                   heads, capacity, retrievable, top_k, one_key, first, scale,
-                  GROUP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HALF_PAD: tl.constexpr,
-                  REST_PAD: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                  LATER: tl.constexpr, ABSOLUTE: tl.constexpr, EXACT: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+                  HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
+                  ROWS: tl.constexpr, COLS: tl.constexpr, LATER: tl.constexpr, ABSOLUTE: tl.constexpr,
+                  EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The ages of the K best blocks of each query and head, into columns first.. of AGES (B, H, T, WIDTH).
 
-    Program (tile of rows, key head): rows are the queries of the GROUP heads on a key head. SCORES, unless None, has
-    the same shape. LATER: look only at what comes after column first - 1, which an earlier pass has filled.
+    Program (tile of rows, key head): rows are the queries of the heads on a key head. SCORES, unless None, has the same
+    shape. LATER: look only at what comes after column first - 1, which an earlier pass has filled. retrievable: most
+    blocks to choose from. one_key: whether far blocks share a landmark key.
     """
     key_row = tl.program_id(1)
     batch_row = key_row // heads
-    start, blocks, _ = place_of(COUNTERS, batch, batch_row)
+    start, blocks, _ = counts_of(COUNTERS, batch, batch_row)
     cached = tl.minimum(blocks, retrievable)
-    taken = tl.minimum(cached, top_k)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, GROUP)
-    q = far_query(Q, COS, SIN, STREAM_COS, STREAM_SIN, offset, real, batch_row, taken, HALF, REST, HALF_PAD, REST_PAD,
-                  ABSOLUTE)  # fmt: skip
-    column = tl.arange(0, COLS)
-    out = (tl.cast(key_row, tl.int64) * GROUP * tokens + row) * WIDTH
-    in_range = row < GROUP * tokens
+    near = tl.minimum(cached, top_k)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as real and offset
+    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, HEADS_PER_KEY)
+    q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
+    column = tl.arange(0, COLS)  # (COLS,)
+    out = (tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row) * WIDTH  # (ROWS,), as all that is loaded there
+    in_range = row < HEADS_PER_KEY * tokens
     if LATER:
         last_score = tl.load(SCORES + out + first - 1, mask=in_range, other=0.0)
         last_age = tl.load(AGES + out + first - 1, mask=in_range, other=0)
 
+    # The running lists: K tiles (ROWS,) each.
     scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
     ages = (tl.zeros([ROWS], tl.int32),) * K
     # A tile of padding looks at nothing.
     tiles = tl.where(tl.max(real.to(tl.int32), 0) > 0, tl.cdiv(cached, COLS), 0)
     if tiles > 0:
-        s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, 1, column, key_row, blocks, cached, taken, capacity,
-                            one_key, scale, HALF, REST, HALF_PAD, REST_PAD, not ABSOLUTE, PRECISION)  # fmt: skip
+        s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, column, key_row, blocks, cached, near, capacity, one_key,
+                            scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
         if LATER:
             s = after(s, 1, column, last_score, last_age, EXACT)
         scores, ages = keep_best(scores, ages, s, 1, column, EXACT)
     for tile in range(1, tiles):
         first_age = 1 + tile * COLS
-        s = landmark_scores(q, LANDMARK_KEYS, COS, SIN, first_age, column, key_row, blocks, cached, taken, capacity,
-                            one_key, scale, HALF, REST, HALF_PAD, REST_PAD, False, PRECISION)  # fmt: skip
+        s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
+                            one_key, scale, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
         if LATER:
             s = after(s, first_age, column, last_score, last_age, EXACT)
         scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)

@@ -1,0 +1,284 @@
+"""The backends of landmark attention: what each can serve, and how it attends, goes backward and reads.
+
+`choose` asks them once for every call, in the order of BACKENDS. To add one: its kernels in a folder of their own under
+kernels/, and an entry here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..console import info, warn
+from ..errors import LandmarkError, UsageError
+from . import retrieval
+from .cache import Chunk, LayerBlocks
+from .context_miss import attend_chunk_with_context_miss
+from .retrieval import Read
+
+# With fewer queries there is too little work for a kernel that keeps a multiprocessor to itself.
+FEW_QUERIES = 256
+
+
+class Problem(NamedTuple):
+    """What attention is asked for, as far as it decides who can serve: constants, for torch.compile keeps the choice.
+
+    device: "cuda:1", say. block_size: None where a mask makes blocks of any size. few_queries: under FEW_QUERIES; the
+    length itself is not here, lest every length be compiled anew. padded, packed, dropout, context_miss: what else is
+    given beside q, k and v. reading: through the block cache; differentiated: gradients of that are asked for.
+    """
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    block_size: int | None
+    few_queries: bool = False
+    padded: bool = False
+    packed: bool = False
+    dropout: bool = False
+    context_miss: bool = False
+    reading: bool = False
+    differentiated: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute landmark attention.
+
+    meant_for: whether it is tried unasked on a device. why_not: why it cannot serve a problem, naming the argument and
+    what is allowed; None if it can.
+    forward, backward: of the operators (operators.py), whose arguments they take: (q, k, v, *settings) -> (out, lse)
+    and (dout, dlse, q, k, v, out, lse, *settings) -> (dq, dk, dv). None: the definition, which autograd differentiates.
+    reads_as: the name of the backend that reads where this one is asked for. read: attention of a chunk through the
+    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read; None where another one reads.
+    """
+
+    name: str
+    meant_for: Callable[[str], bool]
+    why_not: Callable[[Problem], str | None]
+    reads_as: str
+    forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    read: Callable[..., Read] | None = None
+
+
+# --- eager: the definition
+
+
+def _read_by_definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: LayerBlocks,
+    chunk: Chunk,
+    scale: float | None,
+    context_miss_key: Tensor | None,
+    traced: bool,
+) -> Read:
+    if context_miss_key is not None:
+        return attend_chunk_with_context_miss(q, k, v, context_miss_key, blocks, chunk, scale)
+    return retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
+
+
+# --- triton: portable kernels, for training and for reading
+
+
+def _needs_the_definition(problem: Problem) -> str | None:
+    """Why no kernel can serve."""
+    if problem.block_size is None:
+        return "landmark_mask makes blocks of any size"
+    if problem.context_miss:
+        return "context_miss_key gives the outer softmax a key of its own"
+    if problem.reading and problem.differentiated:
+        return "gradients are asked for"
+    return None
+
+
+def _why_not_triton(problem: Problem) -> str | None:
+    if (reason := _needs_the_definition(problem)) is not None:
+        return reason
+    kind = problem.device.partition(":")[0]
+    try:
+        from .kernels.common.configuration import INTERPRETED
+        from .kernels.training import support
+    except ImportError as error:
+        if kind != "cuda":
+            return f"the Triton kernels need an NVIDIA GPU and q is on {kind}"
+        return f"{error.name or 'triton'} is not installed"
+    if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
+        return f"the Triton kernels need an NVIDIA GPU and q is on {kind}"
+    return support.why_not(problem.dtype, problem.head_dim, problem.block_size)
+
+
+def _triton_forward(q: Tensor, k: Tensor, v: Tensor, *settings) -> tuple[Tensor, Tensor]:
+    from .kernels.training import launch
+
+    return launch.forward(q, k, v, launch.Layout(*settings))
+
+
+def _triton_backward(dout, dlse, q, k, v, out, lse, *settings) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels.training import launch
+
+    return launch.backward(dout, dlse, q, k, v, out, lse, launch.Layout(*settings))
+
+
+def _triton_read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: LayerBlocks,
+    chunk: Chunk,
+    scale: float | None,
+    context_miss_key: None,
+    traced: bool,
+) -> Read:
+    from .kernels import reading
+
+    reason = reading.why_not(blocks.settings, scale)
+    if reason is not None:
+        raise LandmarkError(f"{reason}; or set LANDMARK_ATTENTION=eager, which is slow")
+    return Read(*reading.attend_chunk(q, k, v, blocks, chunk, scale, traced))
+
+
+# --- hopper: kernels in Gluon for compute capability 9.0, for training
+
+# Why they were given up for the rest of the process, once they were.
+_given_up: str | None = None
+
+
+def _is_hopper(device: str) -> bool:
+    from .kernels.hopper import support
+
+    return support.is_hopper(device)
+
+
+def _why_not_hopper(problem: Problem) -> str | None:
+    if problem.reading:
+        return "retrieval has no Hopper kernels of its own"
+    if (reason := _needs_the_definition(problem)) is not None:
+        return reason
+    if problem.few_queries:
+        return f"q has fewer than {FEW_QUERIES} tokens"
+    if problem.padded or problem.packed:
+        return "the Hopper kernels know neither padding nor packed documents"
+    if problem.dropout:
+        return "the Hopper kernels know no dropout"
+    if not _is_hopper(problem.device):
+        return "the Hopper kernels need a GPU of compute capability 9.0"
+    from .kernels.hopper import support
+
+    return support.why_not(problem.dtype, problem.head_dim, problem.block_size) or _given_up
+
+
+def _hopper_forward(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, *rest) -> tuple[Tensor, Tensor]:
+    found = _unless_given_up("forward", q, k, v, block_size, scale)
+    return _triton_forward(q, k, v, block_size, scale, *rest) if found is None else found
+
+
+def _hopper_backward(dout, dlse, q, k, v, out, lse, block_size, scale, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    given = dout, dlse, q, k, v, out, lse, block_size, scale
+    found = _unless_given_up("backward", *given)
+    return _triton_backward(*given, *rest) if found is None else found
+
+
+def _unless_given_up(name: str, *arguments) -> tuple[Tensor, ...] | None:
+    """What the Hopper kernels give; None where Triton cannot compile them, now and for the rest of the process."""
+    global _given_up
+    if _given_up is not None:
+        return None
+    # Imported where they are wanted: not every Triton has their language.
+    from .kernels.hopper import launch, support
+
+    try:
+        return getattr(launch, name)(*arguments)
+    except Exception as error:
+        reason = support.compile_failure(error)
+        if reason is None:
+            raise
+        _given_up = reason
+        warn(f"{reason}; the Triton kernels run instead")
+        return None
+
+
+# In the order in which they are tried; the last can serve everything.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("hopper", _is_hopper, _why_not_hopper, "triton", _hopper_forward, _hopper_backward),
+        Backend(
+            "triton",
+            lambda device: device.startswith("cuda"),
+            _why_not_triton,
+            "triton",
+            _triton_forward,
+            _triton_backward,
+            _triton_read,
+        ),
+        Backend("eager", lambda device: True, lambda problem: None, "eager", read=_read_by_definition),
+    )
+}
+
+# What a backend was called once.
+FORMER_NAMES = {"fused": "triton"}
+
+
+def choose(problem: Problem, requested: str | None = None) -> str:
+    """The name of the first backend that is meant for the device and can serve; the user is told once.
+
+    requested, or else the environment's LANDMARK_ATTENTION: the name of one, to have that. Of one that does not read
+    through the cache the one that reads for it.
+
+    Raises ValueError where what is asked for cannot serve, naming the argument, or where no such name exists, and
+    UsageError where it is the environment that asks.
+    """
+    return _choose(requested, *problem)
+
+
+@torch.compiler.assume_constant_result
+def _choose(requested: str | None, *constants) -> str:
+    """What torch.compile calls while it compiles: it knows constants, not tuples that have names."""
+    problem = Problem(*constants)
+    environment = None if requested else os.environ.get("LANDMARK_ATTENTION")
+    requested = requested or environment or None
+    if requested is None:
+        return _first_that_can(problem)
+
+    def refusal(message: str) -> Exception:
+        return UsageError(f"LANDMARK_ATTENTION={environment}: {message}") if environment else ValueError(message)
+
+    backend = BACKENDS.get(FORMER_NAMES.get(requested, requested))
+    if backend is None:
+        names = ", ".join(f'"{name}"' for name in BACKENDS)
+        raise refusal(f"landmark attention has the backends {names}; {requested!r} was asked for")
+    if problem.reading:
+        backend = BACKENDS[backend.reads_as]
+    obstacle = backend.why_not(problem)
+    if obstacle is not None:
+        raise refusal(f'the backend "{backend.name}" was asked for, but {obstacle}; unasked, what can serve runs')
+    return _announce(backend.name, "as asked for")
+
+
+def _first_that_can(problem: Problem) -> str:
+    kind = problem.device.partition(":")[0]
+    obstacle = None
+    for backend in BACKENDS.values():
+        if not backend.meant_for(problem.device):
+            continue
+        before, obstacle = obstacle, backend.why_not(problem)
+        if obstacle is None:
+            if backend.forward is not None:
+                return _announce(backend.name, f"on {kind}; {before}" if before else f"on {kind}")
+            return _announce(backend.name, before or BACKENDS["triton"].why_not(problem) or f"on {kind}")
+    raise AssertionError("the last backend serves everything")
+
+
+@functools.cache
+def _announce(name: str, reason: str) -> str:
+    info(f"landmark attention: {name} ({reason})")
+    return name

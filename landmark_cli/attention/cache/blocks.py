@@ -1,0 +1,164 @@
+"""The blocks of one layer. A block of a row's stream is stored as it is read, and retrieved once its landmark has been
+read. Keys are kept rotated by their offset in their block only, so they never have to be rotated again (arXiv
+2305.16300, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..rotary import rotate
+from .chunk import Chunk
+from .pages import Offload, Pages
+from .rotations import SlotRotations
+from .settings import RetrievalSettings
+
+SMALLEST_CAPACITY, LARGEST_STEP = 16, 4096
+
+
+class LayerBlocks:
+    """One layer's blocks: a ring in which block number b stands at slot b % capacity.
+
+    blocks: (B, G, capacity, 2, block_size, D), the keys of a block, rotated by their offset in it, and its values.
+    landmark_keys: (B, G, capacity, D), the last key of each block once more, side by side for scoring; with absolute
+    positions it is rotated by its position in the row's stream instead.
+    one_landmark_key: the landmarks of all blocks have one key before rotation; only rounding tells stored ones apart.
+
+    With offloading, blocks lie in (pinned) host memory and `pages` holds copies of those used lately.
+    """
+
+    def __init__(
+        self,
+        settings: RetrievalSettings,
+        like: Tensor,
+        rotations: SlotRotations,
+        offload: Offload | None = None,
+        one_landmark_key: bool = False,
+    ):
+        """like: the layer's keys, (B, G, T, D). rotations: what the layers of a cache share."""
+        batch, heads, _, head_dim = like.shape
+        self.settings, self.rotations, self.offload = settings, rotations, offload
+        self.one_landmark_key = one_landmark_key
+        self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
+        self._arrivals = like.new_zeros(0, dtype=torch.int32)
+        self._allocate(0)
+
+    @property
+    def capacity(self) -> int:
+        return self.landmark_keys.shape[2]
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, G, capacity, block_size, D), a view of blocks."""
+        return self.blocks[:, :, :, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """(B, G, capacity, block_size, D), a view of blocks."""
+        return self.blocks[:, :, :, 1]
+
+    @property
+    def pages(self) -> Pages | None:
+        """Of offloaded blocks those that the GPU holds copies of; None where blocks are not offloaded."""
+        if self._pages is None and self.offload is not None:
+            self._pages = Pages(self.blocks.shape, self.landmark_keys, self.offload.bytes_per_layer)
+        return self._pages
+
+    def reserve(self, complete: Sequence[int], added: Sequence[int], expected: int = 0) -> bool:
+        """Make room, by doubling at first, for each row's `complete` blocks and `added` more (the tail block too).
+
+        A bounded cache needs room for its bound and one chunk only. expected: blocks to make room for in one go.
+        Returns whether the tensors are new ones.
+        """
+        bound = self.settings.retrievable
+        wanted = max(min(n, bound) + more for n, more in zip(complete, added, strict=True))
+        if wanted <= self.capacity:
+            return False
+        capacity = max(wanted, expected, self.capacity + min(self.capacity, LARGEST_STEP), SMALLEST_CAPACITY)
+        capacity = min(capacity, bound + max(added))
+        if self.blocks.is_pinned():
+            # The GPU may still be writing what the host is about to copy.
+            torch.cuda.synchronize(self.landmark_keys.device)
+        old = self.landmark_keys, self.blocks
+        self._allocate(capacity)
+        for row, n in enumerate(complete):
+            # What a row still holds: its newest blocks and the tail block, in runs that wrap in neither ring.
+            at = max(0, n + 1 - old[0].shape[2])
+            while at <= n:
+                source, to = at % old[0].shape[2], at % capacity
+                run = min(n + 1 - at, old[0].shape[2] - source, capacity - to)
+                self.landmark_keys[row, :, to : to + run] = old[0][row, :, source : source + run]
+                self.blocks[row, :, to : to + run] = old[1][row, :, source : source + run]
+                at += run
+        return True
+
+    def _allocate(self, capacity: int) -> None:
+        batch, heads, _, head_dim = self.landmark_keys.shape
+        shape = batch, heads, capacity, 2, self.settings.block_size, head_dim
+        self.landmark_keys = self.landmark_keys.new_zeros(batch, heads, capacity, head_dim)
+        self._pages: Pages | None = None
+        if self.offload is None:
+            self.blocks = self.landmark_keys.new_zeros(shape)
+        else:
+            self.blocks = self.offload.empty(shape, self.landmark_keys)
+
+    def arrivals(self, rows: int) -> Tensor:
+        """(rows,) int32 zeros in which the programs of a decoding step count themselves; they leave zeros behind.
+
+        rows: the same number every time, for the most tokens a step can have: recorded steps keep the tensor's address.
+        """
+        if len(self._arrivals) == 0:
+            self._arrivals = self._arrivals.new_zeros(rows)
+        if len(self._arrivals) != rows:
+            raise ValueError(f"rows is {rows}, was {len(self._arrivals)}")
+        return self._arrivals
+
+    def gather(self, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Keys and values at (row, head, slot) or (row, head, slot, offset), broadcast, on the model's device."""
+        device = self.landmark_keys.device
+        index = tuple(x.to(self.blocks.device) for x in index)
+        return self.keys[index].to(device), self.values[index].to(device)
+
+    def window(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """The tail block in front of the chunk, then the chunk: what a query attends to without retrieval.
+
+        k, v: (B, G, T, D) of the chunk. Returns keys and values (B, G, P + T, D), P tokens of the longest tail block,
+        and the first real key of each row, (B,), from which the row's blocks count.
+        """
+        longest = max(chunk.host_tail)
+        first = chunk.start + longest - chunk.tail
+        if longest == 0:
+            return k, v, first
+        index = torch.arange(longest + k.shape[2], device=k.device)
+        in_chunk = (index >= longest + chunk.start[:, None])[:, None, :, None]
+        offset = (index - first[:, None]).clamp(0, self.settings.block_size - 1)
+        rows = torch.arange(k.shape[0], device=k.device)
+        heads = torch.arange(k.shape[1], device=k.device)
+        slot = chunk.blocks % self.capacity
+        tail = self.gather((rows[:, None, None], heads[:, None], slot[:, None, None], offset[:, None]))
+
+        def join(stored: Tensor, fresh: Tensor) -> Tensor:
+            return torch.where(in_chunk, torch.nn.functional.pad(fresh, (0, 0, longest, 0)), stored)
+
+        return join(tail[0], k), join(tail[1], v), first
+
+    def append(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
+        """Store the chunk's keys (rotated at chunk.position_ids) and values, (B, G, T, D), in their blocks."""
+        size = self.settings.block_size
+        later = chunk.position_ids // size
+        block = chunk.blocks[:, None] + later
+        row, token = chunk.real.nonzero(as_tuple=True)
+        slot, offset = (block % self.capacity)[row, token], (chunk.position_ids % size)[row, token]
+
+        cos, sin = self.rotations.by(-later)
+        rotated = rotate(k, cos[:, None], sin[:, None])[row, :, token]
+        where = tuple(x.to(self.blocks.device) for x in (row, slot, offset))
+        self.keys[where[0], :, where[1], where[2]] = rotated.to(self.blocks.device)
+        self.values[where[0], :, where[1], where[2]] = v[row, :, token].to(self.blocks.device)
+        landmark = offset == size - 1
+        if self.settings.positions == "absolute":
+            cos, sin = chunk.stream_rotation
+            rotated = rotate(k, cos[:, None, None], sin[:, None, None])[row, :, token]
+        self.landmark_keys[row[landmark], :, slot[landmark]] = rotated[landmark]

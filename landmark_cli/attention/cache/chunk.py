@@ -1,0 +1,78 @@
+"""A chunk: the next tokens of every row, and where they stand.
+
+Positions of a chunk are counted from the start of the tail block it continues, the row's incomplete block (0 ..
+block_size - 1 in front of the chunk, then on). A block standing d block slots before that start is reached by rotating
+the query by +d * block_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Chunk:
+    """Lengths, positions and counts of the next tokens of every row. Rows of unequal length are padded on the left.
+
+    width: tokens, padding included. host_lengths, host_blocks, host_tail: on the host, tokens of each row in the chunk,
+    and blocks and tail as below. retrievable: the most complete blocks that a row can choose from.
+    counters: (3, B) int32, on the model's device: start, the padding in front of each row; blocks, its complete blocks
+    before the chunk, evicted ones counted; tail, tokens of its tail block before the chunk.
+    stream_rotation: with absolute positions, cos and sin, (B, rotary_dim / 2), of the rotation from chunk positions to
+    positions in each row's stream.
+    """
+
+    width: int
+    host_lengths: list[int]
+    host_blocks: list[int]
+    host_tail: list[int]
+    retrievable: int
+    counters: Tensor
+    stream_rotation: tuple[Tensor, Tensor] | None = None
+    _moved: dict[torch.device, Chunk] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def start(self) -> Tensor:
+        return self.counters[0]
+
+    @property
+    def blocks(self) -> Tensor:
+        return self.counters[1]
+
+    @property
+    def tail(self) -> Tensor:
+        return self.counters[2]
+
+    def to(self, device: torch.device) -> Chunk:
+        """The same chunk for a layer that lives on another device."""
+        if device == self.counters.device:
+            return self
+        if device not in self._moved:
+            rotation = self.stream_rotation and tuple(x.to(device) for x in self.stream_rotation)
+            self._moved[device] = replace(self, counters=self.counters.to(device), stream_rotation=rotation)
+        return self._moved[device]
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(B, T) int64, counted from the start of the tail block; on padding a number without meaning."""
+        index = torch.arange(self.width, device=self.counters.device)
+        return (index + (self.tail - self.start)[:, None]).clamp_(min=0)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """(B, T) bool: no padding."""
+        return torch.arange(self.width, device=self.counters.device) >= self.start[:, None]
+
+    @property
+    def most_cached(self) -> int:
+        """Complete blocks that can be retrieved in the row that has most."""
+        return min(max(self.host_blocks), self.retrievable)
+
+    @property
+    def cached(self) -> Tensor:
+        """(B,) complete blocks that can be retrieved."""
+        return self.blocks.clamp(max=self.retrievable)

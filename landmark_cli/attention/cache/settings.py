@@ -1,0 +1,51 @@
+"""How blocks are retrieved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Selection = Literal["per_token_and_head", "max_over_heads", "max_over_tokens"]
+Positions = Literal["bounded", "absolute"]
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """How blocks are retrieved.
+
+    block_size: tokens a block, landmark included.
+    top_k: blocks retrieved per query; 0 retrieves nothing, more than are cached retrieves all.
+    selection: who shares a selection: nobody, all heads of a token, or all tokens of a chunk (paper, section 4.1).
+    cache_blocks: newest complete blocks kept; None keeps all.
+    context_miss_cutoff: share of a context-miss token under which a query retrieves nothing (models that have one).
+    positions: "bounded" places retrieved blocks in the window in front of the chunk, so no distance exceeds the trained
+    length; "absolute" leaves every block at its true distance.
+
+    Raises ValueError naming a setting that cannot be.
+    """
+
+    block_size: int
+    top_k: int
+    selection: Selection = "per_token_and_head"
+    cache_blocks: int | None = None
+    positions: Positions = "bounded"
+    context_miss_cutoff: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise ValueError(f"block_size is {self.block_size}; a text token and a landmark make it at least 2")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 or more")
+        if self.selection not in get_args(Selection):
+            raise ValueError(f"selection is {self.selection!r}; choose one of {', '.join(get_args(Selection))}")
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"positions is {self.positions!r}; choose one of {', '.join(get_args(Positions))}")
+        if not 0.0 <= self.context_miss_cutoff <= 1.0:
+            raise ValueError(f"context_miss_cutoff is {self.context_miss_cutoff}; a share is between 0 and 1")
+        if self.cache_blocks is not None and self.cache_blocks < 0:
+            raise ValueError(f"cache_blocks is {self.cache_blocks}; it must be 0 or more, or None to keep all")
+
+    @property
+    def retrievable(self) -> int:
+        """The most complete blocks a row can choose from."""
+        return 2**31 - 1 if self.cache_blocks is None else self.cache_blocks

@@ -1,0 +1,102 @@
+"""Choosing blocks for few queries, which leave nothing to do but read all landmarks: shared by programs.
+
+Every program scores landmarks of its own and leaves its best as candidates; whoever needs the best of all picks them
+from these. Source: arXiv 2305.16300, section 3.2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .parts import counts_of, query_rows
+from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
+def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, SCORES, q_strides, tokens, batch,
+                      heads, capacity, retrievable, top_k, one_key, scale,
+                      HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr,
+                      ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, ABSOLUTE: tl.constexpr,
+                      EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """AGES and SCORES (B, H, T, SPLITS, K): of each query and head, the K best blocks among those of each split.
+
+    Program (tile of rows, split, key head): rows are the queries of the heads on a key head. The first split has the
+    newest K blocks (NEAR columns hold them), which are scored at their true distance and are all candidates; the others
+    share the rest in tiles of COLS. Splits that have nothing write nothing. batch, heads, capacity, retrievable,
+    top_k, one_key: as in select_kernel.
+    """
+    split = tl.program_id(1)
+    key_row = tl.program_id(2)
+    batch_row = key_row // heads
+    start, blocks, _ = counts_of(COUNTERS, batch, batch_row)
+    cached = tl.minimum(blocks, retrievable)
+    near = tl.minimum(cached, top_k)
+    if (split - 1) * COLS >= cached - near:
+        return
+
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as in_range, real, offset and out
+    in_range = row < HEADS_PER_KEY * tokens
+    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, HEADS_PER_KEY)
+    q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
+    out = ((tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row) * SPLITS + split) * K
+    if split == 0:
+        # Names of their own: a variable has one shape in both branches.
+        newest = tl.arange(0, NEAR)  # (NEAR,)
+        near_s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, newest, key_row, blocks, near, near, capacity, one_key,
+                                 scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, NEAR)  # fmt: skip
+        if not EXACT:
+            # As the other splits know a score.
+            near_s = tl.where((newest < near)[None, :], rounded(ordered(near_s), COLS), NO_SCORE)
+        near_age = tl.where(real[:, None] & (newest < near)[None, :], 1 + newest[None, :], 0)  # (ROWS, NEAR), as mask
+        mask = in_range[:, None] & (newest < K)[None, :]
+        tl.store(AGES + (out[:, None] + newest[None, :]), near_age, mask=mask)
+        tl.store(SCORES + (out[:, None] + newest[None, :]), near_s, mask=mask)
+    else:
+        column = tl.arange(0, COLS)  # (COLS,)
+        # The running lists: K tiles (ROWS,) each.
+        scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
+        ages = (tl.zeros([ROWS], tl.int32),) * K
+        for tile in range(split - 1, tl.cdiv(cached - near, COLS), SPLITS - 1):
+            first_age = 1 + near + tile * COLS
+            s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
+                                one_key, scale, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+            scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
+        for j in tl.static_range(K):
+            tl.store(AGES + out + j, tl.where(real, ages[j], 0), mask=in_range)
+            tl.store(SCORES + out + j, scores[j], mask=in_range)
+
+
+@triton.jit
+def best_candidates(AGES, SCORES, row, cached, near, K: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
+                    COLS: tl.constexpr, K_PAD: tl.constexpr):  # fmt: skip
+    """The ages of a row's K best of all splits' candidates, (K_PAD,), 0 where there are not so many."""
+    index = tl.arange(0, CANDIDATES)  # (CANDIDATES,), as left, score and age
+    left = (index < SPLITS * K) & ((index // K - 1) * COLS < cached - near)
+    at = tl.cast(row, tl.int64) * (SPLITS * K) + index
+    score = tl.load(SCORES + at, mask=left, other=NO_SCORE)
+    age = tl.load(AGES + at, mask=left, other=0)
+    rank = tl.arange(0, K_PAD)  # (K_PAD,), as best
+    best = tl.zeros([K_PAD], tl.int32)
+    for j in tl.static_range(K):
+        top = tl.max(score, 0)
+        found = tl.min(tl.where(score == top, age, 2147483647), 0)
+        best = tl.where(rank == j, tl.where(top > NO_SCORE, found, 0), best)
+        score = tl.where(age == found, NO_SCORE, score)
+    return best
+
+
+@triton.jit(do_not_specialize=["rows_per_batch", "batch", "retrievable", "top_k"])
+def pick_kernel(AGES, SCORES, COUNTERS, OUT, rows_per_batch, batch, retrievable, top_k, K: tl.constexpr,
+                SPLITS: tl.constexpr,
+                CANDIDATES: tl.constexpr, COLS: tl.constexpr, K_PAD: tl.constexpr):  # fmt: skip
+    """Each row's best of the candidates that the splits of candidates_kernel left: OUT (rows, K).
+
+    retrievable: most blocks to choose from.
+    """
+    row = tl.program_id(0)
+    _, blocks, _ = counts_of(COUNTERS, batch, row // rows_per_batch)
+    cached = tl.minimum(blocks, retrievable)
+    best = best_candidates(AGES, SCORES, row, cached, tl.minimum(cached, top_k), K, SPLITS, CANDIDATES, COLS, K_PAD)
+    rank = tl.arange(0, K_PAD)  # (K_PAD,)
+    tl.store(OUT + tl.cast(row, tl.int64) * K + rank, best, mask=rank < K)
