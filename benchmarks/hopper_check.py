@@ -74,7 +74,7 @@ def check(name: str) -> None:
     from landmark_cli.attention.kernels.hopper import launch
     from landmark_cli.attention.reference import landmark_attention as eager
 
-    for function in ("launch_forward", "launch_backward"):
+    for function in ("launch_forward", "launch_query_gradient", "launch_key_gradient"):
         watched(launch, function)
     dtype, dim, block, shapes = CHECKS[name]
     dtype = getattr(torch, dtype)

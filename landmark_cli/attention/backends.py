@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from ..errors import LandmarkError, UsageError
 from . import retrieval
 from .cache import Chunk, LayerBlocks
 from .context_miss import attend_chunk_with_context_miss
+from .kernels.hopper import support as hopper_support
+from .kernels.training import support as training_support
 from .retrieval import Read
 
 # With fewer queries there is too little work for a kernel that keeps a multiprocessor to itself.
@@ -106,25 +109,30 @@ def _why_not_triton(problem: Problem) -> str | None:
     kind = problem.device.partition(":")[0]
     try:
         from .kernels.common.configuration import INTERPRETED
-        from .kernels.training import support
     except ImportError as error:
         if kind != "cuda":
             return f"the Triton kernels need an NVIDIA GPU and q is on {kind}"
         return f"{error.name or 'triton'} is not installed"
     if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
         return f"the Triton kernels need an NVIDIA GPU and q is on {kind}"
-    return support.why_not(problem.dtype, problem.head_dim, problem.block_size)
+    return training_support.why_not(problem.dtype, problem.head_dim, problem.block_size)
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    """The kernels' launches, imported where they are wanted: not every machine has Triton."""
+    from .kernels.training import launch
+
+    return launch
 
 
 def _triton_forward(q: Tensor, k: Tensor, v: Tensor, *settings) -> tuple[Tensor, Tensor]:
-    from .kernels.training import launch
-
+    launch = _triton()
     return launch.forward(q, k, v, launch.Layout(*settings))
 
 
 def _triton_backward(dout, dlse, q, k, v, out, lse, *settings) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.training import launch
-
+    launch = _triton()
     return launch.backward(dout, dlse, q, k, v, out, lse, launch.Layout(*settings))
 
 
@@ -152,10 +160,16 @@ def _triton_read(
 _given_up: str | None = None
 
 
-def _is_hopper(device: str) -> bool:
-    from .kernels.hopper import support
+@functools.cache
+def _hopper() -> ModuleType:
+    """The kernels' launches, imported where they are wanted: not every Triton has their language."""
+    from .kernels.hopper import launch
 
-    return support.is_hopper(device)
+    return launch
+
+
+def _is_hopper(device: str) -> bool:
+    return hopper_support.is_hopper(device)
 
 
 def _why_not_hopper(problem: Problem) -> str | None:
@@ -171,9 +185,7 @@ def _why_not_hopper(problem: Problem) -> str | None:
         return "the Hopper kernels know no dropout"
     if not _is_hopper(problem.device):
         return "the Hopper kernels need a GPU of compute capability 9.0"
-    from .kernels.hopper import support
-
-    return support.why_not(problem.dtype, problem.head_dim, problem.block_size) or _given_up
+    return hopper_support.why_not(problem.dtype, problem.head_dim, problem.block_size) or _given_up
 
 
 def _hopper_forward(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, *rest) -> tuple[Tensor, Tensor]:
@@ -192,13 +204,10 @@ def _unless_given_up(name: str, *arguments) -> tuple[Tensor, ...] | None:
     global _given_up
     if _given_up is not None:
         return None
-    # Imported where they are wanted: not every Triton has their language.
-    from .kernels.hopper import launch, support
-
     try:
-        return getattr(launch, name)(*arguments)
+        return getattr(_hopper(), name)(*arguments)
     except Exception as error:
-        reason = support.compile_failure(error)
+        reason = hopper_support.compile_failure(error)
         if reason is None:
             raise
         _given_up = reason

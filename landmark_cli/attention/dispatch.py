@@ -109,6 +109,7 @@ def landmark_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         context_miss_key = None if context_miss_key is None else context_miss_key.to(dtype)
+    reference.check_shapes(q, k, v)
     problem = Problem(
         str(q.device),
         q.dtype,

@@ -13,7 +13,6 @@ from torch.autograd.forward_ad import unpack_dual
 
 from .backends import BACKENDS
 from .kernels.common.tensors import empty_heads_last
-from .reference import check_shapes
 
 
 def attend(
@@ -32,9 +31,10 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The twin of `reference.landmark_attention` in the kernels of a backend that can serve: values and gradients.
 
-    q: (B, H, Tq, D), k, v: (B, G, Tk, D). Any strides, as long as the head dim is contiguous (other inputs are copied).
-    scale: positive. The random numbers of group dropout are the definition's; a dropout_seed that is a tensor compiles
-    once for all seeds. Products of float32 are as exact as PyTorch is told that they have to be.
+    q: (B, H, Tq, D), k, v: (B, G, Tk, D); dispatch has checked these three. Any strides, as long as the head dim is
+    contiguous (other inputs are copied). scale: positive. The random numbers of group dropout are the definition's; a
+    dropout_seed that is a tensor compiles once for all seeds. Products of float32 are as exact as PyTorch is told that
+    they have to be.
 
     The output (B, H, Tq, D) lies in memory as (B, Tq, H, D). The log-sum-exp is differentiable too. Gradients repeat
     bit by bit; their workspace is at most 1.6 times the memory of q.
@@ -43,7 +43,6 @@ def attend(
     """
     if not torch.compiler.is_compiling():
         _refuse_transforms(q, k, v)
-    check_shapes(q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; the kernels need a positive one")

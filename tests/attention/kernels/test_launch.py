@@ -1,8 +1,17 @@
 """Launches are repeated with other addresses and the same arguments."""
 
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from landmark_cli.attention import operators
+from landmark_cli.attention.kernels.common import rotary
 from landmark_cli.attention.kernels.common.launch import Address, Kept, LaunchCache, Operand, addresses, launch
+from landmark_cli.attention.kernels.hopper import launch as hopper
+from landmark_cli.attention.kernels.hopper import schedule
+from landmark_cli.attention.kernels.training import launch as training
 
 
 class Compiled:
@@ -62,7 +71,8 @@ def test_a_call_of_a_known_kind_repeats_its_launches():
             made.append(kind)
             yield launch(Kernel(compiled), 1, tensors, (0, 1), (5,), {"ONE": 1, "TWO": 2}, {})
 
-        calls.run(kind, tensors, make)
+        if not calls.repeat(kind, tensors):
+            calls.make(kind, tensors, make)
 
     x, y = torch.zeros(8), torch.zeros(9)
     call(("a",), x, None)
@@ -72,7 +82,7 @@ def test_a_call_of_a_known_kind_repeats_its_launches():
     for _ in range(2):
         call(("a",), y[1:], None)
         call(("b",), y[1:], None)
-    assert made == [("a",), ("a",), ("b",), ("a",), ("b",)] and ("b",) not in calls
+    assert made == [("a",), ("a",), ("b",), ("a",), ("b",)] and ("b",) not in calls.launches
     calls.clear()
     call(("a",), x, None)
     assert len(made) == 6 and len(compiled.runs) == 1
@@ -80,8 +90,8 @@ def test_a_call_of_a_known_kind_repeats_its_launches():
 
 def test_addresses():
     x = torch.zeros(64)
-    assert addresses(x, None, x[4:]) == (x.data_ptr(), None, x.data_ptr() + 16)
-    assert addresses(x, x[1:]) is None
+    assert addresses([x, None, x[4:]]) == (x.data_ptr(), None, x.data_ptr() + 16)
+    assert addresses([x, x[1:]]) is None
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
@@ -90,3 +100,93 @@ def test_what_is_kept_is_bounded(monkeypatch):
     for key in range(8):
         assert kept.keep(key, str(key)) == str(key)
         assert len(kept) <= 3 and kept[key] == str(key)
+
+
+def test_programs_along_two_axes():
+    compiled = Compiled()
+    done = launch(Kernel(compiled), (5, 3), [torch.zeros(1)], (0, 0), (5,), {"ONE": 1, "TWO": 2}, {})
+    done.again((16,))
+    assert compiled.runs == [((5, 3, 1), (16, 16, 5, 1, 2))]
+
+
+class Counted:
+    """Instead of a kernel: counts its launches, those that Triton prepares ("anew") and those that it does not."""
+
+    def __init__(self, kernel, counts):
+        self.arg_names, self.counts, self.name = kernel.arg_names, counts, kernel.fn.__name__
+
+    def __getitem__(self, grid):
+        def anew(*arguments, **constants):
+            self.counts[self.name, "anew"] += 1
+            return {grid: again}
+
+        def again(*arguments):
+            assert len(arguments) == len(self.arg_names)
+            self.counts[self.name, "again"] += 1
+
+        return anew
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often each kernel of a training step is launched; nothing runs."""
+    found = Counter()
+    for module, names in (
+        (training, ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")),
+        (hopper, ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")),
+        (rotary, ("rotate_kernel", "join_kernel")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), found))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=3))
+    caches = training.FORWARD_CALLS, training.BACKWARD_CALLS, hopper.FORWARD_CALLS, hopper.BACKWARD_CALLS, rotary.CALLS
+    for cache in caches:
+        cache.clear()
+    yield found
+    for cache in caches:
+        cache.clear()
+    schedule.query_schedule.cache_clear()
+    schedule.key_schedule.cache_clear()
+
+
+def rotate_all(q, k, v):
+    """Rotations of a training step, forward and backward: of queries and keys, and of both together with values."""
+    cos, sin = torch.randn(2, 1, 1, q.shape[2], q.shape[3] // 2)
+    for x in (q, k):
+        rotary.rotate(x, cos, sin).backward(torch.ones_like(x))
+    rotary.join_rotated(q.detach(), k.detach(), v.detach(), cos, -sin)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_a_second_training_step_leaves_triton_nothing_to_prepare(backend, compiled, counts, monkeypatch):
+    """Nor does anything look for grids, schedules, descriptors or configurations again, on tensors of its own."""
+
+    def attend(qkv):
+        q, k, v = (part.transpose(1, 2) for part in (qkv * 2).unbind(2))
+        return operators.attend(q, k, v, block_size=51, backend=backend)
+
+    run = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiled else attend
+    kept, seen = [], []
+    for _ in range(3):
+        qkv = torch.randn(2, 300, 3, 4, 64, dtype=torch.float16, requires_grad=True)
+        out = run(qkv)
+        out.backward(torch.randn(2, 300, 4, 64, dtype=torch.float16).transpose(1, 2))
+        q, k, v = (part.transpose(1, 2).detach().requires_grad_() for part in qkv.unbind(2))
+        rotate_all(q, k, v)
+        # Held, so that the next step's tensors lie elsewhere.
+        kept.append((qkv, out, q, k, v))
+        seen.append({way: Counter(n for n, w in counts.elements() if w == way) for way in ("anew", "again")})
+        counts.clear()
+        if len(seen) == 1:
+            for module, names in (
+                (training, ("launch_forward", "launch_backward", "choices")),
+                (hopper, ("launch_forward", "launch_backward", "aligned", "_describer", "forward_configuration")),
+                (rotary, ("_launch_anew",)),
+            ):
+                for name in names:
+                    monkeypatch.setattr(module, name, None)
+    once = {"forward_kernel": 1, "query_gradient_kernel": 1, "key_gradient_kernel": 1}
+    assert {n: c for n, c in (seen[0]["anew"] + seen[0]["again"]).items() if n in once} == once
+    for step in seen[1:]:
+        assert step["anew"] == {} and step["again"] == once | {"rotate_kernel": 4, "join_kernel": 1}

@@ -6,6 +6,7 @@ has looked at each of them. All this depends on shapes and strides alone and is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ HEADS_IN_FLIGHT = 8
 # So many kinds of calls are kept, and so many sets of addresses of each; then all are forgotten.
 KEPT = 1024
 
-# Triton compiles a kernel anew for an address that is no multiple of this.
+# Triton compiles a kernel anew for an address that is no multiple of this, a power of two.
 ALIGNMENT = 16
 
 
@@ -60,8 +61,8 @@ class Launch:
     """A launch that was made, of a kernel on a call's tensors.
 
     operands: (place, bytes behind that tensor's beginning, describe) of each of its first arguments; arguments: the
-    others, and what of memory these need. given: all of them, by the addresses of a call's tensors; training comes back
-    to the same ones.
+    others, and what of memory these need. given: all of them, by the addresses of a call's tensors, where operands take
+    work to put together; training comes back to the same ones.
     """
 
     run: Callable
@@ -72,7 +73,15 @@ class Launch:
 
     def again(self, at: tuple[int | None, ...]) -> None:
         """Launch it on the tensors of another call, given by their addresses."""
-        self.run(*(self.given.get(at) or self.given.keep(at, self._arguments_at(at))))
+        if self.on_whole_tensors:
+            self.run(*[at[place] for place, _, _ in self.operands], *self.arguments)
+        else:
+            self.run(*(self.given.get(at) or self.given.keep(at, self._arguments_at(at))))
+
+    @functools.cached_property
+    def on_whole_tensors(self) -> bool:
+        """Whether all operands are addresses of tensors as they are."""
+        return all(start == 0 and describe is None for _, start, describe in self.operands)
 
     def _arguments_at(self, at: tuple[int | None, ...]) -> tuple:
         operands = []
@@ -84,7 +93,7 @@ class Launch:
 
 def launch(
     kernel,
-    programs: int,
+    programs: int | tuple[int, int],
     tensors: Sequence[Tensor | None],
     operands: Iterable[Operand | int],
     arguments: tuple,
@@ -93,14 +102,15 @@ def launch(
 ) -> Launch | None:
     """Launch a kernel, whose parameters are operands, arguments and, in any order, constants.
 
-    tensors: the call's. operands: of these; a number stands for the whole tensor at that place. arguments: numbers,
-    tuples of them, and tensors that every call of this kind shares. options: how Triton is to run it (num_warps, ...).
+    programs: how many, along the grid's first axis or its first two. tensors: the call's. operands: of these; a number
+    stands for the whole tensor at that place. arguments: numbers, tuples of them, and tensors that every call of this
+    kind shares. options: how Triton is to run it (num_warps, ...).
 
     None in Triton's interpreter, where there is nothing compiled to launch again.
     """
     operands = [Operand(x, tensors[x]) if isinstance(x, int) else x for x in operands]
     given = [piece if describe is None else describe(piece) for _, piece, describe in operands]
-    grid = programs, 1, 1
+    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
     compiled = kernel[grid](*given, *arguments, **constants, **options)
     if compiled is None:
         return None
@@ -120,35 +130,48 @@ class LaunchCache:
     def __init__(self) -> None:
         self.launches: Kept = Kept()
 
-    def __contains__(self, kind: tuple) -> bool:
-        return kind in self.launches
-
-    def run(self, kind: tuple, tensors: Sequence[Tensor | None], make: Callable[[], Iterable[Launch | None]]) -> None:
-        """Repeat the launches of an earlier call of this kind on these tensors; else make them, and keep them if every
-        tensor begins where tensors commonly do."""
-        at = addresses(*tensors)
+    def repeat(self, kind: tuple, tensors: Sequence[Tensor | None]) -> bool:
+        """Repeat the launches of an earlier call of this kind on these tensors. False, and nothing is done, where none
+        was kept or where one of the tensors begins where tensors rarely do."""
+        launches = self.launches.get(kind)
+        at = None if launches is None else addresses(tensors)
+        if at is None:
+            return False
         with on_device(tensors[0]):
-            if at is not None and (earlier := self.launches.get(kind)) is not None:
-                for launched in earlier:
-                    launched.again(at)
-                return
-            launches = list(make())
-            if at is not None and None not in launches:
-                self.launches.keep(kind, launches)
+            for launched in launches:
+                launched.again(at)
+        return True
+
+    def make(
+        self, kind: tuple, tensors: Sequence[Tensor | None], launches: Callable[[], Iterable[Launch | None]]
+    ) -> None:
+        """Make the launches of a call that `repeat` could not repeat, and keep them for the next calls of its kind if
+        they can be launched again and every tensor begins where tensors commonly do."""
+        with on_device(tensors[0]):
+            made = list(launches())
+        if None not in made and addresses(tensors) is not None:
+            self.launches.keep(kind, made)
 
     def clear(self) -> None:
         """After a change of configurations."""
         self.launches.clear()
 
 
-def addresses(*tensors: Tensor | None) -> tuple[int | None, ...] | None:
+def addresses(tensors: Iterable[Tensor | None]) -> tuple[int | None, ...] | None:
     """Where the tensors begin; None if one of them begins at an uncommon place."""
-    found = tuple([None if x is None else x.data_ptr() for x in tensors])
-    return None if any(at is not None and at % ALIGNMENT for at in found) else found
+    found, bits = [], 0
+    for x in tensors:
+        at = None if x is None else x.data_ptr()
+        bits |= at or 0
+        found.append(at)
+    return None if bits % ALIGNMENT else tuple(found)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """Kernels are launched on the current device: x's, inside."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(x.device)
+
+
+_HERE = nullcontext()

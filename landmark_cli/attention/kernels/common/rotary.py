@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import Launch, LaunchCache, launch
 from .tensors import empty_heads_last
+
+CALLS = LaunchCache()
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def join_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> T
     """q and k, rotated, and v as it is, (B, H, T, D) each with a dense last dimension, in one: (B, T, 3, H, D)."""
     batch, heads, tokens, dim = q.shape
     joined = q.new_empty(batch, tokens, 3, heads, dim)
-    _launch(join_kernel, (q, k, v), cos, sin, joined, ())
+    _launch(join_kernel, (q, k, v, cos, sin, joined), ())
     return joined
 
 
@@ -106,22 +108,33 @@ class Rotation(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = empty_heads_last(x)
-    _launch(rotate_kernel, (x,), cos, sin, out, (out.stride()[:3],))
+    _launch(rotate_kernel, (x, cos, sin, out), (out.stride()[:3],))
     return out
 
 
-def _launch(kernel, parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, out: Tensor, out_strides: tuple) -> None:
-    """Run a kernel, whose parameters are parts, angles, output, strides of these, heads."""
+def _launch(kernel, tensors: tuple[Tensor, ...], out_strides: tuple) -> None:
+    """Run a kernel, whose parameters are tensors (what is rotated, cos, sin, output), strides of these, heads."""
+    # Both kernels' calls differ in their number of tensors; sin lies in memory as cos does.
+    kind = tensors[0].device, *[(x.dtype, x.shape, x.stride()) for x in tensors]
+    if not CALLS.repeat(kind, tensors):
+        CALLS.make(kind, tensors, lambda: [_launch_anew(kernel, tensors, out_strides)])
+
+
+def _launch_anew(kernel, tensors: tuple[Tensor, ...], out_strides: tuple) -> Launch | None:
+    *parts, cos, _, _ = tensors
     batch, heads, tokens, dim = parts[0].shape
     half = cos.shape[-1]
     rest = dim - 2 * half
-    cos, sin = (t.expand(batch, 1, tokens, half) for t in (cos, sin))
-    with on_device(out):
-        kernel[(tokens, batch)](
-            *parts, cos, sin, out, *(t.stride()[:3] for t in (*parts, cos)), *out_strides, heads, HALF=half, REST=rest,
-            HALF_PAD=triton.next_power_of_2(half), REST_PAD=triton.next_power_of_2(max(1, rest)),
-            HEADS=min(16, triton.next_power_of_2(heads)), num_warps=4,
-        )  # fmt: skip
+    cos = cos.expand(batch, 1, tokens, half)
+    constants = {
+        "HALF": half,
+        "REST": rest,
+        "HALF_PAD": triton.next_power_of_2(half),
+        "REST_PAD": triton.next_power_of_2(max(1, rest)),
+        "HEADS": min(16, triton.next_power_of_2(heads)),
+    }
+    arguments = *(x.stride()[:3] for x in (*parts, cos)), *out_strides, heads
+    return launch(kernel, (tokens, batch), tensors, range(len(tensors)), arguments, constants, {"num_warps": 4})
 
 
 def serves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:

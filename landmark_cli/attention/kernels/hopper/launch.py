@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common.configuration import padded
-from ..common.launch import ALIGNMENT, Address, Launch, LaunchCache, Operand, addresses, launch
+from ..common.launch import ALIGNMENT, Address, Launch, LaunchCache, Operand, launch
 from ..common.statistics import Part, backward_parts
 from ..common.tensors import empty_heads_last
 from ..common.tiles import LOG2E
@@ -81,21 +81,17 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, *, choice: ForwardConfiguration | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Tq, D), lse (B, H, Tq) float32) of q (B, H, Tq, D) and k, v (B, G, Tk, D), as training/ has it."""
-    kind = *_kind(q, k, v), block_size, scale, choice
-    # Strides are fit in calls of a known kind.
-    if kind not in FORWARD_CALLS or addresses(q, k, v) is None:
-        inputs, copied = aligned(q, k, v)
-        if copied:
-            return forward(*inputs, block_size, scale, choice=choice)
     out = empty_heads_last(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    tensors = q, k, v, out, lse
-
-    def make() -> list[Launch | None]:
+    kind, tensors = (*_kind(q, k, v), block_size, scale, choice), (q, k, v, out, lse)
+    # Strides are fit in calls of a known kind.
+    if not FORWARD_CALLS.repeat(kind, tensors):
+        inputs, copied = aligned(q, k, v)
+        if copied:
+            del out, lse, tensors
+            return forward(*inputs, block_size, scale, choice=choice)
         chosen = choice or forward_configuration(q.shape[2], q.shape[3], block_size)
-        return [launch_forward(tensors, block_size, scale, chosen)]
-
-    FORWARD_CALLS.run(kind, tensors, make)
+        FORWARD_CALLS.make(kind, tensors, lambda: [launch_forward(tensors, block_size, scale, chosen)])
     return out, lse
 
 
@@ -104,23 +100,22 @@ def backward(
     scale: float, *, choice: BackwardConfiguration | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) for the gradients of out and, where there is one, of lse: in parts, as the portable kernels."""
-    kind = *_kind(q, k, v, out, dout), dlse is None, block_size, scale, choice
-    if kind not in BACKWARD_CALLS or addresses(q, k, v, out, dout) is None:
-        (q, k, v, out, dout), copied = aligned(q, k, v, out, dout)
-        if copied:
-            return backward(dout, dlse, q, k, v, out, lse, block_size, scale, choice=choice)
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
     parts, workspace = backward_parts(q, k, block_size)
     statistics = q.new_empty(workspace, dtype=torch.float32)
+    kind = *_kind(q, k, v, out, dout), dlse is None, block_size, scale, choice
     tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics
-
-    def make() -> Iterator[Launch | None]:
+    if not BACKWARD_CALLS.repeat(kind, tensors):
+        inputs, copied = aligned(q, k, v, out, dout)
+        if copied:
+            q, k, v, out, dout = inputs
+            # Lest there be two of each.
+            del dq, dk, dv, statistics, tensors
+            return backward(dout, dlse, q, k, v, out, lse, block_size, scale, choice=choice)
         chosen = choice or backward_configuration(q.shape[2], q.shape[3])
-        return launch_backward(tensors, parts, block_size, scale, chosen)
-
-    BACKWARD_CALLS.run(kind, tensors, make)
+        BACKWARD_CALLS.make(kind, tensors, lambda: launch_backward(tensors, parts, block_size, scale, chosen))
     return dq, dk, dv
 
 

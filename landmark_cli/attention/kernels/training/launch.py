@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -38,13 +39,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Te
     if layout.cu_seqlens is not None:
         out.zero_()
         lse.fill_(-math.inf)
-    tensors = q, k, v, out, lse, layout.bounds, layout.dropout_seed
-
-    def make() -> list[Launch | None]:
+    tensors, kind = (q, k, v, out, lse, layout.bounds, layout.dropout_seed), _kind(q, k, v, layout)
+    if not FORWARD_CALLS.repeat(kind, tensors):
         found = choices("forward", q, layout.block_size)
-        return [found.run(lambda choice: launch_forward(q, k, v, out, lse, layout, choice))]
-
-    FORWARD_CALLS.run(_kind(q, k, v, layout), tensors, make)
+        run = functools.partial(launch_forward, q, k, v, out, lse, layout)
+        FORWARD_CALLS.make(kind, tensors, lambda: [found.run(run)])
     return out.to(dtype), lse
 
 
@@ -63,7 +62,8 @@ def backward(
     statistics = q.new_empty(workspace, dtype=torch.float32)
     tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics, layout.bounds, layout.dropout_seed
     kind = (*_kind(q, k, v, layout), out.stride(), dout.stride(), dlse is None)
-    BACKWARD_CALLS.run(kind, tensors, lambda: launch_backward(tensors, layout, parts))
+    if not BACKWARD_CALLS.repeat(kind, tensors):
+        BACKWARD_CALLS.make(kind, tensors, lambda: launch_backward(tensors, layout, parts))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
@@ -169,6 +169,6 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple:
 
 def _operand(x: Tensor) -> Tensor:
     """x with a contiguous head dim, copied only where it is not; in float32 for Triton's interpreter if bfloat16."""
-    if x.dtype == torch.bfloat16 and INTERPRETED:
+    if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
