@@ -20,7 +20,7 @@ import triton.language as tl
 from ..common.softmax import dropout_factor, text_and_landmark, tile_logits
 from ..common.statistics import statistics_index
 from ..common.tiles import FLOOR, LOG2E, load_tile, store_tile
-from .tiles import PACKED, block_tile, launch_order, query_blocks, query_tile
+from .tiles import PACKED, block_tile, launch_order, query_blocks, query_rows, query_tile
 
 
 @triton.jit
@@ -130,18 +130,10 @@ def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS,
     if LAYOUT == PACKED:
         if row >= row_end:
             return
-    rows = tl.arange(0, ROWS)  # (ROWS,), as row_ok and position
-    row_ok = row + rows < row_end
-    position = row + rows + (offset - begin)
-    keys_left = queries + offset - begin
-    dim = tl.arange(0, DIM)  # (DIM,)
-
-    batch = batch.to(tl.int64)
-    query_head = (head % query_heads).to(tl.int64)
-    key_head = query_head // HEADS_PER_KEY
-    k_base = K + batch * k_strides[0] + key_head * k_strides[1] + tl.cast(begin, tl.int64) * k_strides[2]
-    v_base = V + batch * v_strides[0] + key_head * v_strides[1] + tl.cast(begin, tl.int64) * v_strides[2]
-    keys = (k_base, v_base, k_strides[2], v_strides[2], keys_left, tl.arange(0, COLS), dim)
+    batch, query_head, rows, row_ok, position, dim, keys = query_rows(
+        K, V, k_strides, v_strides, batch, head, query_heads, begin, row, row_end, offset, queries, HEADS_PER_KEY,
+        ROWS, COLS, DIM,
+    )  # fmt: skip
     q_base = Q + batch * q_strides[0] + query_head * q_strides[1]
     q = load_tile(q_base, row, q_strides[2], rows, row_ok, dim, D, True)  # (ROWS, DIM), as dout and out
     dout_base = DOUT + batch * dout_strides[0] + query_head * dout_strides[1]
@@ -165,7 +157,7 @@ def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS,
     count = last_row - first_row
     before = offset + first_row
     last = tl.minimum(row + ROWS, row_end) - 1 + offset - begin
-    whole, touched = query_blocks(row + offset - begin, last, keys_left, BLOCK, COLS * KEY_TILES)
+    whole, touched = query_blocks(row + offset - begin, last, queries + offset - begin, BLOCK, COLS * KEY_TILES)
     for block in tl.range(0, whole):
         at = statistics + statistics_index(block, count, before, BLOCK)
         dq = query_gradient_block(q, dout, lse, delta, dq, keys, at, plane, block, position, row_ok, row_number, scale,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..common.softmax import attend_block
 from ..common.tiles import FLOOR, LN2, load_tile, store_tile
-from .tiles import PACKED, launch_order, query_blocks, query_tile
+from .tiles import PACKED, launch_order, query_blocks, query_rows, query_tile
 
 
 @triton.jit(do_not_specialize=["queries", "offset", "documents", "tiles", "heads", "query_heads", "heads_in_flight",
@@ -32,18 +32,10 @@ def forward_kernel(Q, K, V, OUT, LSE, BOUNDS, SEED, q_strides, k_strides, v_stri
     if LAYOUT == PACKED:
         if row >= row_end:
             return
-    rows = tl.arange(0, ROWS)  # (ROWS,), as row_ok and position
-    row_ok = row + rows < row_end
-    position = row + rows + (offset - begin)
-    keys_left = queries + offset - begin
-    dim = tl.arange(0, DIM)  # (DIM,)
-
-    batch = batch.to(tl.int64)
-    query_head = (head % query_heads).to(tl.int64)
-    key_head = query_head // HEADS_PER_KEY
-    k_base = K + batch * k_strides[0] + key_head * k_strides[1] + tl.cast(begin, tl.int64) * k_strides[2]
-    v_base = V + batch * v_strides[0] + key_head * v_strides[1] + tl.cast(begin, tl.int64) * v_strides[2]
-    keys = (k_base, v_base, k_strides[2], v_strides[2], keys_left, tl.arange(0, COLS), dim)
+    batch, query_head, rows, row_ok, position, dim, keys = query_rows(
+        K, V, k_strides, v_strides, batch, head, query_heads, begin, row, row_end, offset, queries, HEADS_PER_KEY,
+        ROWS, COLS, DIM,
+    )  # fmt: skip
     q_base = Q + batch * q_strides[0] + query_head * q_strides[1]
     q = load_tile(q_base, row, q_strides[2], rows, row_ok, dim, D, True)  # (ROWS, DIM)
 
@@ -56,7 +48,7 @@ def forward_kernel(Q, K, V, OUT, LSE, BOUNDS, SEED, q_strides, k_strides, v_stri
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     last = tl.minimum(row + ROWS, row_end) - 1 + offset - begin
-    whole, touched = query_blocks(row + offset - begin, last, keys_left, BLOCK, COLS * KEY_TILES)
+    whole, touched = query_blocks(row + offset - begin, last, queries + offset - begin, BLOCK, COLS * KEY_TILES)
     for block in tl.range(0, whole):
         top, total, acc = attend_block(q, top, total, acc, keys, block, position, row_number, scale, dropout,
                                        BLOCK, D, COLS, KEY_TILES, DROPOUT, False, PRECISION)  # fmt: skip

@@ -60,6 +60,25 @@ def query_tile(BOUNDS, documents, tile, batch, offset, first_row, last_row, ROWS
 
 
 @triton.jit
+def query_rows(K, V, k_strides, v_strides, batch, head, query_heads, begin, row, row_end, offset, queries,
+               HEADS_PER_KEY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+    """What a tile of query rows from `row` on works with: (its batch row and its head, in 64 bits; rows, (ROWS,), which
+    of them there are, and their positions; dimensions, (DIM,); the keys, as softmax.attend_block takes them)."""
+    rows = tl.arange(0, ROWS)  # (ROWS,), as row_ok and position
+    row_ok = row + rows < row_end
+    position = row + rows + (offset - begin)
+    keys_left = queries + offset - begin
+    dim = tl.arange(0, DIM)  # (DIM,)
+    batch = batch.to(tl.int64)
+    query_head = (head % query_heads).to(tl.int64)
+    key_head = query_head // HEADS_PER_KEY
+    k_base = K + batch * k_strides[0] + key_head * k_strides[1] + tl.cast(begin, tl.int64) * k_strides[2]
+    v_base = V + batch * v_strides[0] + key_head * v_strides[1] + tl.cast(begin, tl.int64) * v_strides[2]
+    keys = (k_base, v_base, k_strides[2], v_strides[2], keys_left, tl.arange(0, COLS), dim)
+    return batch, query_head, rows, row_ok, position, dim, keys
+
+
+@triton.jit
 def block_tile(BOUNDS, documents, tile, batch, keys, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
     """(key at which blocks begin to count, first key of the block after that, end of the keys of its document)."""
     begin = 0
