@@ -54,6 +54,7 @@ landmark prepare pg19
 landmark prepare redpajama --source RedPajama-Data-1T-Sample --tokenizer meta-llama/Llama-2-7b-hf
 landmark prepare text --source notes/ --source thesis.tex --output data/mine
 landmark prepare passkey --longest 8192 --tokenizer meta-llama/Llama-2-7b-hf
+landmark prepare tasks --haystack books/ --longest 8192 --max-documents 20000 --tokenizer meta-llama/Llama-3.2-1B
 accelerate launch --num_processes 8 landmark prepare arxiv-math
 """,
         _in("prepare", "PrepareOptions"),

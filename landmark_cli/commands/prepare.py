@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from landmark_cli.data.corpora import Corpus
     from landmark_cli.data.tokenizers import TextTokenizer
 
-PASS_KEYS = "Pass keys"
+MADE = "Pass keys and tasks"
+MADE_DOCUMENTS = 2000
 SOURCE_OPTIONS = ("source", "revision", "subset", "text_field")
-PASS_KEY_OPTIONS = dict.fromkeys(("shortest", "longest", "seed"), "it is for passkey")
+TASK_OPTIONS = dict.fromkeys(("haystack", "absent"), "it is for tasks")
+MADE_OPTIONS = dict.fromkeys(("shortest", "longest", "seed"), "it is for passkey and tasks") | TASK_OPTIONS
 # The options that change nothing, by the corpus, and why.
 IDLE = {
-    "sample": PASS_KEY_OPTIONS
+    "sample": MADE_OPTIONS
     | dict.fromkeys(SOURCE_OPTIONS, "the sample is part of the program; for your own files, `landmark prepare text`"),
-    "passkey": dict.fromkeys(SOURCE_OPTIONS, "passkey makes its documents itself"),
+    "passkey": TASK_OPTIONS | dict.fromkeys(SOURCE_OPTIONS, "passkey makes its documents itself"),
+    "tasks": dict.fromkeys(("source", "revision", "subset"), "tasks makes its documents itself, of --haystack"),
 }
 
 
@@ -38,7 +41,8 @@ class PrepareOptions(CodeOptions):
     sample) come from --source or from their copy on the Hugging Face hub. text
     is any files or folders of yours: .txt, .md, .tex, .parquet, and .jsonl, also
     .jsonl.gz or .jsonl.zst. passkey makes documents that hide a number in filler
-    text and ask for it, to be mixed into training.
+    text and ask for it, tasks such that hide facts of many kinds in prose and ask
+    for some of them in many ways; both are to be mixed into training.
 
     A folder has splits where all its files lie in train/, validation/ or test/,
     or have the names that such files have on the hub (train-00000-of-00002.parquet,
@@ -47,8 +51,8 @@ class PrepareOptions(CodeOptions):
     An interrupted prepare goes on where it was when the same command is run again.
     """
 
-    corpus: Literal["sample", "pg19", "arxiv-math", "redpajama", "text", "passkey"] = option(
-        "sample", positional=True, help="The corpus: sample, pg19, arxiv-math, redpajama, text or passkey."
+    corpus: Literal["sample", "pg19", "arxiv-math", "redpajama", "text", "passkey", "tasks"] = option(
+        "sample", positional=True, help="The corpus: sample, pg19, arxiv-math, redpajama, text, passkey or tasks."
     )
     source: list[str] | None = option(
         None,
@@ -67,7 +71,8 @@ class PrepareOptions(CodeOptions):
     max_documents: int | None = option(
         None,
         min=1,
-        help="Read at most this many documents of each split; of passkey, make this many. [default: all; 2000]",
+        help="Read at most this many documents of each split; of passkey and tasks, make this many. "
+        "[default: all; 2000]",
     )
     text_field: str = option("text", help="The field or column that holds the text of .jsonl and .parquet.")
     revision: str | None = option(None, help="Branch, tag or commit of a corpus on the hub.")
@@ -76,9 +81,22 @@ class PrepareOptions(CodeOptions):
         "stop",
         help="What to do about a document that is not UTF-8 text or not JSON, and about the rest of a damaged file.",
     )
-    shortest: int = option(256, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the shortest document, about.")
-    longest: int = option(4096, panel=PASS_KEYS, min=1, max=LONGEST, help="Tokens of the longest document, about.")
-    seed: int = option(0, panel=PASS_KEYS, min=0, max=LARGEST_SEED, help="Seed for drawing lengths, keys and depths.")
+    shortest: int = option(256, panel=MADE, min=1, max=LONGEST, help="Tokens of the shortest document, about.")
+    longest: int = option(4096, panel=MADE, min=1, max=LONGEST, help="Tokens of the longest document, about.")
+    seed: int = option(0, panel=MADE, min=0, max=LARGEST_SEED, help="Seed of all that is drawn.")
+    haystack: list[str] | None = option(
+        None,
+        panel=MADE,
+        help="Text that tasks are hidden in: a file or folder (repeatable). [default: the sample's novels, without "
+        "Persuasion]",
+    )
+    absent: float = option(
+        0.1,
+        panel=MADE,
+        min=0,
+        max=1,
+        help="Share of the questions for single facts that ask for what the text does not hold.",
+    )
     json: Path | None = option(
         None, saved=False, is_output=True, help="Write the result to this file too; - for standard output."
     )
@@ -120,18 +138,30 @@ def run(options: PrepareOptions) -> None:
 
 
 def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
-    """The documents that the options name; passkey's are made to lengths that the tokenizer measures."""
+    """The documents that the options name; those of passkey and tasks are made to lengths that the tokenizer
+    measures."""
     from landmark_cli.data.corpora import open_corpus
     from landmark_cli.data.passkey import passkey_corpus
 
+    made = {
+        "documents": options.max_documents or MADE_DOCUMENTS,
+        "shortest": options.shortest,
+        "longest": options.longest,
+        "validation_share": options.validation_share,
+        "seed": options.seed,
+    }
     if options.corpus == "passkey":
-        return passkey_corpus(
+        return passkey_corpus(tokenizer, **made)
+    if options.corpus == "tasks":
+        from landmark_cli.data.tasks.corpus import tasks_corpus
+
+        return tasks_corpus(
             tokenizer,
-            documents=options.max_documents or 2000,
-            shortest=options.shortest,
-            longest=options.longest,
-            validation_share=options.validation_share,
-            seed=options.seed,
+            haystack=options.haystack,
+            text_field=options.text_field,
+            skip_bad_text=options.on_bad_text == "skip",
+            absent=options.absent,
+            **made,
         )
     corpus = open_corpus(
         options.corpus,
@@ -152,7 +182,9 @@ def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
 
 def check_options(options: PrepareOptions) -> None:
     """UsageError where an option would change nothing, since the corpus has no use for it."""
-    idle = IDLE.get(options.corpus, PASS_KEY_OPTIONS)
+    idle = IDLE.get(options.corpus, MADE_OPTIONS)
+    if options.corpus == "tasks" and not options.haystack:
+        idle = idle | {"text_field": "it is for --haystack"}
     for name in given_options(options):
         if name in idle:
             raise UsageError(f"--{name.replace('_', '-')} means nothing for {options.corpus}: {idle[name]}")

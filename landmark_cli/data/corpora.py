@@ -163,20 +163,25 @@ def open_corpus(
     return on_the_hub(name, hub, selection)
 
 
+def novels() -> dict[str, bytes]:
+    """The texts of the sample by their titles, in the order of these."""
+    with tarfile.open(ASSETS / "austen.tar.xz") as archive:
+        return {
+            member.name.removesuffix(".txt"): archive.extractfile(member).read()
+            for member in sorted(archive.getmembers(), key=lambda member: member.name)
+        }
+
+
 def sample(validation_share: float = 0.01, max_documents: int | None = None) -> Corpus:
     """Six novels of Jane Austen, of which a share, but no less than Persuasion, is the validation split.
 
     Arguments: as `open_corpus` takes them; a share of 0 holds no novel out.
     """
-    with tarfile.open(ASSETS / "austen.tar.xz") as archive:
-        novels = {
-            member.name.removesuffix(".txt"): archive.extractfile(member).read()
-            for member in sorted(archive.getmembers(), key=lambda member: member.name)
-        }
-    count = max(1, round(validation_share * len(novels))) if validation_share else 0
-    held_out = [SAMPLE_HELD_OUT, *(title for title in novels if title != SAMPLE_HELD_OUT)][:count]
+    texts = novels()
+    count = max(1, round(validation_share * len(texts))) if validation_share else 0
+    held_out = [SAMPLE_HELD_OUT, *(title for title in texts if title != SAMPLE_HELD_OUT)][:count]
     taken = {
-        "train": [title for title in novels if title not in held_out][:max_documents],
+        "train": [title for title in texts if title not in held_out][:max_documents],
         "validation": held_out[:max_documents],
     }
     for split, titles in taken.items():
@@ -184,9 +189,9 @@ def sample(validation_share: float = 0.01, max_documents: int | None = None) -> 
 
     def documents() -> Iterator[tuple[str, Document]]:
         for split, titles in taken.items():
-            yield from ((split, text_document(title, novels[title])) for title in titles)
+            yield from ((split, text_document(title, texts[title])) for title in titles)
 
-    total = sum(len(novels[title]) for titles in taken.values() for title in titles)
+    total = sum(len(texts[title]) for titles in taken.values() for title in titles)
     return Corpus("sample", "six novels of Jane Austen, part of this program", documents, total, [taken, total])
 
 

@@ -1,0 +1,244 @@
+"""What is hidden in a text and asked about it: one function for each kind of question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from landmark_cli.data.tasks.facts import CHAINS, RELATIONS, REPEATED, Fact, Relation
+from landmark_cli.data.tasks.formats import hide, new, say
+from landmark_cli.data.tasks.questions import NOT_THERE, Asked, enumeration, sentence
+from landmark_cli.data.tasks.vocabulary import pick
+
+MOST_FACTS = 8
+MOST_LINKS = 6
+MOST_VALUES = 6
+QUOTED_WORDS = (8, 40)
+OPENING_WORDS = (5, 10)
+
+TOGETHER_ASKS = (
+    "Give the {key} of each, in this order: {names}.", "{names}: what is the {key}, one by one?",
+    "Put down the {key} for {names}.", "For {names}, list the {key}.",
+)  # fmt: skip
+ALL_VALUES_HINTS = ("", " Keep their order.", " Leave none out.", " Go from first to last.")
+ORDER_ASKS = {
+    "first": ("Of {names}, which comes up first?", "Which is mentioned before the others: {names}?"),
+    "last": ("Of {names}, which comes up last?", "Which is mentioned after all the others: {names}?"),
+    "order": ("Put in the order in which they come up: {names}.", "Sort by where they come up: {names}."),
+}
+QUOTATION_ASKS = (
+    "Somewhere one reads: {x} ... How does it go on?", "Copy on from here: {x}", "The words after these, please: {x}",
+    "Go on quoting: {x}", "Which words follow? {x}",
+)  # fmt: skip
+
+
+@dataclass
+class Task:
+    """What to put into a text, and what to ask behind it.
+
+    Attributes:
+        hidden: pieces to put in, in the order in which they are to stand.
+        asked: questions with their answers.
+    """
+
+    hidden: list[str] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a task is drawn from.
+
+    generator: of all that is drawn. text: what the task will be hidden in. most: the most facts to hide. absent: the
+    share of look-ups that ask for what is not there. taken: names that are in the text or in the task.
+    """
+
+    generator: np.random.Generator
+    text: str
+    most: int
+    absent: float
+    taken: set[str] = field(default_factory=set)
+
+    def count(self, least: int, most: int) -> int:
+        """A number from `least` to `most`, or to as many as there may be."""
+        return int(self.generator.integers(least, max(least, min(most, self.most)) + 1))
+
+    def relation(self, among: tuple[Relation, ...]) -> Relation:
+        return among[int(self.generator.integers(len(among)))]
+
+    def fact(self, relation: Relation, like: Fact | None = None) -> Fact:
+        """A new fact. like: one from whose subject the new one differs in one word."""
+        subject = new(relation.subject, self.generator, self.taken, like and like.subject)
+        return Fact(relation, subject, new(relation.value, self.generator, self.taken))
+
+    def hidden(self, facts: list[Fact]) -> list[str]:
+        """Each fact in a way of its own."""
+        rows = min(4, self.most)
+        return [hide(fact, self.generator, self.taken, rows) for fact in facts]
+
+    def shuffled(self, items: list) -> list:
+        return [items[i] for i in self.generator.permutation(len(items))]
+
+
+def look_up(draw: Draw) -> Task:
+    """Facts, of which one or several are asked for, beside others that differ in one word. A share of the questions is
+    about what is not there."""
+    generator = draw.generator
+    relation = draw.relation(RELATIONS)
+    facts = [draw.fact(relation)]
+    for _ in range(draw.count(1, MOST_FACTS) - 1):
+        # Half of the other facts differ from one before in a word, a quarter is of another relation.
+        kind = generator.random()
+        like = facts[int(generator.integers(len(facts)))]
+        if kind < 0.5:
+            facts.append(draw.fact(like.relation, like))
+        else:
+            facts.append(draw.fact(relation if kind < 0.75 else draw.relation(RELATIONS)))
+    wanted = draw.shuffled(facts)[: draw.count(1, len(facts)) if generator.random() < 0.5 else 1]
+    asked = [_not_there(draw, fact) if generator.random() < draw.absent else _about(draw, fact) for fact in wanted]
+    return Task(draw.hidden(draw.shuffled(facts)), asked)
+
+
+def _about(draw: Draw, fact: Fact) -> Asked:
+    """A question for the value of a fact, or an unfinished sentence, or a question for its subject."""
+    relation, drawn = fact.relation, draw.generator.random()
+    if drawn < 0.2:
+        return Asked(relation.back.format(v=fact.value), sentence(str(fact.subject)))
+    if drawn < 0.4:
+        return Asked(relation.lead.format(s=fact.subject), sentence(str(fact.value)), cloze=True)
+    return Asked(pick(draw.generator, relation.asks).format(s=fact.subject), sentence(str(fact.value)))
+
+
+def _not_there(draw: Draw, fact: Fact) -> Asked:
+    """A question about somebody whose name differs in one word from one in the text."""
+    subject = new(fact.relation.subject, draw.generator, draw.taken, fact.subject)
+    return Asked(pick(draw.generator, fact.relation.asks).format(s=subject), pick(draw.generator, NOT_THERE))
+
+
+def together(draw: Draw) -> Task:
+    """Facts of one relation, several of them asked for in one question."""
+    relation = draw.relation(RELATIONS)
+    facts = [draw.fact(relation)]
+    for _ in range(draw.count(2, MOST_FACTS) - 1):
+        facts.append(draw.fact(relation, facts[0] if draw.generator.random() < 0.5 else None))
+    wanted = draw.shuffled(facts)[: draw.count(2, len(facts))]
+    names = enumeration([str(fact.subject) for fact in wanted])
+    question = pick(draw.generator, TOGETHER_ASKS).format(key=relation.key.replace("_", " "), names=names)
+    return Task(draw.hidden(draw.shuffled(facts)), [Asked(question, sentence("; ".join(str(f.value) for f in wanted)))])
+
+
+def _repeated(draw: Draw) -> tuple[list[Fact], list[Fact]]:
+    """Facts about a subject with several values, in their order, and some about one that differs in a word."""
+    relation = draw.relation(REPEATED)
+    first = draw.fact(relation)
+    facts = [first]
+    for _ in range(draw.count(1, MOST_VALUES) - 1):
+        facts.append(Fact(relation, first.subject, new(relation.value, draw.generator, draw.taken)))
+    other = draw.fact(relation, first)
+    others = [other] * draw.count(0, 1)
+    for _ in range(draw.count(0, 2) if others else 0):
+        others.append(Fact(relation, other.subject, new(relation.value, draw.generator, draw.taken)))
+    return facts, others
+
+
+def _in_order(draw: Draw, facts: list[Fact], others: list[Fact]) -> list[str]:
+    """Facts in their order, with others between them."""
+    places = np.sort(draw.generator.permutation(len(facts) + len(others))[: len(facts)])
+    mixed: list[Fact] = list(others)
+    for place, fact in zip(places.tolist(), facts, strict=True):
+        mixed.insert(place, fact)
+    return draw.hidden(mixed)
+
+
+def all_values(draw: Draw) -> Task:
+    """A subject with several values, all of them asked for, in their order."""
+    facts, others = _repeated(draw)
+    values = enumeration([str(fact.value) for fact in facts])
+    relation, subject = facts[0].relation, facts[0].subject
+    if draw.generator.random() < 0.3:
+        asked = Asked(relation.lead.format(s=subject), sentence(values), cloze=True)
+    else:
+        order = pick(draw.generator, ALL_VALUES_HINTS)
+        asked = Asked(pick(draw.generator, relation.asks).format(s=subject) + order, sentence(values))
+    return Task(_in_order(draw, facts, others), [asked])
+
+
+def counting(draw: Draw) -> Task:
+    """How many values a subject has."""
+    facts, others = _repeated(draw)
+    return Task(
+        _in_order(draw, facts, others),
+        [Asked(facts[0].relation.count.format(s=facts[0].subject), sentence(str(len(facts))))],
+    )
+
+
+def first_or_last(draw: Draw) -> Task:
+    """Which of several subjects comes first, or last, or in which order they come."""
+    relation = draw.relation(RELATIONS)
+    facts = [draw.fact(relation)]
+    for _ in range(draw.count(2, 6) - 1):
+        facts.append(draw.fact(relation, facts[0] if draw.generator.random() < 0.3 else None))
+    names = enumeration([str(fact.subject) for fact in draw.shuffled(facts)])
+    order = [str(fact.subject) for fact in facts]
+    which = pick(draw.generator, tuple(ORDER_ASKS))
+    answer = {"first": order[0], "last": order[-1], "order": ", ".join(order)}[which]
+    return Task(
+        draw.hidden(facts), [Asked(pick(draw.generator, ORDER_ASKS[which]).format(names=names), sentence(answer))]
+    )
+
+
+def chain(draw: Draw) -> Task:
+    """Links from one name to the next, in any order in the text, to be followed a number of steps or to the end, beside
+    another chain whose first name differs in one word."""
+    generator = draw.generator
+    kind = CHAINS[int(generator.integers(len(CHAINS)))]
+    links = draw.count(1, MOST_LINKS)
+    names = [new(kind.term, generator, draw.taken)]
+    names += [new(kind.term, generator, draw.taken) for _ in range(links)]
+    others = [new(kind.term, generator, draw.taken, names[0])]
+    others += [new(kind.term, generator, draw.taken) for _ in range(draw.count(0, links))]
+    steps = [pair for run in (names, others) for pair in zip(run, run[1:], strict=False)]
+    hidden = [say(kind.says, before, after, generator) for before, after in draw.shuffled(steps)]
+    if links == 1 or generator.random() < 0.4:
+        return Task(hidden, [Asked(pick(generator, kind.ends).format(s=names[0]), sentence(str(names[-1])))])
+    n = int(generator.integers(2, links + 1))
+    return Task(hidden, [Asked(pick(generator, kind.asks).format(s=names[0], n=n), sentence(str(names[n])))])
+
+
+def quotation(draw: Draw) -> Task:
+    """A passage of the text itself, given by how it begins, to be copied on from there."""
+    words = list(re.finditer(r"\S+", draw.text))
+    opening, quoted = (int(draw.generator.integers(a, b + 1)) for a, b in (OPENING_WORDS, QUOTED_WORDS))
+    quoted = min(quoted, max(4, len(words) // 4))
+    for _ in range(20):
+        first = int(draw.generator.integers(max(1, len(words) - opening - quoted)))
+        begun = words[first : first + opening]
+        rest = words[first + opening : first + opening + quoted]
+        if rest and draw.text.count(draw.text[begun[0].start() : begun[-1].end()]) == 1:
+            break
+    else:
+        return look_up(draw)
+    asked = pick(draw.generator, QUOTATION_ASKS).format(x=" ".join(word.group() for word in begun))
+    return Task([], [Asked(asked, " ".join(word.group() for word in rest))])
+
+
+KINDS: tuple[tuple[Callable[[Draw], Task], float], ...] = (
+    (look_up, 0.4),
+    (together, 0.1),
+    (all_values, 0.12),
+    (counting, 0.06),
+    (first_or_last, 0.08),
+    (chain, 0.12),
+    (quotation, 0.12),
+)
+"""The kinds of questions, and how often each is drawn."""
+
+
+def draw_task(draw: Draw) -> Task:
+    """A task of any kind."""
+    drawn, kinds = draw.generator.random(), [kind for kind, _ in KINDS]
+    edges = np.cumsum([share for _, share in KINDS])
+    return kinds[min(int(np.searchsorted(edges, drawn, side="right")), len(kinds) - 1)](draw)
