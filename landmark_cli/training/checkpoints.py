@@ -120,6 +120,9 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rename(aside)
+        if found is not None:
+            # A kill may have come between the newest one's writing and the removal of the oldest.
+            self._drop_oldest()
         return found, damaged
 
     def check(self, path: Path) -> Record:
@@ -205,6 +208,10 @@ class Checkpoints:
             self._remove(path)
         os.replace(partial, path)
         flush(self.directory)
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        """Remove the oldest checkpoints beyond `keep`."""
         for old in self._whole()[: -self.keep]:
             with contextlib.suppress(OSError):
                 self._remove(old)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.training.checkpoints import plain_name
+from landmark_cli.training.checkpoints import Checkpoints, plain_name
 from landmark_cli.training.checksums import damage_of, write_checksums
 from tests.training.tiny import tiny_loop, tiny_model
 
@@ -52,6 +52,16 @@ def test_a_checkpoint_half_removed_is_none(tmp_path, monkeypatch):
     assert [name for name in saved(tmp_path) if name.endswith(".partial")] == ["step-00000001.old.partial"]
     again = tiny_loop(tmp_path, steps=3, save_every=1, keep=2)
     assert again.resume() and again.step == 3
+    assert saved(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_a_run_that_was_killed_before_the_oldest_was_removed_removes_it(tmp_path, monkeypatch):
+    loop = tiny_loop(tmp_path, steps=3, save_every=1, keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_remove", lambda *_: None)
+        loop.run()
+    assert len(saved(tmp_path)) == 3
+    assert tiny_loop(tmp_path, steps=3, save_every=1, keep=2).resume()
     assert saved(tmp_path) == ["step-00000002", "step-00000003"]
 
 
