@@ -41,7 +41,9 @@ def implementations() -> dict[str, Loss]:
     if GPU:
         found["logits held, compiled"] = torch.compile(held, dynamic=False)
     if hasattr(F, "linear_cross_entropy"):
-        found["torch"] = lambda h, w, t: F.linear_cross_entropy(h.to(w.dtype), w, t, reduction="sum")
+        # Without options it holds all logits; with them it works in pieces.
+        pieces = torch.nn.LinearCrossEntropyOptions()
+        found["torch"] = lambda h, w, t: F.linear_cross_entropy(h.to(w.dtype), w, t, reduction="sum", options=pieces)
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
     except ImportError:
