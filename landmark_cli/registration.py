@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 TARGET = "transformers"
+# Older ones open landmark models with ordinary attention, without a word.
+OLDEST = (5, 5)
 
 
 def register_with_transformers() -> None:
@@ -28,7 +30,16 @@ def register_with_transformers() -> None:
 
 def _register() -> None:
     """Import the models, which registers them. Where they are what imports transformers, this is in their midst and
-    does nothing: they go on to register themselves."""
+    does nothing: they go on to register themselves.
+
+    Raises ImportError for a transformers that is too old.
+    """
+    found = sys.modules[TARGET].__version__
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"landmark needs transformers {'.'.join(map(str, OLDEST))} or newer and found {found}: "
+            "pip install --upgrade transformers"
+        )
     importlib.import_module("landmark_cli.models")
 
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,16 @@ def test_missing_library_stays_missing(library, monkeypatch):
     registration.register_with_transformers()
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("library_that_is_not_there")
+
+
+def test_a_transformers_that_is_too_old_is_refused(monkeypatch):
+    transformers = importlib.import_module("transformers")
+    monkeypatch.setattr(transformers, "__version__", "5.4.9")
+    with pytest.raises(ImportError, match=r"landmark needs transformers 5\.5 or newer and found 5\.4\.9"):
+        registration.register_with_transformers()
+
+
+def test_the_oldest_transformers_is_the_one_that_is_installed_at_least():
+    root = Path(registration.__file__).parent.parent
+    oldest = ".".join(map(str, registration.OLDEST))
+    assert f'"transformers>={oldest}",' in (root / "pyproject.toml").read_text()
