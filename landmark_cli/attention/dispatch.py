@@ -17,7 +17,7 @@ from .recurrent import recurrent_attention_forward
 class LandmarkLayout:
     """Blocks of a forward pass where the model's even ones do not say it all; the fields are landmark_attention's.
 
-    backend: the name of one, "eager", "triton" or "hopper", instead of what `backends.choose` finds.
+    backend: the name of one of `backends.BACKENDS`, instead of what `backends.choose` finds.
     Give it to any landmark model as `model(..., landmark_layout=LandmarkLayout(...))`.
     """
 

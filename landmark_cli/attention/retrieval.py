@@ -92,8 +92,10 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | N
         scores = torch.log_softmax(scores, dim=-1).nan_to_num(MINUS_INFINITY, neginf=MINUS_INFINITY)
         if settings.selection == "max_over_heads":
             scores = scores.amax(1, keepdim=True)
-        else:
+        elif settings.selection == "max_over_tokens":
             scores = scores.masked_fill(~chunk.real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
+        else:
+            raise NotImplementedError(f"selection {settings.selection}")
     # Ages rise, so a stable order leaves the newer of equal scores in front.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     best = ages[order[..., : min(settings.top_k, chunk.most_cached)]]

@@ -164,7 +164,7 @@ def run_passkey(options: PassKeyOptions) -> None:
         for length, cell in ((length, result.cell(length)) for length in result.lengths)
     ]
     data = {"model": name, **passkey_data(result, model, options)}
-    how = f"top-k {data['reading']['top_k_blocks']}" if data["reading"] else "its own window"
+    how = f"top-k-blocks {data['reading']['top_k_blocks']}" if data["reading"] else "its own window"
     if options.full_attention:
         how = "full attention"
     results(
@@ -260,7 +260,7 @@ def _title(name: str, file: TokenFile, result: PerplexityResult, reading: dict[s
     how = "with the memory of earlier ones" if result.memory else "each by itself"
     if reading is not None:
         cache = "all blocks" if reading["cache_blocks"] is None else f"the newest {reading['cache_blocks']} blocks"
-        how = f"top-k {reading['top_k_blocks']} of {cache}, {reading['selection']}"
+        how = f"top-k-blocks {reading['top_k_blocks']} of {cache}, {reading['selection']}"
     if result.dropped is not None:
         how += f", {result.dropped:.1%} of retrievals dropped"
     return (

@@ -1,11 +1,13 @@
 """The block cache: rings that grow, room made in one go, traces, blocks in host memory, settings that cannot be."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from landmark_cli.attention.cache import BlockCache, RetrievalSettings, pages
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings, Selection, pages
 from landmark_cli.attention.cache.pages import Pages, require_host_memory
 from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
@@ -71,7 +73,7 @@ def test_reset_forgets_and_keeps_the_memory():
     assert cache.layers[0].blocks.data_ptr() == memory
 
 
-@pytest.mark.parametrize("selection", ["per_token_and_head", "max_over_heads", "max_over_tokens"])
+@pytest.mark.parametrize("selection", get_args(Selection))
 def test_a_trace_names_the_blocks_and_their_shares(selection):
     case = Case([24, 4], heads=2, block_size=4, top_k=3, settings={"selection": selection})
     cache = read(case)[2][0]

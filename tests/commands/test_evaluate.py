@@ -37,7 +37,7 @@ def test_the_newest_model_on_the_newest_corpus(landmark, workplace):
         "positions": "bounded",
     }
     assert f"{expected.overall.perplexity:.4f}" in result.out
-    assert "top-k 2 of all blocks" in " ".join(result.out.split())
+    assert "top-k-blocks 2 of all blocks" in " ".join(result.out.split())
     assert math.isclose(data["loss"], math.log(data["perplexity"]))
 
 

@@ -11,11 +11,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from landmark_cli.commands.finetune import FinetuneOptions
+from landmark_cli.commands.prepare import PrepareOptions
 from landmark_cli.data import corpora
 from landmark_cli.data.corpora import KINDS, HubCopy, Selection, is_arxiv, on_the_hub, open_corpus
 from landmark_cli.data.documents import BadText, cut_before, text_document, text_file
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.options import settings_of
 
 ROWS = [{"text": f"row {i} é"} for i in range(5)]
 
@@ -336,3 +339,12 @@ def test_cutting_prefers_lines_over_spaces_over_characters():
     assert cut_before(b"one two\nthree four", 14) == 8
     assert cut_before(b"one two three", 9) == 7
     assert cut_before("ééé".encode(), 3) == 2
+
+
+def test_commands_name_every_corpus():
+    """In words of their own, because options must not import what corpora do."""
+    corpus = settings_of(PrepareOptions)["corpus"]
+    assert set(corpus.choices) == {"sample", *KINDS, "passkey", "tasks"}
+    assert all(name in corpus.metadata["help"] for name in corpus.choices)
+    help_of_data = settings_of(FinetuneOptions)["data"].metadata["help"]
+    assert all(name in help_of_data for name in KINDS if KINDS[name].hub)

@@ -1,15 +1,20 @@
 """Chunked reading: rows, splits and steps change nothing that they should not."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from landmark_cli.attention.cache import Positions, Selection
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader, default_chunk
+from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from landmark_cli.options import settings_of
 from tests.closeness import assert_close_norm, relative_error
 
 register()
@@ -59,7 +64,7 @@ def full_forward(row: torch.Tensor) -> torch.Tensor:
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=4),
     st.integers(0, 3),
-    st.sampled_from(["per_token_and_head", "max_over_heads", "max_over_tokens"]),
+    st.sampled_from(get_args(Selection)),
     st.sampled_from([None, 3]),
     st.integers(3, 20),
 )
@@ -118,6 +123,12 @@ def test_reset_forgets():
     reader.reset()
     again = [chunk.logits for chunk in reader.read([text(30)])]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_options_have_the_words_of_the_cache():
+    """Written twice, because options must not import torch."""
+    options = settings_of(ReadingSettings)
+    assert options["selection"].choices == get_args(Selection) and options["positions"].choices == get_args(Positions)
 
 
 def test_default_chunk_fills_the_trained_length():

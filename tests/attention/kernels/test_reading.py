@@ -1,11 +1,12 @@
 """The Triton kernels read what the eager definition reads."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
-from landmark_cli.attention.cache import BlockCache, RetrievalSettings
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings, Selection
 from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.reading import selection
@@ -23,8 +24,7 @@ CASES = {
     "steps": Case([22, 1, 1, 1, 1], heads=2),
     "steps of rows in different phases": Case([[22, 13], [2, 1], [0, 2], [4, 3]], batch=2),
     "eviction, the ring growing after it wrapped": Case([12, 8, 3, 1, 26, 11], settings={"cache_blocks": 3}),
-    "a selection shared by heads": Case([12, 9, 1, 14], top_k=3, settings={"selection": "max_over_heads"}),
-    "a selection shared by tokens": Case([12, 9, 1, 14], top_k=3, settings={"selection": "max_over_tokens"}),
+    **{rule: Case([12, 9, 1, 14], top_k=3, settings={"selection": rule}) for rule in get_args(Selection)},
     "true distances": Case([12, 16, 1, 10], settings={"positions": "absolute"}),
     "partial rotary": Case([12, 9, 1], dim=24, rotary=8),
     "18 blocks retrieved": Case([60, 7], block_size=3, top_k=18),
@@ -161,7 +161,7 @@ def _same_traces(eager: BlockCache, fused: BlockCache, tolerance: float) -> None
         assert [r["share"] for r in found] == pytest.approx([r["share"] for r in expected], abs=tolerance)
 
 
-def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
+def test_what_the_kernels_do_not_know_is_refused(monkeypatch):
     cache = BlockCache(RetrievalSettings(4, 65), default_inverse_frequencies(16))
     chunk = cache.begin_chunk([4])
     x = torch.zeros(1, 1, 4, 16)
@@ -170,6 +170,9 @@ def test_too_many_blocks_or_a_scale_that_is_not_positive_are_refused():
     cache = BlockCache(RetrievalSettings(4, 2), default_inverse_frequencies(16))
     with pytest.raises(LandmarkError, match="scale is -1"):
         attend_chunk(0, x, x, x, cache, chunk, scale=-1.0, backend="triton")
+    monkeypatch.delitem(selection.SELECTIONS, "per_token_and_head")
+    with pytest.raises(LandmarkError, match="selection is per_token_and_head; the Triton kernels know max_over_heads"):
+        attend_chunk(0, x, x, x, cache, chunk, backend="triton")
 
 
 def test_a_model_says_what_the_kernels_cannot(monkeypatch):

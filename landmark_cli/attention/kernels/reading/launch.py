@@ -20,7 +20,7 @@ from .configurations import attend_configuration, merge_configuration, store_row
 from .decode import decode_kernel
 from .merge import merge_kernel
 from .route import count_kernel, fill_kernel, scan_kernel
-from .selection import select, step_candidates
+from .selection import SELECTIONS, select, step_candidates
 from .store import fetch_kernel, store_kernel
 
 
@@ -59,6 +59,8 @@ def why_not(settings: Settings, scale: float | None = None) -> str | None:
     """Why the kernels cannot read so, naming the setting and what is allowed; None if they can."""
     if settings.top_k > MAX_TOP_K:
         return f"top_k is {settings.top_k}; the Triton kernels retrieve at most {MAX_TOP_K} blocks"
+    if settings.selection not in SELECTIONS:
+        return f"selection is {settings.selection}; the Triton kernels know {', '.join(SELECTIONS)}"
     if scale is not None and not 0.0 < scale < math.inf:
         return f"scale is {scale}; the Triton kernels need a positive one"
     return None

@@ -25,13 +25,11 @@ SHARED_BYTES = 64 << 20
 
 def select(call: Call) -> Tensor:
     """Ages of the selected blocks, (B, H or 1, T or 1, k) int32, 0 where there are fewer; in no particular order."""
-    if call.settings.selection == "max_over_heads":
-        lse = normalizer(call)
-        step = max(1, SHARED_BYTES // (4 * call.batch * call.capacity))
-        parts = [shared(call, lse, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
-        return torch.cat(parts, dim=2)
-    if call.settings.selection == "max_over_tokens":
-        return shared(call, normalizer(call), 0, call.tokens)
+    return SELECTIONS[call.settings.selection](call)
+
+
+def per_token_and_head(call: Call) -> Tensor:
+    """Each query of each head its own blocks, (B, H, T, k)."""
     if call.is_step:
         return pick(call, step_candidates(call))
     choice = select_configuration(call)
@@ -47,6 +45,23 @@ def select(call: Call) -> Tensor:
             ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip
     return ages
+
+
+def max_over_heads(call: Call) -> Tensor:
+    """All heads of a query the same blocks, (B, 1, T, k)."""
+    lse = normalizer(call)
+    step = max(1, SHARED_BYTES // (4 * call.batch * call.capacity))
+    parts = [shared(call, lse, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
+    return torch.cat(parts, dim=2)
+
+
+def max_over_tokens(call: Call) -> Tensor:
+    """All queries of a head the same blocks, (B, H, 1, k)."""
+    return shared(call, normalizer(call), 0, call.tokens)
+
+
+# The rules of attention/cache/settings.py that the kernels know.
+SELECTIONS = {choose.__name__: choose for choose in (per_token_and_head, max_over_heads, max_over_tokens)}
 
 
 @dataclass(frozen=True)
