@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "landmark_cli" / "attention" / "hopper"
+KERNELS = ROOT / "landmark_cli" / "attention" / "kernels" / "hopper"
 ACCESS = re.compile(r"(?:Read|Write) access at \w+\+0x[0-9a-f]+ in (\S+?):(\d+)")
 RUNS = [("memcheck", "tiny"), ("synccheck", "tiny"), ("racecheck", "tiny"), ("racecheck", "control")]
 
