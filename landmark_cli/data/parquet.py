@@ -70,11 +70,12 @@ class _RowGroup:
 def _spans(groups: list[Any]) -> Iterator[list[_RowGroup]]:
     """Row groups that follow each other, together where they are small, since each read has a price of its own."""
     span: list[_RowGroup] = []
-    first = 1
+    first, unpacked = 1, 0
     for index, metadata in enumerate(groups):
-        if span and first + metadata.num_rows - span[0].first > PARQUET_SPAN_ROWS:
+        unpacked += metadata.total_byte_size
+        if span and (first + metadata.num_rows - span[0].first > PARQUET_SPAN_ROWS or unpacked > PARQUET_BYTES):
             yield span
-            span = []
+            span, unpacked = [], metadata.total_byte_size
         span.append(_RowGroup(index, metadata, first))
         first = span[-1].end
     if span:
@@ -91,7 +92,13 @@ def _span_rows(
     try:
         file_bytes = path.stat().st_size
         batch_size = min(_rows_at_once(group.metadata, file_bytes) for group in span)
-        for rows in opened.iter_batches(batch_size, row_groups=[group.index for group in span], columns=wanted):
+        batches = opened.iter_batches(batch_size, row_groups=[group.index for group in span], columns=wanted)
+        if len(span) > 1:
+            # Once rows are given, nobody can tell of which group others are missing.
+            batches = list(batches)
+            if sum(map(len, batches)) != end - place:
+                raise ValueError("rows are missing")
+        for rows in batches:
             # As bytes, so that text which is not UTF-8 is found by whoever reads that document.
             texts = rows.column(text_field).cast(pa.large_binary()).to_pylist()
             metas = rows.column("meta").to_pylist() if "meta" in wanted[1:] else [None] * len(texts)

@@ -126,6 +126,20 @@ def test_of_a_parquet_file_only_the_damaged_row_group_is_lost(tmp_path, group):
     assert f"damaged.parquet: damaged in {rows}: " in str(bad)
 
 
+def test_rows_that_are_silently_missing_are_no_others(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "rows.parquet", ROWS, row_group_size=100)
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def without_the_first_group(file, size, row_groups, **more):
+        # As pyarrow reads a row group whose pages say that they hold no values.
+        return iter_batches(file, size, row_groups=[group for group in row_groups if group], **more)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", without_the_first_group)
+    texts, [bad] = read(path)
+    assert texts == TEXTS[100:] and bad.documents == 100
+    assert "rows.parquet: damaged in rows 1 to 100: they are missing" in str(bad)
+
+
 def test_a_parquet_file_that_is_cut_or_none(tmp_path):
     data = write_parquet(tmp_path / "rows.parquet", ROWS).read_bytes()
     for size in (0, 3, 4, 8, len(data) // 2, len(data) - 1):

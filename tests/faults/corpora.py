@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # The good documents, whether there are bad ones among them, and whether reading came to the file's end.
 Seen = tuple[list[bytes], bool, bool]
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How many zero bytes, and which share of them, a text may have.
+ZEROS_ALLOWED, ZEROS_SHARE = 3, 0.02
 
 
 def inputs(form: str, base: Path, work: Path) -> None:
@@ -80,7 +82,11 @@ def _seen_lines(data: bytes, ended: bool = True) -> Seen:
             continue
         try:
             text = json.loads(line.decode("utf-8"))["text"]
-            found.append(text.encode("utf-8") if text is not None else b"")
+            text = text.encode("utf-8") if text is not None else b""
+            if _is_text(text):
+                found.append(text)
+            else:
+                bad = True
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             bad = True
     return found, bad, ended
@@ -158,7 +164,9 @@ def _is_text(data: bytes) -> bool:
         data.decode("utf-8")
     except UnicodeDecodeError:
         return False
-    return True
+    # UTF-16 that is read as UTF-8 has many zero bytes; text has none, or a few by mistake.
+    zeros = data.count(b"\0")
+    return zeros <= ZEROS_ALLOWED or zeros <= ZEROS_SHARE * len(data)
 
 
 @functools.cache
