@@ -50,6 +50,16 @@ class DataOptions:
         help="Tokens of a training window, landmarks included.",
         saves_memory="a shorter --sequence-length",
     )
+    answer_weight: float = option(
+        1.0,
+        panel="Data",
+        min=0,
+        max=1e6,
+        help="Weight in the loss of answers, where a corpus marks them (as tasks does); other tokens weigh 1.",
+    )
+    answers_only: bool = option(
+        False, panel="Data", help="Count answers alone in the loss of the corpora that mark them; others count whole."
+    )
 
 
 @dataclass
@@ -135,7 +145,12 @@ def changed(name: str, default: Any) -> Any:
 
 
 def check_weights(options: DataOptions) -> None:
-    """Raise UsageError unless there is one of --data-weights for each of --data, or none."""
+    """Raise UsageError unless there is one of --data-weights for each of --data, or none, and where answers have a
+    weight beside nothing."""
+    if options.answers_only and options.answer_weight != 1:
+        raise UsageError(
+            "--answer-weight weighs answers against other tokens, which --answers-only leaves out: give one"
+        )
     weights, corpora = len(options.data_weights or ()), len(options.data or ())
     if weights and weights != corpora:
         raise UsageError(f"--data-weights: {weights} given for {corpora} of --data")
@@ -238,18 +253,22 @@ def make_loop(
     variants: see `TrainingData.batches`. group_dropout: see `LoopSettings`. identity: what else must stay the same when
     the run is resumed, besides model, data and seed.
     """
+    from landmark_cli.data.batches import AnswerWeights
     from landmark_cli.training.loop import Loop
     from landmark_cli.training.runs import run_identity
 
     accelerator, output, precision = begun
     global_batch = options.batch_size * options.accumulation * accelerator.num_processes
     windows = data.windows(config, landmarks_in_loss)
+    answer_weights = None
+    if options.answers_only or options.answer_weight != 1:
+        answer_weights = AnswerWeights(options.answer_weight, options.answers_only)
     return Loop(
         accelerator,
         model,
-        data.batches(windows, global_batch, options.seed, **variants or {}),
+        data.batches(windows, global_batch, options.seed, answer_weights, **variants or {}),
         loop_settings(options, output, precision, windows.sequence_length, group_dropout),
-        identity=run_identity(config, data, global_batch, options.seed) | identity,
+        identity=run_identity(config, data, global_batch, options.seed, answer_weights) | identity,
         validation=data.validation_windows(windows, options.eval_windows),
     )
 

@@ -9,17 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from landmark_cli.data.landmarks import insert_landmarks, next_token_targets, text_length
+from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, next_token_targets, text_length
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError
 
 WEIGHT_UNITS = 1 << 32
+
+
+@dataclass(frozen=True)
+class AnswerWeights:
+    """What the targets of token files that mark answers weigh in the loss: those of answers `answer`, the others 0
+    where only answers count, else 1. Targets of token files without marks weigh 1."""
+
+    answer: float = 1.0
+    answers_only: bool = False
 
 
 class Windows:
@@ -83,6 +93,32 @@ class Windows:
         )
         return {"input_ids": input_ids, "labels": labels}
 
+    def answers(self, places: Sequence[tuple[TokenFile, int]]) -> Tensor:
+        """Which positions of the windows that start there have a token of an answer as their target: bool, of the shape
+        of `cut`'s labels. Positions without a target may be marked too; of files without marks none is."""
+        marks = np.zeros((len(places), self.text_length + 1), dtype=np.uint8)
+        for row, (file, start) in zip(marks, places, strict=True):
+            if file.answers is not None:
+                row[:] = file.answers[start : start + self.text_length + 1]
+        marks = torch.from_numpy(marks).bool()
+        place = torch.arange(self.sequence_length)
+        if self.landmark_freq is None:
+            return marks[:, place + 1]
+        block_size = self.landmark_freq + 1
+        # How many text tokens stand before the position after this one, which is the place of the next one in the text.
+        target = marks[:, (place + 1 - (place + 1) // block_size).clamp(max=self.text_length)]
+        if self.include_landmarks:
+            # What follows is a landmark, which is of no answer.
+            target &= (place + 1) % block_size != block_size - 1
+        return target
+
+    def weights(self, places: Sequence[tuple[TokenFile, int]], labels: Tensor, answer_weights: AnswerWeights) -> Tensor:
+        """What each target of the windows that start there weighs: float32, of the shape of `labels`, which `cut` gave;
+        0 where there is no target."""
+        others = [0.0 if answer_weights.answers_only and file.answers is not None else 1.0 for file, _ in places]
+        weights = torch.where(self.answers(places), answer_weights.answer, torch.tensor(others)[:, None])
+        return weights.masked_fill(labels == IGNORED_TARGET, 0.0)
+
 
 class Batches:
     """The training batches of one or several token files.
@@ -96,6 +132,7 @@ class Batches:
         windows: what cuts windows out of them.
         global_batch: windows in a step, over all processes and accumulation.
         seed: of the order of the windows.
+        answer_weights: what targets weigh; None where all weigh alike, and batches say nothing of it.
 
     Raises:
         LandmarkError: a file holds less than one window, or the weights do not fit the files.
@@ -108,13 +145,15 @@ class Batches:
         windows: Windows,
         global_batch: int,
         seed: int,
+        answer_weights: AnswerWeights | None = None,
     ) -> None:
-        self.windows, self.global_batch = windows, global_batch
+        self.windows, self.global_batch, self.answer_weights = windows, global_batch, answer_weights
         self._orders = [_Order(file, windows.text_length, seed, i) for i, file in enumerate(token_files)]
         self._shares = _conditional_shares(weights, [order.windows for order in self._orders])
 
     def batch(self, step: int, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows `start` to `stop` of a step's global batch: see `Windows.cut`.
+        """Rows `start` to `stop` of a step's global batch: see `Windows.cut`; with weights where targets do not all
+        weigh alike: see `Windows.weights`.
 
         Raises:
             ValueError: the rows are not in the global batch, or the step is negative.
@@ -122,7 +161,11 @@ class Batches:
         if not 0 <= start <= stop <= self.global_batch or step < 0:
             raise ValueError(f"step {step} has rows 0 to {self.global_batch}, not {start} to {stop}")
         first = step * self.global_batch
-        return self.windows.cut([self._place(first + row) for row in range(start, stop)])
+        places = [self._place(first + row) for row in range(start, stop)]
+        batch = self.windows.cut(places)
+        if self.answer_weights is not None:
+            batch["weights"] = self.windows.weights(places, batch["labels"], self.answer_weights)
+        return batch
 
     def _place(self, row: int) -> tuple[TokenFile, int]:
         """The file and the token at which the window of a row of the endless sequence starts."""
@@ -156,9 +199,14 @@ class SequentialWindows:
         return self._count
 
     def batch(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Windows `start` to `stop` (at most as many as there are): see `Windows.cut`."""
+        """Windows `start` to `stop` (at most as many as there are): see `Windows.cut`; with answers where the file
+        marks some: see `Windows.answers`."""
         chosen = [i * self._available // self._count for i in range(start, min(stop, self._count))]
-        return self.windows.cut([(self.token_file, i * self.windows.text_length) for i in chosen])
+        places = [(self.token_file, i * self.windows.text_length) for i in chosen]
+        batch = self.windows.cut(places)
+        if self.token_file.answers is not None:
+            batch["answers"] = self.windows.answers(places)
+        return batch
 
 
 def iterate(

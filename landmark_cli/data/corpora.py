@@ -46,6 +46,7 @@ class Corpus:
         identity: what has to be the same for the documents to be the same (JSON).
         has_fields: whether documents are rows with a field of text.
         has_validation: whether the corpus comes with a validation split of its own.
+        has_answers: whether documents say which of their text is answers (see `documents.Marked`).
     """
 
     name: str
@@ -55,6 +56,7 @@ class Corpus:
     identity: Any
     has_fields: bool = False
     has_validation: bool = False
+    has_answers: bool = False
 
 
 @dataclass(frozen=True)

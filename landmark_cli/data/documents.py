@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,28 @@ class BadText(Exception):
     def __init__(self, message: str, file: str | Path, documents: int | None = 1) -> None:
         super().__init__(message)
         self.file, self.documents = str(file), documents
+
+
+class Marked(bytes):
+    """A piece of text as UTF-8 that says which of it is answers.
+
+    answers: (first byte, byte behind the last) of each, in order.
+    """
+
+    answers: tuple[tuple[int, int], ...] = ()
+
+
+def marked_pieces(name: str, parts: Iterable[tuple[str, bool]], limit: int) -> Iterator[Marked]:
+    """The pieces of a document that is given in parts, each with whether it is an answer. limit: most bytes of one."""
+    encoded = [(part.encode(), answer) for part, answer in parts]
+    ends = list(itertools.accumulate(len(part) for part, _ in encoded))
+    spans = [(end - len(part), end) for (part, answer), end in zip(encoded, ends, strict=True) if answer]
+    start = 0
+    for text in _memory_pieces(name, name, b"".join(part for part, _ in encoded), limit):
+        piece, end = Marked(text), start + len(text)
+        piece.answers = tuple((max(a, start) - start, min(b, end) - start) for a, b in spans if a < end and b > start)
+        yield piece
+        start = end
 
 
 @dataclass(frozen=True)

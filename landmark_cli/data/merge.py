@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from landmark_cli.data.hashed_file import check_hash
 from landmark_cli.data.place import Place
 from landmark_cli.data.sources import SPLITS
-from landmark_cli.data.token_file import TokenFileWriter, check_hash, map_values
+from landmark_cli.data.token_file import TokenFileWriter, answers_path, map_values
 from landmark_cli.errors import LandmarkError
 from landmark_cli.interrupts import Interrupts
 
@@ -77,6 +78,7 @@ def merge(
         turns.append(np.fromfile(file, dtype="<i8").reshape(-1, 2))
     writers: dict[str, TokenFileWriter] = {}
     ids: dict[tuple[int, str], np.ndarray] = {}
+    marks: dict[tuple[int, str], np.ndarray] = {}
     for rank, place in enumerate(places):
         for split, written in place.splits.items():
             if split not in writers:
@@ -86,6 +88,10 @@ def merge(
             file = output / f"{split}.bin{parts[rank].suffix}"
             check_hash(file, written.tokens * writer.dtype.itemsize, written.sha256)
             ids[rank, split] = map_values(file, writer.dtype.name, written.tokens)
+            if written.answers_sha256:
+                file = output / f"{answers_path(output / split).name}{parts[rank].suffix}"
+                check_hash(file, written.tokens, written.answers_sha256)
+                marks[rank, split] = map_values(file, "uint8", written.tokens)
     used = dict.fromkeys(ids, 0)
     longest = max(map(len, turns))
     for first in range(0, longest, TURN):
@@ -96,7 +102,8 @@ def merge(
                 if length:
                     place = (rank, SPLITS[number])
                     start = used[place]
-                    writers[SPLITS[number]].add_document(ids[place][start : start + length - 1])
+                    text = slice(start, start + length - 1)
+                    writers[SPLITS[number]].add_document(ids[place][text], marks=marks[place][text] if marks else None)
                     used[place] = start + length
     return writers, places
 

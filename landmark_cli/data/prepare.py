@@ -22,6 +22,7 @@ import numpy as np
 
 from landmark_cli.console import info, progress, warn
 from landmark_cli.data.corpora import Corpus
+from landmark_cli.data.hashed_file import check_hash
 from landmark_cli.data.left_out import LeftOut
 from landmark_cli.data.merge import GO_ON, Process, merge
 from landmark_cli.data.place import Place
@@ -33,7 +34,6 @@ from landmark_cli.data.token_file import (
     TokenFileMetadata,
     TokenFileWriter,
     Written,
-    check_hash,
     read_metadata,
     remove_token_file,
 )
@@ -124,9 +124,14 @@ class _Part:
 
     def new_writer(self, split: str, suffix: str = ".partial", resume: Written | None = None) -> TokenFileWriter:
         path = self._output / f"{split}.bin"
-        source, made_from = self._corpus.source, self._made_from
         return TokenFileWriter(
-            path, self._tokenizer, source=source, made_from=made_from, resume=resume, partial_suffix=suffix
+            path,
+            self._tokenizer,
+            source=self._corpus.source,
+            made_from=self._made_from,
+            resume=resume,
+            partial_suffix=suffix,
+            answers=self._corpus.has_answers,
         )
 
     def run(self, skip_bad_text: bool, asked: Interrupts) -> None:
@@ -142,8 +147,8 @@ class _Part:
             contextlib.closing(prefetched(self._encoded(skip_bad_text), 1)) as encoded,
             progress(f"preparing {self._corpus.name}", total, "B", initial=self._read) as shown,
         ):
-            for batch, ids in encoded:
-                self._write(batch, ids)
+            for batch, ids, marks in encoded:
+                self._write(batch, ids, marks)
                 documents = sum(writer.documents for writer in self.writers.values())
                 tokens = sum(writer.tokens for writer in self.writers.values())
                 shown.advance(batch.read, documents=documents, tokens=f"{tokens / 1e6:.1f}M")
@@ -161,7 +166,8 @@ class _Part:
         for file in [*self.writers.values(), *([self._turns] if self._turns else [])]:
             file.close()
 
-    def _encoded(self, skip_bad_text: bool) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+    def _encoded(self, skip_bad_text: bool) -> Iterator[tuple[Batch, list[np.ndarray], list[np.ndarray | None]]]:
+        """Batches, the ids of their pieces, and which of these are of answers."""
         batches = text_batches(
             self._corpus,
             self._process,
@@ -173,17 +179,20 @@ class _Part:
         )
         with contextlib.closing(prefetched(batches, 1)) as ahead:
             for batch in ahead:
-                yield batch, self._tokenizer.encode_documents(batch.pieces)
+                if self._corpus.has_answers:
+                    yield batch, *self._tokenizer.encode_marked(batch.pieces)
+                else:
+                    yield batch, self._tokenizer.encode_documents(batch.pieces), [None] * len(batch.pieces)
 
-    def _write(self, batch: Batch, encoded: list[np.ndarray]) -> None:
+    def _write(self, batch: Batch, encoded: list[np.ndarray], marked: list[np.ndarray | None]) -> None:
         for bad in batch.bad:
             if self.left_out.add(bad):
                 warn(f"left out {bad}")
-        for piece, ids, (split, ends) in zip(batch.pieces, encoded, batch.places, strict=True):
+        for piece, ids, marks, (split, ends) in zip(batch.pieces, encoded, marked, batch.places, strict=True):
             if split not in self.writers:
                 self.writers[split] = self.new_writer(split, self._process.suffix)
             writer = self.writers[split]
-            writer.append(ids, text_bytes=len(piece))
+            writer.append(ids, len(piece), marks)
             if ends:
                 # A document without any text gets no end-of-text token either.
                 length = writer.document_tokens + 1 if writer.document_tokens else 0
@@ -313,4 +322,5 @@ def _disk_errors(output: Path) -> Iterator[None]:
 def _fingerprint(corpus: Corpus, tokenizer: TextTokenizer) -> str:
     """Tells whether two runs would write the same files."""
     made_from = [CONTENTS, corpus.identity, tokenizer.name, tokenizer.fingerprint, tokenizer.eot_id]
+    made_from += ["answers"] * corpus.has_answers
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

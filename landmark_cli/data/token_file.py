@@ -1,7 +1,8 @@
 """Token files: the ids of a corpus in one memory-mapped file, with what is needed to trust and use them.
 
 `train.bin` holds the ids, little-endian uint16 or uint32, every document followed by the end-of-text token, and
-`train.json` beside it the metadata. The metadata comes last: a token file without it is an unfinished one.
+`train.json` beside it the metadata. Where the documents have answers, `train.loss.bin` holds a uint8 for each token: 1
+for one of an answer, else 0. The metadata comes last: a token file without it is an unfinished one.
 
 Nothing that was truncated or changed since is taken for whole. Sizes and the metadata's own checksum are checked
 whenever a file is opened. The contents of a file that is small, or was written to since (by a copy, for instance), are
@@ -14,9 +15,7 @@ of those formats open as they are, with that file or without it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from landmark_cli.data.hashed_file import HashedFile
 from landmark_cli.data.left_out import LeftOut
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import hash_file, read_sealed, write_sealed
@@ -34,6 +34,21 @@ UNSEALED = {"format": 1}
 """What metadata without a checksum, of an earlier version, says of itself."""
 # Files up to this size take a fraction of a second to read and hash.
 ALWAYS_CHECKED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a token file's metadata says of its answers.
+
+    Attributes:
+        tokens: how many are of an answer.
+        sha256: of the file that says which.
+        modified_ns: when that file was last written, in the file system's nanoseconds.
+    """
+
+    tokens: int
+    sha256: str
+    modified_ns: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class TokenFileMetadata:
         modified_ns: when the file with the ids was last written, in the file system's nanoseconds, as a list of one;
             up to format 2, the time of a second file follows.
         left_out: what the preparation left out, of all splits, since it is no text; noted in `train.json`.
+        answers: of the file that says which tokens are of answers; None where there is none.
     """
 
     tokenizer: str
@@ -71,16 +87,20 @@ class TokenFileMetadata:
     modified_ns: list[int]
     format: int = FORMAT
     left_out: LeftOut | None = None
+    answers: Answers | None = None
 
 
 @dataclass
 class Written:
-    """How much of a token file was on the disk at a checkpoint, and its sha256 up to there."""
+    """How much of a token file was on the disk at a checkpoint, and its sha256 up to there; of answers, how many of the
+    tokens are of some, and the sha256 of the file that says which, where there is one."""
 
     tokens: int = 0
     documents: int = 0
     text_bytes: int = 0
     sha256: str = ""
+    answers: int = 0
+    answers_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,11 +111,13 @@ class TokenFile:
         path: of the ids (`.bin`).
         tokens: (tokens,) uint16 or uint32, memory-mapped.
         metadata: what the file says of itself.
+        answers: (tokens,) uint8, memory-mapped: 1 for tokens of answers, else 0. None where nothing says which are.
     """
 
     path: Path
     tokens: np.ndarray
     metadata: TokenFileMetadata
+    answers: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> TokenFile:
@@ -110,15 +132,18 @@ class TokenFile:
             raise LandmarkError(f"{path} is a directory, not a token file: name one in it, such as {path}/train.bin")
         path = _with_ending(Path(path))
         metadata = read_metadata(path)
-        _check_size(path, metadata.tokens * np.dtype(metadata.dtype).itemsize)
-        status = path.stat()
-        touched = metadata.modified_ns[:1] != [status.st_mtime_ns]
-        if touched or verify or status.st_size <= ALWAYS_CHECKED_BYTES:
-            if hash_file(path).hexdigest() != metadata.sha256:
-                raise _changed(path, "its contents are not those that were written")
-        if touched:
-            _remember_modified(path, metadata, status.st_mtime_ns)
-        return cls(path=path, tokens=map_values(path, metadata.dtype, metadata.tokens), metadata=metadata)
+        size = metadata.tokens * np.dtype(metadata.dtype).itemsize
+        written = _checked(path, size, metadata.sha256, metadata.modified_ns[:1], verify)
+        found = dataclasses.replace(metadata, modified_ns=[written])
+        marks, answers = None, metadata.answers
+        if answers is not None:
+            beside = answers_path(path)
+            written = _checked(beside, metadata.tokens, answers.sha256, [answers.modified_ns], verify)
+            found = dataclasses.replace(found, answers=dataclasses.replace(answers, modified_ns=written))
+            marks = map_values(beside, "uint8", metadata.tokens)
+        if (found.modified_ns, found.answers) != (metadata.modified_ns[:1], answers):
+            _remember_modified(path, found)
+        return cls(path, map_values(path, metadata.dtype, metadata.tokens), metadata, marks)
 
 
 class TokenFileWriter:
@@ -141,10 +166,12 @@ class TokenFileWriter:
         made_from: str = "",
         resume: Written | None = None,
         partial_suffix: str = ".partial",
+        answers: bool = False,
     ) -> None:
         """Start a file, or go on with the one that `checkpoint` left in the state `resume`.
 
-        tokenizer: a `TextTokenizer`, whose name, size and end of text the file is for.
+        tokenizer: a `TextTokenizer`, whose name, size and end of text the file is for. answers: whether to write which
+        tokens are of answers, too.
 
         Raises:
             LandmarkError: what a checkpoint left is shorter or not what was written.
@@ -153,20 +180,18 @@ class TokenFileWriter:
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self._tokenizer = tokenizer
         self._source, self._made_from = source, made_from
-        self._partial = self.path.with_name(self.path.name + partial_suffix)
         state = resume or Written()
         self.tokens, self.documents, self.text_bytes = state.tokens, state.documents, state.text_bytes
+        self.answers, self._ends_with_answer = state.answers, False
         self._document_start = self.tokens
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume is None:
-            self._hash = hashlib.sha256()
-            self._file = open(self._partial, "wb")
-        else:
-            size = self.tokens * self.dtype.itemsize
-            self._hash = check_hash(self._partial, size, state.sha256)
-            self._file = open(self._partial, "r+b")
-            self._file.truncate(size)
-            self._file.seek(size)
+        partial = self.path.with_name(self.path.name + partial_suffix)
+        self._ids = HashedFile(partial, self.tokens * self.dtype.itemsize, state.sha256 if resume else None)
+        self._marks = None
+        if answers:
+            beside = answers_path(self.path)
+            partial = beside.with_name(beside.name + partial_suffix)
+            self._marks = HashedFile(partial, self.tokens, state.answers_sha256 if resume else None)
 
     def __enter__(self) -> TokenFileWriter:
         return self
@@ -179,23 +204,32 @@ class TokenFileWriter:
         else:
             self.discard()
 
-    def append(self, ids: np.ndarray, text_bytes: int = 0) -> None:
-        """Write ids of the document under way.
+    @property
+    def _files(self) -> list[HashedFile]:
+        return [self._ids] if self._marks is None else [self._ids, self._marks]
+
+    def append(self, ids: np.ndarray, text_bytes: int = 0, marks: np.ndarray | None = None) -> None:
+        """Write ids of the document under way. marks: which are of answers, by 1 and 0; None where none is.
 
         Raises:
             ValueError: an id is not of the tokenizer.
         """
         if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
             raise ValueError(f"ids must be below the vocabulary's {self._tokenizer.vocab_size}, found {ids.max()}")
-        data = np.asarray(ids, dtype=self.dtype).tobytes()
-        self._hash.update(data)
-        self._file.write(data)
+        self._ids.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        if self._marks is not None:
+            marks = np.zeros(len(ids), dtype=np.uint8) if marks is None else marks
+            self._marks.write(np.asarray(marks, dtype=np.uint8).tobytes())
+            self.answers += int(np.count_nonzero(marks))
+            self._ends_with_answer = bool(marks[-1]) if len(marks) else self._ends_with_answer
         self.tokens += len(ids)
         self.text_bytes += text_bytes
 
     def end_document(self) -> None:
-        """Write the end-of-text token after the document under way."""
-        self.append(np.array([self._tokenizer.eot_id]))
+        """Write the end-of-text token after the document under way. Behind an answer it is of the answer, so that a
+        model learns where to end."""
+        self.append(np.array([self._tokenizer.eot_id]), marks=np.array([self._ends_with_answer]))
+        self._ends_with_answer = False
         self._document_start = self.tokens
         self.documents += 1
 
@@ -204,35 +238,41 @@ class TokenFileWriter:
         """Ids of the document under way so far."""
         return self.tokens - self._document_start
 
-    def add_document(self, ids: np.ndarray, text_bytes: int = 0) -> None:
-        """Write a whole document and its end-of-text token."""
-        self.append(ids, text_bytes)
+    def add_document(self, ids: np.ndarray, text_bytes: int = 0, marks: np.ndarray | None = None) -> None:
+        """Write a whole document and its end-of-text token. Arguments: as `append` takes them."""
+        self.append(ids, text_bytes, marks)
         self.end_document()
 
     def checkpoint(self) -> Written:
         """Put everything on the disk and return the state to `resume` from. Call it between documents only."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return Written(self.tokens, self.documents, self.text_bytes, self._hash.hexdigest())
+        for file in self._files:
+            file.checkpoint()
+        marked = (self.answers, self._marks.sha256) if self._marks else ()
+        return Written(self.tokens, self.documents, self.text_bytes, self._ids.sha256, *marked)
 
     def close(self) -> None:
         """Let go of the unfinished file and leave it where it is."""
-        # What a full disk did not take is lost in any case: `resume` starts from what a checkpoint put on the disk.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        for file in self._files:
+            file.close()
 
     def discard(self) -> None:
         """Remove the unfinished file."""
-        self.close()
-        self._partial.unlink(missing_ok=True)
+        for file in self._files:
+            file.discard()
 
     def finish(self, left_out: LeftOut | None = None) -> TokenFileMetadata:
         """Give the file its name, then write its metadata. What stood there before is replaced."""
         self.checkpoint()
         self.close()
         _metadata_path(self.path).unlink(missing_ok=True)
-        os.replace(self._partial, self.path)
+        os.replace(self._ids.path, self.path)
         _offsets_path(self.path).unlink(missing_ok=True)
+        beside, answers = answers_path(self.path), None
+        if self._marks is None:
+            beside.unlink(missing_ok=True)
+        else:
+            os.replace(self._marks.path, beside)
+            answers = Answers(self.answers, self._marks.sha256, beside.stat().st_mtime_ns)
         metadata = TokenFileMetadata(
             tokenizer=self._tokenizer.name,
             tokenizer_fingerprint=self._tokenizer.fingerprint,
@@ -242,13 +282,14 @@ class TokenFileWriter:
             documents=self.documents,
             text_bytes=self.text_bytes,
             dtype=self.dtype.name,
-            sha256=self._hash.hexdigest(),
+            sha256=self._ids.sha256,
             source=self._source,
             made_from=self._made_from,
             modified_ns=[self.path.stat().st_mtime_ns],
             left_out=left_out,
+            answers=answers,
         )
-        write_sealed(_metadata_path(self.path), dataclasses.asdict(metadata))
+        _write_metadata(self.path, metadata)
         return metadata
 
 
@@ -278,7 +319,7 @@ def read_metadata(path: str | Path) -> TokenFileMetadata:
 def remove_token_file(path: str | Path) -> None:
     """Delete a token file and what stands beside it, metadata first. Nothing happens where there is none."""
     path = _with_ending(Path(path))
-    for file in (_metadata_path(path), path, _offsets_path(path)):
+    for file in (_metadata_path(path), path, _offsets_path(path), answers_path(path)):
         file.unlink(missing_ok=True)
 
 
@@ -298,6 +339,11 @@ def _with_ending(path: Path) -> Path:
     return path if path.suffix == ".bin" else path.with_name(path.name + ".bin")
 
 
+def answers_path(path: Path) -> Path:
+    """The file beside a token file that says which tokens are of answers."""
+    return path.with_suffix(".loss.bin")
+
+
 def _offsets_path(path: Path) -> Path:
     """What stands beside a token file of format 1 or 2."""
     return path.with_suffix(".offsets")
@@ -307,23 +353,23 @@ def _metadata_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def check_hash(file: Path, size: int, sha256: str) -> Any:
-    """The running hash of a file's first `size` bytes, to go on with.
-
-    Raises LandmarkError where these are not the bytes that were written there, of which `sha256` is the hash.
-    """
-    hashed = hash_file(file, size)
-    if hashed.hexdigest() != sha256:
-        raise LandmarkError(f"{file} is not what had been written to it")
-    return hashed
-
-
 def map_values(path: Path, dtype: str, length: int) -> np.ndarray:
     """A file of `length` little-endian numbers, memory-mapped for reading."""
     little_endian = np.dtype(dtype).newbyteorder("<")
     if length == 0:
         return np.zeros(0, dtype=little_endian)
     return np.memmap(path, dtype=little_endian, mode="r", shape=(length,))
+
+
+def _checked(path: Path, size: int, sha256: str, modified_ns: list[int], verify: bool) -> int:
+    """Check a file, its contents only where that is wanted, cheap, or due since it was written to; returns when it was
+    written last. modified_ns: when its contents were last known to be right."""
+    _check_size(path, size)
+    written = path.stat().st_mtime_ns
+    if verify or [written] != modified_ns or size <= ALWAYS_CHECKED_BYTES:
+        if hash_file(path).hexdigest() != sha256:
+            raise _changed(path, "its contents are not those that were written")
+    return written
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -339,10 +385,17 @@ def _changed(path: Path, what: str) -> LandmarkError:
     return LandmarkError(f"{path} was truncated or changed after it was prepared: {what}; prepare the corpus again")
 
 
-def _remember_modified(path: Path, metadata: TokenFileMetadata, modified_ns: int) -> None:
+def _remember_modified(path: Path, metadata: TokenFileMetadata) -> None:
     """Note that the contents were found right as of now, so that the next opening is cheap. Errors are passed over."""
-    metadata = dataclasses.replace(metadata, format=FORMAT, modified_ns=[modified_ns])
     try:
-        write_sealed(_metadata_path(path), dataclasses.asdict(metadata))
+        _write_metadata(path, dataclasses.replace(metadata, format=FORMAT))
     except OSError:
         return
+
+
+def _write_metadata(path: Path, metadata: TokenFileMetadata) -> None:
+    content = dataclasses.asdict(metadata)
+    if metadata.answers is None:
+        # As metadata was before there were answers.
+        del content["answers"]
+    write_sealed(_metadata_path(path), content)

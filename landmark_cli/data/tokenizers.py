@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,24 @@ class TextTokenizer(ABC):
     @abstractmethod
     def encode_documents(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
         """The ids of many texts (bytes are UTF-8), each a uint32 array (n,), using all cores."""
+
+    def encode_marked(self, documents: Sequence[bytes]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The ids of many texts, as `encode_documents` gives them, and for each text which of its ids are of answers:
+        (n,) uint8, 1 where a token has some of an answer's text, else 0. A text without `answers` (see
+        `documents.Marked`) has none."""
+        ids, marks = [], []
+        for text, (encoded, starts, ends) in zip(documents, self._encode_with_places(documents), strict=True):
+            marked = np.zeros(len(encoded), dtype=np.uint8)
+            for first, last in getattr(text, "answers", ()):
+                # Tokens of one character's bytes may stand at the same place; places never go back.
+                marked[np.searchsorted(ends, first, "right") : np.searchsorted(starts, last, "left")] = 1
+            ids.append(encoded)
+            marks.append(marked)
+        return ids, marks
+
+    @abstractmethod
+    def _encode_with_places(self, documents: Sequence[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The ids of texts, and the byte at which the text of each begins, and the one behind its last."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -190,6 +208,14 @@ class GPT2Tokenizer(TextTokenizer):
         with ThreadPoolExecutor(available_cores()) as pool:
             return list(pool.map(encode, documents))
 
+    def _encode_with_places(self, documents: Sequence[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for ids in self.encode_documents(documents):
+            lengths = np.array(
+                [len(token) for token in self.encoding.decode_tokens_bytes(ids.tolist())], dtype=np.int64
+            )
+            ends = lengths.cumsum()
+            yield ids, ends - lengths, ends
+
     def decode(self, ids: Sequence[int]) -> str:
         ids = np.asarray(ids).tolist()
         names = {GPT2_LANDMARK_ID: LANDMARK_TOKEN, **{GPT2_EOT_ID + 1 + i: name for i, name in enumerate(GPT2_UNUSED)}}
@@ -251,6 +277,32 @@ class TransformersTokenizer(TextTokenizer):
             with encoding_by(self.name):
                 ids = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         return [np.asarray(row, dtype=np.uint32) for row in ids]
+
+    def _encode_with_places(self, documents: Sequence[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        texts = [text.decode() for text in documents]
+        with encoding_by(self.name):
+            encodings = self._fast.encode_batch(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            # Where each character's bytes begin.
+            begins = np.cumsum([0, *(len(character.encode()) for character in text)])
+            if text.isascii():
+                begins = np.arange(len(text) + 1)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            # A tokenizer may give a token of white space, or one without text, a place of no width anywhere near it.
+            starts, ends = np.maximum.accumulate(begins[offsets], axis=0).T
+            yield np.asarray(encoding.ids, dtype=np.uint32), starts, ends
+
+    def encode_marked(self, documents: Sequence[bytes]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        if self._fast is not None:
+            return super().encode_marked(documents)
+        # A tokenizer in Python says nothing of places: the beginning of a text tells how many ids that beginning has.
+        encoded = self.encode_documents(documents)
+        marks = [np.zeros(len(ids), dtype=np.uint8) for ids in encoded]
+        for text, marked in zip(documents, marks, strict=True):
+            for span in getattr(text, "answers", ()):
+                first, last = (len(self.encode(text[:place].decode())) for place in span)
+                marked[first:last] = 1
+        return encoded, marks
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)

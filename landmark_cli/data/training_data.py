@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.console import info, warn
-from landmark_cli.data.batches import Batches, SequentialWindows, Windows
+from landmark_cli.data.batches import AnswerWeights, Batches, SequentialWindows, Windows
 from landmark_cli.data.checks import check_one_tokenizer
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.variants import VariantBatches
+from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,9 +69,24 @@ class TrainingData:
         eot_id = self.train[0].metadata.eot_id
         return Windows(config.trained_length, config.landmark_freq, config.landmark_token_id, eot_id, include_landmarks)
 
-    def batches(self, windows: Windows, global_batch: int, seed: int, **variants: Any) -> Batches | VariantBatches:
-        """The batches that the run trains on: see `Batches`, and `VariantBatches` for its settings, the variants."""
-        batches = Batches(self.train, self.weights, windows, global_batch, seed)
+    def batches(
+        self,
+        windows: Windows,
+        global_batch: int,
+        seed: int,
+        answer_weights: AnswerWeights | None = None,
+        **variants: Any,
+    ) -> Batches | VariantBatches:
+        """The batches that the run trains on: see `Batches`, and `VariantBatches` for its settings, the variants.
+
+        Raises LandmarkError where answers are to have weights and no corpus marks any.
+        """
+        if answer_weights is not None and not any(file.metadata.answers for file in self.train):
+            raise LandmarkError(
+                f"no corpus says which of its text is answers ({', '.join(str(file.path) for file in self.train)}): "
+                "`landmark prepare tasks` makes one that does; or leave --answer-weight and --answers-only out"
+            )
+        batches = Batches(self.train, self.weights, windows, global_batch, seed, answer_weights)
         return VariantBatches(batches, seed, **variants) if any(variants.values()) else batches
 
     def validation_windows(self, windows: Windows, count: int) -> list[SequentialWindows]:

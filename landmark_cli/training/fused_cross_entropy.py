@@ -15,11 +15,14 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 
 @triton.jit
 def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.constexpr, COLS: tl.constexpr,
-                 DEPTH: tl.constexpr):  # fmt: skip
+                 DEPTH: tl.constexpr, WEIGHTS=None):  # fmt: skip
     """Program (row). What the second loop reads again is still in the L2 cache. A step takes DEPTH x COLS logits, of
-    which a thread holds whole columns."""
+    which a thread holds whole columns. Without WEIGHTS, nothing of what they need is compiled."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
+    if WEIGHTS is not None:
+        weight = tl.load(WEIGHTS + row)
+        target = tl.where(weight == 0.0, IGNORED, target)
     logits = LOGITS + row * stride
     column = tl.arange(0, DEPTH)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     if target == IGNORED:
@@ -40,22 +43,28 @@ def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.conste
         top = higher
     highest = tl.max(top, 0)
     normalizer = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-    tl.store(LOSSES + row, normalizer - wanted)
+    if WEIGHTS is None:
+        tl.store(LOSSES + row, normalizer - wanted)
+    else:
+        tl.store(LOSSES + row, (normalizer - wanted) * weight)
     for first in range(0, vocabulary, DEPTH * COLS):
         mask = first + column < vocabulary
         x = tl.load(logits + first + column, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.exp(x - normalizer) - tl.where(first + column == target, 1.0, 0.0)
+        if WEIGHTS is not None:
+            gradient *= weight
         tl.store(logits + first + column, gradient.to(LOGITS.dtype.element_ty), mask=mask)
 
 
-def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor, weights: Tensor | None = None) -> None:
     """See linear_cross_entropy.score_and_differentiate; logits with a dense last dimension."""
     rows, vocabulary = logits.shape
     steps = depth(vocabulary * logits.element_size(), logits.device)
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         score_kernel[(rows,)](
             logits, targets, losses, logits.stride(0), vocabulary, IGNORED=IGNORED_TARGET,
-            COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=steps, num_warps=16,
+            COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=steps, WEIGHTS=weights,
+            num_warps=16,
         )  # fmt: skip
 
 

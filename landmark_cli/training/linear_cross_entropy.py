@@ -20,18 +20,23 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 PIECE = 1 << 29
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the targets that are not -100 of the negative log-likelihood under softmax(hidden @ weight.T).
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor | None = None
+) -> Tensor:
+    """Sum over the targets that are not -100 of the negative log-likelihood under softmax(hidden @ weight.T), each
+    times its target's weight.
 
-    hidden: (..., E); weight: (V, E); targets: (...) int64. Returns a float32 scalar, differentiable once by hidden and
-    weight. Under autocast the products are in autocast's dtype, as a linear layer's are.
+    hidden: (..., E); weight: (V, E); targets: (...) int64; target_weights: (...) float32, None for 1. Returns a float32
+    scalar, differentiable once by hidden and weight. Under autocast the products are in autocast's dtype, as a linear
+    layer's are.
     """
     dtype = hidden.dtype
     if hidden.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     hidden = hidden.flatten(0, -2).to(dtype)
     by_hidden, by_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    return _loss_and_gradients(hidden, weight, targets.flatten(), by_hidden, by_weight)[0]
+    target_weights = None if target_weights is None else target_weights.flatten()
+    return _loss_and_gradients(hidden, weight, targets.flatten(), by_hidden, by_weight, target_weights)[0]
 
 
 def piece_rows(rows: int, vocabulary: int) -> int:
@@ -42,7 +47,12 @@ def piece_rows(rows: int, vocabulary: int) -> int:
 
 @torch.library.custom_op("landmark::linear_cross_entropy", mutates_args=())
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, by_hidden: bool, by_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    by_hidden: bool,
+    by_weight: bool,
+    target_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient by hidden, by weight), the gradients empty where they are not wanted."""
     loss, hidden_gradient, weight_gradient = _empty_outputs(hidden, weight, targets, by_hidden, by_weight)
@@ -58,7 +68,7 @@ def _loss_and_gradients(
         piece = torch.mm(hidden[part], weight.T, out=logits[: part.stop - first])
         fused = _fused() if piece.is_cuda else None
         score = score_and_differentiate if fused is None else fused.score_and_differentiate
-        score(piece, targets[part], losses[part])
+        score(piece, targets[part], losses[part], None if target_weights is None else target_weights[part])
         if by_hidden:
             torch.mm(piece, weight, out=hidden_gradient[part])
         if by_weight and step < rows:
@@ -78,7 +88,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @_loss_and_gradients.register_fake
 def _empty_outputs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, by_hidden: bool, by_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    by_hidden: bool,
+    by_weight: bool,
+    target_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The sum of several pieces' gradients is kept in the weight's own precision.
     whole = piece_rows(hidden.shape[0], weight.shape[0]) == hidden.shape[0]
@@ -92,7 +107,7 @@ def _empty_outputs(
 
 def _keep_gradients(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.dtypes = inputs[3:], [x.dtype for x in inputs[:2]]
+    ctx.wanted, ctx.dtypes = inputs[3:5], [x.dtype for x in inputs[:2]]
     ctx.set_materialize_grads(False)
 
 
@@ -101,21 +116,27 @@ def _scale_gradients(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]
         gradient.to(dtype) * dloss if wanted and dloss is not None else None
         for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
     )
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 _loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor, weights: Tensor | None = None) -> None:
     """Turn logits (rows, V), in place, into the gradient of their summed loss, and write each row's loss to `losses`,
-    (rows,) float32: 0 where the target, (rows,) int64, is -100."""
+    (rows,) float32: 0 where the target, (rows,) int64, is -100. weights: (rows,) float32, by which each row's loss and
+    gradient is multiplied; a row of weight 0 is one without a target."""
+    if weights is not None:
+        targets = targets.masked_fill(weights == 0, IGNORED_TARGET)
     ignored = (targets == IGNORED_TARGET)[:, None]
     target = targets[:, None].clamp(min=0)
     normalizer = logits.float().logsumexp(-1, keepdim=True)
     losses.copy_((normalizer - logits.gather(-1, target)).masked_fill(ignored, 0.0)[:, 0])
     gradient = (logits - normalizer).exp_()
     gradient.scatter_add_(-1, target, gradient.new_full((), -1.0).expand(target.shape))
+    if weights is not None:
+        losses *= weights
+        gradient *= weights[:, None]
     logits.copy_(gradient.masked_fill_(ignored, 0.0))
 
 

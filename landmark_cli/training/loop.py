@@ -3,7 +3,8 @@
 Nothing of a run's course lives outside its checkpoint: the batch, the learning rate and the seed of every step are pure
 functions of the step, so a resumed run repeats an uninterrupted one. The loss is the mean over all targets of the
 global batch, whatever its split into processes and micro-batches: each micro-batch contributes its sum, divided by the
-number of targets of all micro-batches.
+number of targets of all micro-batches. Where targets have weights, it is the weighted mean: sums of weighted losses,
+divided by the sum of all weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from landmark_cli.console import figure, info, progress, warn
 from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
-from landmark_cli.evaluation.score import perplexity_of
+from landmark_cli.evaluation.score import Score, perplexity_of
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.training.checkpoints import Checkpoints, plain_name, warn_if_full
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
@@ -227,7 +228,10 @@ class Loop:
         settings, accelerator = self.settings, self.accelerator
         seed_step(settings.seed, self.step, accelerator.process_index)
         self.update.begin(self.step)
-        counts = [(batch["labels"] != IGNORED_TARGET).sum() for batch in micro_batches]
+        counts = [
+            batch["weights"].sum() if "weights" in batch else (batch["labels"] != IGNORED_TARGET).sum()
+            for batch in micro_batches
+        ]
         targets = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
         # The gradient becomes a mean over processes, and by accelerate one over micro-batches; this turns means into
         # the sum.
@@ -292,16 +296,26 @@ class Loop:
             )
 
     def _report_evaluation(self) -> None:
-        loss = self.evaluate()
+        loss, answers = self.evaluate_with_answers()
         perplexity = perplexity_of(loss)
-        self._write({"step": self.step, "validation_loss": loss, "validation_perplexity": perplexity})
-        info(f"step {self.step}: validation loss {loss:.4f}, perplexity {figure(perplexity, '.2f')}")
+        record = {"step": self.step, "validation_loss": loss, "validation_perplexity": perplexity}
+        said = f"step {self.step}: validation loss {loss:.4f}, perplexity {figure(perplexity, '.2f')}"
+        if answers.tokens:
+            record |= {"validation_answers_loss": answers.loss, "validation_answers_right": answers.accuracy}
+            said += f"; of answers, loss {answers.loss:.4f}, {answers.accuracy:.1%} of tokens right"
+        self._write(record)
+        info(said)
 
-    @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss over all validation windows, the same for any number of processes."""
+        return self.evaluate_with_answers()[0]
+
+    @torch.no_grad()
+    def evaluate_with_answers(self) -> tuple[float, Score]:
+        """The mean loss over all validation windows, and how well the tokens of their answers were predicted; the same
+        for any number of processes."""
         accelerator, size = self.accelerator, self.settings.batch_size
-        sums = torch.zeros(2, device=accelerator.device)
+        sums, of_answers = torch.zeros(2, device=accelerator.device), []
         self.module.eval()
         for windows in self.validation:
             for begin in range(0, len(windows), size * accelerator.num_processes):
@@ -310,8 +324,16 @@ class Loop:
                 first = max(min(start, len(windows) - size), 0)
                 batch = windows.batch(first, first + size)
                 batch["labels"][: start - first] = IGNORED_TARGET
-                ids, labels = batch["input_ids"].to(accelerator.device), batch["labels"].to(accelerator.device)
-                sums += torch.stack([self.module(ids, labels), (labels != IGNORED_TARGET).sum()])
+                batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+                loss = self.module(**batch)
+                if "answers" in batch:
+                    of_answers.append(loss[1:])
+                    loss = loss[0]
+                sums += torch.stack([loss, (batch["labels"] != IGNORED_TARGET).sum()])
         self.module.train()
         total, count = accelerator.reduce(sums, "sum").tolist()
-        return total / max(count, 1.0)
+        mean = total / max(count, 1.0)
+        if not of_answers:
+            return mean, Score(0, 0.0, 0)
+        tokens, loss, right = accelerator.reduce(torch.stack(of_answers).sum(0), "sum").tolist()
+        return mean, Score(int(tokens), loss, int(right))

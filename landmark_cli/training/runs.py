@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from landmark_cli.data.batches import AnswerWeights
 from landmark_cli.data.training_data import TrainingData
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
@@ -95,12 +97,23 @@ def model_identity(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY}
 
 
-def run_identity(config: Any, data: TrainingData, global_batch: int, seed: int) -> dict[str, Any]:
-    """What must stay the same for a run to be resumed exactly: the model, the tokens and how they make batches."""
-    return model_identity(config) | {
-        "tokenizer": data.train[0].metadata.tokenizer,
-        "data": [file.metadata.sha256 for file in data.train],
-        "data_weights": data.weights,
-        "global_batch": global_batch,
-        "seed": seed,
-    }
+def run_identity(
+    config: Any, data: TrainingData, global_batch: int, seed: int, answer_weights: AnswerWeights | None = None
+) -> dict[str, Any]:
+    """What must stay the same for a run to be resumed exactly: the model, the tokens, how they make batches and, where
+    they do not all weigh alike, what they weigh."""
+    weighed = {}
+    if answer_weights is not None:
+        marks = [file.metadata.answers and file.metadata.answers.sha256 for file in data.train]
+        weighed = {"answers": marks, **dataclasses.asdict(answer_weights)}
+    return (
+        model_identity(config)
+        | weighed
+        | {
+            "tokenizer": data.train[0].metadata.tokenizer,
+            "data": [file.metadata.sha256 for file in data.train],
+            "data_weights": data.weights,
+            "global_batch": global_batch,
+            "seed": seed,
+        }
+    )

@@ -27,10 +27,15 @@ from transformers import PreTrainedModel
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
+from landmark_cli.evaluation.score import score
 from landmark_cli.families import FAMILIES
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 
 T = TypeVar("T")
+
+SUMS = torch.float64
+"""Of the sums that evaluation adds up over many windows."""
+SCORED_ROWS = 4096
 
 
 def uses_cpu(device: str) -> bool:
@@ -171,12 +176,19 @@ class LossModel(nn.Module):
             return getattr(super().__getattr__("wrapped"), name)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, controlled: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        controlled: Tensor | None = None,
+        weights: Tensor | None = None,
+        answers: Tensor | None = None,
     ) -> Tensor:
-        """Sum over the targets that are not -100 of their negative log-likelihood.
+        """Sum over the targets that are not -100 of their negative log-likelihood, each times its weight.
 
         input_ids, labels: (B, T), labels being the targets of their own positions. position_ids, controlled: (B, T), of
-        the paper's variants.
+        the paper's variants. weights: (B, T) float32, of the targets; None weighs all 1. answers: (B, T) bool, for
+        evaluation: with it (4,) float64 is returned, the sum and `score` of those targets alone.
         """
         extra = {} if position_ids is None else {"position_ids": position_ids}
         if controlled is not None or (self.group_dropout and self.training):
@@ -184,10 +196,22 @@ class LossModel(nn.Module):
         if self.fused_loss:
             model = without_adapters(self.wrapped)
             hidden = model.base_model(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
-            return linear_cross_entropy(hidden, model.get_output_embeddings().weight, labels)
+            head = model.get_output_embeddings().weight
+            loss = linear_cross_entropy(hidden, head, labels, weights)
+            if answers is None:
+                return loss
+            return with_score(loss, hidden, labels, answers, lambda piece: nn.functional.linear(piece, head))
+        if weights is not None:
+            logits = self.wrapped(input_ids=input_ids, use_cache=False, **extra).logits.float()
+            losses = nn.functional.cross_entropy(
+                logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+            )
+            # A target that weighs nothing adds nothing, even where its loss is infinite.
+            return torch.where(weights.flatten() > 0, losses * weights.flatten(), 0.0).sum()
         output = self.wrapped(input_ids=input_ids, labels=labels, shift_labels=labels, use_cache=False, **extra)
         count = (labels != IGNORED_TARGET).sum()
-        return torch.where(count > 0, output.loss * count, 0.0)
+        loss = torch.where(count > 0, output.loss * count, 0.0)
+        return loss if answers is None else with_score(loss, output.logits, labels, answers, lambda piece: piece)
 
     def _layout(self, controlled: Tensor | None) -> LandmarkLayout:
         dropout = {}
@@ -195,6 +219,22 @@ class LossModel(nn.Module):
             # The seed is on the CPU, where reading it waits for nothing; the loop seeds torch for every step.
             dropout = {"dropout_p": self.group_dropout, "dropout_seed": torch.randint(1 << 62, ())}
         return LandmarkLayout(controlled=controlled, **dropout)
+
+
+@torch.compiler.disable
+def with_score(
+    loss: Tensor, states: Tensor, labels: Tensor, answers: Tensor, logits_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """(4,) float64: a loss, and `score` of the targets that are of answers.
+
+    states: (B, T, E), of which `logits_of` makes the logits, (rows, V); labels, answers: (B, T), see
+    `LossModel.forward`. No more rows than there are answers get logits, and only some at a time.
+    """
+    wanted = answers & (labels != IGNORED_TARGET)
+    sums = torch.zeros(3, dtype=SUMS, device=states.device)
+    for rows, targets in zip(states[wanted].split(SCORED_ROWS), labels[wanted].split(SCORED_ROWS), strict=True):
+        sums += score(logits_of(rows), targets)
+    return torch.cat([loss.to(SUMS)[None], sums])
 
 
 def bf16_under_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 
 from landmark_cli.console import info, warn
 from landmark_cli.data.corpora import SAMPLE_HELD_OUT, Corpus, novels, open_corpus
-from landmark_cli.data.documents import BadText, Document, text_document
+from landmark_cli.data.documents import BadText, Document, Marked, marked_pieces, text_document
 from landmark_cli.data.tasks.kinds import MOST_FACTS, Draw, Task, draw_task
 from landmark_cli.data.tasks.questions import Ending, ending
 from landmark_cli.data.text_batches import or_skip
@@ -25,7 +25,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 if TYPE_CHECKING:
     from landmark_cli.data.tokenizers import TextTokenizer
 
-CONTENTS = 1
+CONTENTS = 2
 """Counts up when a version of this program gives other documents to the same seed."""
 LEAST = 256
 """Tokens of the shortest document: room for a fact, its question and some text."""
@@ -127,6 +127,13 @@ class TaskDocument:
 
     def __str__(self) -> str:
         return self.text + str(self.ending)
+
+    @property
+    def parts(self) -> list[tuple[str, bool]]:
+        """All of its text in parts, each with whether it is an answer."""
+        return [(self.text, False)] + [
+            part for asked, answer in self.ending.pairs for part in ((asked, False), (answer, True))
+        ]
 
 
 class TaskDocuments:
@@ -236,9 +243,9 @@ def tasks_corpus(
     def split_of(index: int) -> str:
         return "validation" if every and index % every == every // 2 else "train"
 
-    def pieces(index: int, limit: int) -> Iterator[bytes]:
+    def pieces(index: int, limit: int) -> Iterator[Marked]:
         made = makers[split_of(index)].make(plan[index], [seed, index, 1])
-        yield from text_document(f"task {index}", str(made)).pieces(limit)
+        yield from marked_pieces(f"task {index}", made.parts, limit)
 
     def all_documents() -> Iterator[tuple[str, Document]]:
         for index, length in enumerate(plan):
@@ -251,6 +258,7 @@ def tasks_corpus(
         all_documents,
         sum(plan) * TOKEN_BYTES,
         [CONTENTS, of_text, documents, shortest, longest, absent, validation_share, seed],
+        has_answers=True,
     )
 
 
