@@ -218,10 +218,10 @@ def test_a_full_disk_is_named_and_what_was_written_is_gone_on_from(
     monkeypatch.setattr(prepare_module, "CHECKPOINT_SECONDS", 0.0)
     append = TokenFileWriter.append
 
-    def full(self, ids, text_bytes=0):
+    def full(self, ids, text_bytes=0, marks=None):
         if self.tokens > 5000:
             raise OSError(number, "no")
-        append(self, ids, text_bytes)
+        append(self, ids, text_bytes, marks)
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenFileWriter, "append", full)
