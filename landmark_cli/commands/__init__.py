@@ -105,6 +105,17 @@ landmark eval study my-study.yaml --role landmark=runs/demo --output studies/min
         _in("study", "StudyOptions"),
     ),
     Command(
+        "eval ruler",
+        "Ask a model RULER's synthetic tasks at several lengths, in several ways of reading.",
+        """
+landmark eval ruler --model runs/llama-landmark --lengths 4096,16384,65536 --top-k-blocks 4,16 --full-attention
+landmark eval ruler --model runs/llama-landmark --tasks niah_single_2,vt,fwe --lengths 1000000 --samples 5 --show 1
+landmark eval ruler --model HuggingFaceTB/SmolLM2-135M-Instruct --full-attention --chat --plot ruler.png
+landmark eval ruler --tasks qa --qa dev-v2.0.json --haystack novels/ --json ruler.json
+""",
+        _in("ruler", "RulerOptions"),
+    ),
+    Command(
         "eval passkey",
         "Hide a number in filler text and ask the model for it.",
         """

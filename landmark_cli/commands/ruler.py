@@ -1,0 +1,209 @@
+"""`landmark eval ruler`: RULER's synthetic tasks, read in one or several ways."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from landmark_cli.commands.evaluate import EvaluationOptions
+from landmark_cli.commands.measurement import batch_size_option, file_option, json_option
+from landmark_cli.commands.models import name_model, open_model
+from landmark_cli.console import info, results, show
+from landmark_cli.errors import UsageError
+from landmark_cli.inference.settings import READING, ReadingSettings
+from landmark_cli.interrupts import interrupts
+from landmark_cli.locks import sole_writer
+from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from landmark_cli.evaluation.ruler.run import Cell, Show
+    from landmark_cli.evaluation.ruler.task import Task
+
+MEASUREMENT = "Measurement"
+OUTPUT = "Output"
+
+
+@dataclass
+class RulerOptions(EvaluationOptions):
+    """Ask a model RULER's synthetic tasks at several lengths, in several ways of reading.
+
+    Needles in filler, in prose and among each other, chains of variables, most frequent words and, where their files
+    are given, questions about documents (arXiv 2404.06654). Lengths count tokens exactly, the answer's room included; a
+    sample asks the same question at every length. A score is the share of the reference strings that the answer
+    contains. Every answer is kept in the output directory: an interrupted run goes on.
+    """
+
+    tasks: list[str] | None = option(
+        None,
+        panel=MEASUREMENT,
+        metavar="<name>...",
+        help="niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa; with "
+        "commas between or repeated. [default: all; qa where --qa is given]",
+    )
+    lengths: list[int] = option(
+        [4096, 8192, 16384],
+        panel=MEASUREMENT,
+        min=1,
+        max=LONGEST,
+        help="Tokens of prompt and answer, with commas between.",
+        saves_memory="shorter --lengths",
+    )
+    samples: int = option(50, panel=MEASUREMENT, min=1, max=10_000, help="Prompts of each task at each length.")
+    top_k_blocks: list[int] | None = option(
+        None,
+        panel=READING,
+        min=0,
+        max=LONGEST,
+        help="Blocks retrieved for each token, with commas between: each number is measured. [default: the number in "
+        "the model's config]",
+    )
+    full_attention: bool = option(
+        False,
+        panel=MEASUREMENT,
+        help="Measure reading with ordinary attention too, up to the positions that the model knows.",
+    )
+    chat: bool = option(
+        False, panel=MEASUREMENT, help="Ask in the tokenizer's chat template, as a user whose answer has begun."
+    )
+    haystack: Path | None = option(
+        None,
+        panel=MEASUREMENT,
+        metavar="<file|folder>",
+        help="Text in which the tasks with prose hide their needles. [default: the shipped novels]",
+    )
+    qa: Path | None = option(
+        None, panel=MEASUREMENT, help="SQuAD's or HotpotQA's JSON file, whose questions the task qa asks."
+    )
+    batch_size: int | None = batch_size_option(MEASUREMENT, "Prompts read at a time. [default: by their length]")
+    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing what is hidden and where.")
+    output: Path = option(
+        Path("studies/ruler"), panel=OUTPUT, help="Directory of the answers, from which an interrupted run goes on."
+    )
+    show: int = option(
+        0,
+        panel=OUTPUT,
+        min=0,
+        saved=False,
+        help="Show so many samples of each task and length: the prompt's end, what is expected, what was answered.",
+    )
+    json: str | None = json_option(OUTPUT)
+    plot: Path | None = file_option(OUTPUT, "Write scores by task and by depth as a picture. Needs the extra plot.")
+
+
+def run(options: RulerOptions) -> None:
+    """Ask what is not answered yet, print the table and the heat maps and, where asked, write data and a picture.
+
+    Raises UsageError for an unknown task, a length that is too short or a tokenizer without a chat template,
+    LandmarkError where a package or a file is missing, Stopped where a signal came.
+    """
+    check_outputs(options)
+    if options.plot is not None:
+        from landmark_cli.evaluation.pictures import check_picture
+
+        check_picture(options.plot)
+    from landmark_cli.evaluation.heat_map import terminal_heat_map
+    from landmark_cli.evaluation.ruler.benchmark import task_names
+    from landmark_cli.evaluation.ruler.haystacks import NOVELS
+    from landmark_cli.evaluation.ruler.report import FoundByDepth, by_way, draw_ruler, ruler_data, ruler_table
+
+    asked_for = [name.strip() for part in options.tasks or () for name in part.split(",") if name.strip()]
+    names = task_names(asked_for, options.qa is not None)
+    lengths = sorted(set(options.lengths))
+    model = name_model(options)
+    with sole_writer(options.output):
+        cells = _measure(options, model, names, lengths)
+    columns, rows = ruler_table(cells, lengths)
+    title = f"RULER, {model}, {options.samples} samples each"
+    data = {
+        "model": model,
+        "samples": options.samples,
+        "seed": options.seed,
+        "chat": options.chat,
+        "haystack": str(options.haystack or NOVELS),
+        "reading": {key: value for key, value in asdict(_reading(options)).items() if key != "top_k_blocks"},
+        "cells": ruler_data(cells),
+    }
+    results(columns, rows, data=data, json_target=options.json, title=title)
+    for way, of_way in by_way(cells).items():
+        if found := FoundByDepth(of_way):
+            drawn = terminal_heat_map(found, f"{way.name}: found, by depth and length")
+            show(drawn, stderr=options.json == "-")
+    if options.plot is not None:
+        draw_ruler(options.plot, cells, lengths, f"RULER, {Path(model).name}")
+        info(f"wrote {options.plot}")
+
+
+def _measure(options: RulerOptions, name: str, names: list[str], lengths: list[int]) -> list[Cell]:
+    """The cells of all ways of reading."""
+    from landmark_cli.evaluation.ruler.run import measure, ways_of
+    from landmark_cli.evaluation.studies import FinishedRows, model_identity
+    from landmark_cli.inference.readers import has_landmarks
+
+    finished = FinishedRows(options.output / "answers.jsonl")
+    model, tokenizer = open_model(name, options)
+    if options.top_k_blocks is not None and not has_landmarks(model):
+        raise UsageError(
+            f"--top-k-blocks: {name} has no landmarks, so it retrieves no blocks; measure it with --full-attention"
+        )
+    tasks, show_sample = _tasks(options, tokenizer, names, lengths)
+    depends_on = {
+        "model": model_identity(name),
+        "seed": options.seed,
+        "chat": options.chat,
+        "dtype": options.dtype,
+    }
+    cells: list[Cell] = []
+    with interrupts("finishing the prompts under way") as asked:
+        for way in ways_of(model, options.top_k_blocks, options.full_attention):
+            if way.full and has_landmarks(model):
+                # The same weights by ordinary attention, with which a model has to be opened.
+                model, tokenizer = open_model(name, options, attention="sdpa")
+            cells += measure(
+                model,
+                tokenizer,
+                tasks,
+                lengths,
+                way,
+                finished,
+                asked,
+                samples=options.samples,
+                depends_on=depends_on,
+                reading=_reading(options),
+                batch_size=options.batch_size,
+                show=show_sample,
+                shown=options.show,
+            )
+    return cells
+
+
+def _tasks(
+    options: RulerOptions, tokenizer: PreTrainedTokenizerBase, names: list[str], lengths: list[int]
+) -> tuple[list[Task], Show]:
+    """The tasks, all of which can have these lengths, and what shows one of their samples."""
+    from landmark_cli.evaluation.ruler.benchmark import check_length, make_task
+    from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+    from landmark_cli.evaluation.ruler.haystacks import Prose
+    from landmark_cli.evaluation.ruler.report import show_sample
+
+    encoder = PromptEncoder(tokenizer, chat=options.chat)
+    prose = Prose(encoder, options.haystack)
+    tasks = [make_task(name, encoder, prose, options.seed, options.qa) for name in names]
+    for task in tasks:
+        for length in lengths:
+            check_length(task, length, options.samples)
+    if prose.is_read:
+        info(f"prose: {prose.name}, not RULER's essays: figures of tasks with prose are near published ones, no more")
+        held = prose.tokens(lengths[-1])
+        if held < lengths[-1]:
+            info(f"{prose.name} has {held} tokens, fewer than the longest prompt: it is repeated")
+    return tasks, partial(show_sample, tokenizer, encoder)
+
+
+def _reading(options: RulerOptions) -> ReadingSettings:
+    """How blocks are read, but for their number."""
+    names = {field.name for field in fields(ReadingSettings)} - {"top_k_blocks"}
+    return ReadingSettings(**{name: getattr(options, name) for name in names})

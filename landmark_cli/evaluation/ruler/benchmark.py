@@ -1,0 +1,68 @@
+"""The benchmark's tasks by name, and those of them that a run asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from landmark_cli.errors import UsageError
+from landmark_cli.options import nearest
+
+from .documents import DocumentQuestions
+from .encoding import PromptEncoder
+from .haystacks import Prose, TooShort
+from .lists import CommonWords, FrequentWords
+from .needles import NEEDLE_TASKS, NeedleTask, VariableTracking
+from .task import Task
+
+TRACKING, COMMON, FREQUENT, DOCUMENTS = "vt", "cwe", "fwe", "qa"
+# Those that need no file; the benchmark's own order.
+GENERATED = (*NEEDLE_TASKS, TRACKING, COMMON, FREQUENT)
+ALL = (*GENERATED, DOCUMENTS)
+# Whether a prompt can be long enough is tried at no greater length, where it takes no time.
+TRIED = 8192
+
+
+def task_names(asked: Sequence[str] | None, has_documents: bool) -> list[str]:
+    """The tasks' names: those asked for, or all that can be made. has_documents: whether there is a file for qa.
+
+    Raises UsageError for a name that no task has, and for qa without a file.
+    """
+    if not asked:
+        return list(ALL if has_documents else GENERATED)
+    for name in asked:
+        if name not in ALL:
+            raise UsageError(f"--tasks {name}: there is no such task{nearest(name, ALL)}")
+    if DOCUMENTS in asked and not has_documents:
+        raise UsageError("--tasks qa: give the file of SQuAD's or HotpotQA's questions with --qa FILE")
+    return [name for name in ALL if name in asked]
+
+
+def make_task(name: str, encoder: PromptEncoder, prose: Prose, seed: int = 0, documents: Path | None = None) -> Task:
+    """A task by its name. documents: the file of qa."""
+    if name in NEEDLE_TASKS:
+        return NeedleTask(name, encoder, seed, prose)
+    if name == DOCUMENTS:
+        return DocumentQuestions(name, encoder, seed, documents)
+    return {TRACKING: VariableTracking, COMMON: CommonWords, FREQUENT: FrequentWords}[name](name, encoder, seed)
+
+
+def _least(task: Task, length: int, samples: int) -> int:
+    """The least length of all samples where one of them is too short, else 0."""
+    least = 0
+    for sample in range(samples):
+        try:
+            task.make(sample, length)
+        except TooShort as short:
+            least = max(least, short.least)
+    return least
+
+
+def check_length(task: Task, length: int, samples: int) -> None:
+    """Raise UsageError, naming the least, where not every sample of a task can have so few tokens."""
+    least = _least(task, min(length, TRIED), samples)
+    if least > length:
+        raise UsageError(
+            f"--lengths {length}: too short for {task.name}, whose prompts and answers take at least {least} tokens; "
+            "give longer lengths, or other --tasks"
+        )

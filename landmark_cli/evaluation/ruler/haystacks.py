@@ -1,0 +1,202 @@
+"""Haystacks, and how prompts of an exact number of tokens are put together of them.
+
+One rule for every task: a haystack is a stream of units (sentences, lines, documents) that begins the same at every
+length, and is cut at the very token where the prompt has its length. What is hidden in it is never cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from pathlib import Path
+
+import numpy as np
+
+from landmark_cli.data.corpora import SAMPLE_HELD_OUT, novels
+from landmark_cli.data.documents import BadText, Document, text_document
+from landmark_cli.data.passkey import FILLER
+from landmark_cli.data.readers import ENDINGS, read_documents
+from landmark_cli.data.sources import find_sources
+from landmark_cli.errors import LandmarkError
+
+from .encoding import LINE, PromptEncoder
+
+# A sentence ends behind these, where a capital follows; not behind the usual titles.
+_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)[.!?]+[\"'”’)\]_]*\s+(?=[\"'“‘(\[_]*[A-Z])")
+ENCODED_AT_ONCE = 1000
+PIECE_BYTES = 1 << 20
+NOVELS = "the shipped novels"
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Something hidden. share: of the haystack's units that stand in front of it. ids: inside of the text, (n,).
+    opening: its ids where the text begins with it."""
+
+    share: float
+    ids: np.ndarray
+    opening: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    tokens: (n,) int64, ends where the answer begins. references: what the answer should say. depths: for each of them,
+    the share of the haystack's tokens in front of it, 0 to 1; None where it stands at no one place.
+    """
+
+    tokens: np.ndarray
+    references: list[str]
+    depths: list[float] | None = None
+
+
+class TooShort(LandmarkError):
+    """A length that a task's prompt cannot have. least: the least that it can have, its answer's room included."""
+
+    def __init__(self, least: int):
+        super().__init__(f"too short: the least is {least}")
+        self.least = least
+
+
+class Units:
+    """A haystack: units of token ids without end, (n,) int64 each. opening: the first unit where the text begins with
+    it."""
+
+    def __init__(self, units: Iterable[np.ndarray], opening: np.ndarray | None = None):
+        self._units = iter(units)
+        self._opening = opening
+
+    def take(self, tokens: int, opens: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """The first tokens, (tokens,) int64, and where among them units begin, (m,). opens: whether the text begins
+        with them."""
+        parts, starts, got = [], [], 0
+        while got < tokens:
+            unit = next(self._units)
+            if not parts and opens and self._opening is not None:
+                unit = self._opening
+            starts.append(got)
+            parts.append(unit)
+            got += len(unit)
+        taken = np.concatenate(parts)[:tokens] if parts else np.zeros(0, dtype=np.int64)
+        return taken, np.asarray(starts, dtype=np.int64)
+
+
+def hide(
+    head: np.ndarray, units: Units, needles: Sequence[Needle], tail: np.ndarray, length: int, answer: int
+) -> tuple[np.ndarray, list[float]]:
+    """A prompt that leaves of `length` tokens exactly `answer` for the answer, and the depth of every needle.
+
+    A needle stands in front of a unit; only one of share 0 in front of the first. Needles that share a place keep their
+    order. Raises TooShort.
+    """
+    first = next((number for number, needle in enumerate(needles) if needle.share == 0), None)
+    ids = [needle.opening if number == first else needle.ids for number, needle in enumerate(needles)]
+    room = length - answer - len(head) - len(tail) - sum(map(len, ids))
+    if room < 0:
+        raise TooShort(length - room)
+    hay, starts = units.take(room, opens=first is None)
+    stops = np.append(starts, room)
+    numbers = [max(int(len(starts) * needle.share), int(needle.share > 0)) for needle in needles]
+    places = [int(stops[min(number, len(starts))]) for number in numbers]
+    parts, done = [head], 0
+    for number in sorted(range(len(needles)), key=lambda number: places[number]):
+        parts += [hay[done : places[number]], ids[number]]
+        done = places[number]
+    return np.concatenate([*parts, hay[done:], tail]), [place / max(room, 1) for place in places]
+
+
+def filler_lines(encoder: PromptEncoder) -> Units:
+    """The pass key's filler, a line each."""
+    return Units(repeat(encoder.text(f"{FILLER}\n", after=LINE)))
+
+
+class Prose:
+    """Sentences of documents, encoded as far as they are needed; after the last document the first one comes again.
+
+    source: a file or folder of text; None for the shipped novels. name: of the source, for messages. identity: what has
+    to be the same for the text to be the same (JSON).
+
+    Raises LandmarkError for a source that is not there and, when it is read, one that holds no text or cannot be read.
+    """
+
+    def __init__(self, encoder: PromptEncoder, source: Path | None = None):
+        self._encoder = encoder
+        self.name = str(source or NOVELS)
+        documents, self.identity = _novels() if source is None else _files(source)
+        self._new = self._encoded(documents)
+        self._units: list[np.ndarray] = []
+        self._opening: np.ndarray | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any of it has been read."""
+        return bool(self._units)
+
+    def tokens(self, most: int) -> int:
+        """How many tokens it has, if it has fewer than `most`; else some number not below it."""
+        have = sum(map(len, self._units))
+        while have < most and (more := self._more()):
+            have += sum(map(len, more))
+        return have
+
+    def units(self) -> Units:
+        """The haystack from its beginning."""
+        if not self._units and not self._more():
+            raise LandmarkError(f"--haystack {self.name} holds no text to hide anything in; name another")
+        return Units(self._repeated(), self._opening)
+
+    def _repeated(self) -> Iterator[np.ndarray]:
+        number = 0
+        while True:
+            if number == len(self._units) and not self._more():
+                number = 0
+            yield self._units[number]
+            number += 1
+
+    def _more(self) -> list[np.ndarray]:
+        """The next sentences, from now on among those that are encoded; none after the last document."""
+        more = list(islice(self._new, ENCODED_AT_ONCE))
+        self._units += more
+        return more
+
+    def _encoded(self, documents: Iterator[Document]) -> Iterator[np.ndarray]:
+        sentences = (sentence for document in documents for sentence in sentences_of(_text(document)))
+        while batch := list(islice(sentences, ENCODED_AT_ONCE)):
+            if self._opening is None:
+                self._opening = self._encoder.text(batch[0], after=LINE)
+            encoded = self._encoder.inner([f" {sentence}" for sentence in batch])
+            yield from (ids for ids in encoded if len(ids))
+
+
+def sentences_of(text: str) -> Iterator[str]:
+    """The sentences of a text, whose white space is made single spaces."""
+    text = " ".join(text.split())
+    start = 0
+    for match in _END.finditer(text):
+        yield text[start : match.end() - 1]
+        start = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _text(document: Document) -> str:
+    try:
+        return b"".join(document.pieces(PIECE_BYTES)).decode()
+    except BadText as bad:
+        raise LandmarkError(f"--haystack: {bad}") from None
+
+
+def _novels() -> tuple[Iterator[Document], str]:
+    # The novel that `landmark prepare` holds out comes first: a model may have been trained on the others.
+    texts = novels()
+    titles = sorted(texts, key=lambda title: title != SAMPLE_HELD_OUT)
+    return (text_document(title, texts[title]) for title in titles), NOVELS
+
+
+def _files(source: Path) -> tuple[Iterator[Document], list]:
+    files = find_sources([source], ENDINGS).files
+    documents = (document for file in files for document in read_documents(file.path, "text", None))
+    return documents, [[str(file.path), file.size, file.modified_ns] for file in files]

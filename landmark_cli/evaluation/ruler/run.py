@@ -1,0 +1,185 @@
+"""Asks a model every sample of every task at every length, one way of reading after the other; what was answered is
+kept, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from landmark_cli.console import info, progress
+from landmark_cli.evaluation.passkey import BATCH_TOKENS
+from landmark_cli.evaluation.studies import FinishedRows
+from landmark_cli.inference.generation import generate
+from landmark_cli.inference.readers import has_landmarks, open_reader
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
+from landmark_cli.interrupts import Interrupts
+from landmark_cli.launch import again
+
+from .haystacks import Prompt
+from .score import bootstrap_interval, found_in, score
+from .task import Task
+
+# Answers have at most 128 tokens; what is kept of one is cut where these are long.
+LONGEST_ANSWER = 2000
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model reads. top_k_blocks: through the block cache, with so many; None by the attention it has of itself.
+    full: ordinary attention over the whole prompt, else its own window."""
+
+    top_k_blocks: int | None
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.full:
+            return "full attention"
+        return "own window" if self.top_k_blocks is None else f"top-k {self.top_k_blocks}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one sample. found: whether each reference stands in it. depths: as in Prompt."""
+
+    references: list[str]
+    found: list[bool]
+    depths: list[float] | None
+    answer: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The answers to a task at a length, read in one way."""
+
+    way: Way
+    task: str
+    length: int
+    answers: list[Answer]
+
+    @property
+    def mean(self) -> float:
+        return sum(answer.score for answer in self.answers) / len(self.answers)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return bootstrap_interval([answer.score for answer in self.answers])
+
+
+Show = Callable[[Task, int, int, Prompt, Answer], None]
+"""Called with task, length, sample, its prompt and what was answered."""
+
+
+def ways_of(model: PreTrainedModel, top_k_blocks: Sequence[int] | None, full_attention: bool) -> list[Way]:
+    """The ways in which a model is read: through the block cache with each of these numbers of blocks (by default its
+    config's), or in its own window; and by full attention where that is asked for."""
+    full = [Way(None, full=True)] if full_attention else []
+    if has_landmarks(model):
+        return [Way(k) for k in dict.fromkeys(top_k_blocks or [model.config.top_k_blocks])] + full
+    return full or [Way(None)]
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    way: Way,
+    finished: FinishedRows,
+    asked: Interrupts,
+    *,
+    samples: int,
+    depends_on: dict[str, Any],
+    reading: ReadingSettings | None = None,
+    batch_size: int | None = None,
+    show: Show | None = None,
+    shown: int = 0,
+) -> list[Cell]:
+    """The cells of one way of reading, task by task. Lengths (tokens, the answer's room included) must be possible.
+
+    finished: where answers are kept and found again. asked: whether to stop. depends_on: what an answer depends on
+    beside task, length, sample and way of reading (JSON). reading: how blocks are read, but for their number. show:
+    called for the first `shown` samples of each cell.
+
+    Full attention is not asked at lengths beyond the positions that the model knows; the user is told. Raises Stopped
+    after the batch under way where a signal came, LandmarkError where the model's logits are not finite.
+    """
+    reading = replace(reading or ReadingSettings(), top_k_blocks=way.top_k_blocks)
+    how = {"full": True} if way.full else asdict(reading)
+    lengths = _possible(model, lengths, way)
+    plan = [(task, length) for task in tasks for length in lengths]
+
+    def key(task: Task, length: int, sample: int) -> str:
+        about = {"task": task.name, "length": length, "sample": sample, "prompts": task.identity, "reading": how}
+        return finished.key({"benchmark": "ruler", **about, **depends_on})
+
+    waiting = {
+        (task.name, length): [s for s in range(samples) if finished.get(key(task, length, s)) is None]
+        for task, length in plan
+    }
+    kept = samples * len(plan) - sum(map(len, waiting.values()))
+    if kept:
+        info(f"{way.name}: {kept} of {samples * len(plan)} answers are kept from an earlier run")
+    cells = []
+    with progress(
+        f"ruler, {way.name}", sum(length * len(left) for (_, length), left in waiting.items()), "tokens"
+    ) as bar:
+        for task, length in plan:
+            for batch in _batches(waiting[task.name, length], batch_size or _fitting(model, length)):
+                if asked:
+                    raise asked.stopped(f"what was answered is kept; go on with\n{again()}")
+                prompts = [task.make(sample, length) for sample in batch]
+                for sample, answer in zip(
+                    batch, _ask(model, tokenizer, task, prompts, length, way, reading), strict=True
+                ):
+                    finished.add(key(task, length, sample), asdict(answer))
+                bar.advance(length * len(batch), task=task.name, length=length)
+            answers = [Answer(**finished.get(key(task, length, sample))) for sample in range(samples)]
+            cells.append(Cell(way, task.name, length, answers))
+            for sample in range(min(shown, samples) if show else 0):
+                show(task, length, sample, task.make(sample, length), answers[sample])
+    return cells
+
+
+def _possible(model: PreTrainedModel, lengths: Sequence[int], way: Way) -> list[int]:
+    """The lengths that a way of reading can have, the user told of others."""
+    known = model.config.max_position_embeddings
+    possible = [length for length in lengths if not way.full or length <= known]
+    if len(possible) < len(lengths):
+        beyond = ", ".join(str(length) for length in lengths if length not in possible)
+        info(f"full attention is not asked at {beyond}: the model knows {known} positions")
+    return possible
+
+
+def _ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompts: list[Prompt],
+    length: int,
+    way: Way,
+    reading: ReadingSettings,
+) -> list[Answer]:
+    reader = open_reader(model, reading, batch=len(prompts), window=length if way.full else None)
+    greedy = SamplingSettings(max_new_tokens=task.new_tokens, temperature=0.0)
+    said = generate(model, tokenizer, [prompt.tokens for prompt in prompts], greedy, reader=reader)
+    return [judge(task, prompt, one.text) for prompt, one in zip(prompts, said, strict=True)]
+
+
+def judge(task: Task, prompt: Prompt, answer: str) -> Answer:
+    """An answer and what it is worth."""
+    found = found_in(answer, prompt.references)
+    return Answer(prompt.references, found, prompt.depths, answer[:LONGEST_ANSWER], score(found, task.any_of))
+
+
+def _fitting(model: PreTrainedModel, length: int) -> int:
+    """How many prompts are read at a time."""
+    return max(1, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // length)
+
+
+def _batches(samples: list[int], size: int) -> Iterator[list[int]]:
+    return (samples[first : first + size] for first in range(0, len(samples), size))
