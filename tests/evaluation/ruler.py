@@ -12,8 +12,9 @@ from tests.awkward_tokenizers import byte_tokenizer
 from tests.tiny import tiny_llama
 
 GPT2 = load_tokenizer("gpt2").as_transformers()
-# A short and a long prompt of every task, by the tokenizer; cwe's lists are others from 4096 tokens on.
-LENGTHS = {"gpt2": (1100, 1700), "bytes": (6100, 7300)}
+# A short and a long prompt of every task, by the tokenizer; of words it takes longer ones in bytes.
+LENGTHS = {"gpt2": (1100, 1700), "bytes": (2700, 3900)}
+LENGTHS_OF_CWE = {"gpt2": (1100, 4500), "bytes": (8200, 9000)}
 
 
 def tokenizer_of(name):

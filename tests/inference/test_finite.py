@@ -1,6 +1,8 @@
 """Models whose logits are not finite: whatever reads them says so, and gives no text and no figure."""
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -11,9 +13,14 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.harness import LandmarkLM
 from landmark_cli.evaluation.passkey import evaluate_passkey
 from landmark_cli.evaluation.perplexity import evaluate_perplexity
+from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+from landmark_cli.evaluation.ruler.lists import FrequentWords
+from landmark_cli.evaluation.ruler.run import measure, ways_of
+from landmark_cli.evaluation.studies import FinishedRows
 from landmark_cli.inference.generation import generate
 from landmark_cli.inference.readers import are_finite
 from landmark_cli.inference.settings import SamplingSettings
+from landmark_cli.interrupts import Interrupts
 from tests.tiny import tiny_baseline, tiny_llama, tiny_model
 
 GPT2 = load_tokenizer("gpt2")
@@ -42,6 +49,14 @@ def harness(model, tokenizer, kind, request):
     return getattr(lm, kind)([Instance(kind, {}, request, 0)], disable_tqdm=True)
 
 
+def ruler(model, tokenizer):
+    task = FrequentWords("fwe", PromptEncoder(tokenizer), 0)
+    (way,) = ways_of(model, None, False)
+    with TemporaryDirectory() as folder:
+        finished = FinishedRows(Path(folder) / "answers.jsonl")
+        return measure(model, tokenizer, [task], [260], way, finished, Interrupts(""), samples=1, depends_on={})
+
+
 def sampled(temperature):
     return SamplingSettings(max_new_tokens=2, temperature=temperature)
 
@@ -56,6 +71,7 @@ WAYS = {
         model, torch.tensor(tokenizer.encode(TEXT)), eot_id=GPT2.eot_id, eval_length=40, memory=False
     ),
     "pass keys": lambda model, tokenizer: evaluate_passkey(model, tokenizer, [150], prompts=2),
+    "ruler": ruler,
     "loglikelihood": lambda model, tokenizer: harness(model, tokenizer, "loglikelihood", (TEXT, " blue")),
     "rolling": lambda model, tokenizer: harness(model, tokenizer, "loglikelihood_rolling", (TEXT,)),
     "generate_until": lambda model, tokenizer: harness(model, tokenizer, "generate_until", (TEXT, {"until": ["."]})),

@@ -125,7 +125,7 @@ class Prose:
     def __init__(self, encoder: PromptEncoder, source: Path | None = None):
         self._encoder = encoder
         self.name = str(source or NOVELS)
-        documents, self.identity = _novels() if source is None else _files(source)
+        documents, self.identity = (_novels(), NOVELS) if source is None else _files(source)
         self._new = self._encoded(documents)
         self._units: list[np.ndarray] = []
         self._opening: np.ndarray | None = None
@@ -189,11 +189,11 @@ def _text(document: Document) -> str:
         raise LandmarkError(f"--haystack: {bad}") from None
 
 
-def _novels() -> tuple[Iterator[Document], str]:
+def _novels() -> Iterator[Document]:
     # The novel that `landmark prepare` holds out comes first: a model may have been trained on the others.
     texts = novels()
     titles = sorted(texts, key=lambda title: title != SAMPLE_HELD_OUT)
-    return (text_document(title, texts[title]) for title in titles), NOVELS
+    yield from (text_document(title, texts[title]) for title in titles)
 
 
 def _files(source: Path) -> tuple[Iterator[Document], list]:

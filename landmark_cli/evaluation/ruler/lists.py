@@ -97,8 +97,8 @@ class CommonWords(Task):
         yield from single
         for number in numbers_from():
             if number == len(self._pairs):
-                new = {words.pair(self._pair_generator) for _ in range(max(PAIRS_AT_ONCE, number))}
-                self._pairs += sorted(new.difference(self._words))
+                drawn = dict.fromkeys(words.pair(self._pair_generator) for _ in range(max(PAIRS_AT_ONCE, number)))
+                self._pairs += [pair for pair in drawn if pair not in self._words]
                 self._encode(self._pairs[number:])
             yield self._pairs[number]
 

@@ -6,7 +6,7 @@ import string
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import count, repeat
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,8 @@ Kind = Literal["words", "numbers", "uuids"]
 # The depths of needles in prose, as shares: 40 whole per cents from 0 to 100.
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int) / 100
 NEEDLE_TOKENS = 128
-DRAWN_AT_ONCE = 256
+# Of a haystack of needles so many are made first, and then twice as many as before, so many times.
+FEWEST_DRAWN, DOUBLED = 16, 6
 
 HOPS = 4
 TRACKING_TOKENS = 30
@@ -117,8 +118,9 @@ class NeedleTask(Task):
     def _other_needles(self, sample: int, taken: set[str]) -> Iterator[np.ndarray]:
         """Sentences of keys that nobody asks for. taken: keys that none of them has."""
         hidden, generator = self.hidden, self.generator(sample, 1)
-        while True:
-            keys = [_draw(hidden.key_kind, generator) for _ in range(DRAWN_AT_ONCE)]
+        for more in count():
+            drawn = FEWEST_DRAWN << min(more, DOUBLED)
+            keys = [_draw(hidden.key_kind, generator) for _ in range(drawn)]
             values = [_draw(hidden.value_kind, generator) for _ in keys]
             sentences = [
                 f"{NEEDLE.format(kind=hidden.value_kind, key=key, value=value)}\n"
@@ -140,8 +142,9 @@ class VariableTracking(Task):
         shares = np.sort(generator.random(len(names)))
         example = self._example(generator)
         head = self.encoder.head(example + TRACKING.head, before="The")
-        count = len(names)
-        tail = self.encoder.tail(TRACKING.tail.format(query=value), TRACKING.answer.format(query=value, count=count))
+        tail = self.encoder.tail(
+            TRACKING.tail.format(query=value), TRACKING.answer.format(query=value, count=len(names))
+        )
         lines = self.encoder.inner([f" {line}" for line in _assignments(names, value)])
         needles = [Needle(float(share), ids, ids) for share, ids in zip(shares, lines, strict=True)]
         opening = self.encoder.text(f"{FILLER}\n", after=LINE)

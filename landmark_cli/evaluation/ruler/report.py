@@ -133,7 +133,7 @@ def show_sample(
     tokens = prompt.tokens.tolist()
     begin = encoder.begin[:1]
     begins = (
-        f"begins with {tokenizer.decode(begin)!r} ({tokens.count(begin[0])} of it)" if begin else "no token begins it"
+        f"begins with {tokenizer.decode(begin)!r} ({tokens.count(begin[0])} of it)" if begin else "nothing begins it"
     )
     info(
         f"{task.name}, {length} tokens, sample {sample}: a prompt of {len(tokens)}, {task.new_tokens} for the answer; "
