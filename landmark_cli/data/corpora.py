@@ -197,13 +197,6 @@ def sample(validation_share: float = 0.01, max_documents: int | None = None) -> 
     return Corpus("sample", "six novels of Jane Austen, part of this program", documents, total, [taken, total])
 
 
-def novels() -> dict[str, bytes]:
-    """The shipped novels, UTF-8 by title."""
-    with tarfile.open(ASSETS / "austen.tar.xz") as archive:
-        members = sorted(archive.getmembers(), key=lambda member: member.name)
-        return {member.name.removesuffix(".txt"): archive.extractfile(member).read() for member in members}
-
-
 @dataclass(frozen=True)
 class Selection:
     """What to take of a corpus: its text field, the rows that `keep` wants, how many documents, the validation
