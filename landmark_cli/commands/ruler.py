@@ -184,7 +184,7 @@ def _tasks(
     options: RulerOptions, tokenizer: PreTrainedTokenizerBase, names: list[str], lengths: list[int]
 ) -> tuple[list[Task], Show]:
     """The tasks, all of which can have these lengths, and what shows one of their samples."""
-    from landmark_cli.evaluation.ruler.benchmark import check_length, make_task
+    from landmark_cli.evaluation.ruler.benchmark import check_lengths, make_task
     from landmark_cli.evaluation.ruler.encoding import PromptEncoder
     from landmark_cli.evaluation.ruler.haystacks import Prose
     from landmark_cli.evaluation.ruler.report import show_sample
@@ -193,8 +193,7 @@ def _tasks(
     prose = Prose(encoder, options.haystack)
     tasks = [make_task(name, encoder, prose, options.seed, options.qa) for name in names]
     for task in tasks:
-        for length in lengths:
-            check_length(task, length, options.samples)
+        check_lengths(task, lengths, options.samples)
     if prose.is_read:
         info(f"prose: {prose.name}, not RULER's essays: figures of tasks with prose are near published ones, no more")
         held = prose.tokens(lengths[-1])

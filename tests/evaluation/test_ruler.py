@@ -3,18 +3,21 @@
 import ast
 import json
 import re
+import string
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 import landmark_cli
 from landmark_cli.data.passkey import FILLER
 from landmark_cli.data.pretrained_tokenizers import text_ids
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.evaluation.ruler import words
-from landmark_cli.evaluation.ruler.benchmark import ALL, GENERATED, check_length, task_names
+from landmark_cli.evaluation.ruler.benchmark import ALL, GENERATED, check_lengths, task_names
 from landmark_cli.evaluation.ruler.encoding import PromptEncoder
 from landmark_cli.evaluation.ruler.haystacks import Prose, TooShort, sentences_of
 from landmark_cli.evaluation.ruler.lists import zeta_counts
@@ -43,7 +46,7 @@ def test_lengths_are_exact_and_questions_the_same(in_two_tokenizers, name):
     kind, tokenizer, tasks = in_two_tokenizers
     lengths = LENGTHS_OF_CWE[kind] if name == "cwe" else LENGTHS[kind]
     task, same, other = tasks[name], *(tasks_of(tokenizer, [name], seed=seed)[name] for seed in (0, 1))
-    for sample in range(3):
+    for sample in (0, 2):
         prompts = [task.make(sample, length) for length in lengths]
         for prompt, length in zip(prompts, lengths, strict=True):
             assert len(prompt.tokens) + task.new_tokens == length
@@ -205,13 +208,46 @@ def test_zeta_frequencies():
 @pytest.mark.parametrize("name", GENERATED)
 def test_a_length_that_is_too_short_names_the_least(tasks, name):
     with pytest.raises(UsageError, match=f"--lengths 60: too short for {name}, .* at least (\\d+) tokens") as error:
-        check_length(tasks[name], 60, 4)
+        check_lengths(tasks[name], [5000, 60], 4)
     least = int(re.search(r"at least (\d+)", str(error.value))[1])
-    check_length(tasks[name], least, 4)
+    check_lengths(tasks[name], [least, 3000], 4)
     with pytest.raises(UsageError, match=f"at least {least} tokens"):
-        check_length(tasks[name], least - 1, 4)
+        check_lengths(tasks[name], [least - 1], 4)
     with pytest.raises(TooShort):
         [tasks[name].make(sample, least - 1) for sample in range(4)]
+
+
+def test_long_lists_have_a_least_length_of_their_own():
+    task = tasks_of(tokenizer_of("bytes"), ["cwe"])["cwe"]
+    check_lengths(task, [4000], 3)
+    with pytest.raises(UsageError, match=r"--lengths 5000: too short for cwe, .* at least (7\d\d\d) tokens"):
+        check_lengths(task, [4000, 5000, 9000], 3)
+
+
+def spaced_tokenizer():
+    """A tokenizer of the kind that puts a space of its own in front of every text, as Llama 2's does."""
+    alphabet = sorted(set("▁\n" + string.printable.strip()))
+    words = ["▁One", "One", "▁The", "The", "▁is", "▁green", ".\n", "\n\n"]
+    merges = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
+    tokens = dict.fromkeys([*alphabet, *(a + b for a, b in merges)])
+    tokenizer = Tokenizer(
+        models.BPE({token: id for id, token in enumerate(["<unk>", *tokens])}, merges, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bytes", "spaced"])
+def test_pieces_are_encoded_as_in_the_whole_text(kind):
+    tokenizer = spaced_tokenizer() if kind == "spaced" else tokenizer_of(kind)
+    encoder = PromptEncoder(tokenizer)
+    parts = ["The grass is green. One is.", " The grass.", " One is", "\n", "One.\n", "The end"]
+    pieces = [encoder.head(parts[0]), *encoder.inner(parts[1:3]), encoder.text("\n", before="One")]
+    pieces += [*encoder.inner([parts[4]], after="\n"), *encoder.inner([parts[5]], after="\n")]
+    assert np.concatenate(pieces).tolist() == [*encoder.begin, *text_ids(tokenizer, "".join(parts))]
+    head = encoder.head("It is.\n\n", before="The")
+    assert [*head, *encoder.text("The end", after="\n")] == [*encoder.begin, *text_ids(tokenizer, "It is.\n\nThe end")]
 
 
 def test_a_chat_begins_once():

@@ -19,8 +19,6 @@ TRACKING, COMMON, FREQUENT, DOCUMENTS = "vt", "cwe", "fwe", "qa"
 # Those that need no file; the benchmark's own order.
 GENERATED = (*NEEDLE_TASKS, TRACKING, COMMON, FREQUENT)
 ALL = (*GENERATED, DOCUMENTS)
-# Whether a prompt can be long enough is tried at no greater length, where it takes no time.
-TRIED = 8192
 
 
 def task_names(asked: Sequence[str] | None, has_documents: bool) -> list[str]:
@@ -47,22 +45,28 @@ def make_task(name: str, encoder: PromptEncoder, prose: Prose, seed: int = 0, do
     return {TRACKING: VariableTracking, COMMON: CommonWords, FREQUENT: FrequentWords}[name](name, encoder, seed)
 
 
-def _least(task: Task, length: int, samples: int) -> int:
-    """The least length of all samples where one of them is too short, else 0."""
-    least = 0
+def check_lengths(task: Task, lengths: Sequence[int], samples: int) -> None:
+    """Raise UsageError, naming the least, where not every sample of a task can have so few tokens."""
+    least = {start: _least(task, start, samples) for start in {_rule(task, length) for length in lengths}}
+    for length in lengths:
+        if least[_rule(task, length)] > length:
+            raise UsageError(
+                f"--lengths {length}: too short for {task.name}, whose prompts and answers take at least "
+                f"{least[_rule(task, length)]} tokens; give longer lengths, or other --tasks"
+            )
+
+
+def _rule(task: Task, length: int) -> int:
+    """Where the rules begin by which a task's prompts of this length are made."""
+    return max(start for start in task.rules_from if start <= length)
+
+
+def _least(task: Task, start: int, samples: int) -> int:
+    """The least length that all samples can have by the rules that begin at this length."""
+    least = start
     for sample in range(samples):
         try:
-            task.make(sample, length)
+            task.make(sample, start)
         except TooShort as short:
             least = max(least, short.least)
     return least
-
-
-def check_length(task: Task, length: int, samples: int) -> None:
-    """Raise UsageError, naming the least, where not every sample of a task can have so few tokens."""
-    least = _least(task, min(length, TRIED), samples)
-    if least > length:
-        raise UsageError(
-            f"--lengths {length}: too short for {task.name}, whose prompts and answers take at least {least} tokens; "
-            "give longer lengths, or other --tasks"
-        )

@@ -17,7 +17,7 @@ from .wording import COMMON_WORDS, DOTS, FREQUENT_WORDS
 
 COMMON = 10
 COMMON_TOKENS = 120
-# Below this length lists are shorter: see `Repeats`.
+# Below this length words stand there fewer times.
 LONG = 4096
 PAIRS_AT_ONCE = 1024
 
@@ -26,11 +26,11 @@ FREQUENT_TOKENS = 50
 CODED_LETTERS = 6
 # The exponent of the Zeta distribution, and the sum of its series.
 ALPHA, ZETA = 2.0, math.pi**2 / 6
-# A coded word for so many tokens of the length, but no fewer than the answers, the dots and one more.
-TOKENS_OF_A_CODED_WORD = 50
-FEWEST_CODED_WORDS = FREQUENT + 2
 # From so many words on the third answer is more frequent than the word behind it, whatever is rounded off.
 FEWEST_OCCURRENCES = 74
+# A coded word for so many tokens of the length, but no fewer than stand among the fewest words.
+TOKENS_OF_A_CODED_WORD = 50
+FEWEST_CODED_WORDS = 6
 
 
 class CommonWords(Task):
@@ -40,6 +40,8 @@ class CommonWords(Task):
     What is left at the end and has no room for another word as often as that is filled with further words that stand
     there once, the last of them cut.
     """
+
+    rules_from = (0, LONG)
 
     def __init__(self, name: str, encoder: PromptEncoder, seed: int):
         super().__init__(name, COMMON_TOKENS, encoder, seed)

@@ -17,9 +17,11 @@ class Task(ABC):
 
     A sample asks the same question at every length; only the haystack grows. name: the benchmark's. new_tokens: the
     answer's room, which lengths count. any_of: whether one of the references is enough, as they are spellings of one
-    answer. identity: what else has to be the same for the prompts to be the same (JSON).
+    answer. rules_from: the lengths from which on prompts are made by other rules. identity: what else has to be the
+    same for the prompts to be the same (JSON).
     """
 
+    rules_from: ClassVar[tuple[int, ...]] = (0,)
     any_of: ClassVar[bool] = False
     identity: Any = None
 
