@@ -98,6 +98,14 @@ def test_needles(tasks, name):
         assert ("Sir Walter Elliot" in text) == (hidden.haystack == "prose")
 
 
+def test_no_other_needle_has_the_key_that_is_asked_for(tasks, monkeypatch):
+    monkeypatch.setattr(words, "pair", lambda generator: f"big-{['cat', 'dog', 'cow'][generator.integers(3)]}")
+    text = GPT2.decode(tasks["niah_multikey_2"].make(0, 1500).tokens)
+    asked = re.search(r"number for (\S+) mentioned", text)[1]
+    keys = Counter(re.findall("numbers for (.*?) is:", text))
+    assert keys.pop(asked) == 1 and len(keys) == 2 and sum(keys.values()) > 20
+
+
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2", "niah_multikey_2", "niah_multivalue"])
 def test_depths_are_even(tasks, name):
     depths = [depth for sample in range(160) for depth in tasks[name].make(sample, 4000).depths]
