@@ -53,6 +53,7 @@ landmark prepare pg19 --source ~/pg19
 landmark prepare pg19
 landmark prepare redpajama --source RedPajama-Data-1T-Sample --tokenizer meta-llama/Llama-2-7b-hf
 landmark prepare text --source notes/ --source thesis.tex --output data/mine
+landmark prepare text --chat --source chats.jsonl --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --output data/chats
 landmark prepare passkey --longest 8192 --tokenizer meta-llama/Llama-2-7b-hf
 landmark prepare tasks --haystack books/ --longest 8192 --max-documents 20000 --tokenizer meta-llama/Llama-3.2-1B
 accelerate launch --num_processes 8 landmark prepare arxiv-math

@@ -13,6 +13,7 @@ from landmark_cli.errors import UsageError
 from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
 
 if TYPE_CHECKING:
+    from landmark_cli.data.chats import Chats
     from landmark_cli.data.corpora import Corpus
     from landmark_cli.data.tokenizers import TextTokenizer
 
@@ -22,11 +23,15 @@ SOURCE_OPTIONS = ("source", "revision", "subset", "text_field")
 TASK_OPTIONS = dict.fromkeys(("haystack", "absent"), "it is for tasks")
 MADE_OPTIONS = dict.fromkeys(("shortest", "longest", "seed"), "it is for passkey and tasks") | TASK_OPTIONS
 # The options that change nothing, by the corpus, and why.
+CHAT_OPTIONS = {"chat": "it is for text"}
 IDLE = {
+    "text": MADE_OPTIONS,
     "sample": MADE_OPTIONS
+    | CHAT_OPTIONS
     | dict.fromkeys(SOURCE_OPTIONS, "the sample is part of the program; for your own files, `landmark prepare text`"),
-    "passkey": TASK_OPTIONS | dict.fromkeys(SOURCE_OPTIONS, "passkey makes its documents itself"),
-    "tasks": dict.fromkeys(("source", "revision", "subset"), "tasks makes its documents itself, of --haystack"),
+    "passkey": TASK_OPTIONS | CHAT_OPTIONS | dict.fromkeys(SOURCE_OPTIONS, "passkey makes its documents itself"),
+    "tasks": CHAT_OPTIONS
+    | dict.fromkeys(("source", "revision", "subset"), "tasks makes its documents itself, of --haystack"),
 }
 
 
@@ -74,7 +79,16 @@ class PrepareOptions(CodeOptions):
         help="Read at most this many documents of each split; of passkey and tasks, make this many. "
         "[default: all; 2000]",
     )
-    text_field: str = option("text", help="The field or column that holds the text of .jsonl and .parquet.")
+    text_field: str = option(
+        "text",
+        help="The field or column that holds the text of .jsonl and .parquet; of chats, their messages. "
+        "[default: text; messages]",
+    )
+    chat: bool = option(
+        False,
+        help="Read chats: .jsonl with messages of a role and a content, written by the tokenizer's chat template. What "
+        "the assistant says is marked as answers.",
+    )
     revision: str | None = option(None, help="Branch, tag or commit of a corpus on the hub.")
     subset: str | None = option(None, help="Name of the configuration of a corpus on the hub.")
     on_bad_text: Literal["stop", "skip"] = option(
@@ -114,7 +128,9 @@ def run(options: PrepareOptions) -> None:
     check_options(options)
     check_outputs(options)
     output = options.output or Path("data") / options.corpus
-    tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(
+        options.tokenizer, trust_remote_code=options.trust_remote_code, reads_special=options.chat
+    )
     corpus = find_corpus(options, tokenizer)
     info(f"{options.corpus}: {corpus.source} -> {output} (tokenizer {tokenizer.name})")
     written = prepare(
@@ -171,6 +187,7 @@ def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
         text_field=options.text_field,
         validation_share=options.validation_share,
         max_documents=options.max_documents,
+        chats=find_chats(options, tokenizer) if options.chat else None,
     )
     given = given_options(options)
     if "text_field" in given and not corpus.has_fields:
@@ -180,9 +197,24 @@ def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
     return corpus
 
 
+def find_chats(options: PrepareOptions, tokenizer: TextTokenizer) -> Chats:
+    """What makes documents of chats. Raises UsageError where the tokenizer has no chat template."""
+    from landmark_cli.data.chats import MESSAGES, Chats
+    from landmark_cli.inference.chat import ChatTemplate
+
+    opened = tokenizer.as_transformers(landmark=False)
+    if not opened.chat_template:
+        raise UsageError(
+            f"the tokenizer {tokenizer.name} has no chat template: --chat takes the --tokenizer of a model that chats"
+        )
+    field = options.text_field if "text_field" in given_options(options) else MESSAGES
+    template = ChatTemplate(opened)
+    return Chats(template.render, template.close, str(opened.chat_template), field)
+
+
 def check_options(options: PrepareOptions) -> None:
     """UsageError where an option would change nothing, since the corpus has no use for it."""
-    idle = IDLE.get(options.corpus, MADE_OPTIONS)
+    idle = IDLE.get(options.corpus, MADE_OPTIONS | CHAT_OPTIONS)
     if options.corpus == "tasks" and not options.haystack:
         idle = idle | {"text_field": "it is for --haystack"}
     for name in given_options(options):

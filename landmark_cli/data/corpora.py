@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.console import info, warn
+from landmark_cli.data.chats import Chats
 from landmark_cli.data.documents import Document, Keep, cut_text_file, no_such_field, text_document, text_file
 from landmark_cli.data.readers import (
     ENDINGS,
     JSON_LINES,
     PARQUET,
     PLAIN_TEXT,
+    AsDocument,
     ending_of,
     read_documents,
     rows_as_documents,
@@ -129,6 +131,7 @@ def open_corpus(
     text_field: str = "text",
     validation_share: float = 0.01,
     max_documents: int | None = None,
+    chats: Chats | None = None,
 ) -> Corpus:
     """Find a corpus.
 
@@ -139,6 +142,7 @@ def open_corpus(
         text_field: the field or column with the text, where documents are rows.
         validation_share: share of the documents that becomes the validation split where the corpus has none.
         max_documents: the most documents to read of each split that the corpus has; None reads all.
+        chats: what makes documents of rows that hold chats; files are then JSON lines.
 
     Raises:
         LandmarkError: a source does not exist, or holds no documents.
@@ -148,11 +152,13 @@ def open_corpus(
         if sources:
             raise UsageError("the sample is part of the program: to prepare your own files, `landmark prepare text`")
         return sample(validation_share, max_documents)
-    kind = KINDS[name]
+    kind = KINDS[name] if chats is None else dataclasses.replace(KINDS[name], endings=JSON_LINES)
     if not sources and kind.hub is None:
         raise UsageError("which text? name files or folders with --source")
     local = [Path(source).expanduser() for source in sources or []]
-    selection = Selection(text_field, kind.keep, validation_share, max_documents)
+    selection = Selection(
+        text_field if chats is None else chats.field, kind.keep, validation_share, max_documents, chats
+    )
     if local and (len(local) > 1 or local[0].exists() or not _may_be_on_the_hub(sources[0])):
         if revision or subset:
             raise UsageError(f"--revision and --subset are for copies on the hub, and {sources[0]} is a local one")
@@ -200,12 +206,18 @@ def sample(validation_share: float = 0.01, max_documents: int | None = None) -> 
 @dataclass(frozen=True)
 class Selection:
     """What to take of a corpus: its text field, the rows that `keep` wants, how many documents, the validation
-    share."""
+    share, and what makes documents of chats."""
 
     text_field: str = "text"
     keep: Keep | None = None
     validation_share: float = 0.0
     max_documents: int | None = None
+    chats: Chats | None = None
+
+    @property
+    def as_document(self) -> AsDocument | None:
+        """What makes documents of rows, where it is not their field of text."""
+        return self.chats and self.chats.document
 
     def limited(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The first `max_documents` of the documents."""
@@ -219,11 +231,15 @@ class Selection:
 
         known: how many training documents there are, if somebody knows.
         """
-        for split in SPLITS:
-            if split == "train" and "validation" not in splits:
-                yield from self.divided(splits[split], known)
-            elif split in splits:
-                yield from ((split, document) for document in self.limited(splits[split]))
+        try:
+            for split in SPLITS:
+                if split == "train" and "validation" not in splits:
+                    yield from self.divided(splits[split], known)
+                elif split in splits:
+                    yield from ((split, document) for document in self.limited(splits[split]))
+        finally:
+            if self.chats is not None:
+                self.chats.close()
 
     def divided(self, documents: Iterable[Document], known: int | None = None) -> Iterator[tuple[str, Document]]:
         """The first `max_documents`: one of every 1 / validation_share of them is for validation, and at least one in
@@ -275,7 +291,8 @@ def on_the_hub(name: str, hub: HubCopy, selection: Selection) -> Corpus:
         info(f"left out: the splits {', '.join(others)}")
 
     def read(split: str) -> Iterator[Document]:
-        return rows_as_documents(f"{where} {split}", by_split[split], selection.text_field, selection.keep)
+        rows = by_split[split]
+        return rows_as_documents(f"{where} {split}", rows, selection.text_field, selection.keep, selection.as_document)
 
     def documents() -> Iterator[tuple[str, Document]]:
         return selection.taken({split: read(split) for split in by_split})
@@ -288,6 +305,7 @@ def on_the_hub(name: str, hub: HubCopy, selection: Selection) -> Corpus:
         identity=_identity(selection, dataclasses.asdict(hub)),
         has_fields=True,
         has_validation="validation" in by_split,
+        has_answers=selection.chats is not None,
     )
 
 
@@ -307,7 +325,8 @@ def _local(name: str, kind: Kind, sources: list[Path], selection: Selection) -> 
     known = selection.max_documents is None and all(file.ending in (*PLAIN_TEXT, ".jsonl") for file in found.files)
 
     def read(files: list[SourceFile]) -> Iterator[Document]:
-        return (doc for file in files for doc in read_documents(file.path, selection.text_field, selection.keep))
+        taken = selection.text_field, selection.keep, selection.as_document
+        return (document for file in files for document in read_documents(file.path, *taken))
 
     def documents() -> Iterator[tuple[str, Document]]:
         splits: dict[str, Iterable[Document]] = {split: read(files) for split, files in by_split.items()}
@@ -326,12 +345,13 @@ def _local(name: str, kind: Kind, sources: list[Path], selection: Selection) -> 
         identity=_identity(selection, stats),
         has_fields=any(file.ending not in PLAIN_TEXT for file in found.files),
         has_validation=held_out,
+        has_answers=selection.chats is not None,
     )
 
 
 def _identity(selection: Selection, source: Any) -> Any:
     taken = [selection.text_field, selection.validation_share, selection.max_documents, selection.keep is not None]
-    return [source, taken]
+    return [source, taken, *(selection.chats.identity if selection.chats else ())]
 
 
 def _may_be_on_the_hub(source: str) -> bool:

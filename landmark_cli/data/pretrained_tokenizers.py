@@ -65,11 +65,11 @@ def encoding_by(name: str) -> AbstractContextManager[None]:
     return reading(name, "the tokenizer")
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, reads_special: bool = False) -> list[int]:
     """The ids of a document: all of the text, nothing around it; a special token that the text spells is text like any
-    other."""
+    other, unless it is to be read."""
     with encoding_by(tokenizer.name_or_path):
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, **WHOLE)
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not reads_special, **WHOLE)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

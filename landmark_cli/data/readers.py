@@ -9,7 +9,8 @@ next group is read; of a compressed file all that follows, since nothing says wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ DENSE_LINE_BYTES = 8 << 20
 DENSE_LINE_NODES = 4 << 20
 
 
+AsDocument = Callable[..., Document]
+"""(name, row, file, size=0) -> the row as a document: see `_row_document`."""
+
+
 def ending_of(name: str) -> str:
     """What a file's name ends with, in lower case: one of the endings above, or what follows its last dot."""
     name = name.lower()
@@ -46,10 +51,13 @@ def ending_of(name: str) -> str:
     return next(known, Path(name).suffix)
 
 
-def read_documents(path: Path, text_field: str, keep: Keep | None) -> Iterator[Document]:
+def read_documents(
+    path: Path, text_field: str, keep: Keep | None, as_document: AsDocument | None = None
+) -> Iterator[Document]:
     """The documents of one file, by its ending.
 
     text_field: the field or column that holds the text. keep: rows to take, by their fields; None takes all.
+    as_document: what makes documents of JSON lines; None takes the text of the field.
 
     Raises:
         LandmarkError: the system cannot read the file.
@@ -58,18 +66,23 @@ def read_documents(path: Path, text_field: str, keep: Keep | None) -> Iterator[D
     if ending in PLAIN_TEXT:
         return iter([text_file(path)])
     if ending in JSON_LINES:
-        return _json_lines(path, text_field, keep)
+        return _json_lines(path, as_document or partial(_row_document, text_field), keep)
     return parquet_rows(path, text_field, keep)
 
 
 def rows_as_documents(
-    name: str, rows: Iterable[Mapping[str, Any]], text_field: str, keep: Keep | None
+    name: str,
+    rows: Iterable[Mapping[str, Any]],
+    text_field: str,
+    keep: Keep | None,
+    as_document: AsDocument | None = None,
 ) -> Iterator[Document]:
-    """Rows that `datasets` yields as documents.
+    """Rows that `datasets` yields as documents. Further arguments: see `read_documents`.
 
     Raises:
         LandmarkError: `datasets` cannot yield the next row, for whatever reason its loaders have.
     """
+    as_document = as_document or partial(_row_document, text_field)
     rows, number = iter(rows), 0
     while True:
         number += 1
@@ -80,10 +93,10 @@ def rows_as_documents(
         except Exception as error:
             raise LandmarkError(f"{name} cannot be read on after row {number - 1}: {reason(error)}") from error
         if keep is None or keep(row):
-            yield _row_document(f"{name}, row {number}", row, text_field, name)
+            yield as_document(f"{name}, row {number}", row, name)
 
 
-def _row_document(name: str, row: Mapping[str, Any], text_field: str, file: str | Path, size: int = 0) -> Document:
+def _row_document(text_field: str, name: str, row: Mapping[str, Any], file: str | Path, size: int = 0) -> Document:
     if text_field not in row:
         return bad_document(BadText(no_such_field(name, text_field, row), file), size)
     text = row[text_field]
@@ -92,7 +105,7 @@ def _row_document(name: str, row: Mapping[str, Any], text_field: str, file: str 
     return text_document(name, text, size or None, file)
 
 
-def _json_lines(path: Path, text_field: str, keep: Keep | None) -> Iterator[Document]:
+def _json_lines(path: Path, as_document: AsDocument, keep: Keep | None) -> Iterator[Document]:
     for number, line in numbered_lines(path):
         if isinstance(line, BadText):
             yield bad_document(line)
@@ -111,7 +124,7 @@ def _json_lines(path: Path, text_field: str, keep: Keep | None) -> Iterator[Docu
             why = "a JSON array" if isinstance(row, list) else f"a {type(row).__name__}"
             yield bad_document(BadText(f"{name}: {why}, where each line should hold a JSON object", path), len(line))
         elif keep is None or keep(row):
-            yield _row_document(name, row, text_field, path, len(line))
+            yield as_document(name, row, path, len(line))
 
 
 def _parse(line: bytes) -> Any:

@@ -129,15 +129,20 @@ class TextTokenizer(ABC):
         return tokenizer_fingerprint(self.encode)
 
 
-def load_tokenizer(name: str = "gpt2", *, trust_remote_code: bool = False) -> TextTokenizer:
+def load_tokenizer(
+    name: str = "gpt2", *, trust_remote_code: bool = False, reads_special: bool = False
+) -> TextTokenizer:
     """Open a tokenizer: "gpt2" (needs no network), a transformers tokenizer directory, or a hub id.
 
-    trust_remote_code: whether Python code that comes with it may run.
+    trust_remote_code: whether Python code that comes with it may run. reads_special: whether a special token that a
+    text spells is read as such, as in what a chat template writes.
 
     Raises:
         LandmarkError: there is no such tokenizer, or it has no end-of-text token.
     """
-    return GPT2Tokenizer() if name == "gpt2" else TransformersTokenizer(name, trust_remote_code=trust_remote_code)
+    if name == "gpt2":
+        return GPT2Tokenizer()
+    return TransformersTokenizer(name, trust_remote_code=trust_remote_code, reads_special=reads_special)
 
 
 def tokenizer_fingerprint(encode: Callable[[str], Sequence[int]]) -> str:
@@ -249,8 +254,8 @@ class TransformersTokenizer(TextTokenizer):
     # each core, which encodes one piece at a time.
     piece_bytes = 2 << 20
 
-    def __init__(self, name: str, *, trust_remote_code: bool = False) -> None:
-        self.name, self.trust_remote_code = name, trust_remote_code
+    def __init__(self, name: str, *, trust_remote_code: bool = False, reads_special: bool = False) -> None:
+        self.name, self.trust_remote_code, self._reads_special = name, trust_remote_code, reads_special
         self.batch_bytes = min(max(available_cores(), 2), 16) << 20
         self._tokenizer = self._open()
         if self._tokenizer.eos_token_id is None:
@@ -261,7 +266,7 @@ class TransformersTokenizer(TextTokenizer):
         self._fast = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._fast is not None:
             # A document that spells a special token must not end it.
-            self._fast.encode_special_tokens = True
+            self._fast.encode_special_tokens = not reads_special
 
     def _open(self) -> PreTrainedTokenizerBase:
         return open_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
@@ -272,7 +277,7 @@ class TransformersTokenizer(TextTokenizer):
     def encode_documents(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
         texts = [text.decode() if isinstance(text, bytes) else text for text in documents]
         if self._fast is None:
-            ids = [text_ids(self._tokenizer, text) for text in texts]
+            ids = [text_ids(self._tokenizer, text, self._reads_special) for text in texts]
         else:
             with encoding_by(self.name):
                 ids = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]

@@ -82,9 +82,10 @@ class TrainingData:
         Raises LandmarkError where answers are to have weights and no corpus marks any.
         """
         if answer_weights is not None and not any(file.metadata.answers for file in self.train):
+            files = ", ".join(str(file.path) for file in self.train)
             raise LandmarkError(
-                f"no corpus says which of its text is answers ({', '.join(str(file.path) for file in self.train)}): "
-                "`landmark prepare tasks` makes one that does; or leave --answer-weight and --answers-only out"
+                f"no corpus says which of its text is answers ({files}): `landmark prepare tasks` and `landmark "
+                "prepare text --chat` make such; or leave --answer-weight and --answers-only out"
             )
         batches = Batches(self.train, self.weights, windows, global_batch, seed, answer_weights)
         return VariantBatches(batches, seed, **variants) if any(variants.values()) else batches
