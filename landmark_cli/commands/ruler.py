@@ -177,6 +177,8 @@ def _measure(options: RulerOptions, name: str, names: list[str], lengths: list[i
                 show=show_sample,
                 shown=options.show,
             )
+    if any(task.repeated for task in tasks):
+        info(f"{options.qa} has too few documents for the longest prompts: some stand there several times")
     return cells
 
 

@@ -80,6 +80,22 @@ def test_a_short_haystack_is_repeated_and_said(landmark, workplace, tmp_path):
     assert result.code == 0 and "hay.txt has 36 tokens, fewer than the longest prompt: it is repeated" in result.err
 
 
+def test_questions_of_a_file(landmark, workplace, tmp_path):
+    paragraphs = [
+        {"context": f"River {n} is long.", "qas": [{"question": f"Which is {n}?", "answers": [{"text": f"River {n}"}]}]}
+        for n in range(4)
+    ]
+    (workplace / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    arguments = ["eval", "ruler", "--tasks", "qa", "--qa", "squad.json", "--lengths", "300", "--chunk", "100"]
+    result = landmark(*arguments, "--samples", "4", "--output", tmp_path, "--json", "-")
+    assert result.code == 0, result.err
+    (cell,) = json.loads(result.out)["cells"]
+    assert sorted(answer["references"] for answer in cell["answers"]) == [[f"River {n}"] for n in range(4)]
+    assert "squad.json has too few documents for the longest prompts: some stand there several times" in result.err
+    more = landmark(*arguments, "--samples", "5", "--output", tmp_path)
+    assert more.code == 2 and "has 4 questions; ask for no more samples" in more.err
+
+
 def test_without_the_package_of_words(landmark, tmp_path, monkeypatch):
     from landmark_cli.evaluation.ruler import words
 

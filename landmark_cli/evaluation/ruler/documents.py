@@ -86,8 +86,7 @@ def _numbered(texts: Iterator[str]) -> dict[str, int]:
 class DocumentQuestions(Task):
     """The documents that a question is about, hidden among others. One of the answers' spellings is enough.
 
-    The last document, which is never one of those needed, is cut. repeated: whether the other documents were too few,
-    so that they stand there several times.
+    The last document, which is never one of those needed, is cut.
     """
 
     any_of = True
@@ -98,7 +97,6 @@ class DocumentQuestions(Task):
         self._order = np.random.default_rng(self._seed).permutation(len(self.questions))
         self._ids: dict[int, np.ndarray] = {}
         self._labels: list[np.ndarray] = []
-        self.repeated = False
         about = path.stat()
         self.identity = [str(path), about.st_size, about.st_mtime_ns]
 

@@ -18,12 +18,14 @@ class Task(ABC):
     A sample asks the same question at every length; only the haystack grows. name: the benchmark's. new_tokens: the
     answer's room, which lengths count. any_of: whether one of the references is enough, as they are spellings of one
     answer. rules_from: the lengths from which on prompts are made by other rules. identity: what else has to be the
-    same for the prompts to be the same (JSON).
+    same for the prompts to be the same (JSON). repeated: whether a prompt so far was longer than the task's own text,
+    so that some of it stands there several times.
     """
 
     rules_from: ClassVar[tuple[int, ...]] = (0,)
     any_of: ClassVar[bool] = False
     identity: Any = None
+    repeated: bool = False
 
     def __init__(self, name: str, new_tokens: int, encoder: PromptEncoder, seed: int):
         self.name, self.new_tokens = name, new_tokens
