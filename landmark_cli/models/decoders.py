@@ -24,6 +24,8 @@ from .support import attention_dropout, check_config, check_model
 PADDING_TOKEN = "[PAD]"
 # Products with a matrix of a multiple of 64 rows run at full speed on a GPU; an aligned vocabulary stays aligned.
 VOCABULARY_MULTIPLE = 64
+# No tokenizer's ids are that many times as large as there are tokens; rows for all of them would be made.
+FAR = 4
 
 
 def add_landmarks(
@@ -68,7 +70,7 @@ def add_landmarks(
             "without"
         )
 
-    _add_tokens(model, tokenizer)
+    _add_tokens(model, tokenizer, name)
     settle_sampling(model, name)
     config = model.config
     config.landmark_freq = landmark_freq
@@ -94,9 +96,14 @@ def check_length(trained_length: int, limit: int | None, landmark_freq: int, nam
 
 
 @torch.no_grad()
-def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Add the tokens that are missing, and rows for them that are the mean of those that tokens have."""
     config, rows = model.config, model.get_input_embeddings().weight.shape[0]
+    if largest_id(tokenizer) >= FAR * max(rows, len(tokenizer)):
+        raise LandmarkError(
+            f"the tokenizer of {name} has a token with the id {largest_id(tokenizer)}, and the model knows {rows} "
+            "tokens: the two do not belong together"
+        )
     known = {id for id in tokenizer.get_vocab().values() if id < rows}
     behind = max((id for id in _named_ids(config) if id < rows), default=-1)
     needs_padding = tokenizer.pad_token is None
