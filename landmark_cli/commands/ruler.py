@@ -41,8 +41,8 @@ class RulerOptions(EvaluationOptions):
         None,
         panel=MEASUREMENT,
         metavar="<name>...",
-        help="niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa; with "
-        "commas between or repeated. [default: all; qa where --qa is given]",
+        help="Tasks to measure, with commas between or repeated: niah_single_1 to _3, niah_multikey_1 to _3, "
+        "niah_multivalue, niah_multiquery, vt, cwe, fwe, qa. [default: all; qa where --qa is given]",
     )
     lengths: list[int] = option(
         [4096, 8192, 16384],
