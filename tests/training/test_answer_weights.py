@@ -19,7 +19,7 @@ from landmark_cli.training.setup import LossModel
 from tests.closeness import assert_close_norm
 from tests.models.families import tiny_decoder
 from tests.training.command import records, train
-from tests.training.test_linear_cross_entropy import ROWS, VOCABULARY, inputs, loss_and_gradients, plain
+from tests.training.test_linear_cross_entropy import ROWS, VOCABULARY, inputs, loss_and_gradients, plain, rows_apart
 from tests.training.tiny import LENGTH, RandomBatches, byte_tokenizer, tiny_loop, tiny_model
 
 
@@ -64,17 +64,12 @@ def test_weights_of_one_are_none_to_the_bit():
 def test_the_kernel_weighs_as_the_definition_does(vocabulary):
     fused_cross_entropy = pytest.importorskip("landmark_cli.training.fused_cross_entropy")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(vocabulary)
-    room = torch.full((20, vocabulary + 3), torch.nan, device=device)
-    logits = room[:, :vocabulary].copy_(3 * torch.randn(20, vocabulary))
-    targets = torch.randint(vocabulary, (20,), device=device)
-    targets[::7] = -100
-    weights = some_weights((20,)).to(device)
+    room, logits, targets = rows_apart(vocabulary)
+    weights = some_weights((20,)).to(logits.device)
     # What weighs nothing adds nothing, whatever its logits are.
     logits[int((weights == 0).nonzero()[0])] = torch.inf
     expected = logits.clone()
-    losses, wanted = torch.full((2, 20), torch.nan, device=device)
+    losses, wanted = torch.full((2, 20), torch.nan, device=logits.device)
     fused_cross_entropy.score_and_differentiate(logits, targets, losses, weights)
     module.score_and_differentiate(expected, targets, wanted, weights)
     assert not logits[(weights == 0) | (targets == -100)].any() and losses.count_nonzero() > 5

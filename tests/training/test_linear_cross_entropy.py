@@ -73,19 +73,25 @@ def test_only_gradients_that_are_wanted_are_formed():
     assert_close_norm(loss.detach(), expected[0])
 
 
-@pytest.mark.parametrize("vocabulary", [7, 130, 9001, 20_000])
-def test_the_kernel_does_what_the_definition_does(vocabulary):
-    fused_cross_entropy = pytest.importorskip("landmark_cli.training.fused_cross_entropy")
-
+def rows_apart(vocabulary):
+    """(room, logits in it, targets) of 20 rows: they are further apart than they are long, and what lies between is to
+    stay nan."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(vocabulary)
-    # Rows are further apart than they are long, and what lies between stays.
     room = torch.full((20, vocabulary + 3), torch.nan, device=device)
     logits = room[:, :vocabulary].copy_(3 * torch.randn(20, vocabulary))
     targets = torch.randint(vocabulary, (20,), device=device)
     targets[::7] = -100
+    return room, logits, targets
+
+
+@pytest.mark.parametrize("vocabulary", [7, 130, 9001, 20_000])
+def test_the_kernel_does_what_the_definition_does(vocabulary):
+    fused_cross_entropy = pytest.importorskip("landmark_cli.training.fused_cross_entropy")
+
+    room, logits, targets = rows_apart(vocabulary)
     expected = logits.clone()
-    losses, wanted = torch.full((2, 20), torch.nan, device=device)
+    losses, wanted = torch.full((2, 20), torch.nan, device=logits.device)
     fused_cross_entropy.score_and_differentiate(logits, targets, losses)
     module.score_and_differentiate(expected, targets, wanted)
     assert_close_norm((logits, losses), (expected, wanted))
