@@ -14,14 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from landmark_cli.console import progress
 from landmark_cli.data.passkey import PassKey, PassKeyPrompts, random_key
 from landmark_cli.data.pretrained_tokenizers import begin_ids, text_ids
+from landmark_cli.evaluation.prompts import PromptReaders
 from landmark_cli.inference.generation import generate
-from landmark_cli.inference.readers import open_reader
+from landmark_cli.inference.readers import BaseReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 
 # Room for five digits, each a token of its own, and the space before and the full stop behind them.
 ANSWER = SamplingSettings(max_new_tokens=8, temperature=0.0)
-# The prompts read at a time have about this many tokens together.
-BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
 DEPTH_BINS = 10
 
 
@@ -111,17 +110,18 @@ def evaluate_passkey(
 
     A trial depends only on the seed, its length and its number. Raises LandmarkError for a length that is too short.
     """
-    reading = reading or ReadingSettings()
     maker = prompt_maker(tokenizer)
     grid = None if depths is None else np.linspace(0.0, 1.0, depths).tolist() if depths > 1 else [0.5]
     plan = {length: list(_plan(maker, length, prompts, grid, seed)) for length in sorted(set(lengths))}
+    readers = PromptReaders(model, reading or ReadingSettings(), full_attention)
     trials: list[Trial] = []
     with progress("pass keys", sum(length * len(keys) for length, keys in plan.items()), "tokens") as shown:
         for length, keys in plan.items():
-            size = batch_size or max(1, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // length)
+            whole = length + ANSWER.max_new_tokens
+            size = batch_size or readers.fitting(whole)
             for first in range(0, len(keys), size):
                 batch = [maker.make(length, key, depth) for key, depth in keys[first : first + size]]
-                trials += _ask(model, tokenizer, batch, reading, full_attention)
+                trials += _ask(model, tokenizer, batch, readers.of(len(batch), whole))
                 accuracy = sum(trial.found for trial in trials) / len(trials)
                 shown.advance(length * len(batch), length=length, found=accuracy)
     return PassKeyResult(trials, grid)
@@ -158,15 +158,8 @@ def _plan(maker: PassKeyPrompts, length: int, prompts: int, grid: list[float] | 
 
 
 def _ask(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: list[PassKey],
-    reading: ReadingSettings,
-    full_attention: bool,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[PassKey], reader: BaseReader
 ) -> list[Trial]:
-    length = len(batch[0].tokens)
-    window = length + ANSWER.max_new_tokens if full_attention else None
-    reader = open_reader(model, reading, batch=len(batch), window=window)
     answers = generate(model, tokenizer, [prompt.tokens for prompt in batch], ANSWER, reader=reader)
     pairs = zip(batch, answers, strict=True)
-    return [Trial(length, prompt.depth, prompt.key, answer.text) for prompt, answer in pairs]
+    return [Trial(len(prompt.tokens), prompt.depth, prompt.key, answer.text) for prompt, answer in pairs]

@@ -19,7 +19,7 @@ from landmark_cli.attention.cache.pages import require_host_memory
 from landmark_cli.data.landmarks import insert_landmarks, largest_top_k, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.graphs import ChunkForward
-from landmark_cli.inference.readers import BaseReader, ReadChunk
+from landmark_cli.inference.readers import BaseReader, ReadChunk, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.device import to_device
 from landmark_cli.models.rotary import inverse_frequencies
@@ -117,12 +117,9 @@ class BlockReader(BaseReader):
 
     def _layer_bytes(self, tokens: int) -> int:
         """What the blocks of a layer take, with `tokens` stream tokens in every row."""
-        config, settings = self.model.config, self.cache.settings
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        settings = self.cache.settings
         blocks = min(tokens // settings.block_size + 1, settings.retrievable)
-        numbers = self.cache.batch * heads * blocks * 2 * settings.block_size * head_dim
-        return numbers * next(self.model.parameters()).dtype.itemsize
+        return self.cache.batch * blocks * settings.block_size * layer_token_bytes(self.model)
 
     @property
     def retrievals(self) -> int:

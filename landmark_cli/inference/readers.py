@@ -184,3 +184,11 @@ def trained_text_length(model: PreTrainedModel) -> int:
     config = model.config
     length = getattr(config, "trained_length", None) or config.max_position_embeddings
     return length - length // (config.landmark_freq + 1) if has_landmarks(model) else length
+
+
+def layer_token_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the keys and values of one token take in one layer."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * head_dim * next(model.parameters()).dtype.itemsize

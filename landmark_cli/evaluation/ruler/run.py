@@ -4,16 +4,18 @@ kept, so that an interrupted run goes on."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.console import info, progress
-from landmark_cli.evaluation.passkey import BATCH_TOKENS
+from landmark_cli.data.prefetch import prefetched
+from landmark_cli.evaluation.prompts import PromptReaders
 from landmark_cli.evaluation.studies import FinishedRows
 from landmark_cli.inference.generation import generate
-from landmark_cli.inference.readers import has_landmarks, open_reader
+from landmark_cli.inference.readers import BaseReader, has_landmarks
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.interrupts import Interrupts
 from landmark_cli.launch import again
@@ -99,7 +101,8 @@ def measure(
     show: Show | None = None,
     shown: int = 0,
 ) -> list[Cell]:
-    """The cells of one way of reading, task by task. Lengths (tokens, the answer's room included) must be possible.
+    """The cells of one way of reading, task by task; they are asked length by length, so that readers serve all tasks.
+    Lengths (tokens, the answer's room included) must be possible.
 
     finished: where answers are kept and found again. asked: whether to stop. depends_on: what an answer depends on
     beside task, length, sample and way of reading (JSON). reading: how blocks are read, but for their number. show:
@@ -124,24 +127,32 @@ def measure(
     kept = samples * len(plan) - sum(map(len, waiting.values()))
     if kept:
         info(f"{way.name}: {kept} of {samples * len(plan)} answers are kept from an earlier run")
+    readers = PromptReaders(model, reading, way.full)
+    asked_for = [length for length in lengths if any(waiting[task.name, length] for task in tasks)]
+    sizes = {length: batch_size or readers.fitting(length) for length in asked_for}
+
+    def made() -> Iterator[tuple[Task, int, list[int], list[Prompt]]]:
+        for length, size in sizes.items():
+            for task in tasks:
+                for batch in _batches(waiting[task.name, length], size):
+                    yield task, length, batch, [task.make(sample, length) for sample in batch]
+
+    tokens = sum(length * len(left) for (_, length), left in waiting.items())
+    # The next prompts are made while the model reads; of long ones the making would take as long.
+    with progress(f"ruler, {way.name}", tokens, "tokens") as bar, closing(prefetched(made())) as batches:
+        for task, length, batch, prompts in batches:
+            if asked:
+                raise asked.stopped(f"what was answered is kept; go on with\n{again()}")
+            answers = _ask(model, tokenizer, task, prompts, readers.of(len(batch), length))
+            for sample, answer in zip(batch, answers, strict=True):
+                finished.add(key(task, length, sample), asdict(answer))
+            bar.advance(length * len(batch), task=task.name, length=length)
     cells = []
-    with progress(
-        f"ruler, {way.name}", sum(length * len(left) for (_, length), left in waiting.items()), "tokens"
-    ) as bar:
-        for task, length in plan:
-            for batch in _batches(waiting[task.name, length], batch_size or _fitting(model, length)):
-                if asked:
-                    raise asked.stopped(f"what was answered is kept; go on with\n{again()}")
-                prompts = [task.make(sample, length) for sample in batch]
-                for sample, answer in zip(
-                    batch, _ask(model, tokenizer, task, prompts, length, way, reading), strict=True
-                ):
-                    finished.add(key(task, length, sample), asdict(answer))
-                bar.advance(length * len(batch), task=task.name, length=length)
-            answers = [Answer(**finished.get(key(task, length, sample))) for sample in range(samples)]
-            cells.append(Cell(way, task.name, length, answers))
-            for sample in range(min(shown, samples) if show else 0):
-                show(task, length, sample, task.make(sample, length), answers[sample])
+    for task, length in plan:
+        answers = [Answer(**finished.get(key(task, length, sample))) for sample in range(samples)]
+        cells.append(Cell(way, task.name, length, answers))
+        for sample in range(min(shown, samples) if show else 0):
+            show(task, length, sample, task.make(sample, length), answers[sample])
     return cells
 
 
@@ -160,11 +171,8 @@ def _ask(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     prompts: list[Prompt],
-    length: int,
-    way: Way,
-    reading: ReadingSettings,
+    reader: BaseReader,
 ) -> list[Answer]:
-    reader = open_reader(model, reading, batch=len(prompts), window=length if way.full else None)
     greedy = SamplingSettings(max_new_tokens=task.new_tokens, temperature=0.0)
     said = generate(model, tokenizer, [prompt.tokens for prompt in prompts], greedy, reader=reader)
     return [judge(task, prompt, one.text) for prompt, one in zip(prompts, said, strict=True)]
@@ -174,11 +182,6 @@ def judge(task: Task, prompt: Prompt, answer: str) -> Answer:
     """An answer and what it is worth."""
     found = found_in(answer, prompt.references)
     return Answer(prompt.references, found, prompt.depths, answer[:LONGEST_ANSWER], score(found, task.any_of))
-
-
-def _fitting(model: PreTrainedModel, length: int) -> int:
-    """How many prompts are read at a time."""
-    return max(1, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]) // length)
 
 
 def _batches(samples: list[int], size: int) -> Iterator[list[int]]:

@@ -1,0 +1,84 @@
+"""Readers of prompts: opened once for all batches of a length, forgetful between them; how many prompts fit."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from landmark_cli.evaluation import passkey, prompts
+from landmark_cli.evaluation.passkey import evaluate_passkey
+from landmark_cli.evaluation.prompts import PromptReaders, at_a_time
+from landmark_cli.evaluation.ruler import run
+from landmark_cli.evaluation.ruler.run import Way, measure
+from landmark_cli.evaluation.studies import FinishedRows
+from landmark_cli.inference.readers import layer_token_bytes
+from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.interrupts import Interrupts
+from tests.evaluation.ruler import GPT2, tasks_of
+from tests.tiny import tiny_llama, tiny_model, tiny_text
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The numbers of prompts that readers were opened for."""
+    numbers, real = [], prompts.open_reader
+
+    def open_reader(model, reading, batch, **more):
+        numbers.append(batch)
+        return real(model, reading, batch, **more)
+
+    monkeypatch.setattr(prompts, "open_reader", open_reader)
+    return numbers
+
+
+def test_a_reader_serves_all_batches_of_a_length(tmp_path, opened, monkeypatch):
+    for module in (run, passkey):
+        monkeypatch.setattr(module, "generate", lambda *given, reader: [SimpleNamespace(text="")] * reader.batch)
+    model, reading = tiny_model(landmark_token_id=50260, vocab_size=50304), ReadingSettings(chunk=100)
+    tasks = list(tasks_of(GPT2, ["fwe", "niah_single_1"]).values())
+    finished, settings = FinishedRows(tmp_path / "a.jsonl"), {"depends_on": {}, "reading": reading}
+    cells = measure(
+        model, GPT2, tasks, [260, 280], Way(2), finished, Interrupts(""), samples=5, batch_size=2, **settings
+    )
+    # Two prompts, and the one that is left over, at either length, whatever the number of batches and tasks.
+    assert opened == [2, 1, 2, 1]
+    assert [(cell.task, cell.length) for cell in cells] == [
+        (name, length) for name in ("fwe", "niah_single_1") for length in (260, 280)
+    ]
+    opened.clear()
+    evaluate_passkey(model, GPT2, [140, 150], prompts=4, batch_size=2, reading=reading)
+    assert opened == [2, 2]
+
+
+def test_a_reader_forgets_between_batches():
+    model, text = tiny_model(), tiny_text(30)
+    readers = PromptReaders(model, ReadingSettings())
+    first = readers.of(1, 40)
+    alone = [part.logits for part in first.read([text])]
+    assert readers.of(1, 40) is first and readers.of(2, 40) is not first
+    again = [part.logits for part in readers.of(1, 40).read([text])]
+    assert all((a == b).all() for a, b in zip(alone, again, strict=True))
+    assert readers.of(1, 41) is not first
+
+
+def test_full_attention_has_a_window_for_prompt_and_answer():
+    assert PromptReaders(tiny_llama(), ReadingSettings(), full_attention=True).of(1, 77).window == 77
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "memory", "expected"),
+    [
+        (1024, 8000, 10**12, 128),  # as many as one pass takes
+        (65536, 8192, 10**12, 16),  # of longer prompts a chunk at a time counts
+        (65536, 8192, 65536 * 100 * 5 + 1, 5),  # what fits into memory
+        (65536, 8192, 0, 1),  # but one in any case
+        (1_000_000, 200_000, 10**15, 1),
+    ],
+)
+def test_how_many_fit(length, chunk, memory, expected):
+    assert at_a_time(length, chunk, 100, memory) == expected
+
+
+def test_bytes_of_a_token():
+    # Keys and values of 1 head of 8 numbers in float32; of 2 heads in bfloat16.
+    assert layer_token_bytes(tiny_llama()) == 2 * 8 * 4
+    assert layer_token_bytes(tiny_model().bfloat16()) == 2 * 2 * 8 * 2
