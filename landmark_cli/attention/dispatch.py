@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -110,12 +111,15 @@ def landmark_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         context_miss_key = None if context_miss_key is None else context_miss_key.to(dtype)
     reference.check_shapes(q, k, v)
+    # Numbers also where a compiled model's lengths are symbols, for a choice is made of constants.
+    block_size = None if block_size is None else operator.index(block_size)
+    few_queries = True if q.shape[2] < FEW_QUERIES else False
     problem = Problem(
         str(q.device),
         q.dtype,
-        q.shape[-1],
+        operator.index(q.shape[-1]),
         None if landmark_mask is not None else block_size,
-        few_queries=q.shape[2] < FEW_QUERIES,
+        few_queries=few_queries,
         padded=start is not None,
         packed=cu_seqlens is not None,
         dropout=dropout_p > 0.0,

@@ -91,8 +91,9 @@ def test_arguments_that_only_the_definition_knows(argument):
         landmark_attention(q, k, v, **given, backend="triton")
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_a_model_compiles_with_it_in_one_graph(backend):
+def test_a_model_compiles_with_it_in_one_graph(backend, dynamic):
     class Module:
         layer_idx = 0
         config = type("Config", (), {"landmark_freq": 6})()
@@ -101,9 +102,10 @@ def test_a_model_compiles_with_it_in_one_graph(backend):
         layout = LandmarkLayout(backend=backend)
         return dispatch.landmark_attention_forward(Module, q, k, v, None, landmark_layout=layout)[0] * 2
 
-    q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))
-    compiled = torch.compile(forward, fullgraph=backend == "triton", backend="aot_eager")
-    assert_close_norm(compiled(q, k, v), 2 * eager(q, k, v, block_size=7).transpose(1, 2))
+    compiled = torch.compile(forward, fullgraph=backend == "triton", backend="aot_eager", dynamic=dynamic)
+    for tokens in (12, 15) if dynamic else (12,):
+        q, k, v = (torch.randn(1, 2, tokens, 16) for _ in range(3))
+        assert_close_norm(compiled(q, k, v), 2 * eager(q, k, v, block_size=7).transpose(1, 2))
 
 
 @pytest.mark.parametrize(
