@@ -24,6 +24,7 @@ from .context_miss import attend_chunk_with_context_miss
 from .kernels.hopper import support as hopper_support
 from .kernels.training import support as training_support
 from .retrieval import Read
+from .retrieval_window import retrieve_window
 
 # With fewer queries there is too little work for a kernel that keeps a multiprocessor to itself.
 FEW_QUERIES = 256
@@ -35,6 +36,7 @@ class Problem(NamedTuple):
     device: "cuda:1", say. block_size: None where a mask makes blocks of any size. few_queries: under FEW_QUERIES; the
     length itself is not here, lest every length be compiled anew. padded, packed, dropout, context_miss: what else is
     given beside q, k and v. reading: through the block cache; differentiated: gradients of that are asked for.
+    retrieving: what the chunks of a training window read of the blocks before them.
     """
 
     device: str
@@ -48,6 +50,7 @@ class Problem(NamedTuple):
     context_miss: bool = False
     reading: bool = False
     differentiated: bool = False
+    retrieving: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Backend:
     forward, backward: of the operators (operators.py), whose arguments they take: (q, k, v, *settings) -> (out, lse)
     and (dout, dlse, q, k, v, out, lse, *settings) -> (dq, dk, dv). None: the definition, which autograd differentiates.
     reads_as: the name of the backend that reads where this one is asked for. read: attention of a chunk through the
-    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read; None where another one reads.
+    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read; None where another one reads. retrieve: of
+    a training window, (q, k, v, window, scale, layer) -> (out, lse), differentiable (see retrieval_window.py).
     """
 
     name: str
@@ -69,6 +73,7 @@ class Backend:
     forward: Callable[..., tuple[Tensor, Tensor]] | None = None
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     read: Callable[..., Read] | None = None
+    retrieve: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 # --- eager: the definition
@@ -89,6 +94,10 @@ def _read_by_definition(
     return retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
 
 
+# It asks tensors for numbers: a compiled model calls it as it is.
+_retrieve_by_definition = torch.compiler.disable(retrieve_window)
+
+
 # --- triton: portable kernels, for training and for reading
 
 
@@ -100,6 +109,8 @@ def _needs_the_definition(problem: Problem) -> str | None:
         return "context_miss_key gives the outer softmax a key of its own"
     if problem.reading and problem.differentiated:
         return "gradients are asked for"
+    if problem.retrieving:
+        return "training windows are read by the definition"
     return None
 
 
@@ -173,7 +184,7 @@ def _is_hopper(device: str) -> bool:
 
 
 def _why_not_hopper(problem: Problem) -> str | None:
-    if problem.reading:
+    if problem.reading or problem.retrieving:
         return "retrieval has no Hopper kernels of its own"
     if (reason := _needs_the_definition(problem)) is not None:
         return reason
@@ -229,7 +240,16 @@ BACKENDS = {
             _triton_backward,
             _triton_read,
         ),
-        Backend("eager", lambda device: True, lambda problem: None, "eager", read=_read_by_definition),
+        Backend(
+            "eager",
+            lambda device: True,
+            lambda problem: None,
+            "eager",
+            None,
+            None,
+            _read_by_definition,
+            _retrieve_by_definition,
+        ),
     )
 }
 
@@ -265,7 +285,7 @@ def _choose(requested: str | None, *constants) -> str:
     if backend is None:
         names = ", ".join(f'"{name}"' for name in BACKENDS)
         raise refusal(f"landmark attention has the backends {names}; {requested!r} was asked for")
-    if problem.reading:
+    if problem.reading or problem.retrieving:
         backend = BACKENDS[backend.reads_as]
     obstacle = backend.why_not(problem)
     if obstacle is not None:

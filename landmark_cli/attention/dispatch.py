@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from . import operators, reference
 from .backends import BACKENDS, FEW_QUERIES, Problem, choose
 from .cache import BlockCache, Chunk
+from .dropout import layer_seed
 from .recurrent import recurrent_attention_forward
+from .window import ReadingWindow
 
 
 @dataclass(frozen=True)
 class LandmarkLayout:
     """Blocks of a forward pass where the model's even ones do not say it all; the fields are landmark_attention's.
+
+    cu_seqlens: boundaries of packed documents, counted over all rows one after the other; every row begins one.
 
     backend: the name of one of `backends.BACKENDS`, instead of what `backends.choose` finds.
     Give it to any landmark model as `model(..., landmark_layout=LandmarkLayout(...))`.
@@ -43,24 +47,31 @@ def landmark_attention_forward(
     landmark_cache: BlockCache | None = None,
     landmark_chunk: Chunk | None = None,
     landmark_layout: LandmarkLayout | None = None,
+    landmark_window: ReadingWindow | None = None,
     context_miss_key: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """What transformers calls for `attn_implementation="landmark"`.
 
     query: (B, H, T, D); key, value: (B, G, T, D), rotated. landmark_cache, landmark_chunk: read on through the cache,
-    of which the input is this chunk (see BlockCache.inputs); otherwise attend within the input, whose landmarks stand
-    at every (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T)
-    bool where some row is padded on the left, from which its blocks then count. Returns (B, T, H, D) and None:
-    attention weights are never formed.
+    of which the input is this chunk (see BlockCache.inputs). landmark_window: read the input chunk by chunk, all at
+    once; it is rotated at the window's position_ids. Otherwise attend within the input, whose landmarks stand at every
+    (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T) bool
+    where some row is padded on the left, from which its blocks then count. Returns (B, T, H, D) and None: attention
+    weights are never formed.
 
     Raises ValueError for what would change the result and cannot be honoured: a 4-D mask, logit soft-capping, attention
-    sinks, a sliding window shorter than the input.
+    sinks, a sliding window shorter than the input (or than the positions that reading takes).
     """
-    _check_arguments(key, attention_mask, **kwargs)
+    reach = key.shape[2] if landmark_window is None else landmark_window.settings.positions
+    _check_arguments(reach, attention_mask, **kwargs)
     if landmark_chunk is not None:
         given = landmark_cache, landmark_chunk, scaling, context_miss_key
         out = attend_chunk(module.layer_idx, query, key, value, *given)
+        return out.transpose(1, 2), None
+    if landmark_window is not None:
+        _check_window(landmark_window, attention_mask, landmark_layout, context_miss_key)
+        out = attend_window(module.layer_idx, query, key, value, landmark_window, scaling)
         return out.transpose(1, 2), None
     layout = landmark_layout or LandmarkLayout()
     block_size = layout.block_size
@@ -69,6 +80,9 @@ def landmark_attention_forward(
     start = layout.start
     if start is None and attention_mask is not None:
         start = (attention_mask.cumsum(-1) == 0).sum(-1)
+    rows = None
+    if layout.cu_seqlens is not None and query.shape[0] > 1:
+        rows, (query, key, value) = query.shape[0], (_one_row(x) for x in (query, key, value))
     out = landmark_attention(
         query,
         key,
@@ -79,12 +93,12 @@ def landmark_attention_forward(
         start=start,
         cu_seqlens=layout.cu_seqlens,
         dropout_p=layout.dropout_p,
-        dropout_seed=_layer_seed(layout.dropout_seed, module.layer_idx),
+        dropout_seed=layer_seed(layout.dropout_seed, module.layer_idx),
         context_miss_key=context_miss_key,
         controlled=layout.controlled,
         backend=layout.backend,
     )
-    return out.transpose(1, 2), None
+    return (out if rows is None else _in_rows(out, rows)).transpose(1, 2), None
 
 
 def landmark_attention(
@@ -106,10 +120,7 @@ def landmark_attention(
 
     Under autocast in its dtype, as torch's own attention: rotated queries and keys come in float32, values do not.
     """
-    if q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        context_miss_key = None if context_miss_key is None else context_miss_key.to(dtype)
+    q, k, v, context_miss_key = _as_autocast(q, k, v, context_miss_key)
     reference.check_shapes(q, k, v)
     # Numbers also where a compiled model's lengths are symbols, for a choice is made of constants.
     block_size = None if block_size is None else operator.index(block_size)
@@ -131,6 +142,14 @@ def landmark_attention(
         return operators.attend(q, k, v, backend=name, **arguments)
     arguments |= {"landmark_mask": landmark_mask, "context_miss_key": context_miss_key, "controlled": controlled}
     return _definition(q, k, v, **arguments)
+
+
+def _as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype, where there is autocast."""
+    kind = tensors[0].device.type
+    if kind not in ("cuda", "cpu") or not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x if x is None else x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
 # It asks tensors for numbers, so torch.compile would cut it in pieces: a compiled model calls it as it is.
@@ -172,6 +191,76 @@ def attend_chunk(
     return read.out
 
 
+def attend_window(
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: ReadingWindow,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Read a window's chunks, each through the blocks of those before it, all at once: (B, H, N, D), differentiable.
+
+    The same as `attend_chunk` for one chunk after the other. q: (B, H, N, D) and k, v: (B, G, N, D), rotated at
+    window.position_ids. Each part, within chunks and of retrieved blocks, is made by the backend that `backends.choose`
+    finds for it, or that is named; padding gives zeros.
+    """
+    q, k, v = _as_autocast(q, k, v)
+    out, lse = _attend_within_chunks(q, k, v, window, scale, backend)
+    if min(window.top_k, window.most_earlier) == 0:
+        return out
+    problem = Problem(str(q.device), q.dtype, q.shape[-1], window.block_size, retrieving=True)
+    retrieve = BACKENDS[choose(problem, backend)].retrieve
+    return _join(out, lse, *retrieve(q, k, v, window, scale, layer))
+
+
+def _attend_within_chunks(
+    q: Tensor, k: Tensor, v: Tensor, window: ReadingWindow, scale: float | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """(out (B, H, N, D), lse (B, H, N)) of what each token finds in its own chunk: a batch of chunks."""
+    batch, heads, tokens, dim = q.shape
+    given = {"block_size": window.block_size, "scale": scale, "backend": backend, "return_lse": True}
+    if not window.even:
+        out, lse = landmark_attention(*map(_one_row, (q, k, v)), cu_seqlens=window.own_bounds, **given)
+        out, lse = _in_rows(out, batch), lse.view(heads, batch, tokens).transpose(0, 1)
+        padding = (window.chunk_of < 0)[:, None]
+        return out.masked_fill(padding.unsqueeze(-1), 0.0), lse.masked_fill(padding, -torch.inf)
+    chunks = -(-tokens // window.chunk)
+    if chunks == 1:
+        return landmark_attention(q, k, v, **given)
+    # The last chunk is filled up behind its tokens, where none of them looks.
+    missing = chunks * window.chunk - tokens
+
+    def fold(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        return x.reshape(batch * chunks, window.chunk, *x.shape[2:]).transpose(1, 2)
+
+    out, lse = landmark_attention(fold(q), fold(k), fold(v), **given)
+    out = out.transpose(1, 2).reshape(batch, -1, heads, dim)[:, :tokens].transpose(1, 2)
+    lse = lse.view(batch, chunks, heads, -1).transpose(1, 2).reshape(batch, heads, -1)[..., :tokens]
+    return out, lse
+
+
+def _join(out: Tensor, lse: Tensor, retrieved: Tensor, retrieved_lse: Tensor) -> Tensor:
+    """One attention out of two over different keys: outputs (B, H, N, D), log-sum-exps of their logits (B, H, N)."""
+    both = torch.stack([lse, retrieved_lse])
+    total = torch.logsumexp(both.masked_fill(both == -torch.inf, torch.finfo(both.dtype).min), dim=0)
+    share = torch.exp(both - total).unsqueeze(-1)
+    return (out * share[0] + retrieved * share[1]).to(out.dtype)
+
+
+def _one_row(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (1, H, B * T, D), a view where a token's heads lie side by side."""
+    return x.transpose(1, 2).reshape(1, -1, x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _in_rows(x: Tensor, rows: int) -> Tensor:
+    """The inverse of `_one_row`."""
+    return x.transpose(1, 2).reshape(rows, -1, x.shape[1], x.shape[3]).transpose(1, 2)
+
+
 def padding_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
     """transformers' mask function for "landmark": the attention is causal by itself, so only left padding is passed on.
 
@@ -191,8 +280,19 @@ def no_mask(*args, **kwargs) -> None:
     return None
 
 
+def _check_window(
+    window: ReadingWindow, mask: Tensor | None, layout: LandmarkLayout | None, context_miss_key: Tensor | None
+) -> None:
+    if mask is not None and window.start is None:
+        raise ValueError("attention_mask hides the beginnings of rows: make landmark_window with start")
+    if layout is not None:
+        raise ValueError("landmark_layout and landmark_window exclude each other")
+    if context_miss_key is not None:
+        raise ValueError("landmark_window: a model with a context-miss token is not trained as it reads")
+
+
 def _check_arguments(
-    key: Tensor,
+    reach: int,
     attention_mask: Tensor | None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -207,13 +307,8 @@ def _check_arguments(
         raise ValueError("softcap: landmark attention has no logit soft-capping")
     if s_aux is not None:
         raise ValueError("s_aux: landmark attention has no attention sinks")
-    if sliding_window is not None and key.shape[2] > sliding_window:
-        raise ValueError(f"sliding_window is {sliding_window}, shorter than the input of {key.shape[2]} tokens")
-
-
-def _layer_seed(seed: int | Tensor | None, layer: int) -> int | Tensor | None:
-    """Another seed for every layer, so that a block lost in one layer may be kept in the next."""
-    return None if seed is None else (seed + layer * 0x9E3779B97F4A7C15 % (1 << 61)) % (1 << 62)
+    if sliding_window is not None and reach > sliding_window:
+        raise ValueError(f"sliding_window is {sliding_window}, shorter than the input of {reach} tokens")
 
 
 def _block_size(config) -> int:

@@ -43,3 +43,8 @@ def group_dropout_scale(seed: int | Tensor, p: float, shape: tuple[int, int, int
     rows = torch.arange(shape[0] * shape[1] * shape[2], device=block.device).view(*shape, 1)
     uniform = philox_uniform(seed, rows, block[:, None, None, :])
     return (uniform >= p).float() / (1.0 - p)
+
+
+def layer_seed(seed: int | Tensor | None, layer: int) -> int | Tensor | None:
+    """Another seed for every layer, so that what is lost or drawn in one layer need not be in the next."""
+    return None if seed is None else (seed + layer * 0x9E3779B97F4A7C15 % (1 << 61)) % (1 << 62)

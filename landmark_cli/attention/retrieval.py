@@ -5,7 +5,8 @@ Source: arXiv 2305.16300, section 3.2 (inference) and appendix; positions as sta
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ from .reference import attention_logits, landmark_attention, masked_logsumexp
 from .rotary import rotate
 
 MINUS_INFINITY = float("-inf")
+
+
+class Rotations(Protocol):
+    """Rotations by whole block slots: see cache/rotations.py, and window.py."""
+
+    def by(self, slots: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Read(NamedTuple):
@@ -58,10 +65,7 @@ def attend_chunk(
 
 
 def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None = None) -> Tensor:
-    """Choose the blocks each query and head reads.
-
-    Returns ages, (B, H or 1, T or 1, k) int64 in time order: age a is the a-th newest complete block, and 0 (at the
-    end) stands for no block where a row has fewer than k.
+    """Choose the blocks each query and head reads: see `choose_blocks`, which says in which shape and order.
 
     Of equal scores the newer block's is the better one. Scores are equal where they are the same float32 number, and
     by definition where they belong to far blocks that share a landmark key (see LayerBlocks.one_landmark_key): rounding
@@ -69,49 +73,79 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | N
     """
     settings = blocks.settings
     ages = torch.arange(1, chunk.most_cached + 1, device=q.device)
-    cached = chunk.cached[:, None]
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     keys = blocks.landmark_keys[rows, :, (chunk.blocks[:, None] - ages) % blocks.capacity].transpose(1, 2)
     if settings.positions == "absolute":
         cos, sin = chunk.stream_rotation
         scores = attention_logits(rotate(q, cos[:, None, None], sin[:, None, None]), keys, scale)
     else:
-        # The last k blocks are scored at their true distance, all older ones just behind them.
-        distance = torch.minimum(ages, cached.clamp(max=settings.top_k) + 1)
-        cos, sin = blocks.rotations.by(-distance)
-        scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale)
-        if blocks.one_landmark_key:
-            # (B, 1), (B, n): the newest far block's place among the ages, and which blocks are far.
-            newest, far = cached.clamp(max=settings.top_k), ages > cached.clamp(max=settings.top_k)
-            newest = newest.clamp(max=len(ages) - 1).long()[:, None, None].expand(*scores.shape[:3], 1)
-            scores = torch.where(far[:, None, None], scores.gather(-1, newest), scores)
-    scores = scores.masked_fill((ages > cached)[:, None, None], MINUS_INFINITY)
+        scores = score_bounded(q, keys, chunk.cached, settings.top_k, blocks.rotations, blocks.one_landmark_key, scale)
+    chosen = choose_blocks(scores, chunk.cached, chunk.real, settings.top_k, settings.selection)
+    return chosen.sort(dim=-1, descending=True).values
 
-    if settings.selection != "per_token_and_head":
+
+def score_bounded(
+    q: Tensor,
+    keys: Tensor,
+    cached: Tensor,
+    top_k: int,
+    rotations: Rotations,
+    one_landmark_key: bool,
+    scale: float | None = None,
+) -> Tensor:
+    """Logits of blocks' landmarks with bounded positions: (B, H, T, n) float32 (float64 if q is).
+
+    q: (B, H, T, D). keys: (B, G, n, D), landmark keys of the newest n blocks, the newest first, rotated by their offset
+    in their block. cached: (B,) how many of these a row has. The last top_k blocks are scored at their true distance,
+    all older ones just behind them.
+    """
+    ages = torch.arange(1, keys.shape[2] + 1, device=q.device)
+    near = cached[:, None].clamp(max=top_k)
+    cos, sin = rotations.by(-torch.minimum(ages, near + 1))
+    scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale)
+    if one_landmark_key:
+        # (B, 1), (B, n): the newest far block's place among the ages, and which blocks are far.
+        newest = near.clamp(max=len(ages) - 1).long()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.where((ages > near)[:, None, None], scores.gather(-1, newest), scores)
+    return scores
+
+
+def choose_blocks(scores: Tensor, cached: Tensor, real: Tensor, top_k: int, selection: str) -> Tensor:
+    """The best blocks of each query and head, by their ages: age a is that of the a-th newest block.
+
+    scores: (B, H, T, n) of the blocks of ages 1 .. n. cached: (B,) how many of these a row has. real: (B, T) bool, no
+    padding. Returns (B, H or 1, T or 1, min(top_k, n)) int64, the best first; 0, at the end, stands for no block where
+    a row has fewer.
+    """
+    ages = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    scores = scores.masked_fill((ages > cached[:, None])[:, None, None], MINUS_INFINITY)
+    if selection != "per_token_and_head":
         # Logarithms of a softmax compare as the softmax does. A row that has no block yet has none.
         scores = torch.log_softmax(scores, dim=-1).nan_to_num(MINUS_INFINITY, neginf=MINUS_INFINITY)
-        if settings.selection == "max_over_heads":
+        if selection == "max_over_heads":
             scores = scores.amax(1, keepdim=True)
-        elif settings.selection == "max_over_tokens":
-            scores = scores.masked_fill(~chunk.real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
+        elif selection == "max_over_tokens":
+            scores = scores.masked_fill(~real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
         else:
-            raise NotImplementedError(f"selection {settings.selection}")
+            raise NotImplementedError(f"selection {selection}")
     # Ages rise, so a stable order leaves the newer of equal scores in front.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    best = ages[order[..., : min(settings.top_k, chunk.most_cached)]]
-    best = best.masked_fill(best > cached[:, None, None], 0)
-    return best.sort(dim=-1, descending=True).values
+    best = ages[order[..., :top_k]]
+    return best.masked_fill(best > cached[:, None, None, None], 0)
 
 
 def block_distance(ages: Tensor, chunk: Chunk, settings: RetrievalSettings) -> Tensor:
-    """How many block slots before the chunk's tail block each selected block stands; ages as select_blocks gives.
+    """How many block slots before the chunk's tail block each selected block stands; ages as select_blocks gives."""
+    return ages if settings.positions == "absolute" else bounded_distance(ages, chunk.cached, settings.top_k)
 
-    Bounded positions: the j-th selected block (j = 0 ..) of k stands at slot j + 1 of the window's k + 1 slots if it is
-    one of the last k cached blocks, else at slot j.
+
+def bounded_distance(ages: Tensor, cached: Tensor, top_k: int) -> Tensor:
+    """Bounded positions: the j-th selected block (j = 0 ..) of k stands at slot j + 1 of the window's k + 1 slots if it
+    is one of the last k cached blocks, else at slot j.
+
+    ages: (B, H or 1, T or 1, k) in time order, the oldest first. cached: (B,).
     """
-    if settings.positions == "absolute":
-        return ages
-    near = chunk.cached.clamp(max=settings.top_k)[:, None, None, None]
+    near = cached.clamp(max=top_k)[:, None, None, None]
     rank = torch.arange(ages.shape[-1], device=ages.device)
     return near - rank + (ages > near)
 
@@ -124,21 +158,35 @@ def read_blocks(
     Returns the landmark logits, (B, H, T, k), minus infinity where there is no block, and the blocks' outputs by their
     inner softmax, (B, H, T, k, D), both float32 (float64 if q is).
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // blocks.keys.shape[1])
     rows = torch.arange(q.shape[0], device=q.device)
-    where = rows[:, None, None], heads[None, :, None]
-    distance = block_distance(ages, chunk, blocks.settings)
 
+    def gather(ages: Tensor) -> tuple[Tensor, Tensor]:
+        slot = (chunk.blocks[:, None, None] - ages) % blocks.capacity
+        return blocks.gather((rows[:, None, None], heads[None, :, None], slot))
+
+    return read_selected(q, ages, block_distance(ages, chunk, blocks.settings), gather, blocks.rotations, scale)
+
+
+def read_selected(
+    q: Tensor,
+    ages: Tensor,
+    distance: Tensor,
+    gather: Callable[[Tensor], tuple[Tensor, Tensor]],
+    rotations: Rotations,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As read_blocks. distance: (B, H or 1, T or 1, k) block slots from each block to the chunk's tail block. gather:
+    keys, rotated by their offset in their block, and values of blocks of given ages (B, H, T): (B, H, T, size, D) each.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     # One block a query at a time: all k at once would be k times the memory.
     landmark_logits, outputs = [], []
     for j in range(ages.shape[-1]):
         age = ages[..., j].expand(q.shape[:3])
-        slot = (chunk.blocks[:, None, None] - age) % blocks.capacity
-        cos, sin = blocks.rotations.by(distance[..., j].expand(q.shape[:3]))
-        rotated = rotate(q, cos, sin).to(dtype).unsqueeze(-2)
-        k, v = blocks.gather((*where, slot))
+        rotated = rotate(q, *rotations.by(distance[..., j].expand(q.shape[:3]))).to(dtype).unsqueeze(-2)
+        k, v = gather(age)
         logits = (rotated @ k.to(dtype).transpose(-1, -2)).squeeze(-2) * scale
         inner = torch.softmax(logits[..., :-1], dim=-1).unsqueeze(-2)
         outputs.append((inner @ v[..., :-1, :].to(dtype)).squeeze(-2))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache.settings import Selection
+from .dropout import layer_seed
 from .rotary import rotation_table
 
 
@@ -83,8 +84,9 @@ class ReadingWindow:
 
     Exploring: for every selection, of query head h (0 where heads share it) and token t of the row (the chunk's first
     where tokens share it), with row number r = (b * H + h) * N + t and x(i) = the upper 24 bits of the Philox word of
-    (r, i) (see dropout.py): where more than top_k blocks are earlier and x(0) < explore * 2**24, the k-th best block is
-    replaced by the (x(1) * (earlier - top_k) >> 24)-th newest of the blocks that are not among the k best.
+    (r, i) under the layer's seed (`seed_of`; see dropout.py): where more than top_k blocks are earlier and x(0) <
+    explore * 2**24, the k-th best block is replaced by the (x(1) * (earlier - top_k) >> 24)-th newest of the blocks
+    that are not among the k best.
     """
 
     settings: WindowSettings
@@ -199,6 +201,14 @@ class ReadingWindow:
     @property
     def explore(self) -> float:
         return self.settings.explore
+
+    def by(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotations by so many block slots: slots.shape + (rotary_dim / 2,) each."""
+        return self.cos[slots.abs()], self.sin[slots.abs()] * slots.sign().unsqueeze(-1)
+
+    def seed_of(self, layer: int) -> int | Tensor | None:
+        """The seed of exploring in a layer; None without."""
+        return layer_seed(self.explore_seed, layer)
 
     @property
     def position_ids(self) -> Tensor:
