@@ -42,6 +42,10 @@ class CudaGraph:
                 # Ending a recording that is broken fails too, and would hide why it broke.
                 with suppress(RuntimeError):
                     self.graph.capture_end()
+                # The device's random numbers still believe that they are recorded, and would refuse to be drawn.
+                index = torch.cuda.current_device() if device.index is None else device.index
+                random = torch.cuda.default_generators[index]
+                random.graphsafe_set_state(random.clone_state())
                 raise
             self.graph.capture_end()
         self.pool = self.graph.pool()
