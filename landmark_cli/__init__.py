@@ -1,11 +1,75 @@
 """Landmark attention: train on short windows, read inputs of any length through retrieved blocks.
 
-Importing this package makes the transformers library know the landmark models (`AutoModelForCausalLM.from_pretrained`
-opens their directories) and the attention implementation "landmark".
+    import landmark_cli
+
+    model, tokenizer = landmark_cli.load("runs/my-run")
+    (answer,) = landmark_cli.generate(model, tokenizer, [novel + "Who did it? It was"])
+
+What is named in `__all__` is the whole of what programs may build on; docs/python.md shows it. The names are imported
+when they are asked for: importing this package imports neither torch nor transformers, and makes the transformers
+library know the landmark models (`AutoModelForCausalLM.from_pretrained` opens their directories) and the attention
+implementation "landmark".
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from landmark_cli.registration import register_with_transformers
 
+if TYPE_CHECKING:
+    from landmark_cli.attention.dispatch import landmark_attention
+    from landmark_cli.data.landmarks import insert_landmarks
+    from landmark_cli.errors import LandmarkError
+    from landmark_cli.inference.block_reader import BlockReader as Reader
+    from landmark_cli.inference.generation import Generation, generate
+    from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
+    from landmark_cli.models.decoders import add_landmarks
+    from landmark_cli.models.store import load
+
 __version__ = "0.1.0"
+__all__ = [
+    "Generation",
+    "LandmarkError",
+    "Reader",
+    "ReadingSettings",
+    "SamplingSettings",
+    "add_landmarks",
+    "generate",
+    "insert_landmarks",
+    "landmark_attention",
+    "load",
+]
+
+# Where each name comes from: its module and, where it has another name there, that name.
+_FROM = {
+    "Generation": "inference.generation",
+    "LandmarkError": "errors",
+    "Reader": "inference.block_reader:BlockReader",
+    "ReadingSettings": "inference.settings",
+    "SamplingSettings": "inference.settings",
+    "add_landmarks": "models.decoders",
+    "generate": "inference.generation",
+    "insert_landmarks": "data.landmarks",
+    "landmark_attention": "attention.dispatch",
+    "load": "models.store",
+}
 
 register_with_transformers()
+
+
+if not TYPE_CHECKING:
+    # A checker would take any name for one that this gives.
+    def __getattr__(name: str) -> Any:
+        if name not in _FROM:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, known_as = _FROM[name].partition(":")
+        found = getattr(importlib.import_module(f"{__name__}.{module}"), known_as or name)
+        # Found at once from now on.
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,14 +1,14 @@
 """A command's options: a dataclass is the only place where a name, a type, a default and a help text stand.
 
     @dataclass
-    class GreetOptions:
+    class GreetOptions(Options):
         "Greet somebody."
         name: str = option(help="Who to greet.", positional=True)
         times: int = option(1, help="How often.", min=1)
 
-From the dataclass come the Typer command (`landmark_cli.signature`), the keys of a recipe and the Python call
-`run(GreetOptions(name="you"))`. Types: bool, int, float, str, pathlib.Path and Literal of strings, each as it is, as
-`X | None` or as `list[X]`.
+From the dataclass, which inherits `Options`, come the Typer command (`landmark_cli.signature`), the keys of a recipe
+and the Python call `run(GreetOptions(name="you"))`. Types: bool, int, float, str, pathlib.Path and Literal of strings,
+each as it is, as `X | None` or as `list[X]`.
 
 A recipe is a YAML file (without aliases) of options for one command, `command: train` among its keys. On the command
 line a recipe replaces the defaults, and an option given beside the recipe replaces the recipe's value. What a run saves
@@ -187,6 +187,18 @@ def _setting(field: dataclasses.Field, annotation: Any) -> Setting:
     if optional and default not in (None, MISSING) and not setting.none_has_a_name:
         raise TypeError(f"{field.name}: with the type {annotation} only None can be the default")
     return setting
+
+
+class Options:
+    """What every dataclass of options inherits. In Python text may stand where a path is meant and a path where text
+    is, alone or in place of a list: each becomes what the command line would make of it."""
+
+    def __post_init__(self) -> None:
+        for name, setting in settings_of(type(self)).items():
+            value = getattr(self, name)
+            one = value[0] if isinstance(value, (list, tuple)) and value else value
+            if setting.kind in (str, Path) and not setting.choices and isinstance(one, (str, Path)):
+                setattr(self, name, setting.convert(value))
 
 
 def build(options_class: type, values: dict[str, Any]) -> Any:

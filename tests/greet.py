@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from landmark_cli.commands import Command
-from landmark_cli.options import option
+from landmark_cli.options import Options, option
 
 
 @dataclass
-class GreetOptions:
+class GreetOptions(Options):
     """Greet somebody [loudly].
 
     A second paragraph."""

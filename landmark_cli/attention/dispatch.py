@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -101,24 +102,59 @@ def landmark_attention_forward(
     return (out if rows is None else _in_rows(out, rows)).transpose(1, 2), None
 
 
+@overload
 def landmark_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     block_size: int | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **arguments: Any,
+) -> Tensor: ...
+@overload
+def landmark_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int | None = None, *, return_lse: Literal[True], **arguments: Any
+) -> tuple[Tensor, Tensor]: ...
+def landmark_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int | None = None,
+    *,
     landmark_mask: Tensor | None = None,
+    scale: float | None = None,
     start: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     context_miss_key: Tensor | None = None,
     controlled: Tensor | None = None,
+    return_lse: bool = False,
     backend: str | None = None,
-    **arguments,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.landmark_attention` in the backend that `backends.choose` finds for these arguments, or that is named.
+    """Causal attention in which a query reaches an earlier block only through that block's landmark (arXiv 2305.16300,
+    section 3.1): what a model of one's own puts in place of `scaled_dot_product_attention(q, k, v, is_causal=True)`.
 
-    Under autocast in its dtype, as torch's own attention: rotated queries and keys come in float32, values do not.
+    q: (B, H, T, D), rotated, as k is: rotary embedding comes first. k, v: (B, G, T, D), where G divides H. Of each
+    block of `block_size` tokens the last is its landmark; `landmark_cli.insert_landmarks` puts landmarks into text.
+    Returns (B, H, T, D) in q's dtype, and can be differentiated and compiled. Fused kernels run on an NVIDIA GPU, on
+    any other device plain PyTorch. Landmarks predict nothing: their outputs have no target.
+
+    landmark_mask: (B, T) bool in place of block_size, for blocks of any size. scale: factor on the logits, 1 / sqrt(D).
+    start: (B,) the first real key of each row. cu_seqlens: (n + 1,) documents packed into a single row. dropout_p,
+    dropout_seed: group dropout. context_miss_key, controlled: see docs/semantics.md, section 5. return_lse: also return
+    the log-sum-exp of the outer softmax, (B, H, T) float32. backend: the name of one, instead of what
+    `backends.choose` finds. `reference.landmark_attention` is the definition of all of these.
+
+    Under autocast it computes in autocast's dtype, as torch's own attention: rotated queries and keys come in float32,
+    values do not. Raises ValueError naming an argument that cannot be.
+
+    >>> import torch
+    >>> q = torch.randn(2, 8, 128, 64)
+    >>> k, v = torch.randn(2, 2, 2, 128, 64)
+    >>> landmark_cli.landmark_attention(q, k, v, block_size=32).shape
+    torch.Size([2, 8, 128, 64])
     """
     q, k, v, context_miss_key = _as_autocast(q, k, v, context_miss_key)
     reference.check_shapes(q, k, v)
@@ -137,7 +173,15 @@ def landmark_attention(
         context_miss=context_miss_key is not None,
     )
     name = choose(problem, backend)
-    arguments |= {"block_size": block_size, "start": start, "cu_seqlens": cu_seqlens, "dropout_p": dropout_p}
+    arguments = {
+        "block_size": block_size,
+        "scale": scale,
+        "start": start,
+        "cu_seqlens": cu_seqlens,
+        "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+        "return_lse": return_lse,
+    }
     if BACKENDS[name].forward is not None:
         return operators.attend(q, k, v, backend=name, **arguments)
     arguments |= {"landmark_mask": landmark_mask, "context_miss_key": context_miss_key, "controlled": controlled}

@@ -10,7 +10,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-Work = Callable[[Any], None]
+# Given the options, does the work and returns what it made.
+Work = Callable[[Any], Any]
 
 
 class Command(NamedTuple):

@@ -96,8 +96,8 @@ class PassKeyOptions(EvaluationOptions):
     plot: Path | None = file_option(OUTPUT, "Write the heat map to this file as a picture. Needs the extra plot.")
 
 
-def run_perplexity(options: PerplexityOptions) -> None:
-    """Measure, print a table and, where asked, write the results as JSON.
+def run_perplexity(options: PerplexityOptions) -> dict[str, Any]:
+    """Measure, print a table and, where asked, write the results as JSON. Returns what --json writes.
 
     Raises LandmarkError where model and token file do not fit each other or the text is too short.
     """
@@ -131,10 +131,12 @@ def run_perplexity(options: PerplexityOptions) -> None:
         json_target=options.json,
         title=_title(name, file, result, data["reading"]),
     )
+    return data
 
 
-def run_passkey(options: PassKeyOptions) -> None:
-    """Measure, print table and heat map and, where asked, write the results as JSON and as a picture.
+def run_passkey(options: PassKeyOptions) -> dict[str, Any]:
+    """Measure, print table and heat map and, where asked, write the results as JSON and as a picture. Returns what
+    --json writes.
 
     Raises LandmarkError for a length that no prompt can have, or where the picture's package is missing.
     """
@@ -178,6 +180,7 @@ def run_passkey(options: PassKeyOptions) -> None:
     if options.plot is not None:
         draw_heat_map(result, options.plot, f"keys found: {Path(name).name}, {how}")
         info(f"wrote {options.plot}")
+    return data
 
 
 def open_text(path: Path | None) -> TokenFile:

@@ -21,7 +21,7 @@ from landmark_cli.commands.run_options import (
 )
 from landmark_cli.console import info
 from landmark_cli.errors import UsageError, import_extra
-from landmark_cli.options import LONGEST, option, save_recipe
+from landmark_cli.options import LONGEST, Options, option, save_recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,7 +34,7 @@ NAMED_BY_EARLIER_RUNS |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targe
 
 
 @dataclass
-class LoraOptions:
+class LoraOptions(Options):
     """Adapters in place of training every weight."""
 
     lora_rank: int | None = option(
@@ -135,8 +135,9 @@ class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
         return values | {"sequence_length": length}
 
 
-def run(options: FinetuneOptions) -> None:
-    """Fine-tune, and leave a model directory (or, with adapters that are not merged, an adapter directory).
+def run(options: FinetuneOptions) -> Path:
+    """Fine-tune, and leave a model directory (or, with adapters that are not merged, an adapter directory), which is
+    returned.
 
     Raises UsageError for options that contradict each other, LandmarkError for a model that landmark attention does not
     fit and for what is wrong with data or directories.
@@ -151,11 +152,11 @@ def run(options: FinetuneOptions) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     with begin(options, run_name(options)) as begun:
-        finetune(options, begun)
+        return finetune(options, begun)
 
 
-def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> None:
-    """The run itself, in every process."""
+def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> Path:
+    """The run itself, in every process. Returns its directory."""
     from landmark_cli.data.checks import check_token_files
     from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
     from landmark_cli.data.training_data import TrainingData, token_files
@@ -219,6 +220,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     publication.publish(loop)
     accelerator.end_training()
     info(f"trained {'adapters' if adapters and not options.merge else 'model'}: {output}")
+    return output
 
 
 def check(options: FinetuneOptions) -> None:

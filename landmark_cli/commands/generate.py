@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.measurement import file_option
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
@@ -16,7 +16,10 @@ from landmark_cli.console import info, print_json, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.files import write_whole, writing
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
-from landmark_cli.options import check_outputs, option
+from landmark_cli.options import Options, check_outputs, option
+
+if TYPE_CHECKING:
+    from landmark_cli.inference.generation import Generation
 
 PROMPT = "Prompt"
 
@@ -25,7 +28,7 @@ ESCAPES = {r"\n": ("\n", "a line break"), r"\t": ("\t", "a tab"), r"\r": ("\r", 
 
 
 @dataclass
-class PromptOptions:
+class PromptOptions(Options):
     """Where the prompt comes from and what is written besides the text."""
 
     prompt: str | None = option(None, panel=PROMPT, help="The text to continue.")
@@ -46,8 +49,9 @@ class GenerateOptions(ReadingSettings, SamplingSettings, ModelOptions, PromptOpt
     """
 
 
-def run(options: GenerateOptions) -> None:
-    """Read the prompt, stream the text after it to standard output, and say how fast it went.
+def run(options: GenerateOptions) -> Generation:
+    """Read the prompt, stream the text after it to standard output, and say how fast it went. Returns what was
+    generated.
 
     Raises UsageError for none or several prompts or an empty --stop, LandmarkError for a prompt that cannot be read.
     """
@@ -96,6 +100,7 @@ def run(options: GenerateOptions) -> None:
         about = {"model": name, "prompt_tokens": len(ids), "landmark_freq": model.config.landmark_freq}
         write_trace(options.trace, about, texts, reads)
     info(_summary(generation.prompt_tokens, len(generation.tokens), generation.finish, started, first, ended))
+    return generation
 
 
 def read_prompt(options: GenerateOptions) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from landmark_cli.console import info
-from landmark_cli.options import option
+from landmark_cli.options import Options, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ MODEL = "Model"
 
 
 @dataclass(kw_only=True)
-class CodeOptions:
+class CodeOptions(Options):
     """Whether opening something may run code."""
 
     trust_remote_code: bool = option(

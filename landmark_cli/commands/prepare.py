@@ -116,8 +116,8 @@ class PrepareOptions(CodeOptions):
     )
 
 
-def run(options: PrepareOptions) -> None:
-    """Prepare a corpus and say what came of it.
+def run(options: PrepareOptions) -> Path:
+    """Prepare a corpus and say what came of it. Returns its directory.
 
     Raises UsageError for options that contradict each other, LandmarkError for what is wrong with source or output.
     """
@@ -151,6 +151,7 @@ def run(options: PrepareOptions) -> None:
             data={split: dataclasses.asdict(metadata) for split, metadata in written.items()},
             json_target=options.json,
         )
+    return output
 
 
 def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:

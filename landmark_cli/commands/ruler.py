@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.evaluate import EvaluationOptions
 from landmark_cli.commands.measurement import batch_size_option, file_option, json_option
@@ -94,8 +94,9 @@ class RulerOptions(EvaluationOptions):
     plot: Path | None = file_option(OUTPUT, "Write scores by task and by depth as a picture. Needs the extra plot.")
 
 
-def run(options: RulerOptions) -> None:
+def run(options: RulerOptions) -> dict[str, Any]:
     """Ask what is not answered yet, print the table and the heat maps and, where asked, write data and a picture.
+    Returns what --json writes.
 
     Raises UsageError for an unknown task, a length that is too short or a tokenizer without a chat template,
     LandmarkError where a package or a file is missing, Stopped where a signal came.
@@ -135,6 +136,7 @@ def run(options: RulerOptions) -> None:
     if options.plot is not None:
         draw_ruler(options.plot, cells, lengths, f"RULER, {Path(model).name}")
         info(f"wrote {options.plot}")
+    return data
 
 
 def _measure(options: RulerOptions, name: str, names: list[str], lengths: list[int]) -> list[Cell]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.console import info, quantity
 from landmark_cli.errors import UsageError
-from landmark_cli.options import LARGEST_SEED, LONGEST, option
+from landmark_cli.options import LARGEST_SEED, LONGEST, Options, option
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,7 +29,7 @@ TOP_K_BLOCKS_HELP = (
 
 
 @dataclass(kw_only=True)
-class DataOptions:
+class DataOptions(Options):
     """What a run trains on, and how long the windows are that it reads."""
 
     data: list[Path] | None = option(
@@ -63,7 +63,7 @@ class DataOptions:
 
 
 @dataclass
-class RunOptions:
+class RunOptions(Options):
     """How to train, where, and what to write."""
 
     steps: int = option(15_000, panel="Training", min=1, help="Optimizer steps.")

@@ -59,8 +59,9 @@ class StudyOptions(MachineOptions):
     json: str | None = json_option(OUTPUT)
 
 
-def run(options: StudyOptions) -> None:
+def run(options: StudyOptions) -> dict[str, Any]:
     """Measure what is not finished, print the table and write it as Markdown, CSV, JSON and, where asked, a picture.
+    Returns what --json writes.
 
     Raises UsageError for an unknown study, role or corpus, LandmarkError where model and text do not fit.
     """
@@ -134,6 +135,7 @@ def run(options: StudyOptions) -> None:
             raise asked.stopped(f"tables: {output}/{study.name}.*; nothing is left to measure")
     results(columns, rows, data=data, json_target=options.json, title=study.title)
     info(f"tables: {output}/{study.name}.md, .csv, .json" + (", .png" if options.plot else ""))
+    return data
 
 
 def parse_roles(pairs: list[str]) -> dict[str, str]:

@@ -98,8 +98,9 @@ class TrainOptions(RunOptions, CorpusAndShape):
     )
 
 
-def run(options: TrainOptions) -> None:
-    """Train, and leave a model directory that `AutoModelForCausalLM.from_pretrained` opens.
+def run(options: TrainOptions) -> Path | None:
+    """Train, and leave a model directory that `AutoModelForCausalLM.from_pretrained` opens. Returns it; after a dry run
+    there is none.
 
     Raises UsageError for options that contradict each other, LandmarkError for what is wrong with data or directories.
     """
@@ -120,9 +121,9 @@ def run(options: TrainOptions) -> None:
     config = model_config(options, tokenizer)
     if options.dry_run:
         show_plan(options, config, data)
-    else:
-        tokenizer.check_saved(landmark=not options.baseline)
-        train(options, config, tokenizer, data)
+        return None
+    tokenizer.check_saved(landmark=not options.baseline)
+    return train(options, config, tokenizer, data)
 
 
 def check(options: TrainOptions) -> None:
@@ -169,8 +170,8 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
     )
 
 
-def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, data: TrainingData) -> None:
-    """The run itself, in every process."""
+def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, data: TrainingData) -> Path:
+    """The run itself, in every process. Returns its directory."""
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.publish import Publication
 
@@ -199,6 +200,7 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, da
         publication.publish(loop)
         accelerator.end_training()
         info(f"trained model: {output}")
+        return output
 
 
 def run_name(options: TrainOptions) -> str:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from landmark_cli.errors import UsageError, shown
-from landmark_cli.options import option
+from landmark_cli.options import Options, option
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass
-class MakeOptions:
+class MakeOptions(Options):
     """Write the difference of a fine-tuned model from its raw weights, to be published without the raw weights.
 
     Exact: with the raw weights, `recover` gives every bit of the tuned model back. The tuned tensors may have rows for
@@ -35,7 +35,7 @@ class MakeOptions:
 
 
 @dataclass
-class RecoverOptions:
+class RecoverOptions(Options):
     """Make a fine-tuned model of its raw weights and its difference from them.
 
     Reads what `landmark weight-diff make` wrote, checking the sha256 of every tensor, and the differences that the
@@ -57,8 +57,8 @@ class RecoverOptions:
     )
 
 
-def run_make(options: MakeOptions) -> None:
-    """Do what `landmark weight-diff make` with these options does."""
+def run_make(options: MakeOptions) -> Path:
+    """Do what `landmark weight-diff make` with these options does. Returns the difference's directory."""
     from landmark_cli.weight_diff.make import make
     from landmark_cli.weight_diff.stream import default_threads
 
@@ -70,10 +70,11 @@ def run_make(options: MakeOptions) -> None:
         overwrite=options.overwrite,
         threads=options.threads or default_threads(),
     )
+    return options.path_diff
 
 
-def run_recover(options: RecoverOptions) -> None:
-    """Do what `landmark weight-diff recover` with these options does."""
+def run_recover(options: RecoverOptions) -> Path:
+    """Do what `landmark weight-diff recover` with these options does. Returns the recovered model's directory."""
     from landmark_cli.weight_diff.recover import recover
     from landmark_cli.weight_diff.stream import default_threads
 
@@ -86,6 +87,7 @@ def run_recover(options: RecoverOptions) -> None:
         overwrite=options.overwrite,
         threads=options.threads or default_threads(),
     )
+    return options.path_tuned
 
 
 def parse_size(text: str) -> int:

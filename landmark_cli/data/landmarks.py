@@ -60,6 +60,10 @@ def insert_landmarks(tokens: Tensor, landmark_freq: int, landmark_token_id: int)
 
     Raises:
         ValueError: ``landmark_freq`` is below 1, or ``landmark_token_id`` does not fit the dtype of ``tokens``.
+
+    >>> import torch
+    >>> landmark_cli.insert_landmarks(torch.arange(5), landmark_freq=2, landmark_token_id=9)
+    tensor([0, 1, 9, 2, 3, 9, 4])
     """
     _check_freq(landmark_freq)
     if not 0 <= landmark_token_id <= torch.iinfo(tokens.dtype).max:

@@ -50,6 +50,13 @@ class BlockReader(BaseReader):
     context_miss_cutoff: see RetrievalSettings. offload: "cpu" keeps blocks in host memory. batch: rows.
 
     Raises LandmarkError where the model has no landmarks or the settings do not fit it.
+
+    >>> model, tokenizer = landmark_cli.load("runs/landmark", device="cpu")
+    >>> reader = landmark_cli.Reader(model, top_k_blocks=2, batch=2)
+    >>> rows = [tokenizer("It was the best of times. " * 20).input_ids, tokenizer("Call me").input_ids]
+    >>> *_, last = reader.read(rows, last_only=True)
+    >>> reader.step([262, 262]).shape
+    torch.Size([2, 50304])
     """
 
     def __init__(

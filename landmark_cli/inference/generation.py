@@ -88,6 +88,12 @@ def generate(
     Raises LandmarkError where a prompt holds the landmark token or a token that the model does not know, or is empty
     and no token begins a text, and where the model's logits are not finite; UsageError where a model that reads no
     blocks is to be traced.
+
+    >>> model, tokenizer = landmark_cli.load("runs/landmark", device="cpu")
+    >>> settings = landmark_cli.SamplingSettings(max_new_tokens=5, temperature=0)
+    >>> short, long = landmark_cli.generate(model, tokenizer, ["Once", "It was the best of times. " * 50], settings)
+    >>> short.prompt_tokens, long.prompt_tokens, len(long.tokens), long.finish
+    (1, 351, 5, 'length')
     """
     sampling = sampling or SamplingSettings()
     encoded = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts)

@@ -16,7 +16,11 @@ SAMPLING = "Sampling"
 
 @dataclass
 class ReadingSettings:
-    """How a landmark model reads through its block cache (arXiv 2305.16300, section 3.2)."""
+    """How a landmark model reads through its block cache (arXiv 2305.16300, section 3.2).
+
+    >>> landmark_cli.ReadingSettings(top_k_blocks=8, offload="cpu").selection
+    'per_token_and_head'
+    """
 
     top_k_blocks: int | None = option(
         None,
@@ -67,7 +71,11 @@ class ReadingSettings:
 
 @dataclass
 class SamplingSettings:
-    """How the next token is chosen and when to stop."""
+    """How the next token is chosen and when to stop.
+
+    >>> landmark_cli.SamplingSettings(temperature=0, stop=["CHAPTER"]).max_new_tokens
+    256
+    """
 
     max_new_tokens: int = option(
         256, panel=SAMPLING, min=1, help="Largest number of tokens to generate.", saves_memory="fewer --max-new-tokens"

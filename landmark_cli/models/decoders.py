@@ -48,6 +48,14 @@ def add_landmarks(
 
     Raises LandmarkError where landmark attention does not fit the model (see support.py), or the windows do not fit its
     positions.
+
+    >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    >>> tokenizer = AutoTokenizer.from_pretrained("runs/baseline")
+    >>> config = LlamaConfig(vocab_size=50257, hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+    >>> model = LlamaForCausalLM(config)
+    >>> landmark_cli.add_landmarks(model, tokenizer, landmark_freq=31, trained_length=512)
+    >>> model.config.landmark_token_id == tokenizer.convert_tokens_to_ids("<landmark>")
+    True
     """
     name = model.config._name_or_path or type(model).__name__
     if landmark_freq < 1:

@@ -42,6 +42,10 @@ def load(
     adapters, may run. device: as `find_device` takes it; by default a GPU where there is one.
 
     Raises LandmarkError naming what is missing or does not fit, UsageError where there is no such device.
+
+    >>> model, tokenizer = landmark_cli.load("runs/landmark", device="cpu")
+    >>> model.config.landmark_freq
+    4
     """
     device = find_device(device)
     directory = Path(path)
