@@ -97,6 +97,16 @@ landmark eval perplexity --model runs/pg19-baseline --data data/pg19 --eval-leng
         _in("evaluate", "PerplexityOptions", "run_perplexity"),
     ),
     Command(
+        "eval longppl",
+        "Perplexity of the tokens that need a long context (LongPPL), beside that of all tokens.",
+        """
+landmark eval longppl --model runs/llama-landmark --data data/books --top-k-blocks 4,16
+landmark eval longppl --model runs/llama-landmark --evaluator meta-llama/Llama-3.1-8B --eval-length 32768
+landmark eval longppl --model HuggingFaceTB/SmolLM2-135M --eval-length 8192 --sample-tokens 200000 --json longppl.json
+""",
+        _in("longppl", "LongPerplexityOptions"),
+    ),
+    Command(
         "eval study",
         "Measure a list of settings over one or several models and put them in one table.",
         """

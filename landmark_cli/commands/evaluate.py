@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from landmark_cli.commands.measurement import (
 )
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import info, results, show
+from landmark_cli.errors import UsageError
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
@@ -202,8 +203,8 @@ def perplexity_data(result: PerplexityResult, model: PreTrainedModel, reading: R
         "memory": result.memory,
         "reading": retrieval_data(model, reading) if result.memory else None,
         "dropped_retrievals": result.dropped,
-        **_score_data(result.overall),
-        "chunks": [_score_data(score) for score in result.chunks],
+        **score_data(result.overall),
+        "chunks": [score_data(score) for score in result.chunks],
     }
 
 
@@ -242,11 +243,30 @@ def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str
     }
 
 
+def reading_alone(options: ReadingSettings) -> ReadingSettings:
+    """How blocks are read, but for their number, of which such a command measures several."""
+    names = {field.name for field in fields(ReadingSettings)} - {"top_k_blocks"}
+    return ReadingSettings(**{name: getattr(options, name) for name in names})
+
+
+def reading_alone_data(options: ReadingSettings) -> dict[str, Any]:
+    """The same as plain data."""
+    return {key: value for key, value in asdict(reading_alone(options)).items() if key != "top_k_blocks"}
+
+
+def check_retrieves(model: PreTrainedModel, name: str, top_k_blocks: list[int] | None, instead: str) -> None:
+    """Raise UsageError where numbers of blocks are asked for of a model without landmarks. instead: what to do."""
+    from landmark_cli.inference.readers import has_landmarks
+
+    if top_k_blocks is not None and not has_landmarks(model):
+        raise UsageError(f"--top-k-blocks: {name} has no landmarks, so it retrieves no blocks; {instead}")
+
+
 def _cell_data(cell: Cell) -> dict[str, Any]:
     return {"prompts": cell.prompts, "found": cell.found, "accuracy": cell.accuracy, "interval": cell.interval}
 
 
-def _score_data(score: Score) -> dict[str, Any]:
+def score_data(score: Score) -> dict[str, Any]:
     return {
         "tokens": score.tokens,
         "loss": score.loss,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from landmark_cli.options import LARGEST_SEED, option
+from landmark_cli.inference.settings import READING
+from landmark_cli.options import LARGEST_SEED, LONGEST, option
 
 
 def text_option(panel: str) -> Any:
@@ -30,6 +31,18 @@ def sample_tokens_option(panel: str) -> Any:
 def window_seed_option(panel: str) -> Any:
     """Which part of it: int."""
     return option(0, panel=panel, min=0, max=LARGEST_SEED, help="Seed for choosing the windows.")
+
+
+def several_top_k_blocks_option() -> Any:
+    """With how many blocks each: list[int] | None."""
+    return option(
+        None,
+        panel=READING,
+        min=0,
+        max=LONGEST,
+        help="Blocks retrieved for each token, with commas between: each number is measured. [default: the number in "
+        "the model's config]",
+    )
 
 
 def batch_size_option(panel: str, help: str) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.commands.evaluate import EvaluationOptions
-from landmark_cli.commands.measurement import batch_size_option, file_option, json_option
+from landmark_cli.commands.evaluate import EvaluationOptions, check_retrieves, reading_alone, reading_alone_data
+from landmark_cli.commands.measurement import (
+    batch_size_option,
+    file_option,
+    json_option,
+    several_top_k_blocks_option,
+)
 from landmark_cli.commands.models import name_model, open_model
 from landmark_cli.console import info, results, show
-from landmark_cli.errors import UsageError
-from landmark_cli.inference.settings import READING, ReadingSettings
 from landmark_cli.interrupts import interrupts
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
@@ -53,14 +56,7 @@ class RulerOptions(EvaluationOptions):
         saves_memory="shorter --lengths",
     )
     samples: int = option(50, panel=MEASUREMENT, min=1, max=10_000, help="Prompts of each task at each length.")
-    top_k_blocks: list[int] | None = option(
-        None,
-        panel=READING,
-        min=0,
-        max=LONGEST,
-        help="Blocks retrieved for each token, with commas between: each number is measured. [default: the number in "
-        "the model's config]",
-    )
+    top_k_blocks: list[int] | None = several_top_k_blocks_option()
     full_attention: bool = option(
         False,
         panel=MEASUREMENT,
@@ -125,7 +121,7 @@ def run(options: RulerOptions) -> dict[str, Any]:
         "seed": options.seed,
         "chat": options.chat,
         "haystack": str(options.haystack or NOVELS),
-        "reading": {key: value for key, value in asdict(_reading(options)).items() if key != "top_k_blocks"},
+        "reading": reading_alone_data(options),
         "cells": ruler_data(cells),
     }
     results(columns, rows, data=data, json_target=options.json, title=title)
@@ -141,16 +137,14 @@ def run(options: RulerOptions) -> dict[str, Any]:
 
 def _measure(options: RulerOptions, name: str, names: list[str], lengths: list[int]) -> list[Cell]:
     """The cells of all ways of reading."""
-    from landmark_cli.evaluation.ruler.run import measure, ways_of
+    from landmark_cli.evaluation.ruler.run import measure
     from landmark_cli.evaluation.studies import FinishedRows, model_identity
+    from landmark_cli.evaluation.ways import ways_of
     from landmark_cli.inference.readers import has_landmarks
 
     finished = FinishedRows(options.output / "answers.jsonl")
     model, tokenizer = open_model(name, options)
-    if options.top_k_blocks is not None and not has_landmarks(model):
-        raise UsageError(
-            f"--top-k-blocks: {name} has no landmarks, so it retrieves no blocks; measure it with --full-attention"
-        )
+    check_retrieves(model, name, options.top_k_blocks, "measure it with --full-attention")
     tasks, show_sample = _tasks(options, tokenizer, names, lengths)
     depends_on = {
         "model": model_identity(name),
@@ -174,7 +168,7 @@ def _measure(options: RulerOptions, name: str, names: list[str], lengths: list[i
                 asked,
                 samples=options.samples,
                 depends_on=depends_on,
-                reading=_reading(options),
+                reading=reading_alone(options),
                 batch_size=options.batch_size,
                 show=show_sample,
                 shown=options.show,
@@ -204,9 +198,3 @@ def _tasks(
         if held < lengths[-1]:
             info(f"{prose.name} has {held} tokens, fewer than the longest prompt: it is repeated")
     return tasks, partial(show_sample, tokenizer, encoder)
-
-
-def _reading(options: RulerOptions) -> ReadingSettings:
-    """How blocks are read, but for their number."""
-    names = {field.name for field in fields(ReadingSettings)} - {"top_k_blocks"}
-    return ReadingSettings(**{name: getattr(options, name) for name in names})

@@ -1,1 +1,1 @@
-"""Measure models: perplexity on held-out text, pass keys hidden in filler, EleutherAI's harness."""
+"""Measure models: perplexity of all tokens or of those that need a long context, pass keys, RULER, the harness."""

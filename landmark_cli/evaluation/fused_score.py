@@ -38,9 +38,9 @@ def score_kernel(LOGITS, TARGETS, LOSS, CORRECT, stride, vocabulary, IGNORED: tl
     tl.store(CORRECT + row, (likeliest == target).to(tl.int32))
 
 
-def score(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-    """logits (rows, V) with a dense last dimension, targets (rows,) int64 -> (3,) float64: rows whose target is not
-    `ignored`, their summed negative log-likelihood, how many targets were the likeliest."""
+def token_scores(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """logits (rows, V) with a dense last dimension, targets (rows,) int64 -> (rows,) float32 negative log-likelihoods
+    and (rows,) int32, 1 where the target was the likeliest; both 0 where the target is `ignored`."""
     rows, vocabulary = logits.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     correct = torch.empty(rows, dtype=torch.int32, device=logits.device)
@@ -48,4 +48,4 @@ def score(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
         logits, targets, loss, correct, logits.stride(0), vocabulary, IGNORED=ignored,
         COLS=min(4096, triton.next_power_of_2(vocabulary)), num_warps=8,
     )  # fmt: skip
-    return torch.stack([(targets != ignored).sum().double(), loss.double().sum(), correct.sum().double()])
+    return loss, correct

@@ -73,19 +73,19 @@ def evaluate_perplexity(
     memory = memory and reader_class(model).remembers
     fitting = trained_text_length(model)
     eval_length = eval_length or max(1, min(4 * fitting, len(tokens) - 1))
-    starts = _window_starts(len(tokens), eval_length, sample_tokens, seed)
+    starts = window_starts(len(tokens), eval_length, sample_tokens, seed)
     chunk = open_reader(model, reading, memory=memory).chunk
     chunk = chunk if memory else min(chunk, eval_length)
     if not memory and chunk > fitting:
         warn(f"chunks of {chunk} text tokens are longer than the {fitting} the model was trained on")
-    batch_size = batch_size or _default_batch(model.device.type, chunk, eval_length if memory else chunk)
+    batch_size = batch_size or default_batch(model.device.type, chunk, eval_length if memory else chunk)
 
     sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64, device=model.device)
     retrievals = dropped = 0
     reader: BaseReader | None = None
     with progress("perplexity", len(starts) * eval_length, "tokens") as shown:
         for first in range(0, len(starts), batch_size):
-            rows = _windows(tokens, starts[first : first + batch_size], eval_length)
+            rows = cut_windows(tokens, starts[first : first + batch_size], eval_length)
             targets = next_token_targets(rows[:, :-1], landmark_token_id=None, eot_id=eot_id, following=rows[:, -1])
             if reader is None or reader.batch != len(rows):
                 reader = open_reader(model, reading, batch=len(rows), memory=memory)
@@ -110,7 +110,7 @@ def evaluate_perplexity(
     )
 
 
-def _default_batch(device: str, chunk: int, remembered: int) -> int:
+def default_batch(device: str, chunk: int, remembered: int) -> int:
     """Windows read at a time. remembered: text tokens of each window that stay in memory."""
     forward, cache = (limits.get(device, limits["cpu"]) for limits in (FORWARD_TOKENS, CACHE_TOKENS))
     return max(1, min(forward // chunk, cache // remembered))
@@ -121,7 +121,7 @@ def _score(sums: Tensor) -> Score:
     return Score(int(tokens), negative_log_likelihood, int(correct))
 
 
-def _window_starts(length: int, eval_length: int, sample_tokens: int | None, seed: int) -> np.ndarray:
+def window_starts(length: int, eval_length: int, sample_tokens: int | None, seed: int) -> np.ndarray:
     """Where the windows begin; each is followed by at least one more token."""
     windows = (length - 1) // eval_length
     if windows < 1:
@@ -136,7 +136,7 @@ def _window_starts(length: int, eval_length: int, sample_tokens: int | None, see
     return chosen * eval_length
 
 
-def _windows(tokens: np.ndarray | Tensor, starts: np.ndarray, eval_length: int) -> Tensor:
+def cut_windows(tokens: np.ndarray | Tensor, starts: np.ndarray, eval_length: int) -> Tensor:
     """The windows and the token after each: (n, eval_length + 1) int64."""
     rows = [np.asarray(tokens[start : start + eval_length + 1]).astype(np.int64) for start in starts.tolist()]
     return torch.from_numpy(np.stack(rows))

@@ -56,17 +56,29 @@ def perplexity_of(loss: float) -> float:
 def score(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (B, W, V) of any float type, targets (B, W) -> (3,) float64: tokens, their summed negative log-likelihood,
     how many were the likeliest. Targets of -100 do not count."""
-    logits, targets = logits.flatten(0, -2), to_device(targets.flatten(), logits.device)
-    if logits.is_cuda and find_spec("triton") is not None:
-        from landmark_cli.evaluation.fused_score import score as fused_score
+    targets = to_device(targets, logits.device)
+    losses, correct = token_scores(logits, targets)
+    return torch.stack([(targets != IGNORED_TARGET).sum().double(), losses.double().sum(), correct.sum().double()])
 
-        return fused_score(logits, targets, IGNORED_TARGET)
-    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+
+def token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (..., V) of any float type, targets (...) -> (...) float32, each target's negative log-likelihood in nats,
+    and (...) int32, 1 where it was the likeliest token; both 0 for targets of -100."""
+    shape, logits = targets.shape, logits.flatten(0, -2)
+    targets = to_device(targets.flatten(), logits.device)
+    if logits.is_cuda and find_spec("triton") is not None:
+        from landmark_cli.evaluation.fused_score import token_scores as fused
+
+        losses, correct = fused(logits, targets, IGNORED_TARGET)
+        return losses.view(shape), correct.view(shape)
+    losses = torch.empty(len(targets), device=logits.device)
+    correct = torch.empty(len(targets), dtype=torch.int32, device=logits.device)
     # Float32 logits of one piece at a time.
     size = max(1, PIECE // logits.shape[-1])
-    for piece, wanted in zip(logits.split(size), targets.split(size), strict=True):
-        losses = torch.nn.functional.cross_entropy(piece.float(), wanted, ignore_index=IGNORED_TARGET, reduction="none")
-        sums[0] += (wanted != IGNORED_TARGET).sum()
-        sums[1] += losses.double().sum()
-        sums[2] += (piece.argmax(-1) == wanted).sum()
-    return sums
+    for begin in range(0, len(targets), size):
+        piece, wanted = logits[begin : begin + size], targets[begin : begin + size]
+        losses[begin : begin + size] = torch.nn.functional.cross_entropy(
+            piece.float(), wanted, ignore_index=IGNORED_TARGET, reduction="none"
+        )
+        correct[begin : begin + size] = piece.argmax(-1) == wanted
+    return losses.view(shape), correct.view(shape)

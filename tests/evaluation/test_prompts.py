@@ -8,8 +8,9 @@ from landmark_cli.evaluation import passkey, prompts
 from landmark_cli.evaluation.passkey import evaluate_passkey
 from landmark_cli.evaluation.prompts import PromptReaders, at_a_time
 from landmark_cli.evaluation.ruler import run
-from landmark_cli.evaluation.ruler.run import Way, measure
+from landmark_cli.evaluation.ruler.run import measure
 from landmark_cli.evaluation.studies import FinishedRows
+from landmark_cli.evaluation.ways import Way
 from landmark_cli.inference.readers import layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.interrupts import Interrupts

@@ -9,9 +9,10 @@ from landmark_cli.errors import Stopped
 from landmark_cli.evaluation.ruler import run
 from landmark_cli.evaluation.ruler.benchmark import GENERATED
 from landmark_cli.evaluation.ruler.report import FoundByDepth, by_way, draw_ruler, ruler_data, ruler_table
-from landmark_cli.evaluation.ruler.run import Answer, Cell, Way, judge, measure, ways_of
+from landmark_cli.evaluation.ruler.run import Answer, Cell, judge, measure
 from landmark_cli.evaluation.ruler.score import bootstrap_interval, found_in, score
 from landmark_cli.evaluation.studies import FinishedRows
+from landmark_cli.evaluation.ways import Way, ways_of
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.interrupts import Interrupts
 from tests.evaluation.ruler import GPT2, Oracle, tasks_of

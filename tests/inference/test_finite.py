@@ -11,12 +11,14 @@ from lm_eval.api.instance import Instance
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.harness import LandmarkLM
+from landmark_cli.evaluation.longppl import find_key_tokens, long_text, ways_of_long
 from landmark_cli.evaluation.passkey import evaluate_passkey
 from landmark_cli.evaluation.perplexity import evaluate_perplexity
 from landmark_cli.evaluation.ruler.encoding import PromptEncoder
 from landmark_cli.evaluation.ruler.lists import FrequentWords
-from landmark_cli.evaluation.ruler.run import measure, ways_of
+from landmark_cli.evaluation.ruler.run import measure
 from landmark_cli.evaluation.studies import FinishedRows
+from landmark_cli.evaluation.ways import ways_of
 from landmark_cli.inference.generation import generate
 from landmark_cli.inference.readers import are_finite
 from landmark_cli.inference.settings import SamplingSettings
@@ -57,6 +59,14 @@ def ruler(model, tokenizer):
         return measure(model, tokenizer, [task], [260], way, finished, Interrupts(""), samples=1, depends_on={})
 
 
+def long_perplexity(model, tokenizer):
+    text = long_text(torch.tensor(tokenizer.encode(TEXT)), GPT2.eot_id, eval_length=20)
+    (way,) = ways_of_long(model, None)
+    with TemporaryDirectory() as folder:
+        finished, asked = FinishedRows(Path(folder) / "windows.jsonl"), Interrupts("")
+        return find_key_tokens(model, way, text, finished, asked, context=8, stride=4, depends_on={})
+
+
 def sampled(temperature):
     return SamplingSettings(max_new_tokens=2, temperature=temperature)
 
@@ -72,6 +82,7 @@ WAYS = {
     ),
     "pass keys": lambda model, tokenizer: evaluate_passkey(model, tokenizer, [150], prompts=2),
     "ruler": ruler,
+    "longppl": long_perplexity,
     "loglikelihood": lambda model, tokenizer: harness(model, tokenizer, "loglikelihood", (TEXT, " blue")),
     "rolling": lambda model, tokenizer: harness(model, tokenizer, "loglikelihood_rolling", (TEXT,)),
     "generate_until": lambda model, tokenizer: harness(model, tokenizer, "generate_until", (TEXT, {"until": ["."]})),

@@ -15,10 +15,11 @@ from landmark_cli.evaluation import passkey
 from landmark_cli.evaluation.heat_map import depth_name, depth_shares, draw_cells
 from landmark_cli.evaluation.passkey import DEPTH_BINS
 from landmark_cli.evaluation.pictures import check_picture, save_picture
+from landmark_cli.evaluation.ways import Way
 
 from .encoding import PromptEncoder
 from .haystacks import Prompt
-from .run import Answer, Cell, Way
+from .run import Answer, Cell
 from .task import Task
 
 # How much of a prompt's end and of an answer is shown.

@@ -14,8 +14,9 @@ from landmark_cli.console import info, progress
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.evaluation.prompts import PromptReaders
 from landmark_cli.evaluation.studies import FinishedRows
+from landmark_cli.evaluation.ways import Way
 from landmark_cli.inference.generation import generate
-from landmark_cli.inference.readers import BaseReader, has_landmarks
+from landmark_cli.inference.readers import BaseReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.interrupts import Interrupts
 from landmark_cli.launch import again
@@ -26,21 +27,6 @@ from .task import Task
 
 # Answers have at most 128 tokens; what is kept of one is cut where these are long.
 LONGEST_ANSWER = 2000
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a model reads. top_k_blocks: through the block cache, with so many; None by the attention it has of itself.
-    full: ordinary attention over the whole prompt, else its own window."""
-
-    top_k_blocks: int | None
-    full: bool = False
-
-    @property
-    def name(self) -> str:
-        if self.full:
-            return "full attention"
-        return "own window" if self.top_k_blocks is None else f"top-k {self.top_k_blocks}"
 
 
 @dataclass(frozen=True)
@@ -74,15 +60,6 @@ class Cell:
 
 Show = Callable[[Task, int, int, Prompt, Answer], None]
 """Called with task, length, sample, its prompt and what was answered."""
-
-
-def ways_of(model: PreTrainedModel, top_k_blocks: Sequence[int] | None, full_attention: bool) -> list[Way]:
-    """The ways in which a model is read: through the block cache with each of these numbers of blocks (by default its
-    config's), or in its own window; and by full attention where that is asked for."""
-    full = [Way(None, full=True)] if full_attention else []
-    if has_landmarks(model):
-        return [Way(k) for k in dict.fromkeys(top_k_blocks or [model.config.top_k_blocks])] + full
-    return full or [Way(None)]
 
 
 def measure(
