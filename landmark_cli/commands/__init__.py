@@ -113,6 +113,7 @@ landmark eval longppl --model HuggingFaceTB/SmolLM2-135M --eval-length 8192 --sa
 landmark eval study table1 --role landmark=runs/pg19-landmark --role baseline=runs/pg19-baseline --data data/pg19
 landmark eval study table2 --role landmark=runs/pg19-landmark --sample-tokens 200000 --plot
 landmark eval study my-study.yaml --role landmark=runs/demo --output studies/mine
+landmark eval study my-ruler.yaml --role landmark=runs/mine --role untouched=runs/base --samples 20 --haystack novels/
 """,
         _in("study", "StudyOptions"),
     ),

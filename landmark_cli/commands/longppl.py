@@ -16,12 +16,12 @@ from landmark_cli.commands.evaluate import (
     score_data,
 )
 from landmark_cli.commands.measurement import (
-    batch_size_option,
     json_option,
     sample_tokens_option,
     several_top_k_blocks_option,
     text_option,
     window_seed_option,
+    windows_at_a_time,
 )
 from landmark_cli.commands.models import name_model, open_model
 from landmark_cli.console import results, warn
@@ -76,7 +76,7 @@ class LongPerplexityOptions(EvaluationOptions):
     top_k_blocks: list[int] | None = several_top_k_blocks_option()
     sample_tokens: int | None = sample_tokens_option(MEASUREMENT)
     seed: int = window_seed_option(MEASUREMENT)
-    batch_size: int | None = batch_size_option(MEASUREMENT, "Windows read at a time. [default: by their length]")
+    batch_size: int | None = windows_at_a_time(MEASUREMENT)
     output: Path = option(
         Path("studies/longppl"), panel=OUTPUT, help="Directory of the results, from which an interrupted run goes on."
     )

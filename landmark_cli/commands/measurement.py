@@ -55,6 +55,21 @@ def windows_at_a_time(panel: str) -> Any:
     return batch_size_option(panel, "Windows read at a time. [default: by the length of their chunks]")
 
 
+def samples_option(panel: str) -> Any:
+    """How often RULER's tasks are asked: int."""
+    return option(50, panel=panel, min=1, max=10_000, help="Prompts of each of RULER's tasks at each length.")
+
+
+def haystack_option(panel: str) -> Any:
+    """What RULER's tasks hide things in: Path | None."""
+    return option(
+        None,
+        panel=panel,
+        metavar="<file|folder>",
+        help="Text in which RULER's tasks with prose hide their needles. [default: the shipped novels]",
+    )
+
+
 def file_option(panel: str, help: str) -> Any:
     """A file to write, tried before the work begins: str | None or Path | None."""
     return option(None, panel=panel, saved=False, is_output=True, help=help)

@@ -11,7 +11,9 @@ from landmark_cli.commands.evaluate import EvaluationOptions, check_retrieves, r
 from landmark_cli.commands.measurement import (
     batch_size_option,
     file_option,
+    haystack_option,
     json_option,
+    samples_option,
     several_top_k_blocks_option,
 )
 from landmark_cli.commands.models import name_model, open_model
@@ -55,7 +57,7 @@ class RulerOptions(EvaluationOptions):
         help="Tokens of prompt and answer, with commas between.",
         saves_memory="shorter --lengths",
     )
-    samples: int = option(50, panel=MEASUREMENT, min=1, max=10_000, help="Prompts of each task at each length.")
+    samples: int = samples_option(MEASUREMENT)
     top_k_blocks: list[int] | None = several_top_k_blocks_option()
     full_attention: bool = option(
         False,
@@ -65,12 +67,7 @@ class RulerOptions(EvaluationOptions):
     chat: bool = option(
         False, panel=MEASUREMENT, help="Ask in the tokenizer's chat template, as a user whose answer has begun."
     )
-    haystack: Path | None = option(
-        None,
-        panel=MEASUREMENT,
-        metavar="<file|folder>",
-        help="Text in which the tasks with prose hide their needles. [default: the shipped novels]",
-    )
+    haystack: Path | None = haystack_option(MEASUREMENT)
     qa: Path | None = option(
         None, panel=MEASUREMENT, help="SQuAD's or HotpotQA's JSON file, whose questions the task qa asks."
     )

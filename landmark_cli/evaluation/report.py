@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from landmark_cli.console import figure, finite
 from landmark_cli.evaluation.pictures import check_picture, save_picture
@@ -16,21 +16,70 @@ from .score import perplexity_of
 from .studies import Study, describe
 
 
+class Drawn(NamedTuple):
+    """What a study's picture shows: a figure of the results against one of the rows' settings."""
+
+    setting: str
+    length: str
+    figure: str
+    x: str
+    y: str
+
+
+def _perplexity(result: dict[str, Any]) -> float | None:
+    """The perplexity of a stored result, in which an infinite one is None."""
+    return None if result.get("loss") is None else perplexity_of(result["loss"])
+
+
+def _interval(result: dict[str, Any]) -> str | None:
+    return "{:.2f}-{:.2f}".format(*result["interval"]) if result.get("interval") else None
+
+
+# What a study measures -> its tables' columns and what each holds of a stored result, and its picture.
+Figures = dict[str, Callable[[dict[str, Any]], Any]]
+FIGURES: dict[str, Figures] = {
+    "perplexity": {
+        "perplexity": _perplexity,
+        "accuracy": lambda result: result.get("accuracy"),
+        "dropped": lambda result: result.get("dropped_retrievals"),
+    },
+    "ruler": {
+        "score": lambda result: result.get("score"),
+        "95 % interval": _interval,
+        "answers": lambda result: result.get("answers"),
+    },
+}
+# Columns that are left out where no row has such a figure.
+SELDOM = ("dropped",)
+PICTURES = {
+    "perplexity": Drawn("eval-length", "eval_length", "perplexity", "text tokens of a window", "perplexity"),
+    "ruler": Drawn("length", "length", "score", "tokens of prompt and answer", "score"),
+}
+
+
 def study_table(
     study: Study, results: list[dict[str, Any] | None], corpora: Sequence[str]
 ) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: role, settings, what was measured, and the paper's figures for `corpora`."""
-    with_dropped = any(result and result["dropped_retrievals"] is not None for result in results)
-    columns = ["model", *study.columns, "perplexity", "accuracy"]
-    columns += ["dropped"] * with_dropped + [f"paper: {corpus}" for corpus in corpora]
-    rows = []
-    for row, result in zip(study.rows, results, strict=True):
-        result = result or {}
-        cells = [row.role, *(row.settings.get(key) for key in study.columns)]
-        cells += [_perplexity(result), result.get("accuracy")]
-        cells += [result.get("dropped_retrievals")] * with_dropped + [row.paper.get(corpus) for corpus in corpora]
-        rows.append(cells)
+    figures = {name: [result and of(result) for result in results] for name, of in FIGURES[study.kind].items()}
+    for name in SELDOM:
+        if all(found is None for found in figures.get(name, ())):
+            figures.pop(name, None)
+    columns = ["model", *study.columns, *figures, *(f"paper: {corpus}" for corpus in corpora)]
+    rows = [
+        [
+            row.role,
+            *(_setting(row.settings.get(key)) for key in study.columns),
+            *(found[number] for found in figures.values()),
+            *(row.paper.get(corpus) for corpus in corpora),
+        ]
+        for number, row in enumerate(study.rows)
+    ]
     return columns, rows
+
+
+def _setting(value: Any) -> Any:
+    return ", ".join(value) if isinstance(value, list) else value
 
 
 def write_tables(folder: Path, study: Study, columns: list[str], rows: list[list[Any]], data: dict[str, Any]) -> None:
@@ -48,25 +97,28 @@ def write_tables(folder: Path, study: Study, columns: list[str], rows: list[list
 
 
 def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -> None:
-    """Perplexity against evaluation length, one line for each model and way of reading. Needs the extra `plot`."""
+    """Perplexity against evaluation length, or RULER's score against the prompts', one line for each model and way of
+    reading. Needs the extra `plot`."""
     check_picture(path)
+    drawn = PICTURES[study.kind]
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[int, float]]] = {}
     for row, result in zip(study.rows, results, strict=True):
-        if result is None:
+        found = result and FIGURES[study.kind][drawn.figure](result)
+        if found is None:
             continue
-        others = {key: value for key, value in row.settings.items() if key != "eval-length"}
+        others = {key: value for key, value in row.settings.items() if key != drawn.setting}
         label = f"{row.role} {describe(others)}".strip()
-        lines.setdefault(label, []).append((result["eval_length"], _perplexity(result)))
+        lines.setdefault(label, []).append((result[drawn.length], found))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, points in enumerate(lines.values()):
         lengths, perplexities = zip(*sorted(points), strict=True)
         axes.plot(lengths, perplexities, marker="o", label=str(number))
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("text tokens of a window")
-    axes.set_ylabel("perplexity")
+    axes.set_xlabel(drawn.x)
+    axes.set_ylabel(drawn.y)
     axes.set_title(study.title, parse_math=False)
     # The lines' names are put in afterwards: a legend leaves out names that begin with an underscore, and reads $ as
     # mathematics.
@@ -84,8 +136,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return figure(value, ".2f") if isinstance(value, float) else str(value)
-
-
-def _perplexity(result: dict[str, Any]) -> float | None:
-    """The perplexity of a stored result, in which an infinite one is None."""
-    return None if result.get("loss") is None else perplexity_of(result["loss"])

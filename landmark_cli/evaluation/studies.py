@@ -17,7 +17,7 @@ from landmark_cli.console import finite, info, warn
 from landmark_cli.errors import UsageError, shown
 from landmark_cli.files import append_line, read_json_lines, read_yaml, reading, writing
 from landmark_cli.inference.settings import ReadingSettings
-from landmark_cli.interrupts import interrupts
+from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.launch import again
 from landmark_cli.options import nearest, option, recipes_folder, settings_of
 from landmark_cli.schema import check
@@ -27,7 +27,7 @@ from landmark_cli.schema import check
 class StudyFile:
     """What a study file holds."""
 
-    study: Literal["perplexity"]
+    study: Literal["perplexity", "ruler"]
     rows: list[dict[str, Any]]
     roles: dict[str, str]
     title: str | None = None
@@ -41,11 +41,25 @@ class Published:
 
 
 @dataclass
-class RowSettings(ReadingSettings):
-    """The settings that a row may have: how the model reads, and in what windows."""
+class PerplexityRow(ReadingSettings):
+    """The settings that a row of perplexity may have: how the model reads, and in what windows."""
 
     eval_length: int | None = option(None, min=1, help="Text tokens of a window.")
     memory: bool = option(True, help="Remember earlier chunks.")
+
+
+@dataclass
+class RulerRow(ReadingSettings):
+    """The settings that a row of RULER may have: what is asked, and how the model reads."""
+
+    tasks: list[str] | None = option(None, help="Tasks, whose mean score is the row's; by default all.")
+    length: int = option(4096, min=1, help="Tokens of prompt and answer.")
+    full_attention: bool = option(False, help="Read with ordinary attention.")
+    chat: bool = option(False, help="Ask in the tokenizer's chat template.")
+
+
+# What a study measures -> the settings that its rows may have.
+KINDS: dict[str, type[ReadingSettings]] = {"perplexity": PerplexityRow, "ruler": RulerRow}
 
 
 @dataclass(frozen=True)
@@ -67,12 +81,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file: its title, its roles (name to a description of the model to play it) and its rows."""
+    """A study file: its title, its roles (name to a description of the model to play it), its rows and what they
+    measure, one of KINDS."""
 
     name: str
     title: str
     roles: dict[str, str]
     rows: list[Row]
+    kind: str = "perplexity"
 
     @property
     def columns(self) -> list[str]:
@@ -93,16 +109,17 @@ def load_study(name: str | Path) -> Study:
         file = check(StudyFile, read_yaml(path, "study", kind=UsageError))
         if not file.rows:
             raise ValueError("it should have at least one row")
-    rows = [_row(path, number, entry, file.roles) for number, entry in enumerate(file.rows, 1)]
-    return Study(path.stem, file.title or path.stem, file.roles, rows)
+    rows = [_row(path, number, entry, file) for number, entry in enumerate(file.rows, 1)]
+    return Study(path.stem, file.title or path.stem, file.roles, rows, file.study)
 
 
-def _row(path: Path, number: int, entry: dict[str, Any], roles: dict[str, str]) -> Row:
+def _row(path: Path, number: int, entry: dict[str, Any], file: StudyFile) -> Row:
+    roles = file.roles
     where = f"study {path}, row {number}"
     role = entry.get("role")
     if not isinstance(role, str) or role not in roles:
         raise UsageError(f"{where}: role {shown(role)} is none of the study's roles{nearest(str(role), roles)}")
-    known = {name.replace("_", "-"): one for name, one in settings_of(RowSettings).items()}
+    known = {name.replace("_", "-"): one for name, one in settings_of(KINDS[file.study]).items()}
     settings = {}
     for key, value in entry.items():
         if key in ("role", "paper"):
@@ -196,7 +213,8 @@ def check_roles(study: Study, models: dict[str, str]) -> None:
         info(f"no model for {', '.join(missing)}: their rows are left out")
 
 
-Measure = Callable[[Row], dict[str, Any]]
+Measure = Callable[[Row, Interrupts], dict[str, Any]]
+"""Measures a row; may raise Stopped where a signal came, if what is measured of the row is kept."""
 
 
 def run_study(
@@ -223,7 +241,7 @@ def run_study(
                 raise asked.stopped(f"what was measured is kept; {label}, comes next; go on with\n{again()}")
             else:
                 info(f"{label}: {describe(row.settings)}")
-                finished.add(key, finite(measure(row)))
+                finished.add(key, finite(measure(row, asked)))
             results.append(finished.get(key))
     return results
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
 from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
+from landmark_cli.evaluation.ruler import run as ruler_run
 from landmark_cli.evaluation.score import Score
 from landmark_cli.evaluation.studies import FinishedRows, Row, Study, load_study
 from landmark_cli.models import register
@@ -98,6 +100,58 @@ def test_tables_and_pictures_show_names_as_they_are(tmp_path, monkeypatch, name)
     cells = [re.split(r"(?<!\\)\|", line.strip("|")) for line in table]
     assert [len(line) for line in cells] == [4] * 4
     assert cells[2][0].strip().replace("\\|", "|") == name
+
+
+RULER = """
+study: ruler
+roles: {landmark: with landmarks, plain: without}
+rows:
+  - {role: landmark, length: 300, chunk: 100, top-k-blocks: 1, tasks: fwe}
+  - {role: landmark, length: 300, chunk: 100, top-k-blocks: 2, tasks: [fwe, niah_single_1]}
+  - {role: plain, length: 300, full-attention: true, tasks: [fwe]}
+  - {role: plain, length: 400, full-attention: true, tasks: [fwe]}
+"""
+
+
+def test_a_study_of_ruler(place, tmp_path, monkeypatch, capsys):
+    """Rows as `eval ruler` measures them, every answer kept."""
+    GPTForCausalLM(
+        GPTConfig(n_layer=1, n_head=2, n_embd=8, landmark_freq=None, max_position_embeddings=300)
+    ).save_pretrained(place / "plain")
+    load_tokenizer("gpt2").save_pretrained(place / "plain")
+    (tmp_path / "asked.yaml").write_text(RULER)
+    said = iter(range(100))
+
+    def generate(model, tokenizer, prompts, sampling, *, reader):
+        return [SimpleNamespace(text=f" answer {next(said)}") for _ in prompts]
+
+    monkeypatch.setattr(ruler_run, "generate", generate)
+    # Every third answer is right.
+    monkeypatch.setattr(ruler_run, "found_in", lambda answer, references: [answer.endswith(("0", "3", "6"))])
+    chosen = {"study": str(tmp_path / "asked.yaml"), "roles": ("landmark", "plain"), "samples": 2, "plot": True}
+    command.run(options(place, tmp_path, **chosen))
+    data = json.loads((tmp_path / "asked.json").read_text())
+    results = [row["result"] for row in data["rows"]]
+    assert (data["samples"], data["text"]) == (2, "the shipped novels")
+    # Answers of the first row: 0 and 1; the second: 2 and 3, 4 and 5; the third: 6 and 7; none beyond the positions.
+    assert [result["score"] for result in results] == [0.5, 0.25, 0.5, None]
+    assert [result["reading"] for result in results] == ["top-k 1", "top-k 2", "full attention", "full attention"]
+    assert results[1]["tasks"] == {"niah_single_1": 0.5, "fwe": 0.0} and results[1]["interval"] == [0.0, 0.75]
+    assert "full attention is not asked at 400: the model knows 300 positions" in capsys.readouterr().err
+    with (tmp_path / "asked.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["score"] for row in rows] == ["0.5", "0.25", "0.5", ""] and rows[1]["tasks"] == "fwe, niah_single_1"
+    assert rows[1]["95 % interval"] == "0.00-0.75" and rows[1]["answers"] == "4"
+    assert (tmp_path / "asked.png").read_bytes().startswith(b"\x89PNG")
+    # Rows that were lost are made of the answers that were kept.
+    (tmp_path / "rows.jsonl").unlink()
+    command.run(options(place, tmp_path, **chosen))
+    assert json.loads((tmp_path / "asked.json").read_text()) == data and next(said) == 8
+    command.run(options(place, tmp_path, **chosen | {"samples": 3}))
+    assert next(said) == 13
+    (tmp_path / "asked.yaml").write_text(RULER.replace("[fwe]", "[fwee]"))
+    with pytest.raises(UsageError, match="study asked, row 3: --tasks fwee: there is no such task; did you mean fwe"):
+        command.run(options(place, tmp_path, **chosen))
 
 
 def test_an_interrupted_study_measures_only_what_is_missing(place, tmp_path, monkeypatch, capsys):
@@ -195,7 +249,10 @@ ROLES = "study: perplexity\nroles: {a: x}\n"
 WRONG = {
     "[1, 2]": "expected lines of",
     "study: [": "not YAML",
-    "study: passkey\nrows: [{}]": "study should be 'perplexity', found 'passkey'",
+    "study: passkey\nrows: [{}]": "study should be 'perplexity' or 'ruler', found 'passkey'",
+    "study: ruler\nroles: {a: x}\nrows: [{role: a, eval-length: 8}]": 'row 1: unknown key "eval-length"',
+    "study: ruler\nroles: {a: x}\nrows: [{role: a, length: 0}]": "row 1: length: must be at least 1",
+    ROLES + "rows: [{role: a, full-attention: true}]": 'row 1: unknown key "full-attention"',
     ROLES + "rows: []": "at least one row",
     ROLES + "rows: 3": "rows should be a list, found 3",
     ROLES + "rows: [a]": r"rows\[0\] should be an object",

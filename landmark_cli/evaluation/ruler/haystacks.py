@@ -125,8 +125,8 @@ class Prose:
     def __init__(self, encoder: PromptEncoder, source: Path | None = None):
         self._encoder = encoder
         self.name = str(source or NOVELS)
-        documents, self.identity = (_novels(), NOVELS) if source is None else _files(source)
-        self._new = self._encoded(documents)
+        self.identity = haystack_identity(source)
+        self._new = self._encoded(_novels() if source is None else _documents(source))
         self._units: list[np.ndarray] = []
         self._opening: np.ndarray | None = None
 
@@ -196,7 +196,14 @@ def _novels() -> Iterator[Document]:
     yield from (text_document(title, texts[title]) for title in titles)
 
 
-def _files(source: Path) -> tuple[Iterator[Document], list]:
-    files = find_sources([source], ENDINGS).files
-    documents = (document for file in files for document in read_documents(file.path, "text", None))
-    return documents, [[str(file.path), file.size, file.modified_ns] for file in files]
+def _documents(source: Path) -> Iterator[Document]:
+    for file in find_sources([source], ENDINGS).files:
+        yield from read_documents(file.path, "text", None)
+
+
+def haystack_identity(source: Path | None) -> str | list:
+    """What has to be the same for a haystack to be the same (JSON). source: as of Prose. Raises LandmarkError for a
+    source that is not there."""
+    if source is None:
+        return NOVELS
+    return [[str(file.path), file.size, file.modified_ns] for file in find_sources([source], ENDINGS).files]
