@@ -13,6 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from landmark_cli.attention.cache import BlockCache
 from landmark_cli.console import console
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
@@ -145,6 +146,36 @@ def test_the_harness_s_own_command_without_a_device(place, path, code):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **changes})
     assert result.returncode == code, result.stderr
     assert ("local_choice" in result.stdout) == (code == 0) and "Traceback" not in result.stderr
+
+
+# Those of the harness's own tasks of RULER that load nothing; the others load essays or questions.
+WITHOUT_DOWNLOADS = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", WITHOUT_DOWNLOADS)
+def test_the_harness_s_own_tasks_of_ruler(place, task, monkeypatch):
+    """They find the tokenizer by our arguments, and a prompt goes whole through the block cache."""
+    # The module of the needles asks for it when it is imported, whether sentences are to be told apart or not.
+    monkeypatch.setattr("nltk.download", lambda *_, **__: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    read, begin_chunk = [], BlockCache.begin_chunk
+
+    def note(cache, lengths, *more):
+        read.append(sum(lengths))
+        return begin_chunk(cache, lengths, *more)
+
+    monkeypatch.setattr(BlockCache, "begin_chunk", note)
+    arguments = f"pretrained={place / 'landmark'},top_k_blocks=2,chunk=1000"
+    settings = {"limit": 1, "bootstrap_iters": 0, "metadata": {"max_seq_lengths": [4096]}, "device": "cpu"}
+    found = simple_evaluate("landmark", model_args=arguments, tasks=[task], **settings)
+    assert found["results"][task]["4096,none"] in [tenths / 10 for tenths in range(11)]
+    (sample,) = found["samples"][task]
+    (prompt, generation), answer = sample["arguments"][0], sample["resps"][0][0]
+    tokens = len(GPT2.encode(prompt))
+    assert 2000 < tokens <= 4096 and generation["max_gen_toks"] in (30, 50, 120, 128) and answer
+    # Landmarks come on top, and so do the tokens of the answer but the last.
+    assert sum(read) >= tokens + tokens // FREQ and max(read) == 1000 + 1000 // FREQ
 
 
 @pytest.mark.parametrize("device", [None, "cuda", "cuda:0", "cpu"])
