@@ -3,15 +3,13 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from landmark_cli.commands.train import TrainOptions, check
 from landmark_cli.data.batches import SequentialWindows, Windows
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
-from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.training import linear_cross_entropy as module
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy, piece_rows
@@ -20,7 +18,7 @@ from tests.closeness import assert_close_norm
 from tests.models.families import tiny_decoder
 from tests.training.command import records, train
 from tests.training.test_linear_cross_entropy import ROWS, VOCABULARY, inputs, loss_and_gradients, plain, rows_apart
-from tests.training.tiny import LENGTH, RandomBatches, byte_tokenizer, tiny_loop, tiny_model
+from tests.training.tiny import LENGTH, RandomBatches, byte_tokenizer, tiny_loop, tiny_model, write_questions
 
 
 def some_weights(shape):
@@ -158,17 +156,9 @@ def test_batches_without_answers_change_nothing_and_harm_nothing(tmp_path):
 def corpora(tmp_path_factory):
     """`cats`: documents with answers, which a letter tells; `plain`: without."""
     root = tmp_path_factory.mktemp("corpora")
-    tokenizer = load_tokenizer(str(byte_tokenizer(root / "bytes")))
+    tokenizer = byte_tokenizer(root / "bytes")
     for name in ("cats", "plain"):
-        for split, first in (("train", 0), ("validation", 100)):
-            path = root / name / f"{split}.bin"
-            with TokenFileWriter(path, tokenizer, source="made up", answers=name == "cats") as writer:
-                for n in range(first, first + 40):
-                    asked, answer = f"the {n} cats of {n * 7 % 31} houses sat on {n % 5} mats; how many? ", f"{n} cats."
-                    ids = [np.array(tokenizer.encode(text)) for text in (asked, answer)]
-                    writer.append(ids[0])
-                    writer.append(ids[1], marks=np.ones(len(ids[1])) if name == "cats" else None)
-                    writer.end_document()
+        write_questions(root / name, tokenizer, answers=name == "cats")
     return root
 
 

@@ -12,7 +12,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.locks import sole_writer
 from tests.closeness import assert_close_norm
 from tests.training.command import CHECKOUT, arguments, environment, records, train
-from tests.training.tiny import byte_tokenizer, write_corpus
+from tests.training.tiny import byte_tokenizer, write_corpus, write_questions
 
 STEPS, HALF = 6, 3
 OPTIONS = {"steps": STEPS, "save_every": HALF, "eval_every": HALF, "batch_size": 2}
@@ -95,8 +95,8 @@ def cut_in_half(run, output):
     return output
 
 
-def assert_same_run(ours, theirs):
-    for key in CURVES:
+def assert_same_run(ours, theirs, curves=CURVES):
+    for key in curves:
         assert records(theirs, key)
         assert_close_norm(records(ours, key), records(theirs, key))
     mine, other = (load_file(run / "model.safetensors") for run in (ours, theirs))
@@ -163,3 +163,33 @@ def test_a_damaged_shard_is_named(corpus, two_shards, tmp_path):
     command = [*split(corpus, resumed, processes=1), "--resume"]
     ended = fsdp(1, command, check=False, capture_output=True, text=True)
     assert ended.returncode and f"step-00000003: pytorch_model_fsdp_0/{shard.name} is not as it was" in ended.stderr
+
+
+# Rows of a batch have other numbers of answers than other rows, so the processes' weights have other sums.
+WEIGHED = {"answer_weight": 5.0, "steps": 4}
+OF_ANSWERS = ("validation_answers_loss", "validation_answers_right")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    root = tmp_path_factory.mktemp("questions")
+    return write_questions(root / "cats", byte_tokenizer(root / "bytes"))
+
+
+@pytest.fixture(scope="module")
+def one_weighed(questions, tmp_path_factory):
+    """What one process trains on weighed answers."""
+    output = tmp_path_factory.mktemp("weighed") / "one"
+    return train(questions, output, **(OPTIONS | WEIGHED | {"accumulation": 2}))
+
+
+def test_weighed_answers_are_the_same_in_two_processes(questions, one_weighed, tmp_path):
+    launch = ["torchrun", "--nproc_per_node=2", LANDMARK, *split(questions, tmp_path / "run", **WEIGHED)]
+    subprocess.run(launch, env=on_cpus(), check=True, timeout=240)
+    assert_same_run(tmp_path / "run", one_weighed, CURVES + OF_ANSWERS)
+
+
+@pytest.mark.slow
+def test_weighed_answers_are_the_same_in_two_shards(questions, one_weighed, tmp_path):
+    fsdp(2, split(questions, tmp_path / "run", **WEIGHED))
+    assert_same_run(tmp_path / "run", one_weighed, CURVES + OF_ANSWERS)

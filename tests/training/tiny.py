@@ -106,3 +106,17 @@ def write_corpus(directory, tokenizer, characters=6000):
             for start in range(0, characters, 1500):
                 writer.add_document(np.array(tokenizer.encode(text[start : start + 1500])))
     return directory
+
+
+def write_questions(directory, tokenizer, answers=True):
+    """train and validation token files of questions, 40 each, whose answers are marked as such where `answers`."""
+    tokenizer = load_tokenizer(str(tokenizer))
+    for split, first in (("train", 0), ("validation", 100)):
+        with TokenFileWriter(directory / f"{split}.bin", tokenizer, source="made up", answers=answers) as writer:
+            for n in range(first, first + 40):
+                asked, answer = f"the {n} cats of {n * 7 % 31} houses sat on {n % 5} mats; how many? ", f"{n} cats."
+                ids = [np.array(tokenizer.encode(text)) for text in (asked, answer)]
+                writer.append(ids[0])
+                writer.append(ids[1], marks=np.ones(len(ids[1])) if answers else None)
+                writer.end_document()
+    return directory
