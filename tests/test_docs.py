@@ -48,7 +48,8 @@ SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 # What every command has, besides its dataclass's fields.
 COMMON = {"--recipe", "--debug", "--help", "--version"}
 # Options of other programs, which these pages name; those of launchers that have an underscore are known by it.
-OTHERS = {"--shutdown-timeout": "torchrun", "--nnodes": "torchrun", "--cpu": "accelerate", "--tasks": "lm_eval"}
+OTHERS = {"--shutdown-timeout": "torchrun", "--nnodes": "torchrun", "--cpu": "accelerate"}
+OTHERS |= {"--tasks": "lm_eval", "--metadata": "lm_eval", "--limit": "lm_eval"}
 ROOMS = [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name not in ("data", "__pycache__")]
 PLACE = re.compile(
     rf"(?<![\w./:$-])((?:[\w.-]+/)*[\w-]+\.(?:py|sh)\b|(?:\.\./)?(?:docs|tests|benchmarks|recipes|{'|'.join(ROOMS)})/[\w./-]*)"

@@ -83,8 +83,9 @@ class LongPerplexityOptions(EvaluationOptions):
     json: str | None = json_option(OUTPUT)
 
 
-def run(options: LongPerplexityOptions) -> None:
-    """Find the key tokens, measure, print the table and, where asked, write the results as JSON.
+def run(options: LongPerplexityOptions) -> dict[str, Any]:
+    """Find the key tokens, measure, print the table and, where asked, write the results as JSON. Returns what --json
+    writes.
 
     Raises UsageError for windows that are too short or too long for a model, LandmarkError where models and token file
     do not fit each other or the text is too short, Stopped where a signal came.
@@ -130,6 +131,7 @@ def run(options: LongPerplexityOptions) -> None:
         title=f"LongPPL, {name} on {file.path}: {len(text.starts)} windows of {text.eval_length} text tokens, "
         f"{marked} of {overall} key tokens by {options.evaluator or name}",
     )
+    return data
 
 
 def _measure(
