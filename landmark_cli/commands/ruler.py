@@ -102,7 +102,14 @@ def run(options: RulerOptions) -> dict[str, Any]:
     from landmark_cli.evaluation.heat_map import terminal_heat_map
     from landmark_cli.evaluation.ruler.benchmark import task_names
     from landmark_cli.evaluation.ruler.haystacks import NOVELS
-    from landmark_cli.evaluation.ruler.report import FoundByDepth, by_way, draw_ruler, ruler_data, ruler_table
+    from landmark_cli.evaluation.ruler.report import (
+        FoundByDepth,
+        by_way,
+        draw_ruler,
+        mean_data,
+        ruler_data,
+        ruler_table,
+    )
 
     asked_for = [name.strip() for part in options.tasks or () for name in part.split(",") if name.strip()]
     names = task_names(asked_for, options.qa is not None)
@@ -119,6 +126,7 @@ def run(options: RulerOptions) -> dict[str, Any]:
         "chat": options.chat,
         "haystack": str(options.haystack or NOVELS),
         "reading": reading_alone_data(options),
+        "means": mean_data(cells),
         "cells": ruler_data(cells),
     }
     results(columns, rows, data=data, json_target=options.json, title=title)

@@ -145,8 +145,8 @@ class RulerRows:
         from landmark_cli.evaluation.ruler.benchmark import check_lengths, make_task, task_names
         from landmark_cli.evaluation.ruler.encoding import PromptEncoder
         from landmark_cli.evaluation.ruler.haystacks import Prose
+        from landmark_cli.evaluation.ruler.report import of_tasks
         from landmark_cli.evaluation.ruler.run import measure
-        from landmark_cli.evaluation.ruler.score import bootstrap_interval
         from landmark_cli.evaluation.studies import FinishedRows, RulerRow, model_identity
         from landmark_cli.evaluation.ways import ways_of
 
@@ -183,13 +183,14 @@ class RulerRows:
             reading=reading_alone(row.reading()),
             batch_size=options.batch_size,
         )
-        scores = [answer.score for cell in cells for answer in cell.answers]
+        # None where ordinary attention is asked for more positions than the model knows.
+        score, interval = of_tasks(cells) if cells else (None, None)
         return {
             "length": asks.length,
             "reading": way.name,
-            "answers": len(scores),
-            "score": sum(scores) / len(scores) if scores else None,
-            "interval": bootstrap_interval(scores) if scores else None,
+            "answers": sum(len(cell.answers) for cell in cells),
+            "score": score,
+            "interval": interval,
             "tasks": {cell.task: cell.mean for cell in cells},
         }
 

@@ -20,11 +20,15 @@ def test_tasks_lengths_and_numbers_of_blocks(landmark, workplace, tmp_path):
         ("niah_single_2", 300, 2),
         ("fwe", 300, 2),
     ]
+    assert [(mean["reading"], mean["tasks"], mean["score"]) for mean in data["means"]] == [
+        ("top-k 1", 2, 0.0),
+        ("top-k 2", 2, 0.0),
+    ]
     assert all(len(cell["answers"]) == 2 and cell["score"] == 0.0 for cell in data["cells"])
     assert data["cells"][0]["answers"][0]["depths"] and data["cells"][1]["answers"][0]["depths"] is None
     assert (workplace / "ruler.png").stat().st_size > 1000
     out, err = " ".join(result.out.split()), " ".join(result.err.split())
-    assert "top-k 1 niah_single_2 0.000 (0.00-0.00)" in out and "top-k 2 mean 0.000" in out
+    assert "top-k 1 niah_single_2 0.000 (0.00-0.00)" in out and "top-k 2 mean 0.000 (0.00-0.00)" in out
     assert "top-k 2: found, by depth and length" in out
     assert "prose: the shipped novels, not RULER's essays" in err
     assert err.count("sample 0: a prompt of 172, 128 for the answer; nothing begins it") == 2

@@ -8,7 +8,7 @@ import pytest
 from landmark_cli.errors import Stopped
 from landmark_cli.evaluation.ruler import run
 from landmark_cli.evaluation.ruler.benchmark import GENERATED
-from landmark_cli.evaluation.ruler.report import FoundByDepth, by_way, draw_ruler, ruler_data, ruler_table
+from landmark_cli.evaluation.ruler.report import FoundByDepth, by_way, draw_ruler, mean_data, ruler_data, ruler_table
 from landmark_cli.evaluation.ruler.run import Answer, Cell, judge, measure
 from landmark_cli.evaluation.ruler.score import bootstrap_interval, found_in, score
 from landmark_cli.evaluation.studies import FinishedRows
@@ -78,6 +78,9 @@ def test_bootstrap_interval():
     assert abs(half[0] - 0.36) < 0.03 and abs(half[1] - 0.64) < 0.03
     assert bootstrap_interval([0.5] * 9) == (0.5, 0.5)
     assert bootstrap_interval([0.0, 1.0] * 25) == half
+    # Of two groups each is drawn by itself: a sure one halves the other's width.
+    low, high = bootstrap_interval([0.0, 1.0] * 25, [1.0] * 50)
+    assert abs(low - (1 + half[0]) / 2) < 0.01 and abs(high - (1 + half[1]) / 2) < 0.01
 
 
 def test_answers_are_kept_and_only_missing_ones_asked(tasks, tmp_path, capsys):
@@ -179,11 +182,22 @@ def test_tables_data_and_pictures(tmp_path):
     assert rows == [
         ["top-k 2", "niah_multiquery", "0.500 (0.50-0.50)", "0.500 (0.50-0.50)"],
         ["top-k 2", "cwe", "1.000 (1.00-1.00)", "-"],
-        ["top-k 2", "mean", "0.750", "0.500"],
+        ["top-k 2", "mean", "0.750 (0.75-0.75)", "0.500 (0.50-0.50)"],
         ["full attention", "niah_multiquery", "0.500 (0.50-0.50)", "-"],
     ]
     data = ruler_data(cells())
     assert data[0]["answers"][0]["answer"] == "a" and data[0]["interval"] == (0.5, 0.5)
+    assert mean_data(cells())[0] == {
+        "reading": "top-k 2",
+        "tokens": 100,
+        "tasks": 2,
+        "score": 0.75,
+        "interval": (0.75, 0.75),
+    }
+    assert [(one["reading"], one["tokens"]) for one in mean_data(cells())][1:] == [
+        ("top-k 2", 200),
+        ("full attention", 100),
+    ]
     found = FoundByDepth(by_way(cells())[Way(2)])
     shares = {depths[0]: found.cell(100, depths) for depths in found.depths}
     assert (shares[0.0].prompts, shares[0.0].found, shares[0.9].prompts, shares[0.9].found) == (2, 2, 2, 0)

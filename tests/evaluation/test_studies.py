@@ -136,12 +136,12 @@ def test_a_study_of_ruler(place, tmp_path, monkeypatch, capsys):
     # Answers of the first row: 0 and 1; the second: 2 and 3, 4 and 5; the third: 6 and 7; none beyond the positions.
     assert [result["score"] for result in results] == [0.5, 0.25, 0.5, None]
     assert [result["reading"] for result in results] == ["top-k 1", "top-k 2", "full attention", "full attention"]
-    assert results[1]["tasks"] == {"niah_single_1": 0.5, "fwe": 0.0} and results[1]["interval"] == [0.0, 0.75]
+    assert results[1]["tasks"] == {"niah_single_1": 0.5, "fwe": 0.0} and results[1]["interval"] == [0.0, 0.5]
     assert "full attention is not asked at 400: the model knows 300 positions" in capsys.readouterr().err
     with (tmp_path / "asked.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["score"] for row in rows] == ["0.5", "0.25", "0.5", ""] and rows[1]["tasks"] == "fwe, niah_single_1"
-    assert rows[1]["95 % interval"] == "0.00-0.75" and rows[1]["answers"] == "4"
+    assert rows[1]["95 % interval"] == "0.00-0.50" and rows[1]["answers"] == "4"
     assert (tmp_path / "asked.png").read_bytes().startswith(b"\x89PNG")
     # Rows that were lost are made of the answers that were kept.
     (tmp_path / "rows.jsonl").unlink()

@@ -20,6 +20,7 @@ from landmark_cli.evaluation.ways import Way
 from .encoding import PromptEncoder
 from .haystacks import Prompt
 from .run import Answer, Cell
+from .score import bootstrap_interval
 from .task import Task
 
 # How much of a prompt's end and of an answer is shown.
@@ -36,10 +37,11 @@ def ruler_table(cells: Sequence[Cell], lengths: Sequence[int]) -> tuple[list[str
         tasks = list(dict.fromkeys(cell.task for cell in of_way))
         found = {(cell.task, cell.length): cell for cell in of_way}
         for task in tasks:
-            rows.append([way.name, task, *(_figure(found.get((task, length))) for length in lengths)])
+            row = [found.get((task, length)) for length in lengths]
+            rows.append([way.name, task, *(_figure(one.mean, one.interval) if one else "-" for one in row)])
         if len(tasks) > 1:
-            means = [[cell.mean for cell in of_way if cell.length == length] for length in lengths]
-            rows.append([way.name, MEAN, *(f"{sum(one) / len(one):.3f}" if one else "-" for one in means)])
+            of_lengths = [[cell for cell in of_way if cell.length == length] for length in lengths]
+            rows.append([way.name, MEAN, *(_figure(*of_tasks(one)) if one else "-" for one in of_lengths)])
     return ["reading", "task", *map(str, lengths)], rows
 
 
@@ -59,6 +61,24 @@ def ruler_data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         }
         for cell in cells
     ]
+
+
+def of_tasks(cells: Sequence[Cell]) -> tuple[float, tuple[float, float]]:
+    """The mean of the cells' means, and its 95 % bootstrap interval."""
+    return sum(cell.mean for cell in cells) / len(cells), bootstrap_interval(*(cell.scores for cell in cells))
+
+
+def mean_data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The mean of each way's tasks at every length, as plain data."""
+    data = []
+    for way, of_way in by_way(cells).items():
+        for length in dict.fromkeys(cell.length for cell in of_way):
+            some = [cell for cell in of_way if cell.length == length]
+            mean, interval = of_tasks(some)
+            data.append(
+                {"reading": way.name, "tokens": length, "tasks": len(some), "score": mean, "interval": interval}
+            )
+    return data
 
 
 def by_way(cells: Sequence[Cell]) -> dict[Way, list[Cell]]:
@@ -145,8 +165,5 @@ def show_sample(
     )
 
 
-def _figure(cell: Cell | None) -> str:
-    if cell is None:
-        return "-"
-    low, high = cell.interval
-    return f"{cell.mean:.3f} ({low:.2f}-{high:.2f})"
+def _figure(mean: float, interval: tuple[float, float]) -> str:
+    return "{:.3f} ({:.2f}-{:.2f})".format(mean, *interval)

@@ -50,12 +50,16 @@ class Cell:
     answers: list[Answer]
 
     @property
+    def scores(self) -> list[float]:
+        return [answer.score for answer in self.answers]
+
+    @property
     def mean(self) -> float:
-        return sum(answer.score for answer in self.answers) / len(self.answers)
+        return sum(self.scores) / len(self.answers)
 
     @property
     def interval(self) -> tuple[float, float]:
-        return bootstrap_interval([answer.score for answer in self.answers])
+        return bootstrap_interval(self.scores)
 
 
 Show = Callable[[Task, int, int, Prompt, Answer], None]

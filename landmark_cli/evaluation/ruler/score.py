@@ -21,13 +21,17 @@ def score(found: Sequence[bool], any_of: bool = False) -> float:
     return float(any(found)) if any_of else sum(found) / len(found)
 
 
-def bootstrap_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """The interval that holds 95 % of the means of samples drawn again from these scores, with replacement. It has no
-    width where all scores are equal. The same scores give the same interval.
+def bootstrap_interval(*groups: Sequence[float]) -> tuple[float, float]:
+    """The interval that holds 95 % of the means of samples drawn again from these scores, with replacement; of several
+    groups, such as tasks, each is drawn again by itself, and the mean is that of their means. It has no width where all
+    scores of every group are equal. The same scores give the same interval.
 
     Source: Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
     """
-    scores = np.asarray(scores, dtype=float)
-    drawn = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
-    low, high = np.quantile(scores[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    generator, means = np.random.default_rng(0), np.zeros(RESAMPLES)
+    for group in groups:
+        scores = np.asarray(group, dtype=float)
+        drawn = generator.integers(len(scores), size=(RESAMPLES, len(scores)))
+        means += scores[drawn].mean(axis=1) / len(groups)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
