@@ -1,5 +1,6 @@
 """What the tests of RULER's tasks share: two tokenizers, and models that know every answer or none."""
 
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -17,14 +18,24 @@ LENGTHS = {"gpt2": (1100, 1700), "bytes": (2700, 3900)}
 LENGTHS_OF_CWE = {"gpt2": (1100, 4500), "bytes": (8200, 9000)}
 
 
+@functools.cache
 def tokenizer_of(name):
     return GPT2 if name == "gpt2" else byte_tokenizer(adds="<s> $A </s>")
 
 
+@functools.cache
+def novels_of(tokenizer, chat):
+    """An encoder, and the shipped novels as it encodes them: the sentences that one test has had encoded serve the
+    next."""
+    encoder = PromptEncoder(tokenizer, chat=chat)
+    return encoder, Prose(encoder)
+
+
 def tasks_of(tokenizer, names=GENERATED, *, seed=0, haystack=None, chat=False, documents=None):
     """The tasks by name."""
-    encoder = PromptEncoder(tokenizer, chat=chat)
-    prose = Prose(encoder, haystack)
+    encoder, prose = novels_of(tokenizer, chat)
+    if haystack is not None:
+        prose = Prose(encoder, haystack)
     return {name: make_task(name, encoder, prose, seed, documents) for name in names}
 
 

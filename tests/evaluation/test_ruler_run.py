@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from landmark_cli.errors import Stopped
-from landmark_cli.evaluation.ruler import run
+from landmark_cli.evaluation.ruler import lists, run
 from landmark_cli.evaluation.ruler.benchmark import GENERATED
 from landmark_cli.evaluation.ruler.report import FoundByDepth, by_way, draw_ruler, mean_data, ruler_data, ruler_table
 from landmark_cli.evaluation.ruler.run import Answer, Cell, judge, measure
@@ -18,7 +18,7 @@ from landmark_cli.interrupts import Interrupts
 from tests.evaluation.ruler import GPT2, Oracle, tasks_of
 from tests.tiny import tiny_baseline, tiny_model
 
-LENGTHS = [1100, 1200]
+LENGTHS = [400, 500]
 FEW = ["niah_single_1", "niah_multivalue", "fwe"]
 FULL = Way(None, full=True)
 
@@ -137,9 +137,10 @@ def test_an_interrupted_run_goes_on(tasks, tmp_path, monkeypatch):
     assert ask(model, chosen, tmp_path) == whole and model.asked == 12
 
 
-def test_batches_change_nothing(tasks, tmp_path):
+def test_batches_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(lists, "FREQUENT_TOKENS", 12)
     model = tiny_model(landmark_token_id=50260, vocab_size=50304)
-    chosen, way = [tasks["fwe"]], Way(2)
+    chosen, way = list(tasks_of(GPT2, ["fwe"]).values()), Way(2)
     alone, together = (
         ask(model, chosen, tmp_path / str(size), [300], way, 3, batch_size=size, reading=ReadingSettings(chunk=100))
         for size in (1, 3)
@@ -160,9 +161,9 @@ def test_ways_of_reading():
 def test_full_attention_ends_at_the_positions(tasks, tmp_path, capsys):
     chosen = [tasks["niah_single_1"]]
     model = oracle(chosen, right)
-    model.config.max_position_embeddings = 1150
-    assert [cell.length for cell in ask(model, chosen, tmp_path)] == [1100]
-    assert "full attention is not asked at 1200: the model knows 1150 positions" in capsys.readouterr().err
+    model.config.max_position_embeddings = 450
+    assert [cell.length for cell in ask(model, chosen, tmp_path)] == [400]
+    assert "full attention is not asked at 500: the model knows 450 positions" in capsys.readouterr().err
 
 
 def cells():
