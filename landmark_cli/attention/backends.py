@@ -24,7 +24,6 @@ from .context_miss import attend_chunk_with_context_miss
 from .kernels.hopper import support as hopper_support
 from .kernels.training import support as training_support
 from .retrieval import Read
-from .retrieval_window import retrieve_window
 
 # With fewer queries there is too little work for a kernel that keeps a multiprocessor to itself.
 FEW_QUERIES = 256
@@ -36,7 +35,7 @@ class Problem(NamedTuple):
     device: "cuda:1", say. block_size: None where a mask makes blocks of any size. few_queries: under FEW_QUERIES; the
     length itself is not here, lest every length be compiled anew. padded, packed, dropout, context_miss: what else is
     given beside q, k and v. reading: through the block cache; differentiated: gradients of that are asked for.
-    retrieving: what the chunks of a training window read of the blocks before them.
+    retrieving: how many blocks the chunks of a training window read of those before them; 0: it is no such window.
     """
 
     device: str
@@ -50,7 +49,7 @@ class Problem(NamedTuple):
     context_miss: bool = False
     reading: bool = False
     differentiated: bool = False
-    retrieving: bool = False
+    retrieving: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ class Backend:
     forward, backward: of the operators (operators.py), whose arguments they take: (q, k, v, *settings) -> (out, lse)
     and (dout, dlse, q, k, v, out, lse, *settings) -> (dq, dk, dv). None: the definition, which autograd differentiates.
     reads_as: the name of the backend that reads where this one is asked for. read: attention of a chunk through the
-    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read; None where another one reads. retrieve: of
-    a training window, (q, k, v, window, scale, layer) -> (out, lse), differentiable (see retrieval_window.py).
+    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read; None where another one reads.
+    retrieve_forward, retrieve_backward: of the operators of window_operators.py, whose arguments they take; None: the
+    definition, or another one.
     """
 
     name: str
@@ -73,7 +73,8 @@ class Backend:
     forward: Callable[..., tuple[Tensor, Tensor]] | None = None
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     read: Callable[..., Read] | None = None
-    retrieve: Callable[..., tuple[Tensor, Tensor]] | None = None
+    retrieve_forward: Callable[..., tuple[Tensor, ...]] | None = None
+    retrieve_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
 
 
 # --- eager: the definition
@@ -94,10 +95,6 @@ def _read_by_definition(
     return retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
 
 
-# It asks tensors for numbers: a compiled model calls it as it is.
-_retrieve_by_definition = torch.compiler.disable(retrieve_window)
-
-
 # --- triton: portable kernels, for training and for reading
 
 
@@ -109,8 +106,6 @@ def _needs_the_definition(problem: Problem) -> str | None:
         return "context_miss_key gives the outer softmax a key of its own"
     if problem.reading and problem.differentiated:
         return "gradients are asked for"
-    if problem.retrieving:
-        return "training windows are read by the definition"
     return None
 
 
@@ -126,7 +121,12 @@ def _why_not_triton(problem: Problem) -> str | None:
         return f"{error.name or 'triton'} is not installed"
     if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
         return f"the Triton kernels need an NVIDIA GPU and q is on {kind}"
-    return training_support.why_not(problem.dtype, problem.head_dim, problem.block_size)
+    reason = training_support.why_not(problem.dtype, problem.head_dim, problem.block_size)
+    if reason is None and problem.retrieving:
+        from .kernels.reading import window_support
+
+        reason = window_support.why_not(problem.dtype, problem.head_dim, problem.block_size, problem.retrieving)
+    return reason
 
 
 @functools.cache
@@ -163,6 +163,26 @@ def _triton_read(
     if reason is not None:
         raise LandmarkError(f"{reason}; or set LANDMARK_ATTENTION=eager, which is slow")
     return Read(*reading.attend_chunk(q, k, v, blocks, chunk, scale, traced))
+
+
+@functools.cache
+def _window() -> ModuleType:
+    """The launches of the kernels that read a whole window, imported where they are wanted."""
+    from .kernels.reading import window
+
+    return window
+
+
+def _triton_retrieve(q, k, v, own, own_lse, *window) -> tuple[Tensor, ...]:
+    kernels = _window()
+    out, lse, routes = kernels.forward(q, k, v, own, own_lse, kernels.Window(*window))
+    return out, lse, *routes
+
+
+def _triton_retrieve_backward(dout, dlse, q, k, v, out, lse, own, own_lse, turns, entries, bounds, *window):
+    kernels = _window()
+    routes, window = kernels.Routes(turns, entries, bounds), kernels.Window(*window)
+    return kernels.backward(dout, dlse, q, k, v, out, lse, own, own_lse, routes, window)
 
 
 # --- hopper: kernels in Gluon for compute capability 9.0, for training
@@ -239,6 +259,8 @@ BACKENDS = {
             _triton_forward,
             _triton_backward,
             _triton_read,
+            _triton_retrieve,
+            _triton_retrieve_backward,
         ),
         Backend(
             "eager",
@@ -248,7 +270,6 @@ BACKENDS = {
             None,
             None,
             _read_by_definition,
-            _retrieve_by_definition,
         ),
     )
 }

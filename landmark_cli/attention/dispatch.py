@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import operators, reference
+from . import operators, reference, retrieval_window, window_operators
 from .backends import BACKENDS, FEW_QUERIES, Problem, choose
 from .cache import BlockCache, Chunk
 from .dropout import layer_seed
@@ -196,8 +196,10 @@ def _as_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None else x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
-# It asks tensors for numbers, so torch.compile would cut it in pieces: a compiled model calls it as it is.
+# They ask tensors for numbers, so torch.compile would cut them in pieces: a compiled model calls them as they are.
 _definition = torch.compiler.disable(reference.landmark_attention)
+_retrieve_by_definition = torch.compiler.disable(retrieval_window.retrieve_window)
+_select_by_definition = torch.compiler.disable(retrieval_window.select_in_window)
 
 
 def attend_chunk(
@@ -254,9 +256,14 @@ def attend_window(
     out, lse = _attend_within_chunks(q, k, v, window, scale, backend)
     if min(window.top_k, window.most_earlier) == 0:
         return out
-    problem = Problem(str(q.device), q.dtype, q.shape[-1], window.block_size, retrieving=True)
-    retrieve = BACKENDS[choose(problem, backend)].retrieve
-    return _join(out, lse, *retrieve(q, k, v, window, scale, layer))
+    problem = Problem(str(q.device), q.dtype, q.shape[-1], window.block_size, retrieving=window.top_k)
+    name = choose(problem, backend)
+    if BACKENDS[name].retrieve_forward is None:
+        return _join(out, lse, *_retrieve_by_definition(q, k, v, window, scale, layer))
+    # Only selections that nobody shares are made by kernels.
+    shared = window.selection != "per_token_and_head"
+    ages = _select_by_definition(q, k, window, scale, layer) if shared else None
+    return window_operators.retrieve(q, k, v, window, scale, layer, (out, lse), backend=name, ages=ages)[0]
 
 
 def _attend_within_chunks(

@@ -42,10 +42,8 @@ def attend(
     Raises ValueError naming an argument that cannot be.
     """
     if not torch.compiler.is_compiling():
-        _refuse_transforms(q, k, v)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; the kernels need a positive one")
+        refuse_transforms(q, k, v)
+    scale = check_scale(scale, q)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
     if dropout_p > 0.0 and dropout_seed is None:
@@ -56,12 +54,20 @@ def attend(
         raise ValueError("start and cu_seqlens exclude each other: packed rows have no padding")
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but q has {q.shape[0]} rows")
-    seed = _seed(dropout_seed, q.device) if dropout_p > 0.0 else None
+    seed = seed_tensor(dropout_seed, q.device) if dropout_p > 0.0 else None
     out, lse = attention(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, seed, backend)
     return (out, lse) if return_lse else out
 
 
-def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
+def check_scale(scale: float | None, q: Tensor) -> float:
+    """The factor on the logits, by default 1 / sqrt(D). Raises ValueError where it is not positive."""
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; the kernels need a positive one")
+    return scale
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """The seed as one signed 64-bit number on the device."""
     if isinstance(seed, int):
         seed = torch.tensor((seed + (1 << 63)) % (1 << 64) - (1 << 63))
@@ -77,6 +83,8 @@ def _bounds(name: str, bounds: Tensor | None, q: Tensor, shape: tuple[int, ...] 
         raise ValueError(f"{name} has shape {tuple(bounds.shape)}; it must be {shape}, one number a row of q")
     return bounds.to(device=q.device, dtype=torch.int32)
 
+
+NO_SECOND_DERIVATIVES = "landmark attention's kernels have no second derivatives: use LANDMARK_ATTENTION=eager"
 
 # Defined by schemas and with autograd's part written out: torch.library.custom_op and register_autograd, which are
 # simpler to write, take the host three times as long for each call.
@@ -160,9 +168,7 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise NotImplementedError(
-            "landmark attention's kernels have no second derivatives: use LANDMARK_ATTENTION=eager"
-        )
+        raise NotImplementedError(NO_SECOND_DERIVATIVES)
 
 
 @torch.library.impl(LIBRARY, "attention_backward", "Autograd")
@@ -173,7 +179,7 @@ def _(*inputs):
         return attention_backward(*inputs)
 
 
-def _refuse_transforms(q: Tensor, k: Tensor, v: Tensor) -> None:
+def refuse_transforms(q: Tensor, k: Tensor, v: Tensor) -> None:
     if torch._C._are_functorch_transforms_active() or any(unpack_dual(x).tangent is not None for x in (q, k, v)):
         raise NotImplementedError(
             "landmark attention has no rules for torch.func (vmap, grad, jvp) nor for forward-mode differentiation: "

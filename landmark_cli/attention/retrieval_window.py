@@ -67,15 +67,8 @@ def _retrieve(
     # (G, n, size, D), the keys rotated back to their offset in their block.
     cos, sin = window.by(-blocks[:, 2])
     keys, values = rotate(k[:, tokens], cos[:, None], sin[:, None]), v[:, tokens]
+    ages = _select(q, keys[:, :, -1], window, scale, layer, place)
     earlier = torch.full((1,), len(blocks), device=q.device)
-    with torch.no_grad():
-        one_key = window.one_landmark and layer == 0
-        scores = score_bounded(q, keys[None, :, :, -1], earlier, window.top_k, window, one_key, scale)
-        real = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
-        ages = choose_blocks(scores, earlier, real, window.top_k, window.selection)
-        if window.explore:
-            ages = _explore(ages, len(blocks), window, layer, place)
-        ages = ages.sort(dim=-1, descending=True).values
     heads = torch.arange(q.shape[1], device=q.device)[:, None] // (q.shape[1] // k.shape[0])
     distance = bounded_distance(ages, earlier, window.top_k)
     logits, outputs = read_selected(
@@ -84,6 +77,49 @@ def _retrieve(
     lse = masked_logsumexp(logits)
     share = torch.exp(logits - lse.unsqueeze(-1))
     return (outputs * share.unsqueeze(-1)).sum(-2)[0], lse[0]
+
+
+@torch.no_grad()
+def select_in_window(q: Tensor, k: Tensor, window: ReadingWindow, scale: float | None = None, layer: int = 0) -> Tensor:
+    """The blocks that `retrieve_window`, with the same arguments, has every query of a window read.
+
+    Returns ages, (B, H or 1, N, k) int32 in time order: age a is the a-th newest of the query's earlier blocks, and 0
+    (at the end) stands for no block.
+    """
+    heads, tokens = q.shape[1:3]
+    shared = window.selection == "max_over_heads"
+    found = window.chunks.new_zeros(q.shape[0], 1 if shared else heads, tokens, min(window.top_k, window.most_earlier))
+    blocks = window.blocks.long()
+    for row, begin, length, first, earlier in window.chunks.tolist():
+        if length and min(earlier, window.top_k) > 0:
+            _, token, number = blocks[first : first + earlier].flip(0).unbind(-1)
+            keys = rotate(k[row, :, token + window.block_size - 1], *window.by(-number))
+            queries = q[row : row + 1, :, begin : begin + length]
+            ages = _select(queries, keys, window, scale, layer, (row * heads, tokens, begin))
+            found[row, :, begin : begin + length, : ages.shape[-1]] = ages[0]
+    return found
+
+
+@torch.no_grad()
+def _select(
+    q: Tensor,
+    landmark_keys: Tensor,
+    window: ReadingWindow,
+    scale: float | None,
+    layer: int,
+    place: tuple[int, int, int],
+) -> Tensor:
+    """Ages, (1, H or 1, T or 1, k) in time order, that one chunk's queries, (1, H, T, D), choose of the blocks whose
+    landmark keys, rotated back to their offset in their block, are (G, n, D), the newest first. place: see `_explore`.
+    """
+    earlier = torch.full((1,), landmark_keys.shape[1], device=q.device)
+    one_key = window.one_landmark and layer == 0
+    scores = score_bounded(q, landmark_keys[None], earlier, window.top_k, window, one_key, scale)
+    real = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
+    ages = choose_blocks(scores, earlier, real, window.top_k, window.selection)
+    if window.explore:
+        ages = _explore(ages, landmark_keys.shape[1], window, layer, place)
+    return ages.sort(dim=-1, descending=True).values
 
 
 def _explore(best: Tensor, earlier: int, window: ReadingWindow, layer: int, place: tuple[int, int, int]) -> Tensor:

@@ -12,6 +12,7 @@ import triton
 from torch.utils.checkpoint import checkpoint
 
 from landmark_cli.attention import dispatch
+from landmark_cli.attention.kernels.common import choices
 from landmark_cli.attention.kernels.common.statistics import backward_parts
 from landmark_cli.attention.kernels.training import configurations, launch
 from landmark_cli.attention.operators import attention, attention_backward
@@ -343,8 +344,8 @@ def test_an_uncommon_address():
 
 def test_tuning(monkeypatch):
     """It keeps a fast configuration, and the results."""
-    monkeypatch.setattr(configurations, "TUNE", True)
-    monkeypatch.setattr(configurations, "TRIED", 2)
+    monkeypatch.setattr(choices, "TUNE", True)
+    monkeypatch.setattr(choices, "TRIED", 2)
     configurations._choices.cache_clear()
     forget_calls()
     try:

@@ -12,6 +12,37 @@ import triton.language as tl
 from .parts import dot, load_columns, load_parts, page_base, query_rows, rotate
 
 
+@triton.jit
+def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scale, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What queries, in parts, find in a block: its values by its inner softmax, (ROWS, D_PAD), and the landmark's
+    logit, (ROWS,). Strides: from token to token. dim: (D_PAD,)."""
+    D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
+    ROWS: tl.constexpr = q[0].shape[0]
+    landmark = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in tl.static_range((BLOCK + COLS - 1) // COLS):
+        column = part * COLS + tl.arange(0, COLS)  # (COLS,)
+        k = load_parts(k_base, column * k_stride, column < BLOCK, PARTS)
+        s = dot(q, k, PRECISION) * scale  # (ROWS, COLS)
+        landmark = tl.maximum(landmark, tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1))
+        s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
+        v = load_columns(v_base, column * v_stride, column < BLOCK, dim, D)  # (COLS, D_PAD)
+        # top, total and rescale: (ROWS,); p: (ROWS, COLS); out: (ROWS, D_PAD).
+        if part == 0:
+            top = tl.max(s, 1)
+            p = tl.exp2(s - top[:, None])
+            total = tl.sum(p, 1)
+            out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        else:
+            new_top = tl.maximum(top, tl.max(s, 1))
+            rescale = tl.exp2(top - new_top)
+            p = tl.exp2(s - new_top[:, None])
+            total = total * rescale + tl.sum(p, 1)
+            out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
+            top = new_top
+    return out / total[:, None], landmark
+
+
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])
 def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, TOTAL, LIST, PAIR_OUT, LANDMARK_LOGIT,
                   q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scale,
@@ -42,29 +73,9 @@ def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, T
     q = rotate(q, rotations, distance[:, None], PARTS)
     base = page_base(BLOCKS, POOL, PAGE_TABLE, page, 2 * BLOCK * D)
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
-    landmark = tl.full([ROWS], float("-inf"), tl.float32)
-    for part in tl.static_range((BLOCK + COLS - 1) // COLS):
-        column = part * COLS + tl.arange(0, COLS)  # (COLS,)
-        k = load_parts(base, column * D, column < BLOCK, PARTS)
-        s = dot(q, k, PRECISION) * scale  # (ROWS, COLS)
-        landmark = tl.maximum(landmark, tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1))
-        s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
-        v = load_columns(base + BLOCK * D, column * D, column < BLOCK, dim, D)  # (COLS, D_PAD)
-        # top, total and rescale: (ROWS,); p: (ROWS, COLS); out: (ROWS, D_PAD).
-        if part == 0:
-            top = tl.max(s, 1)
-            p = tl.exp2(s - top[:, None])
-            total = tl.sum(p, 1)
-            out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        else:
-            new_top = tl.maximum(top, tl.max(s, 1))
-            rescale = tl.exp2(top - new_top)
-            p = tl.exp2(s - new_top[:, None])
-            total = total * rescale + tl.sum(p, 1)
-            out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
-            top = new_top
+    out, landmark = attend_rows(q, base, base + BLOCK * D, D, D, dim, scale, PARTS, BLOCK, COLS, PRECISION)
 
     at = tl.cast(key_row, tl.int64) * pairs + pair  # (ROWS,)
     pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)
-    tl.store(pointers, (out / total[:, None]).to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
+    tl.store(pointers, out.to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
     tl.store(LANDMARK_LOGIT + at, landmark, mask=ok)

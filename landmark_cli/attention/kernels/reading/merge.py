@@ -15,6 +15,25 @@ from ..common.tiles import FLOOR, load_tile
 from .parts import counts_of
 
 
+@triton.jit
+def add_pairs(PAIR_OUT, LANDMARK_LOGIT, rows, real, dim, top, total, acc, RETRIEVED: tl.constexpr, D: tl.constexpr):
+    """Add RETRIEVED pairs of each query to the online outer softmax of a tile: (top, total, acc) are its maximum, sum,
+    (ROWS,) each, and output, (ROWS, D_PAD). rows: (ROWS,), where the queries stand in PAIR_OUT (.., RETRIEVED, D) and
+    LANDMARK_LOGIT (.., RETRIEVED); the logit is minus infinity where there is no pair."""
+    for j in tl.range(RETRIEVED, num_stages=3):
+        logit = tl.load(LANDMARK_LOGIT + rows * RETRIEVED + j, mask=real, other=float("-inf"))  # (ROWS,)
+        pointers = PAIR_OUT + (rows * RETRIEVED + j)[:, None] * D + dim[None, :]  # (ROWS, D_PAD), as pair
+        pair = tl.load(pointers, mask=real[:, None] & (dim < D)[None, :], other=0.0)
+        pair = tl.where((logit > float("-inf"))[:, None], pair, 0.0).to(tl.float32)
+        new_top = tl.maximum(top, logit)
+        rescale = tl.exp2(top - new_top)
+        share = tl.exp2(logit - new_top)
+        acc = acc * rescale[:, None] + pair * share[:, None]
+        total = total * rescale + share
+        top = new_top
+    return top, total, acc
+
+
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity"])
 def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE, OUT, q_strides, k_strides, v_strides,
                  out_strides, tokens, batch, heads, capacity, scale,
@@ -54,17 +73,7 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE
 
     if RETRIEVED > 0:
         # Before the chunk's own blocks: here nothing is multiplied yet, so the output lies as it is best loaded.
-        for j in tl.range(RETRIEVED, num_stages=3):
-            logit = tl.load(LANDMARK_LOGIT + stats * RETRIEVED + j, mask=real, other=float("-inf"))  # (ROWS,)
-            pointers = PAIR_OUT + (stats * RETRIEVED + j)[:, None] * D + dim[None, :]  # (ROWS, D_PAD), as pair
-            pair = tl.load(pointers, mask=real[:, None] & (dim < D)[None, :], other=0.0)
-            pair = tl.where((logit > float("-inf"))[:, None], pair, 0.0).to(tl.float32)
-            new_top = tl.maximum(top, logit)
-            rescale = tl.exp2(top - new_top)
-            share = tl.exp2(logit - new_top)
-            acc = acc * rescale[:, None] + pair * share[:, None]
-            total = total * rescale + share
-            top = new_top
+        top, total, acc = add_pairs(PAIR_OUT, LANDMARK_LOGIT, stats, real, dim, top, total, acc, RETRIEVED, D)
 
     if not MERGE_ONLY:
         col = tl.arange(0, COLS)  # (COLS,)

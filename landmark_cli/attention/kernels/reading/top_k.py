@@ -127,6 +127,38 @@ def far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PART
         return rotate(q, rotations, near + 1, PARTS)
 
 
+@triton.jit
+def best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capacity, one_key, scale, real, last,
+                column, PARTS: tl.constexpr, K: tl.constexpr, LATER: tl.constexpr, ABSOLUTE: tl.constexpr,
+                EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores and ages of the K best blocks of a tile of queries: K tiles (ROWS,) of each, from the best one on.
+
+    q, in parts, as far_query gives; real: (ROWS,). LATER: only of what comes after `last`, the score and the age,
+    (ROWS,) each, of the worst block of an earlier pass. The rest as in landmark_scores.
+    """
+    ROWS: tl.constexpr = q[0].shape[0]
+    COLS: tl.constexpr = column.shape[0]
+    # The running lists: K tiles (ROWS,) each.
+    scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
+    ages = (tl.zeros([ROWS], tl.int32),) * K
+    # A tile of padding looks at nothing.
+    tiles = tl.where(tl.max(real.to(tl.int32), 0) > 0, tl.cdiv(cached, COLS), 0)
+    if tiles > 0:
+        s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, column, key_row, blocks, cached, near, capacity, one_key,
+                            scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
+        if LATER:
+            s = after(s, 1, column, last[0], last[1], EXACT)
+        scores, ages = keep_best(scores, ages, s, 1, column, EXACT)
+    for tile in range(1, tiles):
+        first_age = 1 + tile * COLS
+        s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
+                            one_key, scale, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+        if LATER:
+            s = after(s, first_age, column, last[0], last[1], EXACT)
+        scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
+    return scores, ages
+
+
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key", "first"])
 def select_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, SCORES, q_strides, tokens, batch,
                   heads, capacity, retrievable, top_k, one_key, first, scale,
@@ -150,30 +182,61 @@ def select_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, 
     column = tl.arange(0, COLS)  # (COLS,)
     out = (tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row) * WIDTH  # (ROWS,), as all that is loaded there
     in_range = row < HEADS_PER_KEY * tokens
+    last_score = 0.0
+    last_age = 0
     if LATER:
         last_score = tl.load(SCORES + out + first - 1, mask=in_range, other=0.0)
         last_age = tl.load(AGES + out + first - 1, mask=in_range, other=0)
-
-    # The running lists: K tiles (ROWS,) each.
-    scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
-    ages = (tl.zeros([ROWS], tl.int32),) * K
-    # A tile of padding looks at nothing.
-    tiles = tl.where(tl.max(real.to(tl.int32), 0) > 0, tl.cdiv(cached, COLS), 0)
-    if tiles > 0:
-        s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, column, key_row, blocks, cached, near, capacity, one_key,
-                            scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
-        if LATER:
-            s = after(s, 1, column, last_score, last_age, EXACT)
-        scores, ages = keep_best(scores, ages, s, 1, column, EXACT)
-    for tile in range(1, tiles):
-        first_age = 1 + tile * COLS
-        s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
-                            one_key, scale, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
-        if LATER:
-            s = after(s, first_age, column, last_score, last_age, EXACT)
-        scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
-
+    scores, ages = best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capacity, one_key, scale,
+                               real, (last_score, last_age), column, PARTS, K, LATER, ABSOLUTE, EXACT,
+                               PRECISION)  # fmt: skip
     for j in tl.static_range(K):
         tl.store(AGES + out + first + j, tl.where(real, ages[j], 0), mask=in_range)
         if SCORES is not None:
             tl.store(SCORES + out + first + j, scores[j], mask=in_range)
+
+
+@triton.jit(do_not_specialize=["chunk", "first_head", "blocks", "top_k", "one_key", "first"])
+def select_in_window_kernel(Q, LANDMARK_KEYS, CHUNKS, cos, sin, AGES, SCORES, q_strides, age_strides, chunk,
+                            first_head, blocks, top_k, one_key, first, scale,
+                            HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                            COLS: tl.constexpr, LATER: tl.constexpr, EXACT: tl.constexpr,
+                            PRECISION: tl.constexpr):  # fmt: skip
+    """The same for all chunks of a window at once: ages count back from the last block before each query's chunk.
+
+    Program (tile of rows, chunk, key head, counted from first_head on): rows are the queries of the heads on a key head
+    in a chunk of at most `chunk` tokens. LANDMARK_KEYS (G, blocks, D) of all rows' blocks, rotated by their offset in
+    their block only. CHUNKS, cos, sin: as in attention/window.py. AGES and, unless None, SCORES have strides (key head,
+    batch row, head on the key head, token); their last dimension is dense. Padding is left out.
+    """
+    # The last chunks have most to look at: they go first.
+    at = CHUNKS + (tl.num_programs(1) - 1 - tl.program_id(1)) * 5
+    count = tl.load(at + 2)
+    cached = tl.load(at + 4)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as real, token, head, offset and out
+    if count == 0:
+        return
+    batch_row = tl.load(at)
+    begin = tl.load(at + 1)
+    key_head = first_head + tl.program_id(2)
+    near = tl.minimum(cached, top_k)
+    base = Q + tl.cast(begin, tl.int64) * q_strides[2]
+    real, token, head, offset = query_rows(row, chunk, 0, key_head, batch_row, q_strides, HEADS_PER_KEY)
+    real = real & (token < count)
+    q = far_query(base, (cos, sin), None, offset, real, batch_row, near, PARTS, False)
+    column = tl.arange(0, COLS)  # (COLS,)
+    out = tl.program_id(2).to(tl.int64) * age_strides[0] + tl.cast(batch_row, tl.int64) * age_strides[1]
+    out = out + (head - key_head * HEADS_PER_KEY).to(tl.int64) * age_strides[2]
+    out = out + (begin + token).to(tl.int64) * age_strides[3]
+    last_score = 0.0
+    last_age = 0
+    if LATER:
+        last_score = tl.load(SCORES + out + first - 1, mask=real, other=0.0)
+        last_age = tl.load(AGES + out + first - 1, mask=real, other=0)
+    scores, ages = best_blocks(q, LANDMARK_KEYS, (cos, sin), key_head, tl.load(at + 3) + cached, cached, near, blocks,
+                               one_key, scale, real, (last_score, last_age), column, PARTS, K, LATER, False, EXACT,
+                               PRECISION)  # fmt: skip
+    for j in tl.static_range(K):
+        tl.store(AGES + out + first + j, ages[j], mask=real)
+        if SCORES is not None:
+            tl.store(SCORES + out + first + j, scores[j], mask=real)

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.configuration import INTERPRETED, Configuration, padded, product_precision
+from ..common.configuration import Configuration, padded, product_precision
 from ..common.launch import HEADS_IN_FLIGHT, Launch, LaunchCache, launch
 from ..common.statistics import Part, backward_parts
-from ..common.tensors import empty_heads_last
+from ..common.tensors import empty_heads_last, operand
 from ..common.tiles import LOG2E
 from .backward import key_gradient_kernel, query_gradient_kernel
 from .configurations import choices
@@ -33,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Te
     out lies in memory as (B, Tq, H, D), as the next layer wants it.
     """
     dtype = q.dtype
-    q, k, v = (_operand(x) for x in (q, k, v))
+    q, k, v = (operand(x) for x in (q, k, v))
     out = empty_heads_last(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if layout.cu_seqlens is not None:
@@ -52,7 +52,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) for the gradients of out and, where there is one, of lse."""
     dtype = q.dtype
-    dout, q, k, v, out = (_operand(x) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (operand(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
@@ -165,10 +165,3 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple:
     """All that a call's launches depend on beside addresses."""
     numbers = q.dtype, q.device, product_precision(q.dtype)
     return q.shape, k.shape, q.stride(), k.stride(), v.stride(), numbers, layout.key
-
-
-def _operand(x: Tensor) -> Tensor:
-    """x with a contiguous head dim, copied only where it is not; in float32 for Triton's interpreter if bfloat16."""
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,162 @@
+"""What the chunks of a training window read of the blocks before them, as an operator of PyTorch: see operators.py.
+
+It gives what `retrieval_window.retrieve_window` gives, or, with a chunk's own attention, both together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .kernels.common.tensors import empty_heads_last
+from .operators import LIBRARY, NO_SECOND_DERIVATIVES, check_scale, refuse_transforms, seed_tensor
+from .window import ReadingWindow
+
+
+def retrieve(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: ReadingWindow,
+    scale: float | None = None,
+    layer: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,
+    *,
+    backend: str,
+    ages: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The twin of `retrieval_window.retrieve_window` in the kernels of a backend that can serve: values and gradients.
+
+    q: (B, H, N, D) and k, v: (B, G, N, D), any strides. own: attention within the chunks, (B, H, N, D) and its
+    log-sum-exp, (B, H, N) float32, which is then one part of the outer softmax. ages: (B, H or 1, N, k) int32, a
+    selection that is made already, as `retrieval_window.select_in_window` gives.
+
+    Returns out (B, H, N, D), which lies in memory as (B, N, H, D), and the log-sum-exp (B, H, N) float32. Both are
+    differentiable, in own too. Gradients repeat bit by bit.
+
+    Raises ValueError for a scale that is not positive.
+    """
+    if not torch.compiler.is_compiling():
+        refuse_transforms(q, k, v)
+    scale = check_scale(scale, q)
+    settings = window.settings
+    seed = window.seed_of(layer) if settings.explore and ages is None else None
+    out, lse, *_ = retrieved(
+        q, k, v, *(own or (None, None)), window.chunks, window.blocks, window.chunk_of, window.cos, window.sin, ages,
+        None if seed is None else seed_tensor(seed, q.device), settings.chunk, settings.block_size, settings.top_k,
+        window.most_earlier, settings.explore, window.one_landmark and layer == 0, scale, backend,
+    )  # fmt: skip
+    return out, lse
+
+
+_WINDOW = (
+    "Tensor chunks, Tensor blocks, Tensor chunk_of, Tensor cos, Tensor sin, Tensor? ages, Tensor? explore_seed, "
+    "int chunk, int block_size, int top_k, int most_earlier, float explore, bool one_landmark_key, float scale, "
+    "str backend"
+)
+LIBRARY.define(
+    f"retrieve(Tensor q, Tensor k, Tensor v, Tensor? own, Tensor? own_lse, {_WINDOW}) -> "
+    "(Tensor out, Tensor lse, Tensor turns, Tensor entries, Tensor bounds)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "retrieve_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? own, "
+    f"Tensor? own_lse, Tensor turns, Tensor entries, Tensor bounds, {_WINDOW}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor down, Tensor down_lse)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+retrieved = torch.ops.landmark.retrieve.default
+retrieved_backward = torch.ops.landmark.retrieve_backward.default
+# Where a window's tensors and numbers begin among the operators' arguments, and how many of the first are tensors.
+_FORWARD_TENSORS, _WINDOW_TENSORS = 5, 7
+
+
+@torch.library.impl(LIBRARY, "retrieve", "CompositeExplicitAutograd")
+def _(q, k, v, own, own_lse, *window):
+    """(out, lse, turns, entries, bounds) of checked arguments."""
+    *window, backend = window
+    return BACKENDS[backend].retrieve_forward(q, k, v, own, own_lse, *window)
+
+
+@torch.library.register_fake("landmark::retrieve", lib=LIBRARY)
+def _(q, k, v, own, own_lse, *window):
+    blocks, top_k, most_earlier = window[1], window[9], window[10]
+    batch, heads, tokens, _ = q.shape
+    pairs = batch * (heads // k.shape[1]) * tokens * min(top_k, most_earlier)
+    return (
+        empty_heads_last(q),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty((k.shape[1], pairs), dtype=torch.int16),
+        q.new_empty((k.shape[1], pairs), dtype=torch.int64),
+        q.new_empty((k.shape[1], blocks.shape[0] + 1), dtype=torch.int32),
+    )
+
+
+@torch.library.impl(LIBRARY, "retrieve_backward", "CompositeExplicitAutograd")
+def _(dout, dlse, q, k, v, out, lse, own, own_lse, turns, entries, bounds, *window):
+    """(dq, dk, dv, down, down_lse); the last two are empty where there is no own part."""
+    *window, backend = window
+    found = BACKENDS[backend].retrieve_backward(
+        dout, dlse, q, k, v, out, lse, own, own_lse, turns, entries, bounds, *window
+    )
+    return tuple(q.new_empty(0) if x is None else x for x in found)
+
+
+@torch.library.register_fake("landmark::retrieve_backward", lib=LIBRARY)
+def _(dout, dlse, q, k, v, out, lse, own, own_lse, *rest):
+    own_gradients = [q.new_empty(0)] * 2 if own is None else [empty_heads_last(own), torch.empty_like(lse)]
+    return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v), *own_gradients
+
+
+class Retrieval(torch.autograd.Function):
+    """What autograd keeps between the two operators."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse, *routes = retrieved(*inputs)
+        tensors = inputs[:_FORWARD_TENSORS]
+        window = inputs[_FORWARD_TENSORS:]
+        ctx.save_for_backward(*tensors, out, lse, *routes, *window[:_WINDOW_TENSORS])
+        ctx.settings = window[_WINDOW_TENSORS:]
+        ctx.mark_non_differentiable(*routes)
+        ctx.set_materialize_grads(False)
+        return out, lse, *routes
+
+    @staticmethod
+    def backward(ctx, dout, dlse, *_):
+        q, k, v, own, own_lse, out, lse, *rest = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        *found, down, down_lse = retrieved_backward(dout, dlse, q, k, v, out, lse, own, own_lse, *rest, *ctx.settings)
+        own_gradients = (None, None) if own is None else (down, down_lse)
+        return *found, *own_gradients, *(None,) * (_WINDOW_TENSORS + len(ctx.settings))
+
+
+@torch.library.impl(LIBRARY, "retrieve", "Autograd")
+def _(*inputs):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:_FORWARD_TENSORS]):
+        return Retrieval.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return retrieved(*inputs)
+
+
+class RetrievalBackward(torch.autograd.Function):
+    """Tells who asks for second derivatives that there are none."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return retrieved_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(NO_SECOND_DERIVATIVES)
+
+
+@torch.library.impl(LIBRARY, "retrieve_backward", "Autograd")
+def _(*inputs):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return RetrievalBackward.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return retrieved_backward(*inputs)
