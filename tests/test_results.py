@@ -88,6 +88,38 @@ def test_the_page_brings_together_what_the_parts_measured(report, measured, tmp_
     assert (tmp_path / "docs" / "results-passkey.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tables_of_ruler(report, measured, tmp_path):
+    """A table for each model, of however many files."""
+
+    def cell(reading, tokens, task, score):
+        return {"reading": reading, "tokens": tokens, "task": task, "score": score, "samples": 20}
+
+    files = {
+        "ruler-k4": [cell("top-k 4", 1024, "vt", 1.0), cell("top-k 4", 1024, "fwe", 0.5)],
+        "ruler-million": [cell("top-k 16", 1_000_000, "vt", 0.25)],
+    }
+    (measured / "ruler-recipe").mkdir()
+    (measured / "ruler-untouched").mkdir()
+    for name, cells in files.items():
+        (measured / "ruler-recipe" / f"{name}.json").write_text(json.dumps({"cells": cells}))
+    (measured / "ruler-recipe" / "about.md").write_text("After 600 steps.\n")
+    page = report.report(report.read_parts(measured), tmp_path / "docs")
+    assert page[page.index("### SmolLM2-135M with") : page.index("## Commands")].splitlines() == [
+        "### SmolLM2-135M with landmarks, novels and pass keys",
+        "",
+        "After 600 steps.",
+        "",
+        "| task | top-k 4, 1,024 | top-k 16, 1,000,000 |",
+        "| --- | ---: | ---: |",
+        "| vt | 1.00 | 0.25 |",
+        "| fwe | 0.50 |  |",
+        "| mean | 0.75 | 0.25 (of 1) |",
+        "| samples of a task | 20 | 20 |",
+        "",
+    ]
+    assert page.count("### ") == 1
+
+
 def test_parts_measured_on_different_machines_are_told_apart(report, measured):
     (measured / "xl" / "log.tsv").write_text("machine\tanother GPU\n")
     lines = report.machine_lines(report.read_parts(measured))
@@ -98,7 +130,7 @@ def test_what_was_not_measured_is_left_out(report, measured, tmp_path):
     parts = {"xl": report.read_parts(measured)["xl"]}
     page = report.report(parts, tmp_path)
     assert "| xl | 2048 |" in page and "| landmark | 512 | 250 | 10 | 2 |  |  | 16.23 |" in page
-    for absent in ("## Pass keys", "## Training", "## SmolLM2", "mathematics", "same order", ".png"):
+    for absent in ("## Pass keys", "## Training", "## SmolLM2", "## RULER", "mathematics", "same order", ".png"):
         assert absent not in page
 
 

@@ -2,9 +2,10 @@
 
     python recipes/results/report.py runs/results --output docs/results.md
 
-The folder holds one folder for each part: tables of perplexities (table1.json, ...), pass keys (passkey*.json), what
-training wrote (metrics.jsonl) and the commands with their seconds (log.tsv). What is not there is left out. A
-reading.md in it, what somebody makes of the figures, comes first.
+The folder holds one folder for each part: tables of perplexities (table1.json, ...), pass keys (passkey*.json), RULER's
+tasks (ruler*.json, of which the answers are not needed), what training wrote (metrics.jsonl), the commands with their
+seconds (log.tsv) and, where more has to be said of it, about.md. What is not there is left out. A reading.md in it,
+what somebody makes of the figures, comes first.
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ PARTS = {
     "smollm2-untouched": "SmolLM2-135M as it is",
     "smollm2-novels": "SmolLM2-135M with landmarks, novels",
     "smollm2-passkey": "SmolLM2-135M with landmarks, novels and pass keys",
+    "ruler-untouched": "RULER, SmolLM2-135M as it is",
+    "ruler-recipe": "RULER, SmolLM2-135M with landmarks, novels and pass keys",
+    "ruler-distilled": "RULER, SmolLM2-135M with landmarks by distillation from itself",
 }
-NOVELS, MATH, SMOLLM2 = (
+NOVELS, MATH, SMOLLM2, RULER = (
     ("landmark", "baseline", "xl"),
     ("math-landmark", "math-baseline", "math-xl"),
     ("smollm2-untouched", "smollm2-novels", "smollm2-passkey"),
+    ("ruler-untouched", "ruler-recipe", "ruler-distilled"),
 )
 
 
 @dataclass
 class Part:
-    """What one part left. tables, keys: the JSON of its studies and of its pass keys, by the file's name.
+    """What one part left. tables, keys, ruler: the JSON of its studies, of its pass keys and of RULER, by the file's
+    name. about: what else is to be said of it.
 
     training: the records of metrics.jsonl. commands: (seconds, command) in their order; seconds: of the whole part.
     """
@@ -47,6 +53,8 @@ class Part:
     name: str
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ruler: dict[str, dict[str, Any]] = field(default_factory=dict)
+    about: str = ""
     training: list[dict[str, Any]] = field(default_factory=list)
     machine: str | None = None
     commands: list[tuple[int, str]] = field(default_factory=list)
@@ -64,8 +72,11 @@ def read_parts(folder: Path) -> Parts:
 def read_part(folder: Path) -> Part:
     part = Part(folder.name)
     for path in sorted(folder.glob("*.json")):
-        kind = part.keys if path.stem.startswith("passkey") else part.tables
+        known = {"passkey": part.keys, "ruler": part.ruler}
+        kind = next((kind for begin, kind in known.items() if path.stem.startswith(begin)), part.tables)
         kind[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    for path in folder.glob("about.md"):
+        part.about = path.read_text(encoding="utf-8").strip()
     for path in folder.glob("metrics.jsonl"):
         part.training = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for path in folder.glob("log.tsv"):
@@ -250,6 +261,32 @@ def key_section(lines: dict[str, dict[int, dict[str, Any]]], picture: Path, trai
     return [*key_table(lines), f"![keys found by length of the prompt]({picture.name})", ""]
 
 
+def ruler_tables(parts: Parts) -> list[str]:
+    """For each model a table of RULER's scores: a row for each task, a column for each way of reading and length."""
+    lines = []
+    for part in (parts[name] for name in RULER if name in parts and parts[name].ruler):
+        cells = [cell for file in part.ruler.values() for cell in file["cells"]]
+        found = {(cell["reading"], cell["tokens"], cell["task"]): cell for cell in cells}
+        lengths = sorted({cell["tokens"] for cell in cells})
+        readings, tasks = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("reading", "task"))
+        ways = [(reading, length) for reading in readings for length in lengths]
+        of_ways = [[found[(*way, task)] for task in tasks if (*way, task) in found] for way in ways]
+        shown = [(way, some) for way, some in zip(ways, of_ways, strict=True) if some]
+        rows = [[task, *(found.get((*way, task), {}).get("score") for way, _ in shown)] for task in tasks]
+        means = [sum(cell["score"] for cell in some) / len(some) for _, some in shown]
+        rows.append(["mean", *(f"{one:.2f}{_of(some, tasks)}" for one, (_, some) in zip(means, shown, strict=True))])
+        rows.append(["samples of a task", *(min(cell["samples"] for cell in some) for _, some in shown)])
+        columns = ["task", *(f"{reading}, {length:,}" for (reading, length), _ in shown)]
+        lines += [f"### {PARTS[part.name].removeprefix('RULER, ')}", ""]
+        lines += [part.about, ""] if part.about else []
+        lines += markdown(columns, rows)
+    return lines
+
+
+def _of(cells: list[dict[str, Any]], tasks: list[str]) -> str:
+    return "" if len(cells) == len(tasks) else f" (of {len(cells)})"
+
+
 def commands(parts: Parts) -> list[str]:
     """Every command of every part with its seconds."""
     lines = []
@@ -315,8 +352,9 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
     }
     section(
         "Pass keys",
-        "Share of keys found, with Wilson's 95 % interval. The models were trained on documents of at most 500 tokens. "
-        "The baseline sees the last 512 tokens.",
+        "Share of keys found, with Wilson's 95 % interval. The models were trained on documents of at most 500 tokens, "
+        "in the wording and the filler in which they are asked here: this is the skill that was drilled, at lengths "
+        "that it was not drilled at. The baseline sees the last 512 tokens.",
         key_section(key_lines(parts, own), folder / "results-passkey.png", 512),
     )
     pretrained = {
@@ -328,9 +366,19 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
     section(
         "SmolLM2-135M",
         "The untouched model reads novels 8192 tokens at a time, the length it was trained on, and pass-key prompts "
-        "whole. With landmarks it was fine-tuned in windows of 1008 tokens and reads all in chunks of 693, k = 4.",
+        "whole. With landmarks it was fine-tuned in windows of 1008 tokens and reads all in chunks of 693, k = 4. Keys "
+        "are asked for in the paper's wording and filler, which the model of the last column, and no other, was trained "
+        "on.",
         perplexity_table(rows, None) if rows else [],
         key_section(key_lines(parts, pretrained), folder / "results-smollm2.png", 1008),
+    )
+    section(
+        "RULER",
+        "Mean scores of `landmark eval ruler`, by way of reading and tokens of prompt and answer. No training saw a "
+        "task's wording; the filler of niah_single_1 and vt is the pass key's. Prose is the validation split of the "
+        "novels, not RULER's essays, so figures of tasks with prose are near published ones, not equal to them. "
+        "[evaluation.md](evaluation.md#ruler) says what the tasks are.",
+        ruler_tables(parts),
     )
     section("Commands", "What ran in every part, and its seconds; some ran at the same time.", commands(parts))
     return "\n".join(lines).rstrip() + "\n"

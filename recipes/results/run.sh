@@ -12,6 +12,8 @@
 #   million                       pass keys in texts of up to a million tokens, by the model of `landmark`
 #   math-landmark math-baseline math-xl      the same three on mathematics, without pass keys
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
+#   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
+#   ruler-distilled               shown where it is there: its training is no part of this program
 #   report                        all that was measured, as Markdown and pictures; needs no GPU
 #
 # What may be set:
@@ -19,6 +21,7 @@
 #   STEPS MATH_STEPS SMOLLM2_STEPS    optimizer steps           PROMPTS      pass keys of each length
 #   LONG_PROMPTS_8         the same in the longest texts with 8 blocks retrieved; UNTOUCHED_PROMPTS: by SmolLM2 as it is
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
+#   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   DATA RUNS RESULTS DOCS    where token files, models, figures and the report go
 #   DEVICE DTYPE TRAIN FINETUNE    device, dtype of measuring, further options of training; PYTHON
 set -euo pipefail
@@ -32,13 +35,15 @@ PROMPTS=${PROMPTS:-50} LONG_PROMPTS_8=${LONG_PROMPTS_8:-10} UNTOUCHED_PROMPTS=${
 LENGTHS=${LENGTHS:-512,1024,2048,4096,8192,16384,32768,65536,131072} LONG_LENGTHS=${LONG_LENGTHS:-262144,1000000}
 SMOLLM2_LENGTHS=${SMOLLM2_LENGTHS:-1024,4096,16384,65536,131072}
 SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
+RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMPLES=${RULER_SAMPLES:-20}
 DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
 # Several words each.
 TRAIN=(${TRAIN:-}) FINETUNE=(${FINETUNE:-}) MEASURE=(--device "$DEVICE" --dtype "$DTYPE")
 SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-PART=${PART:-data landmark million baseline xl $MATH_PARTS $SMOLLM2_PARTS report}
+RULER_PARTS="ruler-untouched ruler-recipe"
+PART=${PART:-data landmark million baseline xl $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS report}
 
 landmark() { "$PYTHON" -m landmark_cli "$@"; }
 
@@ -174,6 +179,18 @@ smollm2() {
     both pretrained_novels pretrained_keys
 }
 
+# More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
+ruler() {
+    local how=(--haystack "${NOVELS:?the folder of the novels, with validation/ in it}/validation" --samples "$RULER_SAMPLES")
+    how+=(--lengths "$RULER_LENGTHS" --output "$RUNS/studies/$part")
+    if [ "$role" = untouched ]; then
+        measure ruler ruler --model "$SMOLLM2" --full-attention "${how[@]}"
+    else
+        measure ruler-k4 ruler --model "$RUNS/smollm2-passkey" --top-k-blocks 4 "${how[@]}"
+        measure ruler-k16 ruler --model "$RUNS/smollm2-passkey" --top-k-blocks 16 --chunk 504 "${how[@]}"
+    fi
+}
+
 machine() {
     "$PYTHON" - <<'PYTHON_CODE'
 import platform
@@ -205,6 +222,7 @@ run_part() {
         math-xl) text=$DATA/math; on_mathematics transformer-xl; tables ;;
         math-*) text=$DATA/math; on_mathematics "$role"; tables ;;
         smollm2-*) smollm2 ;;
+        ruler-untouched | ruler-recipe) ruler ;;
         *) echo "there is no part called $part" >&2; return 2 ;;
     esac
     printf 'total\t%d\n' $((SECONDS - begin)) >> "$results/log.tsv"
@@ -215,6 +233,7 @@ for name in $PART; do
     case $name in
         math) for one in $MATH_PARTS; do run_part "$one"; done ;;
         smollm2) for one in $SMOLLM2_PARTS; do run_part "$one"; done ;;
+        ruler) for one in $RULER_PARTS; do run_part "$one"; done ;;
         *) run_part "$name" ;;
     esac
 done
