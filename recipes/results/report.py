@@ -367,8 +367,7 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         "SmolLM2-135M",
         "The untouched model reads novels 8192 tokens at a time, the length it was trained on, and pass-key prompts "
         "whole. With landmarks it was fine-tuned in windows of 1008 tokens and reads all in chunks of 693, k = 4. Keys "
-        "are asked for in the paper's wording and filler, which the model of the last column, and no other, was trained "
-        "on.",
+        "are asked for in the paper's wording and filler, on which the model of the last column alone was trained.",
         perplexity_table(rows, None) if rows else [],
         key_section(key_lines(parts, pretrained), folder / "results-smollm2.png", 1008),
     )
