@@ -7,8 +7,9 @@ import triton
 
 from .call import MAX_TOP_K
 
-# Keys and values of a block, which backward holds in one tile.
-TILE_BYTES = 128 << 10
+# Bytes of a block's keys and values, by those of a number. Backward holds them in one tile, and of float32, whose
+# products are made of parts, several copies.
+TILE_BYTES = {2: 128 << 10, 4: 64 << 10}
 
 
 def why_not(dtype: torch.dtype, head_dim: int, block_size: int, top_k: int) -> str | None:
@@ -16,9 +17,10 @@ def why_not(dtype: torch.dtype, head_dim: int, block_size: int, top_k: int) -> s
     if top_k > MAX_TOP_K:
         return f"top_k is {top_k}; the Triton kernels retrieve at most {MAX_TOP_K} blocks"
     sizes = [triton.next_power_of_2(n) for n in (head_dim, block_size)]
-    if 2 * sizes[0] * sizes[1] * dtype.itemsize > TILE_BYTES:
+    most = TILE_BYTES[dtype.itemsize]
+    if 2 * sizes[0] * sizes[1] * dtype.itemsize > most:
         return (
             f"block_size is {block_size} with head dim {head_dim} of {dtype}; keys and values of a block take at most "
-            f"{TILE_BYTES >> 10} KiB in the Triton kernels that read training windows"
+            f"{most >> 10} KiB in the Triton kernels that read training windows"
         )
     return None
