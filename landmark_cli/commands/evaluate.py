@@ -23,7 +23,7 @@ from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.evaluation.passkey import Cell, PassKeyResult
@@ -103,13 +103,10 @@ def run_perplexity(options: PerplexityOptions) -> dict[str, Any]:
     Raises LandmarkError where model and token file do not fit each other or the text is too short.
     """
     check_outputs(options)
-    from landmark_cli.data.checks import check_token_files
-    from landmark_cli.data.pretrained_tokenizers import text_ids
-
     file = open_text(options.data)
     name = name_model(options)
     model, tokenizer = open_model(name, options)
-    check_token_files([file], partial(text_ids, tokenizer), model.config.vocab_size, name)
+    check_text(file, model, tokenizer, name)
     from landmark_cli.evaluation.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(
@@ -192,6 +189,15 @@ def open_text(path: Path | None) -> TokenFile:
         path = find_corpus(Path("data"))
         info(f"reading {path / 'validation.bin'} of the newest prepared corpus under data/ (--data names another)")
     return TokenFile.open(path / "validation.bin" if path.is_dir() else path)
+
+
+def check_text(file: TokenFile, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise LandmarkError where a token file was made with another tokenizer than the model's. name: what the user
+    calls the model."""
+    from landmark_cli.data.checks import check_token_files
+    from landmark_cli.data.pretrained_tokenizers import text_ids
+
+    check_token_files([file], partial(text_ids, tokenizer), model.config.vocab_size, name)
 
 
 def perplexity_data(result: PerplexityResult, model: PreTrainedModel, reading: ReadingSettings) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.evaluate import (
     EvaluationOptions,
     check_retrieves,
+    check_text,
     open_text,
     reading_alone,
     reading_alone_data,
@@ -137,8 +137,6 @@ def run(options: LongPerplexityOptions) -> dict[str, Any]:
 def _measure(
     options: LongPerplexityOptions, file: TokenFile, name: str
 ) -> tuple[LongText, list[list[int]], list[LongPerplexity]]:
-    from landmark_cli.data.checks import check_token_files
-    from landmark_cli.data.pretrained_tokenizers import text_ids
     from landmark_cli.evaluation.longppl import (
         find_key_tokens,
         long_text,
@@ -155,7 +153,7 @@ def _measure(
 
     def opened(which: str) -> Any:
         model, tokenizer = open_model(which, options)
-        check_token_files([file], partial(text_ids, tokenizer), model.config.vocab_size, which)
+        check_text(file, model, tokenizer, which)
         return model
 
     def depends_on(which: str) -> dict[str, Any]:

@@ -43,6 +43,11 @@ FIGURES: dict[str, Figures] = {
         "accuracy": lambda result: result.get("accuracy"),
         "dropped": lambda result: result.get("dropped_retrievals"),
     },
+    "longppl": {
+        "key perplexity": lambda result: _perplexity(result["key_tokens"]),
+        "perplexity": lambda result: _perplexity(result["all_tokens"]),
+        "key tokens": lambda result: result["key_tokens"]["tokens"],
+    },
     "ruler": {
         "score": lambda result: result.get("score"),
         "95 % interval": _interval,
@@ -53,6 +58,9 @@ FIGURES: dict[str, Figures] = {
 SELDOM = ("dropped",)
 PICTURES = {
     "perplexity": Drawn("eval-length", "eval_length", "perplexity", "text tokens of a window", "perplexity"),
+    "longppl": Drawn(
+        "eval-length", "eval_length", "key perplexity", "text tokens of a window", "perplexity of key tokens"
+    ),
     "ruler": Drawn("length", "length", "score", "tokens of prompt and answer", "score"),
 }
 

@@ -27,10 +27,11 @@ from landmark_cli.schema import check
 class StudyFile:
     """What a study file holds."""
 
-    study: Literal["perplexity", "ruler"]
+    study: Literal["perplexity", "longppl", "ruler"]
     rows: list[dict[str, Any]]
     roles: dict[str, str]
     title: str | None = None
+    evaluator: str | None = None
 
 
 @dataclass
@@ -49,6 +50,15 @@ class PerplexityRow(ReadingSettings):
 
 
 @dataclass
+class LongPerplexityRow(ReadingSettings):
+    """The settings that a row of LongPPL may have: how the model reads, and in what windows."""
+
+    eval_length: int | None = option(None, min=2, help="Text tokens of a window.")
+    short_context: int = option(4096, min=1, help="Tokens of the short context.")
+    stride: int = option(1024, min=1, help="Tokens that share a short context.")
+
+
+@dataclass
 class RulerRow(ReadingSettings):
     """The settings that a row of RULER may have: what is asked, and how the model reads."""
 
@@ -59,7 +69,11 @@ class RulerRow(ReadingSettings):
 
 
 # What a study measures -> the settings that its rows may have.
-KINDS: dict[str, type[ReadingSettings]] = {"perplexity": PerplexityRow, "ruler": RulerRow}
+KINDS: dict[str, type[ReadingSettings]] = {
+    "perplexity": PerplexityRow,
+    "longppl": LongPerplexityRow,
+    "ruler": RulerRow,
+}
 
 
 @dataclass(frozen=True)
@@ -82,13 +96,14 @@ class Row:
 @dataclass(frozen=True)
 class Study:
     """A study file: its title, its roles (name to a description of the model to play it), its rows and what they
-    measure, one of KINDS."""
+    measure, one of KINDS. evaluator: of LongPPL, the role whose model finds the key tokens."""
 
     name: str
     title: str
     roles: dict[str, str]
     rows: list[Row]
     kind: str = "perplexity"
+    evaluator: str | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -109,8 +124,12 @@ def load_study(name: str | Path) -> Study:
         file = check(StudyFile, read_yaml(path, "study", kind=UsageError))
         if not file.rows:
             raise ValueError("it should have at least one row")
+        if (file.evaluator is not None) != (file.study == "longppl"):
+            raise ValueError("a study of longppl, and no other, has an evaluator: the role that finds the key tokens")
+        if file.evaluator is not None and file.evaluator not in file.roles:
+            raise ValueError(f"evaluator {shown(file.evaluator)} is none of the roles")
     rows = [_row(path, number, entry, file) for number, entry in enumerate(file.rows, 1)]
-    return Study(path.stem, file.title or path.stem, file.roles, rows, file.study)
+    return Study(path.stem, file.title or path.stem, file.roles, rows, file.study, file.evaluator)
 
 
 def _row(path: Path, number: int, entry: dict[str, Any], file: StudyFile) -> Row:

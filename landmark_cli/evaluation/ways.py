@@ -7,28 +7,32 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from landmark_cli.inference.readers import has_landmarks
+from landmark_cli.inference.readers import has_landmarks, reader_class
 
 
 @dataclass(frozen=True)
 class Way:
     """How a model reads. top_k_blocks: through the block cache, with so many; None by the attention it has of itself.
-    full: ordinary attention over the whole prompt, else its own window."""
+    full: ordinary attention over all that is read, else its own window or, where the model remembers (recurrent), a
+    memory of its own."""
 
     top_k_blocks: int | None
     full: bool = False
+    recurrent: bool = False
 
     @property
     def name(self) -> str:
         if self.full:
             return "full attention"
+        if self.recurrent:
+            return "recurrence"
         return "own window" if self.top_k_blocks is None else f"top-k {self.top_k_blocks}"
 
 
 def ways_of(model: PreTrainedModel, top_k_blocks: Sequence[int] | None, full_attention: bool) -> list[Way]:
     """The ways in which a model is read: through the block cache with each of these numbers of blocks (by default its
-    config's), or in its own window; and by full attention where that is asked for."""
+    config's), by recurrence, or in its own window; and by full attention where that is asked for."""
     full = [Way(None, full=True)] if full_attention else []
     if has_landmarks(model):
         return [Way(k) for k in dict.fromkeys(top_k_blocks or [model.config.top_k_blocks])] + full
-    return full or [Way(None)]
+    return full or [Way(None, recurrent=reader_class(model).remembers)]

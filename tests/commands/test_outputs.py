@@ -51,7 +51,7 @@ def test_what_cannot_be_written_is_said_before_the_work(landmark, tmp_path, monk
     where, message = PLACES[place]
     (tmp_path / "file").write_text("here before")
     path = str(tmp_path / where) if not where.startswith("/") else where
-    for name in ("commands.generate", "commands.evaluate", "commands.longppl", "commands.ruler", "commands.study"):
+    for name in ("commands.generate", "commands.evaluate", "commands.longppl", "commands.ruler", "commands.study_rows"):
         monkeypatch.setattr(f"landmark_cli.{name}.open_model", lambda *_, **__: pytest.fail("work was begun"))
     monkeypatch.setattr("landmark_cli.data.prepare.prepare", lambda *_, **__: pytest.fail("work was begun"))
     result = landmark(*words.split(), *REQUIRED.get(words, []), f"--{setting.key}", path)

@@ -155,7 +155,7 @@ def test_windows_are_kept_and_a_run_goes_on(tmp_path, capsys):
 def test_ways_and_mistakes(tmp_path):
     landmark, llama, recurrent = tiny_model(), tiny_llama(), tiny_baseline(memory_length=8, segment_length=8)
     assert ways_of_long(landmark, [2, 4]) == [Way(2), Way(4)] and ways_of_long(landmark, None) == [Way(2)]
-    assert ways_of_long(llama, None) == [FULL] and ways_of_long(recurrent, None) == [Way(None)]
+    assert ways_of_long(llama, None) == [FULL] and ways_of_long(recurrent, None) == [Way(None, recurrent=True)]
     text = long_text(tiny_text(100).numpy(), None, eval_length=40)
     with pytest.raises(UsageError, match="--eval-length 40: .* knows 32 positions; give 32 or less"):
         find(tmp_path, llama, FULL, text)

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from landmark_cli.commands import study as command
+from landmark_cli.commands.longppl import LongPerplexityOptions
+from landmark_cli.commands.longppl import run as run_longppl
 from landmark_cli.commands.study import StudyOptions
 from landmark_cli.data.token_file import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
+from landmark_cli.evaluation import longppl
 from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
 from landmark_cli.evaluation.ruler import run as ruler_run
@@ -154,6 +157,60 @@ def test_a_study_of_ruler(place, tmp_path, monkeypatch, capsys):
         command.run(options(place, tmp_path, **chosen))
 
 
+LONG = """
+study: longppl
+roles: {judge: another model, landmark: with landmarks}
+evaluator: judge
+rows:
+  - {role: landmark, eval-length: 40, short-context: 8, stride: 4, chunk: 8, top-k-blocks: 1}
+  - {role: landmark, eval-length: 40, short-context: 8, stride: 4, chunk: 8, top-k-blocks: 2}
+  - {role: judge, eval-length: 40, short-context: 8, stride: 4}
+  - {role: landmark, eval-length: 60, short-context: 8, stride: 4, chunk: 8, top-k-blocks: 2}
+"""
+
+
+def test_a_study_of_longppl(place, tmp_path, monkeypatch, capsys):
+    """Rows as `eval longppl` measures them, on the key tokens that one evaluator has found."""
+    monkeypatch.setattr(longppl, "GAIN", 0.001)
+    monkeypatch.setattr(longppl, "MOST_LOSS", 30.0)
+    (tmp_path / "long.yaml").write_text(LONG)
+    chosen = {"study": str(tmp_path / "long.yaml"), "role": [f"landmark={place / 'landmark'}", f"judge={place / 'xl'}"]}
+    command.run(options(place, tmp_path / "out", (), **chosen, plot=True))
+    data = json.loads((tmp_path / "out" / "long.json").read_text())
+    results = [row["result"] for row in data["rows"]]
+    key, every = ([result[name] for result in results] for name in ("key_tokens", "all_tokens"))
+    assert key[0]["tokens"] == key[1]["tokens"] == key[2]["tokens"] > 3 and key[3]["tokens"] > 3
+    assert len({one["perplexity"] for one in key}) == len({one["perplexity"] for one in every}) == 4
+    assert [result["reading"] for result in results] == ["top-k 1", "top-k 2", "recurrence", "top-k 2"]
+    by_command = LongPerplexityOptions(
+        model=place / "landmark",
+        evaluator=place / "xl",
+        data=place / "validation.bin",
+        eval_length=40,
+        short_context=8,
+        stride=4,
+        chunk=8,
+        top_k_blocks=[1, 2],
+        output=tmp_path / "command",
+        device="cpu",
+    )
+    alone = run_longppl(by_command)["results"]
+    assert [one["key_tokens"]["tokens"] for one in alone] == [key[0]["tokens"]] * 2
+    assert [one["all_tokens"]["loss"] for one in alone] == [one["loss"] for one in every[:2]]
+    with (tmp_path / "out" / "long.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["key perplexity"]) == key[0]["perplexity"] and rows[0]["key tokens"] == str(key[0]["tokens"])
+    assert (tmp_path / "out" / "long.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    capsys.readouterr()
+    command.run(options(place, tmp_path / "out", (), **chosen, plot=True))
+    assert json.loads((tmp_path / "out" / "long.json").read_text()) == data
+    # Two sets of windows whose key tokens are kept, and four rows.
+    assert capsys.readouterr().err.count("windows are kept from an earlier run") == 6
+    with pytest.raises(UsageError, match="finds key tokens with the model of judge: give --role judge=MODEL"):
+        command.run(options(place, tmp_path / "out", ("landmark",), study=chosen["study"]))
+
+
 def test_an_interrupted_study_measures_only_what_is_missing(place, tmp_path, monkeypatch, capsys):
     command.run(options(place, tmp_path))
     whole = (tmp_path / "small.json").read_text()
@@ -249,7 +306,10 @@ ROLES = "study: perplexity\nroles: {a: x}\n"
 WRONG = {
     "[1, 2]": "expected lines of",
     "study: [": "not YAML",
-    "study: passkey\nrows: [{}]": "study should be 'perplexity' or 'ruler', found 'passkey'",
+    "study: passkey\nrows: [{}]": "study should be 'perplexity' or 'longppl' or 'ruler', found 'passkey'",
+    "study: longppl\nroles: {a: x}\nrows: [{role: a}]": "a study of longppl, and no other, has an evaluator",
+    ROLES + "evaluator: a\nrows: [{role: a}]": "a study of longppl, and no other, has an evaluator",
+    "study: longppl\nroles: {a: x}\nevaluator: b\nrows: [{role: a}]": "evaluator \"?'?b.* is none of the roles",
     "study: ruler\nroles: {a: x}\nrows: [{role: a, eval-length: 8}]": 'row 1: unknown key "eval-length"',
     "study: ruler\nroles: {a: x}\nrows: [{role: a, length: 0}]": "row 1: length: must be at least 1",
     ROLES + "rows: [{role: a, full-attention: true}]": 'row 1: unknown key "full-attention"',

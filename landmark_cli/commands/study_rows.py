@@ -1,0 +1,253 @@
+"""How the rows of a study are measured: a class for each kind of study, and the models that play its roles."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from landmark_cli.commands.evaluate import (
+    check_retrieves,
+    check_text,
+    open_text,
+    perplexity_data,
+    reading_alone,
+    score_data,
+)
+from landmark_cli.commands.models import open_model
+from landmark_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from landmark_cli.commands.study import StudyOptions
+    from landmark_cli.evaluation.studies import FinishedRows, Row, Study
+    from landmark_cli.interrupts import Interrupts
+
+
+class PerplexityRows:
+    """Measures the rows of a study of perplexity.
+
+    common: what every row's result depends on. about: what the study's data say of it besides.
+    """
+
+    def __init__(self, options: StudyOptions, study: Study, output: Path, models: dict[str, str]):
+        self._options = options
+        self._file = open_text(options.data)
+        self.common = {
+            "data": self._file.metadata.sha256,
+            "sample_tokens": options.sample_tokens,
+            "seed": options.seed,
+            "dtype": options.dtype,
+        }
+        self.about = {"text": str(self._file.path)}
+
+    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
+        """The figures of a row."""
+        from landmark_cli.evaluation.perplexity import evaluate_perplexity
+
+        options, (model, tokenizer) = self._options, opened(row.role)
+        check_text(self._file, model, tokenizer, opened.name(row.role))
+        reading = row.reading()
+        result = evaluate_perplexity(
+            model,
+            self._file.tokens,
+            eot_id=self._file.metadata.eot_id,
+            eval_length=row.settings.get("eval-length"),
+            memory=row.settings.get("memory", True),
+            reading=reading,
+            batch_size=options.batch_size,
+            sample_tokens=options.sample_tokens,
+            seed=options.seed,
+        )
+        return perplexity_data(result, model, reading)
+
+
+class RulerRows:
+    """Measures the rows of a study of RULER. The answers are kept one by one, so a row that was interrupted goes on.
+
+    common, about: as of PerplexityRows. Raises UsageError for a task that there is not.
+    """
+
+    def __init__(self, options: StudyOptions, study: Study, output: Path, models: dict[str, str]):
+        from landmark_cli.evaluation.ruler.benchmark import task_names
+        from landmark_cli.evaluation.ruler.haystacks import NOVELS, haystack_identity
+
+        for number, row in enumerate(study.rows, 1):
+            try:
+                task_names(row.settings.get("tasks"), has_documents=False)
+            except UsageError as error:
+                raise UsageError(f"study {study.name}, row {number}: {error}") from None
+        self._options, self._output = options, output
+        self.common = {
+            "benchmark": "ruler",
+            "haystack": haystack_identity(options.haystack),
+            "samples": options.samples,
+            "seed": options.seed,
+            "dtype": options.dtype,
+        }
+        self.about = {"text": str(options.haystack or NOVELS)}
+
+    @cached_property
+    def _answers(self) -> FinishedRows:
+        from landmark_cli.evaluation.studies import FinishedRows
+
+        return FinishedRows(self._output / "answers.jsonl")
+
+    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
+        """The figures of a row."""
+        from landmark_cli.evaluation.ruler.benchmark import check_lengths, make_task, task_names
+        from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+        from landmark_cli.evaluation.ruler.haystacks import Prose
+        from landmark_cli.evaluation.ruler.report import of_tasks
+        from landmark_cli.evaluation.ruler.run import measure
+        from landmark_cli.evaluation.studies import RulerRow, model_identity
+        from landmark_cli.evaluation.ways import ways_of
+
+        options, name = self._options, opened.name(row.role)
+        asks = RulerRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
+        model, tokenizer = opened(row.role, "sdpa" if asks.full_attention else None)
+        blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
+        check_retrieves(model, name, blocks, "leave it out of its rows")
+        # Where ordinary attention is asked for, it is the last way.
+        way = ways_of(model, blocks, asks.full_attention)[-1]
+        encoder = PromptEncoder(tokenizer, chat=asks.chat)
+        prose = Prose(encoder, options.haystack)
+        names = task_names(asks.tasks, has_documents=False)
+        tasks = [make_task(one, encoder, prose, options.seed) for one in names]
+        for task in tasks:
+            check_lengths(task, [asks.length], options.samples)
+        cells = measure(
+            model,
+            tokenizer,
+            tasks,
+            [asks.length],
+            way,
+            self._answers,
+            asked,
+            samples=options.samples,
+            depends_on={
+                "model": model_identity(name),
+                "seed": options.seed,
+                "chat": asks.chat,
+                "dtype": options.dtype,
+            },
+            reading=reading_alone(row.reading()),
+            batch_size=options.batch_size,
+        )
+        # None where ordinary attention is asked for more positions than the model knows.
+        score, interval = of_tasks(cells) if cells else (None, None)
+        return {
+            "length": asks.length,
+            "reading": way.name,
+            "answers": sum(len(cell.answers) for cell in cells),
+            "score": score,
+            "interval": interval,
+            "tasks": {cell.task: cell.mean for cell in cells},
+        }
+
+
+class LongPerplexityRows:
+    """Measures the rows of a study of LongPPL. What is found in a window is kept, so a row that was interrupted goes
+    on. One role is the evaluator, whose key tokens all rows of the same windows share.
+
+    common, about: as of PerplexityRows. Raises UsageError where no model plays the evaluator.
+    """
+
+    def __init__(self, options: StudyOptions, study: Study, output: Path, models: dict[str, str]):
+        from landmark_cli.evaluation.studies import model_identity
+
+        if study.evaluator not in models:
+            role = study.evaluator
+            raise UsageError(f"{study.name} finds key tokens with the model of {role}: give --role {role}=MODEL")
+        self._options, self._output, self._evaluator = options, output, study.evaluator
+        self._file = open_text(options.data)
+        self._found: dict[str, list[list[int]]] = {}
+        self.common = {
+            "benchmark": "longppl",
+            "evaluator": model_identity(models[study.evaluator]),
+            "data": self._file.metadata.sha256,
+            "sample_tokens": options.sample_tokens,
+            "seed": options.seed,
+            "dtype": options.dtype,
+        }
+        self.about = {"text": str(self._file.path)}
+
+    @cached_property
+    def _windows(self) -> FinishedRows:
+        from landmark_cli.evaluation.studies import FinishedRows
+
+        return FinishedRows(self._output / "windows.jsonl")
+
+    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
+        """The figures of a row."""
+        from landmark_cli.evaluation.longppl import find_key_tokens, long_text, measure_long_perplexity, ways_of_long
+        from landmark_cli.evaluation.studies import LongPerplexityRow, model_identity
+
+        options, about = self._options, self._file.metadata
+        asks = LongPerplexityRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
+        sample = {"sample_tokens": options.sample_tokens, "seed": options.seed}
+        text = long_text(self._file.tokens, about.eot_id, about.sha256, eval_length=asks.eval_length, **sample)
+
+        def depends_on(role: str) -> dict[str, Any]:
+            return {"model": model_identity(opened.name(role)), "dtype": options.dtype}
+
+        of_windows = {"context": asks.short_context, "stride": asks.stride}
+        key = repr((text.eval_length, of_windows))
+        if key not in self._found:
+            evaluator = self._model(opened, self._evaluator)
+            (way,) = ways_of_long(evaluator, None)
+            about_evaluator = {"depends_on": depends_on(self._evaluator), "batch_size": options.batch_size}
+            self._found[key] = find_key_tokens(
+                evaluator, way, text, self._windows, asked, **of_windows, **about_evaluator
+            )
+            del evaluator
+        model = self._model(opened, row.role)
+        blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
+        check_retrieves(model, opened.name(row.role), blocks, "leave it out of its rows")
+        (way,) = ways_of_long(model, blocks)
+        result = measure_long_perplexity(
+            model,
+            way,
+            text,
+            self._found[key],
+            self._windows,
+            asked,
+            depends_on=depends_on(row.role),
+            reading=reading_alone(row.reading()),
+            batch_size=options.batch_size,
+        )
+        return {
+            "eval_length": text.eval_length,
+            "reading": way.name,
+            "key_tokens": score_data(result.key),
+            "all_tokens": score_data(result.overall),
+        }
+
+    def _model(self, opened: Opened, role: str) -> PreTrainedModel:
+        model, tokenizer = opened(role)
+        check_text(self._file, model, tokenizer, opened.name(role))
+        return model
+
+
+MEASURES = {"perplexity": PerplexityRows, "longppl": LongPerplexityRows, "ruler": RulerRows}
+
+
+class Opened:
+    """Models by role, one open at a time."""
+
+    def __init__(self, models: dict[str, str], options: StudyOptions):
+        self._models, self._options = models, options
+        self._open: tuple[tuple[str, str | None], Any] | None = None
+
+    def name(self, role: str) -> str:
+        """What the user calls the role's model."""
+        return self._models[role]
+
+    def __call__(self, role: str, attention: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The role's model and its tokenizer. attention: as of `open_model`."""
+        if self._open is None or self._open[0] != (role, attention):
+            # The memory of the last model is given back before the next is opened.
+            self._open = None
+            self._open = (role, attention), open_model(self._models[role], self._options, attention=attention)
+        return self._open[1]
