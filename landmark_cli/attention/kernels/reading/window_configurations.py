@@ -22,9 +22,9 @@ TABLE = {
     ("select", 64): [Configuration(64, TILE, 4, 2, 128)],
     ("select", 128): [Configuration(64, TILE, 4, 2, 128)],
     ("attend", 64): [Configuration(64, 64, 4, 1, 128)],
-    ("attend", 128): [Configuration(64, 64, 4, 1, 128)],
+    ("attend", 128): [Configuration(128, 64, 8, 1, 128)],
     ("pair_gradient", 64): [Configuration(64, 64, 4, 2)],
-    ("pair_gradient", 128): [Configuration(64, 64, 8, 2)],
+    ("pair_gradient", 128): [Configuration(128, 64, 8, 1)],
 }
 
 
