@@ -251,8 +251,8 @@ def imported(path: Path) -> set[str]:
 def test_one_place_knows_the_kinds_of_readers():
     modules = {"landmark_cli.inference." + name for name in ("reader", "block_reader", "recurrent", "window")}
     knowing = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imported(path) & modules}
-    # And reader.py, which keeps an earlier name.
-    assert knowing == {"inference/readers.py", "inference/reader.py"}
+    # And reader.py, which keeps an earlier name, and the package, of whose names one is a reader.
+    assert knowing == {"inference/readers.py", "inference/reader.py", "__init__.py"}
     known = imported(PACKAGE / "inference" / "readers.py")
     assert {module.removeprefix("landmark_cli.inference.") for module in known & modules} == {
         "block_reader",
@@ -261,7 +261,13 @@ def test_one_place_knows_the_kinds_of_readers():
     }
 
 
-@pytest.mark.parametrize("user", ["inference/generation.py", "evaluation/perplexity.py", "evaluation/harness.py"])
+READING = [
+    "inference/generation.py",
+    *(f"evaluation/{name}.py" for name in ("perplexity", "harness", "prompts", "longppl")),
+]
+
+
+@pytest.mark.parametrize("user", READING)
 def test_who_reads_asks_for_no_kind_of_model(user):
     source = (PACKAGE / user).read_text()
     kinds = ("isinstance(reader", "has_landmarks", "landmark_freq", "memory_length", "context_miss", "reader.cache")
