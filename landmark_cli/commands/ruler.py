@@ -71,7 +71,9 @@ class RulerOptions(EvaluationOptions):
     qa: Path | None = option(
         None, panel=MEASUREMENT, help="SQuAD's or HotpotQA's JSON file, whose questions the task qa asks."
     )
-    batch_size: int | None = batch_size_option(MEASUREMENT, "Prompts read at a time. [default: by their length]")
+    batch_size: int | None = batch_size_option(
+        MEASUREMENT, "Prompts read at a time. [default: by their length and the memory]"
+    )
     seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing what is hidden and where.")
     output: Path = option(
         Path("studies/ruler"), panel=OUTPUT, help="Directory of the answers, from which an interrupted run goes on."

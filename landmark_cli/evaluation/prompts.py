@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import PreTrainedModel
 
-from landmark_cli.inference.readers import BaseReader, layer_token_bytes, open_reader
+from landmark_cli.inference.readers import BaseReader, free_memory, layer_token_bytes, open_reader
 from landmark_cli.inference.settings import ReadingSettings
 
 # Prompts read at a time go through the model in pieces of at most about this many tokens together, and all their keys
-# and values take at most this share of a GPU's memory; where there is no GPU, they have at most so many tokens.
+# and values take at most this share of the free memory where these lie; on a CPU, they have at most so many tokens.
 FORWARD_TOKENS = 131072
 MEMORY_SHARE = 0.25
 HOST_TOKENS = 8192
@@ -44,8 +43,7 @@ class PromptReaders:
         device = self._model.device
         if device.type != "cuda":
             return max(1, HOST_TOKENS // length)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free -= torch.cuda.memory_allocated(device)
+        free = free_memory(device, offloaded=self._reading.offload == "cpu" and not self._full)
         token_bytes = self._model.config.num_hidden_layers * layer_token_bytes(self._model)
         return at_a_time(length, self._open(1, length).chunk, token_bytes, int(free * MEMORY_SHARE))
 

@@ -192,3 +192,14 @@ def layer_token_bytes(model: PreTrainedModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * heads * head_dim * next(model.parameters()).dtype.itemsize
+
+
+def free_memory(device: torch.device, offloaded: bool = False) -> int:
+    """Bytes that keys and values can still take on a GPU or, where they are offloaded, in host memory; what this
+    process has reserved and not filled is free. 0 where the system does not say."""
+    if offloaded:
+        from landmark_cli.attention.cache.pages import available_host_memory
+
+        return available_host_memory() or 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from landmark_cli.evaluation import passkey, prompts
 from landmark_cli.evaluation.passkey import evaluate_passkey
@@ -77,6 +78,33 @@ def test_full_attention_has_a_window_for_prompt_and_answer():
 )
 def test_how_many_fit(length, chunk, memory, expected):
     assert at_a_time(length, chunk, 100, memory) == expected
+
+
+def test_memory_is_asked_for_where_keys_and_values_lie(monkeypatch):
+    """On a GPU what is free there, and what this process has reserved and not filled; else the host's."""
+    monkeypatch.setattr("landmark_cli.attention.cache.pages.available_host_memory", lambda: 400_000)
+    for name, value in {
+        "mem_get_info": (300_000, 10**9),
+        "memory_reserved": 60_000,
+        "memory_allocated": 40_000,
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+    model = tiny_model()
+    # 2 layers, keys and values of 16 numbers of 4 bytes; 100 tokens of a prompt.
+    prompt_bytes = 100 * 2 * 2 * 16 * 4
+    found = {}
+    for offload, full in (("none", False), ("cpu", False), ("cpu", True)):
+        readers = PromptReaders(model, ReadingSettings(chunk=1), full_attention=full)
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        readers._open = lambda *_: SimpleNamespace(chunk=1)
+        readers._reading = ReadingSettings(offload=offload)
+        found[offload, full] = readers.fitting(100)
+    free = 320_000
+    assert found == {
+        ("none", False): free // 4 // prompt_bytes,
+        ("cpu", False): 400_000 // 4 // prompt_bytes,
+        ("cpu", True): free // 4 // prompt_bytes,
+    }
 
 
 def test_bytes_of_a_token():
