@@ -15,9 +15,11 @@ from landmark_cli.commands.run_options import (
     begin,
     carry_out,
     changed,
+    check_documents,
     check_weights,
     check_window,
     make_loop,
+    reading,
 )
 from landmark_cli.console import info
 from landmark_cli.errors import UsageError, import_extra
@@ -68,12 +70,6 @@ class PretrainedOptions(CodeOptions):
     model: str = option(panel=MODEL, help="The model to fine-tune: a directory or a hub id.")
     landmark_freq: int = option(63, panel=MODEL, min=1, max=LONGEST, help="Text tokens between landmarks.")
     top_k_blocks: int | None = option(None, panel=MODEL, min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
-    gradient_checkpointing: bool = option(
-        False,
-        panel=MODEL,
-        help="Compute activations again in the backward pass: less memory, a third more work.",
-        saves_memory="--gradient-checkpointing",
-    )
 
 
 @dataclass(kw_only=True)
@@ -148,7 +144,8 @@ def run(options: FinetuneOptions) -> Path:
     check_pretrained(
         options.model,
         landmark_freq=options.landmark_freq,
-        sequence_length=options.sequence_length,
+        trained_length=trained_length(options),
+        read=reading(options, options.landmark_freq, options.top_k_blocks),
         trust_remote_code=options.trust_remote_code,
     )
     with begin(options, run_name(options)) as begun:
@@ -161,16 +158,17 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
     from landmark_cli.data.training_data import TrainingData, token_files
     from landmark_cli.models.lora import add_adapters
-    from landmark_cli.training.finetuning import checkpoint_activations, open_with_landmarks, saving
+    from landmark_cli.training.finetuning import open_with_landmarks, saving
     from landmark_cli.training.publish import Publication
 
     accelerator, output, precision = begun
     adapters = adapter_settings(options)
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
     model, tokenizer = open_with_landmarks(
         options.model,
         landmark_freq=options.landmark_freq,
-        sequence_length=options.sequence_length,
-        top_k_blocks=options.top_k_blocks,
+        trained_length=trained_length(options),
+        top_k_blocks=options.top_k_blocks if read is None else read.top_k,
         precision=precision,
         frozen=adapters is not None,
         four_bit_on=accelerator.device if options.four_bit else None,
@@ -178,8 +176,6 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     )
     config = model.config
     config.include_landmark_in_loss = options.landmarks_in_loss
-    if options.gradient_checkpointing:
-        checkpoint_activations(model)
     trained = add_adapters(model, adapters) if adapters else model
 
     def save_rest(directory: Path) -> None:
@@ -214,6 +210,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         config,
         data,
         landmarks_in_loss=options.landmarks_in_loss,
+        read=read,
         identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss},
     )
     carry_out(options, config, loop)
@@ -225,7 +222,9 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
 
 def check(options: FinetuneOptions) -> None:
     """Raise UsageError for options that cannot go together, LandmarkError for a missing package that one needs."""
-    check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
+    check_documents(options)
+    if reading(options, options.landmark_freq, options.top_k_blocks) is None:
+        check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
     check_weights(options)
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:
@@ -234,6 +233,12 @@ def check(options: FinetuneOptions) -> None:
         import_extra("peft", "lora")
     if options.four_bit:
         import_extra("bitsandbytes", "qlora")
+
+
+def trained_length(options: FinetuneOptions) -> int:
+    """The positions that a window takes, landmarks included, as the model's config will say."""
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
+    return options.sequence_length if read is None else read.positions
 
 
 def run_name(options: FinetuneOptions) -> str:

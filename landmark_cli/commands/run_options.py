@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from landmark_cli.attention.window import WindowSettings
     from landmark_cli.data.training_data import TrainingData
     from landmark_cli.training.loop import Loop, LoopSettings
 
@@ -49,6 +50,29 @@ class DataOptions(Options):
         max=LONGEST,
         help="Tokens of a training window, landmarks included.",
         saves_memory="a shorter --sequence-length",
+    )
+    read_chunk: int | None = option(
+        None,
+        panel="Data",
+        min=2,
+        max=LONGEST,
+        help="Train on windows of any length as they are read: in chunks of so many tokens (landmarks included, whole "
+        "blocks), each with --top-k-blocks of the blocks before it. [default: every token sees its whole window]",
+    )
+    explore: float = option(
+        0.0,
+        panel="Data",
+        min=0,
+        max=1,
+        help="With --read-chunk: probability that a token's last choice is a random block, in training alone.",
+    )
+    mask_documents: bool = option(
+        False, panel="Data", help="Have the documents of a window not see each other; landmarks count from each one."
+    )
+    pack: Literal["cut", "whole"] = option(
+        "cut",
+        panel="Data",
+        help="What windows hold: text cut anywhere, or whole documents where a window is long enough, filled up.",
     )
     answer_weight: float = option(
         1.0,
@@ -114,6 +138,13 @@ class RunOptions(Options):
     fused_loss: bool = option(
         True, panel="Machine", help="Work the loss out piece by piece, without holding the logits of all tokens."
     )
+    gradient_checkpointing: bool | None = option(
+        None,
+        panel="Machine",
+        help="Compute activations again in the backward pass: less memory, a third more work. "
+        "[default: with --read-chunk]",
+        saves_memory="--gradient-checkpointing",
+    )
 
     fp32_residual: bool = option(
         False, panel="Machine", help="In a bf16 run, keep the sum that the layers add to (the residual stream) in fp32."
@@ -156,6 +187,30 @@ def check_weights(options: DataOptions) -> None:
         raise UsageError(f"--data-weights: {weights} given for {corpora} of --data")
 
 
+def check_documents(options: DataOptions, landmarks: bool = True) -> None:
+    """Raise UsageError where options of how windows are read and packed do not go with each other. landmarks: whether
+    the model has some."""
+    if options.explore and options.read_chunk is None:
+        raise UsageError("--explore draws blocks where a window is read chunk by chunk: give --read-chunk too")
+    for name, value in (("--read-chunk", options.read_chunk), ("--mask-documents", options.mask_documents)):
+        if value and not landmarks:
+            raise UsageError(f"{name} is for landmark attention: leave out --baseline or {name}")
+
+
+def reading(options: DataOptions, landmark_freq: int, top_k_blocks: int | None) -> WindowSettings | None:
+    """How windows are read chunk by chunk, or None where every token sees its whole window.
+
+    Raises UsageError where the chunks do not fit the blocks or the windows.
+    """
+    from landmark_cli.training.reading import window_settings
+
+    if options.read_chunk is None:
+        return None
+    return window_settings(
+        options.read_chunk, options.sequence_length, landmark_freq, top_k_blocks, explore=options.explore
+    )
+
+
 def check_window(sequence_length: int, landmark_freq: int, top_k_blocks: int | None) -> None:
     """Raise UsageError where a model trained on such windows could not read with these settings."""
     from landmark_cli.data.landmarks import largest_top_k
@@ -174,9 +229,15 @@ def check_window(sequence_length: int, landmark_freq: int, top_k_blocks: int | N
 
 
 def loop_settings(
-    options: RunOptions, output: Path, precision: str, sequence_length: int, group_dropout: float = 0.0
+    options: RunOptions,
+    output: Path,
+    precision: str,
+    sequence_length: int,
+    group_dropout: float = 0.0,
+    read: WindowSettings | None = None,
 ) -> LoopSettings:
-    """The options as the training loop takes them. sequence_length: positions of a window, landmarks included."""
+    """The options as the training loop takes them. sequence_length: positions of a window, landmarks included. read:
+    see `LoopSettings`."""
     from landmark_cli.launch import again
     from landmark_cli.training.loop import LoopSettings
     from landmark_cli.training.optimizer import Schedule
@@ -201,6 +262,7 @@ def loop_settings(
         fp32_residual=options.fp32_residual,
         bad_steps=options.bad_steps,
         group_dropout=group_dropout,
+        read=read,
         go_on=again("resume", output=output),
     )
 
@@ -245,21 +307,32 @@ def make_loop(
     landmarks_in_loss: bool = False,
     variants: dict[str, Any] | None = None,
     group_dropout: float = 0.0,
+    read: WindowSettings | None = None,
     identity: dict[str, Any],
 ) -> Loop:
     """The loop of a run over its batches, and over its validation windows.
 
     begun: what `begin` gave. config: the model's, adapters aside. landmarks_in_loss: count landmarks as targets.
-    variants: see `TrainingData.batches`. group_dropout: see `LoopSettings`. identity: what else must stay the same when
-    the run is resumed, besides model, data and seed.
+    variants: see `TrainingData.batches`. group_dropout, read: see `LoopSettings`. identity: what else must stay the
+    same when the run is resumed, besides model, data, windows and seed.
     """
     from landmark_cli.data.batches import AnswerWeights
     from landmark_cli.training.loop import Loop
+    from landmark_cli.training.reading import windows_identity
     from landmark_cli.training.runs import run_identity
+    from landmark_cli.training.setup import checkpoint_activations, without_adapters
 
     accelerator, output, precision = begun
     global_batch = options.batch_size * options.accumulation * accelerator.num_processes
-    windows = data.windows(config, landmarks_in_loss)
+    if options.gradient_checkpointing or (options.gradient_checkpointing is None and read is not None):
+        checkpoint_activations(without_adapters(model))
+    windows = data.windows(
+        config,
+        landmarks_in_loss,
+        sequence_length=options.sequence_length,
+        mask_documents=options.mask_documents,
+        pack=options.pack,
+    )
     answer_weights = None
     if options.answers_only or options.answer_weight != 1:
         answer_weights = AnswerWeights(options.answer_weight, options.answers_only)
@@ -267,8 +340,10 @@ def make_loop(
         accelerator,
         model,
         data.batches(windows, global_batch, options.seed, answer_weights, **variants or {}),
-        loop_settings(options, output, precision, windows.sequence_length, group_dropout),
-        identity=run_identity(config, data, global_batch, options.seed, answer_weights) | identity,
+        loop_settings(options, output, precision, windows.sequence_length, group_dropout, read),
+        identity=run_identity(config, data, global_batch, options.seed, answer_weights)
+        | windows_identity(windows, read)
+        | identity,
         validation=data.validation_windows(windows, options.eval_windows),
     )
 
@@ -286,6 +361,7 @@ def carry_out(options: RunOptions, config: PreTrainedConfig, loop: Loop) -> None
 
 def describe(config: PreTrainedConfig, loop: Loop) -> None:
     """Say what is about to run."""
+    from landmark_cli.training.reading import said_of
     from landmark_cli.training.runs import attention_name, device_name
 
     accelerator, settings = loop.accelerator, loop.settings
@@ -294,3 +370,5 @@ def describe(config: PreTrainedConfig, loop: Loop) -> None:
     info(f"model: {quantity(loop.parameters)} parameters, {attention_name(config)}")
     info(f"on {processes}{device_name(accelerator.device)} in {settings.precision}")
     info(f"{windows} windows of {length} = {quantity(windows * length)} tokens a step")
+    if settings.read is not None:
+        info(said_of(settings.read))

@@ -15,9 +15,11 @@ from landmark_cli.commands.run_options import (
     RunOptions,
     begin,
     carry_out,
+    check_documents,
     check_weights,
     check_window,
     make_loop,
+    reading,
 )
 from landmark_cli.console import info, quantity, table
 from landmark_cli.errors import UsageError
@@ -128,7 +130,9 @@ def run(options: TrainOptions) -> Path | None:
 
 def check(options: TrainOptions) -> None:
     """Raise UsageError for options that cannot go together."""
-    if not options.baseline:
+    check_documents(options, landmarks=not options.baseline)
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
+    if read is None and not options.baseline:
         check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
     if options.segment_length and not options.memory_length:
         raise UsageError("--segment-length is a Transformer-XL's: give --memory-length too")
@@ -142,6 +146,15 @@ def check(options: TrainOptions) -> None:
     for name, value in needs_landmarks.items():
         if value and options.baseline:
             raise UsageError(f"{name} is about landmarks: leave out --baseline or {name}")
+    whole_windows = {
+        "--context-miss-token": options.context_miss_token,
+        "--position-jump": options.position_jump,
+        "--group-dropout": options.group_dropout and read is not None,
+    }
+    for name, value in whole_windows.items():
+        if value and (read is not None or options.mask_documents):
+            other = "--mask-documents" if read is None else "--read-chunk"
+            raise UsageError(f"{name} is for windows that are seen as a whole: leave out {other} or {name}")
     if options.n_embd % options.n_head or options.n_embd // options.n_head % 2:
         raise UsageError(f"--n-embd {options.n_embd} over --n-head {options.n_head} must give a whole, even head width")
     check_weights(options)
@@ -152,6 +165,7 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
     from landmark_cli.models.gpt import GPTConfig
 
     largest = max(tokenizer.vocab_size - 1, tokenizer.landmark_id)
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
     return GPTConfig(
         vocab_size=64 * (largest // 64 + 1),
         n_layer=options.n_layer,
@@ -161,8 +175,8 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
         bias=options.bias,
         landmark_freq=None if options.baseline else options.landmark_freq,
         landmark_token_id=None if options.baseline else tokenizer.landmark_id,
-        trained_length=options.sequence_length,
-        top_k_blocks=options.top_k_blocks,
+        trained_length=options.sequence_length if read is None else read.positions,
+        top_k_blocks=options.top_k_blocks if read is None else read.top_k,
         eos_token_id=tokenizer.eot_id,
         context_miss_token=options.context_miss_token,
         memory_length=options.memory_length,
@@ -194,6 +208,7 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, da
             data,
             variants=variants,
             group_dropout=options.group_dropout,
+            read=reading(options, options.landmark_freq, options.top_k_blocks),
             identity=variants | {"group_dropout": options.group_dropout},
         )
         carry_out(options, config, loop)
@@ -214,6 +229,7 @@ def show_plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> N
 
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.estimate import estimate
+    from landmark_cli.training.reading import said_of
     from landmark_cli.training.runs import attention_name, resolve_precision
 
     with torch.device("meta"):
@@ -221,13 +237,23 @@ def show_plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> N
     precision = resolve_precision(options.precision, options.device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     windows = options.batch_size * options.accumulation * processes
-    needs = estimate(model, options.batch_size, precision, options.fused_loss)
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
+    needs = estimate(
+        model,
+        options.batch_size,
+        precision,
+        options.fused_loss,
+        sequence_length=options.sequence_length,
+        read=read,
+        checkpointing=read is not None if options.gradient_checkpointing is None else options.gradient_checkpointing,
+    )
     tokens = options.steps * windows * options.sequence_length
     text = sum(file.metadata.tokens for file in data.train)
     share = 1.0 if options.baseline else options.landmark_freq / (options.landmark_freq + 1)
     rows = [
         ("parameters", f"{needs.parameters:,}"),
         ("attention", attention_name(config)),
+        *([] if read is None else [("windows", said_of(read))]),
         ("tokens a step", f"{windows * options.sequence_length:,} in {windows} windows of {options.sequence_length}"),
         ("tokens in all", f"{quantity(tokens)} in {options.steps:,} steps"),
         ("passes over the data", f"{tokens * share / text:.3g} over {text:,} text tokens"),

@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, next_token_targets, text_length
+from landmark_cli.data.packing import Place, Streams, bounds_of, lay_out, whole_documents
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError
 
 WEIGHT_UNITS = 1 << 32
+
+Pack = Literal["cut", "whole"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Windows:
         landmark_token_id: required with `landmark_freq`.
         eot_id: positions that hold it predict nothing; None if there is no such token.
         include_landmarks: count landmarks as targets (see `landmarks.next_token_targets`).
+        mask_documents: the documents of a window are not to see each other: landmarks count from the beginning of each,
+            and batches say where they begin. What landmarks then leave over of a window is filled up at its end.
+        pack: "cut" cuts text at the window's length, wherever that is; "whole" cuts no document that a window can hold
+            (see `packing.whole_documents`).
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class Windows:
         landmark_token_id: int | None,
         eot_id: int | None,
         include_landmarks: bool = False,
+        mask_documents: bool = False,
+        pack: Pack = "cut",
     ) -> None:
         if landmark_freq is not None and sequence_length < landmark_freq + 1:
             raise LandmarkError(
@@ -60,62 +70,104 @@ class Windows:
             raise LandmarkError(f"the sequence length must be at least 1, not {sequence_length}")
         if landmark_freq is not None and landmark_token_id is None:
             raise ValueError("landmark_token_id is needed where landmark_freq is given")
+        if mask_documents and eot_id is None:
+            raise ValueError("mask_documents needs eot_id, which says where documents end")
         self.sequence_length = sequence_length
         self.landmark_freq = landmark_freq
         self.landmark_token_id = None if landmark_freq is None else landmark_token_id
         self.eot_id = eot_id
         self.include_landmarks = include_landmarks
+        self.mask_documents, self.pack = mask_documents, pack
         self.text_length = sequence_length if landmark_freq is None else text_length(sequence_length, landmark_freq)
 
-    def cut(self, places: Sequence[tuple[TokenFile, int]]) -> dict[str, Tensor]:
-        """Windows that start at these tokens of these files.
+    def cut(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """The windows that hold these texts.
 
         Returns:
             input_ids and labels, both (n, sequence_length) int64; labels are the targets of their own position (already
-            shifted), -100 where there is none.
+            shifted), -100 where there is none. With mask_documents also cu_seqlens (see `packing.bounds_of`).
         """
-        text = np.empty((len(places), self.text_length + 1), dtype=np.int64)
-        for row, (file, start) in zip(text, places, strict=True):
-            row[:] = file.tokens[start : start + self.text_length + 1]
-        stream = following = torch.from_numpy(text)
+        if self.mask_documents or self.pack == "whole":
+            return self._cut_documents(places)
+        text = torch.from_numpy(self._text(places, "tokens"))
+        stream = following = text
         if self.landmark_freq is not None:
             stream = insert_landmarks(stream, self.landmark_freq, self.landmark_token_id)
             following = stream if self.include_landmarks else following
         # What comes after the window: the next position of the stream, or of the text where landmarks are no targets.
         following = following[:, self.sequence_length if following is stream else -1]
         input_ids = stream[:, : self.sequence_length].contiguous()
-        labels = next_token_targets(
-            input_ids,
+        return {"input_ids": input_ids, "labels": self._targets(input_ids, following)}
+
+    def _cut_documents(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """As `cut`, of texts of any length and landmarks that count from documents."""
+        text, lengths = self._text(places, "tokens"), np.array([place.length for place in places])
+        streams = self._streams(text)
+        rows, last = np.arange(len(places)), lengths - 1
+        ends = np.minimum(streams.column[rows, last] + 1 + streams.closes[rows, last], self.sequence_length)
+        # One token after the text, which its last position predicts; it may stand behind a landmark that is cut off.
+        width = self.sequence_length + 2
+        stream = np.full((len(places), width), self.eot_id or 0)
+        given = np.arange(text.shape[1]) <= lengths[:, None]
+        row, token = np.nonzero(given)
+        stream[row, streams.column[row, token]] = text[row, token]
+        if self.landmark_freq is not None:
+            row, token = np.nonzero(given & streams.closes)
+            landmark = streams.column[row, token] + 1
+            stream[row[landmark < width], landmark[landmark < width]] = self.landmark_token_id
+        filled = torch.from_numpy(np.arange(self.sequence_length) < ends[:, None])
+        stream = torch.from_numpy(stream)
+        labels = self._targets(stream)[:, : self.sequence_length].masked_fill(~filled, IGNORED_TARGET)
+        filling = self.eot_id or 0
+        batch = {"input_ids": stream[:, : self.sequence_length].masked_fill(~filled, filling), "labels": labels}
+        if self.mask_documents:
+            batch["cu_seqlens"] = torch.from_numpy(bounds_of(streams, lengths, ends, self.sequence_length))
+        return batch
+
+    def _targets(self, stream: Tensor, following: Tensor | None = None) -> Tensor:
+        return next_token_targets(
+            stream,
             landmark_token_id=self.landmark_token_id,
             eot_id=self.eot_id,
             include_landmarks=self.include_landmarks,
             following=following,
         )
-        return {"input_ids": input_ids, "labels": labels}
 
-    def answers(self, places: Sequence[tuple[TokenFile, int]]) -> Tensor:
-        """Which positions of the windows that start there have a token of an answer as their target: bool, of the shape
-        of `cut`'s labels. Positions without a target may be marked too; of files without marks none is."""
-        marks = np.zeros((len(places), self.text_length + 1), dtype=np.uint8)
-        for row, (file, start) in zip(marks, places, strict=True):
-            if file.answers is not None:
-                row[:] = file.answers[start : start + self.text_length + 1]
-        marks = torch.from_numpy(marks).bool()
-        place = torch.arange(self.sequence_length)
-        if self.landmark_freq is None:
-            return marks[:, place + 1]
-        block_size = self.landmark_freq + 1
-        # How many text tokens stand before the position after this one, which is the place of the next one in the text.
-        target = marks[:, (place + 1 - (place + 1) // block_size).clamp(max=self.text_length)]
-        if self.include_landmarks:
-            # What follows is a landmark, which is of no answer.
-            target &= (place + 1) % block_size != block_size - 1
-        return target
+    def _text(self, places: Sequence[Place], name: str) -> np.ndarray:
+        """What an array of each file, `tokens` or `answers`, has of the texts and of the token after them: (n, text
+        length + 1) int64, filled up with ends of text, or with 0 where there is no such array."""
+        found = np.full((len(places), self.text_length + 1), self.eot_id or 0 if name == "tokens" else 0)
+        for row, place in zip(found, places, strict=True):
+            values = getattr(place.file, name)
+            if values is not None:
+                values = values[place.start : place.start + place.length + 1]
+                row[: len(values)] = values
+        return found
 
-    def weights(self, places: Sequence[tuple[TokenFile, int]], labels: Tensor, answer_weights: AnswerWeights) -> Tensor:
-        """What each target of the windows that start there weighs: float32, of the shape of `labels`, which `cut` gave;
-        0 where there is no target."""
-        others = [0.0 if answer_weights.answers_only and file.answers is not None else 1.0 for file, _ in places]
+    def _streams(self, text: np.ndarray) -> Streams:
+        return lay_out(text, self.landmark_freq, self.eot_id if self.mask_documents else None)
+
+    def answers(self, places: Sequence[Place]) -> Tensor:
+        """Which positions of these windows have a token of an answer as their target: bool, of the shape of `cut`'s
+        labels. Positions without a target may be marked too; of files without marks none is."""
+        marks = self._text(places, "answers") > 0
+        text = self._text(places, "tokens") if self.mask_documents else marks
+        streams = self._streams(text)
+        # The token before an answer's has it as its target, and so has a landmark between the two; where landmarks are
+        # targets, that of the token is the landmark, which is of no answer.
+        of_answer, closes = marks[:, 1:], streams.closes[:, :-1]
+        target = np.zeros((len(places), self.sequence_length + 1), dtype=bool)
+        rows = np.arange(len(places))[:, None]
+        column = streams.column[:, :-1]
+        target[rows, column] = of_answer & ~closes if self.include_landmarks else of_answer
+        row, token = np.nonzero(of_answer & closes)
+        target[row, column[row, token] + 1] = True
+        return torch.from_numpy(target[:, : self.sequence_length])
+
+    def weights(self, places: Sequence[Place], labels: Tensor, answer_weights: AnswerWeights) -> Tensor:
+        """What each target of these windows weighs: float32, of the shape of `labels`, which `cut` gave; 0 where there
+        is no target."""
+        others = [0.0 if answer_weights.answers_only and place.file.answers is not None else 1.0 for place in places]
         weights = torch.where(self.answers(places), answer_weights.answer, torch.tensor(others)[:, None])
         return weights.masked_fill(labels == IGNORED_TARGET, 0.0)
 
@@ -148,7 +200,7 @@ class Batches:
         answer_weights: AnswerWeights | None = None,
     ) -> None:
         self.windows, self.global_batch, self.answer_weights = windows, global_batch, answer_weights
-        self._orders = [_Order(file, windows.text_length, seed, i) for i, file in enumerate(token_files)]
+        self._orders = [_Order(file, windows, seed, i) for i, file in enumerate(token_files)]
         self._shares = _conditional_shares(weights, [order.windows for order in self._orders])
 
     def batch(self, step: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -167,13 +219,13 @@ class Batches:
             batch["weights"] = self.windows.weights(places, batch["labels"], self.answer_weights)
         return batch
 
-    def _place(self, row: int) -> tuple[TokenFile, int]:
-        """The file and the token at which the window of a row of the endless sequence starts."""
+    def _place(self, row: int) -> Place:
+        """Where the text of a row of the endless sequence stands."""
         for order, share in zip(self._orders, self._shares, strict=True):
             # The first `row` rows held `drawn` windows of this file; the other rows belong to the files after it.
             drawn = row * share // WEIGHT_UNITS
             if (row + 1) * share // WEIGHT_UNITS > drawn:
-                return order.token_file, order.start(drawn)
+                return order.place(drawn)
             row -= drawn
         raise AssertionError("the last file takes every row that is left")
 
@@ -191,8 +243,12 @@ class SequentialWindows:
     """
 
     def __init__(self, token_file: TokenFile, windows: Windows, limit: int | None = None) -> None:
-        self.token_file, self.windows = token_file, windows
-        self._available = _window_count(token_file, windows.text_length)
+        self.token_file, self.windows, self._whole = token_file, windows, None
+        if windows.pack == "whole":
+            self._whole = whole_documents(token_file, windows.text_length)
+            self._available = len(self._whole)
+        else:
+            self._available = _window_count(token_file, windows.text_length)
         self._count = self._available if limit is None else min(limit, self._available)
 
     def __len__(self) -> int:
@@ -202,7 +258,11 @@ class SequentialWindows:
         """Windows `start` to `stop` (at most as many as there are): see `Windows.cut`; with answers where the file
         marks some: see `Windows.answers`."""
         chosen = [i * self._available // self._count for i in range(start, min(stop, self._count))]
-        places = [(self.token_file, i * self.windows.text_length) for i in chosen]
+        length = self.windows.text_length
+        if self._whole is None:
+            places = [Place(self.token_file, i * length, length) for i in chosen]
+        else:
+            places = [Place(self.token_file, *map(int, self._whole[i])) for i in chosen]
         batch = self.windows.cut(places)
         if self.token_file.answers is not None:
             batch["answers"] = self.windows.answers(places)
@@ -264,21 +324,30 @@ def work_alone() -> None:
 
 
 class _Order:
-    """The order in which one file's windows are drawn: window number n of the endless sequence -> first token."""
+    """The order in which one file's windows are drawn: window number n of the endless sequence -> where its text is.
 
-    def __init__(self, token_file: TokenFile, length: int, seed: int, index: int) -> None:
-        self.token_file = token_file
-        self.length = length
+    Windows that hold whole documents are the same in every epoch; others are cut at another shift each time.
+    """
+
+    def __init__(self, token_file: TokenFile, windows: Windows, seed: int, index: int) -> None:
+        self.token_file, self.length = token_file, windows.text_length
         self._key = _mix(_mix(seed) ^ index)
+        self._whole = whole_documents(token_file, self.length) if windows.pack == "whole" else None
+        if self._whole is not None:
+            self.windows = len(self._whole)
+            return
         # One window less than fits, so that every epoch has the same number of windows and a shift that reaches both
         # ends.
-        self.windows = max(1, _window_count(token_file, length) - 1)
-        self._shifts = len(token_file.tokens) - self.windows * length
+        self.windows = max(1, _window_count(token_file, self.length) - 1)
+        self._shifts = len(token_file.tokens) - self.windows * self.length
 
-    def start(self, number: int) -> int:
+    def place(self, number: int) -> Place:
         epoch, position = divmod(number, self.windows)
         key = _mix(self._key ^ _mix(epoch))
-        return key % self._shifts + permuted(position, self.windows, key) * self.length
+        chosen = permuted(position, self.windows, key)
+        if self._whole is not None:
+            return Place(self.token_file, *map(int, self._whole[chosen]))
+        return Place(self.token_file, key % self._shifts + chosen * self.length, self.length)
 
 
 def permuted(position: int, size: int, key: int) -> int:

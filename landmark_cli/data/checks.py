@@ -22,6 +22,16 @@ def check_one_tokenizer(files: Sequence[TokenFile]) -> None:
         raise LandmarkError(f"--data: prepared with different tokenizers ({names}); prepare all with one")
 
 
+def check_documents(files: Sequence[TokenFile]) -> None:
+    """LandmarkError where a token file is one document, so that nothing in it says where another one begins."""
+    for file in files:
+        if file.metadata.documents < 2:
+            raise LandmarkError(
+                f"--mask-documents: {file.path} has no ends of documents between its tokens, it is one document: leave "
+                "--mask-documents out, or prepare the corpus from its single documents"
+            )
+
+
 def check_token_files(
     files: Sequence[TokenFile], encode: Callable[[str], Sequence[int]], vocab_size: int, whose: str
 ) -> None:

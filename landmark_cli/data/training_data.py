@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.console import info, warn
-from landmark_cli.data.batches import AnswerWeights, Batches, SequentialWindows, Windows
-from landmark_cli.data.checks import check_one_tokenizer
+from landmark_cli.data.batches import AnswerWeights, Batches, Pack, SequentialWindows, Windows
+from landmark_cli.data.checks import check_documents, check_one_tokenizer
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.variants import VariantBatches
 from landmark_cli.errors import LandmarkError
@@ -61,13 +61,31 @@ class TrainingData:
             warn(f"{directories[0]} has no validation.bin: training without evaluation")
         return data
 
-    def windows(self, config: PreTrainedConfig, include_landmarks: bool = False) -> Windows:
-        """What cuts windows of a model's trained length out of these files, for training and evaluation alike.
+    def windows(
+        self,
+        config: PreTrainedConfig,
+        include_landmarks: bool = False,
+        *,
+        sequence_length: int | None = None,
+        mask_documents: bool = False,
+        pack: Pack = "cut",
+    ) -> Windows:
+        """What cuts windows out of these files, for training and evaluation alike.
 
-        config: the model's. include_landmarks: count landmarks as targets.
+        config: the model's. sequence_length: positions of a window; the model's trained length by default. The rest:
+        see `Windows`. Raises LandmarkError where documents are to be masked and a file has one alone.
         """
-        eot_id = self.train[0].metadata.eot_id
-        return Windows(config.trained_length, config.landmark_freq, config.landmark_token_id, eot_id, include_landmarks)
+        if mask_documents:
+            check_documents(self.train)
+        return Windows(
+            sequence_length or config.trained_length,
+            config.landmark_freq,
+            config.landmark_token_id,
+            self.train[0].metadata.eot_id,
+            include_landmarks,
+            mask_documents,
+            pack,
+        )
 
     def batches(
         self,

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from landmark_cli.attention.window import WindowSettings
 from landmark_cli.training.linear_cross_entropy import piece_rows
 
 # Bytes that the backward pass keeps of one token in one layer, for each unit of the width: the residual stream and the
 # norms' inputs in float32; inputs of the four linear layers, queries, keys, values and the MLP's hidden layer, twice.
 LAYER_BYTES_16, LAYER_BYTES_32 = 50, 84
+# What reading chunk by chunk adds to that: of each token and unit of the width, what the blocks gave, and chunk and
+# blocks weighed by their shares in float32; of each token and head, its blocks' numbers and logits, and log-sum-exps.
+JOIN_BYTES_16, JOIN_BYTES_32 = 10, 12
+CHOICE_BYTES, STATISTIC_BYTES = 8, 20
+# What goes into a layer.
+RESIDUAL_BYTES_16, RESIDUAL_BYTES_32 = 2, 4
 # Without the fused loss, bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its
 # gradient.
 LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
@@ -36,15 +43,34 @@ class Estimate:
         return CHECKPOINT_BYTES * self.parameters
 
 
-def estimate(model: nn.Module, batch_size: int, precision: str, fused_loss: bool = True) -> Estimate:
-    """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows of its trained length.
+def estimate(
+    model: nn.Module,
+    batch_size: int,
+    precision: str,
+    fused_loss: bool = True,
+    *,
+    sequence_length: int | None = None,
+    read: WindowSettings | None = None,
+    checkpointing: bool = False,
+) -> Estimate:
+    """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows.
 
     Memory is counted for a replica on every device (one process, DDP) with a fused attention, which keeps no
-    (T, T) matrices. fused_loss: logits are formed piece by piece, and gradients with them.
+    (T, T) matrices. fused_loss: logits are formed piece by piece, and gradients with them. sequence_length: tokens of
+    a window, by default the model's trained length. read: how windows are read chunk by chunk, if they are.
+    checkpointing: activations are computed again in the backward pass, one layer after the other.
     """
     config, half = model.config, precision != "fp32"
-    rows, width, vocabulary = batch_size * config.trained_length, config.hidden_size, config.vocab_size
-    activations = rows * config.num_hidden_layers * width * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
+    width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    rows = batch_size * (sequence_length or config.trained_length)
+    layer = width * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
+    if read is not None:
+        heads = config.num_attention_heads
+        layer += width * (JOIN_BYTES_16 if half else JOIN_BYTES_32)
+        layer += heads * (CHOICE_BYTES * read.top_k + STATISTIC_BYTES)
+    # Of layers that are computed again only what goes into them is kept, and all of one of them at a time.
+    kept = layers * width * (RESIDUAL_BYTES_16 if half else RESIDUAL_BYTES_32)
+    activations = rows * (kept + layer if checkpointing else layers * layer)
     if fused_loss:
         numbers = piece_rows(rows, vocabulary) * vocabulary + (rows + vocabulary) * width
         activations += numbers * (2 if half else 4)

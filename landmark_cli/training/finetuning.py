@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.attention.window import WindowSettings
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, check_read_back, special_ids, text_ids
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models import lora
@@ -18,11 +19,19 @@ from landmark_cli.models.support import check_config
 from landmark_cli.training.publish import SaveModel
 
 
-def check_pretrained(name: str, *, landmark_freq: int, sequence_length: int, trust_remote_code: bool = False) -> None:
+def check_pretrained(
+    name: str,
+    *,
+    landmark_freq: int,
+    trained_length: int,
+    read: WindowSettings | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Refuse a model by its config, before anything is read or written.
 
-    name: a model directory or hub id. landmark_freq: text tokens between landmarks. sequence_length: tokens of a
-    window, landmarks included. trust_remote_code: whether Python code that comes with the model may run.
+    name: a model directory or hub id. landmark_freq: text tokens between landmarks. trained_length: positions that
+    windows take, landmarks included. read: how windows are read chunk by chunk, if they are; they then take
+    read.positions. trust_remote_code: whether Python code that comes with the model may run.
 
     Raises LandmarkError where landmark attention does not fit the model, or the windows do not fit its positions.
     """
@@ -30,14 +39,22 @@ def check_pretrained(name: str, *, landmark_freq: int, sequence_length: int, tru
         raise LandmarkError(f"{name} holds adapters only: make it a whole model first, by --merge in its own run")
     config = open_config(name, trust_remote_code=trust_remote_code)
     check_config(config, name)
-    check_length(sequence_length, getattr(config, "max_position_embeddings", None), landmark_freq, name)
+    limit = getattr(config, "max_position_embeddings", None)
+    if read is not None and limit is not None and read.positions > limit:
+        room = (limit // read.block_size - read.top_k - 1) * read.block_size
+        fits = f"at most --read-chunk {room}" if room > 0 else "fewer --top-k-blocks"
+        raise LandmarkError(
+            f"a chunk of {read.chunk} tokens and {read.top_k} + 1 blocks of {read.block_size} take {read.positions} "
+            f"positions, and {name} was trained with {limit}: take {fits}"
+        )
+    check_length(trained_length, limit, landmark_freq, name)
 
 
 def open_with_landmarks(
     name: str,
     *,
     landmark_freq: int,
-    sequence_length: int,
+    trained_length: int,
     top_k_blocks: int | None,
     precision: str,
     frozen: bool = False,
@@ -46,7 +63,7 @@ def open_with_landmarks(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained model and its tokenizer, with landmarks.
 
-    landmark_freq, sequence_length, top_k_blocks: see `add_landmarks`. precision: the run's, "bf16", "fp16" or "fp32".
+    landmark_freq, trained_length, top_k_blocks: see `add_landmarks`. precision: the run's, "bf16", "fp16" or "fp32".
     frozen: the weights will not be trained: they are kept in that precision, and in float32 otherwise. four_bit_on: the
     device on which they are kept in 4 bits; None for none. name, trust_remote_code: see `check_pretrained`.
 
@@ -67,7 +84,7 @@ def open_with_landmarks(
         loading["device_map"] = {"": four_bit_on}
     model, tokenizer = open_pretrained(name, trust_remote_code=trust_remote_code, **loading)
     add_landmarks(
-        model, tokenizer, landmark_freq=landmark_freq, trained_length=sequence_length, top_k_blocks=top_k_blocks
+        model, tokenizer, landmark_freq=landmark_freq, trained_length=trained_length, top_k_blocks=top_k_blocks
     )
     check_read_back(
         tokenizer.save_pretrained,
@@ -77,13 +94,6 @@ def open_with_landmarks(
         trust_remote_code=trust_remote_code,
     )
     return model, tokenizer
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Have a model compute its activations again in the backward pass, in place of keeping them."""
-    # Newer versions of transformers say activation, not gradient, checkpointing.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
 
 
 def saving(

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
+from landmark_cli.attention.window import WindowSettings
 from landmark_cli.console import figure, info, progress, warn
 from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
@@ -57,8 +58,8 @@ class LoopSettings:
     kept. precision: "bf16", "fp16" or "fp32". group_dropout: probability that attention leaves an earlier block out.
     fused_loss: work the loss out without holding all logits. Sharded models hold them all the same: their head is in
     shards while the loss is computed. fp32_residual: keep the residual stream of a bf16 run in float32. bad_steps: this
-    many steps in a row whose loss or gradient is not finite end the run. go_on: the command that resumes it, for
-    messages.
+    many steps in a row whose loss or gradient is not finite end the run. read: have rows read chunk by chunk, in
+    training and evaluation (see LossModel). go_on: the command that resumes it, for messages.
     """
 
     output: Path
@@ -80,6 +81,7 @@ class LoopSettings:
     fused_loss: bool = True
     fp32_residual: bool = False
     bad_steps: int = 10
+    read: WindowSettings | None = None
     go_on: str = "the same call, and resume"
 
 
@@ -110,7 +112,7 @@ class Loop:
         self.peak_flops = peak and peak * accelerator.num_processes
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        self.flops_per_token = flops_per_token(model, settings.sequence_length)
+        self.flops_per_token = flops_per_token(model, settings.sequence_length, settings.read)
         self.metrics = MetricsFile(settings.output / "metrics.jsonl")
         self.checkpoints = Checkpoints(settings.output / "checkpoints", identity, settings.keep)
         self._prepare(model)
@@ -121,7 +123,8 @@ class Loop:
     def _prepare(self, model: nn.Module) -> None:
         accelerator, settings = self.accelerator, self.settings
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        model = LossModel(model, settings.group_dropout, settings.fused_loss and not sharded, settings.fp32_residual)
+        fused_loss = settings.fused_loss and not sharded
+        model = LossModel(model, settings.group_dropout, fused_loss, settings.fp32_residual, settings.read)
         decayed = decayed_names(model)
         # FSDP 1 makes new parameters, so the optimizer is made after it; FSDP 2 wants to see model and optimizer at
         # once.

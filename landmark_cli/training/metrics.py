@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from landmark_cli.attention.window import WindowSettings
 from landmark_cli.console import finite, quantity, warn
 from landmark_cli.files import append_line, read_json_lines, write_whole, writing
 
@@ -50,13 +51,14 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
 
-def flops_per_token(model: nn.Module, sequence_length: int) -> float:
+def flops_per_token(model: nn.Module, sequence_length: int, read: WindowSettings | None = None) -> float:
     """Floating-point operations that training spends on one token of the stream, counted on the model's own work.
 
     6 for each weight of a linear layer, the head included (2 forward, 4 backward; 4 in all where the weight is frozen),
     and for attention 6 x layers x heads x head_dim x sequence_length, which is half of the full square because queries
-    see earlier keys only. Landmark attention and ordinary attention are counted alike. Work done twice (gradient
-    checkpointing) is not counted.
+    see earlier keys only. Landmark attention and ordinary attention are counted alike. Where windows are read chunk by
+    chunk (`read`), a query sees half a chunk and the blocks that it retrieves. Work done twice (gradient checkpointing)
+    is not counted, nor is choosing blocks.
     """
     weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     head = model.get_output_embeddings()
@@ -65,6 +67,8 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     matrices = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights.values())
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if read is not None:
+        sequence_length = min(sequence_length, read.chunk + 2 * read.top_k * read.block_size)
     return matrices + 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * sequence_length
 
 

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from landmark_cli.attention.dispatch import LandmarkLayout
+from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
 from landmark_cli.evaluation.score import score
 from landmark_cli.families import FAMILIES
+from landmark_cli.models.rotary import rotary_embedding
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 
 T = TypeVar("T")
@@ -155,11 +157,17 @@ class LossModel(nn.Module):
     group_dropout: probability that attention leaves an earlier block out. fused_loss: work the loss out without holding
     the logits (see linear_cross_entropy.py), where the model's head is such that the result is the same. fp32_residual:
     whether under bf16 autocast the residual stream, the sum that every layer adds to, stays in float32. With the
-    residual stream in bfloat16, as in a model that is bfloat16 throughout, a step takes some 5% less time.
+    residual stream in bfloat16, as in a model that is bfloat16 throughout, a step takes some 5% less time. read: have
+    windows read chunk by chunk, as a reader would (see attention/window.py); None has them attended to as a whole.
     """
 
     def __init__(
-        self, model: nn.Module, group_dropout: float = 0.0, fused_loss: bool = False, fp32_residual: bool = False
+        self,
+        model: nn.Module,
+        group_dropout: float = 0.0,
+        fused_loss: bool = False,
+        fp32_residual: bool = False,
+        read: WindowSettings | None = None,
     ) -> None:
         super().__init__()
         self.wrapped = model
@@ -168,6 +176,9 @@ class LossModel(nn.Module):
             model.get_input_embeddings().register_forward_hook(bf16_under_autocast)
         self.group_dropout = group_dropout
         self.fused_loss = fused_loss and has_plain_head(model)
+        self.read = read
+        # In a list, lest it be counted as a module of this one too.
+        self._rotary = [] if read is None else [rotary_embedding(model)]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -183,16 +194,21 @@ class LossModel(nn.Module):
         controlled: Tensor | None = None,
         weights: Tensor | None = None,
         answers: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Sum over the targets that are not -100 of their negative log-likelihood, each times its weight.
 
         input_ids, labels: (B, T), labels being the targets of their own positions. position_ids, controlled: (B, T), of
         the paper's variants. weights: (B, T) float32, of the targets; None weighs all 1. answers: (B, T) bool, for
-        evaluation: with it (4,) float64 is returned, the sum and `score` of those targets alone.
+        evaluation: with it (4,) float64 is returned, the sum and `score` of those targets alone. cu_seqlens: boundaries
+        of documents that do not see each other, counted over all rows one after the other.
         """
         extra = {} if position_ids is None else {"position_ids": position_ids}
-        if controlled is not None or (self.group_dropout and self.training):
-            extra["landmark_layout"] = self._layout(controlled)
+        if self.read is not None:
+            window = self._window(input_ids, cu_seqlens)
+            extra |= {"position_ids": window.position_ids, "landmark_window": window}
+        elif controlled is not None or cu_seqlens is not None or (self.group_dropout and self.training):
+            extra["landmark_layout"] = self._layout(controlled, cu_seqlens)
         if self.fused_loss:
             model = without_adapters(self.wrapped)
             hidden = model.base_model(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
@@ -213,12 +229,20 @@ class LossModel(nn.Module):
         loss = torch.where(count > 0, output.loss * count, 0.0)
         return loss if answers is None else with_score(loss, output.logits, labels, answers, lambda piece: piece)
 
-    def _layout(self, controlled: Tensor | None) -> LandmarkLayout:
+    def _window(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> ReadingWindow:
+        settings = self.read
+        if not self.training:
+            settings = dataclasses.replace(settings, explore=0.0)
+        seed = torch.randint(1 << 62, ()) if settings.explore else None
+        frequencies = self._rotary[0].inv_freq
+        return ReadingWindow.make(settings, *input_ids.shape, frequencies, cu_seqlens=cu_seqlens, explore_seed=seed)
+
+    def _layout(self, controlled: Tensor | None, cu_seqlens: Tensor | None) -> LandmarkLayout:
         dropout = {}
         if self.group_dropout and self.training:
             # The seed is on the CPU, where reading it waits for nothing; the loop seeds torch for every step.
             dropout = {"dropout_p": self.group_dropout, "dropout_seed": torch.randint(1 << 62, ())}
-        return LandmarkLayout(controlled=controlled, **dropout)
+        return LandmarkLayout(controlled=controlled, cu_seqlens=cu_seqlens, **dropout)
 
 
 @torch.compiler.disable
@@ -243,6 +267,13 @@ def bf16_under_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Ten
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         return output.to(torch.bfloat16)
     return output
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have a transformers model compute its activations again in the backward pass, in place of keeping them."""
+    # Newer versions of transformers say activation, not gradient, checkpointing.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

@@ -97,14 +97,14 @@ def byte_tokenizer(directory):
     return directory
 
 
-def write_corpus(directory, tokenizer, characters=6000):
-    """train and validation token files of text that repeats itself with small changes."""
+def write_corpus(directory, tokenizer, characters=6000, document=1500):
+    """train and validation token files of text that repeats itself with small changes; characters of a document."""
     tokenizer = load_tokenizer(str(tokenizer))
     for split, first in (("train", 0), ("validation", 1000)):
         text = " ".join(f"the {n} cats of {n * 7 % 31} houses sat on {n % 5} mats." for n in range(first, first + 400))
         with TokenFileWriter(directory / f"{split}.bin", tokenizer, source="made up") as writer:
-            for start in range(0, characters, 1500):
-                writer.add_document(np.array(tokenizer.encode(text[start : start + 1500])))
+            for start in range(0, characters, document):
+                writer.add_document(np.array(tokenizer.encode(text[start : start + document])))
     return directory
 
 
