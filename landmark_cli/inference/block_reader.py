@@ -150,6 +150,11 @@ class BlockReader(BaseReader):
         """Forget everything read."""
         self.cache.reset()
 
+    def take(self, rows: Sequence[int]) -> None:
+        """As BaseReader.take."""
+        self.cache.take(rows)
+        self.batch = len(rows)
+
     def read(
         self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
     ) -> Iterator[ReadChunk]:

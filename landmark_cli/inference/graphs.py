@@ -6,10 +6,12 @@ Nothing in the fused kernels' shapes depends on what has been read, so one graph
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +80,10 @@ class ChunkForward:
         self._parameters = sum(p.numel() for p in model.parameters())
         self._recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self._seen: set[tuple] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkForward:
+        """The same model with a copy of the cache; graphs, whose addresses are those of this cache, are not copied."""
+        return ChunkForward(self.model, copy.deepcopy(self.cache, memo))
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ of these texts. Generation and evaluation know readers only by what is said here
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,6 +88,18 @@ class BaseReader(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forget everything read."""
+
+    @abstractmethod
+    def take(self, rows: Sequence[int]) -> None:
+        """Row r becomes what row rows[r] is: beams take each other's place, rows come or go. `batch` is len(rows) from
+        then on."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BaseReader:
+        """A reader of the same model that has read the same and reads on by itself."""
+        memo[id(self.model)] = self.model
+        other = copy.copy(self)
+        other.__dict__ = {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
+        return other
 
     def expect(self, tokens: int) -> None:  # noqa: B027 (most prepare nothing)
         """Say that the longest row goes on for `tokens` text tokens more, so that room for these can be prepared.

@@ -32,6 +32,12 @@ class RecurrentReader(BaseReader):
         """Forget everything read."""
         self.memory = RecurrentMemory(self.model.config.memory_length)
 
+    def take(self, rows: Sequence[int]) -> None:
+        """As BaseReader.take."""
+        layers = self.memory.layers
+        self.memory.layers = {index: tuple(x[list(rows)] for x in kept) for index, kept in layers.items()}
+        self.batch = len(rows)
+
     @torch.no_grad()
     def read(
         self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False

@@ -54,6 +54,15 @@ class WindowReader(BaseReader):
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(self.batch, 0, dtype=torch.long)
 
+    def take(self, rows: Sequence[int]) -> None:
+        """As BaseReader.take."""
+        self.rows = [list(self.rows[row]) for row in rows]
+        self.batch = len(rows)
+        if self._cache is not None:
+            index = torch.tensor(rows)
+            self._mask = self._mask[index]
+            self._cache.batch_select_indices(index.to(self.model.device))
+
     def expect(self, tokens: int) -> None:
         self._expected = tokens
 

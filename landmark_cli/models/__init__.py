@@ -10,11 +10,12 @@ def register() -> None:
 
     from landmark_cli.attention import dispatch
 
-    from . import decoders
+    from . import calls, decoders
     from .gpt import GPTConfig, GPTForCausalLM, GPTModel
     from .llama_with_landmark import LlamaWithLandmarkConfig
 
     dispatch.register()
+    calls.register()
     decoders.register()
     AutoConfig.register(GPTConfig.model_type, GPTConfig, exist_ok=True)
     AutoConfig.register(LlamaWithLandmarkConfig.model_type, LlamaWithLandmarkConfig, exist_ok=True)

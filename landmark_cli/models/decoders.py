@@ -18,6 +18,7 @@ from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id
 from landmark_cli.errors import LandmarkError
 
+from .calls import lead_forward
 from .generation_config import settle_sampling
 from .support import attention_dropout, check_config, check_model
 
@@ -86,6 +87,7 @@ def add_landmarks(
     config.trained_length = trained_length
     config.top_k_blocks = top_k_blocks
     model.set_attn_implementation("landmark")
+    lead_forward(model)
 
 
 def check_length(trained_length: int, limit: int | None, landmark_freq: int, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -266,8 +266,11 @@ class GPTModel(GPTPreTrainedModel):
         return torch.cat([token.to(x.dtype), x], dim=1), torch.cat([front, position_ids], dim=1)
 
 
-class GPTForCausalLM(GPTPreTrainedModel):
-    """The language model: token ids (B, T) -> logits (B, T, vocab_size), and a loss where labels are given."""
+class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
+    """The language model: token ids (B, T) -> logits (B, T, vocab_size), and a loss where labels are given.
+
+    `generate` and `past_key_values` are answered by the reader that the model has (see models/calls.py).
+    """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -284,13 +287,18 @@ class GPTForCausalLM(GPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        attention_mask: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutput:
         """labels: (B, T), the inputs themselves, shifted inside as transformers does; or give shift_labels as well, the
         target of every position, -100 where there is none. logits_to_keep: only the last so many positions (0: all).
         """
         hidden = self.model(
-            input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            **kwargs,
         ).last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])

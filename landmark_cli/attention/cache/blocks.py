@@ -4,7 +4,9 @@ read. Keys are kept rotated by their offset in their block only, so they never h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +105,36 @@ class LayerBlocks:
             self.blocks = self.landmark_keys.new_zeros(shape)
         else:
             self.blocks = self.offload.empty(shape, self.landmark_keys)
+
+    def take(self, rows: Sequence[int], used: int) -> None:
+        """Row r becomes what row rows[r] is; there may be more or fewer rows than before. used: slots that hold a block
+        in any row. With as many rows as before the tensors stay where they are, so that recorded steps go on."""
+        if self.offload is not None and self.landmark_keys.is_cuda:
+            torch.cuda.synchronize(self.landmark_keys.device)
+        old, used = (self.landmark_keys, self.blocks), min(used, self.capacity)
+        target = list(range(len(rows)))
+        if len(rows) == old[0].shape[0]:
+            target = [row for row, source in enumerate(rows) if row != source]
+        else:
+            self.landmark_keys = old[0].new_zeros(len(rows), *old[0].shape[1:])
+            self._arrivals = self._arrivals.new_zeros(0)
+            self._allocate(old[0].shape[2])
+        for to, source in zip((self.landmark_keys, self.blocks), old, strict=True):
+            # The right side is a copy, made before anything is overwritten.
+            to[target, :, :used] = source[[rows[row] for row in target], :, :used]
+        if self._pages is not None:
+            self._pages.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerBlocks:
+        """A copy of what is stored, where it is stored; settings and rotations are shared."""
+        other = copy.copy(self)
+        other._arrivals = torch.zeros_like(self._arrivals)
+        other._allocate(self.capacity)
+        other.landmark_keys.copy_(self.landmark_keys)
+        if self.blocks.is_pinned():
+            torch.cuda.synchronize(self.landmark_keys.device)
+        other.blocks.copy_(self.blocks)
+        return other
 
     def arrivals(self, rows: int) -> Tensor:
         """(rows,) int32 zeros in which the programs of a decoding step count themselves; they leave zeros behind.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,33 @@ class BlockCache:
         self.host_blocks = [0] * self.batch
         self.host_tail = [0] * self.batch
         self.retrievals = self.dropped_retrievals = 0
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Row r becomes what row rows[r] is, as beams do in a beam search; there may be more or fewer rows than before.
+
+        A trace says nothing of what was read until then.
+        """
+        if list(rows) == list(range(self.batch)):
+            return
+        used = max(self.host_blocks) + 1
+        for blocks in self.layers.values():
+            blocks.take(rows, used)
+        self.host_blocks = [self.host_blocks[row] for row in rows]
+        self.host_tail = [self.host_tail[row] for row in rows]
+        if len(rows) != self.batch:
+            self.batch = len(rows)
+            self._replaced += 1
+        if self.trace is not None:
+            self.trace.layers = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockCache:
+        """A cache that has read the same and reads on by itself."""
+        other = copy.copy(self)
+        other.layers = {index: copy.deepcopy(blocks, memo) for index, blocks in self.layers.items()}
+        other.host_blocks, other.host_tail = list(self.host_blocks), list(self.host_tail)
+        other.backends = set(self.backends)
+        other.trace = None
+        return other
 
     def expect(self, tokens: int) -> None:
         """Say how many stream tokens (landmarks too) the longest row will have in the end: room for all of them is then

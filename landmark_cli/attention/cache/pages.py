@@ -56,6 +56,12 @@ class Pages:
         self.page_table, self.held, self.used = filled(self.pages, -1), filled(self.frames, -1), filled(self.frames, 0)
         self.now = torch.zeros((), dtype=torch.int32, device=like.device)
 
+    def forget(self) -> None:
+        """Hold no copies any more: what they are copies of has been replaced."""
+        self.page_table.fill_(-1)
+        self.held.fill_(-1)
+        self.used.fill_(0)
+
     def admit(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give needed pages that no frame holds a frame, as far as there are frames that this call does not need.
 
