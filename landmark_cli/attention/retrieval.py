@@ -189,6 +189,8 @@ def read_selected(
         k, v = gather(age)
         logits = (rotated @ k.to(dtype).transpose(-1, -2)).squeeze(-2) * scale
         inner = torch.softmax(logits[..., :-1], dim=-1).unsqueeze(-2)
-        outputs.append((inner @ v[..., :-1, :].to(dtype)).squeeze(-2))
+        # Where there is no block, memory may hold anything, and nan times a weight of nothing is nan.
+        found = (inner @ v[..., :-1, :].to(dtype)).squeeze(-2)
+        outputs.append(found.masked_fill((age == 0)[..., None], 0.0))
         landmark_logits.append(logits[..., -1].masked_fill(age == 0, MINUS_INFINITY))
     return torch.stack(landmark_logits, dim=-1), torch.stack(outputs, dim=-2)

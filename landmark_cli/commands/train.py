@@ -186,12 +186,16 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
 
 def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, data: TrainingData) -> Path:
     """The run itself, in every process. Returns its directory."""
+    from landmark_cli.models.generation_config import silence
     from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.publish import Publication
 
     with begin(options, run_name(options)) as begun:
         accelerator, output, _ = begun
         model = GPTForCausalLM(config)
+        saved = tokenizer.as_transformers(landmark=not options.baseline)
+        config.pad_token_id = model.generation_config.pad_token_id = saved.pad_token_id
+        silence(model, saved)
 
         def save_rest(directory: Path) -> None:
             tokenizer.save_pretrained(directory, landmark=not options.baseline)

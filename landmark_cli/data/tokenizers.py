@@ -242,6 +242,8 @@ class GPT2Tokenizer(TextTokenizer):
             bos_token=END_OF_TEXT,
             eos_token=END_OF_TEXT,
             unk_token=END_OF_TEXT,
+            pad_token=GPT2_UNUSED[0] if landmark else END_OF_TEXT,
+            padding_side="left",
             additional_special_tokens=names[1:],
             clean_up_tokenization_spaces=False,
         )
@@ -317,6 +319,9 @@ class TransformersTokenizer(TextTokenizer):
         tokenizer = self._open()
         if landmark:
             add_tokens(tokenizer, [LANDMARK_TOKEN])
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
         return tokenizer
 
 

@@ -211,7 +211,8 @@ def _read(model: PreTrainedModel, cache: LandmarkCache, given: dict[str, Any]) -
     for name in INNER:
         if given.get(name):
             raise LandmarkError(f"{name}: a landmark model that reads with memory gives logits only")
-    logits = cache.read(given["input_ids"], given.get("attention_mask"), given.get("logits_to_keep") or 0)
+    kept = given.get("logits_to_keep")
+    logits = cache.read(given["input_ids"], given.get("attention_mask"), 0 if kept is None else kept)
     loss = None
     if given.get("labels") is not None:
         loss = model.loss_function(logits=logits, labels=given["labels"], vocab_size=model.config.vocab_size)

@@ -29,13 +29,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from landmark_cli.console import progress
-from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, prompt_ids
-from landmark_cli.data.tokenizers import GPT2_UNUSED
+from landmark_cli.data.pretrained_tokenizers import prompt_ids
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.chat import ChatTemplate
 from landmark_cli.inference.readers import BaseReader, are_finite, open_reader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.inference.text import CONTEXT, TextStream
+from landmark_cli.models.generation_config import tokens_without_text
 
 # Room is made for this many new tokens at a time: whoever asks for a million may get an end of text after ten.
 EXPECTED_TOKENS = 4096
@@ -245,15 +245,6 @@ def stopping_criteria(
     if sampling.stop:
         criteria.append(StopStringCriteria(tokenizer, list(sampling.stop)))
     return criteria
-
-
-def tokens_without_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The landmark, placeholders of the vocabulary, and ids of the output layer that no token has."""
-    vocabulary = tokenizer.get_vocab()
-    silent = {vocabulary[name] for name in (*GPT2_UNUSED, LANDMARK_TOKEN) if name in vocabulary}
-    silent.update(set(range(model.config.vocab_size)) - set(vocabulary.values()))
-    landmark = getattr(model.config, "landmark_token_id", None)
-    return sorted(silent if landmark is None else silent | {landmark})
 
 
 def check_ids(model: PreTrainedModel, rows: Sequence[Tensor]) -> None:

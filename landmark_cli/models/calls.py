@@ -1,9 +1,9 @@
 """How transformers' own methods come to read with memory: `generate` and `forward` of every landmark model lead to
-inference/calls.py.
+inference/calls.py, and `save_pretrained` writes a model card.
 
-`GenerationMixin.generate` is one method of all models, so it is led there once. `forward` is each class's own: a class
-is led there when the first of its models has landmarks. Both are public, and their arguments are all that is relied on.
-What has no landmarks goes to transformers' own as before.
+`generate` and `save_pretrained` are one method of all models, so they are led here once. `forward` is each class's own:
+a class is led here when the first of its models has landmarks. All are public, and their arguments are all that is
+relied on. What has no landmarks goes to transformers' own as before.
 """
 
 from __future__ import annotations
@@ -15,14 +15,28 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from landmark_cli.errors import LandmarkError
+
+from .card import write_card
 
 
 def register() -> None:
     """Lead transformers' methods here. May be called again."""
-    if not _leads_here(GenerationMixin.generate):
-        GenerationMixin.generate = _generating(GenerationMixin.generate)
-    if not _leads_here(PreTrainedModel.post_init):
-        PreTrainedModel.post_init = _made(PreTrainedModel.post_init)
+    for owner, name, leading in (
+        (GenerationMixin, "generate", _generating),
+        (GenerationMixin, "init_continuous_batching", _refusing),
+        (PreTrainedModel, "post_init", _made),
+        (PreTrainedModel, "save_pretrained", _saving),
+    ):
+        plain = getattr(owner, name)
+        if not _leads_here(plain):
+            method = functools.wraps(plain)(leading(plain))
+            method.reads_with_memory = True
+            setattr(owner, name, method)
+    # By this table pipelines know which models generate text.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("landmark_gpt", "GPTForCausalLM")
 
 
 def reads_with_memory(model: PreTrainedModel) -> bool:
@@ -45,7 +59,6 @@ def _leads_here(method: Callable) -> bool:
 
 
 def _generating(plain: Callable) -> Callable:
-    @functools.wraps(plain)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if not reads_with_memory(self):
             return plain(self, *args, **kwargs)
@@ -53,7 +66,6 @@ def _generating(plain: Callable) -> Callable:
 
         return calls.generate(plain, self, *args, **kwargs)
 
-    generate.reads_with_memory = True
     return generate
 
 
@@ -73,12 +85,31 @@ def _forwarding(plain: Callable) -> Callable:
     return forward
 
 
+def _refusing(plain: Callable) -> Callable:
+    def init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if reads_with_memory(self):
+            raise LandmarkError(
+                "continuous batching keeps keys and values in pages that know no landmarks: give all prompts to "
+                "generate as one batch instead"
+            )
+        return plain(self, *args, **kwargs)
+
+    return init_continuous_batching
+
+
 def _made(plain: Callable) -> Callable:
-    @functools.wraps(plain)
     def post_init(self: PreTrainedModel) -> None:
         plain(self)
         if reads_with_memory(self):
             lead_forward(self)
 
-    post_init.reads_with_memory = True
     return post_init
+
+
+def _saving(plain: Callable) -> Callable:
+    def save_pretrained(self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
+        if is_main_process and reads_with_memory(self):
+            write_card(self, save_directory)
+        return plain(self, save_directory, is_main_process=is_main_process, **kwargs)
+
+    return save_pretrained

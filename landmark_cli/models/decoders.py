@@ -19,7 +19,7 @@ from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, 
 from landmark_cli.errors import LandmarkError
 
 from .calls import lead_forward
-from .generation_config import settle_sampling
+from .generation_config import settle_sampling, silence
 from .support import attention_dropout, check_config, check_model
 
 PADDING_TOKEN = "[PAD]"
@@ -39,7 +39,8 @@ def add_landmarks(
 ) -> None:
     """Give a pretrained decoder and its tokenizer landmarks, in place.
 
-    The tokenizer gets a landmark token, and a padding token where it has none, with ids behind those of all its tokens
+    The tokenizer pads on the left, as whoever generates wants it, and gets a landmark token, and a padding token where
+    it has none, with ids behind those of all its tokens
     and of all that the config names. Their embedding rows (and the head's) are the mean of the rows that tokens have;
     no other row changes. Of a model that has landmarks already, only the settings change.
 
@@ -86,6 +87,7 @@ def add_landmarks(
     config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
     config.trained_length = trained_length
     config.top_k_blocks = top_k_blocks
+    silence(model, tokenizer)
     model.set_attn_implementation("landmark")
     lead_forward(model)
 
@@ -123,6 +125,7 @@ def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
         config.pad_token_id = tokenizer.pad_token_id
         if model.can_generate():
             model.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "left"
     size = largest_id(tokenizer) + 1
     if size > rows:
         multiple = VOCABULARY_MULTIPLE if rows % VOCABULARY_MULTIPLE == 0 else 1

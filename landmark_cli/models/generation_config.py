@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.console import warn
+from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
+from landmark_cli.data.tokenizers import GPT2_UNUSED
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -33,6 +35,25 @@ def settle_sampling(model: PreTrainedModel, name: str) -> None:
         warn(f"the generation config of {name} has settings of sampling ({found}), but does not sample: {done}")
     else:
         _set(config, before)
+
+
+def silence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have transformers' generate never emit what is no text: see `tokens_without_text`. It is saved with the model."""
+    if model.can_generate():
+        config = model.generation_config
+        silent = {*(config.suppress_tokens or ()), *tokens_without_text(model, tokenizer)}
+        config.suppress_tokens = sorted(silent) or None
+        # Of one that was made from the model's config transformers reads only its own settings back, none of ours.
+        config._from_model_config = False
+
+
+def tokens_without_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The landmark, placeholders of the vocabulary, and ids of the output layer that no token has."""
+    vocabulary = tokenizer.get_vocab()
+    silent = {vocabulary[name] for name in (*GPT2_UNUSED, LANDMARK_TOKEN) if name in vocabulary}
+    silent.update(set(range(model.config.vocab_size)) - set(vocabulary.values()))
+    landmark = getattr(model.config, "landmark_token_id", None)
+    return sorted(silent if landmark is None else silent | {landmark})
 
 
 def _set(config: GenerationConfig, values: dict[str, Any]) -> None:

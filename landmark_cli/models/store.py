@@ -14,6 +14,7 @@ from landmark_cli.model_files import check_directory
 from landmark_cli.torch_files import load_weights
 
 from .device import find_device
+from .generation_config import silence
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
 from .lora import is_adapter, open_adapted
@@ -56,6 +57,7 @@ def load(
         model, tokenizer = open_adapted(directory, **how)
     else:
         model, tokenizer = open_pretrained(path, **how)
+    silence(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
 

@@ -1,0 +1,72 @@
+"""The model card beside a model's weights: what somebody who finds the directory has to know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+CARD = "README.md"
+
+WITH_PACKAGE = """\
+    import landmark_cli
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained("{name}")
+    tokenizer = AutoTokenizer.from_pretrained("{name}")
+    text = tokenizer("It is a truth universally acknowledged", return_tensors="pt")
+    print(tokenizer.decode(model.generate(**text, max_new_tokens=100)[0]))
+"""
+
+LANDMARKS = """\
+It reads text of any length by landmark attention ([arXiv 2305.16300](https://arxiv.org/abs/2305.16300)): text goes in
+as chunks, a landmark token stands after every {landmark_freq} tokens of it, and each token chooses the {top_k_blocks}
+earlier blocks that it attends to. The landmarks are put in while reading; give plain text. It was trained on windows of
+{trained_length} tokens, landmarks included.
+"""
+PLAIN = "It was trained on windows of {trained_length} tokens."
+
+UNKNOWN = "transformers does not know the model type `{model_type}` and opens nothing."
+ORDINARY = """\
+transformers opens it as an ordinary `{model_type}`, without a warning: it then attends to all tokens as no model with
+landmarks was trained to, reads no further than its positions, and predicts text less well.
+"""
+
+
+def write_card(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write a model card into a model's directory, unless there is one. Makes the directory."""
+    file = Path(directory) / CARD
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(model_card(model), encoding="utf-8")
+
+
+def model_card(model: PreTrainedModel) -> str:
+    """The card of a landmark model, or of another of this package: how to use it, and what it is without the
+    package."""
+    config = model.config
+    settings = {name: getattr(config, name, None) for name in ("landmark_freq", "top_k_blocks", "trained_length")}
+    has_landmarks = settings["landmark_freq"] is not None
+    ours = config.model_type == "landmark_gpt"
+    about = (LANDMARKS if has_landmarks else PLAIN).format(**settings)
+    without = (UNKNOWN if ours else ORDINARY).format(model_type=config.model_type)
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- landmark-attention
+---
+# A language model {"with landmark attention" if has_landmarks else "of the paper on landmark attention"}
+
+{about.rstrip()}
+
+Install the package `landmark-cli`, then:
+
+{WITH_PACKAGE.format(name="PATH")}
+or `landmark generate --model PATH --prompt "..."`. PATH is this directory, or its name on the hub.
+
+## Without the package
+
+{without.rstrip()}
+"""
