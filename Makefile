@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-real test-faults test-faults-quick lint
+.PHONY: install demo test test-versions test-real test-faults test-faults-quick lint
 
 install: $(INSTALLED)
 
@@ -23,6 +23,19 @@ demo: $(INSTALLED)
 # Two processes of one thread each do better than one of two: much of the time is starting processes.
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not real and not faults" -n 2 --dist worksteal
+
+# What leans on transformers most, with the oldest one that pyproject.toml allows; the newest is the environment's own.
+OLDEST := $(VENV)/oldest
+VERSION := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)",/\1/p' pyproject.toml)
+test-versions: $(OLDEST)/$(VERSION)
+	PYTHONPATH=$(CURDIR)/$(OLDEST):$(CURDIR) OMP_NUM_THREADS=1 LANDMARK_TRANSFORMERS=$(VERSION) \
+	  $(BIN)/python -m pytest -p no:cacheprovider -n 2 tests/inference/test_calls.py tests/test_registration.py
+
+$(OLDEST)/$(VERSION): $(INSTALLED)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) \
+	  'transformers==$(VERSION).*' 'huggingface-hub<2' 'tokenizers<=0.23.0'
+	touch $@
 
 test-real: $(INSTALLED)
 	$(BIN)/python -m pytest -m real

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from landmark_cli.errors import LandmarkError
     from landmark_cli.inference.block_reader import BlockReader as Reader
     from landmark_cli.inference.generation import Generation, generate
+    from landmark_cli.inference.landmark_cache import LandmarkCache
     from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
     from landmark_cli.models.decoders import add_landmarks
     from landmark_cli.models.store import load
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Generation",
+    "LandmarkCache",
     "LandmarkError",
     "Reader",
     "ReadingSettings",
@@ -45,6 +47,7 @@ __all__ = [
 # Where each name comes from: its module and, where it has another name there, that name.
 _FROM = {
     "Generation": "inference.generation",
+    "LandmarkCache": "inference.landmark_cache",
     "LandmarkError": "errors",
     "Reader": "inference.block_reader:BlockReader",
     "ReadingSettings": "inference.settings",

@@ -137,7 +137,7 @@ def new_tokens(setting: Callable[[str], Any], given: dict[str, Any]) -> int:
 def other_cache(cache: Any) -> LandmarkError:
     return LandmarkError(
         f"past_key_values is a {type(cache).__name__}: a landmark model reads on through a "
-        "landmark_cli.inference.landmark_cache.LandmarkCache(model)"
+        "landmark_cli.LandmarkCache(model)"
     )
 
 
@@ -162,13 +162,13 @@ def forward(plain: Callable, model: PreTrainedModel, given: dict[str, Any]) -> A
             _once(
                 model,
                 f"{name} was given text without landmarks, and reads it as generate does: in chunks, with landmarks "
-                "put in. For one pass over all of it put them in with landmark_cli.data.landmarks.insert_landmarks",
+                "put in. For one pass over all of it put them in with landmark_cli.insert_landmarks",
             )
             return _read(model, LandmarkCache(model), given)
         _once(
             model,
             f"{name} was given text without landmarks, and takes every {model.config.landmark_freq + 1}th token for "
-            "one: put them in with landmark_cli.data.landmarks.insert_landmarks, or read in evaluation mode under "
+            "one: put them in with landmark_cli.insert_landmarks, or read in evaluation mode under "
             "torch.no_grad()",
         )
     return plain(model, **given)

@@ -33,6 +33,13 @@ class LandmarkCache(Cache):
 
     reader: the reader, None until the first call. new_tokens: how many tokens are expected to come behind the next
     text, for which room is made with it.
+
+    >>> model, tokenizer = landmark_cli.load("runs/landmark", device="cpu")
+    >>> cache = landmark_cli.LandmarkCache(model, landmark_cli.ReadingSettings(top_k_blocks=2))
+    >>> ids = tokenizer("It was the best of times. " * 20, return_tensors="pt").input_ids
+    >>> output = model(ids, past_key_values=cache, logits_to_keep=1)  # reads
+    >>> output.logits.shape[1], cache.get_seq_length() == ids.shape[1]
+    (1, True)
     """
 
     is_croppable = False

@@ -1,4 +1,4 @@
-"""The examples of docstrings and of docs/python.md run, in the workplace of the commands' tests."""
+"""The examples of docstrings and of the pages on Python and transformers run, in a workplace of the commands."""
 
 import doctest
 import re
@@ -8,7 +8,7 @@ import pytest
 
 import landmark_cli
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+DOCS = Path(__file__).parents[2] / "docs"
 WITHOUT = {"LandmarkError", "Generation"}
 
 
@@ -23,10 +23,11 @@ def test_examples_of_docstrings(name, workplace, monkeypatch):
     assert not sum(runner.run(test).failed for test in found)
 
 
-def test_examples_of_the_page(workplace, monkeypatch):
+@pytest.mark.parametrize("page", ["python.md", "transformers.md"])
+def test_examples_of_a_page(page, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) > 3
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
+        exec(compile(block, page, "exec"), names)

@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
+import transformers
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -33,7 +35,7 @@ from tests.closeness import assert_close_norm
 from tests.models.families import VOCABULARY, tiny_decoder, tiny_tokenizer
 from tests.tiny import tiny_model
 
-FREQ, CHUNK, NEW = 4, 8, 10
+FREQ, CHUNK, NEW = 4, 8, 8
 READING = {"read_chunk": CHUNK, "top_k_blocks": 2}
 DECODERS = ("llama", "qwen3", "gpt-neox")
 WITH_LANDMARKS = ("gpt", "context miss", *DECODERS)
@@ -89,16 +91,24 @@ def theirs(kind: str, inputs: dict[str, torch.Tensor], **settings) -> list[list[
     return [row[: row.index(0) + 1] if 0 in row else row for row in given]
 
 
+@pytest.mark.skipif("LANDMARK_TRANSFORMERS" not in os.environ, reason="make test-versions asks for a version")
+def test_transformers_is_of_the_version_that_was_asked_for():
+    assert f"{transformers.__version__}.".startswith(os.environ["LANDMARK_TRANSFORMERS"] + ".")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generates_what_landmark_generate_does(kind):
-    rows = texts(*LENGTHS)
-    for row in rows:
-        assert theirs(kind, padded([row])) == ours(kind, [row])
-    if kind == "transformer-xl":
-        rows = [rows[-1], rows[-1].flip(0)]
-    assert theirs(kind, padded(rows)) == ours(kind, rows)
-    # transformers warns of padding on the right; what is hidden is not read, wherever it stands.
-    assert theirs(kind, padded(rows, "right")) == ours(kind, rows)
+    rows = texts(*LENGTHS) if kind != "transformer-xl" else texts(3 * CHUNK + 1, 3 * CHUNK + 1)
+    expected = ours(kind, rows)
+    assert theirs(kind, padded(rows)) == expected
+    for row, alone in zip(rows, expected, strict=True):
+        assert theirs(kind, padded([row])) == [alone]
+
+
+def test_padding_on_the_right_is_not_read_either():
+    """transformers warns of it, and goes on behind it."""
+    rows = texts(3, 2 * CHUNK + 1)
+    assert theirs("gpt", padded(rows, "right")) == ours("gpt", rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,15 +175,15 @@ class Wanting(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("kind", WITH_LANDMARKS)
-@pytest.mark.parametrize("way", [{"do_sample": False}, {"do_sample": True, "top_k": 0}, {"num_beams": 2}])
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+@pytest.mark.parametrize("way", [{"do_sample": False}, {"do_sample": True, "top_k": 0}, {"num_beams": 2}], ids=str)
 def test_nothing_but_text_is_generated(kind, way):
     model, tokenizer = opened(kind)
     (row,) = texts(20)
     silent = model.generation_config.suppress_tokens
     assert model.config.landmark_token_id in silent and 299 in silent
     processors = LogitsProcessorList([Wanting(silent)])
-    out = model.generate(row[None], max_new_tokens=12, logits_processor=processors, **way)
+    out = model.generate(row[None], max_new_tokens=5, logits_processor=processors, **way)
     assert not torch.isin(out[:, len(row) :], torch.tensor(silent)).any()
 
 
@@ -182,7 +192,7 @@ def test_the_landmark_is_never_generated_even_without_a_list_of_what_is_no_text(
     model = copy.deepcopy(model)
     model.generation_config.suppress_tokens = None
     processors = LogitsProcessorList([Wanting([model.config.landmark_token_id])])
-    out = model.generate(texts(20)[0][None], max_new_tokens=12, logits_processor=processors, do_sample=False)
+    out = model.generate(texts(20)[0][None], max_new_tokens=5, logits_processor=processors, do_sample=False)
     assert not (out == model.config.landmark_token_id).any()
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from landmark_cli.attention.cache import Positions, Selection
+from landmark_cli.attention.cache import Offload, Positions, Selection
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader, default_chunk
@@ -146,3 +146,21 @@ def test_errors():
     baseline = GPTForCausalLM(GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, landmark_freq=None))
     with pytest.raises(LandmarkError, match="no landmarks"):
         BlockReader(baseline)
+
+
+@pytest.mark.parametrize("top_k_blocks", [0, 2])
+def test_memory_for_blocks_may_hold_anything_before_they_are_read(top_k_blocks, monkeypatch):
+    """Host memory is taken as it is found. Rows of unequal length have fewer blocks than are retrieved, and padding."""
+    rows = [text(37), text(14), text(3)]
+
+    def logits(offload: str) -> list[torch.Tensor]:
+        reader = BlockReader(tiny_model(), top_k_blocks=top_k_blocks, chunk=8, offload=offload, batch=3)
+        parts = list(reader.read(rows))
+        read = [torch.cat([part.row(row) for part in parts]) for row in range(3)]
+        return [*read, *(reader.step([5, 6, None])[:2] for _ in range(5))]
+
+    expected = logits("none")
+    empty = Offload.empty
+    monkeypatch.setattr(Offload, "empty", lambda *arguments: empty(*arguments).fill_(torch.nan))
+    for one, other in zip(logits("cpu"), expected, strict=True):
+        assert torch.equal(one, other)

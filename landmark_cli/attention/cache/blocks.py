@@ -165,6 +165,8 @@ class LayerBlocks:
             return k, v, first
         index = torch.arange(longest + k.shape[2], device=k.device)
         in_chunk = (index >= longest + chunk.start[:, None])[:, None, :, None]
+        # What stands before a row's first key is padding, for which memory may hold anything, nan too.
+        padding = (index < first[:, None])[:, None, :, None]
         offset = (index - first[:, None]).clamp(0, self.settings.block_size - 1)
         rows = torch.arange(k.shape[0], device=k.device)
         heads = torch.arange(k.shape[1], device=k.device)
@@ -172,6 +174,7 @@ class LayerBlocks:
         tail = self.gather((rows[:, None, None], heads[:, None], slot[:, None, None], offset[:, None]))
 
         def join(stored: Tensor, fresh: Tensor) -> Tensor:
+            stored = stored.masked_fill(padding, 0.0)
             return torch.where(in_chunk, torch.nn.functional.pad(fresh, (0, 0, longest, 0)), stored)
 
         return join(tail[0], k), join(tail[1], v), first
