@@ -54,6 +54,11 @@ HEADS = frozenset(family.head for family in FAMILIES.values())
 EMBEDDINGS = frozenset(family.embedding for family in FAMILIES.values())
 
 
+def is_ours(model_type: str) -> bool:
+    """Whether a model type is of this package, unknown to transformers alone."""
+    return model_type in FAMILIES and FAMILIES[model_type].name is None
+
+
 def fitting() -> str:
     """The families that landmark attention is known to fit, for a message."""
     *names, last = (family.name for family in FAMILIES.values() if family.name and not family.instead_of_rotary)

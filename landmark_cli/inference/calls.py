@@ -177,8 +177,8 @@ def forward(plain: Callable, model: PreTrainedModel, given: dict[str, Any]) -> A
 def _is_text(model: PreTrainedModel, given: dict[str, Any]) -> bool:
     """Whether a forward is given text without landmarks where there should be some. Of a model that is being trained
     the first input only is looked at, for looking makes the host wait."""
-    ids = given.get("input_ids")
-    if ids is None or given.get("landmark_layout") is not None or ids.dim() != 2:
+    ids, landmark = given.get("input_ids"), getattr(model.config, "landmark_token_id", None)
+    if ids is None or landmark is None or ids.dim() != 2 or given.get("landmark_layout") is not None:
         return False
     if ids.shape[1] <= model.config.landmark_freq and given.get("use_cache") is not True:
         return False
@@ -186,7 +186,7 @@ def _is_text(model: PreTrainedModel, given: dict[str, Any]) -> bool:
         if getattr(model, "_landmarks_looked_for", False):
             return False
         model._landmarks_looked_for = True
-    return not bool((ids == model.config.landmark_token_id).any())
+    return not bool((ids == landmark).any())
 
 
 def _reads(model: PreTrainedModel, given: dict[str, Any]) -> bool:

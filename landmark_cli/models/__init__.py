@@ -7,6 +7,7 @@ Importing this package registers the models with transformers, before any of its
 def register() -> None:
     """Make our model types and the attention "landmark" known to transformers' Auto classes. May be called again."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from landmark_cli.attention import dispatch
 
@@ -21,6 +22,8 @@ def register() -> None:
     AutoConfig.register(LlamaWithLandmarkConfig.model_type, LlamaWithLandmarkConfig, exist_ok=True)
     AutoModel.register(GPTConfig, GPTModel, exist_ok=True)
     AutoModelForCausalLM.register(GPTConfig, GPTForCausalLM, exist_ok=True)
+    # By this table pipelines know which models generate text.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPTConfig.model_type, GPTForCausalLM.__name__)
 
 
 register()

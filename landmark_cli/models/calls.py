@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from landmark_cli.errors import LandmarkError
+from landmark_cli.families import is_ours
 
 from .card import write_card
 
@@ -35,8 +35,6 @@ def register() -> None:
             method = functools.wraps(plain)(leading(plain))
             method.reads_with_memory = True
             setattr(owner, name, method)
-    # By this table pipelines know which models generate text.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("landmark_gpt", "GPTForCausalLM")
 
 
 def reads_with_memory(model: PreTrainedModel) -> bool:
@@ -44,7 +42,7 @@ def reads_with_memory(model: PreTrainedModel) -> bool:
     config = model.config
     if getattr(config, "landmark_freq", None):
         return config._attn_implementation == "landmark"
-    return config.model_type == "landmark_gpt"
+    return is_ours(config.model_type)
 
 
 def lead_forward(model: PreTrainedModel) -> None:

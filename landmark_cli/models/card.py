@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from landmark_cli.families import is_ours
+
 CARD = "README.md"
 
 WITH_PACKAGE = """\
@@ -47,7 +49,7 @@ def model_card(model: PreTrainedModel) -> str:
     config = model.config
     settings = {name: getattr(config, name, None) for name in ("landmark_freq", "top_k_blocks", "trained_length")}
     has_landmarks = settings["landmark_freq"] is not None
-    ours = config.model_type == "landmark_gpt"
+    ours = is_ours(config.model_type)
     about = (LANDMARKS if has_landmarks else PLAIN).format(**settings)
     without = (UNKNOWN if ours else ORDINARY).format(model_type=config.model_type)
     return f"""\

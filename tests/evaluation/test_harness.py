@@ -11,6 +11,7 @@ import torch
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from landmark_cli.attention.cache import BlockCache
@@ -19,6 +20,7 @@ from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.evaluation.harness import LandmarkLM
+from landmark_cli.models.generation_config import silence
 from tests.tiny import FREQ, tiny_baseline, tiny_model
 
 GPT2 = load_tokenizer("gpt2")
@@ -57,6 +59,7 @@ def place(tmp_path_factory):
     models = {"landmark": tiny_model(landmark_token_id=GPT2_LANDMARK_ID, **ids), "baseline": tiny_baseline(**ids)}
     models["xl"] = tiny_baseline(memory_length=12, segment_length=12, **ids)
     for name, model in models.items():
+        silence(model, GPT2.as_transformers(landmark=name == "landmark"))
         model.save_pretrained(root / name)
         GPT2.save_pretrained(root / name)
     (root / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
@@ -95,6 +98,19 @@ def test_requests_equal_one_forward_pass(place, kind, batch_size):
         context = GPT2.encode(context) or [GPT2.eot_id]
         expected, expected_likeliest = log_likelihood(lm, context, GPT2.encode(continuation))
         assert math.isclose(loss, expected, rel_tol=1e-4) and likeliest == expected_likeliest
+
+
+def test_the_harness_own_model_reads_with_memory(place):
+    """`--model hf` knows nothing of us; what it scores and what it generates is what the model "landmark" does."""
+    ours = LandmarkLM(str(place / "landmark"), device="cpu")
+    theirs = HFLM(pretrained=str(place / "landmark"), device="cpu", batch_size=2, max_length=512)
+    pairs = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]]
+    scored = [lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True) for lm in (ours, theirs)]
+    for (loss, likeliest), (other, other_likeliest) in zip(*scored, strict=True):
+        assert math.isclose(loss, other, rel_tol=1e-4) and likeliest == other_likeliest
+    how = {"until": ["."], "max_gen_toks": 4, "do_sample": False}
+    asked = instances("generate_until", *((q["question"], how) for q in QUESTIONS))
+    assert theirs.generate_until(asked, disable_tqdm=True) == ours.generate_until(asked, disable_tqdm=True)
 
 
 def test_whole_texts(place):
