@@ -183,6 +183,7 @@ def one_weighed(questions, tmp_path_factory):
     return train(questions, output, **(OPTIONS | WEIGHED | {"accumulation": 2}))
 
 
+@pytest.mark.slow
 def test_weighed_answers_are_the_same_in_two_processes(questions, one_weighed, tmp_path):
     launch = ["torchrun", "--nproc_per_node=2", LANDMARK, *split(questions, tmp_path / "run", **WEIGHED)]
     subprocess.run(launch, env=on_cpus(), check=True, timeout=240)
