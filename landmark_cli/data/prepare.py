@@ -47,6 +47,8 @@ from landmark_cli.locks import LOCK, sole_writer
 CONTENTS = 1
 BATCH_DOCUMENTS = 4096
 CHECKPOINT_SECONDS = 5.0
+# What a run leaves that is not at its end yet.
+UNFINISHED = "*.partial"
 
 
 def prepare(
@@ -73,7 +75,13 @@ def prepare(
         info(f"{output} holds token files made from this very source already; delete it to make them again")
         if left_out := finished["train"].left_out:
             warn(left_out.summary())
-        return finished if process.rank == 0 else {}
+        if process.rank > 0:
+            return {}
+        if list(output.glob(UNFINISHED)):
+            # A run was killed when its token files had their names already. What cannot be removed does no harm.
+            with contextlib.suppress(LandmarkError, OSError), sole_writer(output):
+                _remove_unfinished(output)
+        return finished
     with contextlib.ExitStack() as held:
         if process.rank == 0:
             held.enter_context(sole_writer(output))
@@ -255,8 +263,7 @@ def _finish(
         others = any(writer.documents for writer in writers.values())
         for writer in writers.values():
             writer.discard()
-        for file in output.glob("*.partial"):
-            file.unlink(missing_ok=True)
+        _remove_unfinished(output)
         why = _why_nothing(others, left_out, documents)
         raise LandmarkError(f"no text to train on in {corpus.source}: {why}")
     finished = {}
@@ -265,9 +272,14 @@ def _finish(
             finished[split] = writers[split].finish(left_out if split == "train" and left_out else None)
         else:
             remove_token_file(output / split)
-    for file in output.glob("*.partial"):
-        file.unlink(missing_ok=True)
+    _remove_unfinished(output)
     return {split: finished[split] for split in SPLITS if split in finished}
+
+
+def _remove_unfinished(output: Path) -> None:
+    """Remove the unfinished files of all processes."""
+    for file in output.glob(UNFINISHED):
+        file.unlink(missing_ok=True)
 
 
 def _why_nothing(others: bool, left_out: LeftOut, documents: int) -> str:

@@ -235,7 +235,9 @@ class Loop:
             batch["weights"].sum() if "weights" in batch else (batch["labels"] != IGNORED_TARGET).sum()
             for batch in micro_batches
         ]
-        targets = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
+        targets = accelerator.reduce(torch.stack(counts).sum(), "sum")
+        # Without targets the loss is 0. Weights may well sum to less than 1.
+        targets = torch.where(targets > 0, targets, 1)
         # The gradient becomes a mean over processes, and by accelerate one over micro-batches; this turns means into
         # the sum.
         scale = accelerator.num_processes * settings.accumulation / targets

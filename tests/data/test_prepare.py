@@ -22,6 +22,7 @@ from landmark_cli.data.prepare import prepare
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
 from landmark_cli.data.tokenizers import ASSETS, load_tokenizer
 from landmark_cli.errors import LandmarkError
+from landmark_cli.locks import sole_writer
 from tests.data.texts import documents_in
 
 
@@ -99,6 +100,22 @@ def test_several_processes_write_the_same_files(books, gpt2, expected, tmp_path,
     same(run(books, tmp_path, InPieces(gpt2, 2500), process=Process(0, count)), expected)
     assert not list(tmp_path.glob("*partial*"))
     assert run(books, tmp_path, gpt2, process=Process(1, count)) == {}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_run_killed_at_its_very_end_left_is_removed(books, gpt2, expected, tmp_path, monkeypatch, count):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(prepare_module, "_remove_unfinished", lambda output: None)
+        for rank in reversed(range(count)):
+            run(books, tmp_path, gpt2, process=Process(rank, count))
+    assert list(tmp_path.glob("*.partial"))
+    with sole_writer(tmp_path):
+        # Somebody is at work there.
+        same(run(books, tmp_path, gpt2), expected)
+    assert list(tmp_path.glob("*.partial"))
+    same(run(books, tmp_path, gpt2), expected)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_processes_share_the_documents(books):

@@ -142,6 +142,15 @@ def test_the_split_into_micro_batches_does_not_change_a_weighed_run(tmp_path):
     assert_close_norm(curves[2], curves[0])
 
 
+def test_how_heavy_all_weights_are_is_no_matter(tmp_path):
+    class Light(WeighedBatches):
+        def batch(self, step, start, stop):
+            batch = super().batch(step, start, stop)
+            return batch | {"weights": batch["weights"] / 1024}
+
+    assert_close_norm(run_weighed(tmp_path / "light", batches=Light), run_weighed(tmp_path / "heavy"))
+
+
 def test_batches_without_answers_change_nothing_and_harm_nothing(tmp_path):
     class Weightless(RandomBatches):
         def batch(self, step, start, stop):
