@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from landmark_cli.attention.dispatch import landmark_attention
     from landmark_cli.data.landmarks import insert_landmarks
     from landmark_cli.errors import LandmarkError
-    from landmark_cli.inference.block_reader import BlockReader as Reader
     from landmark_cli.inference.generation import Generation, generate
     from landmark_cli.inference.landmark_cache import LandmarkCache
+    from landmark_cli.inference.reader import Reader
     from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
     from landmark_cli.models.decoders import add_landmarks
     from landmark_cli.models.store import load
@@ -44,12 +44,12 @@ __all__ = [
     "load",
 ]
 
-# Where each name comes from: its module and, where it has another name there, that name.
+# The module of each name.
 _FROM = {
     "Generation": "inference.generation",
     "LandmarkCache": "inference.landmark_cache",
     "LandmarkError": "errors",
-    "Reader": "inference.block_reader:BlockReader",
+    "Reader": "inference.reader",
     "ReadingSettings": "inference.settings",
     "SamplingSettings": "inference.settings",
     "add_landmarks": "models.decoders",
@@ -67,8 +67,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name not in _FROM:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module, _, known_as = _FROM[name].partition(":")
-        found = getattr(importlib.import_module(f"{__name__}.{module}"), known_as or name)
+        found = getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
         # Found at once from now on.
         globals()[name] = found
         return found

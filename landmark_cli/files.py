@@ -181,11 +181,7 @@ def read_sealed(
     content = read_json(path, what, max_bytes=max_bytes, **more)
     with reading(path, what, **more):
         earlier = unsealed is not None and unsealed.items() <= content.items() and CHECKSUM not in content
-        if not earlier:
-            expected = content.pop(CHECKSUM)
-            if expected != _checksum(content):
-                raise ValueError("its content is not what was written to it")
-        return check(schema, content)
+        return check(schema, content if earlier else unsealed_content(content))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -313,7 +309,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
     if _is_device(path):
         path.write_bytes(data)
         return
-    path, partial = _target_and_partial(path)
+    path, partial = target_and_partial(path)
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -335,7 +331,7 @@ def check_writable(path: str | Path, what: str = "") -> None:
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not _is_device(Path(path)):
-            target, partial = _target_and_partial(Path(path))
+            target, partial = target_and_partial(Path(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             partial.unlink()
@@ -354,7 +350,8 @@ def _is_device(path: Path) -> bool:
     return (path.exists() and not (path.is_file() or path.is_dir())) or path.is_relative_to("/dev")
 
 
-def _target_and_partial(path: Path) -> tuple[Path, Path]:
+def target_and_partial(path: Path) -> tuple[Path, Path]:
+    """Where a file is, links followed, and where it is written before it is whole."""
     path = Path(os.path.realpath(path))
     return path, path.with_name(f"{path.name}.{os.getpid()}.partial")
 
@@ -368,7 +365,20 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """`write_json` with a checksum of the content beside it, which `read_sealed` checks."""
-    write_json(path, content | {CHECKSUM: _checksum(content)})
+    write_json(path, sealed_content(content))
+
+
+def sealed_content(content: dict[str, Any]) -> dict[str, Any]:
+    """An object that JSON can hold, with its checksum."""
+    return content | {CHECKSUM: _checksum(content)}
+
+
+def unsealed_content(content: dict[str, Any]) -> dict[str, Any]:
+    """What `sealed_content` was given. Raises KeyError or ValueError where it is not that any more."""
+    found = {key: value for key, value in content.items() if key != CHECKSUM}
+    if content[CHECKSUM] != _checksum(found):
+        raise ValueError("its content is not what was written to it")
+    return found
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -84,14 +84,14 @@ def check_directory(folder: Path, what: str = "") -> None:
             if path.suffix not in WEIGHTS and found.st_size > MAX_TEXT_BYTES:
                 raise ValueError(f"it has {found.st_size:,} bytes, and at most {MAX_TEXT_BYTES:,} are read")
             if path.suffix == ".safetensors":
-                _check_header(path, found.st_size)
+                check_header(path, found.st_size)
         if any(path.match(pattern) for pattern in CONFIGS):
             _check_names(folder, read_json(path, what, max_bytes=MAX_JSON_BYTES), what)
         elif any(path.match(pattern) for pattern in PICKLES):
             check_pickle(path, what)
 
 
-def _check_header(path: Path, size: int) -> None:
+def check_header(path: Path, size: int) -> None:
     """Raise ValueError for a safetensors file of so many bytes whose header would take a library long to read. A header
     that goes beyond its file is left to who reads it."""
     with path.open("rb") as file:

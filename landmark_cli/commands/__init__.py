@@ -145,6 +145,8 @@ landmark eval passkey --model HuggingFaceTB/SmolLM2-135M-Instruct --full-attenti
 landmark generate --prompt "It was the best of times"
 landmark generate --model runs/pg19-landmark --prompt-file novel.txt --top-k-blocks 4 --max-new-tokens 500
 cat novel.txt | landmark generate --temperature 0 --stop "CHAPTER"
+landmark generate --prompt-file novel.txt --save-memory novel.memory --max-new-tokens 0
+landmark generate --memory novel.memory --prompt "Who did it? It was"
 """,
         _in("generate", "GenerateOptions"),
     ),

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.measurement import file_option
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
-from landmark_cli.console import info, print_json, write_json, write_out
+from landmark_cli.console import info, print_json, quantity, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.files import write_whole, writing
+from landmark_cli.files import check_writable, write_whole, writing
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import Options, check_outputs, option
 
 if TYPE_CHECKING:
     from landmark_cli.inference.generation import Generation
+    from landmark_cli.inference.readers import BaseReader
 
 PROMPT = "Prompt"
+MEMORY = "Memory"
 
 # How people write characters in a shell that hands on a backslash and a letter.
 ESCAPES = {r"\n": ("\n", "a line break"), r"\t": ("\t", "a tab"), r"\r": ("\r", "a carriage return")}
@@ -41,11 +43,27 @@ class PromptOptions(Options):
 
 
 @dataclass
-class GenerateOptions(ReadingSettings, SamplingSettings, ModelOptions, PromptOptions):
+class MemoryOptions(Options):
+    """What was read before, and what is kept of what is read now."""
+
+    memory: list[Path] | None = option(
+        None,
+        panel=MEMORY,
+        help="A file that --save-memory wrote: the prompt goes on from what was read then. Several are read in order.",
+    )
+    save_memory: Path | None = file_option(
+        MEMORY, "Write what was read, the prompt at its end, to this file, for any number of later prompts."
+    )
+    append: bool = option(False, panel=MEMORY, saved=False, help="Write what was read back to the file of --memory.")
+
+
+@dataclass
+class GenerateOptions(ReadingSettings, SamplingSettings, ModelOptions, PromptOptions, MemoryOptions):
     """Continue a text of any length; the text goes to standard output as it comes.
 
     The prompt is --prompt, --prompt-file or standard input. It is read in chunks through the block cache; a model
-    without landmarks sees the last tokens that its trained length holds.
+    without landmarks sees the last tokens that its trained length holds. What was read can be kept and asked again:
+    --save-memory once, then --memory with every question.
     """
 
 
@@ -53,17 +71,24 @@ def run(options: GenerateOptions) -> Generation:
     """Read the prompt, stream the text after it to standard output, and say how fast it went. Returns what was
     generated.
 
-    Raises UsageError for none or several prompts or an empty --stop, LandmarkError for a prompt that cannot be read.
+    Raises UsageError for none or several prompts, an empty --stop, or a memory of another model or other settings;
+    LandmarkError for a prompt or a memory that cannot be read.
     """
+    target = memory_target(options)
     prompt, stop = read_prompt(options), stop_strings(options.stop or [])
     check_outputs(options)
     name = name_model(options)
     model, tokenizer = open_model(name, options)
     from landmark_cli.inference.generation import encode_prompt, generate
-    from landmark_cli.inference.readers import open_reader
+    from landmark_cli.inference.readers import has_landmarks, open_reader
 
-    ids = encode_prompt(tokenizer, prompt, chat=options.chat)
+    memories = options.memory or []
+    ids = encode_prompt(tokenizer, prompt, chat=options.chat, goes_on=bool(memories))
     reader = open_reader(model, options)
+    if target is not None and not has_landmarks(model):
+        raise UsageError(f"{target[0]}: {name} has no landmarks, so what it reads leaves no memory to keep")
+    if memories:
+        reader.recall(*memories, what="--memory")
     seen = reader.sees(len(ids))
     if seen < len(ids):
         info(f"{name} has no landmarks: of the prompt's {len(ids)} tokens it sees the last {seen} at most")
@@ -83,6 +108,7 @@ def run(options: GenerateOptions) -> Generation:
         replace(options, stop=stop),
         reader=reader,
         on_text=show,
+        on_read=None if target is None else lambda: save_memory(reader, *target),
         trace=options.trace is not None,
         show_progress=True,
     )
@@ -101,6 +127,23 @@ def run(options: GenerateOptions) -> Generation:
         write_trace(options.trace, about, texts, reads)
     info(_summary(generation.prompt_tokens, len(generation.tokens), generation.finish, started, first, ended))
     return generation
+
+
+def memory_target(options: MemoryOptions) -> tuple[str, Path] | None:
+    """Where the memory goes: the option that says so, and the file. Raises UsageError for options that contradict each
+    other."""
+    if not options.append:
+        return None if options.save_memory is None else ("--save-memory", options.save_memory)
+    if options.save_memory is not None or len(options.memory or []) != 1:
+        raise UsageError("--append writes back to one --memory FILE: give one, and no --save-memory")
+    check_writable(options.memory[0], "--append")
+    return "--append", options.memory[0]
+
+
+def save_memory(reader: BaseReader, option: str, path: Path) -> None:
+    """Keep what a reader has read, and tell the user."""
+    reader.save(path, what=option)
+    info(f"wrote {path}: {quantity(path.stat().st_size, 'B')}")
 
 
 def read_prompt(options: GenerateOptions) -> str:

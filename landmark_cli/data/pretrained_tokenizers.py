@@ -72,12 +72,13 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, reads_special: bool 
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not reads_special, **WHOLE)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = True) -> list[int]:
     """The ids of a text that a model is to go on from; none for an empty text if nothing begins one.
 
     Special tokens that the text spells are read as such. What the tokenizer puts in front of a text by itself stands
     there once, whether or not the text (a chat template's, say) spells it too. What it puts behind a text, such as an
-    end of text, is left out: the model goes on there.
+    end of text, is left out: the model goes on there. begins: False for a text that goes on from another one, in front
+    of which nothing is put.
     """
     begin = begin_ids(tokenizer)
     with encoding_by(tokenizer.name_or_path):
@@ -85,7 +86,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     start = 0
     while begin and ids[start : start + len(begin)] == begin:
         start += len(begin)
-    return [*begin, *ids[start:]]
+    return [*begin, *ids[start:]] if begins else ids[start:]
 
 
 def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -6,8 +6,10 @@ back outputs at text positions only. Source: arXiv 2305.16300, section 3.2.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +20,7 @@ from landmark_cli.attention.cache import BlockCache, Offload, Positions, Retriev
 from landmark_cli.attention.cache.pages import require_host_memory
 from landmark_cli.data.landmarks import insert_landmarks, largest_top_k, stream_length
 from landmark_cli.errors import LandmarkError
+from landmark_cli.inference import memory
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.readers import BaseReader, ReadChunk, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
@@ -103,6 +106,9 @@ class BlockReader(BaseReader):
             # another.
             torch.cuda.empty_cache()
         self.forward = ChunkForward(model, self.cache)
+        # What each row has read, as a memory keeps it.
+        self.texts = [array("i") for _ in range(batch)]
+        self.about: memory.About | None = None
 
     @classmethod
     def open(cls, model: PreTrainedModel, settings: ReadingSettings, batch: int) -> BlockReader:
@@ -149,6 +155,20 @@ class BlockReader(BaseReader):
     def reset(self) -> None:
         """Forget everything read."""
         self.cache.reset()
+        self.texts = [array("i") for _ in range(self.batch)]
+
+    def forget(self, row: int) -> None:
+        """Forget what one row has read."""
+        self.cache.forget(row)
+        self.texts[row] = array("i")
+
+    def save(self, path: str | Path, row: int = 0, what: str = "") -> None:
+        """As BaseReader.save."""
+        memory.take(self, row).save(path, what)
+
+    def recall(self, *paths: str | Path, row: int = 0, what: str = "") -> None:
+        """As BaseReader.recall."""
+        memory.give(self, [memory.Memory.open(path, what) for path in paths], row)
 
     def take(self, rows: Sequence[int]) -> None:
         """As BaseReader.take."""
@@ -186,6 +206,9 @@ class BlockReader(BaseReader):
         columns = [width - 2 if ends else width - 1 for ends in ends_block]
         kept = sorted(set(columns))
         logits = self.forward(ids, [len(stream) for stream in streams], torch.tensor(kept))
+        for text, token in zip(self.texts, tokens, strict=True):
+            if token is not None:
+                text.append(token)
         if len(kept) == 1:
             return logits[:, 0].clone()
         index = to_device(torch.tensor(columns), logits.device)[:, None, None]
@@ -201,6 +224,8 @@ class BlockReader(BaseReader):
         wanted = min(1, max(lengths)) if last_only else max(lengths)
         kept, index = _text_positions(ids == self.landmark_token_id, wanted)
         logits = self.forward(ids, stream_lengths, kept)
+        for text, read in zip(self.texts, texts, strict=True):
+            text.frombytes(read.to(torch.int32).numpy().tobytes())
         if index is not None:
             index = to_device(index, logits.device)[..., None].expand(-1, -1, logits.shape[-1])
             logits = logits.gather(1, index)

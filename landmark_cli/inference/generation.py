@@ -72,6 +72,7 @@ def generate(
     criteria: StoppingCriteriaList | None = None,
     streamer: BaseStreamer | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    on_read: Callable[[], None] | None = None,
     trace: bool = False,
     show_progress: bool = False,
 ) -> list[Generation]:
@@ -81,9 +82,9 @@ def generate(
     reader that has read nothing or a text that the prompts go on from; by default `reading` says how to read.
     processors, criteria: further logits processors and stopping criteria of transformers, which come after ours;
     criteria see the generated tokens only. streamer: a streamer of transformers, for a single prompt; it gets the
-    prompt's ids and then every token as it comes. on_text: called with a row and its next piece of text. trace: record
-    which blocks were read, for a single prompt of a model with landmarks. show_progress: show a progress bar while the
-    prompts are read.
+    prompt's ids and then every token as it comes. on_text: called with a row and its next piece of text. on_read:
+    called once the prompts are read. trace: record which blocks were read, for a single prompt of a model with
+    landmarks. show_progress: show a progress bar while the prompts are read.
 
     Raises LandmarkError where a prompt holds the landmark token or a token that the model does not know, or is empty
     and no token begins a text, and where the model's logits are not finite; UsageError where a model that reads no
@@ -124,6 +125,7 @@ def generate(
         sampling,
         LogitsProcessorList([*logits_processors(model, tokenizer, sampling), *(processors or ())]),
         StoppingCriteriaList([*stopping_criteria(tokenizer, ends, sampling), *(criteria or ())]),
+        on_read=on_read,
         show_progress=show_progress,
     ):
         if trace:
@@ -144,7 +146,7 @@ def generate(
     def finish(row: int) -> Finish:
         if streams[row].stopped:
             return "stop string"
-        if tokens[row][-1] in ends:
+        if tokens[row] and tokens[row][-1] in ends:
             return "end of text"
         return "length" if len(tokens[row]) == sampling.max_new_tokens else "stopping criterion"
 
@@ -158,6 +160,7 @@ def sample(
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     *,
+    on_read: Callable[[], None] | None = None,
     show_progress: bool = False,
 ) -> Iterator[list[int | None]]:
     """Read prompts, (n,) int64 text tokens each and none empty, and sample until the criteria have stopped every row.
@@ -168,6 +171,8 @@ def sample(
     device = reader.model.device
     reader.expect(max(map(len, prompts)) + min(sampling.max_new_tokens, EXPECTED_TOKENS))
     logits = read_prompts(reader, prompts, show_progress=show_progress)
+    if on_read is not None:
+        on_read()
     width, most = max(map(len, prompts)), sampling.max_new_tokens
     # Rows are padded with a token of their own, so that a repetition penalty does the same to a row alone and in a
     # batch.
@@ -268,10 +273,14 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted(found)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False, goes_on: bool = False
+) -> list[int]:
     """The ids of a prompt, at least one: see `prompt_ids`. chat: as a user's message in the tokenizer's chat template.
+    goes_on: the prompt goes on from a text that was read before, so nothing begins it.
 
-    Raises UsageError where the tokenizer has no chat template, LandmarkError where an empty prompt cannot be begun.
+    Raises UsageError where the tokenizer has no chat template or an empty text is to go on, LandmarkError where an
+    empty prompt cannot be begun.
     """
     if chat:
         if not tokenizer.chat_template:
@@ -279,9 +288,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
         message = [{"role": "user", "content": prompt}]
         with closing(ChatTemplate(tokenizer)) as template:
             prompt = template.render(message, add_generation_prompt=True)
-    ids = prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt, begins=not goes_on)
     if ids:
         return ids
+    if goes_on:
+        raise UsageError("the prompt is empty: give some text that goes on from what was read")
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise LandmarkError("the prompt is empty, and this tokenizer has no token to begin a text with; give some text")

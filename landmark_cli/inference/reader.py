@@ -1,4 +1,4 @@
-"""`Reader`, the name by which the reader through the block cache was known: programs that import it go on working."""
+"""`Reader`, the name by which programs know the reader through the block cache."""
 
 from landmark_cli.inference.block_reader import BlockReader as Reader
 

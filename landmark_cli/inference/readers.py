@@ -11,6 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -120,6 +121,26 @@ class BaseReader(ABC):
         """
         name = self.model.name_or_path or "the model"
         raise UsageError(f"--trace: {name} has no landmarks, so it reads no blocks")
+
+    def save(self, path: str | Path, row: int = 0, what: str = "") -> None:
+        """Write what a row has read to a file, from which `recall` goes on. what: the option that names the file.
+
+        Raises UsageError where a reader keeps no blocks, LandmarkError where the file cannot be written.
+        """
+        raise self._no_memory(what or "save")
+
+    def recall(self, *paths: str | Path, row: int = 0, what: str = "") -> None:
+        """Go on, with a row, from what `save` wrote, instead of from what it has read itself; several files are a
+        library, read in order. what: the option that names the files.
+
+        Raises UsageError where a reader keeps no blocks or a file does not fit the reader, LandmarkError where it is
+        damaged.
+        """
+        raise self._no_memory(what or "recall")
+
+    def _no_memory(self, what: str) -> UsageError:
+        name = self.model.name_or_path or "the model"
+        return UsageError(f"{what}: {name} has no landmarks, so what it reads leaves no memory to keep")
 
     def require_finite(self, finite: bool) -> None:
         """Raise LandmarkError unless the logits read, or what was summed up of them, were finite: from a model whose

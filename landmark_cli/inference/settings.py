@@ -78,7 +78,11 @@ class SamplingSettings:
     """
 
     max_new_tokens: int = option(
-        256, panel=SAMPLING, min=1, help="Largest number of tokens to generate.", saves_memory="fewer --max-new-tokens"
+        256,
+        panel=SAMPLING,
+        min=0,
+        help="Largest number of tokens to generate; 0 to read only.",
+        saves_memory="fewer --max-new-tokens",
     )
     temperature: float = option(
         0.8,

@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import LogitsProcessor
 
+import landmark_cli
 from landmark_cli import console
 from landmark_cli.commands.generate import stop_strings
 from landmark_cli.data.tokenizers import load_tokenizer
@@ -122,3 +125,58 @@ def test_a_trace(landmark, workplace):
     assert len(trace["tokens"]) == 8 and set(trace["tokens"][3]["reads"][0]) == {"layer", "head", "block", "share"}
     refused = landmark("generate", "--model", "runs/baseline", "--prompt", "word", "--trace", "trace.json")
     assert refused.code == 2 and "has no landmarks" in refused.err
+
+
+def test_a_text_is_read_once_and_asked_many_times(landmark, workplace):
+    novel, question = "It was the best of times, it was the worst of times. " * 6, " What was it? It was"
+    (workplace / "novel.txt").write_text(novel)
+    kept = landmark("generate", "--prompt-file", "novel.txt", "--save-memory", "kept/novel", "--max-new-tokens", "0")
+    assert (kept.code, kept.out) == (0, "\n") and "wrote kept/novel: " in kept.err and "generated 0" in kept.err
+    asked = landmark("generate", "--memory", "kept/novel", "--prompt", question, *SAMPLING)
+    again = landmark("generate", "--memory", "kept/novel", "--prompt", question, *SAMPLING, "--offload", "cpu")
+    assert asked.code == 0 and asked.out == again.out and "read 6 tokens" in asked.err, asked.err
+    # As from Python, where nothing came between.
+    model, tokenizer = landmark_cli.load("runs/landmark", device="cpu")
+    reader = landmark_cli.Reader(model)
+    list(reader.read([tokenizer(novel).input_ids]))
+    settings = landmark_cli.SamplingSettings(max_new_tokens=8, temperature=0)
+    (expected,) = landmark_cli.generate(model, tokenizer, [question], settings, reader=reader)
+    assert asked.out == expected.text + "\n"
+    before = (workplace / "kept" / "novel").read_bytes()
+    added = landmark("generate", "--memory", "kept/novel", "--append", "--prompt", question, "--max-new-tokens", "0")
+    assert added.code == 0 and (workplace / "kept" / "novel").read_bytes() != before
+    reader.reset()
+    list(reader.read([tokenizer(novel).input_ids]))
+    list(reader.read([tokenizer(question).input_ids]))
+    reader.save(workplace / "kept" / "expected")
+    names = [load_file(workplace / "kept" / name) for name in ("novel", "expected")]
+    assert all(torch.equal(names[0][key], names[1][key]) for key in names[1])
+    library = landmark("generate", *["--memory", "kept/novel"] * 2, "--prompt", question, *SAMPLING)
+    assert library.code == 0 and library.out != asked.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--append"], 2, "--append writes back to one --memory FILE"),
+        (["--memory", "a", "--memory", "b", "--append"], 2, "--append writes back to one"),
+        (["--memory", "a", "--append", "--save-memory", "b"], 2, "and no --save-memory"),
+        (["--memory", "none"], 1, "--memory none cannot be read: No such file"),
+        (["--memory", "runs/landmark/model.safetensors"], 1, "it holds no memory of a reader"),
+        (["--model", "runs/baseline", "--memory", "none"], 2, "--memory: runs/baseline has no landmarks"),
+        (["--model", "runs/baseline", "--save-memory", "unkept"], 2, "--save-memory: runs/baseline has no landmarks"),
+        (["--memory", "runs/landmark/config.json", "--top-k-blocks", "1"], 1, "--memory runs/landmark/config.json"),
+    ],
+)
+def test_mistakes_with_memories(landmark, workplace, arguments, code, message):
+    result = landmark("generate", "--prompt", "a", *arguments)
+    assert (result.code, message in result.err) == (code, True), result.err
+    assert "Traceback" not in result.err and not result.out and not (workplace / "unkept").exists()
+
+
+def test_nothing_to_ask(landmark, workplace):
+    landmark("generate", "--prompt", "It was", "--save-memory", "short", "--max-new-tokens", "0")
+    result = landmark("generate", "--memory", "short", "--prompt", "")
+    assert result.code == 2 and "the prompt is empty" in result.err
+    result = landmark("generate", "--memory", "short", "--prompt", "a", "--top-k-blocks", "1")
+    assert result.code == 2 and "was read with --top-k-blocks 2, and this is to be read with 1" in result.err

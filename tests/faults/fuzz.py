@@ -177,6 +177,21 @@ def generate(model: str, **options: Any) -> Read:
     return read
 
 
+def ask(folder: Path) -> Any:
+    """Go on from what was read before, as `landmark generate --memory` does."""
+    from landmark_cli.commands.generate import GenerateOptions, run
+
+    options = {"device": "cpu", "temperature": 0.0, "max_new_tokens": 4, "prompt": "the 3 cats"}
+    return run(GenerateOptions(model=folder / "gpt", memory=folder / "read.memory", **options)).tokens
+
+
+def a_memory(base: Path, work: Path) -> None:
+    from landmark_cli.commands.generate import GenerateOptions, run
+
+    options = {"device": "cpu", "max_new_tokens": 0, "prompt": workplace.sentences(0, 9)}
+    run(GenerateOptions(model=base / "gpt", save_memory=work / "read.memory", **options))
+
+
 def prepare_with(tokenizer: str) -> Read:
     """Open a tokenizer and prepare a corpus with it."""
 
@@ -356,6 +371,7 @@ READERS = [
         names=["llama-sharded"],
     ),
     Reader("weights in .bin", ["llama-bin"], {"llama-bin/*.bin": ZIPPED}, generate("llama-bin"), names=["llama-bin"]),
+    Reader("memories", ["gpt"], {"read.memory": TENSORS}, ask, same, remake=a_memory, full=1000),
     Reader("tokenizers, preparing", ["llama"], {"llama/tokenizer*": JSON}, prepare_with("llama"), names=["llama"]),
     Reader(
         "tokenizers, generating", ["llama"], {"llama/tokenizer*": JSON}, generate("llama"), names=["llama"], full=1000

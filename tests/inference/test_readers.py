@@ -227,7 +227,7 @@ def test_a_window_leaves_room_unless_nothing_more_is_expected(kind):
 
 
 @pytest.mark.parametrize("kind", [BlockReader, RecurrentReader, WindowReader, SeparateChunkReader])
-@pytest.mark.parametrize("name", ["read", "step", "reset", "expect", "sees", "trace"])
+@pytest.mark.parametrize("name", ["read", "step", "reset", "expect", "sees", "trace", "save", "recall"])
 def test_all_are_called_alike(kind, name):
     def shape(cls):
         return [(p.name, p.kind, p.default) for p in inspect.signature(getattr(cls, name)).parameters.values()]
@@ -251,8 +251,9 @@ def imported(path: Path) -> set[str]:
 def test_one_place_knows_the_kinds_of_readers():
     modules = {"landmark_cli.inference." + name for name in ("reader", "block_reader", "recurrent", "window")}
     knowing = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imported(path) & modules}
-    # And reader.py, which keeps an earlier name, and the package, of whose names one is a reader.
-    assert knowing == {"inference/readers.py", "inference/reader.py", "__init__.py"}
+    # And reader.py, which has a name for programs, the package, which gives it to them, and memory.py, which takes what
+    # a reader through the block cache has read out of it.
+    assert knowing == {"inference/readers.py", "inference/reader.py", "__init__.py", "inference/memory.py"}
     known = imported(PACKAGE / "inference" / "readers.py")
     assert {module.removeprefix("landmark_cli.inference.") for module in known & modules} == {
         "block_reader",

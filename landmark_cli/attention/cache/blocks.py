@@ -147,6 +147,27 @@ class LayerBlocks:
             raise ValueError(f"rows is {rows}, was {len(self._arrivals)}")
         return self._arrivals
 
+    def copy_of(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Copies of the blocks numbered first .. last of a row, (G, n, 2, block_size, D), and of their landmarks' keys,
+        (G, n, D), each where it lies."""
+        slots = torch.arange(first, last + 1) % self.capacity
+        return (
+            self.blocks[row][:, slots.to(self.blocks.device)],
+            self.landmark_keys[row][:, slots.to(self.landmark_keys.device)],
+        )
+
+    def put(self, row: int, first: int, blocks: Tensor, landmark_keys: Tensor) -> None:
+        """Store blocks and landmark keys that `copy_of` gave, from anywhere, as blocks first, first + 1, .. of a row,
+        for which there is room."""
+        slots = torch.arange(first, first + blocks.shape[1]) % self.capacity
+        if self.blocks.is_pinned():
+            # The GPU may still be reading what the host is about to write.
+            torch.cuda.synchronize(self.landmark_keys.device)
+        for stored, given in ((self.blocks, blocks), (self.landmark_keys, landmark_keys)):
+            stored[row][:, slots.to(stored.device)] = given.to(stored.device)
+        # The GPU's copies are of what stood there before.
+        self._pages = None
+
     def gather(self, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values at (row, head, slot) or (row, head, slot, offset), broadcast, on the model's device."""
         device = self.landmark_keys.device

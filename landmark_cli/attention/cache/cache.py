@@ -56,6 +56,8 @@ class BlockCache:
         self.expected_blocks = 0
         self.layers: dict[int, LayerBlocks] = {}
         self._replaced = 0
+        # By layer, what rows go on from and what has no place yet: a layer's blocks are made when it is first used.
+        self._waiting: dict[int, dict[int, tuple[int, Tensor, Tensor]]] = {}
         self.reset()
 
     @property
@@ -67,6 +69,50 @@ class BlockCache:
         self.host_blocks = [0] * self.batch
         self.host_tail = [0] * self.batch
         self.retrievals = self.dropped_retrievals = 0
+        self._waiting.clear()
+
+    def forget(self, row: int) -> None:
+        """Forget what one row has read."""
+        self.host_blocks[row] = self.host_tail[row] = 0
+        for waiting in self._waiting.values():
+            waiting.pop(row, None)
+
+    def first_held(self, row: int) -> int:
+        """The number of the oldest block of a row that can be retrieved, or of the incomplete one where none can."""
+        return max(0, self.host_blocks[row] - self.settings.retrievable)
+
+    def copy_of(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer copies of the blocks that a row holds, in order, the incomplete one last, (G, n, 2, block_size,
+        D), and of their landmarks' keys, (G, n, D). Zeros stand behind the last token read."""
+        held = []
+        for index in sorted(self.layers.keys() | self._waiting.keys()):
+            if row in self._waiting.get(index, {}):
+                _, blocks, landmark_keys = self._waiting[index][row]
+                held.append((blocks.clone(), landmark_keys.clone()))
+                continue
+            blocks, landmark_keys = self.layers[index].copy_of(row, self.first_held(row), self.host_blocks[row])
+            blocks[:, -1, :, self.host_tail[row] :] = 0
+            landmark_keys[:, -1] = 0
+            held.append((blocks, landmark_keys))
+        return held
+
+    def put(self, row: int, held: Sequence[tuple[Tensor, Tensor]], blocks: int, tail: int) -> None:
+        """Have a row go on as if it had read `blocks` complete blocks and `tail` tokens of one more, of which `held` is
+        what `copy_of` gave, on any device."""
+        self.forget(row)
+        added = [0] * self.batch
+        added[row] = held[0][0].shape[1]
+        for index, (of_layer, landmark_keys) in enumerate(held):
+            place = blocks + 1 - added[row], of_layer, landmark_keys
+            if index in self.layers:
+                layer = self.layers[index]
+                self._replaced += layer.reserve(self.host_blocks, added, self.expected_blocks)
+                layer.put(row, *place)
+            else:
+                self._waiting.setdefault(index, {})[row] = place
+        self.host_blocks[row], self.host_tail[row] = blocks, tail
+        # Recorded steps know the GPU's copies of offloaded blocks by where they were.
+        self._replaced += self.offload is not None
 
     def take(self, rows: Sequence[int]) -> None:
         """Row r becomes what row rows[r] is, as beams do in a beam search; there may be more or fewer rows than before.
@@ -148,6 +194,8 @@ class BlockCache:
         blocks = self.layers[index]
         added = self._added_blocks(chunk.host_lengths, chunk.host_tail)
         self._replaced += blocks.reserve(chunk.host_blocks, added, self.expected_blocks)
+        for row, place in self._waiting.pop(index, {}).items():
+            blocks.put(row, *place)
         return blocks
 
     def reserve(self, lengths: Sequence[int]) -> None:

@@ -1,0 +1,315 @@
+"""What a reader has read, taken out of it: kept in memory, written to a file, and given to a reader to read on from.
+
+A memory is one row's: the blocks that can still be retrieved and the incomplete one, of every layer, with their
+landmarks' keys once more, the counts that say where the next token stands, and the text itself. Its file is
+safetensors:
+
+    layers.0.blocks, layers.1.blocks, ...   (G, n, 2, block_size, D), as attention/cache/blocks.py has them
+    layers.0.landmark_keys, ...             (G, n, D)
+    text                                    (tokens,) int32
+    __metadata__.landmark                   JSON: what `About` has, a sha256 of each tensor, and a checksum of all that
+
+Of the n blocks the last is the incomplete one. docs/semantics.md says what several files one after another mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from landmark_cli.errors import LandmarkError, UsageError, shown
+from landmark_cli.files import flush, parse_json, reading, sealed_content, target_and_partial, unsealed_content, writing
+from landmark_cli.model_files import check_header
+from landmark_cli.models.rotary import inverse_frequencies
+from landmark_cli.schema import check
+
+if TYPE_CHECKING:
+    from landmark_cli.inference.block_reader import BlockReader
+
+VERSION = 1
+# hashlib lets go of Python's global lock, so tensors are hashed side by side.
+THREADS = 8
+SUMMED = 1 << 22
+NEWER = "it was written by a newer version of this program: update it, or read the text anew"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a memory depends on: reading on from it is as if nothing had come between only where all of these agree.
+
+    version: of the file. model: see `model_hash`. dtype: of keys and values. The others are the reader's settings, by
+    the names of its options.
+    """
+
+    version: int
+    model: str
+    dtype: str
+    landmark_freq: int
+    top_k_blocks: int
+    chunk: int
+    cache_blocks: int | None
+    selection: str
+    positions: str
+    context_miss_cutoff: float
+
+
+@dataclass
+class _Header:
+    """The JSON in a file's header. blocks: complete ones, evicted ones counted; tail: stream tokens of the incomplete
+    one. model_name: for messages. text_sha256: of the text's ids as little-endian int32."""
+
+    about: dict[str, Any]
+    model_name: str
+    blocks: int
+    tail: int
+    text_sha256: str
+    sha256: dict[str, str]
+
+
+@dataclass
+class Memory:
+    """What one row has read.
+
+    about: what it depends on. blocks, tail: complete blocks, evicted ones counted, and stream tokens of the incomplete
+    block. layers: of each layer blocks (G, n, 2, block_size, D) and landmark keys (G, n, D), the last of which are the
+    incomplete block's. text: (tokens,) int32. path: the file it is mapped from, if any; model_name: for messages.
+    """
+
+    about: About
+    model_name: str
+    blocks: int
+    tail: int
+    layers: list[tuple[Tensor, Tensor]] = field(repr=False)
+    text: Tensor = field(repr=False)
+    path: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer) + self.text.nbytes
+
+    def save(self, path: str | Path, what: str = "") -> None:
+        """Write the memory to a file, whole or not at all. what: the option that names the file, for messages.
+
+        Raises LandmarkError where it cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors()}
+        header = _Header(
+            asdict(self.about), self.model_name, self.blocks, self.tail, sha256_of(self.text), _digests(tensors)
+        )
+        metadata = {"landmark": json.dumps(sealed_content(asdict(header)))}
+        with writing(path, what):
+            target, partial = target_and_partial(Path(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, partial, metadata)
+                flush(partial)
+                os.replace(partial, target)
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
+
+    @classmethod
+    def open(cls, path: str | Path, what: str = "") -> Memory:
+        """Map a file that `save` wrote; every byte is compared with what was written. what: the option that names the
+        file, for messages.
+
+        Raises LandmarkError where it is no such file, damaged, or a newer version's.
+        """
+        from safetensors import safe_open
+
+        path = Path(path)
+        with reading(path, what):
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no ordinary file")
+            check_header(path, found.st_size)
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if "landmark" not in metadata:
+                    raise ValueError("it holds no memory of a reader; landmark generate --save-memory writes one")
+                header = check(_Header, unsealed_content(parse_json(metadata["landmark"].encode())))
+                if header.about.get("version") != VERSION:
+                    raise ValueError(NEWER)
+                about = check(About, header.about)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if _digests(tensors) != header.sha256:
+                raise ValueError("its content is not what was written to it")
+            depth = sum(name.endswith(".blocks") for name in tensors)
+            layers = [(tensors[f"layers.{i}.blocks"], tensors[f"layers.{i}.landmark_keys"]) for i in range(depth)]
+            memory = cls(about, header.model_name, header.blocks, header.tail, layers, tensors["text"], path)
+            memory._check()
+            return memory
+
+    def _check(self) -> None:
+        """Raise ValueError where counts, shapes and types are not those of one row's memory."""
+        about, held = self.about, self.blocks if self.about.cache_blocks is None else self.about.cache_blocks
+        size = about.landmark_freq + 1
+        whole = 0 <= self.tail < size and len(self.text) == self.blocks * about.landmark_freq + self.tail > 0
+        for blocks, landmark_keys in self.layers:
+            heads, _, _, _, head_dim = blocks.shape
+            count = min(self.blocks, held) + 1
+            whole &= blocks.shape == (heads, count, 2, size, head_dim) and landmark_keys.shape == (
+                heads,
+                count,
+                head_dim,
+            )
+            whole &= {str(blocks.dtype), str(landmark_keys.dtype)} == {f"torch.{about.dtype}"}
+        if not whole or not self.layers or self.text.dtype != torch.int32:
+            raise ValueError("its counts and its tensors do not fit each other")
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        named = [("text", self.text)]
+        for index, (blocks, landmark_keys) in enumerate(self.layers):
+            named += [(f"layers.{index}.blocks", blocks), (f"layers.{index}.landmark_keys", landmark_keys)]
+        return named
+
+
+def take(reader: BlockReader, row: int = 0) -> Memory:
+    """A copy of what a row of a reader has read, on the device where its blocks lie. Raises LandmarkError where that is
+    nothing."""
+    cache = reader.cache
+    if not reader.texts[row]:
+        raise LandmarkError("nothing has been read yet, so there is no memory to keep")
+    text = torch.tensor(reader.texts[row], dtype=torch.int32)
+    name = reader.model.name_or_path or type(reader.model).__name__
+    return Memory(about(reader), name, cache.host_blocks[row], cache.host_tail[row], cache.copy_of(row), text)
+
+
+def give(reader: BlockReader, memories: Sequence[Memory], row: int = 0) -> None:
+    """Have a row of a reader go on from what was read, instead of what it has read itself: several memories are a
+    library, read in order (see `joined`).
+
+    Raises UsageError naming what does not fit the reader.
+    """
+    for memory in memories:
+        _require_fit(reader, memory)
+    memory = joined(memories)
+    reader.cache.put(row, memory.layers, memory.blocks, memory.tail)
+    reader.texts[row] = array("i", memory.text.tolist())
+
+
+def joined(memories: Sequence[Memory]) -> Memory:
+    """One memory of several of the same reader's: their complete blocks one after another, numbered through, then the
+    incomplete block of the last. The incomplete blocks of the others, which have no landmark, are left out.
+
+    Raises UsageError where positions are absolute: a block then has its place in the text that it was read in.
+    """
+    if len(memories) == 1:
+        return memories[0]
+    *before, last = memories
+    if last.about.positions == "absolute":
+        raise UsageError("--memory: several with absolute positions cannot be read one after another; give one")
+    bound = last.about.cache_blocks
+    # An older block than the cache keeps is as good as evicted.
+    kept = slice(None if bound is None else -bound - 1, None)
+
+    def in_order(tensors: Sequence[Tensor]) -> Tensor:
+        *ended, end = (tensor.cpu() for tensor in tensors)
+        return torch.cat([*(tensor[:, :-1] for tensor in ended), end], dim=1)[:, kept]
+
+    by_layer = zip(*(memory.layers for memory in memories), strict=True)
+    layers = [tuple(map(in_order, zip(*layer, strict=True))) for layer in by_layer]
+    text = torch.cat([*(memory.text[: len(memory.text) - memory.tail] for memory in before), last.text])
+    return replace(last, blocks=sum(memory.blocks for memory in memories), layers=layers, text=text, path=None)
+
+
+def about(reader: BlockReader) -> About:
+    """What the memories of a reader depend on. Worked out once: a model's weights stay what they are while it reads."""
+    if reader.about is None:
+        settings = reader.cache.settings
+        reader.about = About(
+            VERSION,
+            model_hash(reader.model),
+            str(reader.model.dtype).removeprefix("torch."),
+            reader.landmark_freq,
+            settings.top_k,
+            reader.chunk,
+            settings.cache_blocks,
+            settings.selection,
+            settings.positions,
+            settings.context_miss_cutoff,
+        )
+    return reader.about
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """A hash of all that decides what a model makes of a text: its weights, bit by bit, and its rotary angles. It comes
+    of sums that are worked out where the weights lie and are the same on every device."""
+    config = model.config
+    digest = hashlib.sha256(f"{config.model_type} {config.landmark_token_id}".encode())
+    # By few digits: libraries work the angles out in different orders.
+    digest.update(str([f"{angle:.5g}" for angle in inverse_frequencies(model).tolist()]).encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {_sums(weight)}".encode())
+    return digest.hexdigest()
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Of a contiguous tensor's bytes."""
+    return hashlib.sha256(tensor.cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+@torch.no_grad()
+def _sums(weight: Tensor) -> tuple[int, int]:
+    """Two sums over a tensor's bits modulo 2^64: plain, and weighted by place."""
+    flat = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    if len(flat) % 8 == 0:
+        # A view as wider numbers needs an aligned beginning.
+        flat = (flat if flat.storage_offset() % 8 == 0 else flat.clone()).view(torch.int64)
+    plain = weighted = 0
+    for begin in range(0, len(flat), SUMMED):
+        part = flat[begin : begin + SUMMED].to(torch.int64)
+        place = torch.arange(begin, begin + len(part), device=part.device) * 0x9E3779B97F4A7C1 + 1
+        plain, weighted = plain + int(part.sum()), weighted + int((part * place).sum())
+    return plain % (1 << 64), weighted % (1 << 64)
+
+
+def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(tensors, pool.map(sha256_of, tensors.values()), strict=True))
+
+
+def _require_fit(reader: BlockReader, memory: Memory) -> None:
+    """Raise UsageError naming the first thing in which a memory's reader and this one differ."""
+    mine, named = about(reader), f"--memory {memory.path}" if memory.path else "the memory"
+    for part in fields(About):
+        theirs, ours = getattr(memory.about, part.name), getattr(mine, part.name)
+        if theirs == ours:
+            continue
+        if part.name == "model":
+            raise UsageError(
+                f"{named} was read by another model, {shown(memory.model_name)}: its weights are not those of "
+                f"{reader.model.name_or_path or 'this one'}; open that model, or read the text anew"
+            )
+        option = f"--{part.name.replace('_', '-')}"
+        raise UsageError(
+            f"{named} was read with {option} {_word(theirs)}, and this is to be read with {_word(ours)}: give {option} "
+            f"{_word(theirs)}, or read the text anew"
+        )
+    # What the hash of a model's weights decides cannot differ, unless somebody made the file by hand.
+    blocks = memory.layers[0][0]
+    config = reader.model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    known = 0 <= int(memory.text.min()) <= int(memory.text.max()) < config.vocab_size
+    if (len(memory.layers), blocks.shape[0]) != (config.num_hidden_layers, heads) or not known:
+        raise LandmarkError(f"{named} does not fit the model that it names: read the text anew")
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,309 @@
+"""What was read, kept and read on from: as if nothing had come between, or a line that says why not."""
+
+import dataclasses
+import json
+import random
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference import memory
+from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.memory import About, Memory
+from landmark_cli.inference.window import WindowReader
+from landmark_cli.models.decoders import add_landmarks
+from tests.models.families import tiny_tokenizer
+from tests.tiny import FREQ, LANDMARK, tiny_baseline, tiny_llama, tiny_model, tiny_text
+
+MODEL = tiny_model()
+NOVEL, QUESTION = tiny_text(53), tiny_text(11, seed=2)
+SETTINGS = [
+    {},
+    {"selection": "max_over_heads"},
+    {"selection": "max_over_tokens", "top_k_blocks": 3},
+    {"cache_blocks": 3},
+    {"cache_blocks": 0},
+    {"positions": "absolute"},
+    {"positions": "absolute", "cache_blocks": 4},
+    {"offload": "cpu"},
+    {"top_k_blocks": 0},
+]
+each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda chosen: " ".join(map(str, chosen.items())))
+
+
+def reader(batch=1, model=MODEL, **settings) -> BlockReader:
+    return BlockReader(model, **{"chunk": 8, **settings}, batch=batch)
+
+
+def read(from_reader: BlockReader, text, row=0) -> torch.Tensor:
+    """The logits of a text that one row reads; the others rest."""
+    rows = [text if index == row else text[:0] for index in range(from_reader.batch)]
+    return torch.cat([chunk.row(row) for chunk in from_reader.read(rows)])
+
+
+def ask(from_reader: BlockReader, row=0) -> torch.Tensor:
+    """The logits of the question, chunk by chunk, and of three steps behind it."""
+    steps = [[token if index == row else None for index in range(from_reader.batch)] for token in (3, 1, 4)]
+    return torch.cat([read(from_reader, QUESTION, row), *(from_reader.step(step)[row, None] for step in steps)])
+
+
+@each_setting
+@pytest.mark.parametrize("length", [1, 3, 4, 53])
+def test_reading_on_from_a_file_gives_the_same_bits(tmp_path, settings, length):
+    whole, kept, later = reader(**settings), reader(**settings), reader(**settings)
+    for each in (whole, kept):
+        read(each, NOVEL[:length])
+    kept.save(tmp_path / "novel")
+    later.recall(tmp_path / "novel")
+    assert torch.equal(ask(later), ask(whole))
+    assert later.texts == whole.texts == [torch.cat([NOVEL[:length], QUESTION, torch.tensor([3, 1, 4])]).tolist()] or (
+        list(later.texts[0]) == list(whole.texts[0])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_and_grouped_heads(tmp_path, dtype):
+    model = tiny_llama(num_attention_heads=4)
+    add_landmarks(model, tiny_tokenizer(), landmark_freq=FREQ, trained_length=32)
+    model = model.to(dtype)
+    whole, kept, later = (reader(model=model) for _ in range(3))
+    for each in (whole, kept):
+        read(each, NOVEL % 20)
+    kept.save(tmp_path / "novel")
+    later.recall(tmp_path / "novel")
+    assert torch.equal(read(later, QUESTION % 20), read(whole, QUESTION % 20))
+
+
+@each_setting
+def test_a_row_of_a_reader_in_use_goes_on_from_it(tmp_path, settings):
+    """In place of what it has read, whatever other rows do meanwhile."""
+    whole = reader(**settings)
+    read(whole, NOVEL)
+    whole.save(tmp_path / "novel")
+    busy, alone = reader(2, **settings), reader(**settings)
+    other = tiny_text(21, seed=5)
+    list(busy.read([other, tiny_text(90, seed=6)]))
+    read(alone, other)
+    busy.recall(tmp_path / "novel", row=1)
+    torch.testing.assert_close(ask(busy, row=1), ask(whole))
+    torch.testing.assert_close(ask(busy, row=0), ask(alone))
+
+
+def test_a_memory_is_written_in_a_file_as_it_says(tmp_path):
+    kept = reader(2, cache_blocks=4)
+    list(kept.read([NOVEL[:5], NOVEL]))
+    kept.save(tmp_path / "novel", row=1)
+    with safe_open(tmp_path / "novel", "pt") as file:
+        header = json.loads(file.metadata()["landmark"])
+    assert (header["blocks"], header["tail"], header["about"]["cache_blocks"]) == (13, 1, 4)
+    tensors = load_file(tmp_path / "novel")
+    assert tensors["layers.1.blocks"].shape == (2, 5, 2, FREQ + 1, 8)
+    assert not tensors["layers.1.blocks"][:, -1, :, 1:].any() and tensors["layers.1.blocks"][:, -1, :, 0].all()
+    assert tensors["text"].tolist() == NOVEL.tolist()
+    again = reader(cache_blocks=4)
+    read(again, NOVEL)
+    again.save(tmp_path / "again")
+    for name, tensor in load_file(tmp_path / "again").items():
+        torch.testing.assert_close(tensors[name], tensor)
+
+
+def test_reading_on_and_saving_again_is_as_reading_at_once(tmp_path):
+    whole, part, later = reader(), reader(), reader()
+    read(whole, NOVEL[:32]), read(part, NOVEL[:32])
+    part.save(tmp_path / "part")
+    later.recall(tmp_path / "part")
+    for each, name in ((whole, "whole"), (later, "part")):
+        read(each, NOVEL[32:])
+        each.save(tmp_path / name)
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_what_was_recalled_can_be_saved_unread(tmp_path):
+    kept, later = reader(), reader()
+    read(kept, NOVEL)
+    kept.save(tmp_path / "novel")
+    later.recall(tmp_path / "novel")
+    later.save(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "novel").read_bytes()
+    later.reset()
+    with pytest.raises(LandmarkError, match="nothing has been read"):
+        later.save(tmp_path / "none")
+    assert torch.equal(ask(later), ask(reader()))
+
+
+# --- a library
+
+
+@pytest.fixture
+def books(tmp_path):
+    """Paths by name: "b" has 6 blocks and 3 tokens, "c" 5 blocks, "b6" is the first 6 blocks of "b"."""
+    texts = {"b": tiny_text(27, seed=7), "c": tiny_text(20, seed=8)}
+    for name, text in {**texts, "b6": texts["b"][:24]}.items():
+        for bound in (None, 5):
+            one = reader(cache_blocks=bound)
+            read(one, text)
+            one.save(tmp_path / f"{name}-{bound}")
+    return lambda bound, *names: [tmp_path / f"{name}-{bound}" for name in names]
+
+
+def recalled(paths, **settings):
+    one = reader(**settings)
+    one.recall(*paths)
+    return one
+
+
+def test_a_library_has_the_blocks_of_its_files_one_after_another(books):
+    both = recalled(books(None, "b", "c"))
+    assert (both.cache.host_blocks, both.cache.host_tail) == ([11], [0])
+    first, second = (recalled(books(None, name)).cache.copy_of(0) for name in ("b", "c"))
+    for together, one, two in zip(both.cache.copy_of(0), first, second, strict=True):
+        for held, before, after in zip(together, one, two, strict=True):
+            assert torch.equal(held, torch.cat([before[:, :6], after], dim=1))
+    assert list(both.texts[0]) == [*tiny_text(27, seed=7)[:24].tolist(), *tiny_text(20, seed=8).tolist()]
+    assert not torch.equal(ask(both), ask(recalled(books(None, "c", "b"))))
+
+
+def test_the_incomplete_block_of_an_earlier_file_is_left_out(books):
+    assert torch.equal(ask(recalled(books(None, "b", "c"))), ask(recalled(books(None, "b6", "c"))))
+    assert recalled(books(None, "c", "b")).cache.host_tail == [3]
+
+
+def test_a_library_keeps_no_more_than_the_cache_does(books):
+    """The last file fills it, so what came before is evicted; the placement of the nearest blocks is the same."""
+    bounded = recalled(books(5, "b", "c"), cache_blocks=5)
+    assert torch.equal(ask(bounded), ask(recalled(books(5, "c"), cache_blocks=5)))
+    assert bounded.cache.host_blocks[0] > 11
+
+
+def test_no_library_of_absolute_positions(tmp_path):
+    one = reader(positions="absolute")
+    read(one, NOVEL)
+    one.save(tmp_path / "a")
+    with pytest.raises(UsageError, match="absolute positions cannot be read one after another"):
+        recalled([tmp_path / "a"] * 2, positions="absolute")
+
+
+# --- what is refused
+
+OTHER = {
+    "top_k_blocks": ({"top_k_blocks": 1}, "--top-k-blocks 2, and this is to be read with 1: give --top-k-blocks 2"),
+    "chunk": ({"chunk": 12}, "--chunk 8"),
+    "cache_blocks": ({"cache_blocks": 7}, "--cache-blocks none"),
+    "selection": ({"selection": "max_over_heads"}, "--selection per_token_and_head"),
+    "positions": ({"positions": "absolute"}, "--positions bounded"),
+    "context_miss_cutoff": ({"context_miss_cutoff": 0.5}, "--context-miss-cutoff 0.0"),
+    "landmark_freq": ({"model": tiny_model(landmark_freq=5)}, "--landmark-freq 4|another model"),
+    "model": ({"model": tiny_model(seed=1)}, "was read by another model, 'GPTForCausalLM'"),
+    "dtype": ({"model": tiny_model().double()}, "another model"),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(About) if field.name != "version"])
+def test_a_memory_of_other_settings_is_refused_by_their_names(tmp_path, name):
+    kept = reader()
+    read(kept, NOVEL)
+    kept.save(tmp_path / "novel")
+    settings, message = OTHER[name]
+    with pytest.raises(UsageError, match=message) as error:
+        recalled([tmp_path / "novel"], **settings)
+    assert f"--memory {tmp_path / 'novel'}" in str(error.value)
+
+
+def test_a_newer_version_is_refused(tmp_path, monkeypatch):
+    kept = reader()
+    read(kept, NOVEL)
+    monkeypatch.setattr(memory, "VERSION", 2)
+    kept.save(tmp_path / "novel")
+    monkeypatch.undo()
+    with pytest.raises(LandmarkError, match="written by a newer version"):
+        recalled([tmp_path / "novel"])
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"a": torch.zeros(3)}, tmp_path / "weights")
+    (tmp_path / "text").write_text("It was")
+    for name, message in {
+        "weights": "it holds no memory of a reader",
+        "text": "",
+        "none": "No such file",
+        "": "ordinary file",
+    }.items():
+        with pytest.raises(LandmarkError, match=rf"{re.escape(str(tmp_path / name))} cannot be read: .*{message}"):
+            recalled([tmp_path / name])
+    with pytest.raises(UsageError, match="no landmarks"):
+        WindowReader(tiny_baseline()).recall(tmp_path / "weights")
+
+
+def test_damage_is_found_wherever_it_is(tmp_path):
+    kept = reader()
+    read(kept, NOVEL)
+    path = tmp_path / "novel"
+    kept.save(path)
+    whole, chance = path.read_bytes(), random.Random(3)
+    for at in [*range(0, 1200, 23), *(chance.randrange(len(whole)) for _ in range(60))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+        with pytest.raises(LandmarkError, match=re.escape(str(path))):
+            Memory.open(path)
+    for end in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(LandmarkError, match=re.escape(str(path))):
+            Memory.open(path)
+
+
+@pytest.mark.parametrize("field", ["blocks", "tail", "text", "layers"])
+def test_a_file_that_was_made_up_is_refused(tmp_path, field):
+    """Its checksums are right, and its counts do not fit its tensors."""
+    kept = reader()
+    read(kept, NOVEL)
+    made = memory.take(kept)
+    wrong = {
+        "blocks": 10**12,
+        "tail": -1,
+        "text": made.text[1:],
+        "layers": [made.layers[0], (made.layers[1][0], made.layers[1][1][:, 1:])],
+    }
+    dataclasses.replace(made, **{field: wrong[field]}).save(tmp_path / "made")
+    with pytest.raises(LandmarkError, match="made cannot be read: its counts and its tensors do not fit each other"):
+        Memory.open(tmp_path / "made")
+    dataclasses.replace(made, text=made.text * 0 + LANDMARK + 1).save(tmp_path / "made")
+    with pytest.raises(LandmarkError, match="does not fit the model"):
+        recalled([tmp_path / "made"])
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    kept = reader()
+    read(kept, NOVEL)
+    kept.save(tmp_path / "novel")
+    before = (tmp_path / "novel").read_bytes()
+    read(kept, QUESTION)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memory, "flush", full)
+    with pytest.raises(LandmarkError, match="novel cannot be written: No space left on device; make room"):
+        kept.save(tmp_path / "novel")
+    assert (tmp_path / "novel").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_models_hash_is_of_every_bit_of_its_weights_and_nothing_else():
+    model = tiny_model()
+    before = memory.model_hash(model)
+    assert memory.model_hash(tiny_model()) == before
+    for weight in model.parameters():
+        for place in (0, -1):
+            bits = weight.data.view(-1).view(torch.int32)
+            bits[place] ^= 1
+            assert memory.model_hash(model) != before
+            bits[place] ^= 1
+    first = next(iter(model.parameters()))
+    # The same numbers somewhere else, not aligned to eight bytes.
+    first.data = torch.cat([torch.zeros(1), first.data.flatten()])[1:].view(first.shape)
+    assert memory.model_hash(model) == before
+    rows = first.data.view(-1, 2)
+    rows[[0, 1]] = rows[[1, 0]]
+    assert memory.model_hash(model) != before
