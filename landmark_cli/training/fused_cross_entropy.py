@@ -14,6 +14,25 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 
 
 @triton.jit
+def log_sum_exp(LOGITS, vocabulary, COLS: tl.constexpr, DEPTH: tl.constexpr, scale=None):
+    """Of one row of logits, each times `scale` where that is given."""
+    column = tl.arange(0, DEPTH)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    # A running maximum and sum in every column, put together at the end: inside the loop no thread waits for another.
+    top = tl.full([COLS], float("-inf"), tl.float32)
+    total = tl.zeros([COLS], tl.float32)
+    for first in range(0, vocabulary, DEPTH * COLS):
+        x = tl.load(LOGITS + first + column, mask=first + column < vocabulary, other=float("-inf")).to(tl.float32)
+        if scale is not None:
+            x *= scale
+        higher = tl.maximum(top, tl.max(x, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[None, :]), 0)
+        top = higher
+    highest = tl.max(top, 0)
+    return highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+
+
+@triton.jit
 def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.constexpr, COLS: tl.constexpr,
                  DEPTH: tl.constexpr, WEIGHTS=None):  # fmt: skip
     """Program (row). What the second loop reads again is still in the L2 cache. A step takes DEPTH x COLS logits, of
@@ -32,17 +51,7 @@ def score_kernel(LOGITS, TARGETS, LOSSES, stride, vocabulary, IGNORED: tl.conste
         tl.store(LOSSES + row, 0.0)
         return
     wanted = tl.load(logits + target).to(tl.float32)
-    # A running maximum and sum in every column, put together at the end: inside the loop no thread waits for another.
-    top = tl.full([COLS], float("-inf"), tl.float32)
-    total = tl.zeros([COLS], tl.float32)
-    for first in range(0, vocabulary, DEPTH * COLS):
-        x = tl.load(logits + first + column, mask=first + column < vocabulary, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[None, :]), 0)
-        top = higher
-    highest = tl.max(top, 0)
-    normalizer = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    normalizer = log_sum_exp(logits, vocabulary, COLS, DEPTH)
     if WEIGHTS is None:
         tl.store(LOSSES + row, normalizer - wanted)
     else:

@@ -9,6 +9,7 @@ tokens of width 1024, and torch's own function needs torch 2.13.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -30,13 +31,24 @@ def linear_cross_entropy(
     scalar, differentiable once by hidden and weight. Under autocast the products are in autocast's dtype, as a linear
     layer's are.
     """
+    hidden = rows_of(hidden)
+    by_hidden, by_weight = gradients_wanted(hidden, weight)
+    target_weights = None if target_weights is None else target_weights.flatten()
+    return _loss_and_gradients(hidden, weight, targets.flatten(), by_hidden, by_weight, target_weights)[0]
+
+
+def rows_of(hidden: Tensor) -> Tensor:
+    """(..., E) -> (rows, E), in autocast's dtype where that is on, as the input of a linear layer would be."""
     dtype = hidden.dtype
     if hidden.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    hidden = hidden.flatten(0, -2).to(dtype)
+    return hidden.flatten(0, -2).to(dtype)
+
+
+def gradients_wanted(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Of which of the two a gradient will be asked for."""
     by_hidden, by_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    target_weights = None if target_weights is None else target_weights.flatten()
-    return _loss_and_gradients(hidden, weight, targets.flatten(), by_hidden, by_weight, target_weights)[0]
+    return by_hidden, by_weight
 
 
 def piece_rows(rows: int, vocabulary: int) -> int:
@@ -58,24 +70,44 @@ def _loss_and_gradients(
     loss, hidden_gradient, weight_gradient = _empty_outputs(hidden, weight, targets, by_hidden, by_weight)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     losses = loss.new_empty(rows)
-    weight = weight.to(hidden.dtype)
     step = piece_rows(rows, vocabulary)
+
+    def score(piece: Tensor, part: slice) -> None:
+        fused = _fused() if piece.is_cuda else None
+        score_piece = score_and_differentiate if fused is None else fused.score_and_differentiate
+        score_piece(piece, targets[part], losses[part], None if target_weights is None else target_weights[part])
+
+    gradients = (hidden_gradient if by_hidden else None, weight_gradient if by_weight else None)
+    form_gradients(hidden, weight, step, score, *gradients)
+    return loss.copy_(losses.sum()), hidden_gradient, weight_gradient
+
+
+def form_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    step: int,
+    score: Callable[[Tensor, slice], None],
+    hidden_gradient: Tensor | None,
+    weight_gradient: Tensor | None,
+) -> None:
+    """Form logits of hidden states, (rows, E), under a head's weight, (V, E), `step` rows at a time, have
+    `score(piece, part)` turn those of the rows `part` into the loss's gradient by them, in place, and write the
+    gradients that are wanted, those by hidden and by weight."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    weight = weight.to(hidden.dtype)
     logits = hidden.new_empty(step, vocabulary)
-    if by_weight and step < rows:
+    if weight_gradient is not None and step < rows:
         weight_gradient.zero_()
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
         piece = torch.mm(hidden[part], weight.T, out=logits[: part.stop - first])
-        fused = _fused() if piece.is_cuda else None
-        score = score_and_differentiate if fused is None else fused.score_and_differentiate
-        score(piece, targets[part], losses[part], None if target_weights is None else target_weights[part])
-        if by_hidden:
+        score(piece, part)
+        if hidden_gradient is not None:
             torch.mm(piece, weight, out=hidden_gradient[part])
-        if by_weight and step < rows:
+        if weight_gradient is not None and step < rows:
             _add_product(weight_gradient, piece.T, hidden[part])
-        elif by_weight:
+        elif weight_gradient is not None:
             torch.mm(piece.T, hidden, out=weight_gradient)
-    return loss.copy_(losses.sum()), hidden_gradient, weight_gradient
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -95,31 +127,43 @@ def _empty_outputs(
     by_weight: bool,
     target_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return loss, *empty_gradients(hidden, weight, weight.shape[0], by_hidden, by_weight)
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, logits_a_row: int, by_hidden: bool, by_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Where the gradients by hidden, (rows, E), and by weight are to be written; empty where they are not wanted.
+    logits_a_row: as many are formed at a time for each row."""
     # The sum of several pieces' gradients is kept in the weight's own precision.
-    whole = piece_rows(hidden.shape[0], weight.shape[0]) == hidden.shape[0]
+    whole = piece_rows(hidden.shape[0], logits_a_row) == hidden.shape[0]
     dtype = hidden.dtype if whole else weight.dtype
     return (
-        hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(hidden.shape if by_hidden else 0),
         hidden.new_empty(weight.shape if by_weight else 0, dtype=dtype),
     )
 
 
-def _keep_gradients(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.dtypes = inputs[3:5], [x.dtype for x in inputs[:2]]
+def keep_gradients(ctx, inputs, output) -> None:
+    """Of an operator whose first inputs are hidden and weight and whose last outputs are the gradients by them: keep
+    these, which its flags, two bools among the inputs, want."""
+    ctx.save_for_backward(*output[-2:])
+    ctx.wanted, ctx.dtypes = [x for x in inputs if isinstance(x, bool)], [x.dtype for x in inputs[:2]]
+    ctx.others = len(inputs) - 2
     ctx.set_materialize_grads(False)
 
 
-def _scale_gradients(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def scale_gradients(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    """The gradients that were kept, times that of the loss, which is the operator's first output."""
     gradients = (
         gradient.to(dtype) * dloss if wanted and dloss is not None else None
         for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
     )
-    return *gradients, None, None, None, None
+    return *gradients, *[None] * ctx.others
 
 
-_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_loss_and_gradients.register_autograd(scale_gradients, setup_context=keep_gradients)
 
 
 def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor, weights: Tensor | None = None) -> None:
