@@ -194,7 +194,7 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, da
         accelerator, output, _ = begun
         model = GPTForCausalLM(config)
         saved = tokenizer.as_transformers(landmark=not options.baseline)
-        config.pad_token_id = model.generation_config.pad_token_id = saved.pad_token_id
+        model.generation_config.pad_token_id = saved.pad_token_id
         silence(model, saved)
 
         def save_rest(directory: Path) -> None:

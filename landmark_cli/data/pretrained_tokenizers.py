@@ -125,6 +125,13 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], behind:
     return list(ids.values())
 
 
+def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a tokenizer pad as whoever generates wants it, now and whenever its files are read, in place."""
+    tokenizer.padding_side = "left"
+    # Only what a tokenizer was opened with is saved.
+    tokenizer.init_kwargs["padding_side"] = "left"
+
+
 def _name_ids(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], tokens: list[Any]) -> None:
     """Have tokens with these ids in the vocabulary itself, and those that were added before.
 

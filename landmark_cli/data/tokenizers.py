@@ -30,6 +30,7 @@ from landmark_cli.data.pretrained_tokenizers import (
     encoding_by,
     largest_id,
     open_tokenizer,
+    pad_on_the_left,
     text_ids,
 )
 from landmark_cli.errors import LandmarkError
@@ -321,7 +322,7 @@ class TransformersTokenizer(TextTokenizer):
             add_tokens(tokenizer, [LANDMARK_TOKEN])
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "left"
+        pad_on_the_left(tokenizer)
         return tokenizer
 
 

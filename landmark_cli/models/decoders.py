@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from landmark_cli.console import warn
 from landmark_cli.data.landmarks import default_top_k, largest_top_k
-from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id
+from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id, pad_on_the_left
 from landmark_cli.errors import LandmarkError
 
 from .calls import lead_forward
@@ -125,7 +125,7 @@ def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
         config.pad_token_id = tokenizer.pad_token_id
         if model.can_generate():
             model.generation_config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.padding_side = "left"
+    pad_on_the_left(tokenizer)
     size = largest_id(tokenizer) + 1
     if size > rows:
         multiple = VOCABULARY_MULTIPLE if rows % VOCABULARY_MULTIPLE == 0 else 1

@@ -68,6 +68,8 @@ def test_family(family, tmp_path):
     # As a user would: saved, opened by transformers, saved again, opened by us.
     model.save_pretrained(tmp_path / "a")
     tokenizer.save_pretrained(tmp_path / "a")
+    again = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert again.padding_side == "left" and again.pad_token_id == model.generation_config.pad_token_id
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert again.config._attn_implementation == "landmark"
     again.save_pretrained(tmp_path / "b")

@@ -16,7 +16,10 @@ from landmark_cli.data import tokenizers
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.generation import generate
+from landmark_cli.inference.settings import SamplingSettings
 from landmark_cli.models import store
+from landmark_cli.models.generation_config import tokens_without_text
 from tests import awkward_tokenizers
 from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
@@ -45,6 +48,23 @@ def test_the_directory_holds_a_model_that_opens_anywhere(corpus, tmp_path):
     assert records(output)[-1] < records(output)[0]
     assert records(output, "tokens")[-1] == 4 * 4 * 34
     assert len(records(output, "validation_loss")) == 2
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_transformers_generates_from_the_directory(corpus, tmp_path, baseline):
+    output = train(corpus, tmp_path / "run", baseline=baseline, steps=1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id
+    assert model.generation_config.suppress_tokens == tokens_without_text(model, tokenizer)
+    assert "import landmark_cli" in (output / "README.md").read_text()
+    prompts = ["the cat sat on the mat. " * 8, "a"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    expected = generate(model, tokenizer, prompts, SamplingSettings(max_new_tokens=5, temperature=0))
+    width = inputs["input_ids"].shape[1]
+    for row, one in zip(generated[:, width:].tolist(), expected, strict=True):
+        assert row[: len(one.tokens)] == one.tokens
 
 
 @pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
