@@ -12,9 +12,10 @@ from landmark_cli.training.linear_cross_entropy import piece_rows
 # Bytes that the backward pass keeps of one token in one layer, for each unit of the width: the residual stream and the
 # norms' inputs in float32; inputs of the four linear layers, queries, keys, values and the MLP's hidden layer, twice.
 LAYER_BYTES_16, LAYER_BYTES_32 = 50, 84
-# What reading chunk by chunk adds to that: of each token and unit of the width, what the blocks gave, and chunk and
-# blocks weighed by their shares in float32; of each token and head, its blocks' numbers and logits, and log-sum-exps.
-JOIN_BYTES_16, JOIN_BYTES_32 = 10, 12
+# What reading chunk by chunk adds to that at most, as benchmarks/results/long-training-h200.md has it of attention in
+# bf16 (5.8 GiB at 128k tokens of width 4096): of each token and unit of the width, what chunks and blocks gave and
+# their gradients; of each token and head, the numbers of its blocks, their places in the lists, and log-sum-exps.
+JOIN_BYTES_16, JOIN_BYTES_32 = 11, 20
 CHOICE_BYTES, STATISTIC_BYTES = 8, 20
 # What goes into a layer.
 RESIDUAL_BYTES_16, RESIDUAL_BYTES_32 = 2, 4
@@ -68,13 +69,16 @@ def estimate(
         heads = config.num_attention_heads
         layer += width * (JOIN_BYTES_16 if half else JOIN_BYTES_32)
         layer += heads * (CHOICE_BYTES * read.top_k + STATISTIC_BYTES)
-    # Of layers that are computed again only what goes into them is kept, and all of one of them at a time.
-    kept = layers * width * (RESIDUAL_BYTES_16 if half else RESIDUAL_BYTES_32)
-    activations = rows * (kept + layer if checkpointing else layers * layer)
     if fused_loss:
         numbers = piece_rows(rows, vocabulary) * vocabulary + (rows + vocabulary) * width
-        activations += numbers * (2 if half else 4)
+        loss = numbers * (2 if half else 4)
     else:
-        activations += rows * vocabulary * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
+        loss = rows * vocabulary * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
+    if checkpointing:
+        # Only what goes into the layers is kept, and all of one of them, after the loss has let go of its logits.
+        activations = rows * layers * width * (RESIDUAL_BYTES_16 if half else RESIDUAL_BYTES_32)
+        activations += max(rows * layer, loss)
+    else:
+        activations = rows * layers * layer + loss
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Estimate(parameters, PARAMETER_BYTES * parameters, activations)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from landmark_cli.attention.window import WindowSettings
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training import metrics
@@ -111,6 +112,31 @@ def test_the_estimate_counts_state_exactly():
     assert needs.parameters == sum(p.numel() for p in model.parameters())
     assert needs.state == 16 * needs.parameters and needs.memory > needs.state
     assert estimate(model, 16, "fp32").memory > needs.memory
+
+
+def test_the_estimate_grows_with_the_window_and_not_with_its_square():
+    with torch.device("meta"):
+        model = GPTForCausalLM(GPTConfig(trained_length=1275, landmark_freq=50, n_embd=384, n_head=6))
+    read = WindowSettings(1020, 51, 4)
+
+    def needs(tokens, **settings):
+        return estimate(model, 1, "bf16", sequence_length=tokens, **settings).activations
+
+    short, long = (needs(tokens, read=read) for tokens in (1 << 16, 1 << 18))
+    assert 3.5 < long / short < 4
+    again = needs(1 << 18, read=read, checkpointing=True)
+    assert again < needs(1 << 18, read=read) / 4
+    assert needs(1 << 18) < long
+    # Of each of the 12 layers, what went in; of one, all.
+    assert again > 12 * (1 << 18) * 384 * 2
+
+
+@pytest.mark.parametrize(("tokens", "attended"), [(512, 512), (1275, 1275), (1 << 16, 1020 + 8 * 51)])
+def test_operations_of_attention_are_those_of_what_is_seen(tokens, attended):
+    with torch.device("meta"):
+        model = GPTForCausalLM(GPTConfig(trained_length=1275, n_layer=2))
+    read = WindowSettings(1020, 51, 4)
+    assert flops_per_token(model, tokens, read) == flops_per_token(model, attended)
 
 
 def test_the_estimate_knows_that_the_fused_loss_holds_a_piece_of_the_logits():

@@ -194,3 +194,25 @@ def test_weighed_answers_are_the_same_in_two_processes(questions, one_weighed, t
 def test_weighed_answers_are_the_same_in_two_shards(questions, one_weighed, tmp_path):
     fsdp(2, split(questions, tmp_path / "run", **WEIGHED))
     assert_same_run(tmp_path / "run", one_weighed, CURVES + OF_ANSWERS)
+
+
+# Windows that are read chunk by chunk, activations computed again, of documents that do not see each other.
+READ = {"read_chunk": 16, "top_k_blocks": 2, "sequence_length": 100, "mask_documents": None, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def one_read(corpus, tmp_path_factory):
+    """What one process trains on windows that it reads."""
+    options = OPTIONS | READ | {"mask_documents": True, "accumulation": 2}
+    return train(corpus, tmp_path_factory.mktemp("read") / "one", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["processes", "shards"])
+def test_windows_are_read_the_same_in_two(launch, corpus, one_read, tmp_path):
+    command = [*split(corpus, tmp_path / "run", **READ), "--mask-documents"]
+    if launch == "shards":
+        fsdp(2, command)
+    else:
+        subprocess.run(["torchrun", "--nproc_per_node=2", LANDMARK, *command], env=on_cpus(), check=True, timeout=240)
+    assert_same_run(tmp_path / "run", one_read)
