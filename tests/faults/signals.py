@@ -73,7 +73,9 @@ def twice(job: Job, trial: Trial) -> None:
         raise Broken(UNCLEAR, f"ended {time.monotonic() - sent:.1f} s after the second signal")
     when = f"{first.name} {moment}, then {second.name} ({changes.last})"
     if ended.code != 0:
-        if ended.code not in {128 + first, 128 + second}:
+        # While the command says its last words the second signal does what it does to any program: it ends it, which a
+        # shell knows by the same number.
+        if ended.code not in {128 + first, 128 + second, -second}:
             check_limits(ended)
             raise Broken(UNCLEAR, f"exit code {ended.code} after {when}: {last_line(ended.err)}")
         check_finished(job.run(trial.work, *job.again))
