@@ -46,7 +46,8 @@ from torch import Tensor, nn
 import landmark_cli
 from landmark_cli.attention.dispatch import landmark_attention
 from landmark_cli.console import info
-from landmark_cli.data.batches import Batches, Windows
+from landmark_cli.data.batches import Batches
+from landmark_cli.data.windows import Windows
 from landmark_cli.inference.graphs import CudaGraph
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy

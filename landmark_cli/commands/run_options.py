@@ -316,7 +316,7 @@ def make_loop(
     variants: see `TrainingData.batches`. group_dropout, read: see `LoopSettings`. identity: what else must stay the
     same when the run is resumed, besides model, data, windows and seed.
     """
-    from landmark_cli.data.batches import AnswerWeights
+    from landmark_cli.data.windows import AnswerWeights
     from landmark_cli.training.loop import Loop
     from landmark_cli.training.reading import windows_identity
     from landmark_cli.training.runs import run_identity

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.console import info, warn
-from landmark_cli.data.batches import AnswerWeights, Batches, Pack, SequentialWindows, Windows
+from landmark_cli.data.batches import Batches, SequentialWindows
 from landmark_cli.data.checks import check_documents, check_one_tokenizer
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.variants import VariantBatches
+from landmark_cli.data.windows import AnswerWeights, Pack, Windows
 from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class TrainingData:
                 "prepare text --chat` make such; or leave --answer-weight and --answers-only out"
             )
         batches = Batches(self.train, self.weights, windows, global_batch, seed, answer_weights)
+        if windows.pack == "whole":
+            info(f"windows of whole documents: {batches.filled:.0%} of them is text, the rest is filled up")
         return VariantBatches(batches, seed, **variants) if any(variants.values()) else batches
 
     def validation_windows(self, windows: Windows, count: int) -> list[SequentialWindows]:

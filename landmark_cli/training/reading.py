@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from landmark_cli.attention.window import WindowSettings
-from landmark_cli.data.batches import Windows
 from landmark_cli.data.landmarks import DEFAULT_TOP_K
+from landmark_cli.data.windows import Windows
 from landmark_cli.errors import UsageError
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from landmark_cli.data.batches import AnswerWeights
 from landmark_cli.data.training_data import TrainingData
+from landmark_cli.data.windows import AnswerWeights
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
 from landmark_cli.locks import sole_writer

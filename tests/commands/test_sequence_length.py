@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from landmark_cli.commands import finetune, train
 from landmark_cli.commands.finetune import FinetuneOptions
 from landmark_cli.commands.train import TrainOptions
-from landmark_cli.data.batches import Windows
 from landmark_cli.data.landmarks import insert_landmarks
+from landmark_cli.data.windows import Windows
 from landmark_cli.errors import UsageError
 from landmark_cli.options import load_recipe, save_recipe
 from tests.models.families import tiny_decoder, tiny_tokenizer

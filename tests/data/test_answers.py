@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from landmark_cli.data import prepare as prepare_module
-from landmark_cli.data.batches import AnswerWeights, Batches, SequentialWindows, Windows
+from landmark_cli.data.batches import Batches, SequentialWindows
 from landmark_cli.data.corpora import Corpus
 from landmark_cli.data.documents import Document, Marked, marked_pieces
 from landmark_cli.data.landmarks import IGNORED_TARGET
@@ -18,6 +18,7 @@ from landmark_cli.data.prepare import prepare
 from landmark_cli.data.tasks.corpus import tasks_corpus
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter, Written, remove_token_file
 from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.data.windows import AnswerWeights, Windows
 from landmark_cli.errors import LandmarkError
 from tests.awkward_tokenizers import byte_tokenizer
 from tests.data.test_batches import EOT, LANDMARK, Numbers

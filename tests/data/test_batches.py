@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from landmark_cli.data.batches import Batches, SequentialWindows, Windows, iterate, permuted
+from landmark_cli.data.batches import Batches, SequentialWindows, iterate, permuted
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, remove_landmarks
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.windows import Windows
 from landmark_cli.errors import LandmarkError
 
 LANDMARK, EOT = 90_000, 89_999

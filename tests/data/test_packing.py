@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from landmark_cli.data import packing
-from landmark_cli.data.batches import AnswerWeights, Batches, SequentialWindows, Windows
+from landmark_cli.data.batches import Batches, SequentialWindows
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, next_token_targets
 from landmark_cli.data.packing import Place, document_ends, whole_documents
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
 from landmark_cli.data.training_data import TrainingData
+from landmark_cli.data.windows import AnswerWeights, Windows
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.gpt import GPTConfig
 from tests.data.test_batches import EOT, LANDMARK, Numbers
@@ -139,6 +140,9 @@ def test_whole_windows_are_drawn_in_another_order_each_epoch_and_anew_the_same(f
 
     windows_in_all = len(whole_documents(file, Windows(41, 4, LANDMARK, EOT).text_length))
     first, second = drawn(0), drawn(1)
+    windows = Windows(41, 4, LANDMARK, EOT, mask_documents=mask, pack="whole")
+    filled = len(file.tokens) / (windows_in_all * windows.text_length)
+    assert Batches([file], None, windows, 1, 3).filled == pytest.approx(filled) and 0.5 < filled < 1
     for batch in (first, second):
         text = batch["input_ids"][(batch["input_ids"] < EOT)]
         assert sorted(text.tolist()) == sorted(token for token in file.tokens.tolist() if token != EOT)

@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 
-from landmark_cli.data.batches import Batches, Windows
+from landmark_cli.data.batches import Batches
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.data.variants import VariantBatches
+from landmark_cli.data.windows import Windows
 
 
 def make(folder, **settings) -> VariantBatches:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from landmark_cli.commands.train import TrainOptions, check
-from landmark_cli.data.batches import SequentialWindows, Windows
+from landmark_cli.data.batches import SequentialWindows
 from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.windows import Windows
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.training import linear_cross_entropy as module
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy, piece_rows

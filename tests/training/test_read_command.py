@@ -115,6 +115,8 @@ def test_finetune_reads_windows_longer_than_the_models_positions(tmp_path):
     config = AutoModelForCausalLM.from_pretrained(output).config
     assert (config.trained_length, config.top_k_blocks, config.max_position_embeddings) == (40, 2, 40)
     assert records(output)[-1] < records(output)[0]
+    adapted = finetune(tmp_path / "adapted", lora_rank=2, **READ)
+    assert (adapted / "adapter_config.json").exists() and records(adapted)[-1] < records(adapted)[0]
     masked = finetune(tmp_path / "masked", mask_documents=True, sequence_length=40)
     assert records(masked)[-1] < records(masked)[0]
 
