@@ -161,6 +161,7 @@ def landmark_attention(
     # Numbers also where a compiled model's lengths are symbols, for a choice is made of constants.
     block_size = None if block_size is None else operator.index(block_size)
     few_queries = True if q.shape[2] < FEW_QUERIES else False
+    dropout = True if dropout_p > 0.0 else False
     problem = Problem(
         str(q.device),
         q.dtype,
@@ -169,7 +170,7 @@ def landmark_attention(
         few_queries=few_queries,
         padded=start is not None,
         packed=cu_seqlens is not None,
-        dropout=dropout_p > 0.0,
+        dropout=dropout,
         context_miss=context_miss_key is not None,
     )
     name = choose(problem, backend)
@@ -256,7 +257,8 @@ def attend_window(
     out, lse = _attend_within_chunks(q, k, v, window, scale, backend)
     if min(window.top_k, window.most_earlier) == 0:
         return out
-    problem = Problem(str(q.device), q.dtype, q.shape[-1], window.block_size, retrieving=window.top_k)
+    dim, block_size, top_k = (operator.index(n) for n in (q.shape[-1], window.block_size, window.top_k))
+    problem = Problem(str(q.device), q.dtype, dim, block_size, retrieving=top_k)
     name = choose(problem, backend)
     if BACKENDS[name].retrieve_forward is None:
         return _join(out, lse, *_retrieve_by_definition(q, k, v, window, scale, layer))

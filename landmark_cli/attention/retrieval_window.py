@@ -17,13 +17,19 @@ from .window import ReadingWindow
 
 
 def retrieve_window(
-    q: Tensor, k: Tensor, v: Tensor, window: ReadingWindow, scale: float | None = None, layer: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: ReadingWindow,
+    scale: float | None = None,
+    layer: int = 0,
+    ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from every query of a window to the blocks that it retrieves, and to nothing else.
 
     q: (B, H, N, D) and k, v: (B, G, N, D), rotated at window.position_ids. scale: factor on the logits, 1 / sqrt(D).
     layer: in the first, 0, all landmarks have one key before rotation where window.one_landmark says so; exploring
-    draws other numbers in every layer.
+    draws other numbers in every layer. ages: a selection that is made already, as `select_in_window` gives.
 
     Returns out, (B, H, N, D) in q's dtype, by the outer softmax over the landmarks of the retrieved blocks, and the
     log-sum-exp of these landmarks' logits, (B, H, N) float32 (float64 if q is). A query with nothing to retrieve gives
@@ -35,12 +41,15 @@ def retrieve_window(
     # Of every token its column in what the chunks give, side by side; column 0 is for nothing.
     columns, column = torch.zeros(window.chunk_of.shape, dtype=torch.long), 1
     blocks = window.blocks.long()
-    for row, begin, length, first, earlier in window.chunks.tolist():
+    for row, begin, length, first, earlier in window.host_chunks:
         if length and min(earlier, window.top_k) > 0:
             queries = q[row : row + 1, :, begin : begin + length]
             # The newest first, as ages count.
             chosen_from = blocks[first : first + earlier].flip(0)
-            found = _retrieve(queries, k[row], v[row], chosen_from, window, scale, layer, (row * heads, tokens, begin))
+            place, chosen = (row * heads, tokens, begin), None
+            if ages is not None:
+                chosen = ages[row : row + 1, :, begin : begin + length, : min(earlier, window.top_k)].long()
+            found = _retrieve(queries, k[row], v[row], chosen_from, window, scale, layer, place, chosen)
             out.append(found[0].to(q.dtype))
             lse.append(found[1])
             columns[row, begin : begin + length] = torch.arange(column, column + length)
@@ -58,16 +67,19 @@ def _retrieve(
     scale: float | None,
     layer: int,
     place: tuple[int, int, int],
+    ages: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(out (H, T, D), lse (H, T)) of one chunk's queries q, (1, H, T, D), over its row's keys and values, (G, N, D).
 
-    blocks: (n, 3) those that it can choose from, the newest first. place: see `_explore`.
+    blocks: (n, 3) those that it can choose from, the newest first. place: see `_explore`. ages: (1, H or 1, T, k) in
+    time order, what they choose; None: they choose here.
     """
     tokens = blocks[:, 1:2] + torch.arange(window.block_size, device=q.device)
     # (G, n, size, D), the keys rotated back to their offset in their block.
     cos, sin = window.by(-blocks[:, 2])
     keys, values = rotate(k[:, tokens], cos[:, None], sin[:, None]), v[:, tokens]
-    ages = _select(q, keys[:, :, -1], window, scale, layer, place)
+    if ages is None:
+        ages = _select(q, keys[:, :, -1], window, scale, layer, place)
     earlier = torch.full((1,), len(blocks), device=q.device)
     heads = torch.arange(q.shape[1], device=q.device)[:, None] // (q.shape[1] // k.shape[0])
     distance = bounded_distance(ages, earlier, window.top_k)
@@ -90,7 +102,7 @@ def select_in_window(q: Tensor, k: Tensor, window: ReadingWindow, scale: float |
     shared = window.selection == "max_over_heads"
     found = window.chunks.new_zeros(q.shape[0], 1 if shared else heads, tokens, min(window.top_k, window.most_earlier))
     blocks = window.blocks.long()
-    for row, begin, length, first, earlier in window.chunks.tolist():
+    for row, begin, length, first, earlier in window.host_chunks:
         if length and min(earlier, window.top_k) > 0:
             _, token, number = blocks[first : first + earlier].flip(0).unbind(-1)
             keys = rotate(k[row, :, token + window.block_size - 1], *window.by(-number))

@@ -6,6 +6,7 @@ there at once, and every layer works on all of them together: this says which ch
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import get_args
 
@@ -209,6 +210,19 @@ class ReadingWindow:
     def seed_of(self, layer: int) -> int | Tensor | None:
         """The seed of exploring in a layer; None without."""
         return layer_seed(self.explore_seed, layer)
+
+    @functools.cached_property
+    def host_chunks(self) -> list[list[int]]:
+        """`chunks` on the host. It waits for the device where rows are uneven, once for all layers."""
+        if not self.even:
+            return self.chunks.tolist()
+        batch, tokens = self.chunk_of.shape
+        blocks, blocks_of_chunk = tokens // self.block_size, self.chunk // self.block_size
+        return [
+            [row, first, min(self.chunk, tokens - first), row * blocks, first // self.chunk * blocks_of_chunk]
+            for row in range(batch)
+            for first in range(0, tokens, self.chunk)
+        ]
 
     @property
     def position_ids(self) -> Tensor:

@@ -5,8 +5,11 @@ It gives what `retrieval_window.retrieve_window` gives, or, with a chunk's own a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from .backends import BACKENDS
 from .kernels.common.tensors import empty_heads_last
@@ -105,7 +108,8 @@ def _(dout, dlse, q, k, v, out, lse, own, own_lse, turns, entries, bounds, *wind
 
 @torch.library.register_fake("landmark::retrieve_backward", lib=LIBRARY)
 def _(dout, dlse, q, k, v, out, lse, own, own_lse, *rest):
-    own_gradients = [q.new_empty(0)] * 2 if own is None else [empty_heads_last(own), torch.empty_like(lse)]
+    own_gradients = [empty_heads_last(own), torch.empty_like(lse)] if own is not None else [None, None]
+    own_gradients = [q.new_empty(0) if x is None else x for x in own_gradients]
     return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v), *own_gradients
 
 
@@ -160,3 +164,18 @@ def _(*inputs):
         return RetrievalBackward.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return retrieved_backward(*inputs)
+
+
+def keep_retrieved() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """A context_fn of torch.utils.checkpoint, for layers that read windows: of what is computed again in the backward
+    pass, `retrieve` is left out. What it found is kept, with its routes: for each token and head the bytes of the
+    output and 4 + 10 * k, k being the blocks that are read.
+
+    Attention within the chunks, whose gradient needs its own output, is computed again. Without kernels it changes
+    nothing: the definition is no operator. It is for a backward pass that runs once.
+    """
+    return create_selective_checkpoint_contexts(_kept)
+
+
+def _kept(context, operator, *arguments, **options) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator is retrieved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -9,7 +9,7 @@ import torch
 from landmark_cli.attention import dispatch
 from landmark_cli.attention.dropout import philox_uniform
 from landmark_cli.attention.reference import landmark_attention
-from landmark_cli.attention.retrieval_window import _explore, retrieve_window
+from landmark_cli.attention.retrieval_window import _explore, retrieve_window, select_in_window
 from tests.attention.windows import CASES, Case
 from tests.closeness import assert_close_norm
 
@@ -128,6 +128,28 @@ def test_exploring_replaces_the_last_choice_as_often_as_asked(selection):
     # A new block is any of the earlier ones: over many queries, all of them.
     last = always[:, :, case.tokens // 2 :].flatten(0, 2)
     assert last.any(0)[: int(earlier.max())].float().mean() > (0.8 if selection == "per_token_and_head" else 0.3)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.top_k and case.tokens > case.chunk], ids=str)
+def test_a_selection_that_is_given_is_read(case):
+    q, k, v = case.tensors()
+    window = case.window()
+    q, k = case.rotated(window, q, k)
+    ages = select_in_window(q, k, window, layer=case.layer)
+    expected = retrieve_window(q, k, v, window, layer=case.layer)
+    for found, wanted in zip(retrieve_window(q, k, v, window, layer=case.layer, ages=ages), expected, strict=True):
+        assert torch.equal(found, wanted)
+    # Another one, the newest block alone, gives something else.
+    assert not torch.equal(retrieve_window(q, k, v, window, layer=case.layer, ages=ages.clamp(max=1))[1], expected[1])
+
+
+@pytest.mark.parametrize("selection", ["per_token_and_head", "max_over_heads", "max_over_tokens"])
+def test_choosing_in_even_windows_waits_for_no_device(selection):
+    # A device without numbers, which cannot be asked for any.
+    case = Case(20, selection=selection, batch=2, explore=0.5)
+    window = case.window("meta")
+    q, k, _ = case.tensors(device="meta")
+    assert window.even and select_in_window(q, k, window).shape[1] == (1 if selection == "max_over_heads" else 2)
 
 
 def test_exploring_replaces_the_worst_of_the_chosen():

@@ -57,6 +57,7 @@ def test_chunks_and_blocks_stand_where_a_reader_would_cut_them(name):
     assert (window.blocks[len(blocks) :, 0] == -1).all()
     assert window.chunk_of.tolist() == chunk_of.tolist()
     assert torch.equal(window.position_ids, position_ids)
+    assert window.host_chunks == window.chunks.tolist()
     assert window.most_earlier >= max([chunk[4] for chunk in chunks])
     assert {x.dtype for x in (window.chunks, window.blocks, window.chunk_of)} == {torch.int32}
 
