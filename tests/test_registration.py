@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("landmark_gpt", n_layer=1, n_head=1, n_embd=8, vocab_size=64, landmark_token_id=63)
 assert type(AutoModelForCausalLM.from_config(config)).__name__ == "GPTForCausalLM"
 assert "landmark" in AttentionInterface().valid_keys()
+import transformers
+assert transformers.GPTForCausalLM is type(AutoModelForCausalLM.from_config(config))
 """
 
 

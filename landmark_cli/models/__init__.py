@@ -3,6 +3,8 @@
 Importing this package registers the models with transformers, before any of its modules can be asked for.
 """
 
+import sys
+
 
 def register() -> None:
     """Make our model types and the attention "landmark" known to transformers' Auto classes. May be called again."""
@@ -24,6 +26,9 @@ def register() -> None:
     AutoModelForCausalLM.register(GPTConfig, GPTForCausalLM, exist_ok=True)
     # By this table pipelines know which models generate text.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPTConfig.model_type, GPTForCausalLM.__name__)
+    # And among its own names `transformers serve` looks for the class that a config.json names. Loading transformers'
+    # models may put another module object in the place of the library's first.
+    setattr(sys.modules["transformers"], GPTForCausalLM.__name__, GPTForCausalLM)
 
 
 register()
