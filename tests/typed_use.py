@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import assert_type
 
 import landmark_cli
-from landmark_cli import Generation, Reader, ReadingSettings, SamplingSettings
+from landmark_cli import Generation, LandmarkCache, Reader, ReadingSettings, SamplingSettings
 
 model, tokenizer = landmark_cli.load("runs/mine")
 model, tokenizer = landmark_cli.load(Path("runs/mine"), device="cpu", attention=None)
@@ -20,6 +20,7 @@ assert_type(found[0].tokens, list[int])
 reader = Reader(model, top_k_blocks=2, selection="max_over_heads", batch=2)
 for chunk in reader.read([[1, 2], [3]]):
     assert_type(chunk.lengths, list[int])
+assert_type(LandmarkCache(model, ReadingSettings(top_k_blocks=2), reader=reader).get_seq_length(), int)
 out, lse = landmark_cli.landmark_attention(model, model, model, 64, return_lse=True)
 
 # What a checker has to find: an ignore that hides nothing is an error.
@@ -29,4 +30,5 @@ landmark_cli.generate(model, tokenizer, "one text", sampling.seed)  # type: igno
 SamplingSettings(temperatur=0.0)  # type: ignore[call-arg]
 ReadingSettings(selection="by_luck")  # type: ignore[arg-type]
 Reader(model, offload="disk")  # type: ignore[arg-type]
+LandmarkCache(model, 3)  # type: ignore[arg-type]
 nothing = landmark_cli.nothing  # type: ignore[attr-defined]
