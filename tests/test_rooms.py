@@ -25,7 +25,8 @@ TAKES = {
     "inference": {"attention", "data", "models"},
     "evaluation": {"data", "inference", "models"},
     "training": {"attention", "data", "models"},
-    "commands": {"data", "models", "inference", "evaluation", "training", "weight_diff"},
+    "serving": {"inference"},
+    "commands": {"data", "models", "inference", "evaluation", "training", "serving", "weight_diff"},
 }
 EXCEPTIONS = {
     ("cli", "commands"): "it runs them",

@@ -151,6 +151,16 @@ landmark generate --memory novel.memory --prompt "Who did it? It was"
         _in("generate", "GenerateOptions"),
     ),
     Command(
+        "serve",
+        "Answer requests over HTTP, as OpenAI's API does.",
+        """
+landmark serve --model runs/pg19-landmark
+landmark serve --model runs/llama-landmark --host 0.0.0.0 --rows 64 --memory-budget 32 --memory-dir memories
+landmark serve --model runs/llama-landmark --name llama --max-prompt-tokens 1000000 --offload cpu
+""",
+        _in("serve", "ServeOptions"),
+    ),
+    Command(
         "weight-diff make",
         "Write the difference of a fine-tuned model from its raw weights, to be published without the raw weights.",
         """

@@ -186,7 +186,7 @@ def sample(
         finite = are_finite(logits)
         # Drawing from scores that are not finite would end a GPU's work before the user can be told why.
         scores = processors(ids[:, :end], torch.where(finite[:, None], logits.float(), 0.0))
-        ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else _draw(scores, generators)
+        ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else draw(scores, generators)
         drawn, finite = torch.stack([ids[:, end], finite]).tolist()
         reader.require_finite(all(fine for fine, on in zip(finite, going, strict=True) if on))
         tokens = [token if on else None for token, on in zip(drawn, going, strict=True)]
@@ -212,7 +212,7 @@ def read_prompts(reader: BaseReader, prompts: Sequence[Tensor], *, show_progress
     return last
 
 
-def _draw(scores: Tensor, generators: list[torch.Generator]) -> Tensor:
+def draw(scores: Tensor, generators: list[torch.Generator]) -> Tensor:
     """A token of each row by its own generator: scores (B, V) -> (B,)."""
     shares = scores.softmax(-1)
     drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(shares, generators, strict=True)]

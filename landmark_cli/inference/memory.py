@@ -198,7 +198,7 @@ def give(reader: BlockReader, memories: Sequence[Memory], row: int = 0) -> None:
     Raises UsageError naming what does not fit the reader.
     """
     for memory in memories:
-        _require_fit(reader, memory)
+        require_fit(reader, memory)
     memory = joined(memories)
     reader.cache.put(row, memory.layers, memory.blocks, memory.tail)
     reader.texts[row] = array("i", memory.text.tolist())
@@ -285,7 +285,7 @@ def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
         return dict(zip(tensors, pool.map(sha256_of, tensors.values()), strict=True))
 
 
-def _require_fit(reader: BlockReader, memory: Memory) -> None:
+def require_fit(reader: BlockReader, memory: Memory) -> None:
     """Raise UsageError naming the first thing in which a memory's reader and this one differ."""
     mine, named = about(reader), f"--memory {memory.path}" if memory.path else "the memory"
     for part in fields(About):

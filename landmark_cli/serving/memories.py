@@ -1,0 +1,167 @@
+"""What was read for earlier requests, by the beginning of its text: one that begins alike goes on from there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from landmark_cli.console import warn
+from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.memory import Memory, sha256_of
+
+SUFFIX = ".memory"
+
+
+@dataclass
+class _Entry:
+    """A memory in host memory, in a file, or on its way there. text: (tokens,) int32. chunk: of the reader."""
+
+    text: Tensor
+    chunk: int
+    memory: Memory | None
+    path: Path | None = None
+    writing: Future | None = None
+
+
+class PrefixMemories:
+    """Memories by their texts. Those used least lately leave once all together have more than `budget` bytes: to files
+    in `directory`, or for good where there is none.
+
+    Only the engine's thread calls this; files are written by a thread of their own.
+    """
+
+    def __init__(self, budget: int, directory: Path | None = None) -> None:
+        self.budget, self.directory = budget, directory
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._writer = ThreadPoolExecutor(1, "landmark-memories")
+
+    def find(self, check: Callable[[Memory], None]) -> None:
+        """Take in what the directory holds from before. check: raises LandmarkError for what does not fit the reader;
+        such files, and damaged ones, are left alone."""
+        for path in sorted(self.directory.glob(f"*{SUFFIX}")) if self.directory is not None else ():
+            try:
+                memory = Memory.open(path, "--memory-dir")
+                check(memory)
+            except LandmarkError as error:
+                warn(f"{error} (the file is left alone)")
+                continue
+            text = memory.text.clone()
+            self._entries[sha256_of(text)] = _Entry(text, memory.about.chunk, None, path)
+
+    @property
+    def nbytes(self) -> int:
+        """What is held in host memory."""
+        return sum(held.nbytes for entry in self._entries.values() if (held := entry.memory) is not None)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def longest(self, ids: list[int]) -> Memory | None:
+        """The memory of the longest beginning of a text that ends with a chunk and leaves a token of the text to be
+        read; None where there is none. Raises LandmarkError where the file that holds it cannot be read: it is
+        forgotten then.
+
+        As chunks are cut where they would be without it, what is read after it is the same, too.
+        """
+        text = torch.tensor(ids[:-1], dtype=torch.int32)
+        found = [(_common(text, entry.text) // entry.chunk * entry.chunk, key) for key, entry in self._entries.items()]
+        for length, key in sorted(found, reverse=True):
+            if length == 0:
+                return None
+            entry = self._entries[key]
+            try:
+                held = entry.memory
+                if held is None and entry.path is None:
+                    raise LandmarkError("it could not be written to --memory-dir")
+                memory = beginning(held or Memory.open(entry.path, "--memory-dir"), length)
+            except LandmarkError:
+                del self._entries[key]
+                raise
+            if memory is not None:
+                self._entries.move_to_end(key)
+                return memory
+        return None
+
+    def keep(self, memory: Memory) -> None:
+        """Hold a memory. It replaces those of which its text is a continuation."""
+        memory = replace(memory, layers=[(a.cpu(), b.cpu()) for a, b in memory.layers])
+        for key, entry in list(self._entries.items()):
+            if len(entry.text) <= len(memory.text) and _common(entry.text, memory.text) == len(entry.text):
+                self._forget(key)
+        self._entries[sha256_of(memory.text)] = _Entry(memory.text, memory.about.chunk, memory)
+        held = self.nbytes
+        for key, entry in list(self._entries.items()):
+            if held <= self.budget:
+                break
+            if (memory := entry.memory) is not None:
+                held -= memory.nbytes
+                self._leave(key, entry)
+
+    def close(self) -> None:
+        """Write what is held to the directory, if there is one, and wait until it is written."""
+        for key, entry in list(self._entries.items()):
+            if entry.memory is not None:
+                self._leave(key, entry)
+        self._writer.shutdown()
+
+    def _leave(self, key: str, entry: _Entry) -> None:
+        if self.directory is None:
+            del self._entries[key]
+            return
+        if entry.writing is None:
+            entry.path = self.directory / f"{key[:32]}{SUFFIX}"
+            entry.writing = self._writer.submit(self._write, entry)
+
+    def _write(self, entry: _Entry) -> None:
+        try:
+            entry.memory.save(entry.path, "--memory-dir")
+        except LandmarkError as error:
+            warn(str(error))
+            entry.path = None
+        # From here on it is found in its file, if at all.
+        entry.memory = None
+
+    def _forget(self, key: str) -> None:
+        entry = self._entries.pop(key)
+        if entry.path is not None:
+
+            def remove() -> None:
+                entry.path.unlink(missing_ok=True)
+
+            # Behind a write of it that may be waiting.
+            self._writer.submit(remove)
+
+
+def beginning(memory: Memory, tokens: int) -> Memory | None:
+    """The memory of the first `tokens` text tokens of a memory's text, where one of its chunks ends with them: that of
+    a reader that read no further, since nothing that was read depends on later chunks. None where blocks have been
+    evicted that this reader would still have."""
+    if tokens == len(memory.text):
+        return memory
+    about = memory.about
+    blocks, tail = divmod(tokens, about.landmark_freq)
+    gone = memory.blocks + 1 - memory.layers[0][0].shape[1]
+    first = 0 if about.cache_blocks is None else max(0, blocks - about.cache_blocks)
+    if first < gone:
+        return None
+    layers = []
+    for pair in memory.layers:
+        # The last is the incomplete block, of which the rest is not read yet.
+        of_layer, landmark_keys = (part[:, first - gone : blocks + 1 - gone].clone() for part in pair)
+        of_layer[:, -1, :, tail:] = 0
+        landmark_keys[:, -1] = 0
+        layers.append((of_layer, landmark_keys))
+    return replace(memory, blocks=blocks, tail=tail, layers=layers, text=memory.text[:tokens], path=None)
+
+
+def _common(a: Tensor, b: Tensor) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    length = min(len(a), len(b))
+    differ = (a[:length] != b[:length]).nonzero()
+    return int(differ[0]) if len(differ) else length

@@ -1,0 +1,168 @@
+"""The engine without a network, and the memories it keeps."""
+
+import asyncio
+
+import pytest
+import torch
+
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference import memory
+from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
+from landmark_cli.serving.engine import Closing, Engine, Full
+from landmark_cli.serving.memories import PrefixMemories, beginning
+from landmark_cli.serving.request import End, Request
+from tests.models.families import tiny_tokenizer
+from tests.tiny import tiny_baseline, tiny_model, tiny_text
+
+TOKENIZER = tiny_tokenizer()
+MODEL = tiny_model(vocab_size=300, landmark_token_id=299, top_k_blocks=2)
+NOVEL = tiny_text(53)
+
+
+def engine_of(rows=2, queue=4, model=MODEL, **settings):
+    return Engine(model, TOKENIZER, ReadingSettings(chunk=8), rows=rows, queue=queue, **settings)
+
+
+def ask(engine, *prompts, tokens=4):
+    """The events of each prompt, in a loop of their own."""
+
+    async def all_of_it():
+        loop = asyncio.get_running_loop()
+        requests = [
+            Request(list(prompt), SamplingSettings(max_new_tokens=tokens, temperature=0), loop) for prompt in prompts
+        ]
+        engine.submit(requests)
+
+        async def one(request):
+            try:
+                return [event async for event in request.answer()]
+            except LandmarkError as error:
+                return error
+
+        return await asyncio.gather(*map(one, requests))
+
+    return asyncio.run(asyncio.wait_for(all_of_it(), 120))
+
+
+@pytest.fixture
+def engine():
+    made = engine_of()
+    made.start()
+    yield made
+    made.close()
+
+
+def read(text, **settings):
+    reader = BlockReader(MODEL, **{"chunk": 8, **settings})
+    list(reader.read([text]))
+    return reader
+
+
+@pytest.mark.parametrize("chunk", [8, 7])
+@pytest.mark.parametrize(
+    "settings", [{}, {"positions": "absolute"}, {"selection": "max_over_tokens"}, {"cache_blocks": 20}], ids=str
+)
+def test_the_beginning_of_a_memory_is_that_of_the_texts_beginning(chunk, settings):
+    settings = {**settings, "chunk": chunk}
+    for tokens in (chunk, 3 * chunk, 6 * chunk, 53):
+        found = beginning(memory.take(read(NOVEL, **settings)), tokens)
+        assert found.text.tolist() == NOVEL[:tokens].tolist()
+        later, expected = BlockReader(MODEL, **settings), read(NOVEL[:tokens], **settings)
+        memory.give(later, [found])
+        logits = [list(reader.read([tiny_text(19, seed=4)])) for reader in (later, expected)]
+        for one, other in zip(*logits, strict=True):
+            assert torch.equal(one.logits, other.logits)
+
+
+def test_no_beginning_where_it_would_not_be_that_of_the_text():
+    evicting = memory.take(read(NOVEL, cache_blocks=3))
+    assert beginning(evicting, 32) is None and beginning(evicting, 53) is evicting
+    assert beginning(memory.take(read(NOVEL[:12], cache_blocks=3)), 8).blocks == 2
+
+
+def lengths(memories, *texts):
+    """How much of each text there is a memory of."""
+    found = [memories.longest(list(text)) for text in texts]
+    return [0 if memory is None else len(memory.text) for memory in found]
+
+
+def test_memories_leave_in_the_order_of_their_last_use():
+    made = [memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
+    texts = [found.text.tolist() for found in made]
+    memories = PrefixMemories(2 * made[0].nbytes)
+    memories.keep(made[0]), memories.keep(made[1])
+    assert lengths(memories, [*texts[0], 1], texts[0][:24], texts[0][:25], [38, *texts[0]]) == [24, 16, 24, 0]
+    memories.keep(made[2])
+    assert len(memories) == 2 and memories.nbytes == 2 * made[0].nbytes
+    assert lengths(memories, *texts) == [24, 0, 24]
+    memories.budget *= 2
+    memories.keep(memory.take(read(torch.tensor([*texts[0], 5, 6]))))
+    assert len(memories) == 2, "it takes the place of its beginning"
+    assert lengths(memories, [*texts[0], 5, 6, 7], [*texts[0], 5, 6]) == [32, 24]
+
+
+def test_memories_go_to_the_directory_and_come_back(tmp_path):
+    made = [memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
+    memories = PrefixMemories(made[0].nbytes, tmp_path)
+    for found in made:
+        memories.keep(found)
+    assert lengths(memories, *(found.text.tolist() for found in made)) == [24, 24, 24]
+    memories.close()
+    assert len(list(tmp_path.glob("*.memory"))) == 3 and memories.nbytes == 0
+    next(tmp_path.glob("*.memory")).write_bytes(b"damaged")
+    again = PrefixMemories(0, tmp_path)
+    again.find(lambda found: None)
+    assert len(again) == 2
+
+    def refuse(found):
+        raise UsageError("another model's")
+
+    third = PrefixMemories(0, tmp_path)
+    third.find(refuse)
+    assert len(third) == 0 and len(list(tmp_path.glob("*.memory"))) == 3
+
+
+def test_a_queue_has_an_end(engine):
+    with pytest.raises(Full):
+        ask(engine, *[NOVEL.tolist()] * 7)
+    answers = ask(engine, *[NOVEL.tolist()] * 6)
+    assert all(answer[-1] == End("length", 53, 0, 4) for answer in answers) and len({str(a) for a in answers}) == 1
+
+
+def test_a_stopped_engine_takes_nothing():
+    made = engine_of()
+    made.start()
+    made.close()
+    with pytest.raises(Closing):
+        ask(made, [1])
+
+
+def test_what_fails_is_told_and_later_requests_are_served(engine, monkeypatch, capsys):
+    expected = ask(engine, NOVEL.tolist())
+    step = engine.reader.step
+    monkeypatch.setattr(engine.reader, "step", lambda tokens: 1 // 0)
+    (error,) = ask(engine, NOVEL.tolist())
+    assert isinstance(error, LandmarkError) and "ZeroDivisionError" in str(error)
+    monkeypatch.setattr(engine.reader, "step", step)
+    assert ask(engine, NOVEL.tolist()) == expected
+
+
+def test_logits_that_are_not_finite_are_refused(engine, monkeypatch):
+    whole = engine.reader.read
+
+    def poisoned(texts, **how):
+        for part in whole(texts, **how):
+            for row, text in enumerate(texts):
+                if text[:1].tolist() == [7]:
+                    part.logits[row, :, 3] = float("nan")
+            yield part
+
+    monkeypatch.setattr(engine.reader, "read", poisoned)
+    bad, good = ask(engine, [7], [8])
+    assert isinstance(bad, LandmarkError) and "nan or infinite" in str(bad) and isinstance(good[-1], End)
+
+
+def test_a_model_without_landmarks_is_refused():
+    with pytest.raises(LandmarkError, match="has no landmarks"):
+        engine_of(model=tiny_baseline())
