@@ -145,6 +145,13 @@ class RunOptions(Options):
         "[default: with --read-chunk]",
         saves_memory="--gradient-checkpointing",
     )
+    keep_retrieved: bool = option(
+        True,
+        panel="Machine",
+        help="With --read-chunk and --gradient-checkpointing: do not choose and read blocks again, but keep what was "
+        "found.",
+        saves_memory="--no-keep-retrieved (with --read-chunk)",
+    )
 
     fp32_residual: bool = option(
         False, panel="Machine", help="In a bf16 run, keep the sum that the layers add to (the residual stream) in fp32."
@@ -325,7 +332,7 @@ def make_loop(
     accelerator, output, precision = begun
     global_batch = options.batch_size * options.accumulation * accelerator.num_processes
     if options.gradient_checkpointing or (options.gradient_checkpointing is None and read is not None):
-        checkpoint_activations(without_adapters(model))
+        checkpoint_activations(without_adapters(model), keep_retrieved=read is not None and options.keep_retrieved)
     windows = data.windows(
         config,
         landmarks_in_loss,

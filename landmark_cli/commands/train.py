@@ -250,6 +250,7 @@ def show_plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> N
         sequence_length=options.sequence_length,
         read=read,
         checkpointing=read is not None if options.gradient_checkpointing is None else options.gradient_checkpointing,
+        keep_retrieved=options.keep_retrieved,
     )
     tokens = options.steps * windows * options.sequence_length
     text = sum(file.metadata.tokens for file in data.train)

@@ -14,11 +14,11 @@ from landmark_cli.training.linear_cross_entropy import piece_rows
 LAYER_BYTES_16, LAYER_BYTES_32 = 50, 84
 # What reading chunk by chunk adds to that at most, as benchmarks/results/long-training-h200.md has it of attention in
 # bf16 (5.8 GiB at 128k tokens of width 4096): of each token and unit of the width, what chunks and blocks gave and
-# their gradients; of each token and head, the numbers of its blocks, their places in the lists, and log-sum-exps.
+# their gradients; of each token and head, its blocks' turns and their places in the lists, and log-sum-exps.
 JOIN_BYTES_16, JOIN_BYTES_32 = 11, 20
-CHOICE_BYTES, STATISTIC_BYTES = 8, 20
-# What goes into a layer.
-RESIDUAL_BYTES_16, RESIDUAL_BYTES_32 = 2, 4
+CHOICE_BYTES, STATISTIC_BYTES, LSE_BYTES = 10, 20, 4
+# What goes into a layer, and as much is what attention gives.
+OUTPUT_BYTES_16, OUTPUT_BYTES_32 = 2, 4
 # Without the fused loss, bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its
 # gradient.
 LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
@@ -53,31 +53,36 @@ def estimate(
     sequence_length: int | None = None,
     read: WindowSettings | None = None,
     checkpointing: bool = False,
+    keep_retrieved: bool = True,
 ) -> Estimate:
     """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows.
 
     Memory is counted for a replica on every device (one process, DDP) with a fused attention, which keeps no
     (T, T) matrices. fused_loss: logits are formed piece by piece, and gradients with them. sequence_length: tokens of
     a window, by default the model's trained length. read: how windows are read chunk by chunk, if they are.
-    checkpointing: activations are computed again in the backward pass, one layer after the other.
+    checkpointing: activations are computed again in the backward pass, one layer after the other. keep_retrieved: then
+    all but what was retrieved, if windows are read.
     """
     config, half = model.config, precision != "fp32"
     width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     rows = batch_size * (sequence_length or config.trained_length)
     layer = width * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
+    output = width * (OUTPUT_BYTES_16 if half else OUTPUT_BYTES_32)
+    kept = output
     if read is not None:
         heads = config.num_attention_heads
         layer += width * (JOIN_BYTES_16 if half else JOIN_BYTES_32)
         layer += heads * (CHOICE_BYTES * read.top_k + STATISTIC_BYTES)
+        if keep_retrieved:
+            kept += output + heads * (CHOICE_BYTES * read.top_k + LSE_BYTES)
     if fused_loss:
         numbers = piece_rows(rows, vocabulary) * vocabulary + (rows + vocabulary) * width
         loss = numbers * (2 if half else 4)
     else:
         loss = rows * vocabulary * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
     if checkpointing:
-        # Only what goes into the layers is kept, and all of one of them, after the loss has let go of its logits.
-        activations = rows * layers * width * (RESIDUAL_BYTES_16 if half else RESIDUAL_BYTES_32)
-        activations += max(rows * layer, loss)
+        # Of the layers that little is kept, and all of one of them, after the loss has let go of its logits.
+        activations = rows * layers * kept + max(rows * layer, loss)
     else:
         activations = rows * layers * layer + loss
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -24,6 +24,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from landmark_cli.attention import window_operators
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET
@@ -269,11 +270,14 @@ def bf16_under_autocast(module: nn.Module, inputs: tuple, output: Tensor) -> Ten
     return output
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Have a transformers model compute its activations again in the backward pass, in place of keeping them."""
+def checkpoint_activations(model: nn.Module, keep_retrieved: bool = False) -> None:
+    """Have a transformers model compute its activations again in the backward pass, in place of keeping them.
+
+    keep_retrieved: all but what layers that read windows chunk by chunk retrieved with kernels, which is kept (see
+    `window_operators.keep_retrieved`)."""
     # Newer versions of transformers say activation, not gradient, checkpointing.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False} | ({"context_fn": window_operators.keep_retrieved} if keep_retrieved else {}))
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

@@ -129,6 +129,9 @@ def test_the_estimate_grows_with_the_window_and_not_with_its_square():
     assert needs(1 << 18) < long
     # Of each of the 12 layers, what went in; of one, all.
     assert again > 12 * (1 << 18) * 384 * 2
+    # What was retrieved: bf16 outputs, 10 bytes of each block, a log-sum-exp.
+    less = needs(1 << 18, read=read, checkpointing=True, keep_retrieved=False)
+    assert again - less == 12 * (1 << 18) * (384 * 2 + 6 * (10 * 4 + 4))
 
 
 @pytest.mark.parametrize(("tokens", "attended"), [(512, 512), (1275, 1275), (1 << 16, 1020 + 8 * 51)])

@@ -125,16 +125,20 @@ def test_activations_are_computed_again_unless_told_otherwise(tmp_path, monkeypa
     from landmark_cli.training import setup
 
     asked = []
-    monkeypatch.setattr(setup, "checkpoint_activations", asked.append)
-    for options, expected in [
-        (READ, 1),
-        (READ | {"gradient_checkpointing": False}, 0),
-        ({}, 0),
-        ({"gradient_checkpointing": True}, 1),
-    ]:
+    monkeypatch.setattr(setup, "checkpoint_activations", lambda model, **settings: asked.append(settings))
+    kept, again = {"keep_retrieved": True}, {"keep_retrieved": False}
+    for number, (options, expected) in enumerate(
+        [
+            (READ, [kept]),
+            (READ | {"keep_retrieved": False}, [again]),
+            (READ | {"gradient_checkpointing": False}, []),
+            ({}, []),
+            ({"gradient_checkpointing": True}, [again]),
+        ]
+    ):
         asked.clear()
-        train(CORPUS, tmp_path / f"run-{len(options)}-{expected}", steps=1, eval_every=0, **options)
-        assert len(asked) == expected
+        train(CORPUS, tmp_path / f"run-{number}", steps=1, eval_every=0, **options)
+        assert asked == expected
 
 
 def test_a_dry_run_says_how_windows_are_read(tmp_path, capsys):

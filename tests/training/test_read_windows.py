@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from landmark_cli.attention import retrieval_window
+from landmark_cli.attention.kernels.reading import window as kernels
 from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, next_token_targets
 from landmark_cli.inference.block_reader import BlockReader
@@ -165,6 +166,23 @@ def test_checkpointing_and_the_loss_in_pieces_change_no_gradient(name):
     assert_close_norm(gradients(model, batch, fused_loss=True), expected)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+def test_layers_that_keep_what_was_retrieved_do_not_retrieve_again(monkeypatch):
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
+    calls, forward = [], kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *given: calls.append(given) or forward(*given))
+    model, landmark = llama()
+    batch, layers = streams([tiny_text(14)], landmark), model.config.num_hidden_layers
+    found = []
+    for keep in (None, False, True):
+        if keep is not None:
+            checkpoint_activations(model, keep)
+        calls.clear()
+        found.append(gradients(model, batch))
+        assert len(calls) == layers * (2 if keep is False else 1)
+    assert all(torch.equal(each[name], found[0][name]) for each in found for name in found[0])
+
+
 def test_exploring_draws_other_blocks_in_every_step_and_none_in_evaluation(monkeypatch):
     model, landmark = gpt()
     batch = streams([tiny_text(250)], landmark)
@@ -188,7 +206,7 @@ def test_exploring_draws_other_blocks_in_every_step_and_none_in_evaluation(monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["all kept", "checkpointed", "retrieved kept"])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_compiled_step_is_the_same(backend, checkpointing, monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", backend)
@@ -206,8 +224,8 @@ def test_a_compiled_step_is_the_same(backend, checkpointing, monkeypatch):
     step = LossModel(model, fused_loss=True, read=WindowSettings(2 * SIZE, SIZE, 2, explore=0.5)).train()
     expected = [gradients_of(step, batch) for batch in steps]
     assert any((a != b).any() for a, b in zip(*(e.values() for e in expected), strict=True))
-    if checkpointing:
-        checkpoint_activations(model)
+    if checkpointing is not None:
+        checkpoint_activations(model, checkpointing)
     torch._dynamo.reset()
     # The definition asks tensors for numbers: a compiled model calls it as it is. With kernels it is one graph.
     compiled = torch.compile(step, backend="aot_eager", dynamic=False, fullgraph=backend == "triton")
