@@ -17,6 +17,7 @@ from landmark_cli.console import warn
 from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id, pad_on_the_left
 from landmark_cli.errors import LandmarkError
+from landmark_cli.families import is_ours
 
 from .calls import lead_forward
 from .generation_config import settle_sampling, silence
@@ -175,6 +176,26 @@ class OpensWithLandmarks:
             config._attn_implementation = "landmark"
 
 
+class OwnAttention:
+    """`_attn_implementation` of every transformers config: where a caller names none (None), as `transformers serve`
+    does, a model that was trained with an attention of ours keeps it; all else is as transformers has it."""
+
+    def __init__(self, plain: property) -> None:
+        self.plain = plain
+
+    def __get__(self, config: PreTrainedConfig | None, owner: type | None = None) -> Any:
+        return self if config is None else self.plain.fget(config)
+
+    def __set__(self, config: PreTrainedConfig, value: str | dict[str, str] | None) -> None:
+        if value is None and config.__dict__.get("landmark_freq") is not None:
+            value = "landmark"
+        elif value is None and config.__dict__.get("segment_length") is not None and is_ours(config.model_type):
+            value = "transformer_xl"
+        self.plain.fset(config, value)
+
+
 def register() -> None:
     """Have saved landmark decoders open with landmark attention. May be called again."""
     PreTrainedConfig.landmark_freq = OpensWithLandmarks()
+    if not isinstance(PreTrainedConfig.__dict__["_attn_implementation"], OwnAttention):
+        PreTrainedConfig._attn_implementation = OwnAttention(PreTrainedConfig._attn_implementation)

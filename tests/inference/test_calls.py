@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -419,6 +420,17 @@ def test_a_cache_of_ordinary_attention_that_holds_something_is_refused():
         model(texts(1)[0][None], past_key_values=cache)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_names_no_attention_gets_the_models_own(kind, tmp_path):
+    """`transformers serve` says None, to the class itself; text would be read by ordinary attention without a word."""
+    model, _ = opened(kind)
+    model.save_pretrained(tmp_path)
+    for by in (AutoModelForCausalLM, type(model)):
+        again = by.from_pretrained(tmp_path, attn_implementation=None)
+        assert again.config._attn_implementation == model.config._attn_implementation
+        assert by.from_pretrained(tmp_path, attn_implementation="sdpa").config._attn_implementation == "sdpa"
+
+
 def test_settings_that_need_no_cache_change_nothing():
     (row,) = texts(30)
     expected = theirs("llama", padded([row]))
@@ -442,6 +454,7 @@ def test_a_pipeline_on_a_directory(kind, tmp_path, caplog):
     generated = pipeline("text-generation", model=str(tmp_path))
     results = generated(prompts, batch_size=2, max_new_tokens=NEW, do_sample=False, **READING)
     assert "not supported" not in caplog.text
+    assert generated.model.config._attn_implementation == model.config._attn_implementation
     tokens = ours(kind, [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts])
     for prompt, (result,), expected in zip(prompts, results, tokens, strict=True):
         assert result["generated_text"] == prompt + tokenizer.decode(expected, skip_special_tokens=True)
