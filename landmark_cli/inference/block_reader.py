@@ -172,7 +172,11 @@ class BlockReader(BaseReader):
 
     def take(self, rows: Sequence[int]) -> None:
         """As BaseReader.take."""
+        if list(rows) == list(range(self.batch)):
+            return
         self.cache.take(rows)
+        # Copies: two rows that come of one go on apart.
+        self.texts = [self.texts[row][:] for row in rows]
         self.batch = len(rows)
 
     def read(

@@ -1,5 +1,6 @@
 """What was read, kept and read on from: as if nothing had come between, or a line that says why not."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -133,6 +134,29 @@ def test_what_was_recalled_can_be_saved_unread(tmp_path):
     with pytest.raises(LandmarkError, match="nothing has been read"):
         later.save(tmp_path / "none")
     assert torch.equal(ask(later), ask(reader()))
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_rows_that_take_each_others_place_take_their_memories_along(tmp_path, unread):
+    one, two = reader(), reader()
+    read(one, NOVEL), read(two, NOVEL[:21])
+    for name, each in (("one", one), ("two", two)):
+        each.save(tmp_path / name)
+    rows = reader(2)
+    if unread:
+        rows.recall(tmp_path / "one", row=0), rows.recall(tmp_path / "two", row=1)
+    else:
+        list(rows.read([NOVEL, NOVEL[:21]]))
+    again = copy.deepcopy(rows)
+    rows.take([1, 1, 0])
+    for row, name in enumerate(("two", "two", "one")):
+        rows.save(tmp_path / "row", row)
+        found, expected = load_file(tmp_path / "row"), load_file(tmp_path / name)
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key])
+    rows.step([3, None, None])
+    assert list(map(len, rows.texts)) == [22, 21, 53]
+    torch.testing.assert_close(ask(again), ask(one))
 
 
 # --- a library

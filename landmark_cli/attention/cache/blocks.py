@@ -165,8 +165,8 @@ class LayerBlocks:
             torch.cuda.synchronize(self.landmark_keys.device)
         for stored, given in ((self.blocks, blocks), (self.landmark_keys, landmark_keys)):
             stored[row][:, slots.to(stored.device)] = given.to(stored.device)
-        # The GPU's copies are of what stood there before.
-        self._pages = None
+        if self._pages is not None:
+            self._pages.forget()
 
     def gather(self, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values at (row, head, slot) or (row, head, slot, offset), broadcast, on the model's device."""

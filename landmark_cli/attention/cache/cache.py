@@ -111,8 +111,6 @@ class BlockCache:
             else:
                 self._waiting.setdefault(index, {})[row] = place
         self.host_blocks[row], self.host_tail[row] = blocks, tail
-        # Recorded steps know the GPU's copies of offloaded blocks by where they were.
-        self._replaced += self.offload is not None
 
     def take(self, rows: Sequence[int]) -> None:
         """Row r becomes what row rows[r] is, as beams do in a beam search; there may be more or fewer rows than before.
@@ -126,6 +124,8 @@ class BlockCache:
             blocks.take(rows, used)
         self.host_blocks = [self.host_blocks[row] for row in rows]
         self.host_tail = [self.host_tail[row] for row in rows]
+        for index, waiting in self._waiting.items():
+            self._waiting[index] = {to: waiting[row] for to, row in enumerate(rows) if row in waiting}
         if len(rows) != self.batch:
             self.batch = len(rows)
             self._replaced += 1
@@ -137,6 +137,7 @@ class BlockCache:
         other = copy.copy(self)
         other.layers = {index: copy.deepcopy(blocks, memo) for index, blocks in self.layers.items()}
         other.host_blocks, other.host_tail = list(self.host_blocks), list(self.host_tail)
+        other._waiting = {index: dict(waiting) for index, waiting in self._waiting.items()}
         other.backends = set(self.backends)
         other.trace = None
         return other
