@@ -52,6 +52,8 @@ def finetune(options: argparse.Namespace, output: Path, data: Path, steps: int, 
         "0.05",
         "--device",
         options.device,
+        "--teacher",
+        "none",
         *(["--compile"] if options.compile else []),
     ]
     landmark("finetune", *arguments, *more)

@@ -43,7 +43,18 @@ def launch(options: argparse.Namespace, output: Path, *more: object, fsdp: bool 
         "landmark_cli",
     ]
     command = [sys.executable, *(with_fsdp if fsdp and not options.cpu else ["-m", "landmark_cli"]), "finetune"]
-    command += ["--model", options.model, "--data", options.data, "--output", output, "--steps", options.steps]
+    command += [
+        "--teacher",
+        "none",
+        "--model",
+        options.model,
+        "--data",
+        options.data,
+        "--output",
+        output,
+        "--steps",
+        options.steps,
+    ]
     command += ["--sequence-length", options.sequence_length, "--batch-size", 2, "--accumulation", 2]
     command += ["--lr", 1e-4, "--precision", "fp32" if options.cpu else "bf16", "--log-every", 1, "--eval-every", 0]
     command += ["--save-every", options.steps // 2, "--keep", 5, *(["--device", "cpu"] if options.cpu else []), *more]

@@ -13,8 +13,8 @@ each as it is, as `X | None` or as `list[X]`.
 A recipe is a YAML file (without aliases) of options for one command, `command: train` among its keys. On the command
 line a recipe replaces the defaults, and an option given beside the recipe replaces the recipe's value. What a run saves
 is a recipe too, and says `format: 2`. Where an option meant something else to the runs that saved recipes without a
-format, its dataclass has a static method `read_earlier(values)`, which gives the values of such a recipe as they are
-meant today.
+format, or without the option, its dataclass has a static method `read_earlier(values, format)`, which gives the values
+of such a recipe as they are meant today.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[s
             values[setting.name] = setting.convert(value)
         except ValueError as error:
             raise UsageError(f"recipe {recipe}: {key}: {error}") from None
-    if version is None and hasattr(options_class, "read_earlier"):
-        values = options_class.read_earlier(values)
+    if hasattr(options_class, "read_earlier"):
+        values = options_class.read_earlier(values, version)
     return values
 
 

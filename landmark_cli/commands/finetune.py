@@ -27,10 +27,14 @@ from landmark_cli.options import LONGEST, Options, option, save_recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from landmark_cli.models.lora import LoraSettings
+    from landmark_cli.training.distillation import Distillation
+    from landmark_cli.training.teachers import UntouchedRows
 
-DATA, MODEL, LORA = "Data", "Model", "LoRA"
+DATA, MODEL, LORA, TEACHER = "Data", "Model", "LoRA", "Teacher"
 NAMED_BY_EARLIER_RUNS = {"sequence_length", "landmark_freq", "landmarks_in_loss", "text_field", "validation_share"}
 NAMED_BY_EARLIER_RUNS |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge", "four_bit", "save_dtype"}
 
@@ -63,6 +67,29 @@ class LoraOptions(Options):
     )
 
 
+@dataclass
+class TeacherOptions(Options):
+    """What the model learns from besides the text."""
+
+    teacher: str = option(
+        "self",
+        panel=TEACHER,
+        help="Whose predictions the model is to keep while it gets landmarks, by their divergence at every token: self "
+        "is the model as it was, with full attention; or another one of its family (a directory or a hub id); none "
+        "trains on the text alone.",
+    )
+    text_weight: float | None = option(
+        None,
+        panel=TEACHER,
+        min=0,
+        max=1e6,
+        help="Weight of the text's own loss beside the teacher. [default: 0]",
+    )
+    distill_temperature: float = option(
+        1.0, panel=TEACHER, min=0.01, max=100, help="Temperature of both predictions where they are compared."
+    )
+
+
 @dataclass(kw_only=True)
 class PretrainedOptions(CodeOptions):
     """Which model, and its landmarks."""
@@ -82,6 +109,14 @@ class TextOptions(DataOptions):
         ".jsonl, .parquet), a hub id, or sample, pg19, arxiv-math, redpajama. Repeatable.",
     )
     sequence_length: int = changed("sequence_length", 2048)
+    answer_weight: float = option(
+        1.0,
+        panel=DATA,
+        min=0,
+        max=1e6,
+        help="Weight, beside the teacher, of the mean loss over the tokens of answers, where a corpus marks them (as "
+        "tasks does). With --teacher none: of each of their tokens, where other tokens weigh 1.",
+    )
     landmarks_in_loss: bool = option(False, panel=DATA, help="Train the model to predict landmarks too.")
     text_field: str = option("text", panel=DATA, help="The field or column that holds the text of .jsonl and .parquet.")
     validation_share: float = option(
@@ -90,7 +125,7 @@ class TextOptions(DataOptions):
 
 
 @dataclass
-class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
+class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions, TextOptions):
     """Give a pretrained decoder landmark attention and fine-tune it.
 
     Works for decoders of the transformers library with rotary positions: Llama, Mistral, Qwen, Phi3, OLMo, GPT-NeoX
@@ -114,14 +149,17 @@ class FinetuneOptions(RunOptions, LoraOptions, PretrainedOptions, TextOptions):
     )
 
     @staticmethod
-    def read_earlier(values: dict[str, Any]) -> dict[str, Any]:
-        """The values of a recipe without a format, as they are meant today: see `options.load_recipe`.
+    def read_earlier(values: dict[str, Any], format: int | None) -> dict[str, Any]:
+        """The values of a recipe of some format as they are meant today: see `options.load_recipe`.
 
-        Runs of earlier versions saved such recipes. Their sequence_length counted text alone, and the landmarks of a
-        window came on top. What a run saved names every option, which nobody does by hand; a recipe that lacks some was
-        written for what the help says.
+        What a run saved names every option that there was, which nobody does by hand. Runs that saved no teacher had
+        none. Those of the earliest versions saved no format either: their sequence_length counted text alone, and the
+        landmarks of a window came on top. A recipe that lacks some options was written for what the help says.
         """
         if not NAMED_BY_EARLIER_RUNS <= values.keys():
+            return values
+        values = {"teacher": "none"} | values
+        if format is not None:
             return values
         from landmark_cli.data.landmarks import stream_length
 
@@ -160,9 +198,12 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.training.finetuning import open_with_landmarks, saving
     from landmark_cli.training.publish import Publication
+    from landmark_cli.training.teachers import UntouchedRows
 
     accelerator, output, precision = begun
+    check_launch(options, accelerator)
     adapters = adapter_settings(options)
+    untouched: list[UntouchedRows] = []
     read = reading(options, options.landmark_freq, options.top_k_blocks)
     model, tokenizer = open_with_landmarks(
         options.model,
@@ -173,6 +214,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         frozen=adapters is not None,
         four_bit_on=accelerator.device if options.four_bit else None,
         trust_remote_code=options.trust_remote_code,
+        opened=lambda model: untouched.append(UntouchedRows(model)) if adapters and options.teacher == "self" else None,
     )
     config = model.config
     config.include_landmark_in_loss = options.landmarks_in_loss
@@ -212,6 +254,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         landmarks_in_loss=options.landmarks_in_loss,
         read=read,
         identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss},
+        distillation=distillation(options, trained, tokenizer, untouched, begun),
     )
     carry_out(options, config, loop)
     publication.publish(loop)
@@ -220,12 +263,62 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     return output
 
 
+def distillation(
+    options: FinetuneOptions,
+    trained: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    untouched: list[UntouchedRows],
+    begun: tuple[Accelerator, Path, str],
+) -> Distillation | None:
+    """How the run learns from its teacher, which is opened; None where it has none.
+
+    trained: the student, with adapters if it has some, and then untouched: its embedding and head as they were, where
+    the teacher is the model itself. tokenizer: the student's. begun: what `begin` gave.
+    """
+    from landmark_cli.training.distillation import Distillation
+    from landmark_cli.training.finetuning import dtype_of
+    from landmark_cli.training.setup import without_adapters
+    from landmark_cli.training.teachers import WithoutAdapters, open_teacher
+
+    if options.teacher == "none":
+        return None
+    accelerator, _, precision = begun
+    if untouched:
+        teacher = WithoutAdapters(trained, untouched[0].to(accelerator.device))
+    else:
+        name = options.model if options.teacher == "self" else options.teacher
+        teacher = open_teacher(
+            name, tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code
+        ).to(accelerator.device)
+    return Distillation(
+        teacher,
+        options.teacher,
+        without_adapters(trained).config.landmark_token_id,
+        options.answer_weight,
+        options.text_weight or 0.0,
+        options.distill_temperature,
+    )
+
+
+def check_launch(options: FinetuneOptions, accelerator: Accelerator) -> None:
+    """Raise UsageError where the launch splits the model, and a teacher would have to be split too."""
+    from accelerate import DistributedType
+
+    launches = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+    if options.teacher != "none" and accelerator.distributed_type in launches:
+        raise UsageError(
+            f"--teacher {options.teacher} does not go with {launches[accelerator.distributed_type]} yet: "
+            "launch without it, or train on the text alone by --teacher none"
+        )
+
+
 def check(options: FinetuneOptions) -> None:
     """Raise UsageError for options that cannot go together, LandmarkError for a missing package that one needs."""
     check_documents(options)
     if reading(options, options.landmark_freq, options.top_k_blocks) is None:
         check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
     check_weights(options)
+    check_teacher(options)
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:
         raise UsageError(f"--{given[0].replace('_', '-')} is for adapters: give --lora-rank too")
@@ -233,6 +326,21 @@ def check(options: FinetuneOptions) -> None:
         import_extra("peft", "lora")
     if options.four_bit:
         import_extra("bitsandbytes", "qlora")
+
+
+def check_teacher(options: FinetuneOptions) -> None:
+    """Raise UsageError for options of a teacher where there is none, or that a teacher takes the place of."""
+    if options.teacher == "none":
+        given = {
+            "text-weight": options.text_weight is not None,
+            "distill-temperature": options.distill_temperature != 1,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"--{name} is for a teacher, and --teacher none has none: leave one of the two out")
+    elif options.answers_only:
+        raise UsageError(
+            "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"
+        )
 
 
 def trained_length(options: FinetuneOptions) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from landmark_cli.attention.window import WindowSettings
     from landmark_cli.data.training_data import TrainingData
+    from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.loop import Loop, LoopSettings
 
 
@@ -316,12 +317,14 @@ def make_loop(
     group_dropout: float = 0.0,
     read: WindowSettings | None = None,
     identity: dict[str, Any],
+    distillation: Distillation | None = None,
 ) -> Loop:
     """The loop of a run over its batches, and over its validation windows.
 
     begun: what `begin` gave. config: the model's, adapters aside. landmarks_in_loss: count landmarks as targets.
     variants: see `TrainingData.batches`. group_dropout, read: see `LoopSettings`. identity: what else must stay the
-    same when the run is resumed, besides model, data, windows and seed.
+    same when the run is resumed, besides model, data, windows, seed and teacher. distillation: how it learns from a
+    teacher, if it does; answers then have the weight that it says.
     """
     from landmark_cli.data.windows import AnswerWeights
     from landmark_cli.training.loop import Loop
@@ -341,17 +344,29 @@ def make_loop(
         pack=options.pack,
     )
     answer_weights = None
-    if options.answers_only or options.answer_weight != 1:
+    if distillation is not None:
+        if distillation.answer_weight not in (0, 1):
+            data.check_answers()
+        identity = identity | distillation.identity | {"answers": data.answers}
+    elif options.answers_only or options.answer_weight != 1:
         answer_weights = AnswerWeights(options.answer_weight, options.answers_only)
     return Loop(
         accelerator,
         model,
-        data.batches(windows, global_batch, options.seed, answer_weights, **variants or {}),
+        data.batches(
+            windows,
+            global_batch,
+            options.seed,
+            answer_weights,
+            mark_answers=distillation is not None and any(data.answers),
+            **variants or {},
+        ),
         loop_settings(options, output, precision, windows.sequence_length, group_dropout, read),
         identity=run_identity(config, data, global_batch, options.seed, answer_weights)
         | windows_identity(windows, read)
         | identity,
         validation=data.validation_windows(windows, options.eval_windows),
+        distillation=distillation,
     )
 
 
@@ -379,3 +394,5 @@ def describe(config: PreTrainedConfig, loop: Loop) -> None:
     info(f"{windows} windows of {length} = {quantity(windows * length)} tokens a step")
     if settings.read is not None:
         info(said_of(settings.read))
+    if loop.distillation is not None:
+        info(loop.distillation.said)

@@ -37,6 +37,7 @@ class Batches:
         global_batch: windows in a step, over all processes and accumulation.
         seed: of the order of the windows.
         answer_weights: what targets weigh; None where all weigh alike, and batches say nothing of it.
+        mark_answers: have batches say which targets are of answers (see `Windows.answers`).
 
     Raises:
         LandmarkError: a file holds less than one window, or the weights do not fit the files.
@@ -50,8 +51,10 @@ class Batches:
         global_batch: int,
         seed: int,
         answer_weights: AnswerWeights | None = None,
+        mark_answers: bool = False,
     ) -> None:
         self.windows, self.global_batch, self.answer_weights = windows, global_batch, answer_weights
+        self.mark_answers = mark_answers
         self._orders = [_Order(file, windows, seed, i) for i, file in enumerate(token_files)]
         self._shares = _conditional_shares(weights, [order.windows for order in self._orders])
 
@@ -64,7 +67,7 @@ class Batches:
 
     def batch(self, step: int, start: int, stop: int) -> dict[str, Tensor]:
         """Rows `start` to `stop` of a step's global batch: see `Windows.cut`; with weights where targets do not all
-        weigh alike: see `Windows.weights`.
+        weigh alike: see `Windows.weights`; with answers where they are to be marked: see `Windows.answers`.
 
         Raises:
             ValueError: the rows are not in the global batch, or the step is negative.
@@ -76,6 +79,8 @@ class Batches:
         batch = self.windows.cut(places)
         if self.answer_weights is not None:
             batch["weights"] = self.windows.weights(places, batch["labels"], self.answer_weights)
+        if self.mark_answers:
+            batch["answers"] = self.windows.answers(places)
         return batch
 
     def _place(self, row: int) -> Place:

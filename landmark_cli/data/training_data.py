@@ -94,22 +94,33 @@ class TrainingData:
         global_batch: int,
         seed: int,
         answer_weights: AnswerWeights | None = None,
+        mark_answers: bool = False,
         **variants: Any,
     ) -> Batches | VariantBatches:
         """The batches that the run trains on: see `Batches`, and `VariantBatches` for its settings, the variants.
 
         Raises LandmarkError where answers are to have weights and no corpus marks any.
         """
-        if answer_weights is not None and not any(file.metadata.answers for file in self.train):
+        if answer_weights is not None:
+            self.check_answers()
+        batches = Batches(self.train, self.weights, windows, global_batch, seed, answer_weights, mark_answers)
+        if windows.pack == "whole":
+            info(f"windows of whole documents: {batches.filled:.0%} of them is text, the rest is filled up")
+        return VariantBatches(batches, seed, **variants) if any(variants.values()) else batches
+
+    @property
+    def answers(self) -> list[str | None]:
+        """For each corpus that is trained on, the checksum of its marks of answers, None where it has none."""
+        return [file.metadata.answers and file.metadata.answers.sha256 for file in self.train]
+
+    def check_answers(self) -> None:
+        """Raise LandmarkError where no corpus marks answers."""
+        if not any(self.answers):
             files = ", ".join(str(file.path) for file in self.train)
             raise LandmarkError(
                 f"no corpus says which of its text is answers ({files}): `landmark prepare tasks` and `landmark "
                 "prepare text --chat` make such; or leave --answer-weight and --answers-only out"
             )
-        batches = Batches(self.train, self.weights, windows, global_batch, seed, answer_weights)
-        if windows.pack == "whole":
-            info(f"windows of whole documents: {batches.filled:.0%} of them is text, the rest is filled up")
-        return VariantBatches(batches, seed, **variants) if any(variants.values()) else batches
 
     def validation_windows(self, windows: Windows, count: int) -> list[SequentialWindows]:
         """About `count` windows for an evaluation to read, spread over all validation files."""

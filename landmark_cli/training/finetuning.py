@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -60,17 +61,19 @@ def open_with_landmarks(
     frozen: bool = False,
     four_bit_on: torch.device | None = None,
     trust_remote_code: bool = False,
+    opened: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained model and its tokenizer, with landmarks.
 
     landmark_freq, trained_length, top_k_blocks: see `add_landmarks`. precision: the run's, "bf16", "fp16" or "fp32".
     frozen: the weights will not be trained: they are kept in that precision, and in float32 otherwise. four_bit_on: the
-    device on which they are kept in 4 bits; None for none. name, trust_remote_code: see `check_pretrained`.
+    device on which they are kept in 4 bits; None for none. name, trust_remote_code: see `check_pretrained`. opened: is
+    called with the model before it gets landmarks.
 
     Raises LandmarkError where landmark attention does not fit the model, and where its tokenizer would not come back
     the same from what is saved.
     """
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    half = dtype_of(precision)
     loading: dict[str, Any] = {"dtype": half if frozen else torch.float32}
     if four_bit_on is not None:
         from transformers import BitsAndBytesConfig
@@ -83,6 +86,7 @@ def open_with_landmarks(
         )
         loading["device_map"] = {"": four_bit_on}
     model, tokenizer = open_pretrained(name, trust_remote_code=trust_remote_code, **loading)
+    opened(model)
     add_landmarks(
         model, tokenizer, landmark_freq=landmark_freq, trained_length=trained_length, top_k_blocks=top_k_blocks
     )
@@ -94,6 +98,11 @@ def open_with_landmarks(
         trust_remote_code=trust_remote_code,
     )
     return model, tokenizer
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Of what is computed in a run's precision, "bf16", "fp16" or "fp32"."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def saving(

@@ -4,7 +4,7 @@ Nothing of a run's course lives outside its checkpoint: the batch, the learning 
 functions of the step, so a resumed run repeats an uninterrupted one. The loss is the mean over all targets of the
 global batch, whatever its split into processes and micro-batches: each micro-batch contributes its sum, divided by the
 number of targets of all micro-batches. Where targets have weights, it is the weighted mean: sums of weighted losses,
-divided by the sum of all weights.
+divided by the sum of all weights. Beside a teacher it is several means, see distillation.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import Score, perplexity_of
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.training.checkpoints import Checkpoints, plain_name, warn_if_full
+from landmark_cli.training.distillation import PARTS, Distillation, DistillationLoss
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
 from landmark_cli.training.finite import spoiled_by
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
@@ -89,7 +90,8 @@ class Loop:
     """A run: a model, its batches and settings, made ready on construction.
 
     batches: what to train on. identity: what must stay the same when the run is resumed, by name (see Checkpoints).
-    validation: what evaluation reads, all of it together.
+    validation: what evaluation reads, all of it together. distillation: how it learns from a teacher, if it does; the
+    teacher is on the run's device, and neither FSDP nor DeepSpeed is in use.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Loop:
         settings: LoopSettings,
         identity: dict[str, Any],
         validation: Sequence[ValidationWindows] = (),
+        distillation: Distillation | None = None,
     ) -> None:
         self.accelerator, self.batches, self.validation, self.settings = accelerator, batches, validation, settings
         rows = settings.batch_size * settings.accumulation * accelerator.num_processes
@@ -115,6 +118,7 @@ class Loop:
         self.flops_per_token = flops_per_token(model, settings.sequence_length, settings.read)
         self.metrics = MetricsFile(settings.output / "metrics.jsonl")
         self.checkpoints = Checkpoints(settings.output / "checkpoints", identity, settings.keep)
+        self.distillation = distillation
         self._prepare(model)
         self.checkpoints.attach(accelerator, self.module, self.optimizer)
         self.vote = Vote()
@@ -124,7 +128,11 @@ class Loop:
         accelerator, settings = self.accelerator, self.settings
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         fused_loss = settings.fused_loss and not sharded
-        model = LossModel(model, settings.group_dropout, fused_loss, settings.fp32_residual, settings.read)
+        how = (settings.group_dropout, fused_loss, settings.fp32_residual, settings.read)
+        if self.distillation is None:
+            model = LossModel(model, *how)
+        else:
+            model = DistillationLoss(model, self.distillation, *how)
         decayed = decayed_names(model)
         # FSDP 1 makes new parameters, so the optimizer is made after it; FSDP 2 wants to see model and optimizer at
         # once.
@@ -161,6 +169,8 @@ class Loop:
         self.module.train()
         parameters = list(self.module.parameters())
         loss_since, self._skipped = torch.zeros((), device=accelerator.device), self.update.skipped.read()["total"]
+        # Beside a teacher: of each of its parts, this process's sums, and over how many positions of all processes.
+        self._parts = torch.zeros(2, len(PARTS), device=accelerator.device)
         tokens = self.batches.global_batch * settings.sequence_length
         meter = Meter(self.step, settings.steps, tokens, self.flops_per_token, self.peak_flops)
         with interrupts(FINISHING) as asked, progress("training", settings.steps, "steps", initial=self.step) as shown:
@@ -231,27 +241,46 @@ class Loop:
         settings, accelerator = self.settings, self.accelerator
         seed_step(settings.seed, self.step, accelerator.process_index)
         self.update.begin(self.step)
-        counts = [
-            batch["weights"].sum() if "weights" in batch else (batch["labels"] != IGNORED_TARGET).sum()
-            for batch in micro_batches
-        ]
-        targets = accelerator.reduce(torch.stack(counts).sum(), "sum")
-        # Without targets the loss is 0. Weights may well sum to less than 1.
-        targets = torch.where(targets > 0, targets, 1)
+        targets, beside = self._targets(micro_batches)
+        given, parts = {}, None
+        if self.distillation is not None:
+            given, parts = {"ratios": beside["ratios"]}, torch.zeros(len(PARTS), device=accelerator.device)
         # The gradient becomes a mean over processes, and by accelerate one over micro-batches; this turns means into
         # the sum.
         scale = accelerator.num_processes * settings.accumulation / targets
         loss = torch.zeros((), device=accelerator.device)
         for batch in micro_batches:
             with accelerator.accumulate(self.module):
-                part = self.module(**batch)
+                part = self.module(**batch, **given)
+                if parts is not None:
+                    parts += part[1:].detach()
+                    part = part[0]
                 accelerator.backward(part * spoiled_by(part, scale))
                 loss += part.detach() / targets
                 if accelerator.sync_gradients:
                     norm, skip = self.update.judge(parameters)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        if parts is not None:
+            self._parts += torch.where(skip > 0, 0.0, torch.stack([parts, beside["counts"]]))
         return torch.where(skip > 0, 0.0, loss), norm
+
+    def _targets(self, micro_batches: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the summed loss of all processes' micro-batches is divided by; beside a teacher also `ratios`, which the
+        model is told, and `counts`, over how many positions the parts of the loss go."""
+        accelerator = self.accelerator
+        if self.distillation is not None:
+            counts = torch.stack([self.distillation.counts(batch) for batch in micro_batches]).sum(0)
+            counts = accelerator.reduce(counts, "sum")
+            targets, ratios = self.distillation.ratios(counts)
+            return targets, {"ratios": ratios, "counts": counts}
+        counts = [
+            batch["weights"].sum() if "weights" in batch else (batch["labels"] != IGNORED_TARGET).sum()
+            for batch in micro_batches
+        ]
+        targets = accelerator.reduce(torch.stack(counts).sum(), "sum")
+        # Without targets the loss is 0. Weights may well sum to less than 1.
+        return torch.where(targets > 0, targets, 1), {}
 
     def _record(self, meter: Meter, loss: Tensor, norm: Tensor) -> dict[str, Any]:
         """Write a record of the steps since the last one; nothing else in the loop waits for the device.
@@ -280,8 +309,16 @@ class Loop:
             **meter.read(self.step),
             "peak_memory": peak_memory(self.accelerator.device),
         }
+        if self.distillation is not None:
+            record |= self._read_parts()
         self._write(record)
         return record
+
+    def _read_parts(self) -> dict[str, float]:
+        """The means of the loss's parts since the last record, of those that had any position."""
+        sums, counts = self.accelerator.reduce(self._parts[0], "sum").tolist(), self._parts[1].tolist()
+        self._parts.zero_()
+        return {name: total / count for name, total, count in zip(PARTS, sums, counts, strict=True) if count}
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

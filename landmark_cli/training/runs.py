@@ -104,8 +104,7 @@ def run_identity(
     they do not all weigh alike, what they weigh."""
     weighed = {}
     if answer_weights is not None:
-        marks = [file.metadata.answers and file.metadata.answers.sha256 for file in data.train]
-        weighed = {"answers": marks, **dataclasses.asdict(answer_weights)}
+        weighed = {"answers": data.answers, **dataclasses.asdict(answer_weights)}
     return (
         model_identity(config)
         | weighed

@@ -204,16 +204,9 @@ class LossModel(nn.Module):
         evaluation: with it (4,) float64 is returned, the sum and `score` of those targets alone. cu_seqlens: boundaries
         of documents that do not see each other, counted over all rows one after the other.
         """
-        extra = {} if position_ids is None else {"position_ids": position_ids}
-        if self.read is not None:
-            window = self._window(input_ids, cu_seqlens)
-            extra |= {"position_ids": window.position_ids, "landmark_window": window}
-        elif controlled is not None or cu_seqlens is not None or (self.group_dropout and self.training):
-            extra["landmark_layout"] = self._layout(controlled, cu_seqlens)
+        extra = self.extra(input_ids, position_ids, controlled, cu_seqlens)
         if self.fused_loss:
-            model = without_adapters(self.wrapped)
-            hidden = model.base_model(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
-            head = model.get_output_embeddings().weight
+            hidden, head = self.states(input_ids, extra)
             loss = linear_cross_entropy(hidden, head, labels, weights)
             if answers is None:
                 return loss
@@ -229,6 +222,28 @@ class LossModel(nn.Module):
         count = (labels != IGNORED_TARGET).sum()
         loss = torch.where(count > 0, output.loss * count, 0.0)
         return loss if answers is None else with_score(loss, output.logits, labels, answers, lambda piece: piece)
+
+    def states(self, input_ids: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The model's last hidden states, (B, T, E), and the weight of its head, (V, E). extra: see `extra`."""
+        model = without_adapters(self.wrapped)
+        hidden = model.base_model(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
+        return hidden, model.get_output_embeddings().weight
+
+    def extra(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        controlled: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What the model is called with besides its tokens, so that it attends as `forward` and the settings say."""
+        extra = {} if position_ids is None else {"position_ids": position_ids}
+        if self.read is not None:
+            window = self._window(input_ids, cu_seqlens)
+            extra |= {"position_ids": window.position_ids, "landmark_window": window}
+        elif controlled is not None or cu_seqlens is not None or (self.group_dropout and self.training):
+            extra["landmark_layout"] = self._layout(controlled, cu_seqlens)
+        return extra
 
     def _window(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> ReadingWindow:
         settings = self.read

@@ -31,6 +31,7 @@ from tests.models.families import random_decoder, tiny_decoder, tiny_tokenizer
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
 SHORT = {
+    "teacher": "none",
     "landmark_freq": 7,
     "sequence_length": 32,
     "steps": 3,

@@ -1,0 +1,172 @@
+"""`landmark finetune --teacher`: it learns, is resumed and split as any run, and says what does not go together."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+
+import landmark_cli
+from landmark_cli.commands.finetune import FinetuneOptions, check_launch, run
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.options import build, load_recipe
+from tests.awkward_tokenizers import byte_tokenizer
+from tests.closeness import assert_close_norm
+from tests.models.families import tiny_decoder, tiny_tokenizer
+from tests.training.tiny import write_questions
+
+CHECKOUT = Path(landmark_cli.__file__).parent.parent
+SHORT = {
+    "landmark_freq": 7,
+    "sequence_length": 64,
+    "steps": 4,
+    "batch_size": 2,
+    "accumulation": 2,
+    "lr": 3e-3,
+    "log_every": 1,
+    "eval_every": 0,
+    "device": "cpu",
+}
+LORA = {"lora_rank": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base model, another one of its family, and questions whose answers are marked."""
+    root = tmp_path_factory.mktemp("teacher")
+    for name, spread in (("base", 0.1), ("other", 0.2)):
+        tiny_decoder("llama", initializer_range=spread).save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    write_questions(root / "asked", root / "base")
+    write_questions(root / "unmarked", root / "base", answers=False)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_the_place(place, monkeypatch):
+    monkeypatch.chdir(place)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def finetune(output, **changes):
+    run(FinetuneOptions(**(SHORT | {"model": "base", "data": ["asked"], "output": Path(output)} | changes)))
+    return Path(output)
+
+
+def records(output, key="loss"):
+    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
+    return [record[key] for record in map(json.loads, lines) if key in record]
+
+
+@pytest.mark.parametrize("changes", [{}, LORA, {"fused_loss": False}], ids=["whole", "adapters", "logits"])
+def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
+    output = finetune(tmp_path / "run", steps=12, answer_weight=0.5, text_weight=0.25, **changes)
+    divergence, answers, text = (records(output, name) for name in ("divergence", "answers_loss", "text_loss"))
+    assert len(divergence) == len(text) == 12 and answers[-1] < answers[0] - 0.1
+    loss = [d + 0.5 * a + 0.25 * t for d, a, t in zip(divergence, answers, text, strict=True)]
+    assert_close_norm(torch.tensor(records(output)), torch.tensor(loss))
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "adapters"])
+def test_another_model_teaches_what_it_knows(tmp_path, changes):
+    to_self, to_other = (
+        finetune(tmp_path / teacher, teacher=teacher, answer_weight=0.0, steps=12, **changes)
+        for teacher in ("self", "other")
+    )
+    assert records(to_other, "divergence")[0] > records(to_self, "divergence")[0]
+    assert records(to_other, "divergence")[-1] < 0.9 * records(to_other, "divergence")[0]
+    assert_close_norm(torch.tensor(records(to_other)), torch.tensor(records(to_other, "divergence")))
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "adapters"])
+def test_resumed_it_is_the_same_run(tmp_path, changes):
+    whole, part = finetune(tmp_path / "whole", save_every=2, **changes), tmp_path / "part"
+    shutil.copytree(whole / "checkpoints/step-00000002", part / "checkpoints/step-00000002")
+    finetune(part, save_every=2, resume=True, **changes)
+    name = "adapter_model.safetensors" if changes else "model.safetensors"
+    assert (part / name).read_bytes() == (whole / name).read_bytes()
+    assert records(part, "divergence") == records(whole, "divergence")[2:]
+    others = ({"teacher": "other"}, {"answer_weight": 2.0}, {"text_weight": 1.0}, {"distill_temperature": 2.0})
+    for other in (*others, {"teacher": "none"}):
+        ((option, _),) = other.items()
+        with pytest.raises(LandmarkError, match=f"{option} is .* there and"):
+            finetune(part, save_every=2, resume=True, **(changes | other))
+
+
+def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
+    alone, taught = (finetune(tmp_path / name, teacher=name, save_every=4) for name in ("none", "self"))
+    for file in ("model.safetensors", "checkpoints/step-00000004/model.safetensors"):
+        assert load_file(alone / file).keys() == load_file(taught / file).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": "none", "text_weight": 1.0}, UsageError, "--text-weight is for a teacher"),
+        ({"teacher": "none", "distill_temperature": 2.0}, UsageError, "--distill-temperature is for a teacher"),
+        ({"answers_only": True}, UsageError, "--answers-only .* --teacher none"),
+        ({"answer_weight": 3.0, "data": ["unmarked"]}, LandmarkError, "no corpus says which of its text is answers"),
+        ({"teacher": "nowhere/at/all"}, LandmarkError, "cannot open the model nowhere/at/all: it is not there"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        finetune(tmp_path / "run", **changes)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
+    tiny_decoder("llama", vocab_size=320).save_pretrained(tmp_path / "stranger")
+    byte_tokenizer(ids={"<|im_start|>": 270}).save_pretrained(tmp_path / "stranger")
+    with pytest.raises(LandmarkError, match="--teacher .*stranger is of another tokenizer: '.*' is .* in the model"):
+        finetune(tmp_path / "run", teacher=str(tmp_path / "stranger"))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")])
+def test_a_launch_that_splits_the_model_is_refused_with_a_teacher(kind, name):
+    class Launched:
+        distributed_type = kind
+
+    with pytest.raises(UsageError, match=f"--teacher self does not go with {name} yet: .* --teacher none"):
+        check_launch(FinetuneOptions(model="base", data=["asked"]), Launched())
+    check_launch(FinetuneOptions(model="base", data=["asked"], teacher="none"), Launched())
+
+
+@pytest.mark.parametrize("format", [None, 2])
+def test_a_recipe_that_an_earlier_run_saved_has_no_teacher(tmp_path, format):
+    saved = finetune(tmp_path / "run", steps=1, teacher="other") / "recipe.yaml"
+    assert load_recipe(saved, FinetuneOptions, "finetune")["teacher"] == "other"
+    lines = [line for line in saved.read_text().splitlines() if line.partition(":")[0] not in ("teacher", "format")]
+    (tmp_path / "earlier.yaml").write_text("\n".join(lines + ([f"format: {format}"] if format else [])))
+    values = load_recipe(tmp_path / "earlier.yaml", FinetuneOptions, "finetune")
+    assert values["teacher"] == "none" and values["sequence_length"] == (64 if format else 64 + 64 // 7)
+    # One by hand means what the help says.
+    (tmp_path / "by-hand.yaml").write_text("command: finetune\nmodel: base\ndata: asked\n")
+    assert build(FinetuneOptions, load_recipe(tmp_path / "by-hand.yaml", FinetuneOptions, "finetune")).teacher == "self"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "adapters"])
+def test_two_processes_learn_as_one(tmp_path, changes):
+    def curve(name, processes, accumulation):
+        options = SHORT | {"model": "base", "data": "asked", "output": tmp_path / name, "accumulation": accumulation}
+        options |= {"answer_weight": 2.0, "text_weight": 0.1} | changes
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "landmark_cli"]
+        changed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+        command = [sys.executable, *launcher, "finetune", *arguments]
+        done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [records(tmp_path / name, key) for key in ("loss", "divergence", "answers_loss", "gradient_norm")]
+
+    two, one = curve("two", 2, 2), curve("one", 1, 4)
+    assert_close_norm(torch.tensor(two), torch.tensor(one))
