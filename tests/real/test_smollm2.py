@@ -34,6 +34,7 @@ def tuned(pretrained, tmp_path_factory):
     """The output of a short run: windows of 252 text tokens and 4 landmarks."""
     output = tmp_path_factory.mktemp("real") / "tuned"
     command = f"finetune --model {pretrained} --data sample --output {output} --device cpu --sequence-length 256"
+    command += " --teacher none"
     run(f"{command} --steps 8 --batch-size 1 --accumulation 2 --lr 2e-4 --warmup 0.2 --log-every 1 --eval-every 0")
     return output
 

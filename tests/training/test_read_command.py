@@ -55,7 +55,11 @@ def in_the_place(place, monkeypatch):
 
 def finetune(output, **changes):
     short = {"landmark_freq": 7, "steps": 2, "accumulation": 2, "lr": 1e-2, "log_every": 1, "eval_every": 2}
-    given = short | {"device": "cpu", "model": "base", "data": ["cats.jsonl"], "validation_share": 0.4} | changes
+    given = (
+        short
+        | {"device": "cpu", "teacher": "none", "model": "base", "data": ["cats.jsonl"], "validation_share": 0.4}
+        | changes
+    )
     run_finetune(FinetuneOptions(**given, output=output))
     return output
 

@@ -57,6 +57,7 @@ RECURRENT = {"baseline": True, "memory_length": 32, "segment_length": 32}
 VARIANTS = {"context_miss_token": True, "controlled_landmarks": 0.5, "position_jump": 40, "group_dropout": 0.2}
 FINETUNE = RUN | {
     "model": "base",
+    "teacher": "none",
     "data": ["data"],
     "sequence_length": 128,
     "landmark_freq": 15,
