@@ -294,6 +294,7 @@ def test_rows_of_a_reader_take_each_others_place(kind, rows, offload):
     for token in range(1, 6):
         steps = [token + row for row in range(len(rows))]
         assert_close_norm(moved.step(steps), expected.step(steps))
+    assert getattr(moved, "texts", None) == getattr(expected, "texts", None)
 
 
 @pytest.mark.parametrize("kind", WITH_LANDMARKS)
