@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.models import CodeOptions
+from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_options import (
     TOP_K_BLOCKS_HELP,
     DataOptions,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from landmark_cli.training.teachers import UntouchedRows
 
 DATA, MODEL, LORA, TEACHER = "Data", "Model", "LoRA", "Teacher"
+# Of a weight in 4 bits, with what scales it.
+FOUR_BIT_BYTES = 0.53
 NAMED_BY_EARLIER_RUNS = {"sequence_length", "landmark_freq", "landmarks_in_loss", "text_field", "validation_share"}
 NAMED_BY_EARLIER_RUNS |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge", "four_bit", "save_dtype"}
 
@@ -148,6 +151,13 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         help="Type of the weights in the finished model; auto: the type they had before fine-tuning.",
     )
 
+    dry_run: bool = option(
+        False,
+        panel="Output",
+        saved=False,
+        help="Print parameters, tokens per step and estimated memory, the teacher's too, and stop.",
+    )
+
     @staticmethod
     def read_earlier(values: dict[str, Any], format: int | None) -> dict[str, Any]:
         """The values of a recipe of some format as they are meant today: see `options.load_recipe`.
@@ -169,9 +179,9 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         return values | {"sequence_length": length}
 
 
-def run(options: FinetuneOptions) -> Path:
+def run(options: FinetuneOptions) -> Path | None:
     """Fine-tune, and leave a model directory (or, with adapters that are not merged, an adapter directory), which is
-    returned.
+    returned; after a dry run there is none.
 
     Raises UsageError for options that contradict each other, LandmarkError for a model that landmark attention does not
     fit and for what is wrong with data or directories.
@@ -186,6 +196,9 @@ def run(options: FinetuneOptions) -> Path:
         read=reading(options, options.landmark_freq, options.top_k_blocks),
         trust_remote_code=options.trust_remote_code,
     )
+    if options.dry_run:
+        plan(options)
+        return None
     with begin(options, run_name(options)) as begun:
         return finetune(options, begun)
 
@@ -261,6 +274,30 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     accelerator.end_training()
     info(f"trained {'adapters' if adapters and not options.merge else 'model'}: {output}")
     return output
+
+
+def plan(options: FinetuneOptions) -> None:
+    """Print what the run would take, of configs alone; the few rows that landmarks add are left out."""
+    from landmark_cli.models.lora import add_adapters
+    from landmark_cli.models.pretrained import shape_of
+
+    model = shape_of(options.model, trust_remote_code=options.trust_remote_code)
+    model.config.landmark_freq = options.landmark_freq
+    adapters = adapter_settings(options)
+    teacher = None
+    if options.teacher != "none":
+        name = options.model if options.teacher == "self" else options.teacher
+        teacher = shape_of(name, trust_remote_code=options.trust_remote_code)
+    if adapters:
+        add_adapters(model, adapters)
+    show_plan(
+        options,
+        model,
+        reading(options, options.landmark_freq, options.top_k_blocks),
+        teacher=teacher,
+        teacher_beside=adapters is None or options.teacher != "self",
+        frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
+    )
 
 
 def distillation(

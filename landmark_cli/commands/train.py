@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landmark_cli.commands.models import CodeOptions
+from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_options import (
     TOP_K_BLOCKS_HELP,
     DataOptions,
@@ -21,7 +21,7 @@ from landmark_cli.commands.run_options import (
     make_loop,
     reading,
 )
-from landmark_cli.console import info, quantity, table
+from landmark_cli.console import info
 from landmark_cli.errors import UsageError
 from landmark_cli.options import LONGEST, option, save_recipe
 
@@ -122,7 +122,7 @@ def run(options: TrainOptions) -> Path | None:
     check_token_files(data.files, tokenizer.encode, tokenizer.vocab_size, f"{tokenizer.name} as it is now")
     config = model_config(options, tokenizer)
     if options.dry_run:
-        show_plan(options, config, data)
+        plan(options, config, data)
         return None
     tokenizer.check_saved(landmark=not options.baseline)
     return train(options, config, tokenizer, data)
@@ -227,43 +227,14 @@ def run_name(options: TrainOptions) -> str:
     return f"{options.data[0].resolve().name}-{'baseline' if options.baseline else 'landmark'}"
 
 
-def show_plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> None:
-    """What `--dry-run` prints."""
+def plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> None:
+    """Print what the run would take."""
     import torch
 
     from landmark_cli.models.gpt import GPTForCausalLM
-    from landmark_cli.training.estimate import estimate
-    from landmark_cli.training.reading import said_of
-    from landmark_cli.training.runs import attention_name, resolve_precision
 
     with torch.device("meta"):
         model = GPTForCausalLM(config)
-    precision = resolve_precision(options.precision, options.device)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    windows = options.batch_size * options.accumulation * processes
-    read = reading(options, options.landmark_freq, options.top_k_blocks)
-    needs = estimate(
-        model,
-        options.batch_size,
-        precision,
-        options.fused_loss,
-        sequence_length=options.sequence_length,
-        read=read,
-        checkpointing=read is not None if options.gradient_checkpointing is None else options.gradient_checkpointing,
-        keep_retrieved=options.keep_retrieved,
-    )
-    tokens = options.steps * windows * options.sequence_length
-    text = sum(file.metadata.tokens for file in data.train)
     share = 1.0 if options.baseline else options.landmark_freq / (options.landmark_freq + 1)
-    rows = [
-        ("parameters", f"{needs.parameters:,}"),
-        ("attention", attention_name(config)),
-        *([] if read is None else [("windows", said_of(read))]),
-        ("tokens a step", f"{windows * options.sequence_length:,} in {windows} windows of {options.sequence_length}"),
-        ("tokens in all", f"{quantity(tokens)} in {options.steps:,} steps"),
-        ("passes over the data", f"{tokens * share / text:.3g} over {text:,} text tokens"),
-        ("memory, about", f"{quantity(needs.memory, 'B')} a device in {precision}, eager"),
-        ("of it", f"{quantity(needs.state, 'B')} weights, gradients and optimizer"),
-        ("disk", f"{quantity(needs.checkpoint, 'B')} a checkpoint, {options.keep} kept"),
-    ]
-    table(("dry run", "nothing is trained"), rows)
+    text = sum(file.metadata.tokens for file in data.train), share
+    show_plan(options, model, reading(options, options.landmark_freq, options.top_k_blocks), text=text)

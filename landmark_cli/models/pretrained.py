@@ -96,6 +96,14 @@ def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     return config
 
 
+def shape_of(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model on the meta device: its config and the shapes of its weights. path, trust_remote_code and errors as those
+    of `open_config`."""
+    config = open_config(path, trust_remote_code=trust_remote_code)
+    with opening(path, "the config of", trust_remote_code) as code, torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **code)
+
+
 def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype that a model's weights are opened in as stored: its config's, or where that names none, its files'.
 

@@ -28,9 +28,11 @@ PARAMETER_BYTES, CHECKPOINT_BYTES = 16, 12
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take. memory: bytes on each device, state and activations together, in eager mode."""
+    """What a run will take. trained: of the parameters. memory: bytes on each device, state and activations together,
+    in eager mode."""
 
     parameters: int
+    trained: int
     state: int
     activations: int
 
@@ -41,7 +43,7 @@ class Estimate:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint."""
-        return CHECKPOINT_BYTES * self.parameters
+        return CHECKPOINT_BYTES * self.trained
 
 
 def estimate(
@@ -54,6 +56,9 @@ def estimate(
     read: WindowSettings | None = None,
     checkpointing: bool = False,
     keep_retrieved: bool = True,
+    frozen_bytes: float | None = None,
+    teacher: nn.Module | None = None,
+    teacher_beside: bool = True,
 ) -> Estimate:
     """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows.
 
@@ -61,7 +66,9 @@ def estimate(
     (T, T) matrices. fused_loss: logits are formed piece by piece, and gradients with them. sequence_length: tokens of
     a window, by default the model's trained length. read: how windows are read chunk by chunk, if they are.
     checkpointing: activations are computed again in the backward pass, one layer after the other. keep_retrieved: then
-    all but what was retrieved, if windows are read.
+    all but what was retrieved, if windows are read. frozen_bytes: of a weight that is not trained; by default of the
+    run's precision. teacher: the model that is learned from, held beside this one where `teacher_beside`; else it is
+    this one without its adapters, of which embedding and head alone are held.
     """
     config, half = model.config, precision != "fp32"
     width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
@@ -75,15 +82,25 @@ def estimate(
         layer += heads * (CHOICE_BYTES * read.top_k + STATISTIC_BYTES)
         if keep_retrieved:
             kept += output + heads * (CHOICE_BYTES * read.top_k + LSE_BYTES)
+    number = 2 if half else 4
+    logits_a_row = vocabulary + (teacher.config.vocab_size if teacher is not None else 0)
     if fused_loss:
-        numbers = piece_rows(rows, vocabulary) * vocabulary + (rows + vocabulary) * width
-        loss = numbers * (2 if half else 4)
+        loss = number * (piece_rows(rows, logits_a_row) * logits_a_row + (rows + vocabulary) * width)
     else:
-        loss = rows * vocabulary * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
+        loss = rows * logits_a_row * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
+    if teacher is not None:
+        # What it gave for its tokens, and the same at the student's positions.
+        loss += number * 2 * rows * teacher.config.hidden_size
     if checkpointing:
         # Of the layers that little is kept, and all of one of them, after the loss has let go of its logits.
         activations = rows * layers * kept + max(rows * layer, loss)
     else:
         activations = rows * layers * layer + loss
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Estimate(parameters, PARAMETER_BYTES * parameters, activations)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    state = PARAMETER_BYTES * trained + round((parameters - trained) * (frozen_bytes or number))
+    if teacher is not None:
+        layers = (teacher.get_input_embeddings(), teacher.get_output_embeddings())
+        held = teacher.parameters() if teacher_beside else {id(layer.weight): layer.weight for layer in layers}.values()
+        state += number * sum(parameter.numel() for parameter in held)
+    return Estimate(parameters, trained, state, activations)

@@ -124,6 +124,19 @@ def test_what_does_not_go_together(tmp_path, changes, error, message):
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("changes", [{}, LORA, {"teacher": "none"}], ids=["whole", "adapters", "none"])
+def test_a_dry_run_says_what_the_teacher_takes(tmp_path, capsys, changes):
+    assert (
+        run(FinetuneOptions(model="base", data=["asked"], output=tmp_path / "run", dry_run=True, **SHORT | changes))
+        is None
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tokens a step 256 in 4 windows of 64" in shown and "landmark attention, blocks of 7 + 1" in shown
+    assert ("for the teacher" in shown) == (changes != {"teacher": "none"}) and "memory, about" in shown
+    assert ("of them trained" in shown) == (changes == LORA)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
     tiny_decoder("llama", vocab_size=320).save_pretrained(tmp_path / "stranger")
     byte_tokenizer(ids={"<|im_start|>": 270}).save_pretrained(tmp_path / "stranger")

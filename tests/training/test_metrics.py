@@ -114,6 +114,28 @@ def test_the_estimate_counts_state_exactly():
     assert estimate(model, 16, "fp32").memory > needs.memory
 
 
+def test_the_estimate_counts_a_teacher_and_what_is_frozen():
+    with torch.device("meta"):
+        model, teacher = GPTForCausalLM(GPTConfig()), GPTForCausalLM(GPTConfig(n_layer=3))
+    count, taught = (sum(p.numel() for p in which.parameters()) for which in (model, teacher))
+    alone = estimate(model, 16, "bf16")
+    beside = estimate(model, 16, "bf16", teacher=teacher)
+    assert beside.state - alone.state == 2 * taught and beside.activations > alone.activations
+    assert estimate(model, 16, "fp32", teacher=teacher).state == 16 * count + 4 * taught
+    rows = model.get_input_embeddings().weight.numel()
+    within = estimate(model, 16, "bf16", teacher=model, teacher_beside=False)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert within.state - alone.state == 2 * rows * (1 if tied else 2)
+    # Without the fused loss the teacher's logits are held too.
+    plain = [estimate(model, 16, "bf16", False, teacher=which).activations for which in (None, teacher)]
+    assert plain[1] - plain[0] > 16 * model.config.trained_length * teacher.config.vocab_size * 2
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    some = estimate(model, 16, "bf16", frozen_bytes=0.5)
+    assert some.trained == rows and some.state == 16 * rows + round((count - rows) / 2)
+    assert some.checkpoint == 12 * rows
+
+
 def test_the_estimate_grows_with_the_window_and_not_with_its_square():
     with torch.device("meta"):
         model = GPTForCausalLM(GPTConfig(trained_length=1275, landmark_freq=50, n_embd=384, n_head=6))
