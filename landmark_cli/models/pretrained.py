@@ -119,7 +119,8 @@ def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.
 
 @dataclass
 class LandmarkSettings:
-    """What this package's code takes from a config.json, besides what transformers checks itself."""
+    """What this package's code takes from a config.json or generation_config.json, besides what transformers checks
+    itself."""
 
     landmark_freq: int | None = None
     landmark_token_id: int | None = None
@@ -133,6 +134,7 @@ class LandmarkSettings:
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    suppress_tokens: list[int] | None = None
 
     def check_values(self) -> None:
         """Raise ValueError for a number that makes no sense where it stands."""

@@ -145,7 +145,8 @@ def test_activations_are_computed_again_unless_told_otherwise(tmp_path, monkeypa
         assert asked == expected
 
 
-def test_a_dry_run_says_how_windows_are_read(tmp_path, capsys):
+def test_a_dry_run_says_how_windows_are_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     train(CORPUS, tmp_path / "run", dry_run=True, **READ | {"explore": 0.25})
     shown = " ".join(capsys.readouterr().out.split())
     assert (
