@@ -35,7 +35,7 @@ test-versions: $(OLDEST)/$(VERSION)
 $(OLDEST)/$(VERSION): $(INSTALLED)
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) \
-	  'transformers==$(VERSION)' 'huggingface-hub<2' 'tokenizers<=0.23.0'
+	  'transformers==$(VERSION)' 'huggingface-hub<2' 'tokenizers<=0.23.0' httpx httpcore
 	touch $@
 
 test-real: $(INSTALLED)
