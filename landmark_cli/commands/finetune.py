@@ -136,6 +136,12 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
     landmarks are put in. Runs on one device as it is, on several, with FSDP or DeepSpeed through `accelerate launch`.
     """
 
+    train: Literal["all", "landmarks"] = option(
+        "all",
+        panel="Training",
+        help="Which weights: all of them, or the landmark's row and every layer's queries and keys alone. "
+        "(Adapters: --lora-rank.)",
+    )
     batch_size: int = changed("batch_size", 2)
     lr: float = changed("lr", 2e-5)
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = changed("schedule", "cosine")
@@ -212,6 +218,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     from landmark_cli.training.finetuning import open_with_landmarks, saving
     from landmark_cli.training.publish import Publication
     from landmark_cli.training.teachers import UntouchedRows
+    from landmark_cli.training.trained import train_landmarks
 
     accelerator, output, precision = begun
     check_launch(options, accelerator)
@@ -232,6 +239,8 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     config = model.config
     config.include_landmark_in_loss = options.landmarks_in_loss
     trained = add_adapters(model, adapters) if adapters else model
+    if options.train == "landmarks":
+        train_landmarks(model)
 
     def save_rest(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
@@ -266,7 +275,8 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         data,
         landmarks_in_loss=options.landmarks_in_loss,
         read=read,
-        identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss},
+        identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss}
+        | ({} if options.train == "all" else {"train": options.train}),
         distillation=distillation(options, trained, tokenizer, untouched, begun),
     )
     carry_out(options, config, loop)
@@ -280,6 +290,7 @@ def plan(options: FinetuneOptions) -> None:
     """Print what the run would take, of configs alone; the few rows that landmarks add are left out."""
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.models.pretrained import shape_of
+    from landmark_cli.training.trained import train_landmarks
 
     model = shape_of(options.model, trust_remote_code=options.trust_remote_code)
     model.config.landmark_freq = options.landmark_freq
@@ -290,6 +301,9 @@ def plan(options: FinetuneOptions) -> None:
         teacher = shape_of(name, trust_remote_code=options.trust_remote_code)
     if adapters:
         add_adapters(model, adapters)
+    if options.train == "landmarks":
+        model.config.landmark_token_id = 0
+        train_landmarks(model)
     show_plan(
         options,
         model,
@@ -338,11 +352,18 @@ def distillation(
 
 
 def check_launch(options: FinetuneOptions, accelerator: Accelerator) -> None:
-    """Raise UsageError where the launch splits the model, and a teacher would have to be split too."""
+    """Raise UsageError where the launch splits the model, and a teacher would have to be split too, or the landmark's
+    row would have to be found among shards."""
     from accelerate import DistributedType
 
     launches = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
-    if options.teacher != "none" and accelerator.distributed_type in launches:
+    if accelerator.distributed_type not in launches:
+        return
+    if options.train != "all":
+        raise UsageError(
+            f"--train {options.train} does not go with {launches[accelerator.distributed_type]} yet: launch without it"
+        )
+    if options.teacher != "none":
         raise UsageError(
             f"--teacher {options.teacher} does not go with {launches[accelerator.distributed_type]} yet: "
             "launch without it, or train on the text alone by --teacher none"
@@ -359,6 +380,8 @@ def check(options: FinetuneOptions) -> None:
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:
         raise UsageError(f"--{given[0].replace('_', '-')} is for adapters: give --lora-rank too")
+    if options.train != "all" and options.lora_rank is not None:
+        raise UsageError("--train landmarks and --lora-rank both say what is trained: give one")
     if options.lora_rank is not None:
         import_extra("peft", "lora")
     if options.four_bit:
