@@ -143,6 +143,7 @@ def test_documents_are_read_as_texts_of_their_own():
     assert_close_norm(step(loss, [together], how), step(loss, alone, how))
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same():
     loss, _, how = pair(text_weight=0.5)
     batch = batch_of(some_texts(), how.landmark_token_id, [(0, 3)])
