@@ -256,6 +256,8 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     )
     publication = Publication(trained, output, save_rest, save)
 
+    # Before the text is tokenized, which may take hours: a teacher that cannot be opened ends the run here.
+    distilled = distillation(options, trained, tokenizer, untouched, begun)
     directories = token_files(
         options.data,
         output / "data",
@@ -277,7 +279,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         read=read,
         identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss}
         | ({} if options.train == "all" else {"train": options.train}),
-        distillation=distillation(options, trained, tokenizer, untouched, begun),
+        distillation=distilled,
     )
     carry_out(options, config, loop)
     publication.publish(loop)

@@ -81,8 +81,8 @@ class PrepareOptions(CodeOptions):
     )
     text_field: str = option(
         "text",
-        help="The field or column that holds the text of .jsonl and .parquet; of chats, their messages. "
-        "[default: text; messages]",
+        help="The field or column that holds the text of .jsonl and .parquet; of chats, that of "
+        "their messages, which is messages where this is not given.",
     )
     chat: bool = option(
         False,

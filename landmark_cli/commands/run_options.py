@@ -383,6 +383,7 @@ def carry_out(options: RunOptions, config: PreTrainedConfig, loop: Loop) -> None
 
 def describe(config: PreTrainedConfig, loop: Loop) -> None:
     """Say what is about to run."""
+    from landmark_cli.data.landmarks import text_length
     from landmark_cli.training.reading import said_of
     from landmark_cli.training.runs import attention_name, device_name
 
@@ -395,4 +396,4 @@ def describe(config: PreTrainedConfig, loop: Loop) -> None:
     if settings.read is not None:
         info(said_of(settings.read))
     if loop.distillation is not None:
-        info(loop.distillation.said)
+        info(loop.distillation.said(text_length(length, config.landmark_freq)))

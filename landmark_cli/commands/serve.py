@@ -51,7 +51,7 @@ class ServerOptions(Options):
     queue: int = option(256, panel=LIMITS, min=0, help="Requests that may wait for a row; more are refused.")
     max_prompt_tokens: int = option(131072, panel=LIMITS, min=1, max=LONGEST, help="Longest prompt, in tokens.")
     max_new_tokens: int = option(
-        NEW_TOKENS, panel=LIMITS, min=1, help="Most tokens of an answer, and how many one has that names no number."
+        NEW_TOKENS, panel=LIMITS, min=1, help="Most tokens of an answer, and how many a request gets that names none."
     )
     memory_budget: float = option(
         4.0,

@@ -233,6 +233,10 @@ def plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> None:
 
     from landmark_cli.models.gpt import GPTForCausalLM
 
+    # What the run itself would be refused for.
+    data.windows(config, mask_documents=options.mask_documents)
+    if options.answers_only or options.answer_weight != 1:
+        data.check_answers()
     with torch.device("meta"):
         model = GPTForCausalLM(config)
     share = 1.0 if options.baseline else options.landmark_freq / (options.landmark_freq + 1)

@@ -124,7 +124,7 @@ def find_key_tokens(
     if text.eval_length <= context:
         raise UsageError(
             f"--eval-length {text.eval_length}: key tokens are looked for behind the first {context} of a window "
-            "(--short-context); give a longer --eval-length"
+            "(--short-context); give a longer --eval-length or a shorter --short-context"
         )
     check_window(model, way, text.eval_length)
     losses_of = _Losses(model, way, reading or ReadingSettings())

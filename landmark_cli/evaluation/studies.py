@@ -266,5 +266,8 @@ def run_study(
 
 
 def describe(settings: dict[str, Any]) -> str:
-    """{"eval-length": 512, "top-k-blocks": 2} -> "eval-length 512, top-k-blocks 2"."""
-    return ", ".join(f"{key} {value}" for key, value in settings.items())
+    """{"length": 512, "tasks": ["vt", "fwe"]} -> "length 512, tasks vt and fwe"."""
+    shown = {
+        key: " and ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()
+    }
+    return ", ".join(f"{key} {value}" for key, value in shown.items())

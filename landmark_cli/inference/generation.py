@@ -88,7 +88,8 @@ def generate(
 
     Raises LandmarkError where a prompt holds the landmark token or a token that the model does not know, or is empty
     and no token begins a text, and where the model's logits are not finite; UsageError where a model that reads no
-    blocks is to be traced.
+    blocks is to be traced; TypeError for a single text, which stands in a list too; ValueError where there is no
+    prompt, or one is no text and no row of token ids.
 
     >>> model, tokenizer = landmark_cli.load("runs/landmark", device="cpu")
     >>> settings = landmark_cli.SamplingSettings(max_new_tokens=5, temperature=0)
@@ -97,8 +98,12 @@ def generate(
     (1, 351, 5, 'length')
     """
     sampling = sampling or SamplingSettings()
+    if isinstance(prompts, str):
+        raise TypeError("prompts: a single text stands in a list too: [text]")
     encoded = (encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
     rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in encoded]
+    if not rows or any(row.dim() != 1 for row in rows):
+        raise ValueError("prompts: there must be one or more, each a text or a list of token ids")
     if not all(map(len, rows)):
         raise ValueError("prompts: a row of no tokens has nothing to go on from")
     check_ids(model, rows)

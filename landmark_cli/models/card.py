@@ -23,8 +23,8 @@ WITH_PACKAGE = """\
 LANDMARKS = """\
 It reads text of any length by landmark attention ([arXiv 2305.16300](https://arxiv.org/abs/2305.16300)): text goes in
 as chunks, a landmark token stands after every {landmark_freq} tokens of it, and each token chooses the {top_k_blocks}
-earlier blocks that it attends to. The landmarks are put in while reading; give plain text. It was trained on windows of
-{trained_length} tokens, landmarks included.
+earlier blocks that it attends to. The landmarks are put in while reading; give plain text. What a token attends to
+stands within {trained_length} positions, landmarks included, as in training.
 """
 PLAIN = "It was trained on windows of {trained_length} tokens."
 

@@ -99,7 +99,7 @@ def check_length(trained_length: int, limit: int | None, landmark_freq: int, nam
     if limit is not None and trained_length > limit:
         raise LandmarkError(
             f"{name} has {limit} positions, fewer than a window of {trained_length} tokens: "
-            f"take windows (--sequence-length) of at most {limit}"
+            f"take windows (--sequence-length) of at most {limit}, or read longer ones by --read-chunk"
         )
     if largest_top_k(trained_length, landmark_freq) < 0:
         raise LandmarkError(

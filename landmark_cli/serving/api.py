@@ -239,6 +239,9 @@ def build_app(service: Service, metrics: Metrics) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            at, why = first["loc"][-1], first["ctx"]["error"]
+            return await refuse(http, Refused(400, f"the body is no JSON, from character {at} on: {why}"))
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         return await refuse(http, Refused(400, f"{place or 'body'}: {first['msg']}", param=place or None))
 

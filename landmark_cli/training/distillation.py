@@ -50,12 +50,12 @@ class Distillation:
             "distill_temperature": self.temperature,
         }
 
-    @property
-    def said(self) -> str:
-        """For people."""
+    def said(self, text_length: int) -> str:
+        """For people. text_length: text tokens of a window."""
         length = self.teacher.length
         who = "the model as it was" if self.name == "self" else self.name
-        reach = "" if length is None else f", which is asked about the first {length} tokens of each window's text"
+        within = length is None or text_length <= length
+        reach = "" if within else f", which is asked about the first {length} tokens of each window's text"
         return f"teacher: {who}{reach}; answers weigh {self.answer_weight:g}, text {self.text_weight:g}"
 
     def read(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Text:

@@ -32,6 +32,8 @@ def window_settings(
             f"--sequence-length {sequence_length} holds no whole chunk of --read-chunk {chunk} tokens: "
             "take longer windows or a shorter chunk"
         )
+    if explore and top_k_blocks == 0:
+        raise UsageError("--explore draws the last of --top-k-blocks, and 0 leaves none: take 1 or more")
     return WindowSettings(chunk, size, DEFAULT_TOP_K if top_k_blocks is None else top_k_blocks, explore=explore)
 
 

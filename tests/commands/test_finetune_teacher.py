@@ -17,6 +17,8 @@ import landmark_cli
 from landmark_cli.commands.finetune import FinetuneOptions, check_launch, run
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.options import build, load_recipe
+from landmark_cli.training.distillation import Distillation
+from landmark_cli.training.teachers import Teacher
 from tests.awkward_tokenizers import byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.models.families import tiny_decoder, tiny_tokenizer
@@ -142,6 +144,20 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
     byte_tokenizer(ids={"<|im_start|>": 270}).save_pretrained(tmp_path / "stranger")
     with pytest.raises(LandmarkError, match="--teacher .*stranger is of another tokenizer: '.*' is .* in the model"):
         finetune(tmp_path / "run", teacher=str(tmp_path / "stranger"))
+
+
+def test_a_teacher_is_opened_before_text_is_tokenized(tmp_path):
+    (tmp_path / "cats.txt").write_text("the cats sat on the mats. " * 100)
+    with pytest.raises(LandmarkError, match="the model ./nobody: it is not there"):
+        finetune(tmp_path / "run", teacher="./nobody", data=[str(tmp_path / "cats.txt")])
+    assert not (tmp_path / "run/data").exists()
+
+
+@pytest.mark.parametrize(("positions", "reach"), [(64, ""), (40, ", which is asked about the first 40 tokens of each")])
+def test_what_the_teacher_is_asked_about_is_said_where_windows_go_beyond(positions, reach):
+    teacher = Teacher(tiny_decoder("llama", max_position_embeddings=positions))
+    said = Distillation(teacher, "self", landmark_token_id=300).said(text_length=56)
+    assert said.startswith(f"teacher: the model as it was{reach}") and ("asked about" in said) == bool(reach)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")])

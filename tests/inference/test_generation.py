@@ -220,6 +220,11 @@ def test_prompts(tokenizer):
         generate(tiny_model(), tokenizer, [[1, LANDMARK]])
     with pytest.raises(ValueError, match="prompts: a row of no tokens"):
         generate(tiny_model(), tokenizer, [[1], []])
+    with pytest.raises(TypeError, match="prompts: a single text stands in a list too"):
+        generate(tiny_model(), tokenizer, "Call me")
+    for none in ([], [1, 2], [[[1, 2]]]):
+        with pytest.raises(ValueError, match="prompts: there must be one or more, each a text or a list of token ids"):
+            generate(tiny_model(), tokenizer, none)
 
 
 def test_criteria_of_one_s_own(tokenizer):

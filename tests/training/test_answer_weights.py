@@ -210,8 +210,9 @@ def test_evaluation_of_answers_is_the_same_for_any_batch(corpora, tmp_path):
 
 
 def test_what_does_not_go_together(corpora, tmp_path):
-    with pytest.raises(LandmarkError, match="no corpus says which of its text is answers .*plain/train.bin"):
-        train(corpora / "plain", tmp_path / "run", answers_only=True)
+    for dry_run in (False, True):
+        with pytest.raises(LandmarkError, match="no corpus says which of its text is answers .*plain/train.bin"):
+            train(corpora / "plain", tmp_path / f"run-{dry_run}", answers_only=True, dry_run=dry_run)
     with pytest.raises(LandmarkError, match="leave --answer-weight and --answers-only out"):
         train(corpora / "plain", tmp_path / "other", answer_weight=2.0)
     with pytest.raises(UsageError, match="--answer-weight weighs answers against other tokens"):

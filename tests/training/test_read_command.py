@@ -162,6 +162,7 @@ def test_a_dry_run_says_how_windows_are_read(tmp_path, capsys, monkeypatch):
         ({"read_chunk": 7}, "--read-chunk 7 is no whole number of blocks .*: take 8$"),
         ({"sequence_length": 15}, "--sequence-length 15 holds no whole chunk of --read-chunk 16"),
         ({"read_chunk": None, "explore": 0.1}, "--explore .* give --read-chunk too"),
+        ({"top_k_blocks": 0, "explore": 0.1}, "--explore draws the last of --top-k-blocks, and 0 leaves none"),
         ({"baseline": True}, "--read-chunk is for landmark attention"),
         ({"read_chunk": None, "baseline": True, "mask_documents": True}, "--mask-documents is for landmark attention"),
         ({"context_miss_token": True}, "leave out --read-chunk or --context-miss-token"),
@@ -190,12 +191,12 @@ def test_finetune_refuses_chunks_beyond_the_trained_positions(tmp_path):
         assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "finetune"])
-def test_one_document_has_nothing_to_mask(command, tmp_path):
+@pytest.mark.parametrize(("command", "dry_run"), [("train", False), ("train", True), ("finetune", False)])
+def test_one_document_has_nothing_to_mask(command, dry_run, tmp_path):
     with pytest.raises(LandmarkError, match="has no ends of documents") as refused:
         if command == "train":
             corpus = write_corpus(tmp_path / "one", byte_tokenizer(tmp_path / "bytes"), characters=1500)
-            train(corpus, tmp_path / "run", mask_documents=True)
+            train(corpus, tmp_path / "run", mask_documents=True, dry_run=dry_run)
         else:
             (tmp_path / "one.txt").write_text("the cats sat on the mats. " * 40)
             finetune(tmp_path / "run", data=[str(tmp_path / "one.txt")], mask_documents=True, sequence_length=32)
