@@ -22,7 +22,7 @@ from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
 from landmark_cli.evaluation.ruler import run as ruler_run
 from landmark_cli.evaluation.score import Score
-from landmark_cli.evaluation.studies import FinishedRows, Row, Study, load_study
+from landmark_cli.evaluation.studies import FinishedRows, Row, Study, describe, load_study
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 
@@ -351,3 +351,7 @@ def test_mistakes_are_named(place, tmp_path):
         command.run(options(place, tmp_path, compare="books"))
     with pytest.raises(LandmarkError, match="is not there"):
         command.run(options(place, tmp_path, roles=(), role=[f"landmark={tmp_path / 'nowhere'}"]))
+
+
+def test_a_row_is_described_in_words():
+    assert describe({"length": 512, "tasks": ["vt", "fwe"]}) == "length 512, tasks vt and fwe"
