@@ -210,7 +210,9 @@ def table(
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         numbers = all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
-        drawn.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+        # What is said in words goes on in the next line where a terminal is narrow, for else its end would be cut off.
+        words = not numbers and index == len(columns) - 1
+        drawn.add_column(column, justify="right" if numbers else "left", no_wrap=not words)
     for row in rows:
         drawn.add_row(*(_cell(value, ".4f") for value in row))
     show(drawn, stderr=stderr)

@@ -219,6 +219,14 @@ def test_wide_tables_are_not_cut_in_a_pipe(capsys):
     assert out.count("x" * 10) == 30
 
 
+def test_what_a_table_says_in_words_is_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    said = "read in chunks of 16 tokens, each with 2 of the blocks before it"
+    console.table(("dry run", "nothing is trained"), [("windows", said), ("disk", "1 MB")])
+    out = " ".join(capsys.readouterr().out.split())
+    assert said in out and "…" not in out
+
+
 @pytest.mark.parametrize(
     ("amount", "unit", "expected"),
     [
