@@ -139,8 +139,8 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
     train: Literal["all", "landmarks"] = option(
         "all",
         panel="Training",
-        help="Which weights: all of them, or the landmark's row and every layer's queries and keys alone. "
-        "(Adapters: --lora-rank.)",
+        help="Which weights: all of them, or the landmark's row and every layer's queries and keys alone; "
+        "for adapters see --lora-rank.",
     )
     batch_size: int = changed("batch_size", 2)
     lr: float = changed("lr", 2e-5)
