@@ -113,18 +113,8 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, divergences, losses, the loss's gradient by hidden, by weight), the gradients empty where they are not
     wanted."""
-    loss, divergences, losses, *gradients = _empty_outputs(
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
-        targets,
-        weights,
-        target_weights,
-        temperature,
-        by_hidden,
-        by_weight,
-    )
+    outputs = _empty_outputs(hidden, weight, teacher_hidden, teacher_weight, targets, by_hidden, by_weight)
+    loss, divergences, losses, *gradients = outputs
     step = piece_rows(hidden.shape[0], weight.shape[0] + teacher_weight.shape[0])
     teacher_weight = teacher_weight.to(teacher_hidden.dtype)
     teacher_logits = teacher_hidden.new_empty(step, teacher_weight.shape[0])
@@ -145,20 +135,12 @@ def _loss_and_gradients(
 
 @_loss_and_gradients.register_fake
 def _empty_outputs(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    target_weights: Tensor,
-    temperature: float,
-    by_hidden: bool,
-    by_weight: bool,
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor, *rest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator returns, to be filled in. rest: its other arguments, of which the last two matter."""
     loss, divergences, losses = (hidden.new_empty(n, dtype=torch.float32) for n in ((), targets.shape, targets.shape))
     logits_a_row = weight.shape[0] + teacher_weight.shape[0]
-    return loss, divergences, losses, *empty_gradients(hidden, weight, logits_a_row, by_hidden, by_weight)
+    return loss, divergences, losses, *empty_gradients(hidden, weight, logits_a_row, *rest[-2:])
 
 
 _loss_and_gradients.register_autograd(scale_gradients, setup_context=keep_gradients)
