@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -17,3 +18,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Continuous integration runs on slow and busy machines: an example's time says nothing.
 settings.register_profile("landmark", deadline=None)
 settings.load_profile("landmark")
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps its state for the whole process; a test with this starts and ends without one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

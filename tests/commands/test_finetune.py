@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaForCausalLM, T5Config
@@ -28,6 +27,7 @@ from landmark_cli.options import find_recipe, load_recipe, recipe_names
 from tests.awkward_tokenizers import byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.models.families import random_decoder, tiny_decoder, tiny_tokenizer
+from tests.training.command import records
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
 SHORT = {
@@ -61,21 +61,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_the_place(place, monkeypatch):
+def in_the_place(place, fresh_accelerator, monkeypatch):
     monkeypatch.chdir(place)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def finetune(output, **changes):
     run(FinetuneOptions(**(SHORT | {"model": "base", "data": ["cats.txt"], "output": Path(output)} | changes)))
     return Path(output)
-
-
-def records(output, key="loss"):
-    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
 
 
 def test_the_result_is_a_landmark_model_that_reads_on(place, tmp_path):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,12 +20,9 @@ SHORT |= {"log_every": 1, "eval_every": 0, "device": "cpu", "train": "landmarks"
 
 
 @pytest.fixture(autouse=True)
-def in_a_place(tmp_path, monkeypatch):
+def in_a_place(tmp_path, fresh_accelerator, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cats.txt").write_text(" ".join(f"the {n} cats of {n * 7 % 31} houses." for n in range(300)))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def base(family, **changes):

@@ -1,6 +1,5 @@
 """`landmark finetune --teacher`: it learns, is resumed and split as any run, and says what does not go together."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
@@ -22,6 +20,7 @@ from landmark_cli.training.teachers import Teacher
 from tests.awkward_tokenizers import byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.models.families import tiny_decoder, tiny_tokenizer
+from tests.training.command import records
 from tests.training.tiny import write_questions
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
@@ -52,21 +51,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_the_place(place, monkeypatch):
+def in_the_place(place, fresh_accelerator, monkeypatch):
     monkeypatch.chdir(place)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def finetune(output, **changes):
     run(FinetuneOptions(**(SHORT | {"model": "base", "data": ["asked"], "output": Path(output)} | changes)))
     return Path(output)
-
-
-def records(output, key="loss"):
-    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
 
 
 @pytest.mark.parametrize("changes", [{}, LORA, {"fused_loss": False}], ids=["whole", "adapters", "logits"])

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 import landmark_cli
 from landmark_cli.commands import COMMANDS
@@ -101,12 +100,10 @@ def test_the_flag_runs_it_and_says_whose_it_is(landmark, canary, with_code, tmp_
 
 
 @pytest.mark.parametrize("with_code", ["tokenizer"], indirect=True)
-def test_a_tokenizer_with_code_comes_back_from_what_is_saved(landmark, canary, with_code, tmp_path):
+def test_a_tokenizer_with_code_comes_back_from_what_is_saved(landmark, canary, with_code, fresh_accelerator, tmp_path):
     _, folder = with_code
     *_, finetune, _ = commands("tokenizer", folder, tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
     ended = landmark(*finetune, "--trust-remote-code")
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert ended.code == 0, ended.err
     model = ("--model", tmp_path / "finetuned", "--prompt", "It was", "--max-new-tokens", 1, "--trust-remote-code")
     assert landmark("generate", *model).code == 0

@@ -45,5 +45,5 @@ def scripts_path():
 
 
 def records(output, key="loss"):
-    lines = (output / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     return [record[key] for record in map(json.loads, lines) if key in record]

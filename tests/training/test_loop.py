@@ -1,6 +1,5 @@
 """The loop: one loss whatever the split, exact resumption, evaluation, the directory it leaves."""
 
-import json
 import math
 
 import pytest
@@ -10,12 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from landmark_cli.training.publish import Publication, second_names
 from tests.closeness import assert_close_norm
+from tests.training.command import records
 from tests.training.tiny import RandomBatches, RandomWindows, tiny_loop, tiny_model
-
-
-def records(output, key="loss"):
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
 
 
 def test_the_split_into_micro_batches_does_not_change_the_run(tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from landmark_cli.commands.finetune import FinetuneOptions
@@ -46,11 +45,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_the_place(place, monkeypatch):
+def in_the_place(place, fresh_accelerator, monkeypatch):
     monkeypatch.chdir(place)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def finetune(output, **changes):
