@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -121,6 +121,22 @@ def end_on_signals() -> Iterator[Interrupts]:
     """Have the first signal raise Interrupted in the block, and a second one end the process."""
     with _watching(_Ending("ending")) as asked:
         yield asked
+
+
+@contextlib.contextmanager
+def keeping(place: Callable[[], str | None]) -> Iterator[None]:
+    """Tell how to go on where a signal ends the block, which it does outside of `interrupts` (while a model is loaded,
+    say, or between two parts of the work). place(): what is kept and how to go on; None where nothing is kept yet.
+
+    Raises Stopped with these words in place of the signal's KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        words = place()
+        if words is None:
+            raise
+        raise Stopped(words, getattr(error, "signal", signal.SIGINT)) from None
 
 
 def meaning(number: int) -> signal.Signals:

@@ -25,13 +25,14 @@ from landmark_cli.commands.measurement import (
 )
 from landmark_cli.commands.models import name_model, open_model
 from landmark_cli.console import results, warn
-from landmark_cli.interrupts import interrupts
+from landmark_cli.interrupts import interrupts, keeping
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import LONGEST, check_outputs, option
 
 if TYPE_CHECKING:
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.evaluation.longppl import LongPerplexity, LongText
+    from landmark_cli.evaluation.studies import FinishedRows
 
 MEASUREMENT = "Measurement"
 OUTPUT = "Output"
@@ -90,11 +91,15 @@ def run(options: LongPerplexityOptions) -> dict[str, Any]:
     Raises UsageError for windows that are too short or too long for a model, LandmarkError where models and token file
     do not fit each other or the text is too short, Stopped where a signal came.
     """
+    from landmark_cli.evaluation.studies import FinishedRows
+
     check_outputs(options)
     file = open_text(options.data)
     name = name_model(options)
     with sole_writer(options.output):
-        text, key_tokens, measured = _measure(options, file, name)
+        finished = FinishedRows(options.output / "windows.jsonl")
+        with keeping(finished.place):
+            text, key_tokens, measured = _measure(options, file, name, finished)
     marked = sum(map(len, key_tokens))
     if not marked:
         warn("no key token was found: the evaluator predicts none of these tokens better by reading further back")
@@ -135,7 +140,7 @@ def run(options: LongPerplexityOptions) -> dict[str, Any]:
 
 
 def _measure(
-    options: LongPerplexityOptions, file: TokenFile, name: str
+    options: LongPerplexityOptions, file: TokenFile, name: str, finished: FinishedRows
 ) -> tuple[LongText, list[list[int]], list[LongPerplexity]]:
     from landmark_cli.evaluation.longppl import (
         find_key_tokens,
@@ -143,12 +148,11 @@ def _measure(
         measure_long_perplexity,
         ways_of_long,
     )
-    from landmark_cli.evaluation.studies import FinishedRows, model_identity
+    from landmark_cli.evaluation.studies import model_identity
 
     about = file.metadata
     sample = {"sample_tokens": options.sample_tokens, "seed": options.seed}
     text = long_text(file.tokens, about.eot_id, about.sha256, eval_length=options.eval_length, **sample)
-    finished = FinishedRows(options.output / "windows.jsonl")
     common = {"finished": finished, "reading": reading_alone(options), "batch_size": options.batch_size}
 
     def opened(which: str) -> Any:

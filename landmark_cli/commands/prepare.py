@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.console import info, quantity, results
 from landmark_cli.errors import UsageError
+from landmark_cli.interrupts import keeping
 from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
 
 if TYPE_CHECKING:
@@ -133,13 +135,9 @@ def run(options: PrepareOptions) -> Path:
     )
     corpus = find_corpus(options, tokenizer)
     info(f"{options.corpus}: {corpus.source} -> {output} (tokenizer {tokenizer.name})")
-    written = prepare(
-        corpus,
-        tokenizer,
-        output,
-        skip_bad_text=options.on_bad_text == "skip",
-        process=Process.from_environment(),
-    )
+    process = Process.from_environment()
+    with keeping(partial(process.place_in, output)):
+        written = prepare(corpus, tokenizer, output, skip_bad_text=options.on_bad_text == "skip", process=process)
     if written:
         rows = [
             (split, str(output / f"{split}.bin"), m.documents, m.tokens, quantity(m.text_bytes, "B"), m.dtype)

@@ -18,7 +18,7 @@ from landmark_cli.commands.measurement import (
 )
 from landmark_cli.commands.models import name_model, open_model
 from landmark_cli.console import info, results, show
-from landmark_cli.interrupts import interrupts
+from landmark_cli.interrupts import interrupts, keeping
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from landmark_cli.evaluation.ruler.run import Cell, Show
     from landmark_cli.evaluation.ruler.task import Task
+    from landmark_cli.evaluation.studies import FinishedRows
 
 MEASUREMENT = "Measurement"
 OUTPUT = "Output"
@@ -112,13 +113,16 @@ def run(options: RulerOptions) -> dict[str, Any]:
         ruler_data,
         ruler_table,
     )
+    from landmark_cli.evaluation.studies import FinishedRows
 
     asked_for = [name.strip() for part in options.tasks or () for name in part.split(",") if name.strip()]
     names = task_names(asked_for, options.qa is not None)
     lengths = sorted(set(options.lengths))
     model = name_model(options)
     with sole_writer(options.output):
-        cells = _measure(options, model, names, lengths)
+        finished = FinishedRows(options.output / "answers.jsonl")
+        with keeping(finished.place):
+            cells = _measure(options, model, names, lengths, finished)
     columns, rows = ruler_table(cells, lengths)
     title = f"RULER, {model}, {options.samples} samples each"
     data = {
@@ -142,14 +146,15 @@ def run(options: RulerOptions) -> dict[str, Any]:
     return data
 
 
-def _measure(options: RulerOptions, name: str, names: list[str], lengths: list[int]) -> list[Cell]:
+def _measure(
+    options: RulerOptions, name: str, names: list[str], lengths: list[int], finished: FinishedRows
+) -> list[Cell]:
     """The cells of all ways of reading."""
     from landmark_cli.evaluation.ruler.run import measure
-    from landmark_cli.evaluation.studies import FinishedRows, model_identity
+    from landmark_cli.evaluation.studies import model_identity
     from landmark_cli.evaluation.ways import ways_of
     from landmark_cli.inference.readers import has_landmarks
 
-    finished = FinishedRows(options.output / "answers.jsonl")
     model, tokenizer = open_model(name, options)
     check_retrieves(model, name, options.top_k_blocks, "measure it with --full-attention")
     tasks, show_sample = _tasks(options, tokenizer, names, lengths)

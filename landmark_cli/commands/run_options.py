@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -284,11 +285,12 @@ def begin(options: RunOptions, name: str) -> Iterator[tuple[Accelerator, Path, s
     """
     from accelerate.utils import set_seed
 
-    from landmark_cli.training.runs import resolve_precision, run_directory
+    from landmark_cli.interrupts import keeping
+    from landmark_cli.training.runs import place_of, resolve_precision, run_directory
     from landmark_cli.training.setup import make_accelerator, process_state
 
     process_state(options.device)
-    with run_directory(options.output, name, options.resume) as output:
+    with run_directory(options.output, name, options.resume) as output, keeping(partial(place_of, output)):
         precision = resolve_precision(options.precision, options.device)
         accelerator = make_accelerator(
             precision=precision,

@@ -19,7 +19,7 @@ from landmark_cli.commands.models import MachineOptions
 from landmark_cli.commands.study_rows import MEASURES, Opened
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
-from landmark_cli.interrupts import interrupts
+from landmark_cli.interrupts import interrupts, keeping
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import LARGEST_SEED, check_outputs, option
 
@@ -95,7 +95,10 @@ def run(options: StudyOptions) -> dict[str, Any]:
     opened = Opened(models, options)
     with sole_writer(output):
         finished = FinishedRows(output / "rows.jsonl")
-        measured = run_study(study, models, kind.common, finished, lambda row, asked: kind.measure(row, opened, asked))
+        with keeping(finished.place):
+            measured = run_study(
+                study, models, kind.common, finished, lambda row, asked: kind.measure(row, opened, asked)
+            )
         columns, rows = study_table(study, measured, [options.compare] if options.compare else corpora)
         data = {
             "study": study.name,

@@ -49,6 +49,10 @@ class Process:
         """Where this process notes how far it is."""
         return output / f"prepare.json{self.suffix}"
 
+    def place_in(self, output: Path) -> str | None:
+        """What is kept where this process is stopped outside of its work, and how to go on; None where nothing is."""
+        return GO_ON if self.state_file(output).exists() else None
+
     def turns_file(self, output: Path) -> Path:
         """Where this process notes what became of each of its documents: (number of the split, ids with end of text)
         int64."""

@@ -207,6 +207,10 @@ class FinishedRows:
     def key(depends_on: dict[str, Any]) -> str:
         return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
+    def place(self) -> str | None:
+        """What is kept where the work is stopped, and how to go on; None where no row is finished."""
+        return f"what was measured is kept; go on with\n{again()}" if self.rows else None
+
     def get(self, key: str) -> dict[str, Any] | None:
         return self.rows.get(key)
 

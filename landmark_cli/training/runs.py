@@ -16,6 +16,7 @@ from landmark_cli.data.training_data import TrainingData
 from landmark_cli.data.windows import AnswerWeights
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
+from landmark_cli.launch import again
 from landmark_cli.locks import sole_writer
 from landmark_cli.training.checkpoints import Checkpoints
 from landmark_cli.training.setup import by_main_process, uses_cpu
@@ -49,12 +50,27 @@ def run_directory(output: Path | None, name: str, resume: bool) -> Iterator[Path
         yield found
 
 
+def place_of(output: Path) -> str | None:
+    """What a run in this directory keeps where it is stopped outside of its steps, and how to go on; None where it has
+    no checkpoint."""
+    checkpoint = _newest(output)
+    if checkpoint is None:
+        return None
+    if (output / "config.json").exists():
+        return f"trained model: {output}; nothing is left to do"
+    return f"stopped with {checkpoint} kept; go on with\n{again('resume', output=output)}"
+
+
+def _newest(output: Path) -> Path | None:
+    return Checkpoints(output / "checkpoints", {}, keep=1).newest()
+
+
 def _claim(output: Path | None, name: str, resume: bool, held: ExitStack) -> Path:
     """Find or make the directory and lock it until `held` ends."""
     if output is None:
         output = _last_or_new(name, resume)
     held.enter_context(sole_writer(output))
-    checkpoint = Checkpoints(output / "checkpoints", {}, keep=1).newest()
+    checkpoint = _newest(output)
     if not resume and (checkpoint is not None or (output / "config.json").exists()):
         raise LandmarkError(
             f"{output} already holds a {'run' if checkpoint else 'model'}: add --resume to go on with a run, "
