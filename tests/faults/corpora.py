@@ -95,6 +95,9 @@ def _seen_lines(data: bytes, ended: bool = True) -> Seen:
 def _seen_gzip(data: bytes) -> Seen:
     text, rest, ended = b"", data, False
     while rest.strip(b"\0") or not text:
+        # Bits of the header that are kept for later formats; zlib stops at them, Python's gzip does not, and the
+        # member's checksum is right all the same.
+        rest = rest[:3] + bytes(flags & 0x1F for flags in rest[3:4]) + rest[4:]
         member = zlib.decompressobj(31)
         try:
             # Byte by byte, so that nothing good is lost to a fault behind it.

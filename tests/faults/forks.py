@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -171,10 +172,20 @@ class Fork:
             traceback.print_exc()
             code = 70
         finally:
+            _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End a fork, whatever signal comes meanwhile: one that got away would go on as the process that forked it."""
+    while True:
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             with contextlib.suppress(BaseException):
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
 
 
 def _text_of(file: Path) -> str:

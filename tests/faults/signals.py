@@ -48,7 +48,9 @@ def stopped(job: Job, trial: Trial) -> None:
 
 def check_stopped(ended: Ended, number: signal.Signals, when: str, says_how: bool) -> None:
     check_limits(ended)
-    if ended.code != 128 + number:
+    # At a command's very end, when it hears no signals any more, one does what it does to any program, which a shell
+    # knows by the same number.
+    if ended.code not in {128 + number, -number}:
         raise Broken(UNCLEAR, f"exit code {ended.code} after {when}: {last_line(ended.err)}")
     if not ended.err.strip():
         raise Broken(UNCLEAR, f"not a word after {when}")
