@@ -24,6 +24,9 @@ from landmark_cli.models.device import to_device
 # Tokens times parameters of a chunk, from which on it keeps a GPU busy without a graph.
 MOST_WORK = 2e12
 MOST_GRAPHS = 12
+# Chunks after which blocks that have not been fetched yet are fetched all at once: until then a short answer is given
+# without them, from then on a long one by graphs.
+MOST_FETCHING = 32
 
 
 class CudaGraph:
@@ -80,6 +83,7 @@ class ChunkForward:
         self._parameters = sum(p.numel() for p in model.parameters())
         self._recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self._seen: set[tuple] = set()
+        self._fetching = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChunkForward:
         """The same model with a copy of the cache; graphs, whose addresses are those of this cache, are not copied."""
@@ -94,6 +98,13 @@ class ChunkForward:
         """
         if not self.recording or ids.numel() * self._parameters > MOST_WORK:
             return self._read(ids, lengths, kept)
+        if self.cache.fetching:
+            # The host fetches what a layer has chosen, which cannot be recorded.
+            self._fetching += 1
+            if self._fetching <= MOST_FETCHING:
+                return self._read(ids, lengths, kept)
+            self.cache.fetch_all()
+        self._fetching = 0
         self.cache.reserve(lengths)
         kind = self._kind(ids, kept)
         if kind not in self._recorded:

@@ -6,10 +6,14 @@ safetensors:
 
     layers.0.blocks, layers.1.blocks, ...   (G, n, 2, block_size, D), as attention/cache/blocks.py has them
     layers.0.landmark_keys, ...             (G, n, D)
+    layers.0.checksums, ...                 (G, n) int64, a CRC-32 of each block
     text                                    (tokens,) int32
-    __metadata__.landmark                   JSON: what `About` has, a sha256 of each tensor, and a checksum of all that
+    __metadata__.landmark                   JSON: what `About` has, a sha256 of every tensor but the blocks, which have
+                                            checksums of their own, and a checksum of all that
 
-Of the n blocks the last is the incomplete one. docs/semantics.md says what several files one after another mean.
+All but the blocks is read, and compared with what was written, when a file is opened; a block when it is first chosen
+(stored_blocks.py). Of the n blocks the last is the incomplete one. docs/semantics.md says what several files one after
+another mean.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import os
 import stat
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +35,8 @@ from transformers import PreTrainedModel
 
 from landmark_cli.errors import LandmarkError, UsageError, shown
 from landmark_cli.files import flush, parse_json, reading, sealed_content, target_and_partial, unsealed_content, writing
+from landmark_cli.inference.stored_blocks import BlockFile, Span, StoredBlocks, checksums_of, cut
+from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
 from landmark_cli.models.rotary import inverse_frequencies
 from landmark_cli.schema import check
@@ -39,11 +44,12 @@ from landmark_cli.schema import check
 if TYPE_CHECKING:
     from landmark_cli.inference.block_reader import BlockReader
 
-VERSION = 1
-# hashlib lets go of Python's global lock, so tensors are hashed side by side.
-THREADS = 8
+VERSION = 2
 SUMMED = 1 << 22
-NEWER = "it was written by a newer version of this program: update it, or read the text anew"
+OTHER_VERSION = {
+    True: "it was written by a newer version of this program: update it, or read the text anew",
+    False: "it was written by an older version of this program: read the text anew",
+}
 
 
 @dataclass(frozen=True)
@@ -84,33 +90,38 @@ class Memory:
     """What one row has read.
 
     about: what it depends on. blocks, tail: complete blocks, evicted ones counted, and stream tokens of the incomplete
-    block. layers: of each layer blocks (G, n, 2, block_size, D) and landmark keys (G, n, D), the last of which are the
-    incomplete block's. text: (tokens,) int32. path: the file it is mapped from, if any; model_name: for messages.
+    block. layers: of each layer blocks (G, n, 2, block_size, D), which may lie in a file still, and landmark keys (G,
+    n, D), the last of which are the incomplete block's. text: (tokens,) int32. path: the file it was opened from, if
+    any; model_name: for messages.
     """
 
     about: About
     model_name: str
     blocks: int
     tail: int
-    layers: list[tuple[Tensor, Tensor]] = field(repr=False)
+    layers: list[tuple[Tensor | StoredBlocks, Tensor]] = field(repr=False)
     text: Tensor = field(repr=False)
     path: Path | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer) + self.text.nbytes
+        return sum(part.nbytes for layer in self.layers for part in layer) + self.text.nbytes
 
     def save(self, path: str | Path, what: str = "") -> None:
         """Write the memory to a file, whole or not at all. what: the option that names the file, for messages.
 
-        Raises LandmarkError where it cannot be written.
+        Raises LandmarkError where it cannot be written, or blocks of it cannot be read from where they lie.
         """
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors()}
-        header = _Header(
-            asdict(self.about), self.model_name, self.blocks, self.tail, sha256_of(self.text), _digests(tensors)
-        )
+        tensors = {"text": self.text.cpu().contiguous()}
+        for index, (blocks, landmark_keys) in enumerate(self.layers):
+            blocks = blocks.cpu().contiguous() if isinstance(blocks, Tensor) else blocks.whole()
+            tensors[_name(index, "blocks")] = blocks
+            tensors[_name(index, "landmark_keys")] = landmark_keys.cpu().contiguous()
+            tensors[_name(index, "checksums")] = checksums_of(blocks)
+        sha256 = {name: sha256_of(tensor) for name, tensor in tensors.items() if not name.endswith(".blocks")}
+        header = _Header(asdict(self.about), self.model_name, self.blocks, self.tail, sha256["text"], sha256)
         metadata = {"landmark": json.dumps(sealed_content(asdict(header)))}
         with writing(path, what):
             target, partial = target_and_partial(Path(path))
@@ -126,10 +137,10 @@ class Memory:
 
     @classmethod
     def open(cls, path: str | Path, what: str = "") -> Memory:
-        """Map a file that `save` wrote; every byte is compared with what was written. what: the option that names the
-        file, for messages.
+        """Open a file that `save` wrote. Its blocks stay there until they are read; all else is compared with what was
+        written. what: the option that names the file, for messages.
 
-        Raises LandmarkError where it is no such file, damaged, or a newer version's.
+        Raises LandmarkError where it is no such file, damaged, or another version's.
         """
         from safetensors import safe_open
 
@@ -139,19 +150,30 @@ class Memory:
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is no ordinary file")
             check_header(path, found.st_size)
+            stored = BlockFile(path, what)
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if "landmark" not in metadata:
                     raise ValueError("it holds no memory of a reader; landmark generate --save-memory writes one")
                 header = check(_Header, unsealed_content(parse_json(metadata["landmark"].encode())))
-                if header.about.get("version") != VERSION:
-                    raise ValueError(NEWER)
+                version = header.about.get("version")
+                if version != VERSION:
+                    raise ValueError(OTHER_VERSION[isinstance(version, int) and version > VERSION])
                 about = check(About, header.about)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if _digests(tensors) != header.sha256:
+                # Copies: what the library gives are views of a mapping.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys() if not name.endswith(".blocks")}
+            if {name: sha256_of(tensor) for name, tensor in tensors.items()} != header.sha256:
                 raise ValueError("its content is not what was written to it")
-            depth = sum(name.endswith(".blocks") for name in tensors)
-            layers = [(tensors[f"layers.{i}.blocks"], tensors[f"layers.{i}.landmark_keys"]) for i in range(depth)]
+            begin, entries = stored.header()
+            layers = []
+            while (name := _name(len(layers), "blocks")) in entries:
+                place, kind = entries[name], getattr(torch, about.dtype)
+                shape, checksums = torch.Size(place["shape"]), tensors[_name(len(layers), "checksums")]
+                if place["data_offsets"][1] - place["data_offsets"][0] != shape.numel() * kind.itemsize:
+                    raise ValueError(f"{name} is not of {about.dtype}")
+                span = Span(stored, begin + place["data_offsets"][0], shape, kind, checksums, name)
+                blocks = StoredBlocks([(span, 0, shape[1])])
+                layers.append((blocks, tensors[_name(len(layers), "landmark_keys")]))
             memory = cls(about, header.model_name, header.blocks, header.tail, layers, tensors["text"], path)
             memory._check()
             return memory
@@ -170,14 +192,11 @@ class Memory:
                 head_dim,
             )
             whole &= {str(blocks.dtype), str(landmark_keys.dtype)} == {f"torch.{about.dtype}"}
+            whole &= isinstance(blocks, Tensor) or all(
+                part.checksums.shape == part.shape[:2] for part, *_ in blocks.runs
+            )
         if not whole or not self.layers or self.text.dtype != torch.int32:
             raise ValueError("its counts and its tensors do not fit each other")
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        named = [("text", self.text)]
-        for index, (blocks, landmark_keys) in enumerate(self.layers):
-            named += [(f"layers.{index}.blocks", blocks), (f"layers.{index}.landmark_keys", landmark_keys)]
-        return named
 
 
 def take(reader: BlockReader, row: int = 0) -> Memory:
@@ -219,12 +238,12 @@ def joined(memories: Sequence[Memory]) -> Memory:
     # An older block than the cache keeps is as good as evicted.
     kept = slice(None if bound is None else -bound - 1, None)
 
-    def in_order(tensors: Sequence[Tensor]) -> Tensor:
-        *ended, end = (tensor.cpu() for tensor in tensors)
-        return torch.cat([*(tensor[:, :-1] for tensor in ended), end], dim=1)[:, kept]
-
-    by_layer = zip(*(memory.layers for memory in memories), strict=True)
-    layers = [tuple(map(in_order, zip(*layer, strict=True))) for layer in by_layer]
+    layers = []
+    for of_layer in zip(*(memory.layers for memory in memories), strict=True):
+        *ended, (end, end_keys) = of_layer
+        blocks = blocks_in_order([*(cut(part, 0, part.shape[1] - 1) for part, _ in ended), cut(end, 0, end.shape[1])])
+        keys = torch.cat([*(keys[:, :-1].cpu() for _, keys in ended), end_keys.cpu()], dim=1)[:, kept]
+        layers.append((cut(blocks, blocks.shape[1] - keys.shape[1], blocks.shape[1]), keys))
     text = torch.cat([*(memory.text[: len(memory.text) - memory.tail] for memory in before), last.text])
     return replace(last, blocks=sum(memory.blocks for memory in memories), layers=layers, text=text, path=None)
 
@@ -280,9 +299,9 @@ def _sums(weight: Tensor) -> tuple[int, int]:
     return plain % (1 << 64), weighted % (1 << 64)
 
 
-def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(tensors, pool.map(sha256_of, tensors.values()), strict=True))
+def _name(layer: int, part: str) -> str:
+    """Of a tensor in a file."""
+    return f"layers.{layer}.{part}"
 
 
 def require_fit(reader: BlockReader, memory: Memory) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.memory import Memory, sha256_of
+from landmark_cli.inference.stored_blocks import cut
 
 SUFFIX = ".memory"
 
@@ -141,8 +142,11 @@ class PrefixMemories:
 def beginning(memory: Memory, tokens: int) -> Memory | None:
     """The memory of the first `tokens` text tokens of a memory's text, where one of its chunks ends with them: that of
     a reader that read no further, since nothing that was read depends on later chunks. None where blocks have been
-    evicted that this reader would still have."""
-    if tokens == len(memory.text):
+    evicted that this reader would still have. What lies in a file is read.
+
+    Raises LandmarkError where it cannot be.
+    """
+    if tokens == len(memory.text) and memory.path is None:
         return memory
     about = memory.about
     blocks, tail = divmod(tokens, about.landmark_freq)
@@ -151,9 +155,10 @@ def beginning(memory: Memory, tokens: int) -> Memory | None:
     if first < gone:
         return None
     layers = []
-    for pair in memory.layers:
+    for of_layer, landmark_keys in memory.layers:
+        of_layer = cut(of_layer, first - gone, blocks + 1 - gone).whole()
+        landmark_keys = landmark_keys[:, first - gone : blocks + 1 - gone].clone()
         # The last is the incomplete block, of which the rest is not read yet.
-        of_layer, landmark_keys = (part[:, first - gone : blocks + 1 - gone].clone() for part in pair)
         of_layer[:, -1, :, tail:] = 0
         landmark_keys[:, -1] = 0
         layers.append((of_layer, landmark_keys))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from landmark_cli.attention.cache import BlockCache, RetrievalSettings, Selection, pages
+from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Selection, pages
 from landmark_cli.attention.cache.pages import Pages, require_host_memory
 from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
@@ -119,6 +119,52 @@ def test_blocks_in_host_memory_change_nothing():
     plain, offloaded = (BlockReader(model, top_k_blocks=2, chunk=8, offload=where) for where in ("none", "cpu"))
     for a, b in zip(plain.read(rows), offloaded.read(rows), strict=True):
         assert torch.equal(a.logits, b.logits)
+
+
+@pytest.mark.parametrize("resident", [None, 3], ids=["here", "offloaded"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_blocks_that_lie_elsewhere_are_fetched_before_they_are_read(backend, resident):
+    """Memory that nothing has been fetched to is poisoned. Chunks and steps, at first and later."""
+
+    def outputs(source):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator)
+
+        held = [(random(1, 30, 2, 5, 16), random(1, 30, 16))]
+        offload = None if resident is None else Offload(1, resident * 2 * 5 * 16 * 4)
+        cache = BlockCache(RetrievalSettings(5, 2), default_inverse_frequencies(16), batch=2, offload=offload)
+        found = []
+        for step, lengths in enumerate(([7, 4], [1, 1], [6, 1], [1, 0])):
+            if step in (0, 2):
+                cache.put(step // 2, [(source(*held[0]) if source else held[0][0], held[0][1])], 29, 3)
+            q, k, v = random(2, 2, max(lengths), 16), *random(2, 2, 1, max(lengths), 16)
+            chunk = cache.begin_chunk(lengths)
+            blocks = cache.layer(0, k, chunk)
+            if source and step in (0, 2):
+                blocks.blocks[blocks._absent.mask] = torch.nan
+            assert blocks.fetching == bool(source)
+            found.append(attend_chunk(0, q, k, v, cache, chunk, backend=backend))
+            cache.end_chunk(chunk)
+        return found, cache
+
+    class Elsewhere:
+        def __init__(self, blocks, _):
+            self.blocks, self.shape, self.nbytes = blocks, blocks.shape, blocks.nbytes
+
+        def read(self, heads, blocks):
+            return self.blocks[heads, blocks]
+
+        def whole(self):
+            return self.blocks
+
+    plain, fetched = outputs(None), outputs(Elsewhere)
+    for one, other in zip(plain[0], fetched[0], strict=True):
+        torch.testing.assert_close(one, other)
+    assert 0 < fetched[1].layers[0]._absent.mask.sum() < 29 * 2
+    fetched[1].fetch_all()
+    assert not fetched[1].fetching
 
 
 def test_too_little_host_memory_is_said_before(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache import Trace
+from landmark_cli.inference import graphs
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
 from tests.closeness import assert_close_norm
@@ -70,6 +71,38 @@ def test_the_eager_definition_is_never_recorded(monkeypatch):
     reader.forward.recording, reader.forward.record = True, Repeated
     read(reader, [tiny_text(20, 1), tiny_text(9, 2)], 3)
     assert not reader.forward.recording and not reader.forward._recorded
+
+
+def test_nothing_is_recorded_while_blocks_are_fetched_and_that_ends(monkeypatch, tmp_path):
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
+    monkeypatch.setattr(graphs, "MOST_FETCHING", 3)
+    model = tiny_model(n_layer=1)
+    kept, recorded, plain = (BlockReader(model, chunk=8, top_k_blocks=2, offload="cpu") for _ in range(3))
+    recorded.forward.recording, recorded.forward.record = True, Repeated
+    for each in (kept, plain):
+        list(each.read([tiny_text(61, 1)]))
+    list(recorded.read([tiny_text(9, 2)]))
+    kept.save(tmp_path / "novel")
+    recorded.recall(tmp_path / "novel")
+    assert recorded.cache.fetching
+    for step in range(7):
+        assert_close_norm(recorded.step([step]), plain.step([step]))
+        assert recorded.cache.fetching == (step < 3)
+        assert step >= 3 or not recorded.forward._recorded
+    assert recorded.forward._recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"offload": "cpu"}, {"offload": "cpu", "cache_blocks": 6}], ids=str)
+def test_a_gpu_reads_on_from_a_file(options, tmp_path):
+    model = tiny_model(n_head=2, n_embd=32).cuda()
+    kept, later = (BlockReader(model, chunk=8, **options) for _ in range(2))
+    read(kept, [tiny_text(150, 1)], 0)
+    kept.save(tmp_path / "novel")
+    later.recall(tmp_path / "novel")
+    for a, b in zip(read(later, [tiny_text(20, 2)], 40)[0], read(kept, [tiny_text(20, 2)], 40)[0], strict=True):
+        assert_close_norm(a, b)
+    assert later.forward._recorded and not later.cache.fetching
 
 
 @pytest.mark.gpu

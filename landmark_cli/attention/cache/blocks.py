@@ -5,6 +5,7 @@ read. Keys are kept rotated by their offset in their block only, so they never h
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..rotary import rotate
+from .absent import Absent, Source
 from .chunk import Chunk
 from .pages import Offload, Pages
 from .rotations import SlotRotations
@@ -29,6 +31,9 @@ class LayerBlocks:
     one_landmark_key: the landmarks of all blocks have one key before rotation; only rounding tells stored ones apart.
 
     With offloading, blocks lie in (pinned) host memory and `pages` holds copies of those used lately.
+
+    What a row goes on from may lie in a file still (`fetching`); where blocks lie in host memory, `require` fetches
+    those that are about to be read, and whoever reads `blocks` calls it before.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class LayerBlocks:
         self.one_landmark_key = one_landmark_key
         self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
         self._arrivals = like.new_zeros(0, dtype=torch.int32)
+        self._absent = Absent(batch, heads, 0)
         self._allocate(0)
 
     @property
@@ -62,6 +68,11 @@ class LayerBlocks:
         return self.blocks[:, :, :, 1]
 
     @property
+    def fetching(self) -> bool:
+        """Whether there are blocks that have not been fetched yet."""
+        return bool(self._absent)
+
+    @property
     def pages(self) -> Pages | None:
         """Of offloaded blocks those that the GPU holds copies of; None where blocks are not offloaded."""
         if self._pages is None and self.offload is not None:
@@ -74,6 +85,11 @@ class LayerBlocks:
         A bounded cache needs room for its bound and one chunk only. expected: blocks to make room for in one go.
         Returns whether the tensors are new ones.
         """
+        grown = self._grow(complete, added, expected)
+        self._absent.overwrite(complete, added)
+        return grown
+
+    def _grow(self, complete: Sequence[int], added: Sequence[int], expected: int) -> bool:
         bound = self.settings.retrievable
         wanted = max(min(n, bound) + more for n, more in zip(complete, added, strict=True))
         if wanted <= self.capacity:
@@ -83,7 +99,7 @@ class LayerBlocks:
         if self.blocks.is_pinned():
             # The GPU may still be writing what the host is about to copy.
             torch.cuda.synchronize(self.landmark_keys.device)
-        old = self.landmark_keys, self.blocks
+        old, absent = (self.landmark_keys, self.blocks), self._absent.mask
         self._allocate(capacity)
         for row, n in enumerate(complete):
             # What a row still holds: its newest blocks and the tail block, in runs that wrap in neither ring.
@@ -92,7 +108,12 @@ class LayerBlocks:
                 source, to = at % old[0].shape[2], at % capacity
                 run = min(n + 1 - at, old[0].shape[2] - source, capacity - to)
                 self.landmark_keys[row, :, to : to + run] = old[0][row, :, source : source + run]
-                self.blocks[row, :, to : to + run] = old[1][row, :, source : source + run]
+                self._absent.mask[row, :, to : to + run] = absent[row, :, source : source + run]
+                if row in self._absent.sources:
+                    head, slot = (~absent[row, :, source : source + run]).nonzero(as_tuple=True)
+                    self.blocks[row, head, slot + to] = old[1][row, head, slot + source]
+                else:
+                    self.blocks[row, :, to : to + run] = old[1][row, :, source : source + run]
                 at += run
         return True
 
@@ -101,17 +122,20 @@ class LayerBlocks:
         shape = batch, heads, capacity, 2, self.settings.block_size, head_dim
         self.landmark_keys = self.landmark_keys.new_zeros(batch, heads, capacity, head_dim)
         self._pages: Pages | None = None
-        if self.offload is None:
-            self.blocks = self.landmark_keys.new_zeros(shape)
-        else:
+        self._absent.mask = torch.zeros(batch, heads, capacity, dtype=torch.bool)
+        if self.offload is not None:
             self.blocks = self.offload.empty(shape, self.landmark_keys)
+        elif self.landmark_keys.device.type == "cpu":
+            self.blocks = _untouched_zeros(shape, self.landmark_keys.dtype)
+        else:
+            self.blocks = self.landmark_keys.new_zeros(shape)
 
     def take(self, rows: Sequence[int], used: int) -> None:
         """Row r becomes what row rows[r] is; there may be more or fewer rows than before. used: slots that hold a block
         in any row. With as many rows as before the tensors stay where they are, so that recorded steps go on."""
         if self.offload is not None and self.landmark_keys.is_cuda:
             torch.cuda.synchronize(self.landmark_keys.device)
-        old, used = (self.landmark_keys, self.blocks), min(used, self.capacity)
+        old, used = (self.landmark_keys, self.blocks, self._absent.mask), min(used, self.capacity)
         target = list(range(len(rows)))
         if len(rows) == old[0].shape[0]:
             target = [row for row, source in enumerate(rows) if row != source]
@@ -119,7 +143,8 @@ class LayerBlocks:
             self.landmark_keys = old[0].new_zeros(len(rows), *old[0].shape[1:])
             self._arrivals = self._arrivals.new_zeros(0)
             self._allocate(old[0].shape[2])
-        for to, source in zip((self.landmark_keys, self.blocks), old, strict=True):
+        self._absent.take(rows)
+        for to, source in zip((self.landmark_keys, self.blocks, self._absent.mask), old, strict=True):
             # The right side is a copy, made before anything is overwritten.
             to[target, :, :used] = source[[rows[row] for row in target], :, :used]
         if self._pages is not None:
@@ -129,11 +154,17 @@ class LayerBlocks:
         """A copy of what is stored, where it is stored; settings and rotations are shared."""
         other = copy.copy(self)
         other._arrivals = torch.zeros_like(self._arrivals)
+        other._absent = Absent(0, 0, 0)
         other._allocate(self.capacity)
+        other._absent = self._absent.copy()
         other.landmark_keys.copy_(self.landmark_keys)
         if self.blocks.is_pinned():
             torch.cuda.synchronize(self.landmark_keys.device)
-        other.blocks.copy_(self.blocks)
+        if self.fetching:
+            here = (~self._absent.mask).nonzero(as_tuple=True)
+            other.blocks[here] = self.blocks[here]
+        else:
+            other.blocks.copy_(self.blocks)
         return other
 
     def arrivals(self, rows: int) -> Tensor:
@@ -151,27 +182,63 @@ class LayerBlocks:
         """Copies of the blocks numbered first .. last of a row, (G, n, 2, block_size, D), and of their landmarks' keys,
         (G, n, D), each where it lies."""
         slots = torch.arange(first, last + 1) % self.capacity
+        if self.fetching:
+            needed = torch.zeros_like(self._absent.mask)
+            needed[row, :, slots] = True
+            self.require(needed)
         return (
             self.blocks[row][:, slots.to(self.blocks.device)],
             self.landmark_keys[row][:, slots.to(self.landmark_keys.device)],
         )
 
-    def put(self, row: int, first: int, blocks: Tensor, landmark_keys: Tensor) -> None:
+    def put(self, row: int, first: int, blocks: Tensor | Source, landmark_keys: Tensor) -> None:
         """Store blocks and landmark keys that `copy_of` gave, from anywhere, as blocks first, first + 1, .. of a row,
-        for which there is room."""
+        for which there is room. Of a source the incomplete block, and all blocks where they are to lie in a GPU's
+        memory, are fetched now."""
         slots = torch.arange(first, first + blocks.shape[1]) % self.capacity
         if self.blocks.is_pinned():
             # The GPU may still be reading what the host is about to write.
             torch.cuda.synchronize(self.landmark_keys.device)
-        for stored, given in ((self.blocks, blocks), (self.landmark_keys, landmark_keys)):
-            stored[row][:, slots.to(stored.device)] = given.to(stored.device)
+        self.forget(row)
+        self.landmark_keys[row][:, slots.to(self.landmark_keys.device)] = landmark_keys.to(self.landmark_keys.device)
+        if isinstance(blocks, Tensor):
+            self.blocks[row][:, slots.to(self.blocks.device)] = blocks.to(self.blocks.device)
+        else:
+            self._absent.add(row, first, slots, blocks)
+            needed = torch.zeros_like(self._absent.mask)
+            needed[row, :, slots if self.blocks.is_cuda else slots[-1:]] = True
+            self.require(needed)
         if self._pages is not None:
             self._pages.forget()
+
+    def forget(self, row: int) -> None:
+        """Fetch nothing more of what a row went on from."""
+        self._absent.forget(row)
+
+    def require(self, needed: Tensor) -> None:
+        """Have blocks stand in their slots that are about to be read, if they do not yet; waits for the device.
+
+        needed: (B, G, capacity) or (B * G, capacity) bool, on any device. Raises LandmarkError where they cannot be
+        read.
+        """
+        if self.fetching:
+            needed = needed.cpu().view(self._absent.mask.shape)
+            for row, head, slot, blocks in self._absent.fetch(needed):
+                device = self.blocks.device
+                self.blocks[row, head.to(device), slot.to(device)] = blocks.to(device)
+
+    def fetch_all(self) -> None:
+        """Have all blocks stand in their slots."""
+        self.require(self._absent.mask)
 
     def gather(self, index: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values at (row, head, slot) or (row, head, slot, offset), broadcast, on the model's device."""
         device = self.landmark_keys.device
         index = tuple(x.to(self.blocks.device) for x in index)
+        if self.fetching:
+            needed = torch.zeros_like(self._absent.mask)
+            needed[tuple(x.cpu() for x in index[:3])] = True
+            self.require(needed)
         return self.keys[index].to(device), self.values[index].to(device)
 
     def window(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,3 +285,15 @@ class LayerBlocks:
             cos, sin = chunk.stream_rotation
             rotated = rotate(k, cos[:, None, None], sin[:, None, None])[row, :, token]
         self.landmark_keys[row[landmark], :, slot[landmark]] = rotated[landmark]
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory that is taken page by page, as it is written to: blocks that are never fetched take none."""
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # A huge page holds a hundred blocks of small models, and all of it is taken and cleared with the first.
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

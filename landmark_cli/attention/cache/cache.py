@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .absent import Source
 from .blocks import LayerBlocks
 from .chunk import Chunk
 from .pages import Offload
@@ -57,23 +58,36 @@ class BlockCache:
         self.layers: dict[int, LayerBlocks] = {}
         self._replaced = 0
         # By layer, what rows go on from and what has no place yet: a layer's blocks are made when it is first used.
-        self._waiting: dict[int, dict[int, tuple[int, Tensor, Tensor]]] = {}
+        self._waiting: dict[int, dict[int, tuple[int, Tensor | Source, Tensor]]] = {}
         self.reset()
 
     @property
     def generation(self) -> int:
         return self._replaced + self.rotations.replaced
 
+    @property
+    def fetching(self) -> bool:
+        """Whether there are blocks that are fetched when they are first read."""
+        return any(blocks.fetching for blocks in self.layers.values())
+
+    def fetch_all(self) -> None:
+        """Fetch what has not been read yet of what rows went on from."""
+        for blocks in self.layers.values():
+            blocks.fetch_all()
+
     def reset(self) -> None:
         """Forget everything read; the memory stays for the next text."""
         self.host_blocks = [0] * self.batch
         self.host_tail = [0] * self.batch
         self.retrievals = self.dropped_retrievals = 0
-        self._waiting.clear()
+        for row in range(self.batch):
+            self.forget(row)
 
     def forget(self, row: int) -> None:
         """Forget what one row has read."""
         self.host_blocks[row] = self.host_tail[row] = 0
+        for blocks in self.layers.values():
+            blocks.forget(row)
         for waiting in self._waiting.values():
             waiting.pop(row, None)
 
@@ -88,7 +102,7 @@ class BlockCache:
         for index in sorted(self.layers.keys() | self._waiting.keys()):
             if row in self._waiting.get(index, {}):
                 _, blocks, landmark_keys = self._waiting[index][row]
-                held.append((blocks.clone(), landmark_keys.clone()))
+                held.append((blocks.clone() if isinstance(blocks, Tensor) else blocks.whole(), landmark_keys.clone()))
                 continue
             blocks, landmark_keys = self.layers[index].copy_of(row, self.first_held(row), self.host_blocks[row])
             blocks[:, -1, :, self.host_tail[row] :] = 0
@@ -96,9 +110,10 @@ class BlockCache:
             held.append((blocks, landmark_keys))
         return held
 
-    def put(self, row: int, held: Sequence[tuple[Tensor, Tensor]], blocks: int, tail: int) -> None:
+    def put(self, row: int, held: Sequence[tuple[Tensor | Source, Tensor]], blocks: int, tail: int) -> None:
         """Have a row go on as if it had read `blocks` complete blocks and `tail` tokens of one more, of which `held` is
-        what `copy_of` gave, on any device."""
+        what `copy_of` gave, on any device. Blocks may lie in a source, from which they are fetched when they are first
+        read; what fails then raises LandmarkError."""
         self.forget(row)
         added = [0] * self.batch
         added[row] = held[0][0].shape[1]

@@ -53,7 +53,8 @@ class Blocks(Protocol):
     """One layer's blocks: a ring in which block number b stands at slot b % capacity.
 
     blocks: (B, G, capacity, 2, block_size, D), keys and values. landmark_keys: (B, G, capacity, D). pages: None where
-    blocks are not offloaded. one_landmark_key: whether all landmarks have one key before rotation.
+    blocks are not offloaded. one_landmark_key: whether all landmarks have one key before rotation. fetching: whether
+    some blocks have still to be fetched.
     """
 
     settings: Settings
@@ -63,6 +64,10 @@ class Blocks(Protocol):
     capacity: int
     pages: Pages | None
     one_landmark_key: bool
+    fetching: bool
+
+    def require(self, needed: Tensor) -> None:
+        """Have blocks stand in their slots that are about to be read, (B * G, capacity) bool; waits for the device."""
 
     def arrivals(self, rows: int) -> Tensor:
         """(rows,) int32 zeros in which programs count themselves."""

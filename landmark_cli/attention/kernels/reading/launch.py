@@ -34,7 +34,7 @@ def attend_chunk(
     retrieve, their ages, (B, H, T, k) int32, 0 where there are fewer, and their shares, (B, H, T, k) float32.
 
     Only where `why_not` gives no reason. The largest tensor made on the way has B * H * T * top_k * D elements. Nothing
-    waits for the device, so calls can be captured in a CUDA graph.
+    waits for the device, so calls can be captured in a CUDA graph, except while blocks have still to be fetched.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     with on_device(q):
@@ -43,9 +43,11 @@ def attend_chunk(
         store(call)
         if min(call.top_k, chunk.most_cached) == 0:
             return merge(call), None, None
-        if call.is_step and blocks.pages is None:
+        if call.is_step and blocks.pages is None and not blocks.fetching:
             return decode(call, traced)
         pairs = find_pairs(call, select(call))
+        if blocks.fetching:
+            blocks.require(pairs.count > 0)
         lse = call.empty(*q.shape[:3], dtype=torch.float32)
         if blocks.pages is None:
             attend(call, pairs)
