@@ -81,8 +81,7 @@ class Service:
     def _check(self, asked: Asked) -> None:
         if asked.model != self.name:
             raise Refused(404, f"there is no model {asked.model!r} here, only {self.name!r}", code="model_not_found")
-        for name in asked.unserved():
-            raise Refused(400, f"{name} is not served: leave it out", param=name)
+        asked.check()
         most = asked.new_tokens()
         if most is not None and most > self.limits.max_new_tokens:
             raise Refused(

@@ -1,19 +1,68 @@
-"""OpenAI's requests and answers, as far as they are served. What a request has besides is ignored, as it is there,
-unless it would change the answer."""
+"""OpenAI's requests and answers, as far as they are served.
+
+Every field of a request is one of four kinds: served, which are the fields of the classes below; WITHOUT_EFFECT; those
+of UNSERVED, refused by name unless their value asks for nothing; and fields that no API of OpenAI's has, which are
+refused as it refuses them.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from landmark_cli.inference.settings import SamplingSettings
 from landmark_cli.serving.request import End
 
 FINISH_REASONS = {"length": "length"}
 LARGEST_SEED = 2**32 - 1
+
+# What says whose request it is, how it is billed, kept or cached, and changes no answer.
+WITHOUT_EFFECT = frozenset(
+    {
+        "annotations",
+        "include_obfuscation",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+# What would change an answer and is not served, with the values that ask for nothing; null is always one.
+UNSERVED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("auto", "none"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "name": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "refusal": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+    "tool_choice": ("auto", "none"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
 
 
 class Refused(Exception):
@@ -29,13 +78,44 @@ class Refused(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-class StreamOptions(BaseModel):
+class Part(BaseModel):
+    """Of a request; fields that it does not name are kept, to be looked at."""
+
+    model_config = ConfigDict(extra="allow")
+    # The fields of UNSERVED and WITHOUT_EFFECT that OpenAI's API has here.
+    further: ClassVar[frozenset[str]] = frozenset()
+
+    def check(self, place: str = "") -> None:
+        """Raise Refused for a field that is not served and asks for something, or that there is not."""
+        for name, value in (self.model_extra or {}).items():
+            called = place + name
+            if name not in self.further:
+                raise Refused(400, f"Unknown parameter: '{called}'.", code="unknown_parameter", param=called)
+            if name in UNSERVED and value is not None and not self.asks_for_nothing(name, value):
+                raise Refused(400, f"{called} is not served: leave it out", param=called)
+        for inner, part in self.parts():
+            part.check(f"{place}{inner}.")
+
+    def asks_for_nothing(self, name: str, value: Any) -> bool:
+        # 0 and False are equal, and logprobs 0 asks for the chosen tokens' own.
+        return any(
+            value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in UNSERVED[name]
+        )
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """The parts that it has, with their places."""
+        yield from ()
+
+
+class StreamOptions(Part):
+    further = frozenset({"include_obfuscation"})
     include_usage: bool = False
 
 
-class Asked(BaseModel):
+class Asked(Part):
     """What both kinds of request have. top_k and repetition_penalty are ours."""
 
+    further = frozenset({"frequency_penalty", "logit_bias", "logprobs", "presence_penalty", "user"})
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=1000)
@@ -47,13 +127,10 @@ class Asked(BaseModel):
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
 
-    def unserved(self) -> list[str]:
-        """The fields that ask for what is not served."""
-        return [name for name in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(self, name)]
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        if self.stream_options is not None:
+            yield "stream_options", self.stream_options
 
     def new_tokens(self) -> int | None:
         return self.max_tokens
@@ -77,15 +154,12 @@ class Asked(BaseModel):
 
 
 class CompletionAsked(Asked):
+    further = Asked.further | {"best_of", "echo", "suffix"}
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = None
-    echo: bool = False
-    suffix: str | None = None
-    best_of: int | None = None
 
-    def unserved(self) -> list[str]:
-        further = [name for name in ("logprobs", "echo", "suffix") if getattr(self, name)]
-        return super().unserved() + further + ["best_of"] * (self.best_of not in (None, self.n))
+    def asks_for_nothing(self, name: str, value: Any) -> bool:
+        # The best n of n answers are these.
+        return super().asks_for_nothing(name, value) or (name == "best_of" and value == self.n)
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
@@ -93,14 +167,19 @@ class CompletionAsked(Asked):
         return list(self.prompt)
 
 
-class Part(BaseModel):
+class TextPart(Part):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Part):
+    further = frozenset({"annotations", "audio", "function_call", "name", "refusal", "tool_call_id", "tool_calls"})
     role: str
-    content: str | list[Part]
+    content: str | list[TextPart]
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        if not isinstance(self.content, str):
+            yield from ((f"content.{index}", part) for index, part in enumerate(self.content))
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -109,16 +188,18 @@ class Message(BaseModel):
 
 
 class ChatAsked(Asked):
+    further = Asked.further | {
+        "audio", "function_call", "functions", "metadata", "modalities", "moderation", "parallel_tool_calls",
+        "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort",
+        "response_format", "safety_identifier", "service_tier", "store", "tool_choice", "tools", "top_logprobs",
+        "verbosity", "web_search_options",
+    }  # fmt: skip
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    tools: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
 
-    def unserved(self) -> list[str]:
-        further = [name for name in ("logprobs", "tools") if getattr(self, name)]
-        form = (self.response_format or {}).get("type", "text")
-        return super().unserved() + further + ["response_format"] * (form != "text")
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        yield from super().parts()
+        yield from ((f"messages.{index}", message) for index, message in enumerate(self.messages))
 
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens

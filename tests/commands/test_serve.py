@@ -26,29 +26,17 @@ LONG = "It was the best of times, it was the worst of times. " * 12
 
 
 @contextlib.contextmanager
-def serving(folder, *arguments):
+def starting(folder, *command, up=r"at (http://\S+)/v1"):
     """A server in the folder, stopped in the end: its process, address, and what it said."""
-    command = [
-        sys.executable,
-        "-m",
-        "landmark_cli",
-        "serve",
-        "--model",
-        "runs/served",
-        "--device",
-        "cpu",
-        "--port",
-        "0",
-    ]
-    environment = os.environ | {"LANDMARK_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"LANDMARK_API_KEY": KEY, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [*command, *map(str, arguments)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
     said: list[str] = []
     try:
         for line in process.stderr:
             said.append(line)
-            if found := re.search(r"at (http://\S+)/v1", line):
+            if found := re.search(up, line):
                 break
         else:
             pytest.fail("".join(said))
@@ -58,6 +46,12 @@ def serving(folder, *arguments):
     finally:
         process.kill()
         process.wait()
+
+
+def serving(folder, *arguments):
+    """`landmark serve` with the folder's model."""
+    model = "--model", "runs/served", "--device", "cpu"
+    return starting(folder, "-m", "landmark_cli", "serve", *model, "--port", "0", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +174,7 @@ def test_a_text_that_begins_like_an_earlier_one_is_not_read_again(client, alone,
         ({"prompt": "a <landmark> b"}, openai.BadRequestError, "none of the model's text"),
         ({"logprobs": 3}, openai.BadRequestError, "logprobs is not served"),
         ({"presence_penalty": 1}, openai.BadRequestError, "presence_penalty is not served"),
+        ({"extra_body": {"max_token": 2}}, openai.BadRequestError, "Unknown parameter: 'max_token'"),
         ({"n": 40}, openai.RateLimitError, "too many requests wait"),
     ],
 )
@@ -255,6 +250,26 @@ def test_sigterm_finishes_what_was_asked_and_keeps_what_was_read(folder, alone, 
     reader = landmark_cli.Reader(model)
     reader.recall(kept)
     assert list(reader.texts[0]) == tokenizer(LONG).input_ids
+
+
+@pytest.mark.slow
+def test_transformers_own_server_reads_with_memory(folder, alone):
+    """As docs/transformers.md says: prompts longer than the trained length get what `landmark generate` gives them."""
+    pytest.importorskip("transformers.cli.serving.completion", reason="this transformers serves no /v1/completions")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = "-m", "landmark_cli.beside", "transformers", "serve", "runs/served", "--device", "cpu", "--port", port
+    with starting(folder, *command, "--host", "127.0.0.1", up=r"running on (http://\S+)") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+        ask = {"model": "runs/served", "max_tokens": 8, "temperature": 0}
+        found = client.completions.create(**ask, prompt=LONG).choices[0]
+        assert (found.text, found.finish_reason) == (alone(LONG).text, "length")
+        messages = [{"role": "user", "content": LONG}]
+        pieces = client.chat.completions.create(**ask, messages=messages, stream=True)
+        said = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        assert said == alone(f"user: {LONG}\nassistant:").text
+        client.close()
 
 
 @pytest.mark.parametrize(
