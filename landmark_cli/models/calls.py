@@ -1,9 +1,10 @@
 """How transformers' own methods come to read with memory: `generate` and `forward` of every landmark model lead to
-inference/calls.py, and `save_pretrained` writes a model card.
+inference/calls.py, `save_pretrained` writes a model card, and `push_to_hub` uploads it.
 
 `generate` and `save_pretrained` are one method of all models, so they are led here once. `forward` is each class's own:
 a class is led here when the first of its models has landmarks. All are public, and their arguments are all that is
-relied on. What has no landmarks goes to transformers' own as before.
+relied on, but for `_upload_modified_files`: transformers writes a card of its own between saving and that, and a
+version without it uploads that card. What has no landmarks goes to transformers' own as before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from landmark_cli.errors import LandmarkError
 from landmark_cli.families import is_ours
 
-from .card import write_card
+from .card import CARD, keep_card, write_card
 
 
 def register() -> None:
@@ -29,9 +31,10 @@ def register() -> None:
         (GenerationMixin, "init_continuous_batching", _refusing),
         (PreTrainedModel, "post_init", _made),
         (PreTrainedModel, "save_pretrained", _saving),
+        (PreTrainedModel, "_upload_modified_files", _uploading),
     ):
-        plain = getattr(owner, name)
-        if not _leads_here(plain):
+        plain = getattr(owner, name, None)
+        if plain is not None and not _leads_here(plain):
             method = functools.wraps(plain)(leading(plain))
             method.reads_with_memory = True
             setattr(owner, name, method)
@@ -106,8 +109,23 @@ def _made(plain: Callable) -> Callable:
 
 def _saving(plain: Callable) -> Callable:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> Any:
-        if is_main_process and reads_with_memory(self):
-            write_card(self, save_directory)
-        return plain(self, save_directory, is_main_process=is_main_process, **kwargs)
+        if not is_main_process or not reads_with_memory(self):
+            return plain(self, save_directory, is_main_process=is_main_process, **kwargs)
+        write_card(self, save_directory)
+        if kwargs.get("push_to_hub"):
+            self.card_to_push = (Path(save_directory) / CARD).read_text(encoding="utf-8")
+        try:
+            return plain(self, save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            vars(self).pop("card_to_push", None)
 
     return save_pretrained
+
+
+def _uploading(plain: Callable) -> Callable:
+    def upload(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if reads_with_memory(self):
+            keep_card(self, working_dir, vars(self).get("card_to_push"))
+        return plain(self, working_dir, *args, **kwargs)
+
+    return upload

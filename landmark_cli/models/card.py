@@ -9,6 +9,12 @@ from transformers import PreTrainedModel
 from landmark_cli.families import is_ours
 
 CARD = "README.md"
+TAG = "landmark-attention"
+# What transformers writes into the card of a model that has none on the hub.
+GENERATED = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 
 WITH_PACKAGE = """\
     import landmark_cli
@@ -43,6 +49,35 @@ def write_card(model: PreTrainedModel, directory: str | Path) -> None:
         file.write_text(model_card(model), encoding="utf-8")
 
 
+def keep_card(model: PreTrainedModel, directory: str | Path, card: str | None = None) -> None:
+    """Where a directory that is about to be uploaded has the empty card that transformers makes, put ours in its place:
+    `card`, or that of the directory that the model was opened from, or one made anew; with the tags that were asked
+    for. A card that somebody wrote is left as it is."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    file = Path(directory) / CARD
+    if not file.is_file():
+        return
+    found = ModelCard.load(file)
+    empty = ModelCard.from_template(ModelCardData(library_name="transformers"), model_description=GENERATED)
+    if found.text.strip() != empty.text.strip():
+        return
+    kept = ModelCard(card or _card_beside(model) or model_card(model))
+    kept.data.tags = list(dict.fromkeys([*(kept.data.tags or []), *(found.data.tags or [])]))
+    kept.save(file)
+
+
+def _card_beside(model: PreTrainedModel) -> str | None:
+    """The card of the directory that a model was opened from, if it is one of ours, and not of what it was made of."""
+    from huggingface_hub import ModelCard
+
+    file = Path(model.name_or_path) / CARD
+    if not model.name_or_path or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    return text if TAG in (ModelCard(text, ignore_metadata_errors=True).data.tags or []) else None
+
+
 def model_card(model: PreTrainedModel) -> str:
     """The card of a landmark model, or of another of this package: how to use it, and what it is without the
     package."""
@@ -57,7 +92,7 @@ def model_card(model: PreTrainedModel) -> str:
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- landmark-attention
+- {TAG}
 ---
 # A language model {"with landmark attention" if has_landmarks else "of the paper on landmark attention"}
 
