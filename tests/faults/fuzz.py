@@ -192,6 +192,33 @@ def a_memory(base: Path, work: Path) -> None:
     run(GenerateOptions(model=base / "gpt", save_memory=work / "read.memory", **options))
 
 
+def damaged_memory(chance: random.Random, data: bytes) -> bytes:
+    """Damaged, or whole and of another version."""
+    if chance.random() < 0.9:
+        return mutate.damaged_safetensors(chance, data)
+    from landmark_cli.files import sealed_content
+
+    length, content = int.from_bytes(data[:8], "little"), _memory_header(data)
+    content.pop("checksum")
+    content["about"]["version"] += chance.choice((-1, 1, 1000))
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["landmark"] = json.dumps(sealed_content(content))
+    changed = json.dumps(header).encode()
+    return len(changed).to_bytes(8, "little") + changed + data[8 + length :]
+
+
+def as_it_was_read(result: Any, made: Input) -> bool:
+    """Whether the answer is the right one, and of a memory of this version."""
+    from landmark_cli.inference.memory import VERSION
+
+    return result == made.undamaged and _memory_header(made.bytes)["about"]["version"] == VERSION
+
+
+def _memory_header(data: bytes) -> dict[str, Any]:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header["__metadata__"]["landmark"])
+
+
 def prepare_with(tokenizer: str) -> Read:
     """Open a tokenizer and prepare a corpus with it."""
 
@@ -371,7 +398,7 @@ READERS = [
         names=["llama-sharded"],
     ),
     Reader("weights in .bin", ["llama-bin"], {"llama-bin/*.bin": ZIPPED}, generate("llama-bin"), names=["llama-bin"]),
-    Reader("memories", ["gpt"], {"read.memory": TENSORS}, ask, same, remake=a_memory, full=1000),
+    Reader("memories", ["gpt"], {"read.memory": damaged_memory}, ask, as_it_was_read, remake=a_memory, full=1000),
     Reader("tokenizers, preparing", ["llama"], {"llama/tokenizer*": JSON}, prepare_with("llama"), names=["llama"]),
     Reader(
         "tokenizers, generating", ["llama"], {"llama/tokenizer*": JSON}, generate("llama"), names=["llama"], full=1000
