@@ -143,12 +143,15 @@ def _measure(
     options: LongPerplexityOptions, file: TokenFile, name: str, finished: FinishedRows
 ) -> tuple[LongText, list[list[int]], list[LongPerplexity]]:
     from landmark_cli.evaluation.longppl import (
+        check_context,
+        check_reading,
         find_key_tokens,
         long_text,
         measure_long_perplexity,
         ways_of_long,
     )
     from landmark_cli.evaluation.studies import model_identity
+    from landmark_cli.models.store import outline
 
     about = file.metadata
     sample = {"sample_tokens": options.sample_tokens, "seed": options.seed}
@@ -163,6 +166,14 @@ def _measure(
     def depends_on(which: str) -> dict[str, Any]:
         return {"model": model_identity(which), "dtype": options.dtype}
 
+    check_context(text, options.short_context)
+    if options.evaluator is not None:
+        # What the model would be refused for is told before the evaluator has read for hours.
+        outlined, tokenizer = outline(name, trust_remote_code=options.trust_remote_code)
+        check_text(file, outlined, tokenizer, name)
+        check_retrieves(outlined, name, options.top_k_blocks, INSTEAD)
+        for way in ways_of_long(outlined, options.top_k_blocks):
+            check_reading(outlined, way, reading_alone(options), text.eval_length)
     with interrupts("finishing the windows under way") as asked:
         evaluator = options.evaluator or name
         model = opened(evaluator)

@@ -16,7 +16,7 @@ from landmark_cli.commands.measurement import (
     text_option,
 )
 from landmark_cli.commands.models import MachineOptions
-from landmark_cli.commands.study_rows import MEASURES, Opened
+from landmark_cli.commands.study_rows import MEASURES, Opened, check_rows
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
 from landmark_cli.interrupts import interrupts, keeping
@@ -92,6 +92,7 @@ def run(options: StudyOptions) -> dict[str, Any]:
     if options.plot:
         check_picture(picture)
     kind = MEASURES[study.kind](options, study, output, models)
+    check_rows(study, models, kind, trust_remote_code=options.trust_remote_code)
     opened = Opened(models, options)
     with sole_writer(output):
         finished = FinishedRows(output / "rows.jsonl")

@@ -15,13 +15,16 @@ from landmark_cli.commands.evaluate import (
     score_data,
 )
 from landmark_cli.commands.models import open_model
-from landmark_cli.errors import UsageError
+from landmark_cli.errors import LandmarkError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from landmark_cli.commands.study import StudyOptions
-    from landmark_cli.evaluation.studies import FinishedRows, Row, Study
+    from landmark_cli.evaluation.longppl import LongText
+    from landmark_cli.evaluation.ruler.task import Task
+    from landmark_cli.evaluation.studies import FinishedRows, LongPerplexityRow, Row, RulerRow, Study
+    from landmark_cli.evaluation.ways import Way
     from landmark_cli.interrupts import Interrupts
 
 
@@ -42,12 +45,20 @@ class PerplexityRows:
         }
         self.about = {"text": str(self._file.path)}
 
+    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise LandmarkError where a row cannot be measured; model: without weights. name: its, for messages."""
+        from landmark_cli.evaluation.perplexity import window_starts
+        from landmark_cli.inference.readers import open_reader
+
+        check_text(self._file, model, tokenizer, name)
+        window_starts(len(self._file.tokens), row.settings.get("eval-length", 1), None, 0)
+        open_reader(model, row.reading(), memory=row.settings.get("memory", True))
+
     def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
         """The figures of a row."""
         from landmark_cli.evaluation.perplexity import evaluate_perplexity
 
-        options, (model, tokenizer) = self._options, opened(row.role)
-        check_text(self._file, model, tokenizer, opened.name(row.role))
+        options, (model, _) = self._options, opened(row.role)
         reading = row.reading()
         result = evaluate_perplexity(
             model,
@@ -94,29 +105,51 @@ class RulerRows:
 
         return FinishedRows(self._output / "answers.jsonl")
 
-    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
-        """The figures of a row."""
-        from landmark_cli.evaluation.ruler.benchmark import check_lengths, make_task, task_names
-        from landmark_cli.evaluation.ruler.encoding import PromptEncoder
-        from landmark_cli.evaluation.ruler.haystacks import Prose
-        from landmark_cli.evaluation.ruler.report import of_tasks
-        from landmark_cli.evaluation.ruler.run import measure
-        from landmark_cli.evaluation.studies import RulerRow, model_identity
+    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """As of PerplexityRows."""
+        from landmark_cli.evaluation.ruler.benchmark import check_lengths
+        from landmark_cli.inference.readers import open_reader
+
+        asks = self._asks(row)
+        way = self._way(asks, name, model)
+        if not way.full:
+            open_reader(model, row.reading())
+        tasks = self._tasks(asks, tokenizer)
+        for task in tasks:
+            check_lengths(task, [asks.length], self._options.samples)
+
+    def _asks(self, row: Row) -> RulerRow:
+        from landmark_cli.evaluation.studies import RulerRow
+
+        return RulerRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
+
+    def _way(self, asks: RulerRow, name: str, model: PreTrainedModel) -> Way:
         from landmark_cli.evaluation.ways import ways_of
 
-        options, name = self._options, opened.name(row.role)
-        asks = RulerRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
-        model, tokenizer = opened(row.role, "sdpa" if asks.full_attention else None)
         blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
         check_retrieves(model, name, blocks, "leave it out of its rows")
         # Where ordinary attention is asked for, it is the last way.
-        way = ways_of(model, blocks, asks.full_attention)[-1]
+        return ways_of(model, blocks, asks.full_attention)[-1]
+
+    def _tasks(self, asks: RulerRow, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+        from landmark_cli.evaluation.ruler.benchmark import make_task, task_names
+        from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+        from landmark_cli.evaluation.ruler.haystacks import Prose
+
         encoder = PromptEncoder(tokenizer, chat=asks.chat)
-        prose = Prose(encoder, options.haystack)
+        prose = Prose(encoder, self._options.haystack)
         names = task_names(asks.tasks, has_documents=False)
-        tasks = [make_task(one, encoder, prose, options.seed) for one in names]
-        for task in tasks:
-            check_lengths(task, [asks.length], options.samples)
+        return [make_task(one, encoder, prose, self._options.seed) for one in names]
+
+    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
+        """The figures of a row that was checked."""
+        from landmark_cli.evaluation.ruler.report import of_tasks
+        from landmark_cli.evaluation.ruler.run import measure
+        from landmark_cli.evaluation.studies import model_identity
+
+        options, name, asks = self._options, opened.name(row.role), self._asks(row)
+        model, tokenizer = opened(row.role, "sdpa" if asks.full_attention else None)
+        way, tasks = self._way(asks, name, model), self._tasks(asks, tokenizer)
         cells = measure(
             model,
             tokenizer,
@@ -160,7 +193,7 @@ class LongPerplexityRows:
         if study.evaluator not in models:
             role = study.evaluator
             raise UsageError(f"{study.name} finds key tokens with the model of {role}: give --role {role}=MODEL")
-        self._options, self._output, self._evaluator = options, output, study.evaluator
+        self._options, self._output, self._evaluator, self._models = options, output, study.evaluator, models
         self._file = open_text(options.data)
         self._found: dict[str, list[list[int]]] = {}
         self.common = {
@@ -179,15 +212,44 @@ class LongPerplexityRows:
 
         return FinishedRows(self._output / "windows.jsonl")
 
-    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
-        """The figures of a row."""
-        from landmark_cli.evaluation.longppl import find_key_tokens, long_text, measure_long_perplexity, ways_of_long
-        from landmark_cli.evaluation.studies import LongPerplexityRow, model_identity
+    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """As of PerplexityRows. The evaluator reads every row's windows."""
+        from landmark_cli.evaluation.longppl import check_context, check_reading, ways_of_long
+        from landmark_cli.inference.settings import ReadingSettings
+
+        check_text(self._file, model, tokenizer, name)
+        asks, text = self._text(row)
+        check_context(text, asks.short_context)
+        blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
+        check_retrieves(model, name, blocks, "leave it out of its rows")
+        (way,) = ways_of_long(model, blocks)
+        check_reading(model, way, reading_alone(row.reading()), text.eval_length)
+        (way,) = ways_of_long(self._evaluator_outline, None)
+        check_reading(self._evaluator_outline, way, ReadingSettings(), text.eval_length)
+
+    @cached_property
+    def _evaluator_outline(self) -> PreTrainedModel:
+        from landmark_cli.models.store import outline
+
+        return outline(self._models[self._evaluator], trust_remote_code=self._options.trust_remote_code)[0]
+
+    def _text(self, row: Row) -> tuple[LongPerplexityRow, LongText]:
+        """What a row asks for, and the text in its windows."""
+        from landmark_cli.evaluation.longppl import long_text
+        from landmark_cli.evaluation.studies import LongPerplexityRow
 
         options, about = self._options, self._file.metadata
         asks = LongPerplexityRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
         sample = {"sample_tokens": options.sample_tokens, "seed": options.seed}
-        text = long_text(self._file.tokens, about.eot_id, about.sha256, eval_length=asks.eval_length, **sample)
+        return asks, long_text(self._file.tokens, about.eot_id, about.sha256, eval_length=asks.eval_length, **sample)
+
+    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
+        """The figures of a row that was checked."""
+        from landmark_cli.evaluation.longppl import find_key_tokens, measure_long_perplexity, ways_of_long
+        from landmark_cli.evaluation.studies import model_identity
+
+        options = self._options
+        asks, text = self._text(row)
 
         def depends_on(role: str) -> dict[str, Any]:
             return {"model": model_identity(opened.name(role)), "dtype": options.dtype}
@@ -203,9 +265,7 @@ class LongPerplexityRows:
             )
             del evaluator
         model = self._model(opened, row.role)
-        blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
-        check_retrieves(model, opened.name(row.role), blocks, "leave it out of its rows")
-        (way,) = ways_of_long(model, blocks)
+        (way,) = ways_of_long(model, None if asks.top_k_blocks is None else [asks.top_k_blocks])
         result = measure_long_perplexity(
             model,
             way,
@@ -226,8 +286,32 @@ class LongPerplexityRows:
 
     def _model(self, opened: Opened, role: str) -> PreTrainedModel:
         model, tokenizer = opened(role)
+        # The evaluator may play in no row.
         check_text(self._file, model, tokenizer, opened.name(role))
         return model
+
+
+def check_rows(
+    study: Study,
+    models: dict[str, str],
+    kind: PerplexityRows | RulerRows | LongPerplexityRows,
+    *,
+    trust_remote_code: bool,
+) -> None:
+    """Raise LandmarkError naming the first row that cannot be measured, before hours have gone into those before it."""
+    from landmark_cli.models.store import outline
+
+    outlines = {
+        role: outline(models[role], trust_remote_code=trust_remote_code)
+        for role in dict.fromkeys(row.role for row in study.rows)
+        if role in models
+    }
+    for number, row in enumerate(study.rows, 1):
+        if row.role in outlines:
+            try:
+                kind.check(row, models[row.role], *outlines[row.role])
+            except LandmarkError as error:
+                raise type(error)(f"study {study.name}, row {number}: {error}") from None
 
 
 MEASURES = {"perplexity": PerplexityRows, "longppl": LongPerplexityRows, "ruler": RulerRows}

@@ -28,7 +28,7 @@ from landmark_cli.evaluation.prompts import PromptReaders
 from landmark_cli.evaluation.score import Score, token_scores
 from landmark_cli.evaluation.studies import FinishedRows
 from landmark_cli.evaluation.ways import Way, ways_of
-from landmark_cli.inference.readers import reader_class
+from landmark_cli.inference.readers import open_reader, reader_class
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.interrupts import Interrupts
 from landmark_cli.launch import again
@@ -100,6 +100,23 @@ def check_window(model: PreTrainedModel, way: Way, eval_length: int) -> None:
         )
 
 
+def check_reading(model: PreTrainedModel, way: Way, reading: ReadingSettings, eval_length: int) -> None:
+    """Raise LandmarkError where a model, which may have no weights, cannot read windows in this way: `check_window`,
+    and what readers refuse."""
+    check_window(model, way, eval_length)
+    if not way.full:
+        open_reader(model, replace(reading, top_k_blocks=way.top_k_blocks))
+
+
+def check_context(text: LongText, context: int) -> None:
+    """Raise UsageError where windows are no longer than the short context."""
+    if text.eval_length <= context:
+        raise UsageError(
+            f"--eval-length {text.eval_length}: key tokens are looked for behind the first {context} of a window "
+            "(--short-context); give a longer --eval-length or a shorter --short-context"
+        )
+
+
 def find_key_tokens(
     model: PreTrainedModel,
     way: Way,
@@ -121,11 +138,7 @@ def find_key_tokens(
     Raises UsageError where windows are no longer than the short context, Stopped after the windows under way where a
     signal came, LandmarkError where the model's logits are not finite.
     """
-    if text.eval_length <= context:
-        raise UsageError(
-            f"--eval-length {text.eval_length}: key tokens are looked for behind the first {context} of a window "
-            "(--short-context); give a longer --eval-length or a shorter --short-context"
-        )
+    check_context(text, context)
     check_window(model, way, text.eval_length)
     losses_of = _Losses(model, way, reading or ReadingSettings())
     about = {"benchmark": "longppl, key tokens", "context": context, "stride": stride, **depends_on}

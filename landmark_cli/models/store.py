@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.data.checks import check_landmark_token
+from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import read_record, reading
 from landmark_cli.model_files import check_directory
@@ -18,7 +20,7 @@ from .generation_config import silence
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
 from .lora import is_adapter, open_adapted
-from .pretrained import open_pretrained
+from .pretrained import open_pretrained, shape_of
 from .size import MOST_MODULES
 
 FINISHED_WEIGHTS = ("model*.safetensors", "adapter_model*")
@@ -59,6 +61,18 @@ def load(
         model, tokenizer = open_pretrained(path, **how)
     silence(model, tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def outline(path: str | Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load` opens, for what can be told of a model without its weights: on the meta device where it is a
+    directory of transformers' form or a hub id. Arguments and errors are those of `load`."""
+    if is_adapter(path) or (Path(path) / "ckpt.pt").is_file():
+        return load(path, trust_remote_code=trust_remote_code, device="cpu")
+    model = shape_of(path, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
+    if getattr(model.config, "landmark_freq", None) is not None:
+        check_landmark_token(model.config, tokenizer, str(path))
+    return model, tokenizer
 
 
 def newest_model(root: str | Path = "runs") -> Path:

@@ -62,6 +62,20 @@ def test_another_evaluator(landmark, tmp_path):
     assert every[0] == every[1] and key[0] != key[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "runs/baseline"], "has no landmarks and knows 40 positions; give 40"),
+        (["--model", "runs/baseline", "--top-k-blocks", "2"], "has no landmarks, so it retrieves no blocks"),
+    ],
+)
+def test_a_model_is_refused_before_the_evaluator_reads(landmark, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(longppl, "find_key_tokens", lambda *_, **__: pytest.fail("the evaluator has read"))
+    long = ["--eval-length", "60", "--output", tmp_path, "--evaluator", "runs/landmark"]
+    result = landmark("eval", "longppl", *SHORT, *long, *arguments)
+    assert result.code in (1, 2) and message in " ".join(result.err.split()), result.err
+
+
 def test_no_key_token(landmark, tmp_path, monkeypatch):
     monkeypatch.setattr(longppl, "GAIN", 1000.0)
     result = landmark("eval", "longppl", *SHORT, "--eval-length", "60", "--output", tmp_path, "--json", "-")

@@ -17,7 +17,7 @@ from landmark_cli.commands.study import StudyOptions
 from landmark_cli.data.token_file import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
-from landmark_cli.evaluation import longppl
+from landmark_cli.evaluation import longppl, studies
 from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
 from landmark_cli.evaluation.ruler import run as ruler_run
@@ -351,6 +351,42 @@ def test_mistakes_are_named(place, tmp_path):
         command.run(options(place, tmp_path, compare="books"))
     with pytest.raises(LandmarkError, match="is not there"):
         command.run(options(place, tmp_path, roles=(), role=[f"landmark={tmp_path / 'nowhere'}"]))
+
+
+ROLE = "roles: {landmark: x, plain: y}\n"
+FINE = {
+    "perplexity": "{role: landmark, eval-length: 40, chunk: 8}",
+    "longppl": "{role: landmark, eval-length: 60, short-context: 8, stride: 4, chunk: 8, top-k-blocks: 2}",
+    "ruler": "{role: landmark, length: 300, chunk: 100, tasks: [fwe]}",
+}
+# What the last of several rows asks for that cannot be, and how it is told.
+IMPOSSIBLE = [
+    ("perplexity", "{role: landmark, eval-length: 999}", "too few for one window of 999"),
+    ("perplexity", "{role: landmark, eval-length: 40, top-k-blocks: 30}", "retrieving 30 blocks leaves no room"),
+    ("longppl", "{role: landmark, eval-length: 999, short-context: 8}", "too few for one window of 999"),
+    ("longppl", "{role: landmark, eval-length: 60, short-context: 60}", "behind the first 60 of a window"),
+    ("longppl", "{role: landmark, eval-length: 60, short-context: 8, top-k-blocks: 30}", "leaves no room"),
+    ("longppl", "{role: plain, eval-length: 60, short-context: 8, top-k-blocks: 1}", "so it retrieves no blocks"),
+    ("longppl", "{role: plain, eval-length: 60, short-context: 8}", "knows 50 positions; give 50 or less"),
+    ("ruler", "{role: landmark, length: 200, chunk: 100, tasks: [fwe]}", "200: too short for fwe, .* at least 2"),
+    ("ruler", "{role: landmark, length: 300, chunk: 100, tasks: [fwe, cwe]}", "300: too short for cwe"),
+    ("ruler", "{role: landmark, length: 300, top-k-blocks: 30, tasks: [fwe]}", "leaves no room"),
+    ("ruler", "{role: plain, length: 300, top-k-blocks: 1, tasks: [fwe]}", "so it retrieves no blocks"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "message"), IMPOSSIBLE)
+def test_a_row_that_cannot_be_measured_is_told_before_any_is(place, tmp_path, monkeypatch, kind, row, message):
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=8, landmark_freq=None, max_position_embeddings=50)
+    GPTForCausalLM(shape).save_pretrained(place / "short")
+    load_tokenizer("gpt2").save_pretrained(place / "short")
+    extra = "evaluator: landmark\n" if kind == "longppl" else ""
+    (tmp_path / "s.yaml").write_text(f"study: {kind}\n{extra}{ROLE}rows: [{FINE[kind]}, {row}]")
+    monkeypatch.setattr(studies, "run_study", lambda *_: pytest.fail("a row was measured"))
+    chosen = {"study": str(tmp_path / "s.yaml"), "samples": 2}
+    roles = [f"landmark={place / 'landmark'}", f"plain={place / 'short'}"]
+    with pytest.raises(LandmarkError, match=f"study s, row 2: .*{message}"):
+        command.run(options(place, tmp_path / "out", (), role=roles, **chosen))
 
 
 def test_a_row_is_described_in_words():
