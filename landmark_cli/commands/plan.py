@@ -23,12 +23,14 @@ def show_plan(
     teacher: nn.Module | None = None,
     teacher_beside: bool = True,
     frozen_bytes: float | None = None,
+    filled: float | None = None,
 ) -> None:
     """Print what a run of these options takes.
 
     options: of the run, and of its windows. model: on the meta device, its weights frozen that will be. read: how
     windows are read chunk by chunk, if they are. text: how many text tokens the data has, and the share of text in the
-    windows; None where the data is not prepared yet. teacher, teacher_beside, frozen_bytes: see `estimate`.
+    windows; None where the data is not prepared yet. filled: how much of windows of whole documents is text. teacher,
+    teacher_beside, frozen_bytes: see `estimate`.
     """
     from landmark_cli.training.estimate import estimate
     from landmark_cli.training.reading import said_of
@@ -56,6 +58,7 @@ def show_plan(
         *([] if needs.trained == needs.parameters else [("of them trained", f"{needs.trained:,}")]),
         ("attention", attention_name(model.config)),
         *([] if read is None else [("windows", said_of(read))]),
+        ("documents", said_of_documents(options, filled)),
         ("tokens a step", f"{windows * length:,} in {windows} windows of {length}"),
         ("tokens in all", f"{quantity(tokens)} in {options.steps:,} steps"),
         *(("passes over the data", said) for said in passes),
@@ -65,3 +68,12 @@ def show_plan(
         ("disk", f"{quantity(needs.checkpoint, 'B')} a checkpoint, {options.keep} kept"),
     ]
     table(("dry run", "nothing is trained"), rows)
+
+
+def said_of_documents(options: RunOptions, filled: float | None) -> str:
+    """How documents stand in windows, in words."""
+    said = "one after another, cut where windows end"
+    if options.pack == "whole":
+        said = "whole, where a window is long enough"
+        said += "" if filled is None else f"; {filled:.0%} of the windows is text"
+    return said + ("; none sees another" if options.mask_documents else "")

@@ -197,13 +197,17 @@ def check_weights(options: DataOptions) -> None:
 
 
 def check_documents(options: DataOptions, landmarks: bool = True) -> None:
-    """Raise UsageError where options of how windows are read and packed do not go with each other. landmarks: whether
-    the model has some."""
+    """Raise UsageError where options of how windows are read and packed do not go with each other, LandmarkError where
+    a corpus is known to have no documents to be masked. landmarks: whether the model has some."""
     if options.explore and options.read_chunk is None:
         raise UsageError("--explore draws blocks where a window is read chunk by chunk: give --read-chunk too")
     for name, value in (("--read-chunk", options.read_chunk), ("--mask-documents", options.mask_documents)):
         if value and not landmarks:
             raise UsageError(f"{name} is for landmark attention: leave out --baseline or {name}")
+    if options.mask_documents:
+        from landmark_cli.data.checks import check_known_documents
+
+        check_known_documents(options.data or [])
 
 
 def reading(options: DataOptions, landmark_freq: int, top_k_blocks: int | None) -> WindowSettings | None:

@@ -234,11 +234,13 @@ def plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> None:
     from landmark_cli.models.gpt import GPTForCausalLM
 
     # What the run itself would be refused for.
-    data.windows(config, mask_documents=options.mask_documents)
+    windows = data.windows(config, mask_documents=options.mask_documents, pack=options.pack)
     if options.answers_only or options.answer_weight != 1:
         data.check_answers()
     with torch.device("meta"):
         model = GPTForCausalLM(config)
     share = 1.0 if options.baseline else options.landmark_freq / (options.landmark_freq + 1)
-    text = sum(file.metadata.tokens for file in data.train), share
-    show_plan(options, model, reading(options, options.landmark_freq, options.top_k_blocks), text=text)
+    filled = data.batches(windows, options.batch_size * options.accumulation, options.seed).filled
+    text = sum(file.metadata.tokens for file in data.train), share * filled
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
+    show_plan(options, model, read, text=text, filled=filled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
@@ -26,10 +27,25 @@ def check_documents(files: Sequence[TokenFile]) -> None:
     """LandmarkError where a token file is one document, so that nothing in it says where another one begins."""
     for file in files:
         if file.metadata.documents < 2:
-            raise LandmarkError(
-                f"--mask-documents: {file.path} has no ends of documents between its tokens, it is one document: leave "
-                "--mask-documents out, or prepare the corpus from its single documents"
-            )
+            raise _one_document(file.path)
+
+
+def check_known_documents(names: Sequence[str | Path]) -> None:
+    """What `check_documents` refuses, as far as it can be told before anything is tokenized. names: of corpora, as
+    `token_files` takes them."""
+    from landmark_cli.data.corpora import known_documents
+
+    for name in names:
+        known = known_documents(name)
+        if known is not None and known < 2:
+            raise _one_document(name)
+
+
+def _one_document(name: str | Path) -> LandmarkError:
+    return LandmarkError(
+        f"--mask-documents: {name} has no ends of documents between its tokens, it is one document: leave "
+        "--mask-documents out, or prepare the corpus from its single documents"
+    )
 
 
 def check_token_files(

@@ -349,6 +349,20 @@ def _local(name: str, kind: Kind, sources: list[Path], selection: Selection) -> 
     )
 
 
+def known_documents(name: str | Path) -> int | None:
+    """How many training documents a prepared corpus or a source of text has, where that is known before it is read:
+    where it is prepared, or holds files of plain text alone."""
+    from landmark_cli.data.token_file import read_metadata
+
+    path = Path(name).expanduser()
+    if (path / "train.json").is_file():
+        return read_metadata(path / "train.bin").documents
+    if str(name) in ("sample", *KINDS) or not path.exists():
+        return None
+    files = [file for file in find_sources([path], ENDINGS).files if file.split in (None, "train")]
+    return len(files) if all(file.ending in PLAIN_TEXT for file in files) else None
+
+
 def _identity(selection: Selection, source: Any) -> Any:
     taken = [selection.text_field, selection.validation_share, selection.max_documents, selection.keep is not None]
     return [source, taken, *(selection.chats.identity if selection.chats else ())]

@@ -1,6 +1,7 @@
 """Runs whose windows are read chunk by chunk, or hold documents that do not see each other: train and finetune."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from transformers import AutoModelForCausalLM
 from landmark_cli.commands.finetune import FinetuneOptions
 from landmark_cli.commands.finetune import run as run_finetune
 from landmark_cli.commands.train import TrainOptions, check
+from landmark_cli.data import prepare
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import store
+from landmark_cli.training import finetuning
 from tests.models.families import tiny_decoder, tiny_tokenizer
 from tests.training.command import SHORT, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
@@ -152,6 +155,20 @@ def test_a_dry_run_says_how_windows_are_read(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "documents one after another, cut where windows end"),
+        ({"pack": "whole"}, r"documents whole, where a window is long enough; \d+% of the windows is text"),
+        ({"mask_documents": True}, "cut where windows end; none sees another"),
+    ],
+)
+def test_a_dry_run_says_how_documents_are_packed(tmp_path, capsys, monkeypatch, options, said):
+    monkeypatch.setenv("COLUMNS", "200")
+    train(CORPUS, tmp_path / "run", dry_run=True, **SHORT | options)
+    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"read_chunk": 20}, "--read-chunk 20 is no whole number of blocks .*: take 16 or 24"),
@@ -187,13 +204,20 @@ def test_finetune_refuses_chunks_beyond_the_trained_positions(tmp_path):
         assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("command", "dry_run"), [("train", False), ("train", True), ("finetune", False)])
-def test_one_document_has_nothing_to_mask(command, dry_run, tmp_path):
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("command", ["train", "finetune", "finetune on token files"])
+def test_one_document_has_nothing_to_mask(command, dry_run, tmp_path, monkeypatch):
+    """Said before a model is opened or a text tokenized."""
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **__: pytest.fail("a text was tokenized"))
+    monkeypatch.setattr(finetuning, "open_with_landmarks", lambda *_, **__: pytest.fail("a model was opened"))
     with pytest.raises(LandmarkError, match="has no ends of documents") as refused:
         if command == "train":
             corpus = write_corpus(tmp_path / "one", byte_tokenizer(tmp_path / "bytes"), characters=1500)
             train(corpus, tmp_path / "run", mask_documents=True, dry_run=dry_run)
         else:
             (tmp_path / "one.txt").write_text("the cats sat on the mats. " * 40)
-            finetune(tmp_path / "run", data=[str(tmp_path / "one.txt")], mask_documents=True, sequence_length=32)
+            data = str(tmp_path / "one.txt")
+            if command == "finetune on token files":
+                data = str(write_corpus(tmp_path / "one", byte_tokenizer(tmp_path / "bytes"), characters=1500))
+            finetune(tmp_path / "run", data=[data], mask_documents=True, sequence_length=32, dry_run=dry_run)
     assert "\n" not in str(refused.value)
