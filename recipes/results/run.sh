@@ -13,7 +13,7 @@
 #   math-landmark math-baseline math-xl      the same three on mathematics, without pass keys
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
-#   ruler-distilled               shown where it is there: its training is no part of this program
+#   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
 #   report                        all that was measured, as Markdown and pictures; needs no GPU
 #
 # What may be set:
@@ -22,6 +22,8 @@
 #   LONG_PROMPTS_8         the same in the longest texts with 8 blocks retrieved; UNTOUCHED_PROMPTS: by SmolLM2 as it is
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
+#   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled
 #   DATA RUNS RESULTS DOCS    where token files, models, figures and the report go
 #   DEVICE DTYPE TRAIN FINETUNE    device, dtype of measuring, further options of training; PYTHON
 set -euo pipefail
@@ -36,13 +38,15 @@ LENGTHS=${LENGTHS:-512,1024,2048,4096,8192,16384,32768,65536,131072} LONG_LENGTH
 SMOLLM2_LENGTHS=${SMOLLM2_LENGTHS:-1024,4096,16384,65536,131072}
 SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
 RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMPLES=${RULER_SAMPLES:-20}
+RULER_LONG_LENGTHS=${RULER_LONG_LENGTHS:-131072,1000000} RULER_LONG_SAMPLES=${RULER_LONG_SAMPLES:-5}
+RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-400}
 DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
 # Several words each.
 TRAIN=(${TRAIN:-}) FINETUNE=(${FINETUNE:-}) MEASURE=(--device "$DEVICE" --dtype "$DTYPE")
 SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled"
 PART=${PART:-data landmark million baseline xl $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS report}
 
 landmark() { "$PYTHON" -m landmark_cli "$@"; }
@@ -179,16 +183,42 @@ smollm2() {
     both pretrained_novels pretrained_keys
 }
 
-# More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
+# Facts are hidden in the novels that are trained on, RULER's in those that are not.
+distil() {
+    smollm2_text
+    novels
+    local tasks=$DATA/tasks$suffix
+    [ -e "$tasks/train.json" ] || step landmark prepare tasks --haystack "$NOVELS/train" --output "$tasks" "${tokenizer[@]}" \
+        --max-documents 2000 --shortest 4000 --longest 8000 --validation-share 0
+    [ -e "$model/config.json" ] ||
+        step landmark finetune --recipe results/smollm2-distilled --model "$SMOLLM2" --data "$DATA/novels$suffix" --data "$tasks" \
+            --steps "$DISTILLED_STEPS" --output "$model" --resume --device "$DEVICE" "${FINETUNE[@]}"
+    cp "$model/metrics.jsonl" "$results/"
+}
+
+# ask NAME MODEL LENGTHS SAMPLES OPTIONS: RULER's tasks; the answers are kept as they come.
+ask() {
+    local name=$1 asked=$2 lengths=$3 samples=$4
+    shift 4
+    measure "$name" ruler --model "$asked" --haystack "${NOVELS:?the folder of the novels, with validation/ in it}/validation" \
+        --lengths "$lengths" --samples "$samples" --output "$RUNS/studies/$part" "$@"
+}
+
 ruler() {
-    local how=(--haystack "${NOVELS:?the folder of the novels, with validation/ in it}/validation" --samples "$RULER_SAMPLES")
-    how+=(--lengths "$RULER_LENGTHS" --output "$RUNS/studies/$part")
-    if [ "$role" = untouched ]; then
-        measure ruler ruler --model "$SMOLLM2" --full-attention "${how[@]}"
-    else
-        measure ruler-k4 ruler --model "$RUNS/smollm2-passkey" --top-k-blocks 4 "${how[@]}"
-        measure ruler-k16 ruler --model "$RUNS/smollm2-passkey" --top-k-blocks 16 --chunk 504 "${how[@]}"
-    fi
+    case $role in
+        untouched) ask ruler "$SMOLLM2" "$RULER_LENGTHS" "$RULER_SAMPLES" --full-attention ;;
+        recipe)
+            ask ruler-k4 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4
+            # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
+            ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
+            ;;
+        distilled)
+            distil
+            ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4
+            ask ruler-k16 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16
+            ask ruler-long "$model" "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" --top-k-blocks 16 --tasks "$RULER_LONG_TASKS"
+            ;;
+    esac
 }
 
 machine() {
@@ -222,7 +252,7 @@ run_part() {
         math-xl) text=$DATA/math; on_mathematics transformer-xl; tables ;;
         math-*) text=$DATA/math; on_mathematics "$role"; tables ;;
         smollm2-*) smollm2 ;;
-        ruler-untouched | ruler-recipe) ruler ;;
+        ruler-*) ruler ;;
         *) echo "there is no part called $part" >&2; return 2 ;;
     esac
     printf 'total\t%d\n' $((SECONDS - begin)) >> "$results/log.tsv"
