@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -49,6 +50,7 @@ def landmark_attention_forward(
     landmark_chunk: Chunk | None = None,
     landmark_layout: LandmarkLayout | None = None,
     landmark_window: ReadingWindow | None = None,
+    landmark_observer: Callable[[int, Tensor, Tensor, float | None], None] | None = None,
     context_miss_key: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -58,14 +60,16 @@ def landmark_attention_forward(
     of which the input is this chunk (see BlockCache.inputs). landmark_window: read the input chunk by chunk, all at
     once; it is rotated at the window's position_ids. Otherwise attend within the input, whose landmarks stand at every
     (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T) bool
-    where some row is padded on the left, from which its blocks then count. Returns (B, T, H, D) and None: attention
-    weights are never formed.
+    where some row is padded on the left, from which its blocks then count. landmark_observer: is called with the
+    layer's number, query, key and scaling. Returns (B, T, H, D) and None: attention weights are never formed.
 
     Raises ValueError for what would change the result and cannot be honoured: a 4-D mask, logit soft-capping, attention
     sinks, a sliding window shorter than the input (or than the positions that reading takes).
     """
     reach = key.shape[2] if landmark_window is None else landmark_window.settings.positions
     _check_arguments(reach, attention_mask, **kwargs)
+    if landmark_observer is not None:
+        landmark_observer(module.layer_idx, query, key, scaling)
     if landmark_chunk is not None:
         given = landmark_cache, landmark_chunk, scaling, context_miss_key
         out = attend_chunk(module.layer_idx, query, key, value, *given)

@@ -91,6 +91,14 @@ class TeacherOptions(Options):
     distill_temperature: float = option(
         1.0, panel=TEACHER, min=0.01, max=100, help="Temperature of both predictions where they are compared."
     )
+    gate_weight: float = option(
+        0.0,
+        panel=TEACHER,
+        min=0,
+        max=1e6,
+        help="Weight of the gate's own loss: how every layer shares its attention out among blocks, beside how the "
+        "teacher's layer does.",
+    )
 
 
 @dataclass(kw_only=True)
@@ -331,31 +339,34 @@ def distillation(
     from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.finetuning import dtype_of
     from landmark_cli.training.setup import without_adapters
-    from landmark_cli.training.teachers import WithoutAdapters, open_teacher
+    from landmark_cli.training.teachers import WithoutAdapters, check_layers, open_teacher
 
     if options.teacher == "none":
         return None
     accelerator, _, precision = begun
+    config = without_adapters(trained).config
     if untouched:
-        teacher = WithoutAdapters(trained, untouched[0].to(accelerator.device))
+        teacher = WithoutAdapters(trained, untouched[0])
     else:
         name = options.model if options.teacher == "self" else options.teacher
-        teacher = open_teacher(
-            name, tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code
-        ).to(accelerator.device)
+        teacher = open_teacher(name, tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code)
+    if options.gate_weight:
+        check_layers(teacher.model.config, config, options.teacher)
     return Distillation(
-        teacher,
+        teacher.prepare(accelerator),
         options.teacher,
-        without_adapters(trained).config.landmark_token_id,
+        config.landmark_token_id,
         options.answer_weight,
         options.text_weight or 0.0,
         options.distill_temperature,
+        options.gate_weight,
+        config.landmark_freq + 1,
     )
 
 
 def check_launch(options: FinetuneOptions, accelerator: Accelerator) -> None:
-    """Raise UsageError where the launch splits the model, and a teacher would have to be split too, or the landmark's
-    row would have to be found among shards."""
+    """Raise UsageError where the launch splits the model in a way in which the landmark's row would not be found, or a
+    teacher not be split."""
     from accelerate import DistributedType
 
     launches = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
@@ -365,10 +376,11 @@ def check_launch(options: FinetuneOptions, accelerator: Accelerator) -> None:
         raise UsageError(
             f"--train {options.train} does not go with {launches[accelerator.distributed_type]} yet: launch without it"
         )
-    if options.teacher != "none":
+    if options.teacher != "none" and not accelerator.is_fsdp2:
+        found = "FSDP 1" if accelerator.distributed_type == DistributedType.FSDP else "DeepSpeed"
         raise UsageError(
-            f"--teacher {options.teacher} does not go with {launches[accelerator.distributed_type]} yet: "
-            "launch without it, or train on the text alone by --teacher none"
+            f"--teacher {options.teacher} is split among devices by FSDP 2 alone, and this launch is of {found}: set "
+            "fsdp_version: 2 for accelerate, or train on the text alone by --teacher none"
         )
 
 
@@ -396,12 +408,18 @@ def check_teacher(options: FinetuneOptions) -> None:
         given = {
             "text-weight": options.text_weight is not None,
             "distill-temperature": options.distill_temperature != 1,
+            "gate-weight": options.gate_weight > 0,
         }
         for name in (name for name, is_given in given.items() if is_given):
             raise UsageError(f"--{name} is for a teacher, and --teacher none has none: leave one of the two out")
     elif options.answers_only:
         raise UsageError(
             "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"
+        )
+    if options.gate_weight and options.read_chunk is not None:
+        raise UsageError(
+            "--gate-weight is for windows that are attended to as a whole, and --read-chunk reads them in chunks: "
+            "leave one of the two out"
         )
 
 

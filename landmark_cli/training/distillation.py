@@ -1,10 +1,11 @@
 """Learning from a teacher: at every position of the text the student, which reads it with landmarks, is to say what the
 teacher says, which reads it without.
 
-The loss is three means over the global batch, each times its weight: of the divergence from the teacher over the
-positions where it is asked, of the cross entropy over the tokens of answers, and of the cross entropy over all targets.
-Each has a count of its own, so that the few tokens of answers weigh as much as the many of the text. As the loop
-divides by one number, the first of the counts, the other two weights come multiplied by what their counts differ.
+The loss is means over the global batch, each times its weight: of the divergence from the teacher over the positions
+where it is asked, of the cross entropy over the tokens of answers, of the cross entropy over all targets, and of the
+gate's loss over sampled queries (gate.py). Each has a count of its own, so that the few tokens of answers weigh as
+much as the many of the text. As the loop divides by one number, the first of the counts, the other weights come
+multiplied by what their counts differ.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from landmark_cli.data.landmarks import IGNORED_TARGET
+from landmark_cli.training.gate import Gate, Sample, sample
 from landmark_cli.training.linear_distillation import distillation, linear_distillation
 from landmark_cli.training.setup import LossModel
 from landmark_cli.training.teachers import Teacher
 
-# What a record of metrics.jsonl says of the three parts.
-PARTS = ("divergence", "answers_loss", "text_loss")
+# What a record of metrics.jsonl says of the parts.
+PARTS = ("divergence", "answers_loss", "text_loss", "gate")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Distillation:
 
     name: what the user calls the teacher. landmark_token_id: what the student's streams hold and the teacher does not
     read. answer_weight, text_weight: of the cross entropy of answers, and of all targets, beside the divergence.
-    temperature: of both softmaxes (see `linear_distillation.distillation`).
+    temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, which is
+    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out.
     """
 
     teacher: Teacher
@@ -39,16 +42,19 @@ class Distillation:
     answer_weight: float = 1.0
     text_weight: float = 0.0
     temperature: float = 1.0
+    gate_weight: float = 0.0
+    block_size: int = 0
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a run to be resumed exactly."""
-        return {
+        identity = {
             "teacher": self.name,
             "answer_weight": self.answer_weight,
             "text_weight": self.text_weight,
             "distill_temperature": self.temperature,
         }
+        return identity | ({"gate_weight": self.gate_weight} if self.gate_weight else {})
 
     def said(self, text_length: int) -> str:
         """For people. text_length: text tokens of a window."""
@@ -56,7 +62,8 @@ class Distillation:
         who = "the model as it was" if self.name == "self" else self.name
         within = length is None or text_length <= length
         reach = "" if within else f", which is asked about the first {length} tokens of each window's text"
-        return f"teacher: {who}{reach}; answers weigh {self.answer_weight:g}, text {self.text_weight:g}"
+        gate = f", the gate {self.gate_weight:g}" if self.gate_weight else ""
+        return f"teacher: {who}{reach}; answers weigh {self.answer_weight:g}, text {self.text_weight:g}{gate}"
 
     def read(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Text:
         """The texts of streams, (B, T), as the teacher reads them: no further than its positions."""
@@ -72,7 +79,7 @@ class Distillation:
             document = begins[:-1].cumsum(0).view(input_ids.shape).gather(1, order)
             # A document that begins one position further than the one before it has ended is read as a text of its own.
             position_ids = torch.arange(width, device=input_ids.device) + document - document[:, :1]
-        return Text(tokens, position_ids, *self._places(input_ids, width))
+        return Text(tokens, position_ids, *self._places(input_ids, width), order)
 
     def _places(self, input_ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """(index, known) of `Text`."""
@@ -84,17 +91,26 @@ class Distillation:
         return min(input_ids.shape[1], self.teacher.length or input_ids.shape[1])
 
     def counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Over how many positions of a batch each of the three means goes: (3,) float32."""
+        """Over how many positions of a batch each of the means goes: (4,) float32."""
         known = batch["labels"] != IGNORED_TARGET
         answers = known & batch["answers"] if "answers" in batch else torch.zeros_like(known)
         # The teacher is asked where there is text that it has positions for, and something that follows it.
         _, is_text = self._places(batch["input_ids"], self._width(batch["input_ids"]))
-        return torch.stack([mask.sum() for mask in (is_text & known, answers, known)]).float()
+        queries = torch.zeros_like(known)
+        if self.gate_weight:
+            cu_seqlens = batch.get("cu_seqlens")
+            queries = self.sample(self.read(batch["input_ids"], cu_seqlens), batch["input_ids"], known, cu_seqlens).real
+        return torch.stack([mask.sum() for mask in (is_text & known, answers, known, queries)]).float()
+
+    def sample(self, text: Text, input_ids: Tensor, known: Tensor, cu_seqlens: Tensor | None) -> Sample:
+        """The queries of the gate's loss. known: (B, T) bool, where there are targets. The rest: see `read`."""
+        landmark = input_ids == self.landmark_token_id
+        return sample(input_ids, landmark, text.order, text.known & known, self.block_size, cu_seqlens)
 
     def ratios(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """counts: (3,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's and
-        any target's cross entropy is to be multiplied by before, (2,))."""
-        weights = counts.new_tensor((self.answer_weight, self.text_weight))
+        """counts: (4,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's and
+        any target's cross entropy and a query's gate loss are to be multiplied by before, (3,))."""
+        weights = counts.new_tensor((self.answer_weight, self.text_weight, self.gate_weight))
         counts = counts.clamp(min=1)
         return counts[0], weights * counts[0] / counts[1:]
 
@@ -102,12 +118,14 @@ class Distillation:
 @dataclass(frozen=True)
 class Text:
     """tokens: (B, n) int64. position_ids: (B, n), or None for 0, 1, ... index: (B, T), for each position of the stream
-    which of the n it is, some number where `known`, (B, T) bool, says that it is none."""
+    which of the n it is, some number where `known`, (B, T) bool, says that it is none. order: (B, n), the reverse:
+    where each of the n stands in the stream."""
 
     tokens: Tensor
     position_ids: Tensor | None
     index: Tensor
     known: Tensor
+    order: Tensor
 
     def align(self, values: Tensor) -> Tensor:
         """What the teacher gave for its n tokens, (B, n, E), at the stream's positions, (B, T, E)."""
@@ -130,8 +148,8 @@ class DistillationLoss(LossModel):
         cu_seqlens: Tensor | None = None,
         **others: Tensor,
     ) -> Tensor:
-        """In training (4,) float32: the loss, which alone is differentiable, and the sums of divergences, of answers'
-        and of all targets' cross entropies.
+        """In training (5,) float32: the loss, which alone is differentiable, and the sums of divergences, of answers'
+        and of all targets' cross entropies, and of the gate's loss.
 
         ratios: see `Distillation.ratios`. The rest: see `LossModel.forward`.
         """
@@ -144,15 +162,23 @@ class DistillationLoss(LossModel):
         weights = (text.known & known).float()
         target_weights = ratios[0] * answers + ratios[1] * known
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
+        gate = Gate(of.sample(text, input_ids, known, cu_seqlens)) if of.gate_weight else None
+        observer = None
+        if gate is not None:
+            observer, extra["landmark_observer"] = gate.teach, gate.ask
         if self.fused_loss and teacher.plain:
-            states = text.align(teacher.states(text.tokens, text.position_ids))
+            states = text.align(teacher.states(text.tokens, text.position_ids, observer))
             hidden, head = self.states(input_ids, extra)
             given = (hidden, head, states, teacher.head)
             loss, divergences, losses = linear_distillation(*given, labels, weights, target_weights, of.temperature)
         else:
-            teacher_logits = text.align(teacher.logits(text.tokens, text.position_ids))
+            teacher_logits = text.align(teacher.logits(text.tokens, text.position_ids, observer))
             logits = self.wrapped(input_ids=input_ids, use_cache=False, **extra).logits
             given = (logits, teacher_logits)
             loss, divergences, losses = distillation(*given, labels, weights, target_weights, of.temperature)
-        sums = torch.stack([divergences.sum(), losses.masked_fill(~answers, 0.0).sum(), losses.sum()])
+        gates = losses.new_zeros(())
+        if gate is not None:
+            gates = gate.loss()
+            loss = loss + ratios[2] * gates
+        sums = torch.stack([divergences.sum(), losses.masked_fill(~answers, 0.0).sum(), losses.sum(), gates.detach()])
         return torch.cat([loss[None], sums])

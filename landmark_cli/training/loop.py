@@ -91,7 +91,7 @@ class Loop:
 
     batches: what to train on. identity: what must stay the same when the run is resumed, by name (see Checkpoints).
     validation: what evaluation reads, all of it together. distillation: how it learns from a teacher, if it does; the
-    teacher is on the run's device, and neither FSDP nor DeepSpeed is in use.
+    teacher is prepared (see `Teacher.prepare`), and DeepSpeed is not in use.
     """
 
     def __init__(

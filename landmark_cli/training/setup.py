@@ -19,6 +19,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
     broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
     parse_flag_from_env,
 )
 from torch import Tensor, nn
@@ -116,6 +117,10 @@ def make_accelerator(
         unset_hf_deepspeed_config()
     if accelerator.distributed_type == DistributedType.FSDP:
         _keep_sums_exact(accelerator)
+        # Else all processes but one would open models without weights, and landmarks are added, and teachers compared,
+        # in each.
+        disable_fsdp_ram_efficient_loading()
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     return accelerator
 
 

@@ -6,12 +6,22 @@ adapters the untouched model is still there: `WithoutAdapters` reads with it, in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
 from landmark_cli.errors import LandmarkError
@@ -19,7 +29,29 @@ from landmark_cli.models.decoders import PADDING_TOKEN
 from landmark_cli.models.pretrained import open_pretrained
 from landmark_cli.training.setup import has_plain_head, without_adapters
 
-ATTENTION = "sdpa"
+ATTENTION, OBSERVED = "sdpa", "observed_sdpa"
+# Is called in every layer with its number, queries (B, H, T, D) and keys (B, G, T, D), both rotated, and the scale of
+# their products, None for 1 / sqrt(D).
+Observer = Callable[[int, Tensor, Tensor, float | None], None]
+
+
+def observed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    landmark_observer: Observer,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`, before which an observer is told what it is given."""
+    landmark_observer(module.layer_idx, query, key, scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+
+
+AttentionInterface.register(OBSERVED, observed_attention)
+AttentionMaskInterface.register(OBSERVED, sdpa_mask)
 
 
 class Teacher:
@@ -34,9 +66,12 @@ class Teacher:
         self.length: int | None = getattr(model.config, "max_position_embeddings", None)
         self.plain = has_plain_head(model)
 
-    def to(self, device: torch.device) -> Teacher:
-        """Move it."""
-        self.model.to(device)
+    def prepare(self, accelerator: Accelerator) -> Teacher:
+        """Move it to the run's device. Under FSDP every process then keeps its share of the weights, which are gathered
+        layer by layer while it reads: of those, `head` is the share alone. Every process calls it."""
+        self.model.to(accelerator.device)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            shard(self.model)
         return self
 
     @property
@@ -45,23 +80,34 @@ class Teacher:
         return self.model.get_output_embeddings().weight
 
     @torch.compiler.disable
-    def states(self, text: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def states(self, text: Tensor, position_ids: Tensor | None = None, observer: Observer | None = None) -> Tensor:
         """Last hidden states, (B, n, E), of texts, (B, n). position_ids: (B, n); a jump of more than 1 begins a text
-        of its own, which does not see what stands before it."""
-        with self._reading(text) as model:
-            return model.base_model(input_ids=text, position_ids=position_ids, use_cache=False).last_hidden_state
+        of its own, which does not see what stands before it. observer: is told of each layer's queries and keys."""
+        with self._reading(text, observer) as (model, extra):
+            given = {"input_ids": text, "position_ids": position_ids, "use_cache": False}
+            return model.base_model(**given, **extra).last_hidden_state
 
     @torch.compiler.disable
-    def logits(self, text: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def logits(self, text: Tensor, position_ids: Tensor | None = None, observer: Observer | None = None) -> Tensor:
         """As `states`, the logits, (B, n, V)."""
-        with self._reading(text) as model:
-            return model(input_ids=text, position_ids=position_ids, use_cache=False).logits
+        with self._reading(text, observer) as (model, extra):
+            return model(input_ids=text, position_ids=position_ids, use_cache=False, **extra).logits
 
     @contextmanager
-    def _reading(self, text: Tensor) -> Iterator[PreTrainedModel]:
-        # Its weights are in the precision of the run: autocast would only make products of layers that have another.
-        with torch.no_grad(), torch.autocast(text.device.type, enabled=False):
-            yield self.model
+    def _reading(
+        self, text: Tensor, observer: Observer | None
+    ) -> Iterator[tuple[PreTrainedModel, dict[str, Observer]]]:
+        """The model and what it is called with besides, so that it attends in full, and is observed."""
+        config = self.model.config
+        before = config._attn_implementation
+        config._attn_implementation = ATTENTION if observer is None else OBSERVED
+        try:
+            # Its weights are in the precision of the run: autocast would only make products of layers that have
+            # another.
+            with torch.no_grad(), torch.autocast(text.device.type, enabled=False):
+                yield self.model, {} if observer is None else {"landmark_observer": observer}
+        finally:
+            config._attn_implementation = before
 
 
 class WithoutAdapters(Teacher):
@@ -73,33 +119,87 @@ class WithoutAdapters(Teacher):
         self.length = getattr(self.model.config, "max_position_embeddings", None)
         self.plain = has_plain_head(self.model)
 
+    def prepare(self, accelerator: Accelerator) -> WithoutAdapters:
+        """Move what it has of its own; the rest is moved, and under FSDP sharded, with the model that learns."""
+        self.untouched.to(accelerator.device)
+        return self
+
     @property
     def head(self) -> Tensor:
         return self.untouched.head
 
     @contextmanager
-    def _reading(self, text: Tensor) -> Iterator[PreTrainedModel]:
-        model, config = self.model, self.model.config
-        attention, training = config._attn_implementation, model.training
-        layers = [
-            layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-            for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-        ]
-        trained = [layer.weight for layer in layers]
+    def _reading(
+        self, text: Tensor, observer: Observer | None
+    ) -> Iterator[tuple[PreTrainedModel, dict[str, Observer]]]:
+        model, training = self.model, self.model.training
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
         try:
-            self.adapted.base_model.disable_adapter_layers()
+            switch_adapters(self.adapted, off=True)
             model.eval()
-            config._attn_implementation = ATTENTION
-            for layer, rows in zip(layers, (self.untouched.embedding, self.untouched.head), strict=True):
-                layer.weight = rows
-            with super()._reading(text):
-                yield model
+            with ExitStack() as stack:
+                for layer, rows in zip(layers, (self.untouched.embedding, self.untouched.head), strict=True):
+                    stack.enter_context(with_weight(layer, rows))
+                yield stack.enter_context(super()._reading(text, observer))
         finally:
-            for layer, weight in zip(layers, trained, strict=True):
-                layer.weight = weight
-            config._attn_implementation = attention
             model.train(training)
-            self.adapted.base_model.enable_adapter_layers()
+            switch_adapters(self.adapted, off=False)
+
+
+def switch_adapters(adapted: nn.Module, *, off: bool) -> None:
+    """Have a model's layers leave their adapters out, or not.
+
+    peft's own switch also says of every adapter whether it is trained, of the weights that are there at the moment:
+    under FSDP these may be gathered ones, and the shares that are trained would not hear of it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._disable_adapters = off
+
+
+@contextmanager
+def with_weight(layer: nn.Module, weight: Tensor) -> Iterator[None]:
+    """While the block runs, a layer (or the one that its adapter is on) computes with another weight.
+
+    The weight is there while the layer computes and no longer, so that what FSDP does before and after, putting
+    gathered weights in the place of shares and back, finds what it left.
+    """
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+    # What is in an object's own dictionary goes before a module's parameters.
+    def begin(layer: nn.Module, inputs: tuple) -> None:
+        kept.append(layer.__dict__.get("weight"))
+        layer.__dict__["weight"] = weight
+
+    def end(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        before = kept.pop()
+        if before is None:
+            del layer.__dict__["weight"]
+        else:
+            layer.__dict__["weight"] = before
+
+    kept: list[Tensor | None] = []
+    hooks = (
+        layer.register_forward_pre_hook(begin),
+        layer.register_forward_hook(end, prepend=True, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Have FSDP keep every process's share of a frozen model, and no layer's whole weights after it was computed."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in [layer for layer in model.modules() if type(layer).__name__ in (model._no_split_modules or ())]:
+        fully_shard(layer)
+    # Without a backward pass nothing else would have the rest, embedding and head, let go.
+    fully_shard(model, reshard_after_forward=True)
 
 
 class UntouchedRows:
@@ -140,3 +240,14 @@ def open_teacher(
                 f"{known.get(token, 'no token')} there; take a teacher of the same family, or --teacher self"
             )
     return Teacher(model)
+
+
+def check_layers(teacher: PreTrainedConfig, student: PreTrainedConfig, name: str) -> None:
+    """Raise LandmarkError where the layers of two models cannot be compared head by head. name: of the teacher."""
+    for what in ("model_type", "num_hidden_layers", "num_attention_heads"):
+        theirs, ours = getattr(teacher, what, None), getattr(student, what, None)
+        if theirs != ours:
+            raise LandmarkError(
+                f"--gate-weight compares layers head by head, and {what} is {theirs} in --teacher {name} and {ours} in "
+                "the model that is trained: leave it out, or take --teacher self"
+            )

@@ -21,6 +21,7 @@ from tests.awkward_tokenizers import byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.models.families import tiny_decoder, tiny_tokenizer
 from tests.training.command import records
+from tests.training.test_processes import FSDP, FSDP_ON_CPU
 from tests.training.tiny import write_questions
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
@@ -42,8 +43,8 @@ LORA = {"lora_rank": 4}
 def place(tmp_path_factory):
     """A base model, another one of its family, and questions whose answers are marked."""
     root = tmp_path_factory.mktemp("teacher")
-    for name, spread in (("base", 0.1), ("other", 0.2)):
-        tiny_decoder("llama", initializer_range=spread).save_pretrained(root / name)
+    for name, changes in (("base", {}), ("other", {"initializer_range": 0.2}), ("deeper", {"num_hidden_layers": 3})):
+        tiny_decoder("llama", **({"initializer_range": 0.1} | changes)).save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)
     write_questions(root / "asked", root / "base")
     write_questions(root / "unmarked", root / "base", answers=False)
@@ -60,12 +61,24 @@ def finetune(output, **changes):
     return Path(output)
 
 
-@pytest.mark.parametrize("changes", [{}, LORA, {"fused_loss": False}], ids=["whole", "adapters", "logits"])
+GATE = {"gate_weight": 2.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, LORA, {"fused_loss": False}, GATE, GATE | LORA | {"gradient_checkpointing": True}],
+    ids=["whole", "adapters", "logits", "gate", "gate, adapters, computed again"],
+)
 def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
     output = finetune(tmp_path / "run", steps=12, answer_weight=0.5, text_weight=0.25, **changes)
     divergence, answers, text = (records(output, name) for name in ("divergence", "answers_loss", "text_loss"))
     assert len(divergence) == len(text) == 12 and answers[-1] < answers[0] - 0.1
     loss = [d + 0.5 * a + 0.25 * t for d, a, t in zip(divergence, answers, text, strict=True)]
+    gate = records(output, "gate")
+    assert bool(gate) == ("gate_weight" in changes)
+    if gate:
+        assert len(gate) == 12 and gate[-1] < 0.95 * gate[0]
+        loss = [rest + 2 * g for rest, g in zip(loss, gate, strict=True)]
     assert_close_norm(torch.tensor(records(output)), torch.tensor(loss))
 
 
@@ -88,10 +101,10 @@ def test_resumed_it_is_the_same_run(tmp_path, changes):
     name = "adapter_model.safetensors" if changes else "model.safetensors"
     assert (part / name).read_bytes() == (whole / name).read_bytes()
     assert records(part, "divergence") == records(whole, "divergence")[2:]
-    others = ({"teacher": "other"}, {"answer_weight": 2.0}, {"text_weight": 1.0}, {"distill_temperature": 2.0})
+    others = ({"teacher": "other"}, {"answer_weight": 2.0}, {"text_weight": 1.0}, {"distill_temperature": 2.0}, GATE)
     for other in (*others, {"teacher": "none"}):
         ((option, _),) = other.items()
-        with pytest.raises(LandmarkError, match=f"{option} is .* there and"):
+        with pytest.raises(LandmarkError, match=f"{option} is .* there and|{option}"):
             finetune(part, save_every=2, resume=True, **(changes | other))
 
 
@@ -106,6 +119,9 @@ def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
     [
         ({"teacher": "none", "text_weight": 1.0}, UsageError, "--text-weight is for a teacher"),
         ({"teacher": "none", "distill_temperature": 2.0}, UsageError, "--distill-temperature is for a teacher"),
+        ({"teacher": "none", "gate_weight": 2.0}, UsageError, "--gate-weight is for a teacher"),
+        ({"gate_weight": 2.0, "read_chunk": 16, "top_k_blocks": 2}, UsageError, "--gate-weight is .* --read-chunk"),
+        ({"gate_weight": 2.0, "teacher": "deeper"}, LandmarkError, "num_hidden_layers is 3 in --teacher deeper and 2"),
         ({"answers_only": True}, UsageError, "--answers-only .* --teacher none"),
         ({"answer_weight": 3.0, "data": ["unmarked"]}, LandmarkError, "no corpus says which of its text is answers"),
         ({"teacher": "nowhere/at/all"}, LandmarkError, "cannot open the model nowhere/at/all: it is not there"),
@@ -151,14 +167,16 @@ def test_what_the_teacher_is_asked_about_is_said_where_windows_go_beyond(positio
     assert said.startswith(f"teacher: the model as it was{reach}") and ("asked about" in said) == bool(reach)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")])
-def test_a_launch_that_splits_the_model_is_refused_with_a_teacher(kind, name):
+@pytest.mark.parametrize(("kind", "name"), [(DistributedType.FSDP, "FSDP 1"), (DistributedType.DEEPSPEED, "DeepSpeed")])
+def test_a_launch_that_cannot_split_the_teacher_is_refused_with_one(kind, name):
     class Launched:
-        distributed_type = kind
+        distributed_type, is_fsdp2 = kind, False
 
-    with pytest.raises(UsageError, match=f"--teacher self does not go with {name} yet: .* --teacher none"):
+    with pytest.raises(UsageError, match=f"--teacher self .* this launch is of {name}: set fsdp_version: 2 .* none"):
         check_launch(FinetuneOptions(model="base", data=["asked"]), Launched())
     check_launch(FinetuneOptions(model="base", data=["asked"], teacher="none"), Launched())
+    Launched.is_fsdp2 = True
+    check_launch(FinetuneOptions(model="base", data=["asked"]), Launched())
 
 
 @pytest.mark.parametrize("format", [None, 2])
@@ -174,19 +192,35 @@ def test_a_recipe_that_an_earlier_run_saved_has_no_teacher(tmp_path, format):
     assert build(FinetuneOptions, load_recipe(tmp_path / "by-hand.yaml", FinetuneOptions, "finetune")).teacher == "self"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "adapters"])
-def test_two_processes_learn_as_one(tmp_path, changes):
-    def curve(name, processes, accumulation):
-        options = SHORT | {"model": "base", "data": "asked", "output": tmp_path / name, "accumulation": accumulation}
-        options |= {"answer_weight": 2.0, "text_weight": 0.1} | changes
-        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "landmark_cli"]
-        changed = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-        command = [sys.executable, *launcher, "finetune", *arguments]
-        done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [records(tmp_path / name, key) for key in ("loss", "divergence", "answers_loss", "gradient_norm")]
+# The setting is what `accelerate launch --use_fsdp` has unless it is told otherwise.
+LAUNCHES = {"processes": {}, "shards": FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}}
 
-    two, one = curve("two", 2, 2), curve("one", 1, 4)
-    assert_close_norm(torch.tensor(two), torch.tensor(one))
+
+def launch(output, processes, changes, accumulation, **changed):
+    """The curves of a launch of so many processes."""
+    options = SHORT | {"model": "base", "data": "asked", "output": output, "accumulation": accumulation}
+    options |= {"answer_weight": 2.0, "text_weight": 0.1, "gate_weight": 0.5} | changes
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    program = [FSDP_ON_CPU] if changed else ["-m", "landmark_cli"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *program]
+    changed |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, *launcher, "finetune", *arguments]
+    done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    curves = "loss", "divergence", "answers_loss", "gate", "gradient_norm"
+    return torch.tensor([records(output, key) for key in curves])
+
+
+@pytest.fixture(scope="module", params=[{}, {"teacher": "other"}, LORA], ids=["whole", "another", "adapters"])
+def alone(request, place, tmp_path_factory):
+    """Options, and the curves of one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return request.param, launch(tmp_path_factory.mktemp("alone") / "run", 1, request.param, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_two_processes_learn_as_one(tmp_path, alone, kind):
+    changes, one = alone
+    assert_close_norm(launch(tmp_path / "run", 2, changes, 2, **LAUNCHES[kind]), one)

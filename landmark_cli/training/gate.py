@@ -1,0 +1,203 @@
+"""The gate's own loss: how a student's layers share their attention out among blocks, beside how the teacher's do.
+
+Landmark attention is full attention where the landmark's logit is the log-sum-exp of its block's logits: the outer
+softmax then gives each earlier block what full attention gives all of its tokens together. So the loss is the
+divergence of the student's outer softmax, the query's own block taken as one, from the teacher's attention summed by
+blocks: for a sample of queries, the mean over heads and layers.
+
+Nothing of queries x keys is formed but for the sampled queries: in each layer, for a row, heads x `SAMPLED` x tokens
+float32 of the teacher, without gradients, and of the student heads x `SAMPLED` x (blocks + tokens of a block). With
+windows of 8192 that is 64 / 4096 of the products of full attention, once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLED = 64
+"""Queries of a row, at most."""
+# A prime: rows that differ have, as good as always, another remainder.
+OFFSETS = 65_521
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The sampled queries of a batch, (B, S), and the blocks of its rows, M at most; all int64 where they are not bool.
+
+    text: each query's place among the n text tokens that the teacher reads. stream: its place in the student's stream.
+    real: whether it counts. own: the number of its block in the row. first: that of its document's first block. begin:
+    where its own block begins in the stream. text_blocks: (B, n), the block of every text token. landmarks: (B, M),
+    where the landmark of each block stands in the stream, some place where it has none. block_size: tokens of a block.
+    """
+
+    text: Tensor
+    stream: Tensor
+    real: Tensor
+    own: Tensor
+    first: Tensor
+    begin: Tensor
+    text_blocks: Tensor
+    landmarks: Tensor
+    block_size: int
+
+
+def sample(
+    input_ids: Tensor, landmark: Tensor, order: Tensor, known: Tensor, block_size: int, cu_seqlens: Tensor | None = None
+) -> Sample:
+    """Sample queries behind the first block of every row, at most `SAMPLED` and evenly spaced from an offset that the
+    row's own tokens draw: how rows are split into processes makes no difference.
+
+    input_ids: (B, T) stream. landmark: (B, T) bool, where its landmarks are. order: (B, n), where in the stream each
+    text token that the teacher reads stands. known: (B, T) bool, queries that may count. cu_seqlens: as LossModel has
+    it.
+    """
+    batch, tokens = input_ids.shape
+    device, width, freq = input_ids.device, order.shape[1], block_size - 1
+    place = torch.arange(tokens, device=device)
+    begins = torch.cat([place.new_ones(batch, 1, dtype=torch.bool), landmark[:, :-1]], 1)
+    new_document = torch.zeros_like(begins)
+    new_document[:, 0] = True
+    most = tokens // block_size + 1
+    if cu_seqlens is not None:
+        marks = torch.zeros(input_ids.numel() + 1, dtype=torch.bool, device=device)
+        marks.index_fill_(0, cu_seqlens.long(), True)
+        new_document = new_document | marks[:-1].view(batch, tokens)
+        most += len(cu_seqlens)
+    begins = begins | new_document
+    block = begins.cumsum(1) - 1
+    first = torch.where(new_document, block, 0).cummax(1).values
+    begin = torch.where(begins, place, 0).cummax(1).values
+    # What is no landmark writes behind the last block, which is left out.
+    landmarks = place.new_zeros(batch, most + 1)
+    landmarks.scatter_(1, torch.where(landmark, block, most), place.expand(batch, tokens))
+
+    # At most one in each block, so that in the backward pass no two queries add to one key in an order of their own. A
+    # row has this much text at least.
+    behind = max(min(width, tokens - tokens // block_size) - freq, 1)
+    number = min(SAMPLED, max(behind // freq, 1))
+    offset = (input_ids.sum(1, keepdim=True) % OFFSETS).double() / OFFSETS
+    text = freq + ((torch.arange(number, device=device) + offset) * behind / number).long()
+    text = text.clamp(max=width - 1)
+    stream = order.gather(1, text)
+    real = (text < (~landmark).sum(1, keepdim=True)) & known.gather(1, stream)
+    return Sample(
+        text,
+        stream,
+        real,
+        block.gather(1, stream),
+        first.gather(1, stream),
+        begin.gather(1, stream),
+        block.gather(1, order),
+        landmarks[:, :most],
+        block_size,
+    )
+
+
+@torch.no_grad()
+def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
+    """What full attention gives every block: (B, H, S, M + 1) float32 (float64 if q is), of the sampled queries. The
+    last column is their own block's; that and later ones' have 0 in their own columns.
+
+    q: (B, H, n, D) and k: (B, G, n, D), the teacher's, rotated.
+    """
+    place = torch.arange(k.shape[2], device=k.device)
+    found = []
+    # A row at a time, as many logits as S x n are.
+    for row in range(q.shape[0]):
+        queries = _sampled(q[row : row + 1], chosen.text[row : row + 1])
+        logits = _logits(queries, _widened(k[row : row + 1]), scale)
+        blocks, text = chosen.text_blocks[row], chosen.text[row, :, None]
+        seen = (place <= text) & (blocks >= chosen.first[row, :, None])
+        weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), dim=-1)
+        shares = weights.new_zeros(*weights.shape[:3], chosen.landmarks.shape[1])
+        shares.scatter_add_(-1, blocks.expand(weights.shape), weights)
+        own = chosen.own[row : row + 1, None, :, None].expand(*shares.shape[:3], 1)
+        found.append(torch.cat([shares.scatter(-1, own, 0.0), shares.gather(-1, own)], -1))
+    return torch.cat(found)
+
+
+def outer_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
+    """Logarithms of what landmark attention's outer softmax gives every block, in the columns of `block_shares`; minus
+    infinity where nothing is. Differentiable in q and k.
+
+    q: (B, H, T, D) and k: (B, G, T, D), the student's, rotated.
+    """
+    queries = _sampled(q, chosen.stream)
+    blocks = torch.arange(chosen.landmarks.shape[1], device=k.device)
+    earlier = (blocks >= chosen.first[..., None]) & (blocks < chosen.own[..., None])
+    logits = _logits(queries, _widened(_taken(k, chosen.landmarks)), scale)
+    logits = logits.masked_fill(~earlier[:, None], -torch.inf)
+    # (B, S, block_size): the places of a query's own block, up to itself.
+    places = chosen.begin[..., None] + torch.arange(chosen.block_size, device=k.device)
+    within = places <= chosen.stream[..., None]
+    batch, groups, _, dim = k.shape
+    keys = _taken(k, places.clamp(max=k.shape[2] - 1).flatten(1)).view(batch, groups, *places.shape[1:], dim)
+    own = torch.einsum("bgrsd,bgsjd->bgrsj", queries.unflatten(1, (groups, -1)), _widened(keys)).flatten(1, 2) * scale
+    own = own.masked_fill(~within[:, None], -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.log_softmax(torch.cat([logits, own], -1), dim=-1)
+
+
+def divergence(shares: Tensor, outer: Tensor) -> Tensor:
+    """KL(shares || outer), the mean over heads: (B, S). shares: (B, H, S, M + 1); outer: its logarithms."""
+    # Where the teacher gives nothing, nothing is asked, whatever the student gives; and nothing flows back.
+    given = shares > 0
+    outer = outer.masked_fill(~given, 0.0)
+    return (
+        torch.where(given, shares * (shares.clamp(min=torch.finfo(shares.dtype).tiny).log() - outer), 0.0)
+        .sum(-1)
+        .mean(1)
+    )
+
+
+class Gate:
+    """The gate's loss of one forward pass. The teacher's layers tell it of their queries and keys (`teach`), then the
+    student's (`ask`): each is what `landmark_observer` takes in a model's call.
+
+    It is no dataclass: FSDP makes copies of these where they are arguments of a layer.
+    """
+
+    def __init__(self, chosen: Sample) -> None:
+        self.chosen = chosen
+        self._shares: dict[int, Tensor] = {}
+        self._found: dict[int, Tensor] | None = {}
+
+    def teach(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> None:
+        """Of a layer of the teacher's: see `block_shares`."""
+        self._shares[layer] = block_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale)
+
+    def ask(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> None:
+        """Of a layer of the student's: see `outer_shares`."""
+        # Autocast would make the products in half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            outer = outer_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale)
+        found = (divergence(self._shares[layer], outer) * self.chosen.real).sum()
+        # A layer that is computed again in the backward pass says nothing new.
+        if self._found is not None:
+            self._found[layer] = found
+
+    def loss(self) -> Tensor:
+        """The sum over the sampled queries that count, the mean over heads and layers. It is asked for once."""
+        found, self._found = self._found, None
+        return torch.stack(list(found.values())).mean()
+
+
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """x: (B, G, T, D); places: (B, S). Returns (B, G, S, D)."""
+    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _sampled(q: Tensor, places: Tensor) -> Tensor:
+    return _widened(_taken(q, places))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q: (B, H, S, D); k: (B, G, M, D). Returns (B, H, S, M)."""
+    groups = k.shape[1]
+    return (q.unflatten(1, (groups, -1)) @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale

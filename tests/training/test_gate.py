@@ -1,0 +1,239 @@
+"""The gate's own loss: against whole matrices, where it is nothing, and that it changes nothing where it is off."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks
+from landmark_cli.training.distillation import Distillation
+from landmark_cli.training.gate import SAMPLED, Gate, block_shares, divergence, outer_shares
+from landmark_cli.training.setup import checkpoint_activations
+from tests.closeness import assert_close_norm
+from tests.training.test_distillation import FAMILIES, batch_of, pair, some_texts, step
+
+FREQ, LANDMARK = 4, 999
+
+
+def some_streams(documents=False):
+    """(stream (2, T), boundaries of documents or None)."""
+    if not documents:
+        return insert_landmarks(some_texts(2, 38), FREQ, LANDMARK), None
+    rows = [[some_texts(1, length, seed=length) for length in lengths] for lengths in ((13, 25), (30, 3, 5))]
+    streams = [[insert_landmarks(text, FREQ, LANDMARK)[0] for text in row] for row in rows]
+    ends = torch.tensor([len(stream) for row in streams for stream in row]).cumsum(0)
+    width = max(sum(map(len, row)) for row in streams)
+    # What fills up the shorter row is a document more.
+    padded, ends = [], []
+    for row in streams:
+        stream = torch.cat(row)
+        missing = width - len(stream)
+        padded.append(torch.cat([stream, torch.ones(missing, dtype=torch.long)]))
+        ends += [len(x) for x in row] + ([missing] if missing else [])
+    return torch.stack(padded), nn.functional.pad(torch.tensor(ends).cumsum(0), (1, 0)).int()
+
+
+def sampled(stream, cu_seqlens=None, length=None):
+    """(what the teacher reads, the sampled queries)."""
+    how = Distillation(SimpleNamespace(length=length), "self", LANDMARK, gate_weight=1.0, block_size=FREQ + 1)
+    text = how.read(stream, cu_seqlens)
+    chosen = how.sample(text, stream, stream != LANDMARK, cu_seqlens)
+    counts = how.counts({"input_ids": stream, "labels": stream, **({"cu_seqlens": cu_seqlens} if length else {})})
+    assert cu_seqlens is not None or counts[3] == chosen.real.sum()
+    return text, chosen
+
+
+def random_layers(stream, text, heads=4, groups=2, dim=8, seed=0):
+    """Queries and keys of a teacher's and a student's layer, float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(number, tokens):
+        return 2 * torch.randn(len(stream), number, tokens, dim, dtype=torch.float64, generator=generator)
+
+    read = text.tokens.shape[1]
+    return draw(heads, read), draw(groups, read), draw(heads, stream.shape[1]), draw(groups, stream.shape[1])
+
+
+def by_whole_matrices(teacher, student, stream, cu_seqlens):
+    """KL of every text position and head, by loops over full softmaxes: {(row, place in the stream): (H,)}."""
+    found = {}
+    ends = set() if cu_seqlens is None else set(cu_seqlens.tolist())
+    for row in range(len(stream)):
+        block, document, blocks, documents = -1, -1, [], []
+        for place in range(stream.shape[1]):
+            new_document = place == 0 or row * stream.shape[1] + place in ends
+            document += new_document
+            block += new_document or stream[row, place - 1] == LANDMARK
+            blocks.append(int(block))
+            documents.append(document)
+        is_text = [token != LANDMARK for token in stream[row].tolist()]
+        places = [place for place, text in enumerate(is_text) if text]
+        for t, place in enumerate(places):
+            if t >= teacher[0].shape[2]:
+                continue
+            divergences = []
+            for head in range(teacher[0].shape[1]):
+                (tq, tk), (sq, sk) = (
+                    (q[row, head], k[row, head // (q.shape[1] // k.shape[1])]) for q, k in (teacher, student)
+                )
+                scale = tq.shape[-1] ** -0.5
+                seen = [u for u in range(t + 1) if documents[places[u]] == documents[place]]
+                attention = torch.softmax(tk[seen] @ tq[t] * scale, 0)
+                own = [u for u in range(place + 1) if blocks[u] == blocks[place]]
+                earlier = sorted({blocks[places[u]] for u in seen} - {blocks[place]})
+                landmarks = [max(u for u in range(place) if blocks[u] == b) for b in earlier]
+                outer = torch.log_softmax(sk[landmarks + own] @ sq[place] * scale, 0)
+                kl = 0.0
+                for n, b in enumerate([*earlier, blocks[place]]):
+                    given = attention[[i for i, u in enumerate(seen) if blocks[places[u]] == b]].sum()
+                    asked = outer[n] if b != blocks[place] else outer[len(earlier) :].logsumexp(0)
+                    kl = kl + given * (given.log() - asked)
+                divergences.append(kl)
+            found[row, place] = torch.stack(divergences)
+    return found
+
+
+@pytest.mark.parametrize(("documents", "length"), [(False, None), (False, 17), (True, None)])
+def test_it_is_the_divergence_of_whole_matrices(documents, length):
+    stream, cu_seqlens = some_streams(documents)
+    text, chosen = sampled(stream, cu_seqlens, length)
+    tq, tk, sq, sk = random_layers(stream, text)
+    found = divergence(block_shares(tq, tk, chosen, 8**-0.5), outer_shares(sq, sk, chosen, 8**-0.5))
+    wanted = by_whole_matrices((tq, tk), (sq, sk), stream, cu_seqlens)
+    places = [(row, int(place)) for row in range(2) for place in chosen.stream[row]]
+    assert chosen.real.all() and len(set(places)) == len(places) >= 6
+    if not documents:
+        # None stands in a row's first block, none in one that another stands in.
+        assert min(place for _, place in places) > FREQ
+        assert len({(row, place // (FREQ + 1)) for row, place in places}) == len(places)
+    torch.testing.assert_close(found.flatten(), torch.stack([wanted[place].mean() for place in places]))
+    assert (found > 0.01).sum() > 5
+
+
+def test_its_gradient():
+    stream, _ = some_streams()
+    text, chosen = sampled(stream)
+    tq, tk, sq, sk = random_layers(stream, text, dim=4)
+    shares = block_shares(tq, tk, chosen, 0.5)
+    given = sq.requires_grad_(), sk.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda q, k: divergence(shares, outer_shares(q, k, chosen, 0.5)), given, fast_mode=True
+    )
+    # None reaches what nobody asked about: keys of other blocks' text.
+    (gradient,) = torch.autograd.grad(divergence(shares, outer_shares(*given, chosen, 0.5)).sum(), sk)
+    used = torch.zeros(stream.shape, dtype=torch.bool)
+    for row in range(2):
+        for place in chosen.stream[row].tolist():
+            used[row, place // (FREQ + 1) * (FREQ + 1) : place + 1] = True
+    used |= stream == LANDMARK
+    assert not gradient.abs().sum((1, 3))[~used].any()
+
+
+def test_it_is_nothing_where_landmarks_logits_are_the_log_sum_exp_of_their_blocks():
+    stream, _ = some_streams()
+    text, chosen = sampled(stream, length=38)
+    dim = 16
+    _, _, q, k = random_layers(stream, text, heads=2, groups=2, dim=dim)
+    is_text = stream != LANDMARK
+    tq, tk = (x.transpose(1, 2)[is_text].view(2, -1, 2, dim).transpose(1, 2) for x in (q, k))
+    shares = block_shares(tq, tk, chosen, dim**-0.5)
+    before = divergence(shares, outer_shares(q, k, chosen, dim**-0.5))
+    assert (before > 1e-3).all()
+    for row in range(2):
+        queries = q[row][:, chosen.stream[row]]
+        for end in (stream[row] == LANDMARK).nonzero().flatten().tolist():
+            logits = queries @ k[row][:, end - FREQ : end].transpose(1, 2) * dim**-0.5
+            # As many equations as queries, fewer than unknowns.
+            k[row][:, end] = (torch.linalg.pinv(queries) @ logits.logsumexp(-1, keepdim=True)).squeeze(-1) / dim**-0.5
+    torch.testing.assert_close(divergence(shares, outer_shares(q, k, chosen, dim**-0.5)), torch.zeros_like(before))
+
+
+def test_rows_choose_by_their_own_tokens_and_no_more_than_so_many():
+    stream = insert_landmarks(some_texts(3, 2000), FREQ, LANDMARK)
+    _, together = sampled(stream)
+    assert together.text.shape == (3, SAMPLED) and not torch.equal(together.text[0], together.text[1])
+    for row in range(3):
+        assert torch.equal(sampled(stream[row : row + 1])[1].text[0], together.text[row])
+
+
+def gated(family="llama", **weights):
+    """(student's loss, teacher's model, how it learns) with the gate's loss."""
+    return pair(family, block_size=FREQ + 1, **({"gate_weight": 0.7} | weights))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teachers_shares_are_those_of_its_attention_weights(family):
+    loss, teacher, how = gated(family)
+    batch = batch_of(some_texts(), how.landmark_token_id)
+    text = how.read(batch["input_ids"])
+    chosen = how.sample(text, batch["input_ids"], batch["labels"] != IGNORED_TARGET, None)
+    gate = Gate(chosen)
+    plain = how.teacher.logits(text.tokens)
+    assert torch.equal(how.teacher.logits(text.tokens, None, gate.teach), plain)
+    teacher.set_attn_implementation("eager")
+    attentions = teacher(text.tokens, output_attentions=True).attentions
+    assert len(gate._shares) == len(attentions) == teacher.config.num_hidden_layers
+    for layer, weights in enumerate(attentions):
+        wanted = torch.zeros_like(gate._shares[layer])
+        for row in range(2):
+            for s, t in enumerate(chosen.text[row].tolist()):
+                for u in range(t + 1):
+                    block = u // FREQ if u // FREQ != t // FREQ else -1
+                    wanted[row, :, s, block] += weights[row, :, t, u]
+        assert_close_norm(gate._shares[layer], wanted)
+
+
+def test_all_else_is_the_same_to_the_bit():
+    batch = batch_of(some_texts(), pair()[2].landmark_token_id, [(0, 3)])
+    (off, _, how_off), (on, _, how_on) = pair(), gated()
+    without, parts = step(off, [batch], how_off)
+    with_gate, gate_parts = step(on, [batch], how_on)
+    assert torch.equal(parts[:3], gate_parts[:3]) and parts[3] == 0 and gate_parts[3] > 0
+    torch.testing.assert_close(with_gate, without + 0.7 * gate_parts[3])
+    # And rows apart add up to the same.
+    rows = [{name: values[row : row + 1] for name, values in batch.items()} for row in range(2)]
+    assert_close_norm(step(on, rows, how_on), (with_gate, gate_parts))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_computed_again_its_gradient_is_the_same(family):
+    gradients = []
+    for again in (False, True):
+        loss, _, how = gated(family, answer_weight=0.0, gate_weight=5.0)
+        if again:
+            checkpoint_activations(loss.wrapped)
+        batch = batch_of(some_texts(), how.landmark_token_id)
+        step(loss, [batch], how)[0].backward()
+        gradients.append([parameter.grad for parameter in loss.parameters() if parameter.grad is not None])
+    assert_close_norm(*gradients)
+
+
+def test_under_autocast_its_products_are_not_in_half_precision():
+    found = []
+    for half in (False, True):
+        loss, _, how = gated()
+        batch = batch_of(some_texts(), how.landmark_token_id)
+        # Queries and keys in float32 all the same: only what is made of them is in question.
+        gate = Gate(how.sample(how.read(batch["input_ids"]), batch["input_ids"], batch["labels"] != -100, None))
+        tokens = batch["input_ids"].shape[1]
+        q, k = torch.randn(2, 2, 4, tokens, 8, generator=torch.Generator().manual_seed(0))
+        gate.teach(0, q, k, None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            gate.ask(0, q, k, None)
+        found.append(gate.loss())
+    assert torch.equal(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_compiled_it_is_the_same(again):
+    loss, _, how = gated()
+    if again:
+        checkpoint_activations(loss.wrapped)
+    batch = batch_of(some_texts(), how.landmark_token_id, [(0, 3)])
+    compiled = torch.compile(loss, backend="aot_eager", dynamic=False)
+    losses = [step(which, [batch], how)[0] for which in (loss, compiled)]
+    assert_close_norm(*(x.detach() for x in losses))
+    trained = list(loss.parameters())
+    assert_close_norm(*(torch.autograd.grad(x, trained, allow_unused=True) for x in losses))
