@@ -278,6 +278,12 @@ def quantity(amount: float, unit: str = "") -> str:
     return f"{amount / 1000**power:.4g}{' kMGT'[power]}"
 
 
+def counted(number: int, noun: str, spec: str = "") -> str:
+    """So many of what the noun, in the singular, names: "1 window", "12 text tokens". spec: the number's format."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:{spec}} {noun if number == 1 else plural}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as "0:07" or "2:03:20"."""
     minutes, second = divmod(round(seconds), 60)

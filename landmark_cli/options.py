@@ -22,9 +22,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import numbers
 import os
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -138,8 +140,7 @@ class Setting:
                 raise ValueError(f"expected true or false, found {shown(value)}")
             return value
         if self.choices:
-            if value not in self.choices:
-                raise ValueError(f"expected one of {', '.join(self.choices)}; found {shown(value)}")
+            self._check_one(value)
             return value
         if self.kind in (int, float):
             return self._convert_number(value)
@@ -157,10 +158,22 @@ class Setting:
         except (ValueError, OverflowError):
             wanted = "a whole number" if self.kind is int else "a number"
             raise ValueError(f"expected {wanted}, found {shown(value)}") from None
-        low, high = self.bounds
-        if not low <= number <= high:
-            raise ValueError(f"must be at least {low} and at most {high}, found {shown(number)}")
+        self._check_one(number)
         return number
+
+    def check(self, value: Any) -> None:
+        """ValueError where a value of the field's type is out of bounds or none of the choices."""
+        for one in value if self.many and isinstance(value, (list, tuple)) else [value]:
+            if one is not None:
+                self._check_one(one)
+
+    def _check_one(self, value: Any) -> None:
+        if self.choices and value not in self.choices:
+            raise ValueError(f"expected one of {', '.join(self.choices)}; found {shown(value)}")
+        if self.kind in (int, float) and isinstance(value, numbers.Real):
+            low, high = self.bounds
+            if not low <= value <= high:
+                raise ValueError(f"must be at least {low} and at most {high}, found {shown(value)}")
 
 
 @functools.cache
@@ -191,11 +204,14 @@ def _setting(field: dataclasses.Field, annotation: Any) -> Setting:
 
 class Options:
     """What every dataclass of options inherits. In Python text may stand where a path is meant and a path where text
-    is, alone or in place of a list: each becomes what the command line would make of it."""
+    is, alone or in place of a list: each becomes what the command line would make of it. A number out of its bounds and
+    a word that is none of the choices raise UsageError naming the option."""
 
     def __post_init__(self) -> None:
         for name, setting in settings_of(type(self)).items():
             value = getattr(self, name)
+            with naming(setting):
+                setting.check(value)
             one = value[0] if isinstance(value, (list, tuple)) and value else value
             if setting.kind in (str, Path) and not setting.choices and isinstance(one, (str, Path)):
                 setattr(self, name, setting.convert(value))
@@ -206,11 +222,18 @@ def build(options_class: type, values: dict[str, Any]) -> Any:
     settings = settings_of(options_class)
     converted = {}
     for name, value in values.items():
-        try:
+        with naming(settings[name]):
             converted[name] = settings[name].convert(value)
-        except ValueError as error:
-            raise UsageError(f"{settings[name].label}: {error}") from None
     return options_class(**converted)
+
+
+@contextmanager
+def naming(setting: Setting) -> Iterator[None]:
+    """ValueErrors about a setting's value as UsageError that names the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{setting.label}: {error}") from None
 
 
 def check_outputs(options: Any) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
 import pty
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from landmark_cli import console
+from landmark_cli import commands, console
 
 
 @pytest.fixture(autouse=True)
@@ -250,3 +253,28 @@ def test_quantity(amount, unit, expected):
 @pytest.mark.parametrize(("seconds", "expected"), [(0.4, "0:00"), (59.6, "1:00"), (7400, "2:03:20")])
 def test_duration(seconds, expected):
     assert console.duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "shown"),
+    [(0, "step", "0 steps"), (1, "text token", "1 text token"), (2, "process", "2 processes"), (-1, "row", "-1 rows")],
+)
+def test_counted(number, noun, shown):
+    assert console.counted(number, noun) == shown
+
+
+NOUNS = re.compile(
+    r" (?:[a-z-]+ )?(answers|blocks|bytes|chunks|documents|files|keys|layers|lines|models|parts|processes|prompts|"
+    r"questions|rows|samples|steps|tasks|tensors|texts|tokens|weights|windows)\b(?!/s)"
+)
+# What makes a count short, or writes its noun itself.
+WRITTEN = {"quantity", "counted"}
+
+
+@pytest.mark.parametrize("module", sorted(Path(commands.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_what_commands_say_counts_one_thing_as_one(module):
+    for text in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        for number, after in pairwise(text.values) if isinstance(text, ast.JoinedStr) else []:
+            if isinstance(number, ast.FormattedValue) and isinstance(after, ast.Constant) and NOUNS.match(after.value):
+                name = getattr(getattr(number.value, "func", None), "id", None)
+                assert name in WRITTEN, f"{module.name}:{number.lineno}: counted() knows whether it is one"

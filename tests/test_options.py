@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from landmark_cli import options as options_module
 from landmark_cli.commands import COMMANDS
 from landmark_cli.errors import UsageError
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import (
     LARGEST_SEED,
     build,
@@ -166,6 +167,23 @@ def test_every_number_has_a_range_around_its_default(setting):
     for beyond in (low - 1, high + 1):
         with pytest.raises(ValueError, match="^must be at least"):
             setting.convert(str(beyond))
+
+
+CLASSES = {command.words: command.options_class for command in COMMANDS}
+CLASSES |= {made.__name__: made for made in (ReadingSettings, SamplingSettings)}
+
+
+@pytest.mark.parametrize("made", CLASSES.values(), ids=CLASSES)
+def test_what_cannot_be_is_refused_where_python_makes_it(made):
+    settings = settings_of(made)
+    required = {name: ["x"] if s.many else "x" for name, s in settings.items() if s.default is dataclasses.MISSING}
+    made(**required)
+    for name, setting in settings.items():
+        low, high = setting.bounds
+        wrong = [low - 1, high + 1, math.nan] if setting.kind in (int, float) else ["nothing of the kind"]
+        for value in wrong if setting.kind in (int, float) or setting.choices else []:
+            with pytest.raises(UsageError, match=f"^{re.escape(setting.label)}: (must be|expected one of) .*found"):
+                made(**required | {name: [value] if setting.many else value})
 
 
 def test_python_call_needs_no_command_line():

@@ -17,7 +17,7 @@ from landmark_cli.commands.measurement import (
     windows_at_a_time,
 )
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
-from landmark_cli.console import info, results, show
+from landmark_cli.console import counted, info, results, show
 from landmark_cli.errors import UsageError
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.options import LARGEST_SEED, check_outputs, option
@@ -290,11 +290,15 @@ def _score_row(name: str, score: Score) -> list[Any]:
 def _title(name: str, file: TokenFile, result: PerplexityResult, reading: dict[str, Any] | None) -> str:
     how = "with the memory of earlier ones" if result.memory else "each by itself"
     if reading is not None:
-        cache = "all blocks" if reading["cache_blocks"] is None else f"the newest {reading['cache_blocks']} blocks"
+        cache = (
+            "all blocks"
+            if reading["cache_blocks"] is None
+            else f"the newest {counted(reading['cache_blocks'], 'block')}"
+        )
         how = f"top-k-blocks {reading['top_k_blocks']} of {cache}, {reading['selection']}"
     if result.dropped is not None:
         how += f", {result.dropped:.1%} of retrievals dropped"
     return (
-        f"{name} on {file.path}: {result.windows} windows of {result.eval_length} text tokens "
+        f"{name} on {file.path}: {counted(result.windows, 'window')} of {counted(result.eval_length, 'text token')} "
         f"in chunks of {result.chunk}, {how}"
     )

@@ -22,7 +22,7 @@ from landmark_cli.commands.run_options import (
     make_loop,
     reading,
 )
-from landmark_cli.console import info
+from landmark_cli.console import counted, info
 from landmark_cli.errors import UsageError, import_extra
 from landmark_cli.options import LONGEST, Options, option, save_recipe
 
@@ -189,7 +189,8 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
 
         text = values["sequence_length"]
         length = stream_length(text, values["landmark_freq"])
-        info(f"the recipe was saved by an earlier version: its {text} text tokens a window are {length} with landmarks")
+        found = counted(text, "text token")
+        info(f"the recipe was saved by an earlier version: its {found} a window are {length} with landmarks")
         return values | {"sequence_length": length}
 
 

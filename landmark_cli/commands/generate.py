@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.measurement import file_option
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
-from landmark_cli.console import info, print_json, quantity, write_json, write_out
+from landmark_cli.console import counted, info, print_json, quantity, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.files import check_writable, write_whole, writing
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
@@ -91,7 +91,7 @@ def run(options: GenerateOptions) -> Generation:
         reader.recall(*memories, what="--memory")
     seen = reader.sees(len(ids))
     if seen < len(ids):
-        info(f"{name} has no landmarks: of the prompt's {len(ids)} tokens it sees the last {seen} at most")
+        info(f"{name} has no landmarks: of the prompt's {counted(len(ids), 'token')} it sees the last {seen} at most")
     to_stdout = options.json == "-"
     started = time.monotonic()
     first: list[float] = []
@@ -198,7 +198,7 @@ def write_trace(path: Path, about: dict[str, Any], texts: list[str], reads: list
 
 
 def _summary(prompt: int, new: int, finish: str, started: float, first: list[float], ended: float) -> str:
-    text = f"read {prompt} tokens, generated {new}"
+    text = f"read {counted(prompt, 'token')}, generated {new}"
     if len(first) > 1 and ended > first[0]:
         text += f"; first text after {first[0] - started:.2f} s, then {(new - 1) / (ended - first[0]):.1f} tokens/s"
     return f"{text}; ended by {finish}"

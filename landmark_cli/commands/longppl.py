@@ -24,7 +24,7 @@ from landmark_cli.commands.measurement import (
     windows_at_a_time,
 )
 from landmark_cli.commands.models import name_model, open_model
-from landmark_cli.console import results, warn
+from landmark_cli.console import counted, results, warn
 from landmark_cli.interrupts import interrupts, keeping
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import LONGEST, check_outputs, option
@@ -133,8 +133,9 @@ def run(options: LongPerplexityOptions) -> dict[str, Any]:
         rows,
         data=data,
         json_target=options.json,
-        title=f"LongPPL, {name} on {file.path}: {len(text.starts)} windows of {text.eval_length} text tokens, "
-        f"{marked} of {overall} key tokens by {options.evaluator or name}",
+        title=f"LongPPL, {name} on {file.path}: {counted(len(text.starts), 'window')} of "
+        f"{counted(text.eval_length, 'text token')}, {marked} of {counted(overall, 'key token')} by "
+        f"{options.evaluator or name}",
     )
     return data
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.console import quantity, table
+from landmark_cli.console import counted, quantity, table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,15 +52,15 @@ def show_plan(
     )
     alone = estimate(model, options.batch_size, precision, options.fused_loss, **how)
     tokens = options.steps * windows * length
-    passes = [] if text is None else [f"{tokens * text[1] / text[0]:.3g} over {text[0]:,} text tokens"]
+    passes = [] if text is None else [f"{tokens * text[1] / text[0]:.3g} over {counted(text[0], 'text token', ',')}"]
     rows = [
         ("parameters", f"{needs.parameters:,}"),
         *([] if needs.trained == needs.parameters else [("of them trained", f"{needs.trained:,}")]),
         ("attention", attention_name(model.config)),
         *([] if read is None else [("windows", said_of(read))]),
         ("documents", said_of_documents(options, filled)),
-        ("tokens a step", f"{windows * length:,} in {windows} windows of {length}"),
-        ("tokens in all", f"{quantity(tokens)} in {options.steps:,} steps"),
+        ("tokens a step", f"{windows * length:,} in {counted(windows, 'window')} of {length}"),
+        ("tokens in all", f"{quantity(tokens)} in {counted(options.steps, 'step', ',')}"),
         *(("passes over the data", said) for said in passes),
         ("memory, about", f"{quantity(needs.memory, 'B')} a device in {precision}, eager"),
         ("of it", f"{quantity(alone.state, 'B')} weights, gradients and optimizer"),

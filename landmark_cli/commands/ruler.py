@@ -17,7 +17,7 @@ from landmark_cli.commands.measurement import (
     several_top_k_blocks_option,
 )
 from landmark_cli.commands.models import name_model, open_model
-from landmark_cli.console import info, results, show
+from landmark_cli.console import counted, info, results, show
 from landmark_cli.interrupts import interrupts, keeping
 from landmark_cli.locks import sole_writer
 from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
@@ -124,7 +124,7 @@ def run(options: RulerOptions) -> dict[str, Any]:
         with keeping(finished.place):
             cells = _measure(options, model, names, lengths, finished)
     columns, rows = ruler_table(cells, lengths)
-    title = f"RULER, {model}, {options.samples} samples each"
+    title = f"RULER, {model}, {counted(options.samples, 'sample')} each"
     data = {
         "model": model,
         "samples": options.samples,
@@ -208,5 +208,5 @@ def _tasks(
         info(f"prose: {prose.name}, not RULER's essays: figures of tasks with prose are near published ones, no more")
         held = prose.tokens(lengths[-1])
         if held < lengths[-1]:
-            info(f"{prose.name} has {held} tokens, fewer than the longest prompt: it is repeated")
+            info(f"{prose.name} has {counted(held, 'token')}, fewer than the longest prompt: it is repeated")
     return tasks, partial(show_sample, tokenizer, encoder)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from landmark_cli.console import info, quantity
+from landmark_cli.console import counted, info, quantity
 from landmark_cli.errors import UsageError
 from landmark_cli.options import LARGEST_SEED, LONGEST, Options, option
 
@@ -231,12 +231,13 @@ def check_window(sequence_length: int, landmark_freq: int, top_k_blocks: int | N
     largest = largest_top_k(sequence_length, landmark_freq)
     if largest < 0:
         raise UsageError(
-            f"--sequence-length {sequence_length} is shorter than two blocks of --landmark-freq {landmark_freq} text "
-            "tokens and a landmark, which reading takes: make it longer, or the blocks shorter"
+            f"--sequence-length {sequence_length} is shorter than two blocks of --landmark-freq "
+            f"{counted(landmark_freq, 'text token')} and a landmark, which reading takes: make it longer, or the "
+            "blocks shorter"
         )
     if top_k_blocks is not None and top_k_blocks > largest:
         raise UsageError(
-            f"--top-k-blocks {top_k_blocks} leaves no room for a chunk in a window of {largest + 2} blocks: "
+            f"--top-k-blocks {top_k_blocks} leaves no room for a chunk in a window of {counted(largest + 2, 'block')}: "
             f"take at most {largest}, or a longer --sequence-length"
         )
 
@@ -398,7 +399,7 @@ def describe(config: PreTrainedConfig, loop: Loop) -> None:
     windows, length = loop.batches.global_batch, settings.sequence_length
     info(f"model: {quantity(loop.parameters)} parameters, {attention_name(config)}")
     info(f"on {processes}{device_name(accelerator.device)} in {settings.precision}")
-    info(f"{windows} windows of {length} = {quantity(windows * length)} tokens a step")
+    info(f"{counted(windows, 'window')} of {length} = {quantity(windows * length)} tokens a step")
     if settings.read is not None:
         info(said_of(settings.read))
     if loop.distillation is not None:

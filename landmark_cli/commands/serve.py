@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
-from landmark_cli.console import info
+from landmark_cli.console import counted, info
 from landmark_cli.errors import LandmarkError, import_extra
 from landmark_cli.files import check_folder, writing
 from landmark_cli.inference.settings import ReadingSettings
@@ -119,7 +119,7 @@ def run(options: ServeOptions) -> int:
             engine.close()
         if template is not None:
             template.close()
-    info(f"stopped; {metrics.given} answers given")
+    info(f"stopped; {counted(metrics.given, 'answer')} given")
     return metrics.given
 
 

@@ -15,6 +15,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from landmark_cli.console import counted
 from landmark_cli.data.packing import Place, whole_documents
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.token_file import TokenFile
@@ -155,8 +156,8 @@ def iterate(
     rows, rest = divmod(batches.global_batch, world_size * accumulation)
     if rest:
         raise LandmarkError(
-            f"a global batch of {batches.global_batch} cannot be split evenly over {world_size} processes and "
-            f"{accumulation} accumulation steps"
+            f"a global batch of {batches.global_batch} cannot be split evenly over {counted(world_size, 'process')} "
+            f"and {counted(accumulation, 'accumulation step')}"
         )
     device = torch.device(device)
     pinned = device.type == "cuda"
@@ -244,8 +245,8 @@ def _window_count(token_file: TokenFile, length: int) -> int:
     tokens = len(token_file.tokens)
     if tokens < length + 1:
         raise LandmarkError(
-            f"{token_file.path} holds {tokens} tokens, less than one window of {length} and the token after it: "
-            f"take a shorter sequence length or more text"
+            f"{token_file.path} holds {counted(tokens, 'token')}, less than one window of {length} and the token after "
+            f"it: take a shorter sequence length or more text"
         )
     return (tokens - 1) // length
 
@@ -256,7 +257,9 @@ def _conditional_shares(weights: Sequence[float] | None, sizes: Sequence[int]) -
         raise LandmarkError("no token file to draw batches from")
     weights = list(sizes if weights is None else weights)
     if len(weights) != len(sizes):
-        raise LandmarkError(f"{len(sizes)} token files need {len(sizes)} mixing weights, not {len(weights)}")
+        raise LandmarkError(
+            f"{counted(len(weights), 'mixing weight')} for {counted(len(sizes), 'token file')}: give each file one"
+        )
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise LandmarkError(f"mixing weights must be above 0, not {', '.join(map(str, weights))}")
     left = [sum(weights[i:]) for i in range(len(weights))]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from landmark_cli.console import counted
 from landmark_cli.data.documents import Document, text_document
 from landmark_cli.errors import LandmarkError, UsageError
 
@@ -71,8 +72,8 @@ class PassKeyPrompts:
         filler = length - len(self._task) - len(key_line) - len(self._question)
         if filler < 0:
             raise LandmarkError(
-                f"a pass-key prompt of {length} tokens cannot be: without any filler it takes {length - filler}; "
-                f"ask for a longer one"
+                f"a pass-key prompt of {counted(length, 'token')} cannot be: without any filler it takes "
+                f"{length - filler}; ask for a longer one"
             )
         before = round(depth * filler)
         parts = [self._task, self._filler(before), key_line, self._filler(filler - before), self._question]
@@ -114,7 +115,7 @@ def passkey_corpus(
     answer = len(tokenizer.encode(ANSWER.format(key=LARGEST_KEY)))
     if not prompts.shortest + answer <= shortest <= longest:
         raise UsageError(
-            f"pass-key documents of {shortest} to {longest} tokens cannot be: the shortest takes "
+            f"pass-key documents of {shortest} to {counted(longest, 'token')} cannot be: the shortest takes "
             f"{prompts.shortest + answer}, and the longest must not be shorter than the shortest"
         )
     every = round(1 / validation_share) if validation_share else 0

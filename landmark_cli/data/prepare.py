@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from landmark_cli.console import info, progress, warn
+from landmark_cli.console import counted, info, progress, warn
 from landmark_cli.data.corpora import Corpus
 from landmark_cli.data.hashed_file import check_hash
 from landmark_cli.data.left_out import LeftOut
@@ -97,7 +97,7 @@ def prepare(
             return {}
         writers, left_out, documents = part.writers, part.left_out, part.next_document
         if process.count > 1:
-            info(f"putting the parts of {process.count} processes together")
+            info(f"putting the parts of {counted(process.count, 'process')} together")
             writers, places = merge(output, made_from, process.count, part.new_writer, asked)
             documents = max(place.next_document for place in places)
             for place in places[1:]:
@@ -148,7 +148,7 @@ class _Part:
         if self._whole:
             return
         if self.next_document:
-            info(f"going on after the first {self.next_document} documents, which an earlier run prepared")
+            info(f"going on after the first {counted(self.next_document, 'document')}, which an earlier run prepared")
         total = self._corpus.total_bytes and self._corpus.total_bytes / self._process.count
         saved = time.monotonic()
         with (

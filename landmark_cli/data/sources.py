@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
-from landmark_cli.console import quantity
+from landmark_cli.console import counted, quantity
 from landmark_cli.data.readers import ENDINGS, ending_of
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reading
@@ -178,7 +178,9 @@ def _divided(source: Path, files: list[SourceFile], keeps_splits: bool, found: S
             found.leave_out("about the data set", *(str(file.path.relative_to(source)) for file in about))
             names = [str(file.path.relative_to(source)) for file in outside if file.path.stem.lower() not in ABOUT]
             if names:
-                found.notes.append(f"left out: {len(names)} files of {source} outside of its splits ({named(names)})")
+                found.notes.append(
+                    f"left out: {counted(len(names), 'file')} of {source} outside of its splits ({named(names)})"
+                )
             return [file for file in files if file.split]
     elif splits and not outside:
         split = min(splits, key=SPLITS.index)
@@ -189,8 +191,8 @@ def _divided(source: Path, files: list[SourceFile], keeps_splits: bool, found: S
         inside = [str(file.path.relative_to(source)) for file in files if file.split]
         others = [str(file.path.relative_to(source)) for file in outside]
         found.notes.append(
-            f"{source} is taken without splits: {len(inside)} files are in one by their folder or name "
-            f"({named(inside)}), but {len(others)} are not ({named(others)})"
+            f"{source} is taken without splits: by folder or name {counted(len(inside), 'file')} would be in one "
+            f"({named(inside)}), but {len(others)} would not ({named(others)})"
         )
     return [_with_split(file, None) for file in files]
 

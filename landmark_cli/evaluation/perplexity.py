@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from landmark_cli.console import progress, warn
+from landmark_cli.console import counted, progress, warn
 from landmark_cli.data.landmarks import next_token_targets
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import Score, score
@@ -77,7 +77,7 @@ def evaluate_perplexity(
     chunk = open_reader(model, reading, memory=memory).chunk
     chunk = chunk if memory else min(chunk, eval_length)
     if not memory and chunk > fitting:
-        warn(f"chunks of {chunk} text tokens are longer than the {fitting} the model was trained on")
+        warn(f"chunks of {counted(chunk, 'text token')} are longer than the {fitting} the model was trained on")
     batch_size = batch_size or default_batch(model.device.type, chunk, eval_length if memory else chunk)
 
     sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64, device=model.device)
@@ -126,7 +126,7 @@ def window_starts(length: int, eval_length: int, sample_tokens: int | None, seed
     windows = (length - 1) // eval_length
     if windows < 1:
         raise LandmarkError(
-            f"the text has {length} tokens, too few for one window of {eval_length} and the token after it; "
+            f"the text has {counted(length, 'token')}, too few for one window of {eval_length} and the token after it; "
             f"take a shorter --eval-length"
         )
     chosen = np.arange(windows)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Offload, Positions, RetrievalSettings, Selection, Trace
 from landmark_cli.attention.cache.pages import require_host_memory
+from landmark_cli.console import counted
 from landmark_cli.data.landmarks import insert_landmarks, largest_top_k, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference import memory
@@ -37,8 +38,8 @@ def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, na
     blocks = (trained_length - (top_k_blocks + 1) * block_size) // block_size
     if blocks < 1:
         raise LandmarkError(
-            f"retrieving {top_k_blocks} blocks leaves no room for a chunk: these, the incomplete block and one of the "
-            f"chunk take {(top_k_blocks + 2) * block_size} positions, the model {name} was trained at "
+            f"retrieving {counted(top_k_blocks, 'block')} leaves no room for a chunk: these, the incomplete block and "
+            f"one of the chunk take {(top_k_blocks + 2) * block_size} positions, the model {name} was trained at "
             f"{trained_length}; retrieve at most {max(0, largest_top_k(trained_length, landmark_freq))} "
             "(--top-k-blocks), or give a chunk length"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from landmark_cli.console import counted
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.settings import ReadingSettings
 
@@ -157,7 +158,7 @@ class BaseReader(ABC):
     def _rows(self, rows: Sequence[Tensor | Sequence[int]]) -> list[Tensor]:
         """The rows as int64 tensors. Raises ValueError where there are more or fewer rows than the reader reads."""
         if len(rows) != self.batch:
-            raise ValueError(f"{len(rows)} rows given to a reader of {self.batch}")
+            raise ValueError(f"{counted(len(rows), 'row')} given to a reader of {self.batch}")
         return [torch.as_tensor(row, dtype=torch.long) for row in rows]
 
 

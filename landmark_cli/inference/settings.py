@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from landmark_cli.options import LARGEST_SEED, LONGEST, option
+from landmark_cli.options import LARGEST_SEED, LONGEST, Options, option
 
 READING = "Reading"
 SAMPLING = "Sampling"
 
 
 @dataclass
-class ReadingSettings:
-    """How a landmark model reads through its block cache (arXiv 2305.16300, section 3.2).
+class ReadingSettings(Options):
+    """How a landmark model reads through its block cache (arXiv 2305.16300, section 3.2). A value that cannot be
+    raises UsageError.
 
     >>> landmark_cli.ReadingSettings(top_k_blocks=8, offload="cpu").selection
     'per_token_and_head'
@@ -70,8 +71,8 @@ class ReadingSettings:
 
 
 @dataclass
-class SamplingSettings:
-    """How the next token is chosen and when to stop.
+class SamplingSettings(Options):
+    """How the next token is chosen and when to stop. A value that cannot be raises UsageError.
 
     >>> landmark_cli.SamplingSettings(temperature=0, stop=["CHAPTER"]).max_new_tokens
     256

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from landmark_cli.console import warn
+from landmark_cli.console import counted, warn
 from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id, pad_on_the_left
 from landmark_cli.errors import LandmarkError
@@ -70,8 +70,8 @@ def add_landmarks(
         top_k_blocks = default_top_k(trained_length, landmark_freq)
     elif not 0 <= top_k_blocks <= largest_top_k(trained_length, landmark_freq):
         raise LandmarkError(
-            f"{top_k_blocks} blocks to retrieve leave no room for a chunk in a window of {trained_length} tokens; "
-            f"take at most {largest_top_k(trained_length, landmark_freq)}"
+            f"retrieving {counted(top_k_blocks, 'block')} leaves no room for a chunk in a window of "
+            f"{counted(trained_length, 'token')}; take at most {largest_top_k(trained_length, landmark_freq)}"
         )
     check_config(model.config, name)
     check_model(model, trained_length, name)
@@ -98,12 +98,13 @@ def check_length(trained_length: int, limit: int | None, landmark_freq: int, nam
     such windows could not be read with."""
     if limit is not None and trained_length > limit:
         raise LandmarkError(
-            f"{name} has {limit} positions, fewer than a window of {trained_length} tokens: "
+            f"{name} has {limit} positions, fewer than a window of {counted(trained_length, 'token')}: "
             f"take windows (--sequence-length) of at most {limit}, or read longer ones by --read-chunk"
         )
     if largest_top_k(trained_length, landmark_freq) < 0:
         raise LandmarkError(
-            f"a window of {trained_length} tokens holds fewer than the two blocks of {landmark_freq} text tokens and a "
+            f"a window of {counted(trained_length, 'token')} holds fewer than the two blocks of "
+            f"{counted(landmark_freq, 'text token')} and a "
             "landmark that reading takes; take longer windows or a smaller landmark-freq"
         )
 

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from transformers import PreTrainedTokenizerBase
 
+from landmark_cli.console import counted
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.chat import ChatTemplate
 from landmark_cli.inference.generation import encode_prompt
@@ -99,7 +100,7 @@ class Service:
                     raise Refused(400, str(error), param="prompt") from None
         config, most = self.engine.model.config, self.limits.max_prompt_tokens
         if len(ids) > most:
-            message = f"the prompt has {len(ids)} tokens; at most {most} are served"
+            message = f"the prompt has {counted(len(ids), 'token')}; at most {most} are served"
             raise Refused(400, message, code="context_length_exceeded", param="prompt")
         if not ids or not 0 <= min(ids) <= max(ids) < config.vocab_size or config.landmark_token_id in ids:
             message = "the prompt is empty, or has tokens that are none of the model's text"
@@ -207,7 +208,7 @@ class Gate:
         if key is not None and scope["path"] != "/health" and not hmac.compare_digest(borne, key.encode()):
             refused = Refused(401, "this server needs its key: Authorization: Bearer KEY", code="invalid_api_key")
         elif int(headers.get(b"content-length", b"0") or 0) > self.most_bytes:
-            refused = Refused(413, f"a request may have {self.most_bytes} bytes")
+            refused = Refused(413, f"a request may have {counted(self.most_bytes, 'byte')}")
         if refused is not None:
             self.metrics.refusals.labels(refused.status).inc()
             await JSONResponse(refused.body(), refused.status)(scope, receive, send)
@@ -219,7 +220,7 @@ class Gate:
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise Refused(413, f"a request may have {self.most_bytes} bytes")
+                raise Refused(413, f"a request may have {counted(self.most_bytes, 'byte')}")
             return message
 
         await self.app(scope, bounded, send)

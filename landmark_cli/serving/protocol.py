@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from landmark_cli.inference.settings import SamplingSettings
+from landmark_cli.options import LARGEST, LARGEST_SEED
 from landmark_cli.serving.request import End
 
 FINISH_REASONS = {"length": "length"}
-LARGEST_SEED = 2**32 - 1
 
 # What says whose request it is, how it is billed, kept or cached, and changes no answer.
 WITHOUT_EFFECT = frozenset(
@@ -120,7 +120,7 @@ class Asked(Part):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=1000)
     top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=LARGEST)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     n: int = Field(1, ge=1, le=128)
     stop: str | list[str] | None = None

@@ -20,7 +20,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from landmark_cli.attention.window import WindowSettings
-from landmark_cli.console import figure, info, progress, warn
+from landmark_cli.console import counted, figure, info, progress, warn
 from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
@@ -293,16 +293,16 @@ class Loop:
         skipped = self._skipped - before
         if skipped:
             warn(
-                f"{skipped} of the {steps} steps up to step {self.step} changed nothing: "
+                f"{skipped} of the {counted(steps, 'step')} up to step {self.step} changed nothing: "
                 "their loss or gradient was not finite"
             )
         loss = self.accelerator.reduce(loss, "sum").item()
         # The last step's learning rate, which goes by how many steps counted before it.
-        counted = self.step - 1 - counts["total"] + (counts["in_a_row"] > 0)
+        effective = self.step - 1 - counts["total"] + (counts["in_a_row"] > 0)
         record = {
             "step": self.step,
             "loss": loss / (steps - skipped) if skipped < steps else math.nan,
-            "learning_rate": self.settings.schedule(counted),
+            "learning_rate": self.settings.schedule(effective),
             "gradient_norm": float(norm),
             "skipped_steps": self._skipped,
             "tokens": self.step * meter.tokens,
@@ -330,7 +330,11 @@ class Loop:
         counts, limit = self.update.skipped.read(), self.settings.bad_steps
         none_counted = self.step == self.settings.steps == counts["total"]
         if counts["longest"] >= limit or none_counted:
-            what = f"all {self.step} steps" if none_counted else f"{counts['longest']} steps in a row"
+            what = (
+                f"all {counted(self.step, 'step')}"
+                if none_counted
+                else f"{counted(counts['longest'], 'step')} in a row"
+            )
             raise LandmarkError(
                 f"the loss or gradient of {what} was not finite, up to step {self.step}; they changed nothing. "
                 "Try a lower --lr, a longer --warmup or --clip 1. The last good checkpoint is "

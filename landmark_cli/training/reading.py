@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from landmark_cli.attention.window import WindowSettings
+from landmark_cli.console import counted
 from landmark_cli.data.landmarks import DEFAULT_TOP_K
 from landmark_cli.data.windows import Windows
 from landmark_cli.errors import UsageError
@@ -24,12 +25,12 @@ def window_settings(
     if chunk % size:
         fitting = " or ".join(str(n * size) for n in (chunk // size, chunk // size + 1) if n)
         raise UsageError(
-            f"--read-chunk {chunk} is no whole number of blocks of --landmark-freq {landmark_freq} text tokens and a "
-            f"landmark: take {fitting}"
+            f"--read-chunk {chunk} is no whole number of blocks of --landmark-freq "
+            f"{counted(landmark_freq, 'text token')} and a landmark: take {fitting}"
         )
     if sequence_length < chunk:
         raise UsageError(
-            f"--sequence-length {sequence_length} holds no whole chunk of --read-chunk {chunk} tokens: "
+            f"--sequence-length {sequence_length} holds no whole chunk of --read-chunk {counted(chunk, 'token')}: "
             "take longer windows or a shorter chunk"
         )
     if explore and top_k_blocks == 0:
@@ -40,7 +41,7 @@ def window_settings(
 def said_of(read: WindowSettings) -> str:
     """How windows are read, for people."""
     explored = f", the last at random with probability {read.explore:g}" if read.explore else ""
-    return f"read in chunks of {read.chunk} tokens, each with {read.top_k} of the blocks before it{explored}"
+    return f"read in chunks of {counted(read.chunk, 'token')}, each with {read.top_k} of the blocks before it{explored}"
 
 
 def windows_identity(windows: Windows, read: WindowSettings | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def make(
             write_file(folder / name, content)
         raw_name = path_raw if not Path(path_raw).exists() else raw.folder.resolve().name
         write_file(folder / manifest.MANIFEST, manifest.manifest_text(entries, raw, raw_name, written))
-    console.info(f"wrote {path_diff}: {len(entries)} tensors, {console.quantity(needed, 'B')}")
+    console.info(f"wrote {path_diff}: {console.counted(len(entries), 'tensor')}, {console.quantity(needed, 'B')}")
 
 
 def _write_difference(

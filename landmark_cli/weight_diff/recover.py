@@ -60,7 +60,10 @@ def recover(
             write_file(folder / "model.safetensors.index.json", _index(plans, diff.tensors))
         for name, content in carried.items():
             write_file(folder / name, content)
-    console.info(f"wrote {path_tuned}: {len(diff.tensors)} tensors, {console.quantity(needed, 'B')}, {verified}")
+    console.info(
+        f"wrote {path_tuned}: {console.counted(len(diff.tensors), 'tensor')}, "
+        f"{console.quantity(needed, 'B')}, {verified}"
+    )
 
 
 class OurDiff:

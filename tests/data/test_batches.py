@@ -185,7 +185,7 @@ def test_the_order_of_batches_is_kept_between_versions(numbers):
     [
         (lambda f: batches_of(f, length=4, freq=4), "sequence length 4 is shorter than one block"),
         (lambda f: batches_of(f, length=0, freq=None), "at least 1, not 0"),
-        (lambda f: batches_of(f, weights=[1, 2]), "1 token files need 1 mixing weights, not 2"),
+        (lambda f: batches_of(f, weights=[1, 2]), "2 mixing weights for 1 token file: give each file one"),
         (lambda f: batches_of(f, f, weights=[1, 0]), "must be above 0, not 1, 0"),
         (lambda f: batches_of(), "no token file"),
         (lambda f: next(iterate(batches_of(f), 0, world_size=4)), "batch of 6 cannot be split evenly over 4 processes"),

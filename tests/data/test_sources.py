@@ -101,7 +101,7 @@ def test_a_corpus_that_has_splits_keeps_them(tmp_path):
     folder(tmp_path, "train/1.txt", "validation/2.txt", "metadata.txt", "README.txt")
     by_split, found = splits(tmp_path, keeps_splits=True)
     assert by_split == {"train": ["train/1.txt"], "validation": ["validation/2.txt"]}
-    assert "1 files of" in found.notes[0] and "metadata.txt" in found.notes[0]
+    assert "1 file of" in found.notes[0] and "metadata.txt" in found.notes[0]
     assert found.left_out == {"about the data set": ["README.txt"]}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from landmark_cli.console import info, warn
+from landmark_cli.console import counted, info, warn
 from landmark_cli.data.corpora import SAMPLE_HELD_OUT, Corpus, novels, open_corpus
 from landmark_cli.data.documents import BadText, Document, Marked, marked_pieces, text_document
 from landmark_cli.data.tasks.kinds import MOST_FACTS, Draw, Task, draw_task
@@ -158,7 +158,7 @@ class TaskDocuments:
             if made is not None:
                 return made
             most = max(1, most // 2)
-        raise LandmarkError(f"no task fits into a document of {length} tokens: make --shortest larger")
+        raise LandmarkError(f"no task fits into a document of {counted(length, 'token')}: make --shortest larger")
 
     def _attempt(self, ids: list[int], length: int, seed: Sequence[int], most: int) -> TaskDocument | None:
         """A document with a task of this seed; None where what is hidden and asked would leave too little text."""
@@ -224,8 +224,8 @@ def tasks_corpus(
     """
     if not LEAST <= shortest <= longest:
         raise UsageError(
-            f"task documents of {shortest} to {longest} tokens cannot be: the shortest takes {LEAST}, and the longest "
-            f"must not be shorter than the shortest"
+            f"task documents of {shortest} to {counted(longest, 'token')} cannot be: the shortest takes {LEAST}, and "
+            "the longest must not be shorter than the shortest"
         )
     every = round(1 / validation_share) if validation_share else 0
     text, where = read_haystack(haystack, text_field=text_field, skip_bad_text=skip_bad_text)
@@ -237,7 +237,10 @@ def tasks_corpus(
     for split, stack in stacks.items():
         if longest * stack.token_characters > len(stack.text):
             tokens = int(len(stack.text) / stack.token_characters)
-            warn(f"the haystack for {split} has about {tokens} tokens, and is repeated in documents that are longer")
+            warn(
+                f"the haystack for {split} has about {counted(tokens, 'token')}, and is repeated in documents that are "
+                "longer"
+            )
     plan = [_length(np.random.default_rng([seed, index]), shortest, longest) for index in range(documents)]
 
     def split_of(index: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from landmark_cli.console import counted
 from landmark_cli.errors import UsageError
 from landmark_cli.options import nearest
 
@@ -52,7 +53,7 @@ def check_lengths(task: Task, lengths: Sequence[int], samples: int) -> None:
         if least[_rule(task, length)] > length:
             raise UsageError(
                 f"--lengths {length}: too short for {task.name}, whose prompts and answers take at least "
-                f"{least[_rule(task, length)]} tokens; give longer lengths, or other --tasks"
+                f"{counted(least[_rule(task, length)], 'token')}; give longer lengths, or other --tasks"
             )
 
 

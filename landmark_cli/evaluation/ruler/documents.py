@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from landmark_cli.console import counted
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.files import read_bytes, reading
 
@@ -103,7 +104,8 @@ class DocumentQuestions(Task):
     def make(self, sample: int, length: int) -> Prompt:
         if sample >= len(self.questions):
             raise UsageError(
-                f"--samples: the file of --qa has {len(self.questions)} questions; ask for no more samples than that"
+                f"--samples: the file of --qa has {counted(len(self.questions), 'question')}; ask for no more samples "
+                "than that"
             )
         question, generator = self.questions[self._order[sample]], self.generator(sample)
         head = self.encoder.head(QUESTION.head, before="Document")
