@@ -77,9 +77,10 @@ landmark train --data data/pg19 --output runs/pg19-landmark --compile --resume
         "finetune",
         "Give a pretrained decoder landmark attention and fine-tune it.",
         """
-landmark finetune --model HuggingFaceTB/SmolLM2-135M --data notes/
+landmark finetune --model HuggingFaceTB/SmolLM2-135M-Instruct
+landmark finetune --model HuggingFaceTB/SmolLM2-135M --data notes/ --tasks-share 0.3
 landmark finetune --model meta-llama/Llama-3.2-1B --data emozilla/pg19 --lora-rank 16 --merge
-landmark finetune --model HuggingFaceTB/SmolLM2-135M --data books/ --data data/tasks --data-weights 3,7 --answers-only
+landmark finetune --model HuggingFaceTB/SmolLM2-135M --data books/ --data data/tasks --data-weights 3,7
 landmark finetune --model llama-7b --data sample --sequence-length 512 --gradient-checkpointing --output runs/llama
 accelerate launch --config_file recipes/llama/fsdp_8gpu.yaml landmark finetune --recipe llama/finetune_7b --model llama
 """,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from landmark_cli.commands.finetune_data import open_data
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_options import (
@@ -114,10 +114,21 @@ class PretrainedOptions(CodeOptions):
 class TextOptions(DataOptions):
     """What to train on."""
 
-    data: list[str] = option(
+    data: list[str] | None = option(
+        None,
         panel=DATA,
         help="A directory of token files made with the model's tokenizer, files or folders of text (.txt, .md, .tex, "
-        ".jsonl, .parquet), a hub id, or sample, pg19, arxiv-math, redpajama. Repeatable.",
+        ".jsonl, .parquet), a hub id, or sample, pg19, arxiv-math, redpajama. Repeatable. [default: sample, the novels "
+        "that are part of this program]",
+    )
+    tasks_share: float | None = option(
+        None,
+        panel=DATA,
+        min=0,
+        max=1,
+        help="Share of the windows that hold tasks: facts hidden in the text of --data (in the novels where all of it "
+        "marks answers), and asked for at the window's end. [default: 0.5; 0 with --teacher none and where --data "
+        "marks answers already]",
     )
     sequence_length: int = changed("sequence_length", 2048)
     answer_weight: float = option(
@@ -182,7 +193,7 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         """
         if not NAMED_BY_EARLIER_RUNS <= values.keys():
             return values
-        values = {"teacher": "none"} | values
+        values = {"teacher": "none", "tasks_share": 0.0} | values
         if format is not None:
             return values
         from landmark_cli.data.landmarks import stream_length
@@ -220,9 +231,6 @@ def run(options: FinetuneOptions) -> Path | None:
 
 def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> Path:
     """The run itself, in every process. Returns its directory."""
-    from landmark_cli.data.checks import check_token_files
-    from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
-    from landmark_cli.data.training_data import TrainingData, token_files
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.training.finetuning import open_with_landmarks, saving
     from landmark_cli.training.publish import Publication
@@ -267,17 +275,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
 
     # Before the text is tokenized, which may take hours: a teacher that cannot be opened ends the run here.
     distilled = distillation(options, trained, tokenizer, untouched, begun)
-    directories = token_files(
-        options.data,
-        output / "data",
-        options.model,
-        text_field=options.text_field,
-        validation_share=options.validation_share,
-        trust_remote_code=options.trust_remote_code,
-    )
-    accelerator.wait_for_everyone()
-    data = TrainingData.open(directories, options.data_weights, validation=options.eval_every > 0)
-    check_token_files(data.files, partial(text_ids, tokenizer), largest_id(tokenizer) + 1, options.model)
+    data, tasks_share = open_data(options, tokenizer, begun)
     loop = make_loop(
         options,
         begun,
@@ -287,7 +285,8 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         landmarks_in_loss=options.landmarks_in_loss,
         read=read,
         identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss}
-        | ({} if options.train == "all" else {"train": options.train}),
+        | ({} if options.train == "all" else {"train": options.train})
+        | ({"tasks_share": tasks_share} if tasks_share else {}),
         distillation=distilled,
     )
     carry_out(options, config, loop)

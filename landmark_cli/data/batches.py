@@ -19,7 +19,7 @@ from landmark_cli.console import counted
 from landmark_cli.data.packing import Place, whole_documents
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.token_file import TokenFile
-from landmark_cli.data.windows import AnswerWeights, Windows
+from landmark_cli.data.windows import AnswerWeights, Pack, Windows
 from landmark_cli.errors import LandmarkError
 
 WEIGHT_UNITS = 1 << 32
@@ -39,6 +39,7 @@ class Batches:
         seed: of the order of the windows.
         answer_weights: what targets weigh; None where all weigh alike, and batches say nothing of it.
         mark_answers: have batches say which targets are of answers (see `Windows.answers`).
+        packs: what windows of each file hold (see `Windows`); by default what `windows` says, for all.
 
     Raises:
         LandmarkError: a file holds less than one window, or the weights do not fit the files.
@@ -53,10 +54,13 @@ class Batches:
         seed: int,
         answer_weights: AnswerWeights | None = None,
         mark_answers: bool = False,
+        packs: Sequence[Pack] | None = None,
     ) -> None:
         self.windows, self.global_batch, self.answer_weights = windows, global_batch, answer_weights
         self.mark_answers = mark_answers
-        self._orders = [_Order(file, windows, seed, i) for i, file in enumerate(token_files)]
+        packs = packs or [windows.pack] * len(token_files)
+        files = enumerate(zip(token_files, packs, strict=True))
+        self._orders = [_Order(file, windows, seed, i, pack) for i, (file, pack) in files]
         self._shares = _conditional_shares(weights, [order.windows for order in self._orders])
 
     @property
@@ -102,14 +106,17 @@ class SequentialWindows:
         token_file: an opened token file.
         windows: what cuts windows out of the file.
         limit: the most windows to take, spread evenly over the file; None takes all.
+        pack: what windows hold (see `Windows`); by default what `windows` says.
 
     Raises:
         LandmarkError: the file holds less than one window.
     """
 
-    def __init__(self, token_file: TokenFile, windows: Windows, limit: int | None = None) -> None:
+    def __init__(
+        self, token_file: TokenFile, windows: Windows, limit: int | None = None, pack: Pack | None = None
+    ) -> None:
         self.token_file, self.windows, self._whole = token_file, windows, None
-        if windows.pack == "whole":
+        if (pack or windows.pack) == "whole":
             self._whole = whole_documents(token_file, windows.text_length)
             self._available = len(self._whole)
         else:
@@ -194,10 +201,10 @@ class _Order:
     Windows that hold whole documents are the same in every epoch; others are cut at another shift each time.
     """
 
-    def __init__(self, token_file: TokenFile, windows: Windows, seed: int, index: int) -> None:
+    def __init__(self, token_file: TokenFile, windows: Windows, seed: int, index: int, pack: Pack) -> None:
         self.token_file, self.length = token_file, windows.text_length
         self._key = _mix(_mix(seed) ^ index)
-        self._whole = whole_documents(token_file, self.length) if windows.pack == "whole" else None
+        self._whole = whole_documents(token_file, self.length) if pack == "whole" else None
         if self._whole is not None:
             self.windows = len(self._whole)
             return

@@ -6,6 +6,7 @@ that it is given into the run's own directory first (`token_files`).
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +33,13 @@ class TrainingData:
         train: one for each corpus.
         validation: those of the corpora that have one, where evaluations are wanted.
         weights: how often each corpus is drawn from, relative to the others; None takes them by their size.
+        uncut: those of the files of which windows hold whole documents, whatever they hold of others.
     """
 
     train: list[TokenFile]
     validation: list[TokenFile]
     weights: list[float] | None = None
+    uncut: frozenset[Path] = frozenset()
 
     @property
     def files(self) -> list[TokenFile]:
@@ -61,6 +64,31 @@ class TrainingData:
         if validation and not data.validation:
             warn(f"{directories[0]} has no validation.bin: training without evaluation")
         return data
+
+    def without_answers(self) -> dict[str, list[TokenFile]]:
+        """The token files of corpora that mark no answers, by split; those for validation too where the run is not
+        evaluated. Empty where all mark some."""
+        train = [file for file in self.train if file.metadata.answers is None]
+        held_out = [file.path.with_name("validation.bin") for file in train]
+        validation = [TokenFile.open(path) for path in held_out if path.exists()]
+        return {"train": train, "validation": validation} if train else {}
+
+    def with_tasks(self, directory: Path, share: float) -> TrainingData:
+        """This data, and the tasks whose token files a directory holds: of every 1 / share windows one is of tasks. The
+        other corpora keep their proportions. share: above 0, up to 1, which leaves nothing else to train on."""
+        files = [directory / f"{split}.bin" for split in ("train", "validation")]
+        tasks = TrainingData.open([directory], validation=bool(self.validation) and files[1].exists())
+        if share == 1:
+            return dataclasses.replace(tasks, validation=[*tasks.validation, *self.validation], uncut=frozenset(files))
+        weights = self.weights or [len(file.tokens) for file in self.train]
+        others = [(1 - share) * weight / sum(weights) for weight in weights]
+        # First, so that their share is not what rounding leaves.
+        return TrainingData(
+            [*tasks.train, *self.train],
+            [*tasks.validation, *self.validation],
+            [share, *others],
+            self.uncut | frozenset(files),
+        )
 
     def windows(
         self,
@@ -103,7 +131,8 @@ class TrainingData:
         """
         if answer_weights is not None:
             self.check_answers()
-        batches = Batches(self.train, self.weights, windows, global_batch, seed, answer_weights, mark_answers)
+        packs = [self._pack(file, windows) for file in self.train]
+        batches = Batches(self.train, self.weights, windows, global_batch, seed, answer_weights, mark_answers, packs)
         if windows.pack == "whole":
             info(f"windows of whole documents: {batches.filled:.0%} of them is text, the rest is filled up")
         return VariantBatches(batches, seed, **variants) if any(variants.values()) else batches
@@ -125,7 +154,10 @@ class TrainingData:
     def validation_windows(self, windows: Windows, count: int) -> list[SequentialWindows]:
         """About `count` windows for an evaluation to read, spread over all validation files."""
         limit = max(count // max(len(self.validation), 1), 1)
-        return [SequentialWindows(file, windows, limit) for file in self.validation]
+        return [SequentialWindows(file, windows, limit, self._pack(file, windows)) for file in self.validation]
+
+    def _pack(self, file: TokenFile, windows: Windows) -> Pack:
+        return "whole" if file.path in self.uncut else windows.pack
 
 
 def token_files(

@@ -77,7 +77,7 @@ class Windows:
             input_ids and labels, both (n, sequence_length) int64; labels are the targets of their own position (already
             shifted), -100 where there is none. With mask_documents also cu_seqlens (see `packing.bounds_of`).
         """
-        if self.mask_documents or self.pack == "whole":
+        if self.mask_documents or self.pack == "whole" or any(place.length < self.text_length for place in places):
             return self._cut_documents(places)
         text = torch.from_numpy(self._text(places, "tokens"))
         stream = following = text

@@ -6,11 +6,11 @@ import hashlib
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -43,7 +43,7 @@ SEAM_TOKENS = 3
 TOKEN_BYTES = 4
 # A sentence ends at a full stop that belongs to no title, with its closing quotation mark, before white space and a
 # capital letter or a quotation mark; a paragraph at an empty line.
-_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"”’')]?(?=\s+[\"“‘'A-Z])")
+SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"”’')]?(?=\s+[\"“‘'A-Z])")
 _PARAGRAPH_END = re.compile(r"\S(?=\n\s*\n)")
 
 
@@ -84,6 +84,16 @@ def read_haystack(
     return haystack, where
 
 
+class Slices(Protocol):
+    """Text to hide things in. tokens: how many it has, about."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def slice(self, share: float, tokens: int) -> list[int]:
+        """Ids of text from about a share of it on, `tokens` of them or slightly fewer. It begins with a sentence."""
+
+
 class Haystack:
     """Slices of a text of any length in tokens.
 
@@ -100,14 +110,18 @@ class Haystack:
         measured = self.text[middle : middle + MEASURED_CHARACTERS]
         return len(measured) / max(1, len(self._tokenizer.encode(measured)))
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has, about."""
+        return int(len(self.text) / self.token_characters)
+
     @cached_property
     def _starts(self) -> list[int]:
         """Where sentences begin."""
-        return [0] + [match.end() + 1 for match in _SENTENCE_END.finditer(self.text)]
+        return [0] + [match.end() + 1 for match in SENTENCE_END.finditer(self.text)]
 
     def slice(self, share: float, tokens: int) -> list[int]:
-        """Ids of text from about a share of the haystack on, `tokens` of them or slightly fewer. It begins with a
-        sentence."""
+        """See `Slices`."""
         place = int(share * len(self.text))
         number = bisect_left(self._starts, place)
         start = self._starts[number] if number < len(self._starts) else 0
@@ -142,7 +156,7 @@ class TaskDocuments:
     absent: share of the look-ups that ask for what is not there.
     """
 
-    def __init__(self, haystack: Haystack, tokenizer: TextTokenizer, absent: float) -> None:
+    def __init__(self, haystack: Slices, tokenizer: TextTokenizer, absent: float) -> None:
         self._haystack, self._tokenizer, self._absent = haystack, tokenizer, absent
 
     def make(self, length: int, seed: Sequence[int]) -> TaskDocument:
@@ -180,7 +194,7 @@ class TaskDocuments:
 def insert(text: str, task: Task, generator: np.random.Generator) -> str:
     """A text with the pieces of a task put in, in their order, at places that are spread evenly over it: sentences
     between its sentences, what has lines of its own between its paragraphs."""
-    sentences = [match.end() for match in _SENTENCE_END.finditer(text)]
+    sentences = [match.end() for match in SENTENCE_END.finditer(text)]
     paragraphs = [match.end() for match in _PARAGRAPH_END.finditer(text)]
     parts, done = [], 0
     for place, piece in zip(np.sort(generator.random(len(task.hidden))), task.hidden, strict=True):
@@ -227,20 +241,45 @@ def tasks_corpus(
             f"task documents of {shortest} to {counted(longest, 'token')} cannot be: the shortest takes {LEAST}, and "
             "the longest must not be shorter than the shortest"
         )
-    every = round(1 / validation_share) if validation_share else 0
     text, where = read_haystack(haystack, text_field=text_field, skip_bad_text=skip_bad_text)
-    end = _cut(text) if every else len(text)
-    texts = {"train": text[:end]} | ({"validation": text[end:]} if every else {})
-    stacks = {split: Haystack(part, tokenizer) for split, part in texts.items()}
+    end = _cut(text) if validation_share else len(text)
+    texts = {"train": text[:end]} | ({"validation": text[end:]} if validation_share else {})
+    return hidden_in(
+        {split: Haystack(part, tokenizer) for split, part in texts.items()},
+        tokenizer,
+        where,
+        identity=hashlib.sha256(text.encode()).hexdigest(),
+        documents=documents,
+        shortest=shortest,
+        longest=longest,
+        absent=absent,
+        validation_share=validation_share,
+        seed=seed,
+    )
+
+
+def hidden_in(
+    stacks: Mapping[str, Slices],
+    tokenizer: TextTokenizer,
+    where: str,
+    *,
+    identity: Any,
+    documents: int,
+    shortest: int,
+    longest: int,
+    absent: float,
+    validation_share: float,
+    seed: int,
+) -> Corpus:
+    """As `tasks_corpus`, hidden in the haystack of each split: "train" and, unless `validation_share` is 0,
+    "validation". where: they come from, in words. identity: what has to be the same for them to be the same (JSON)."""
+    every = round(1 / validation_share) if validation_share else 0
     makers = {split: TaskDocuments(stack, tokenizer, absent) for split, stack in stacks.items()}
     info(f"haystack: {where}")
     for split, stack in stacks.items():
-        if longest * stack.token_characters > len(stack.text):
-            tokens = int(len(stack.text) / stack.token_characters)
-            warn(
-                f"the haystack for {split} has about {counted(tokens, 'token')}, and is repeated in documents that are "
-                "longer"
-            )
+        if longest > stack.tokens:
+            held = counted(stack.tokens, "token")
+            warn(f"the haystack for {split} has about {held}, and is repeated in documents that are longer")
     plan = [_length(np.random.default_rng([seed, index]), shortest, longest) for index in range(documents)]
 
     def split_of(index: int) -> str:
@@ -254,13 +293,12 @@ def tasks_corpus(
         for index, length in enumerate(plan):
             yield split_of(index), Document(f"task {index}", length * TOKEN_BYTES, partial(pieces, index))
 
-    of_text = hashlib.sha256(text.encode()).hexdigest()
     return Corpus(
         "tasks",
         f"tasks hidden in {where}",
         all_documents,
         sum(plan) * TOKEN_BYTES,
-        [CONTENTS, of_text, documents, shortest, longest, absent, validation_share, seed],
+        [CONTENTS, identity, documents, shortest, longest, absent, validation_share, seed],
         has_answers=True,
     )
 
@@ -268,7 +306,7 @@ def tasks_corpus(
 def _cut(text: str) -> int:
     """Where the end of a text that is held out begins: with a sentence, if it has some."""
     wanted = len(text) - int(HELD_OUT_TEXT * len(text))
-    found = _SENTENCE_END.search(text, wanted)
+    found = SENTENCE_END.search(text, wanted)
     return found.end() + 1 if found else wanted
 
 

@@ -1,0 +1,107 @@
+"""What `landmark finetune` trains on: token files of --data, or of the shipped novels, and the tasks mixed in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from landmark_cli.console import info, warn
+from landmark_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from landmark_cli.commands.finetune import FinetuneOptions
+    from landmark_cli.data.training_data import TrainingData
+
+SAMPLE = "sample"
+# Of the windows, beside a teacher.
+TASKS_SHARE = 0.5
+
+
+def open_data(
+    options: FinetuneOptions, tokenizer: PreTrainedTokenizerBase, begun: tuple[Accelerator, Path, str]
+) -> tuple[TrainingData, float]:
+    """The data of a run, prepared where it is not yet, and the share of its windows that are tasks. Every process calls
+    it.
+
+    tokenizer: the model's, with landmarks. begun: what `begin` gave.
+
+    Raises LandmarkError where data cannot be read or does not fit the model, UsageError as `with_tasks`.
+    """
+    from landmark_cli.data.checks import check_token_files
+    from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
+    from landmark_cli.data.training_data import TrainingData, token_files
+
+    accelerator, output, _ = begun
+    prepare = partial(
+        token_files,
+        directory=output / "data",
+        tokenizer=options.model,
+        text_field=options.text_field,
+        validation_share=options.validation_share,
+        trust_remote_code=options.trust_remote_code,
+    )
+    directories = prepare(options.data or [SAMPLE])
+    accelerator.wait_for_everyone()
+    data = TrainingData.open(directories, options.data_weights, validation=options.eval_every > 0)
+    check_token_files(data.files, partial(text_ids, tokenizer), largest_id(tokenizer) + 1, options.model)
+    return with_tasks(options, data, prepare, begun)
+
+
+def with_tasks(
+    options: FinetuneOptions,
+    data: TrainingData,
+    prepare: Callable[[list[str]], list[Path]],
+    begun: tuple[Accelerator, Path, str],
+) -> tuple[TrainingData, float]:
+    """The data with the tasks mixed in that the options ask for, and the share of windows that these are.
+
+    prepare: makes token files of corpora by name, as the run's data are made.
+
+    Raises UsageError where tasks are asked for, and none can be hidden in windows of this length or by this tokenizer.
+    """
+    from landmark_cli.data.landmarks import text_length
+    from landmark_cli.data.merge import Process
+    from landmark_cli.data.tasks.mixing import prepare_tasks, why_no_tasks
+    from landmark_cli.data.tokenizers import load_tokenizer
+    from landmark_cli.data.training_data import TrainingData
+
+    share = options.tasks_share
+    if share is None:
+        share = 0.0 if options.teacher == "none" or any(data.answers) else TASKS_SHARE
+    if not share:
+        return data, 0.0
+    accelerator, output, _ = begun
+    haystack = data.without_answers()
+    if not haystack:
+        info(f"tasks are hidden in the shipped novels ({SAMPLE}), for --data marks answers, and is no text to hide in")
+        directories = prepare([SAMPLE])
+        accelerator.wait_for_everyone()
+        haystack = TrainingData.open(directories, validation=False).without_answers()
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    room = text_length(options.sequence_length, options.landmark_freq)
+    if why := why_no_tasks(haystack["train"], tokenizer, room):
+        if options.tasks_share:
+            raise UsageError(f"--tasks-share {share:g}: tasks cannot be mixed in: {why}")
+        warn(f"no tasks are mixed in: {why}. --tasks-share 0 leaves them out without a word")
+        return data, 0.0
+    directory = output / "data" / "tasks"
+    windows = options.steps * options.batch_size * options.accumulation * accelerator.num_processes
+    prepare_tasks(
+        haystack["train"],
+        haystack["validation"],
+        tokenizer,
+        directory,
+        text_length=room,
+        windows=math.ceil(share * windows),
+        seed=options.seed,
+        resume=options.resume,
+        process=Process.from_environment(),
+    )
+    accelerator.wait_for_everyone()
+    return data.with_tasks(directory, share), share

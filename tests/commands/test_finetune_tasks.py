@@ -1,0 +1,138 @@
+"""`landmark finetune` with tasks mixed in: unasked beside a teacher, and what a user hears where they cannot be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from landmark_cli.commands.finetune import FinetuneOptions, run
+from landmark_cli.data import corpora
+from landmark_cli.data.corpora import novels
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.options import load_recipe
+from tests.data.test_mixing import prose
+from tests.models.families import tiny_decoder, tiny_tokenizer
+from tests.training.command import records
+from tests.training.tiny import write_questions
+
+# Of a tokenizer with a token a byte, tasks take windows of 1041 text tokens.
+LONG = {"landmark_freq": 63, "sequence_length": 1088, "steps": 1, "batch_size": 2, "accumulation": 1, "log_every": 1}
+LONG |= {"eval_every": 0, "device": "cpu"}
+SHORT = LONG | {"landmark_freq": 7, "sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tasks")
+    model = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 2048}
+    tiny_decoder("llama", **model, num_attention_heads=2, num_key_value_heads=1).save_pretrained(root / "base")
+    tiny_tokenizer().save_pretrained(root / "base")
+    (root / "barges.txt").write_text(prose("barge", 300))
+    write_questions(root / "asked", root / "base")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_the_place(place, fresh_accelerator, monkeypatch):
+    monkeypatch.chdir(place)
+    texts = {title: text[30_000:50_000] for title, text in novels().items()}
+    monkeypatch.setattr(corpora, "novels", lambda: texts)
+
+
+def finetune(output, **changes):
+    run(FinetuneOptions(**(LONG | {"model": "base", "output": Path(output)} | changes)))
+    return Path(output)
+
+
+def task_text(output, split="train"):
+    file = TokenFile.open(output / "data/tasks" / f"{split}.bin")
+    return _decode(file.tokens)
+
+
+def _decode(tokens):
+    return tiny_tokenizer().decode([int(id) for id in tokens])
+
+
+def pieces(novel, text):
+    """How many of the pieces of a novel stand in a text."""
+    return sum(novel[i : i + 60].strip() in text for i in range(0, 20_000, 500))
+
+
+def test_without_data_it_learns_from_the_novels_and_tasks_in_them(tmp_path, capfd):
+    output = finetune(tmp_path / "run", eval_every=1, eval_windows=2)
+    assert sorted(path.name for path in (output / "data").iterdir()) == ["0-sample", "tasks"]
+    assert "Emma" in task_text(output) + _decode(TokenFile.open(output / "data/0-sample/train.bin").tokens)
+    (answers,) = records(output, "answers_loss")
+    assert answers > 0 and len(records(output, "validation_answers_loss")) == 1
+    held_out, trained = (novels()[title].decode()[30_000:50_000] for title in ("persuasion", "emma"))
+    for split, holds, lacks in (("train", trained, held_out), ("validation", held_out, trained)):
+        text = task_text(output, split)
+        assert pieces(holds, text) > 3 and pieces(lacks, text) == 0
+    # Its recipe repeats it.
+    assert load_recipe(output / "recipe.yaml", FinetuneOptions, "finetune")["data"] is None
+
+
+def test_tasks_are_hidden_in_the_users_text(tmp_path):
+    output = finetune(tmp_path / "run", data=["barges.txt"])
+    assert "barge of day" in task_text(output) and records(output, "answers_loss")
+    prepared = finetune(tmp_path / "prepared", data=[str(output / "data/0-barges-txt")])
+    assert (prepared / "data/tasks/train.bin").read_bytes() == (output / "data/tasks/train.bin").read_bytes()
+    assert records(prepared) == records(output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({"data": ["barges.txt"], "teacher": "none"}, 0),
+        ({"data": ["barges.txt"], "teacher": "none", "tasks_share": 1.0}, 1),
+        ({"data": ["asked"]}, 0),
+        ({"data": ["asked"], "tasks_share": 0.5}, 0.5),
+        ({"data": ["barges.txt"], "tasks_share": 0.0}, 0),
+    ],
+    ids=["no teacher", "no teacher, asked", "marked", "marked, asked", "none asked"],
+)
+def test_where_they_are_mixed_in(tmp_path, capfd, changes, share):
+    output = finetune(tmp_path / "run", save_every=1, **changes)
+    assert (output / "data/tasks").exists() == bool(share)
+    identity = json.loads((output / "checkpoints/step-00000001/training.json").read_text())["identity"]
+    assert identity.get("tasks_share", 0) == share
+    said = "tasks are hidden in the shipped novels" in " ".join(capfd.readouterr().err.split())
+    assert said == (changes["data"] == ["asked"] and share > 0)
+
+
+def test_windows_too_short_for_tasks(tmp_path, capfd):
+    finetune(tmp_path / "run", **SHORT | {"data": ["barges.txt"]})
+    said = " ".join(capfd.readouterr().err.split())
+    assert "no tasks are mixed in: they take windows of at least 1041 text tokens, and these have 56" in said
+    with pytest.raises(UsageError, match="--tasks-share 0.5: tasks cannot be mixed in: they take windows of at least"):
+        finetune(tmp_path / "asked", **SHORT | {"data": ["barges.txt"], "tasks_share": 0.5})
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.5", "half"])
+def test_a_share_is_between_0_and_1(landmark, share):
+    result = landmark("finetune", "--model", "base", "--tasks-share", share)
+    assert result.code == 2 and "tasks-share" in result.err and "Traceback" not in result.err
+
+
+def test_weights_are_for_data_that_is_named(landmark):
+    result = landmark("finetune", "--model", "base", "--data-weights", "1,2")
+    assert result.code == 2 and "--data-weights: 2 given for 0 of --data" in result.err
+
+
+def test_resumed_it_is_the_same_run(tmp_path):
+    how = {"data": ["barges.txt"], "steps": 2, "save_every": 1}
+    whole, part = finetune(tmp_path / "whole", **how), tmp_path / "part"
+    shutil.copytree(whole / "checkpoints/step-00000001", part / "checkpoints/step-00000001")
+    finetune(part, resume=True, **how)
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.raises(LandmarkError, match="tasks_share is 0.5 there and 0.25 here"):
+        finetune(part, resume=True, tasks_share=0.25, **how)
+
+
+def test_a_recipe_that_an_earlier_run_saved_has_no_tasks(tmp_path):
+    saved = finetune(tmp_path / "run", **SHORT | {"data": ["barges.txt"]}) / "recipe.yaml"
+    lines = [line for line in saved.read_text().splitlines() if not line.startswith("tasks-share")]
+    (tmp_path / "earlier.yaml").write_text("\n".join(lines))
+    assert load_recipe(tmp_path / "earlier.yaml", FinetuneOptions, "finetune")["tasks_share"] == 0
