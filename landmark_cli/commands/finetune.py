@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.finetune_data import open_data
+from landmark_cli.commands.finetune_plan import PLAIN, TAUGHT, adapter_settings, plan, with_defaults
 from landmark_cli.commands.models import CodeOptions
-from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_options import (
     TOP_K_BLOCKS_HELP,
     DataOptions,
@@ -25,19 +25,17 @@ from landmark_cli.commands.run_options import (
 from landmark_cli.console import counted, info
 from landmark_cli.errors import UsageError, import_extra
 from landmark_cli.options import LONGEST, Options, option, save_recipe
+from landmark_cli.training.fit import CPU_WINDOW, STEP_TOKENS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from landmark_cli.models.lora import LoraSettings
     from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.teachers import UntouchedRows
 
 DATA, MODEL, LORA, TEACHER = "Data", "Model", "LoRA", "Teacher"
-# Of a weight in 4 bits, with what scales it.
-FOUR_BIT_BYTES = 0.53
 NAMED_BY_EARLIER_RUNS = {"sequence_length", "landmark_freq", "landmarks_in_loss", "text_field", "validation_share"}
 NAMED_BY_EARLIER_RUNS |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge", "four_bit", "save_dtype"}
 
@@ -130,7 +128,12 @@ class TextOptions(DataOptions):
         "marks answers), and asked for at the window's end. [default: 0.5; 0 with --teacher none and where --data "
         "marks answers already]",
     )
-    sequence_length: int = changed("sequence_length", 2048)
+    sequence_length: int | None = changed(
+        "sequence_length",
+        None,
+        f"as many as the model has positions, {STEP_TOKENS} at most, or as the memory holds; {CPU_WINDOW} on a CPU; "
+        f"{PLAIN['sequence_length']} with --teacher none",
+    )
     answer_weight: float = option(
         1.0,
         panel=DATA,
@@ -161,13 +164,27 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         help="Which weights: all of them, or the landmark's row and every layer's queries and keys alone; "
         "for adapters see --lora-rank.",
     )
-    batch_size: int = changed("batch_size", 2)
-    lr: float = changed("lr", 2e-5)
+    steps: int | None = changed("steps", None, f"{TAUGHT['steps']}; {PLAIN['steps']} with --teacher none")
+    batch_size: int | None = changed(
+        "batch_size", None, f"as many of a step's windows as fit; {PLAIN['batch_size']} with --teacher none"
+    )
+    accumulation: int | None = changed(
+        "accumulation",
+        None,
+        f"so many that a step has {STEP_TOKENS} tokens; {PLAIN['accumulation']} with --teacher none",
+    )
+    lr: float | None = changed("lr", None, f"{TAUGHT['lr']:g}; {PLAIN['lr']:g} with --teacher none")
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = changed("schedule", "cosine")
     warmup: float = changed("warmup", 0.03)
     final_lr: float = changed("final_lr", 0.1)
     weight_decay: float = changed("weight_decay", 0.1)
     beta2: float = changed("beta2", 0.999)
+    gradient_checkpointing: bool | None = changed(
+        "gradient_checkpointing", None, "with --read-chunk, and where the memory would not hold a step otherwise"
+    )
+    eval_windows: int | None = changed(
+        "eval_windows", None, f"{PLAIN['eval_windows']}, beside a teacher fewer of longer windows and of short runs"
+    )
     # What a bf16 residual stream does to pretrained weights has not been measured.
     fp32_residual: bool = changed("fp32_residual", True)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
@@ -180,7 +197,8 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         False,
         panel="Output",
         saved=False,
-        help="Print parameters, tokens per step and estimated memory, the teacher's too, and stop.",
+        help="Print parameters, tokens per step, estimated memory (the teacher too) and time, measured on a few "
+        "steps with random weights; then stop.",
     )
 
     @staticmethod
@@ -213,14 +231,17 @@ def run(options: FinetuneOptions) -> Path | None:
     fit and for what is wrong with data or directories.
     """
     check(options)
-    from landmark_cli.training.finetuning import check_pretrained
+    from landmark_cli.training.finetuning import check_positions, check_pretrained
 
-    check_pretrained(
+    config = check_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    options = with_defaults(options, config)
+    check_windows(options)
+    check_positions(
+        config,
         options.model,
         landmark_freq=options.landmark_freq,
         trained_length=trained_length(options),
         read=reading(options, options.landmark_freq, options.top_k_blocks),
-        trust_remote_code=options.trust_remote_code,
     )
     if options.dry_run:
         plan(options)
@@ -296,34 +317,6 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     return output
 
 
-def plan(options: FinetuneOptions) -> None:
-    """Print what the run would take, of configs alone; the few rows that landmarks add are left out."""
-    from landmark_cli.models.lora import add_adapters
-    from landmark_cli.models.pretrained import shape_of
-    from landmark_cli.training.trained import train_landmarks
-
-    model = shape_of(options.model, trust_remote_code=options.trust_remote_code)
-    model.config.landmark_freq = options.landmark_freq
-    adapters = adapter_settings(options)
-    teacher = None
-    if options.teacher != "none":
-        name = options.model if options.teacher == "self" else options.teacher
-        teacher = shape_of(name, trust_remote_code=options.trust_remote_code)
-    if adapters:
-        add_adapters(model, adapters)
-    if options.train == "landmarks":
-        model.config.landmark_token_id = 0
-        train_landmarks(model)
-    show_plan(
-        options,
-        model,
-        reading(options, options.landmark_freq, options.top_k_blocks),
-        teacher=teacher,
-        teacher_beside=adapters is None or options.teacher != "self",
-        frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
-    )
-
-
 def distillation(
     options: FinetuneOptions,
     trained: nn.Module,
@@ -387,8 +380,8 @@ def check_launch(options: FinetuneOptions, accelerator: Accelerator) -> None:
 def check(options: FinetuneOptions) -> None:
     """Raise UsageError for options that cannot go together, LandmarkError for a missing package that one needs."""
     check_documents(options)
-    if reading(options, options.landmark_freq, options.top_k_blocks) is None:
-        check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
+    if options.sequence_length is not None:
+        check_windows(options)
     check_weights(options)
     check_teacher(options)
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
@@ -400,6 +393,12 @@ def check(options: FinetuneOptions) -> None:
         import_extra("peft", "lora")
     if options.four_bit:
         import_extra("bitsandbytes", "qlora")
+
+
+def check_windows(options: FinetuneOptions) -> None:
+    """Raise UsageError where a model could not be read with such windows, blocks and chunks."""
+    if reading(options, options.landmark_freq, options.top_k_blocks) is None:
+        check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
 
 
 def check_teacher(options: FinetuneOptions) -> None:
@@ -432,14 +431,3 @@ def trained_length(options: FinetuneOptions) -> int:
 def run_name(options: FinetuneOptions) -> str:
     """The name of a run without --output."""
     return f"{Path(options.model).name}-landmark"
-
-
-def adapter_settings(options: FinetuneOptions) -> LoraSettings | None:
-    """The options of the adapters, or None where every weight is trained."""
-    from landmark_cli.models.lora import LoraSettings
-
-    if options.lora_rank is None:
-        return None
-    alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
-    targets = tuple(options.lora_targets) if options.lora_targets else None
-    return LoraSettings(options.lora_rank, alpha, options.lora_dropout, targets)

@@ -24,17 +24,19 @@ def show_plan(
     teacher_beside: bool = True,
     frozen_bytes: float | None = None,
     filled: float | None = None,
+    time: str | None = None,
 ) -> None:
     """Print what a run of these options takes.
 
     options: of the run, and of its windows. model: on the meta device, its weights frozen that will be. read: how
     windows are read chunk by chunk, if they are. text: how many text tokens the data has, and the share of text in the
     windows; None where the data is not prepared yet. filled: how much of windows of whole documents is text. teacher,
-    teacher_beside, frozen_bytes: see `estimate`.
+    teacher_beside, frozen_bytes: see `estimate`. time: how long it takes, in words.
     """
     from landmark_cli.training.estimate import estimate
     from landmark_cli.training.reading import said_of
     from landmark_cli.training.runs import attention_name, resolve_precision
+    from landmark_cli.training.setup import uses_cpu
 
     precision = resolve_precision(options.precision, options.device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -46,6 +48,7 @@ def show_plan(
         "checkpointing": checkpointing,
         "keep_retrieved": options.keep_retrieved,
         "frozen_bytes": frozen_bytes,
+        "fused_attention": not uses_cpu(options.device),
     }
     needs = estimate(
         model, options.batch_size, precision, options.fused_loss, teacher=teacher, teacher_beside=teacher_beside, **how
@@ -65,6 +68,8 @@ def show_plan(
         ("memory, about", f"{quantity(needs.memory, 'B')} a device in {precision}, eager"),
         ("of it", f"{quantity(alone.state, 'B')} weights, gradients and optimizer"),
         *([] if teacher is None else [("and", f"{quantity(needs.memory - alone.memory, 'B')} for the teacher")]),
+        *([("activations", "computed again in the backward pass")] if checkpointing else []),
+        *([] if time is None else [("time, about", time)]),
         ("disk", f"{quantity(needs.checkpoint, 'B')} a checkpoint, {options.keep} kept"),
     ]
     table(("dry run", "nothing is trained"), rows)

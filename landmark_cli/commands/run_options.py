@@ -178,10 +178,13 @@ class RunOptions(Options):
     )
 
 
-def changed(name: str, default: Any) -> Any:
-    """The option `name` of every run, with another default for one command."""
+def changed(name: str, default: Any, said: str = "") -> Any:
+    """The option `name` of every run, with another default for one command. said: what the help says of the default."""
     fields = {**DataOptions.__dataclass_fields__, **RunOptions.__dataclass_fields__}
-    return dataclasses.field(default=default, metadata=fields[name].metadata)
+    metadata = dict(fields[name].metadata)
+    if said:
+        metadata["help"] = f"{metadata['help'].partition(' [default:')[0]} [default: {said}]"
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_weights(options: DataOptions) -> None:

@@ -104,6 +104,22 @@ def shape_of(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
         return AutoModelForCausalLM.from_config(config, **code)
 
 
+def random_model(
+    path: str | Path,
+    *,
+    attention: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model of random weights on a device, of the shapes that a config says. attention: its `attn_implementation`.
+    The rest, and errors, as of `open_config`."""
+    config = open_config(path, trust_remote_code=trust_remote_code)
+    given = {} if attention is None else {"attn_implementation": attention}
+    with opening(path, "the config of", trust_remote_code) as code, device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **given, **code)
+
+
 def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype that a model's weights are opened in as stored: its config's, or where that names none, its files'.
 

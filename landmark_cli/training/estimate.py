@@ -22,6 +22,9 @@ OUTPUT_BYTES_16, OUTPUT_BYTES_32 = 2, 4
 # Without the fused loss, bytes of one token for each entry of the vocabulary: the logits, their float32 copy and its
 # gradient.
 LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
+# Where attention is eager, bytes that the backward pass keeps of a layer for each query head, query and key, and as
+# much while the layer is computed: logits, weights, and the block of each key.
+EAGER_BYTES = 20
 # Bytes of one parameter: float32 weight, AdamW's two moments, and in memory the gradient.
 PARAMETER_BYTES, CHECKPOINT_BYTES = 16, 12
 
@@ -57,14 +60,15 @@ def estimate(
     checkpointing: bool = False,
     keep_retrieved: bool = True,
     frozen_bytes: float | None = None,
+    fused_attention: bool = True,
     teacher: nn.Module | None = None,
     teacher_beside: bool = True,
 ) -> Estimate:
     """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows.
 
-    Memory is counted for a replica on every device (one process, DDP) with a fused attention, which keeps no
-    (T, T) matrices. fused_loss: logits are formed piece by piece, and gradients with them. sequence_length: tokens of
-    a window, by default the model's trained length. read: how windows are read chunk by chunk, if they are.
+    Memory is counted for a replica on every device (one process, DDP). fused_attention: attention keeps no (T, T)
+    matrices, as on a GPU. fused_loss: logits are formed piece by piece, and gradients with them. sequence_length:
+    tokens of a window, by default the model's trained length. read: how windows are read chunk by chunk, if they are.
     checkpointing: activations are computed again in the backward pass, one layer after the other. keep_retrieved: then
     all but what was retrieved, if windows are read. frozen_bytes: of a weight that is not trained; by default of the
     run's precision. teacher: the model that is learned from, held beside this one where `teacher_beside`; else it is
@@ -72,7 +76,8 @@ def estimate(
     """
     config, half = model.config, precision != "fp32"
     width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
-    rows = batch_size * (sequence_length or config.trained_length)
+    length = sequence_length or config.trained_length
+    rows = batch_size * length
     layer = width * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
     output = width * (OUTPUT_BYTES_16 if half else OUTPUT_BYTES_32)
     kept = output
@@ -82,6 +87,9 @@ def estimate(
         layer += heads * (CHOICE_BYTES * read.top_k + STATISTIC_BYTES)
         if keep_retrieved:
             kept += output + heads * (CHOICE_BYTES * read.top_k + LSE_BYTES)
+    matrices = 0
+    if not fused_attention:
+        matrices = EAGER_BYTES * batch_size * config.num_attention_heads * length * (read.chunk if read else length)
     number = 2 if half else 4
     logits_a_row = vocabulary + (teacher.config.vocab_size if teacher is not None else 0)
     if fused_loss:
@@ -93,9 +101,9 @@ def estimate(
         loss += number * 2 * rows * teacher.config.hidden_size
     if checkpointing:
         # Of the layers that little is kept, and all of one of them, after the loss has let go of its logits.
-        activations = rows * layers * kept + max(rows * layer, loss)
+        activations = rows * layers * kept + max(rows * layer + 2 * matrices, loss)
     else:
-        activations = rows * layers * layer + loss
+        activations = layers * (rows * layer + matrices) + max(matrices, loss)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state = PARAMETER_BYTES * trained + round((parameters - trained) * (frozen_bytes or number))

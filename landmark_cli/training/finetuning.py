@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.attention.window import WindowSettings
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, check_read_back, special_ids, text_ids
@@ -20,26 +20,29 @@ from landmark_cli.models.support import check_config
 from landmark_cli.training.publish import SaveModel
 
 
-def check_pretrained(
-    name: str,
-    *,
-    landmark_freq: int,
-    trained_length: int,
-    read: WindowSettings | None = None,
-    trust_remote_code: bool = False,
-) -> None:
-    """Refuse a model by its config, before anything is read or written.
+def check_pretrained(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Refuse a model by its config, before anything is read or written. Returns the config.
 
-    name: a model directory or hub id. landmark_freq: text tokens between landmarks. trained_length: positions that
-    windows take, landmarks included. read: how windows are read chunk by chunk, if they are; they then take
-    read.positions. trust_remote_code: whether Python code that comes with the model may run.
+    name: a model directory or hub id. trust_remote_code: whether Python code that comes with the model may run.
 
-    Raises LandmarkError where landmark attention does not fit the model, or the windows do not fit its positions.
+    Raises LandmarkError where landmark attention does not fit the model.
     """
     if lora.is_adapter(name):
         raise LandmarkError(f"{name} holds adapters only: make it a whole model first, by --merge in its own run")
     config = open_config(name, trust_remote_code=trust_remote_code)
     check_config(config, name)
+    return config
+
+
+def check_positions(
+    config: PreTrainedConfig, name: str, *, landmark_freq: int, trained_length: int, read: WindowSettings | None = None
+) -> None:
+    """Raise LandmarkError where windows do not fit the positions that a model's config names.
+
+    name: what the user calls the model. landmark_freq: text tokens between landmarks. trained_length: positions that
+    windows take, landmarks included. read: how windows are read chunk by chunk, if they are; they then take
+    read.positions.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if read is not None and limit is not None and read.positions > limit:
         room = (limit // read.block_size - read.top_k - 1) * read.block_size

@@ -123,6 +123,8 @@ class Loop:
         self.checkpoints.attach(accelerator, self.module, self.optimizer)
         self.vote = Vote()
         self.step = 0
+        # Beside a teacher: of each of its parts, this process's sums, and over how many positions of all processes.
+        self._parts = torch.zeros(2, len(PARTS), device=accelerator.device)
 
     def _prepare(self, model: nn.Module) -> None:
         accelerator, settings = self.accelerator, self.settings
@@ -169,8 +171,6 @@ class Loop:
         self.module.train()
         parameters = list(self.module.parameters())
         loss_since, self._skipped = torch.zeros((), device=accelerator.device), self.update.skipped.read()["total"]
-        # Beside a teacher: of each of its parts, this process's sums, and over how many positions of all processes.
-        self._parts = torch.zeros(2, len(PARTS), device=accelerator.device)
         tokens = self.batches.global_batch * settings.sequence_length
         meter = Meter(self.step, settings.steps, tokens, self.flops_per_token, self.peak_flops)
         with interrupts(FINISHING) as asked, progress("training", settings.steps, "steps", initial=self.step) as shown:

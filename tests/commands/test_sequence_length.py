@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.commands import finetune, train
 from landmark_cli.commands.finetune import FinetuneOptions
+from landmark_cli.commands.finetune_plan import PLAIN, filled
 from landmark_cli.commands.train import TrainOptions
 from landmark_cli.data.landmarks import insert_landmarks
 from landmark_cli.data.windows import Windows
@@ -116,7 +117,7 @@ def test_both_commands_train_on_windows_of_that_many_tokens(place, tmp_path, mon
 
 @pytest.mark.parametrize(
     ("options", "length", "text"),
-    [(TrainOptions(), 512, 502), (FinetuneOptions(model="m", data=["d"]), 2048, 2016)],
+    [(TrainOptions(), 512, 502), (filled(FinetuneOptions(model="m", teacher="none"), PLAIN), 2048, 2016)],
     ids=["train", "finetune"],
 )
 def test_the_default_windows_are_what_they_always_were(options, length, text):

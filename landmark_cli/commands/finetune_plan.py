@@ -1,0 +1,262 @@
+"""What `landmark finetune` takes: the defaults that depend on model, teacher and memory, and the plan of a dry run."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from landmark_cli.commands.plan import show_plan
+from landmark_cli.commands.run_options import loop_settings, reading
+from landmark_cli.console import info, quantity, warn
+from landmark_cli.launch import is_launched
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+    from landmark_cli.commands.finetune import FinetuneOptions
+    from landmark_cli.models.lora import LoraSettings
+
+# Of a weight in 4 bits, with what scales it.
+FOUR_BIT_BYTES = 0.53
+# Of runs on the text alone, and beside a teacher, where nobody says more. A teacher's are those of the first runs that
+# kept what a model could do, of SmolLM2-135M: 13 million tokens.
+PLAIN = {"sequence_length": 2048, "batch_size": 2, "accumulation": 8, "steps": 15_000, "lr": 2e-5, "eval_windows": 128}
+TAUGHT = {"steps": 400, "lr": 1e-4}
+EVALUATED_TOKENS = 1 << 18
+# A micro-batch of more operations than this takes a CPU too long to be measured.
+MEASURED_STEPS = 3
+CPU_OPERATIONS = 1e10
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The models of a run as shapes on the meta device, the student's weights frozen that will be.
+
+    teacher: None where there is none. beside: whether it is a model of its own; else it is the student without its
+    adapters.
+    """
+
+    model: nn.Module
+    teacher: nn.Module | None
+    beside: bool
+
+
+def shapes_of(options: FinetuneOptions) -> Shapes:
+    """The models that the options name; the few rows that landmarks add are left out."""
+    from landmark_cli.models.lora import add_adapters
+    from landmark_cli.models.pretrained import shape_of
+    from landmark_cli.training.trained import train_landmarks
+
+    model = shape_of(options.model, trust_remote_code=options.trust_remote_code)
+    model.config.landmark_freq = options.landmark_freq
+    adapters, teacher = adapter_settings(options), None
+    if options.teacher != "none":
+        name = options.model if options.teacher == "self" else options.teacher
+        teacher = shape_of(name, trust_remote_code=options.trust_remote_code)
+    if adapters:
+        add_adapters(model, adapters)
+    if options.train == "landmarks":
+        model.config.landmark_token_id = 0
+        train_landmarks(model)
+    return Shapes(model, teacher, adapters is None or options.teacher != "self")
+
+
+def adapter_settings(options: FinetuneOptions) -> LoraSettings | None:
+    """The options of the adapters, or None where every weight is trained."""
+    from landmark_cli.models.lora import LoraSettings
+
+    if options.lora_rank is None:
+        return None
+    alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
+    targets = tuple(options.lora_targets) if options.lora_targets else None
+    return LoraSettings(options.lora_rank, alpha, options.lora_dropout, targets)
+
+
+def with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> FinetuneOptions:
+    """The options with a number for each that is left to model, teacher and memory. Every process calls it.
+
+    config: the model's.
+    """
+    if not is_launched() or options.dry_run:
+        return _with_defaults(options, config)
+    from landmark_cli.training.setup import by_main_process, process_state
+
+    # All processes take what the first one finds, whatever memory the others have.
+    process_state(options.device)
+    return by_main_process(lambda: _with_defaults(options, config))
+
+
+def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> FinetuneOptions:
+    from landmark_cli.training.fit import CPU_BATCH, device_memory, fit, longest_window
+    from landmark_cli.training.setup import uses_cpu
+
+    taught = options.teacher != "none"
+    options = filled(options, TAUGHT if taught else PLAIN)
+    shapes = shapes_of(options)
+    memory = device_memory(options.device)
+
+    def needs(sequence_length: int, batch_size: int, checkpointing: bool) -> int:
+        given = dataclasses.replace(options, sequence_length=sequence_length, batch_size=batch_size)
+        return memory_needed(given, shapes, checkpointing)
+
+    read = options.read_chunk is not None
+    found = fit(
+        needs,
+        memory,
+        sequence_length=options.sequence_length,
+        longest=longest_window(config, options.device),
+        shortest=2 * (options.landmark_freq + 1),
+        batch_size=options.batch_size,
+        accumulation=options.accumulation,
+        most=CPU_BATCH if uses_cpu(options.device) else None,
+        checkpointing=True if read and options.gradient_checkpointing is None else options.gradient_checkpointing,
+    )
+    if options.gradient_checkpointing is None and found.checkpointing and not read:
+        without = needs(found.sequence_length, found.batch_size, False)
+        info(
+            f"gradient checkpointing, a third more work: without it a step would take about {quantity(without, 'B')}, "
+            f"and the device has {quantity(memory, 'B')} for it"
+        )
+    if not found.fits:
+        least = needs(found.sequence_length, found.batch_size, found.checkpointing)
+        warn(f"about {quantity(least, 'B')} are needed, and the device has {quantity(memory, 'B')} for a run")
+    options = dataclasses.replace(
+        options,
+        sequence_length=found.sequence_length,
+        batch_size=found.batch_size,
+        accumulation=found.accumulation,
+        gradient_checkpointing=found.checkpointing,
+    )
+    rows = options.steps * options.batch_size * options.accumulation
+    windows = min(PLAIN["eval_windows"], max(8, EVALUATED_TOKENS // found.sequence_length), max(8, rows))
+    return filled(options, {"eval_windows": windows})
+
+
+def filled(options: FinetuneOptions, values: dict[str, Any]) -> FinetuneOptions:
+    """The options with these values for those of them that are not given."""
+    return dataclasses.replace(
+        options, **{name: value for name, value in values.items() if getattr(options, name) is None}
+    )
+
+
+def memory_needed(options: FinetuneOptions, shapes: Shapes, checkpointing: bool) -> int:
+    """Bytes that a device needs for a run, about."""
+    from landmark_cli.training.estimate import estimate
+    from landmark_cli.training.runs import resolve_precision
+    from landmark_cli.training.setup import uses_cpu
+
+    return estimate(
+        shapes.model,
+        options.batch_size,
+        resolve_precision(options.precision, options.device),
+        options.fused_loss,
+        sequence_length=options.sequence_length,
+        read=reading(options, options.landmark_freq, options.top_k_blocks),
+        checkpointing=checkpointing,
+        keep_retrieved=options.keep_retrieved,
+        frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
+        fused_attention=not uses_cpu(options.device),
+        teacher=shapes.teacher,
+        teacher_beside=shapes.beside,
+    ).memory
+
+
+def plan(options: FinetuneOptions) -> None:
+    """Print what the run would take, of configs alone, and how long its steps are, measured on models with random
+    weights."""
+    shapes = shapes_of(options)
+    show_plan(
+        options,
+        shapes.model,
+        reading(options, options.landmark_freq, options.top_k_blocks),
+        teacher=shapes.teacher,
+        teacher_beside=shapes.beside,
+        frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
+        time=said_of_time(options, shapes),
+    )
+
+
+def said_of_time(options: FinetuneOptions, shapes: Shapes) -> str:
+    """How long the run's steps take, measured, or why that is not known."""
+    from landmark_cli.console import duration
+    from landmark_cli.memory import is_out_of_memory
+    from landmark_cli.training.fit import device_memory
+    from landmark_cli.training.metrics import flops_per_token
+    from landmark_cli.training.setup import uses_cpu
+
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
+    if is_launched():
+        return "not measured in a launch of several processes"
+    if options.four_bit:
+        return "not measured with --four-bit"
+    if memory_needed(options, shapes, bool(options.gradient_checkpointing)) > device_memory(options.device):
+        return "not measured: the memory does not hold a step"
+    parts, what = 1, "steps"
+    if uses_cpu(options.device):
+        operations = options.batch_size * options.sequence_length
+        operations *= flops_per_token(shapes.model, options.sequence_length, read)
+        if operations > CPU_OPERATIONS:
+            return "not measured: a step takes a CPU long"
+        parts, what = options.accumulation, "micro-batches"
+    try:
+        seconds, steps = measure(dataclasses.replace(options, accumulation=options.accumulation // parts))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return "not measured: memory ran out in a step"
+    seconds *= parts
+    return f"{duration(options.steps * seconds)}: {seconds:.3g} s a step, by {steps} {what}; preparing text aside"
+
+
+def measure(options: FinetuneOptions) -> tuple[float, int]:
+    """Seconds of a step of the run, and on how many that was measured."""
+    import torch
+
+    from landmark_cli.models.lora import add_adapters
+    from landmark_cli.models.pretrained import random_model
+    from landmark_cli.training.distillation import Distillation
+    from landmark_cli.training.finetuning import dtype_of
+    from landmark_cli.training.rehearsal import seconds_per_step
+    from landmark_cli.training.runs import resolve_precision
+    from landmark_cli.training.setup import checkpoint_activations, make_accelerator, without_adapters
+    from landmark_cli.training.teachers import ATTENTION, Teacher, UntouchedRows, WithoutAdapters
+    from landmark_cli.training.trained import train_landmarks
+
+    precision = resolve_precision(options.precision, options.device)
+    read, adapters = reading(options, options.landmark_freq, options.top_k_blocks), adapter_settings(options)
+    accelerator = make_accelerator(
+        precision=precision,
+        accumulation=options.accumulation,
+        device=options.device,
+        compile=options.compile,
+        tf32=options.tf32,
+    )
+    half, device = dtype_of(precision), accelerator.device
+    opening: dict[str, Any] = {"device": device, "trust_remote_code": options.trust_remote_code}
+    model = random_model(options.model, dtype=half if adapters else torch.float32, **opening)
+    untouched = UntouchedRows(model)
+    config = model.config
+    config.landmark_freq, config.landmark_token_id = options.landmark_freq, config.vocab_size - 1
+    config.trained_length = options.sequence_length if read is None else read.positions
+    model.set_attn_implementation("landmark")
+    trained = add_adapters(model, adapters) if adapters else model
+    if options.train == "landmarks":
+        train_landmarks(model)
+    if options.gradient_checkpointing:
+        checkpoint_activations(without_adapters(trained), keep_retrieved=read is not None and options.keep_retrieved)
+    distilled = None
+    if options.teacher != "none":
+        if adapters and options.teacher == "self":
+            teacher: Teacher = WithoutAdapters(trained, untouched)
+        else:
+            name = options.model if options.teacher == "self" else options.teacher
+            teacher = Teacher(random_model(name, attention=ATTENTION, dtype=half, **opening))
+        how = (options.answer_weight, options.text_weight or 0.0, options.distill_temperature)
+        distilled = Distillation(teacher, options.teacher, config.landmark_token_id, *how)
+    with tempfile.TemporaryDirectory() as directory:
+        settings = loop_settings(options, Path(directory), precision, options.sequence_length, read=read)
+        return seconds_per_step(accelerator, trained, config, settings, distilled, MEASURED_STEPS)

@@ -1,0 +1,90 @@
+"""`landmark finetune`: what is left to the model, the teacher and the memory, and what a dry run measures."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from landmark_cli.commands import finetune_plan
+from landmark_cli.commands.finetune import FinetuneOptions, run
+from landmark_cli.commands.finetune_plan import with_defaults
+from landmark_cli.models.pretrained import open_config
+from landmark_cli.training import fit
+from tests.data.test_mixing import prose
+from tests.models.families import tiny_decoder, tiny_tokenizer
+
+CHOSEN = ("sequence_length", "batch_size", "accumulation", "steps", "lr", "gradient_checkpointing", "eval_windows")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("defaults")
+    tiny_decoder("llama", initializer_range=0.1, max_position_embeddings=256).save_pretrained(root / "base")
+    tiny_tokenizer().save_pretrained(root / "base")
+    (root / "barges.txt").write_text(prose("barge", 200))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_the_place(place, fresh_accelerator, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def chosen(**given):
+    options = with_defaults(FinetuneOptions(**{"model": "base", "device": "cpu"} | given), open_config("base"))
+    assert not [name for name in CHOSEN if getattr(options, name) is None]
+    return tuple(getattr(options, name) for name in CHOSEN)
+
+
+def test_beside_a_teacher_windows_are_as_long_as_the_models_positions():
+    assert chosen() == (256, 2, 64, 400, 1e-4, False, 128)
+    assert chosen(sequence_length=128, steps=2, batch_size=1, accumulation=3) == (128, 1, 3, 2, 1e-4, False, 8)
+
+
+def test_without_a_teacher_all_is_as_it_was():
+    assert chosen(teacher="none") == (2048, 2, 8, 15_000, 2e-5, False, 128)
+
+
+def test_recipes_that_say_all_are_not_touched():
+    given = dict(zip(CHOSEN, (64, 2, 3, 7, 1e-3, False, 5), strict=True))
+    for teacher in ("none", "self"):
+        assert chosen(teacher=teacher, **given) == tuple(given.values())
+
+
+def test_activations_are_computed_again_where_memory_asks_for_it_which_is_said(monkeypatch, capfd):
+    options = FinetuneOptions(model="base", device="cpu", batch_size=2)
+    shapes = finetune_plan.shapes_of(options)
+    sized = dataclasses.replace(options, sequence_length=256)
+    least, most = (finetune_plan.memory_needed(sized, shapes, again) for again in (True, False))
+    assert least < most
+    for memory, expected in ((most, False), (most - 1, True), (least, True)):
+        monkeypatch.setattr(fit, "device_memory", lambda device, memory=memory: memory)
+        assert chosen(batch_size=2)[5] is expected
+        assert ("gradient checkpointing, a third more work: without it" in capfd.readouterr().err) == expected
+        assert chosen(batch_size=2, gradient_checkpointing=not expected, sequence_length=256)[5] is not expected
+    monkeypatch.setattr(fit, "device_memory", lambda device: 1)
+    capfd.readouterr()
+    assert chosen(batch_size=2)[0] == 128
+    assert "are needed, and the device has 1 B for a run" in " ".join(capfd.readouterr().err.split())
+
+
+def test_what_was_chosen_is_in_the_recipe(tmp_path):
+    given = {"steps": 1, "batch_size": 1, "accumulation": 1, "eval_every": 0, "device": "cpu", "landmark_freq": 31}
+    run(FinetuneOptions(model="base", data=["barges.txt"], output=tmp_path / "run", **given))
+    saved = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert {name: saved[name.replace("_", "-")] for name in CHOSEN} == dict(
+        zip(CHOSEN, (256, 1, 1, 1, 1e-4, False, 8), strict=True)
+    )
+    assert open_config(tmp_path / "run").trained_length == 256
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"teacher": "none"}, {"train": "landmarks"}])
+def test_a_dry_run_measures_steps(tmp_path, capsys, monkeypatch, changes):
+    given = {"sequence_length": 64, "landmark_freq": 7, "batch_size": 1, "accumulation": 2, "steps": 7200}
+    options = FinetuneOptions(model="base", output=tmp_path / "run", dry_run=True, device="cpu", **given | changes)
+    run(options)
+    assert "s a step, by 3 micro-batches; preparing text aside" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(finetune_plan, "CPU_OPERATIONS", 1e3)
+    run(options)
+    assert "not measured: a step takes a CPU long" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,79 @@
+"""What of a run follows from the memory there is."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+
+from landmark_cli.training.estimate import estimate
+from landmark_cli.training.fit import STEP_TOKENS, Fit, device_memory, fit, longest_window
+from tests.models.families import tiny_decoder
+
+NOTHING_GIVEN = {"sequence_length": None, "batch_size": None, "accumulation": None, "checkpointing": None}
+
+
+def needs(sequence_length, batch_size, checkpointing):
+    return sequence_length * batch_size * (1 if checkpointing else 4)
+
+
+def fitted(memory, **given):
+    return fit(needs, memory, **{"longest": 8192, "shortest": 128} | NOTHING_GIVEN | given)
+
+
+@pytest.mark.parametrize(
+    ("memory", "found"),
+    [
+        (1e9, Fit(8192, 4, 1, False)),
+        (4 * 16384, Fit(8192, 2, 2, False)),
+        (4 * 8192, Fit(8192, 1, 4, False)),
+        (4 * 8191, Fit(8192, 2, 2, True)),
+        (8192, Fit(8192, 1, 4, True)),
+        (8191, Fit(4096, 1, 8, True)),
+        (128, Fit(128, 1, 256, True)),
+        (127, Fit(128, 1, 256, True, fits=False)),
+    ],
+)
+def test_windows_stay_long_as_memory_shrinks(memory, found):
+    assert fitted(memory) == found
+    assert found.sequence_length * found.batch_size * found.accumulation == STEP_TOKENS
+
+
+def test_what_is_given_stays_and_the_rest_fits_around_it():
+    some = {"sequence_length": (None, 1000), "batch_size": (None, 3), "accumulation": (None, 5)}
+    for memory, checkpointing in itertools.product((1, 20_000, 1e9), (None, False, True)):
+        for values in itertools.product(*some.values()):
+            given = dict(zip(some, values, strict=True)) | {"checkpointing": checkpointing}
+            found = fitted(memory, **given)
+            for name, value in given.items():
+                assert value in (None, getattr(found, name))
+            if found.fits:
+                assert needs(found.sequence_length, found.batch_size, found.checkpointing) <= memory
+    assert fitted(1e9, most=2) == Fit(8192, 2, 2, False)
+
+
+def test_the_longest_window_is_what_a_model_sees(monkeypatch):
+    monkeypatch.setattr("landmark_cli.training.setup.uses_cpu", lambda device: device == "cpu")
+    assert longest_window(LlamaConfig(max_position_embeddings=8192), "cuda") == 8192
+    assert longest_window(LlamaConfig(max_position_embeddings=8192), "cpu") == 2048
+    assert longest_window(LlamaConfig(max_position_embeddings=512), "cpu") == 512
+    assert longest_window(LlamaConfig(max_position_embeddings=1 << 17), "cuda") == STEP_TOKENS
+    assert longest_window(MistralConfig(max_position_embeddings=8192, sliding_window=4096), "cuda") == 4096
+
+
+def test_processes_share_a_machines_memory_and_a_split_model_is_not_counted(monkeypatch):
+    alone = device_memory("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device_memory("cpu") == pytest.approx(alone / 4)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert device_memory("cpu") == float("inf")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_eager_attention_takes_its_matrices(checkpointing):
+    with torch.device("meta"):
+        model = tiny_decoder("llama")
+    how = {"sequence_length": 4096, "checkpointing": checkpointing}
+    fused, eager = (estimate(model, 1, "fp32", fused_attention=kind, **how).memory for kind in (True, False))
+    kept = 20 * 4 * 4096**2
+    assert eager - fused == pytest.approx(2 * kept if checkpointing else 3 * kept, rel=0.1)
