@@ -109,7 +109,7 @@ def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> Finetu
         memory,
         sequence_length=options.sequence_length,
         longest=longest_window(config, options.device),
-        shortest=2 * (options.landmark_freq + 1),
+        shortest=options.read_chunk or 2 * (options.landmark_freq + 1),
         batch_size=options.batch_size,
         accumulation=options.accumulation,
         most=CPU_BATCH if uses_cpu(options.device) else None,
@@ -255,8 +255,16 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
         else:
             name = options.model if options.teacher == "self" else options.teacher
             teacher = Teacher(random_model(name, attention=ATTENTION, dtype=half, **opening))
-        how = (options.answer_weight, options.text_weight or 0.0, options.distill_temperature)
-        distilled = Distillation(teacher, options.teacher, config.landmark_token_id, *how)
+        distilled = Distillation(
+            teacher.prepare(accelerator),
+            options.teacher,
+            config.landmark_token_id,
+            options.answer_weight,
+            options.text_weight or 0.0,
+            options.distill_temperature,
+            options.gate_weight,
+            config.landmark_freq + 1,
+        )
     with tempfile.TemporaryDirectory() as directory:
         settings = loop_settings(options, Path(directory), precision, options.sequence_length, read=read)
         return seconds_per_step(accelerator, trained, config, settings, distilled, MEASURED_STEPS)
