@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..console import info, warn
 from ..errors import LandmarkError, UsageError
-from . import retrieval
+from . import blockwise, retrieval
 from .cache import Chunk, LayerBlocks
 from .context_miss import attend_chunk_with_context_miss
 from .kernels.hopper import support as hopper_support
@@ -62,6 +62,7 @@ class Backend:
     and (dout, dlse, q, k, v, out, lse, *settings) -> (dq, dk, dv). None: the definition, which autograd differentiates.
     reads_as: the name of the backend that reads where this one is asked for. read: attention of a chunk through the
     cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read; None where another one reads.
+    recorded: whether shapes of what it reads do not depend on what has been read, so that CUDA graphs can record it.
     retrieve_forward, retrieve_backward: of the operators of window_operators.py, whose arguments they take; None: the
     definition, or another one.
     """
@@ -73,6 +74,7 @@ class Backend:
     forward: Callable[..., tuple[Tensor, Tensor]] | None = None
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     read: Callable[..., Read] | None = None
+    recorded: bool = False
     retrieve_forward: Callable[..., tuple[Tensor, ...]] | None = None
     retrieve_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
 
@@ -246,6 +248,21 @@ def _unless_given_up(name: str, *arguments) -> tuple[Tensor, ...] | None:
         return None
 
 
+# --- blockwise: plain PyTorch, made for a CPU, for reading
+
+
+def _why_not_blockwise(problem: Problem) -> str | None:
+    if problem.block_size is None:
+        return "landmark_mask makes blocks of any size"
+    if not problem.reading:
+        return "only reading is made block by block"
+    if problem.differentiated:
+        return "gradients are asked for"
+    if problem.dtype == torch.float64:
+        return "q is float64 and blocks are read in float32"
+    return None
+
+
 # In the order in which they are tried; the last can serve everything.
 BACKENDS = {
     backend.name: backend
@@ -258,18 +275,24 @@ BACKENDS = {
             "triton",
             _triton_forward,
             _triton_backward,
-            _triton_read,
-            _triton_retrieve,
-            _triton_retrieve_backward,
+            read=_triton_read,
+            recorded=True,
+            retrieve_forward=_triton_retrieve,
+            retrieve_backward=_triton_retrieve_backward,
+        ),
+        Backend(
+            "blockwise",
+            lambda device: not device.startswith("cuda"),
+            _why_not_blockwise,
+            "blockwise",
+            read=blockwise.attend_chunk,
         ),
         Backend(
             "eager",
             lambda device: True,
             lambda problem: None,
             "eager",
-            None,
-            None,
-            _read_by_definition,
+            read=_read_by_definition,
         ),
     )
 }
@@ -322,9 +345,7 @@ def _first_that_can(problem: Problem) -> str:
             continue
         before, obstacle = obstacle, backend.why_not(problem)
         if obstacle is None:
-            if backend.forward is not None:
-                return _announce(backend.name, f"on {kind}; {before}" if before else f"on {kind}")
-            return _announce(backend.name, before or BACKENDS["triton"].why_not(problem) or f"on {kind}")
+            return _announce(backend.name, f"on {kind}; {before}" if before else f"on {kind}")
     raise AssertionError("the last backend serves everything")
 
 

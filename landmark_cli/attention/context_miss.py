@@ -39,6 +39,7 @@ def attend_chunk_with_context_miss(
         context_miss_key=context_miss_key,
         return_lse=True,
     )
+    out = out.masked_fill(~chunk.real[:, None, :, None], 0.0)
     read = Read(out)
     if min(settings.top_k, chunk.most_cached) > 0:
         ages = select_blocks(q, blocks, chunk, scale)

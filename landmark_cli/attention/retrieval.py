@@ -50,6 +50,8 @@ def attend_chunk(
     out, lse = landmark_attention(
         q, window_k, window_v, block_size=blocks.settings.block_size, scale=scale, start=first, return_lse=True
     )
+    # A row that rests has its tail block in its padding's place, which sees it.
+    out = out.masked_fill(~chunk.real[:, None, :, None], 0.0)
     read = Read(out)
     if min(blocks.settings.top_k, chunk.most_cached) > 0:
         ages = select_blocks(q, blocks, chunk, scale)
@@ -120,18 +122,23 @@ def choose_blocks(scores: Tensor, cached: Tensor, real: Tensor, top_k: int, sele
     ages = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     scores = scores.masked_fill((ages > cached[:, None])[:, None, None], MINUS_INFINITY)
     if selection != "per_token_and_head":
-        # Logarithms of a softmax compare as the softmax does. A row that has no block yet has none.
-        scores = torch.log_softmax(scores, dim=-1).nan_to_num(MINUS_INFINITY, neginf=MINUS_INFINITY)
-        if selection == "max_over_heads":
-            scores = scores.amax(1, keepdim=True)
-        elif selection == "max_over_tokens":
-            scores = scores.masked_fill(~real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
-        else:
-            raise NotImplementedError(f"selection {selection}")
+        scores = shared_scores(scores, real, selection)
     # Ages rise, so a stable order leaves the newer of equal scores in front.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     best = ages[order[..., :top_k]]
     return best.masked_fill(best > cached[:, None, None, None], 0)
+
+
+def shared_scores(scores: Tensor, real: Tensor, selection: str) -> Tensor:
+    """Of scores (B, H, T, n), minus infinity where there is no block, those by which a selection is made that heads or
+    tokens share: (B, 1, T, n) or (B, H, 1, n). real: (B, T) bool, no padding."""
+    # Logarithms of a softmax compare as the softmax does. A row that has no block yet has none.
+    scores = torch.log_softmax(scores, dim=-1).nan_to_num(MINUS_INFINITY, neginf=MINUS_INFINITY)
+    if selection == "max_over_heads":
+        return scores.amax(1, keepdim=True)
+    if selection == "max_over_tokens":
+        return scores.masked_fill(~real[:, None, :, None], MINUS_INFINITY).amax(2, keepdim=True)
+    raise NotImplementedError(f"selection {selection}")
 
 
 def block_distance(ages: Tensor, chunk: Chunk, settings: RetrievalSettings) -> Tensor:

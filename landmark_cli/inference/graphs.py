@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from landmark_cli.attention.backends import BACKENDS
 from landmark_cli.attention.cache import BlockCache, Chunk
 from landmark_cli.console import warn
 from landmark_cli.models.device import to_device
@@ -133,8 +134,7 @@ class ChunkForward:
         chunk = self.cache.begin_chunk(lengths, ids.shape[1])
         logits = self._forward(to_device(ids, self.cache.device), chunk, to_device(kept, self.cache.device))
         self.cache.end_chunk(chunk)
-        # What the eager definition does cannot be recorded: its shapes depend on what has been read.
-        self.recording &= "eager" not in self.cache.backends
+        self.recording &= all(BACKENDS[name].recorded for name in self.cache.backends)
         return logits
 
     def _forward(self, ids: Tensor, chunk: Chunk, kept: Tensor) -> Tensor:

@@ -1,18 +1,23 @@
-"""Read the same random chunks with the eager definition and with the Triton kernels."""
+"""Read the same random chunks with the eager definition and with another backend."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
+import pytest
 import torch
 from torch import Tensor
 
-from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Trace
+from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Selection, Trace
 from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 
 
 @dataclass
 class Case:
-    """chunks: stream tokens of each chunk, one number for all rows or a number a row. rotary: rotated dimensions."""
+    """chunks: stream tokens of each chunk, one number for all rows or a number a row. rotary: rotated dimensions.
+
+    resident: offload, keeping so many blocks on the device. context_miss: with a context-miss token.
+    """
 
     chunks: list
     batch: int = 1
@@ -25,12 +30,38 @@ class Case:
     settings: dict = field(default_factory=dict)
     resident: int | None = None
     dtype: torch.dtype = torch.float32
+    context_miss: bool = False
 
 
-def read(case: Case, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], list[Tensor], list[BlockCache]]:
-    """(eager outputs, Triton outputs, caches) of every chunk; eager reads the same numbers in float32.
+# Every feature once, small, since without a GPU every program of a kernel is interpreted.
+CASES = {
+    "chunks inside and across blocks": Case([12, 7, 19], dim=24),
+    "rows of their own lengths, 4 heads on 2": Case([[12, 5], [3, 16], [0, 7]], batch=2, heads=4, key_heads=2, top_k=3),
+    "steps": Case([22, 1, 1, 1, 1], heads=2),
+    "steps of rows in different phases": Case([[22, 13], [2, 1], [0, 2], [4, 3]], batch=2),
+    "eviction, the ring growing after it wrapped": Case([12, 8, 3, 1, 26, 11], settings={"cache_blocks": 3}),
+    **{rule: Case([12, 9, 1, 14], top_k=3, settings={"selection": rule}) for rule in get_args(Selection)},
+    "true distances": Case([12, 16, 1, 10], settings={"positions": "absolute"}),
+    "partial rotary": Case([12, 9, 1], dim=24, rotary=8),
+    "18 blocks retrieved": Case([60, 7], block_size=3, top_k=18),
+    "18 blocks retrieved, shared": Case([60, 5], block_size=3, top_k=18, settings={"selection": "max_over_heads"}),
+    "blocks wider than a tile": Case([150, 75, 1], block_size=70, heads=1),
+    "landmarks in several tiles": Case([136, 3, 1], block_size=2, heads=1),
+    "numbers of 16 bits": Case([[12, 5], [7, 16], [1, 2]], batch=2, top_k=3, dtype=torch.float16),
+    "numbers of 16 bits, several tiles": Case([136, 3, 1], block_size=2, heads=1, dtype=torch.float16),
+    "numbers of 16 bits, 18 blocks": Case([60, 7], block_size=3, top_k=18, dtype=torch.float16),
+    "offloaded": Case([12, 9, 1, 16], top_k=3, resident=3),
+    "offloaded, landmarks in several tiles": Case([136, 1, 2], block_size=2, heads=1, resident=8),
+    "offloaded, evicted": Case([12, 9, 1, 16, 8], top_k=3, resident=2, settings={"cache_blocks": 3}),
+}
 
-    Every second chunk is traced. resident: offload, keeping so many blocks on the device.
+
+def read(
+    case: Case, device: str = "cpu", seed: int = 0, backend: str = "triton", poison: bool = False
+) -> tuple[list[Tensor], list[Tensor], list[BlockCache]]:
+    """(eager outputs, the backend's outputs, caches) of every chunk; eager reads the same numbers in float32.
+
+    Every second chunk is traced. poison: the backend's blocks hold NaN before they are written.
     """
     generator = torch.Generator().manual_seed(seed)
     inverse_frequencies = default_inverse_frequencies(case.rotary or case.dim)
@@ -40,6 +71,7 @@ def read(case: Case, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], 
     caches = [
         BlockCache(settings, inverse_frequencies, batch=case.batch, device=device, offload=o) for o in (None, offload)
     ]
+    miss = torch.randn(1, case.key_heads, 1, case.dim, generator=generator) if case.context_miss else None
     outputs = [], []
     for index, lengths in enumerate(case.chunks):
         lengths = [lengths] * case.batch if isinstance(lengths, int) else lengths
@@ -47,18 +79,37 @@ def read(case: Case, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], 
             torch.randn(case.batch, max(lengths), n, case.dim, generator=generator).to(device, case.dtype)
             for n in (case.heads, case.key_heads, case.key_heads)
         )
-        for which, backend in enumerate(("eager", "triton")):
+        for which, name in enumerate(("eager", backend)):
             cache = caches[which]
             cache.trace = Trace() if index % 2 else None
             chunk = cache.begin_chunk(lengths)
             rotation = rotation_table(chunk.position_ids, inverse_frequencies.to(device))
             given = [_rotated(q, *rotation), _rotated(k, *rotation), v.transpose(1, 2)]
             given = [x.float() for x in given] if which == 0 else given
-            outputs[which].append(attend_chunk(0, *given, cache, chunk, backend=backend).float())
+            if poison and which == 1 and index == 0:
+                cache.expect(sum(n if isinstance(n, int) else max(n) for n in case.chunks))
+                layer = cache.layer(0, given[1], chunk)
+                layer.blocks.fill_(torch.nan)
+                layer.landmark_keys.fill_(torch.nan)
+            if case.context_miss:
+                given.append(miss.to(given[0]))
+            outputs[which].append(attend_chunk(0, *given[:3], cache, chunk, None, *given[3:], backend=name).float())
             cache.end_chunk(chunk)
     return *outputs, caches
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, T, H, D) -> (B, H, T, D) rotated at the chunk's positions."""
-    return rotate(x.transpose(1, 2), cos[:, None], sin[:, None])
+    """(B, T, H, D) -> (B, H, T, D) rotated at the chunk's positions, and in memory as it was, as in a model."""
+    return rotate(x, cos[:, :, None], sin[:, :, None]).transpose(1, 2)
+
+
+def assert_same_traces(eager: BlockCache, other: BlockCache, tolerance: float) -> None:
+    """The last token of every row has read the same blocks, with shares that differ by rounding."""
+    if eager.trace is None:
+        return
+    assert set(eager.trace.layers) == set(other.trace.layers)
+    lengths = eager.trace.layers[0][1].shape if eager.trace.layers else (0,)
+    for row in range(lengths[0]):
+        expected, found = (cache.trace.read_by(row, -1) for cache in (eager, other))
+        assert [r["block"] for r in expected] == [r["block"] for r in found]
+        assert [r["share"] for r in found] == pytest.approx([r["share"] for r in expected], abs=tolerance)

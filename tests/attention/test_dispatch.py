@@ -27,11 +27,14 @@ def untold(monkeypatch):
 PLAIN = Problem("cuda", torch.bfloat16, 128, 64)
 
 
-def test_a_gpu_runs_triton_and_a_cpu_eager(capsys):
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu:1"])
+def test_a_gpu_runs_triton_and_what_is_none_reads_blockwise(device, capsys):
     assert choose(PLAIN) == "triton"
-    assert choose(PLAIN._replace(device="cpu")) == "eager"
+    assert choose(PLAIN._replace(device=device)) == "eager"
+    assert choose(PLAIN._replace(device=device, reading=True)) == "blockwise"
     said = capsys.readouterr().err
     assert "landmark attention: triton (on cuda)" in said and "landmark attention: eager" in said
+    assert f"landmark attention: blockwise (on {device.partition(':')[0]})" in said
     assert choose(PLAIN) == "triton"
     assert capsys.readouterr().err == ""
 
@@ -62,7 +65,9 @@ def test_the_environment_and_the_argument_choose(monkeypatch):
     # Its name until it had company.
     assert choose(PLAIN, "fused") == "triton"
     monkeypatch.setenv("LANDMARK_ATTENTION", "flash")
-    with pytest.raises(UsageError, match='LANDMARK_ATTENTION=flash: .* "hopper", "triton", "eager"; .flash. was asked'):
+    with pytest.raises(
+        UsageError, match='LANDMARK_ATTENTION=flash: .* "hopper", "triton", "blockwise", "eager"; .flash. was asked'
+    ):
         choose(PLAIN)
     monkeypatch.setenv("LANDMARK_ATTENTION", "hopper")
     with pytest.raises(UsageError, match="LANDMARK_ATTENTION=hopper: .* compute capability 9.0"):

@@ -1,6 +1,7 @@
 """Which block wins where scores are equal, or nearly: no tolerance decides, and of equal scores the newer block's wins.
 
-Every way in which blocks are chosen is tried: the definition's, and those of the Triton kernels.
+Every way in which blocks are chosen is tried: the definition's, those of plain PyTorch in pieces and of the Triton
+kernels.
 """
 
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ WAYS = {
     "eager": Way(7, backend="eager"),
     "eager, shared by heads": Way(7, backend="eager", heads=2, settings={"selection": "max_over_heads"}),
     "eager, shared by tokens": Way(7, backend="eager", settings={"selection": "max_over_tokens"}),
+    "blockwise": Way(7, backend="blockwise"),
+    "blockwise, by groups": Way(7, blocks=140, backend="blockwise", heads=2, top_k=3),
+    "blockwise, shared by heads": Way(7, backend="blockwise", heads=2, settings={"selection": "max_over_heads"}),
+    "blockwise, shared by tokens": Way(7, backend="blockwise", settings={"selection": "max_over_tokens"}),
+    "blockwise, 16 bits": Way(7, blocks=140, backend="blockwise", dtype=torch.float16),
+    "blockwise, a step": Way(1, blocks=140, backend="blockwise"),
     "a chunk": Way(7),
     "a chunk, landmarks in several tiles": Way(7, blocks=140, heads=2),
     "a chunk whose landmarks are shared out": Way(7, blocks=140, shared_out=True),
@@ -133,7 +140,7 @@ def test_far_blocks_of_one_landmark_key_go_to_the_newest(name, request):
     raise AssertionError("no query preferred a far block")
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "blockwise", "triton"])
 def test_a_reader_knows_that_the_first_layer_has_one_landmark_key(backend, monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", backend)
     reader = BlockReader(tiny_model(n_layer=1), top_k_blocks=2, chunk=25)

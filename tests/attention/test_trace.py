@@ -17,7 +17,7 @@ CONTEXT_MISS_KEY = torch.randn(1, 1, 1, DIM, generator=torch.Generator().manual_
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["", "offloaded"])
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("name", ["eager", "triton", "context miss"])
+@pytest.mark.parametrize("name", ["eager", "blockwise", "triton", "context miss"])
 def test_traced_shares_are_those_of_the_output(name, tokens, offloaded):
     generator = torch.Generator().manual_seed(1)
     offload = Offload(1, 4 * 2 * BLOCK * DIM * 4) if offloaded else None

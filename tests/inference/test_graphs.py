@@ -65,8 +65,9 @@ def test_what_is_read_without_a_graph_leaves_the_traces_of_graphs_alone(monkeypa
     assert all(kept.traced[0] is traced[kind] for kind, kept in reader.forward._recorded.items())
 
 
-def test_the_eager_definition_is_never_recorded(monkeypatch):
-    monkeypatch.setenv("LANDMARK_ATTENTION", "eager")
+@pytest.mark.parametrize("backend", ["eager", "blockwise"])
+def test_what_has_no_fixed_shapes_is_never_recorded(backend, monkeypatch):
+    monkeypatch.setenv("LANDMARK_ATTENTION", backend)
     reader = BlockReader(tiny_model(n_layer=1), batch=2, chunk=8)
     reader.forward.recording, reader.forward.record = True, Repeated
     read(reader, [tiny_text(20, 1), tiny_text(9, 2)], 3)

@@ -1,43 +1,20 @@
 """The Triton kernels read what the eager definition reads."""
 
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 
-from landmark_cli.attention.cache import BlockCache, RetrievalSettings, Selection
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
-from tests.attention.reading import Case, read
+from tests.attention.reading import CASES, Case, assert_same_traces, read
 from tests.closeness import assert_close_norm, tolerance
 from tests.tiny import tiny_model, tiny_text
-
-# Small ones, since without a GPU every program of a kernel is interpreted.
-CASES = {
-    "chunks inside and across blocks": Case([12, 7, 19], dim=24),
-    "rows of their own lengths, 4 heads on 2": Case([[12, 5], [3, 16], [0, 7]], batch=2, heads=4, key_heads=2, top_k=3),
-    "steps": Case([22, 1, 1, 1, 1], heads=2),
-    "steps of rows in different phases": Case([[22, 13], [2, 1], [0, 2], [4, 3]], batch=2),
-    "eviction, the ring growing after it wrapped": Case([12, 8, 3, 1, 26, 11], settings={"cache_blocks": 3}),
-    **{rule: Case([12, 9, 1, 14], top_k=3, settings={"selection": rule}) for rule in get_args(Selection)},
-    "true distances": Case([12, 16, 1, 10], settings={"positions": "absolute"}),
-    "partial rotary": Case([12, 9, 1], dim=24, rotary=8),
-    "18 blocks retrieved": Case([60, 7], block_size=3, top_k=18),
-    "18 blocks retrieved, shared": Case([60, 5], block_size=3, top_k=18, settings={"selection": "max_over_heads"}),
-    "blocks wider than a tile": Case([150, 75, 1], block_size=70, heads=1),
-    "landmarks in several tiles": Case([136, 3, 1], block_size=2, heads=1),
-    "numbers of 16 bits": Case([[12, 5], [7, 16], [1, 2]], batch=2, top_k=3, dtype=torch.float16),
-    "numbers of 16 bits, several tiles": Case([136, 3, 1], block_size=2, heads=1, dtype=torch.float16),
-    "numbers of 16 bits, 18 blocks": Case([60, 7], block_size=3, top_k=18, dtype=torch.float16),
-    "offloaded": Case([12, 9, 1, 16], top_k=3, resident=3),
-    "offloaded, landmarks in several tiles": Case([136, 1, 2], block_size=2, heads=1, resident=8),
-    "offloaded, evicted": Case([12, 9, 1, 16, 8], top_k=3, resident=2, settings={"cache_blocks": 3}),
-}
 
 GPU_CASES = {
     "the paper's evaluation": Case([255] * 6 + [17], batch=3, heads=8, key_heads=8, dim=128, block_size=51, top_k=4),
@@ -83,7 +60,7 @@ def poison():
 def test_agrees_with_the_definition(name):
     eager, fused, caches = read(CASES[name])
     assert_close_norm(fused, eager, CASES[name].dtype)
-    _same_traces(*caches, tolerance=tolerance(CASES[name].dtype))
+    assert_same_traces(*caches, tolerance=tolerance(CASES[name].dtype))
 
 
 @pytest.mark.gpu
@@ -147,18 +124,7 @@ def test_programs_share_out_the_landmarks_of_few_queries(name, monkeypatch):
     eager, fused, caches = read(case)
     assert max(shares) >= 2
     assert_close_norm(fused, eager, case.dtype)
-    _same_traces(*caches, tolerance=tolerance(case.dtype))
-
-
-def _same_traces(eager: BlockCache, fused: BlockCache, tolerance: float) -> None:
-    if eager.trace is None:
-        return
-    assert set(eager.trace.layers) == set(fused.trace.layers)
-    lengths = eager.trace.layers[0][1].shape if eager.trace.layers else (0,)
-    for row in range(lengths[0]):
-        expected, found = (cache.trace.read_by(row, -1) for cache in (eager, fused))
-        assert [r["block"] for r in expected] == [r["block"] for r in found]
-        assert [r["share"] for r in found] == pytest.approx([r["share"] for r in expected], abs=tolerance)
+    assert_same_traces(*caches, tolerance=tolerance(case.dtype))
 
 
 def test_what_the_kernels_do_not_know_is_refused(monkeypatch):
