@@ -35,7 +35,8 @@ class MachineOptions(CodeOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         panel=MODEL,
-        help="Type of the weights and the computation; auto: the type that the weights are stored in.",
+        help="Type of the weights and the computation; auto: the type that the weights are stored in, or float32 on a "
+        "CPU that is slow with that.",
         saves_memory="--dtype bfloat16",
     )
     device: str = option("auto", panel=MODEL, help="Where to run: cpu, cuda, cuda:1; auto: a GPU where there is one.")

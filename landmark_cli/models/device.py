@@ -1,6 +1,9 @@
-"""Which device a model runs on, by the name that a user gives, and getting tensors there."""
+"""Which device a model runs on, by the name that a user gives, in which dtype, and getting tensors there."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,6 +28,27 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     if device is None or (device.index or 0) >= here.get(device.type, 0):
         raise UsageError(f"--device {name}: there is no such device here; there is {_listed(here)}{_why_not(device)}")
     return device
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a device computes fast with weights that are stored in another: float32 for 16 bits on a CPU
+    without products of them, which takes several times as long over these; else the stored one."""
+    native = NATIVE_PRODUCTS.get(stored)
+    if device.type != "cpu" or native is None or any(map(_capabilities().get, native)):
+        return stored
+    return torch.float32
+
+
+# What makes a CPU fast with numbers of 16 bits, as torch.cpu.get_capabilities calls it. AVX-512 has products of float16
+# too (avx512_fp16), which are no faster than those of float32.
+NATIVE_PRODUCTS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("amx_fp16",)}
+
+
+@functools.cache
+def _capabilities() -> Mapping[str, bool]:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_fp16": torch.cpu._is_amx_fp16_supported()}
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

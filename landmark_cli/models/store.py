@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.console import info
 from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
@@ -15,7 +16,7 @@ from landmark_cli.files import read_record, reading
 from landmark_cli.model_files import check_directory
 from landmark_cli.torch_files import load_weights
 
-from .device import find_device
+from .device import fast_dtype, find_device
 from .generation_config import silence
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
@@ -41,8 +42,9 @@ def load(
     path: a model or adapter directory, a hub id, or a checkpoint directory of the authors' lm_benchmark (ckpt.pt and
     summary.json).
     attention: transformers' `attn_implementation`; by default the one the model was saved with. dtype: of the weights,
-    by default as stored. trust_remote_code: whether Python code that comes with the model, or with the one under
-    adapters, may run. device: as `find_device` takes it; by default a GPU where there is one.
+    by default as stored, or float32 where a CPU is slow with that (see `fast_dtype`). trust_remote_code: whether Python
+    code that comes with the model, or with the one under adapters, may run. device: as `find_device` takes it; by
+    default a GPU where there is one.
 
     Raises LandmarkError naming what is missing or does not fit, UsageError where there is no such device.
 
@@ -60,6 +62,12 @@ def load(
     else:
         model, tokenizer = open_pretrained(path, **how)
     silence(model, tokenizer)
+    if dtype == "auto" and not getattr(model, "is_quantized", False):
+        fast = fast_dtype(model.dtype, device)
+        if fast != model.dtype:
+            stored, fast = (str(x).removeprefix("torch.") for x in (model.dtype, fast))
+            info(f"weights in {stored} become {fast}, in which this CPU is faster (--dtype {stored} keeps them)")
+            model = model.to(getattr(torch, fast))
     return model.to(device).eval(), tokenizer
 
 

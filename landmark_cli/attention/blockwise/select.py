@@ -52,15 +52,23 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) ->
 def _landmark_keys(blocks: LayerBlocks, chunk: Chunk, count: int) -> Tensor:
     """(B, G, count, D) float32, the landmark keys of the newest blocks, the newest first, rotated to where each row
     scores them."""
+    rows, slots, rotation = chunk.shared(("landmarks", count, blocks.capacity), lambda: _scored(blocks, chunk, count))
+    keys = blocks.landmark_keys[rows, :, slots].transpose(1, 2).float()
+    return keys if rotation is None else rotate(keys, *rotation)
+
+
+def _scored(blocks: LayerBlocks, chunk: Chunk, count: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Rows (B, 1) and slots (B, count) of the newest blocks, and the rotation of their landmark keys, if there is one:
+    cos and sin, (B, 1, count, rotary_dim / 2)."""
     ages = torch.arange(1, count + 1, device=chunk.counters.device)
     rows = torch.arange(len(chunk.host_blocks), device=ages.device)[:, None]
-    keys = blocks.landmark_keys[rows, :, (chunk.blocks[:, None] - ages) % blocks.capacity].transpose(1, 2).float()
+    slots = (chunk.blocks[:, None] - ages) % blocks.capacity
     if blocks.settings.positions == "absolute":
-        return keys
+        return rows, slots, None
     top_k = blocks.settings.top_k
-    slots = torch.minimum(ages, chunk.cached[:, None].clamp(max=top_k) + 1)
-    cos, sin = (table[slots][:, None] for table in blocks.rotations.table(top_k + 2, keys.device))
-    return rotate(keys, cos, -sin)
+    before = torch.minimum(ages, chunk.cached[:, None].clamp(max=top_k) + 1)
+    cos, sin = (table[before][:, None] for table in blocks.rotations.table(top_k + 2, ages.device))
+    return rows, slots, (cos, -sin)
 
 
 def _in_stream(chunk: Chunk) -> tuple[Tensor, Tensor]:

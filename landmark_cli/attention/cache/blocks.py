@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -269,23 +269,40 @@ class LayerBlocks:
 
     def append(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Store the chunk's keys (rotated at chunk.position_ids) and values, (B, G, T, D), in their blocks."""
-        size = self.settings.block_size
-        later = chunk.position_ids // size
-        block = chunk.blocks[:, None] + later
-        row, token = chunk.real.nonzero(as_tuple=True)
-        slot, offset = (block % self.capacity)[row, token], (chunk.position_ids % size)[row, token]
-
-        # From a table: forming the cosines anew takes longer than all else here.
-        cos, sin = (table[later][:, None] for table in self.rotations.table(k.shape[2] // size + 2, k.device))
-        rotated = rotate(k, cos, -sin)[row, :, token]
+        places = chunk.shared(("append", self.capacity), lambda: self._places(chunk))
+        row, token, slot, offset = places.tokens
+        rotated = rotate(k, *places.rotation)[row, :, token]
         where = tuple(x.to(self.blocks.device) for x in (row, slot, offset))
         self.keys[where[0], :, where[1], where[2]] = rotated.to(self.blocks.device)
         self.values[where[0], :, where[1], where[2]] = v[row, :, token].to(self.blocks.device)
-        landmark = offset == size - 1
         if self.settings.positions == "absolute":
             cos, sin = chunk.stream_rotation
             rotated = rotate(k, cos[:, None, None], sin[:, None, None])[row, :, token]
-        self.landmark_keys[row[landmark], :, slot[landmark]] = rotated[landmark]
+        landmark = places.landmarks
+        if len(landmark):
+            self.landmark_keys[row[landmark], :, slot[landmark]] = rotated[landmark]
+
+    def _places(self, chunk: Chunk) -> Places:
+        size = self.settings.block_size
+        later = chunk.position_ids // size
+        row, token = chunk.real.nonzero(as_tuple=True)
+        slot = ((chunk.blocks[:, None] + later) % self.capacity)[row, token]
+        offset = (chunk.position_ids % size)[row, token]
+        # From a table: forming the cosines anew takes longer than all else here.
+        cos, sin = (x[later][:, None] for x in self.rotations.table(chunk.width // size + 2, later.device))
+        return Places((row, token, slot, offset), (cos, -sin), (offset == size - 1).nonzero().squeeze(-1))
+
+
+class Places(NamedTuple):
+    """Where a chunk's tokens are stored.
+
+    tokens: row, token of the chunk, slot and offset in the block of every token, (n,) each. rotation: cos and sin,
+    (B, 1, T, rotary_dim / 2), from the chunk's positions to offsets in blocks. landmarks: which of the n are landmarks.
+    """
+
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor]
+    rotation: tuple[Tensor, Tensor]
+    landmarks: Tensor
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -7,11 +7,15 @@ the query by +d * block_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Chunk:
     counters: Tensor
     stream_rotation: tuple[Tensor, Tensor] | None = None
     _moved: dict[torch.device, Chunk] = field(default_factory=dict, init=False, repr=False)
+    _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def start(self) -> Tensor:
@@ -55,6 +60,12 @@ class Chunk:
             rotation = self.stream_rotation and tuple(x.to(device) for x in self.stream_rotation)
             self._moved[device] = replace(self, counters=self.counters.to(device), stream_rotation=rotation)
         return self._moved[device]
+
+    def shared(self, key: Hashable, work_out: Callable[[], T]) -> T:
+        """What the layers have in common, worked out for the first that asks. key: what it is and depends on."""
+        if key not in self._shared:
+            self._shared[key] = work_out()
+        return self._shared[key]
 
     @cached_property
     def position_ids(self) -> Tensor:
