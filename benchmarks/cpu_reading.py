@@ -6,8 +6,10 @@
 A prompt is read for the logits after its last token, then tokens are decoded one by one. Beside it the same weights
 with transformers' own attention (sdpa) and cache; of the demo's model, which has no cache of that kind, one forward
 pass. The models have random weights: speed does not depend on what they say. --definition also reads prompts up to so
-many tokens by the definition. Other work on the machine disturbs all of them: what holds are the ratios, of the
-shortest times.
+many tokens by the definition.
+
+Where other work shares the processors, threads wait for each other most of the time: then OMP_NUM_THREADS=1 and
+--processor-time, which counts the seconds that the process was computing.
 """
 
 import argparse
@@ -39,6 +41,7 @@ SMOLLM2 = {
 DEMO = {"vocab_size": 50304, "n_layer": 2, "n_head": 2, "n_embd": 64, "trained_length": 256}
 PROMPTS = {"smollm2": [513, 4096, 8192], "demo": [1000, 20000]}
 STEPS = 8
+Clock = Callable[[], float]
 
 
 def main() -> None:
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--definition", type=int, default=0, help="longest prompt that the definition reads too")
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     register()
@@ -84,49 +88,50 @@ def measure(models: tuple[PreTrainedModel, PreTrainedModel], prompt: int, option
     """Cells of a row: seconds of full attention, of ours and of the definition to read a prompt, then milliseconds a
     step."""
     full, ours = models
+    clock = time.process_time if options.processor_time else time.perf_counter
     ids = torch.randint(0, 49000, (prompt,), generator=torch.Generator().manual_seed(1))
     # By name (seconds to read, seconds a step), the shortest.
     best: dict[str, tuple[float, float]] = {}
     ways: dict[str, Callable[[], tuple[float, float]]] = {
-        "full": lambda: by_full_attention(full, ids),
-        "blockwise": lambda: by_landmarks(ours, ids, "blockwise"),
+        "full": lambda: by_full_attention(full, ids, clock),
+        "blockwise": lambda: by_landmarks(ours, ids, "blockwise", clock),
     }
     if prompt <= options.definition:
-        ways["eager"] = lambda: by_landmarks(ours, ids, "eager")
+        ways["eager"] = lambda: by_landmarks(ours, ids, "eager", clock)
     for _ in range(options.times):
         for name, way in ways.items():
             best[name] = tuple(map(min, zip(way(), best.get(name, (1e9, 1e9)), strict=True)))
     (read, step), (our_read, our_step) = best["full"], best["blockwise"]
     definition = f"{best['eager'][0] / our_read:.1f}" if "eager" in best else "-"
     cells = [f"{read:.2f}", f"{our_read:.2f}", f"{our_read / read:.2f}", definition, f"{prompt / our_read:,.0f}"]
-    steps = [f"{1e3 * step:.1f}", f"{1e3 * our_step:.1f}", f"{our_step / step:.2f}"]
-    return cells + (steps if step else ["-", f"{1e3 * our_step:.1f}", "-"])
+    beside = [f"{1e3 * step:.1f}", f"{our_step / step:.2f}"] if step else ["-", "-"]
+    return [*cells, beside[0], f"{1e3 * our_step:.1f}", beside[1]]
 
 
 @torch.no_grad()
-def by_full_attention(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float]:
+def by_full_attention(model: PreTrainedModel, ids: torch.Tensor, clock: Clock) -> tuple[float, float]:
     """Seconds to read a prompt, and of a step behind it; 0 of a model without a cache."""
     cached = isinstance(model, LlamaForCausalLM)
     given = {"past_key_values": DynamicCache(config=model.config), "use_cache": True} if cached else {}
-    read = seconds(lambda: model(input_ids=ids[None], logits_to_keep=1, **given))
+    read = seconds(lambda: model(input_ids=ids[None], logits_to_keep=1, **given), clock)
     if not cached:
         return read, 0.0
-    return read, seconds(lambda: [model(input_ids=ids[None, :1], **given) for _ in range(STEPS)]) / STEPS
+    return read, seconds(lambda: [model(input_ids=ids[None, :1], **given) for _ in range(STEPS)], clock) / STEPS
 
 
-def by_landmarks(model: PreTrainedModel, ids: torch.Tensor, backend: str) -> tuple[float, float]:
+def by_landmarks(model: PreTrainedModel, ids: torch.Tensor, backend: str, clock: Clock) -> tuple[float, float]:
     """The same through the block cache."""
     os.environ["LANDMARK_ATTENTION"] = backend
     reader = BlockReader(model)
     reader.expect(len(ids) + STEPS)
-    read = seconds(lambda: list(reader.read([ids], last_only=True)))
-    return read, seconds(lambda: [reader.step([5]) for _ in range(STEPS)]) / STEPS
+    read = seconds(lambda: list(reader.read([ids], last_only=True)), clock)
+    return read, seconds(lambda: [reader.step([5]) for _ in range(STEPS)], clock) / STEPS
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def seconds(work: Callable[[], object], clock: Clock) -> float:
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def report(rows: list[list[str]], options: argparse.Namespace) -> str:
@@ -139,7 +144,8 @@ def report(rows: list[list[str]], options: argparse.Namespace) -> str:
         "",
         f"{capabilities.get('cpu_name', platform.processor())} ({', '.join(extensions)}), {os.cpu_count()} processors, "
         f"{torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}. "
-        f"The shortest of {options.times} times each, in turn.",
+        f"The shortest of {options.times} times each, in turn"
+        f"{', in seconds of the processor, which other work shared' if options.processor_time else ''}.",
         "",
         "| " + " | ".join(head) + " |",
         "|---|---|" + "---:|" * (len(head) - 2),
