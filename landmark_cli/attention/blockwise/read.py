@@ -66,14 +66,11 @@ def _attend_before(
     alike = len(set(tails)) == 1 and min(lengths) == chunk.width
     if alike and tails[0] == 0:
         return attend_window(q, k, v, size, scale)
-    # Every row from the beginning of its tail block on, padding behind it, where nothing sees it.
-    first = min(tails)
-    tokens = max(tail + length for tail, length in zip(tails, lengths, strict=True))
-    rows = torch.arange(len(tails), device=blocks.blocks.device)
-    slot = (chunk.blocks % blocks.capacity).to(rows.device)
-    stored = blocks.blocks[rows, :, slot].to(k.device)
-    window = stored.new_zeros(*k.shape[:2], 2, tokens, k.shape[3])
-    queries = q if alike else q.new_zeros(*q.shape[:2], tokens - first, q.shape[3])
+    # Every row from its tail block on, in whole blocks: nothing sees what stands behind its last token.
+    first, last = min(tails), max(tail + length for tail, length in zip(tails, lengths, strict=True))
+    stored = blocks.blocks[chunk.shared(("tail", blocks.capacity), lambda: _tail_blocks(blocks, chunk))].to(k.device)
+    window = torch.zeros(*k.shape[:2], 2, -(-last // size) * size, k.shape[3], device=k.device)
+    queries = q if alike else q.new_zeros(*q.shape[:2], last - first, q.shape[3])
     # Rows that stand alike are copied together.
     which = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(tails))]
     for row in which:
@@ -83,7 +80,7 @@ def _attend_before(
         window[row, :, 1, tail : tail + length] = v[row, :, k.shape[2] - length :]
         if not alike:
             queries[row, :, tail - first : tail - first + length] = q[row, :, q.shape[2] - length :]
-    out, lse = attend_window(queries, window[:, :, 0], window[:, :, 1], size, scale)
+    out, lse = attend_window(queries, window[:, :, 0], window[:, :, 1], size, scale, last)
     if alike:
         return out, lse
     placed, placed_lse = out.new_zeros(q.shape), lse.new_zeros(q.shape[:3])
@@ -92,6 +89,12 @@ def _attend_before(
         placed[row, :, begin:] = out[row, :, tail - first : tail - first + length]
         placed_lse[row, :, begin:] = lse[row, :, tail - first : tail - first + length]
     return placed, placed_lse
+
+
+def _tail_blocks(blocks: LayerBlocks, chunk: Chunk) -> tuple[Tensor | slice, ...]:
+    """Where each row's tail block lies in LayerBlocks.blocks."""
+    rows = torch.arange(len(chunk.host_tail), device=blocks.blocks.device)
+    return rows, slice(None), (chunk.blocks % blocks.capacity).to(rows.device)
 
 
 def _merge(out: Tensor, lse: Tensor, logits: Tensor, outputs: Tensor, ages: Tensor) -> Read:

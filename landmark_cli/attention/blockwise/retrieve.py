@@ -17,6 +17,8 @@ from .pieces import pieces
 MINUS_INFINITY = float("-inf")
 # The most queries of a tile. Its blocks' keys and values then take little of the time that products with them take.
 LARGEST_TILE = 128
+# Of so few queries of a key head hardly two choose the same block: finding out takes longer than fetching it twice.
+FEW_QUERIES = 8
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,12 @@ class Tiles:
 
     pages: (tiles,) the block of each, as LayerBlocks.blocks has them: (row * G + key head) * capacity + slot.
     pairs: (tiles, places) which pairs, of number 0 .. pairs - 1; in a place that is left over any pair.
-    left_over: (tiles, places) bool.
+    target: (tiles, places) the same, but in a place that is left over the number of pairs.
     """
 
     pages: Tensor
     pairs: Tensor
-    left_over: Tensor
+    target: Tensor
 
 
 def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -48,11 +50,14 @@ def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scal
 
     queries = (q.float() * scale).reshape(-1, dim)
     stored = blocks.blocks.flatten(0, 2)
+    if blocks.fetching:
+        needed = torch.zeros(len(stored), dtype=torch.bool, device=q.device)
+        needed[tiles.pages] = True
+        blocks.require(needed)
     # The last row takes what the places left over give.
     count = len(queries) * top_k
     logits = queries.new_full((count + 1,), MINUS_INFINITY)
     outputs = queries.new_zeros(count + 1, dim)
-    target = tiles.pairs.masked_fill(tiles.left_over, count)
     places = tiles.pairs.shape[1]
     for at in pieces(len(tiles.pages), 2 * size * dim + places * (size + 2 * dim)):
         pairs = tiles.pairs[at].flatten()
@@ -63,7 +68,7 @@ def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scal
         fetched = stored.index_select(0, tiles.pages[at].to(stored.device)).to(q.device, torch.float32)
         keys, values = fetched.unbind(1)
         products = rotated @ keys.transpose(1, 2)
-        to = target[at].flatten()
+        to = tiles.target[at].flatten()
         logits.index_copy_(0, to, products[..., -1].flatten())
         products[..., -1] = MINUS_INFINITY
         found = torch.softmax(products, dim=-1) @ values
@@ -82,17 +87,28 @@ def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def _tiles(ages: Tensor, blocks: LayerBlocks, chunk: Chunk) -> Tiles:
     """Pairs by their blocks; ages: (k, B, H, T), 0 for no block. Pairs number through ages as it is."""
-    _, batch, heads, _ = ages.shape
+    _, batch, heads, tokens = ages.shape
     key_heads, capacity = blocks.landmark_keys.shape[1:3]
     row = torch.arange(batch, device=ages.device)[:, None] * key_heads
     key_row = row + torch.arange(heads, device=ages.device) // (heads // key_heads)
-    # Numbers of 32 bits are sorted several times as fast.
-    page = (key_row[..., None] * capacity + (chunk.blocks[:, None, None] - ages) % capacity).int()
+    page = key_row[..., None] * capacity + (chunk.blocks[:, None, None] - ages) % capacity
     cached = min(min(count, chunk.retrievable) for count in chunk.host_blocks)
-    count = page.numel()
-    if cached < len(ages) or min(chunk.host_lengths) < chunk.width:
-        chosen = (ages > 0) & chunk.real[:, None]
-        page = torch.where(chosen, page, batch * key_heads * capacity)
+    everywhere = cached >= len(ages) and min(chunk.host_lengths) == chunk.width
+    chosen = None if everywhere else (ages > 0) & chunk.real[:, None]
+    if heads // key_heads * tokens <= FEW_QUERIES:
+        pairs = torch.arange(page.numel(), device=page.device) if chosen is None else chosen.flatten().nonzero()[:, 0]
+        pages = page.flatten()
+        return Tiles(pages if chosen is None else pages[pairs], pairs[:, None], pairs[:, None])
+    return _by_page(page, chosen, batch * key_heads * capacity)
+
+
+def _by_page(page: Tensor, chosen: Tensor | None, pages: int) -> Tiles:
+    """The tiles of pairs whose blocks are page, (k, B, H, T), of so many pages. chosen: where there is a block."""
+    count = total = page.numel()
+    # Numbers of 32 bits are sorted several times as fast.
+    page = page.int()
+    if chosen is not None:
+        page = torch.where(chosen, page, pages)
         count = int(chosen.sum())
     page, order = page.flatten().sort(stable=True)
     page, order = page[:count], order[:count]
@@ -106,5 +122,5 @@ def _tiles(ages: Tensor, blocks: LayerBlocks, chunk: Chunk) -> Tiles:
     end = queries.cumsum(0)
     first = (end - queries)[of_tile] + number * places
     index = first[:, None] + torch.arange(places, device=page.device)
-    left_over = index >= end[of_tile][:, None]
-    return Tiles(page[of_tile].long(), order[index.clamp(max=max(0, count - 1))], left_over)
+    pairs = order[index.clamp(max=max(0, count - 1))]
+    return Tiles(page[of_tile].long(), pairs, pairs.masked_fill(index >= end[of_tile][:, None], total))

@@ -13,6 +13,8 @@ from .pieces import pieces
 MINUS_INFINITY = float("-inf")
 # Scores a group: of a row of more than two groups only the group that holds the best one is looked at again.
 GROUP = 32
+# So few scores are sorted in less time than it takes to begin as many operations as k maxima are.
+FEW_SCORES = 4096
 
 
 def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) -> Tensor:
@@ -37,7 +39,8 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) ->
             near = min(own, settings.top_k)
             if one_key and near < count:
                 scores[row, ..., near + 1 :] = scores[row, ..., near : near + 1].clone()
-            scores[row, ..., own:] = MINUS_INFINITY
+            if own < count:
+                scores[row, ..., own:] = MINUS_INFINITY
         if settings.selection != "per_token_and_head":
             scores = shared_scores(scores, chunk.real[:, at], settings.selection)
         if settings.selection == "max_over_tokens":
@@ -80,10 +83,13 @@ def newest_best(scores: Tensor, top_k: int) -> Tensor:
     """The ages of the k best of scores (.., n), which are those of the blocks of ages 1 .. n and are overwritten; of
     equal ones the newer is the better. Returns (.., k) int64; 0 where a score is minus infinity.
 
-    A maximum names the first of equal ones, which is the newest block. So k maxima are what a stable sort would give,
-    in a small part of the time.
+    A maximum names the first of equal ones, which is the newest block. So k maxima are what a stable sort gives, and of
+    many scores they take a small part of its time.
     """
     shape, count = scores.shape[:-1], scores.shape[-1]
+    if scores.numel() <= FEW_SCORES:
+        best, order = (x[..., :top_k] for x in scores.sort(dim=-1, descending=True, stable=True))
+        return (order + 1).masked_fill_(best == MINUS_INFINITY, 0)
     if count > 2 * GROUP:
         return _best_of_groups(scores.reshape(-1, count), top_k).view(*shape, top_k)
     ages = []

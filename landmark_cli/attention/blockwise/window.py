@@ -18,18 +18,21 @@ from .pieces import PIECE, pieces
 MINUS_INFINITY = float("-inf")
 
 
-def attend_window(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     """What `reference.landmark_attention` gives for tokens without padding: the output, (B, H, Tq, D), and the
     log-sum-exp of the outer softmax, (B, H, Tq), both float32.
 
-    q: (B, H, Tq, D), the last Tq of the keys' tokens. k, v: (B, G, Tk, D); the first key begins a block.
+    q: (B, H, Tq, D), the last Tq of the keys' tokens. k, v: (B, G, Tk, D); the first key begins a block. tokens: how
+    many of the keys there are, Tk by default; behind them stands what is no key, nor nan.
     """
     batch, heads, queries, dim = q.shape
-    key_heads, tokens = k.shape[1:3]
+    key_heads, tokens = k.shape[1], k.shape[2] if tokens is None else tokens
     rows, each = batch * key_heads, heads // key_heads
     # (rows, heads of a key head, Tq, D) and (rows, blocks * block_size, D).
     q = q.float().reshape(rows, each, queries, dim) * scale
-    k, v = (_whole_blocks(x.float().reshape(rows, tokens, dim), block_size) for x in (k, v))
+    k, v = (_whole_blocks(x.float().reshape(rows, -1, dim), block_size) for x in (k, v))
     out, lse = q.new_empty(rows, each, queries, dim), q.new_empty(rows, each, queries)
     first = tokens - queries
     for begin, end in _runs(first, tokens, block_size):

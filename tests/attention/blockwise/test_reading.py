@@ -66,7 +66,9 @@ def test_pieces_change_nothing(name, monkeypatch):
     for room in (pieces, window):
         monkeypatch.setattr(room, "PIECE", 1)
     monkeypatch.setattr(retrieve, "LARGEST_TILE", 2)
+    monkeypatch.setattr(retrieve, "FEW_QUERIES", 0)
     monkeypatch.setattr(select, "GROUP", 2)
+    monkeypatch.setattr(select, "FEW_SCORES", 0)
     case = ALL[name]
     assert_reads_as_defined(replace(case, chunks=[n if isinstance(n, list) else min(n, 40) for n in case.chunks]), 1)
 
