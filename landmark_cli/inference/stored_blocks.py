@@ -8,6 +8,7 @@ are used, whatever happens to the file later.
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,8 @@ class BlockFile:
 
     def __init__(self, path: Path, what: str = "") -> None:
         self.path, self.what = path, what
-        self._file = path.open("rb", buffering=0)
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
 
     def header(self) -> tuple[int, dict[str, Any]]:
         """Where the tensors' bytes begin, and what the header of safetensors says of each tensor."""
@@ -43,7 +45,7 @@ class BlockFile:
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with what stands from a byte on. Raises OSError, or EOFError where there is less."""
         while len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer], offset)
+            count = os.preadv(self._file, [buffer], offset)
             if count == 0:
                 raise EOFError
             buffer, offset = buffer[count:], offset + count

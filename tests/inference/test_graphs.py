@@ -74,22 +74,24 @@ def test_what_has_no_fixed_shapes_is_never_recorded(backend, monkeypatch):
     assert not reader.forward.recording and not reader.forward._recorded
 
 
-def test_nothing_is_recorded_while_blocks_are_fetched_and_that_ends(monkeypatch, tmp_path):
-    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
-    monkeypatch.setattr(graphs, "MOST_FETCHING", 3)
+@pytest.mark.parametrize("used", [False, True], ids=["a fresh reader", "one that has read"])
+def test_nothing_is_recorded_while_blocks_are_fetched_and_that_ends(monkeypatch, tmp_path, used):
+    monkeypatch.setattr(graphs, "MOST_FETCHING", 2)
     model = tiny_model(n_layer=1)
     kept, recorded, plain = (BlockReader(model, chunk=8, top_k_blocks=2, offload="cpu") for _ in range(3))
-    recorded.forward.recording, recorded.forward.record = True, Repeated
     for each in (kept, plain):
         list(each.read([tiny_text(61, 1)]))
-    list(recorded.read([tiny_text(9, 2)]))
     kept.save(tmp_path / "novel")
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
+    recorded.forward.recording, recorded.forward.record = True, Repeated
+    if used:
+        list(recorded.read([tiny_text(9, 2)]))
     recorded.recall(tmp_path / "novel")
     assert recorded.cache.fetching
-    for step in range(7):
+    for step in range(5):
         assert_close_norm(recorded.step([step]), plain.step([step]))
-        assert recorded.cache.fetching == (step < 3)
-        assert step >= 3 or not recorded.forward._recorded
+        assert recorded.cache.fetching == (step < 2)
+        assert step >= 2 or not recorded.forward._recorded
     assert recorded.forward._recorded
 
 

@@ -45,6 +45,33 @@ def ask(engine, *prompts, tokens=4):
     return asyncio.run(asyncio.wait_for(all_of_it(), 120))
 
 
+def test_a_memory_that_is_damaged_is_not_used(tmp_path, capsys):
+    """Its blocks are looked at when a request begins with them, and the request is answered all the same."""
+    text, path = tiny_text(40, seed=3), tmp_path / "kept.memory"
+    read(text).save(path)
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    answers = []
+    for content in (whole, whole[:begin] + bytes(byte ^ 1 for byte in whole[begin:])):
+        path.write_bytes(content)
+        memories = PrefixMemories(1 << 20, tmp_path)
+        memories.find(lambda found: None)
+        if content is not whole:
+            assert len(memories) == 0
+            # As if the damage had come later, or lay in the blocks alone.
+            path.write_bytes(whole)
+            memories.find(lambda found: None)
+            path.write_bytes(content)
+        assert len(memories) == 1
+        made = engine_of(memories=memories)
+        made.start()
+        (events,) = ask(made, [*text.tolist(), 5, 6])
+        made.close()
+        answers.append(("".join(events[:-1]), events[-1].reused))
+    assert answers[0][0] == answers[1][0] and [reused for _, reused in answers] == [40, 0]
+    assert f"a memory is not used: --memory-dir {path} cannot be read" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.fixture
 def engine():
     made = engine_of()

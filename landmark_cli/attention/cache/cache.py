@@ -57,6 +57,7 @@ class BlockCache:
         self.expected_blocks = 0
         self.layers: dict[int, LayerBlocks] = {}
         self._replaced = 0
+        self._recalled = False
         # By layer, what rows go on from and what has no place yet: a layer's blocks are made when it is first used.
         self._waiting: dict[int, dict[int, tuple[int, Tensor | Source, Tensor]]] = {}
         self.reset()
@@ -68,7 +69,10 @@ class BlockCache:
     @property
     def fetching(self) -> bool:
         """Whether there are blocks that are fetched when they are first read."""
-        return any(blocks.fetching for blocks in self.layers.values())
+        # Asked before every token, and mostly for nothing.
+        if self._recalled and not self._waiting:
+            self._recalled = any(blocks.fetching for blocks in self.layers.values())
+        return self._recalled
 
     def fetch_all(self) -> None:
         """Fetch what has not been read yet of what rows went on from."""
@@ -119,6 +123,7 @@ class BlockCache:
         added[row] = held[0][0].shape[1]
         for index, (of_layer, landmark_keys) in enumerate(held):
             place = blocks + 1 - added[row], of_layer, landmark_keys
+            self._recalled |= not isinstance(of_layer, Tensor)
             if index in self.layers:
                 layer = self.layers[index]
                 self._replaced += layer.reserve(self.host_blocks, added, self.expected_blocks)
