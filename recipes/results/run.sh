@@ -183,15 +183,12 @@ smollm2() {
     both pretrained_novels pretrained_keys
 }
 
-# Facts are hidden in the novels that are trained on, RULER's in those that are not.
+# The tasks of training are hidden in the novels that are trained on, RULER's in those that are not.
 distil() {
     smollm2_text
     novels
-    local tasks=$DATA/tasks$suffix
-    [ -e "$tasks/train.json" ] || step landmark prepare tasks --haystack "$NOVELS/train" --output "$tasks" "${tokenizer[@]}" \
-        --max-documents 2000 --shortest 4000 --longest 8000 --validation-share 0
     [ -e "$model/config.json" ] ||
-        step landmark finetune --recipe results/smollm2-distilled --model "$SMOLLM2" --data "$DATA/novels$suffix" --data "$tasks" \
+        step landmark finetune --recipe results/smollm2-distilled --model "$SMOLLM2" --data "$DATA/novels$suffix" \
             --steps "$DISTILLED_STEPS" --output "$model" --resume --device "$DEVICE" "${FINETUNE[@]}"
     cp "$model/metrics.jsonl" "$results/"
 }
