@@ -173,14 +173,15 @@ def _measure(
         outlined, tokenizer = outline(name, trust_remote_code=options.trust_remote_code)
         check_text(file, outlined, tokenizer, name)
         check_retrieves(outlined, name, options.top_k_blocks, INSTEAD)
-        for way in ways_of_long(outlined, options.top_k_blocks):
-            check_reading(outlined, way, reading_alone(options), text.eval_length)
+        ways = ways_of_long(outlined, options.top_k_blocks)
+        check_reading(outlined, ways, reading_alone(options), text.eval_length)
     with interrupts("finishing the windows under way") as asked:
         evaluator = options.evaluator or name
         model = opened(evaluator)
         asked_for = options.top_k_blocks if options.evaluator is None else None
         check_retrieves(model, name, asked_for, INSTEAD)
         ways = ways_of_long(model, asked_for)
+        check_reading(model, ways, reading_alone(options), text.eval_length)
         way = max(ways, key=lambda one: one.top_k_blocks or 0)
         key_tokens = find_key_tokens(
             model,

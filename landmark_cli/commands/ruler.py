@@ -152,11 +152,13 @@ def _measure(
     """The cells of all ways of reading."""
     from landmark_cli.evaluation.ruler.run import measure
     from landmark_cli.evaluation.studies import model_identity
-    from landmark_cli.evaluation.ways import ways_of
+    from landmark_cli.evaluation.ways import check_ways, ways_of
     from landmark_cli.inference.readers import has_landmarks
 
     model, tokenizer = open_model(name, options)
     check_retrieves(model, name, options.top_k_blocks, "measure it with --full-attention")
+    ways = ways_of(model, options.top_k_blocks, options.full_attention)
+    check_ways(model, ways, reading_alone(options))
     tasks, show_sample = _tasks(options, tokenizer, names, lengths)
     depends_on = {
         "model": model_identity(name),
@@ -166,7 +168,7 @@ def _measure(
     }
     cells: list[Cell] = []
     with interrupts("finishing the prompts under way") as asked:
-        for way in ways_of(model, options.top_k_blocks, options.full_attention):
+        for way in ways:
             if way.full and has_landmarks(model):
                 # The same weights by ordinary attention, with which a model has to be opened.
                 model, tokenizer = open_model(name, options, attention="sdpa")

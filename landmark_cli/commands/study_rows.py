@@ -108,12 +108,10 @@ class RulerRows:
     def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """As of PerplexityRows."""
         from landmark_cli.evaluation.ruler.benchmark import check_lengths
-        from landmark_cli.inference.readers import open_reader
+        from landmark_cli.evaluation.ways import check_ways
 
         asks = self._asks(row)
-        way = self._way(asks, name, model)
-        if not way.full:
-            open_reader(model, row.reading())
+        check_ways(model, [self._way(asks, name, model)], reading_alone(row.reading()))
         tasks = self._tasks(asks, tokenizer)
         for task in tasks:
             check_lengths(task, [asks.length], self._options.samples)
@@ -222,10 +220,9 @@ class LongPerplexityRows:
         check_context(text, asks.short_context)
         blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
         check_retrieves(model, name, blocks, "leave it out of its rows")
-        (way,) = ways_of_long(model, blocks)
-        check_reading(model, way, reading_alone(row.reading()), text.eval_length)
-        (way,) = ways_of_long(self._evaluator_outline, None)
-        check_reading(self._evaluator_outline, way, ReadingSettings(), text.eval_length)
+        check_reading(model, ways_of_long(model, blocks), reading_alone(row.reading()), text.eval_length)
+        evaluator = self._evaluator_outline
+        check_reading(evaluator, ways_of_long(evaluator, None), ReadingSettings(), text.eval_length)
 
     @cached_property
     def _evaluator_outline(self) -> PreTrainedModel:

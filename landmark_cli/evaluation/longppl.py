@@ -27,8 +27,8 @@ from landmark_cli.evaluation.perplexity import cut_windows, default_batch, windo
 from landmark_cli.evaluation.prompts import PromptReaders
 from landmark_cli.evaluation.score import Score, token_scores
 from landmark_cli.evaluation.studies import FinishedRows
-from landmark_cli.evaluation.ways import Way, ways_of
-from landmark_cli.inference.readers import open_reader, reader_class
+from landmark_cli.evaluation.ways import Way, check_ways, ways_of
+from landmark_cli.inference.readers import reader_class
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.interrupts import Interrupts
 from landmark_cli.launch import again
@@ -100,12 +100,12 @@ def check_window(model: PreTrainedModel, way: Way, eval_length: int) -> None:
         )
 
 
-def check_reading(model: PreTrainedModel, way: Way, reading: ReadingSettings, eval_length: int) -> None:
-    """Raise LandmarkError where a model, which may have no weights, cannot read windows in this way: `check_window`,
-    and what readers refuse."""
-    check_window(model, way, eval_length)
-    if not way.full:
-        open_reader(model, replace(reading, top_k_blocks=way.top_k_blocks))
+def check_reading(model: PreTrainedModel, ways: Sequence[Way], reading: ReadingSettings, eval_length: int) -> None:
+    """Raise LandmarkError where a model, which may have no weights, cannot read windows in one of these ways:
+    `check_window` and `check_ways`."""
+    for way in ways:
+        check_window(model, way, eval_length)
+    check_ways(model, ways, reading)
 
 
 def check_context(text: LongText, context: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from landmark_cli.inference.readers import has_landmarks, reader_class
+from landmark_cli.inference.readers import has_landmarks, open_reader, reader_class
+from landmark_cli.inference.settings import ReadingSettings
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Way:
         if self.recurrent:
             return "recurrence"
         return "own window" if self.top_k_blocks is None else f"top-k {self.top_k_blocks}"
+
+
+def check_ways(model: PreTrainedModel, ways: Sequence[Way], reading: ReadingSettings) -> None:
+    """Raise LandmarkError where a model, which may have no weights, cannot be read in one of these ways: what its
+    reader refuses, before another way has been measured for hours. reading: all but the number of blocks."""
+    for way in ways:
+        if not way.full:
+            open_reader(model, replace(reading, top_k_blocks=way.top_k_blocks))
 
 
 def ways_of(model: PreTrainedModel, top_k_blocks: Sequence[int] | None, full_attention: bool) -> list[Way]:

@@ -122,7 +122,7 @@ def test_blocks_in_host_memory_change_nothing():
 
 
 @pytest.mark.parametrize("resident", [None, 3], ids=["here", "offloaded"])
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "blockwise", "triton"])
 def test_blocks_that_lie_elsewhere_are_fetched_before_they_are_read(backend, resident):
     """Memory that nothing has been fetched to is poisoned. Chunks and steps, at first and later."""
 

@@ -76,6 +76,13 @@ def test_a_model_is_refused_before_the_evaluator_reads(landmark, tmp_path, monke
     assert result.code in (1, 2) and message in " ".join(result.err.split()), result.err
 
 
+def test_the_last_number_of_blocks_is_refused_before_the_first_is_measured(landmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(longppl, "find_key_tokens", lambda *_, **__: pytest.fail("key tokens were looked for"))
+    several = ["--top-k-blocks", "1", "--top-k-blocks", "50", "--short-context", "16", "--eval-length", "60"]
+    result = landmark("eval", "longppl", *several, "--output", tmp_path)
+    assert result.code == 1 and "retrieving 50 blocks leaves no room" in result.err, result.err
+
+
 def test_no_key_token(landmark, tmp_path, monkeypatch):
     monkeypatch.setattr(longppl, "GAIN", 1000.0)
     result = landmark("eval", "longppl", *SHORT, "--eval-length", "60", "--output", tmp_path, "--json", "-")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from landmark_cli.evaluation.ruler import lists, needles
+from landmark_cli.evaluation.ruler import lists, needles, run
 
 FWE = ["eval", "ruler", "--tasks", "fwe", "--lengths", "260,300", "--samples", "2", "--chunk", "100"]
 
@@ -84,6 +84,13 @@ def test_mistakes(landmark, tmp_path, arguments, code, message):
     result = landmark("eval", "ruler", *arguments, *rest, "--output", tmp_path)
     assert (result.code, message in result.err) == (code, True), result.err
     assert "Traceback" not in result.err and not result.out
+
+
+def test_the_last_number_of_blocks_is_refused_before_the_first_is_measured(landmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "measure", lambda *_, **__: pytest.fail("a way was measured"))
+    several = ["--top-k-blocks", "1", "--top-k-blocks", "50"]
+    result = landmark("eval", "ruler", "--tasks", "fwe", "--lengths", "300", *several, "--output", tmp_path)
+    assert result.code == 1 and "retrieving 50 blocks leaves no room" in result.err, result.err
 
 
 def test_a_short_haystack_is_repeated_and_said(landmark, workplace, tmp_path):
