@@ -244,7 +244,7 @@ def test_sigterm_finishes_what_was_asked_and_keeps_what_was_read(folder, alone, 
         assert "".join(piece.choices[0].text for piece in pieces) == alone(LONG, 60).text
         assert server.process.wait(timeout=60) == 0
         server.rest.join(timeout=60)
-        assert "finishing what was asked" in "".join(server.said) and "stopped; 1 answers given" in "".join(server.said)
+        assert "finishing what was asked" in "".join(server.said) and "stopped; 1 answer given" in "".join(server.said)
     (kept,) = (tmp_path / "kept").iterdir()
     model, tokenizer = landmark_cli.load(folder / "runs" / "served", device="cpu")
     reader = landmark_cli.Reader(model)
