@@ -10,6 +10,7 @@ This stands outside of `landmark_cli.models`, whose import takes transformers': 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -31,20 +32,41 @@ class Family:
     instead_of_rotary: str | None = None
 
 
+ROUTER = "the loss may have the router's added"
+SOFT_CAPPED = "logits may be soft-capped"
+SCALED = "logits are scaled"
+
 FAMILIES = {
     "landmark_gpt": Family(None),
     "llama": Family("Llama"),
     "mistral": Family("Mistral"),
-    "mixtral": Family("Mixtral", beyond_head="the loss may have the router's added"),
+    "ministral": Family("Ministral"),
+    "mixtral": Family("Mixtral", beyond_head=ROUTER),
     "qwen2": Family("Qwen2"),
+    "qwen2_moe": Family("Qwen2-MoE", beyond_head=ROUTER),
     "qwen3": Family("Qwen3"),
+    "qwen3_moe": Family("Qwen3-MoE", beyond_head=ROUTER),
+    "phi": Family("Phi", beyond_head="the head has a bias"),
     "phi3": Family("Phi3"),
+    "gpt_oss": Family("GPT-OSS", beyond_head=ROUTER),
     "olmo": Family("OLMo"),
     "olmo2": Family("OLMo2"),
+    "olmo3": Family("OLMo3"),
+    "smollm3": Family("SmolLM3"),
     "gpt_neox": Family("GPT-NeoX", head="embed_out.weight", embedding="embed_in.weight"),
     "gemma": Family("Gemma"),
-    "gemma2": Family("Gemma2 without soft-capping of attention", beyond_head="logits may be soft-capped"),
-    "granite": Family("Granite", beyond_head="logits are scaled"),
+    "gemma2": Family("Gemma2", beyond_head=SOFT_CAPPED),
+    "gemma3_text": Family("Gemma3", beyond_head=SOFT_CAPPED),
+    "gemma4_text": Family("Gemma4", beyond_head=SOFT_CAPPED),
+    "granite": Family("Granite", beyond_head=SCALED),
+    "cohere": Family("Cohere", beyond_head=SCALED),
+    "cohere2": Family("Cohere2", beyond_head=SCALED),
+    "glm": Family("GLM"),
+    "glm4": Family("GLM4"),
+    "glm4_moe": Family("GLM4-MoE"),
+    "ernie4_5": Family("ERNIE4.5"),
+    "exaone4": Family("EXAONE4"),
+    "seed_oss": Family("Seed-OSS"),
     "bloom": Family("BLOOM", embedding="word_embeddings.weight", instead_of_rotary="ALiBi biases"),
     "mpt": Family("MPT", embedding="wte.weight", instead_of_rotary="ALiBi biases"),
 }
@@ -60,6 +82,7 @@ def is_ours(model_type: str) -> bool:
 
 
 def fitting() -> str:
-    """The families that landmark attention is known to fit, for a message."""
-    *names, last = (family.name for family in FAMILIES.values() if family.name and not family.instead_of_rotary)
-    return f"{', '.join(names)} and {last}"
+    """The families that landmark attention is known to fit, for a message: without what tells their versions apart."""
+    names = (family.name for family in FAMILIES.values() if family.name and not family.instead_of_rotary)
+    *first, last = dict.fromkeys(re.sub(r"[0-9.]+(-MoE)?$", "", name) for name in names)
+    return f"{', '.join(first)} and {last}"

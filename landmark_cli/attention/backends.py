@@ -33,8 +33,9 @@ class Problem(NamedTuple):
     """What attention is asked for, as far as it decides who can serve: constants, for torch.compile keeps the choice.
 
     device: "cuda:1", say. block_size: None where a mask makes blocks of any size. few_queries: under FEW_QUERIES; the
-    length itself is not here, lest every length be compiled anew. padded, packed, dropout, context_miss: what else is
-    given beside q, k and v. reading: through the block cache; differentiated: gradients of that are asked for.
+    length itself is not here, lest every length be compiled anew. padded, packed, dropout, context_miss, softcap,
+    sinks: what else is given beside q, k and v. reading: through the block cache; differentiated: gradients of that are
+    asked for.
     retrieving: how many blocks the chunks of a training window read of those before them; 0: it is no such window.
     """
 
@@ -50,6 +51,8 @@ class Problem(NamedTuple):
     reading: bool = False
     differentiated: bool = False
     retrieving: int = 0
+    softcap: bool = False
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Backend:
     forward, backward: of the operators (operators.py), whose arguments they take: (q, k, v, *settings) -> (out, lse)
     and (dout, dlse, q, k, v, out, lse, *settings) -> (dq, dk, dv). None: the definition, which autograd differentiates.
     reads_as: the name of the backend that reads where this one is asked for. read: attention of a chunk through the
-    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read; None where another one reads.
+    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read, to which softcap and sinks come by name
+    where there are some; None where another one reads.
     recorded: whether shapes of what it reads do not depend on what has been read, so that CUDA graphs can record it.
     retrieve_forward, retrieve_backward: of the operators of window_operators.py, whose arguments they take; None: the
     definition, or another one.
@@ -91,10 +95,12 @@ def _read_by_definition(
     scale: float | None,
     context_miss_key: Tensor | None,
     traced: bool,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Read:
     if context_miss_key is not None:
         return attend_chunk_with_context_miss(q, k, v, context_miss_key, blocks, chunk, scale)
-    return retrieval.attend_chunk(q, k, v, blocks, chunk, scale)
+    return retrieval.attend_chunk(q, k, v, blocks, chunk, scale, softcap, sinks)
 
 
 # --- triton: portable kernels, for training and for reading
@@ -106,8 +112,19 @@ def _needs_the_definition(problem: Problem) -> str | None:
         return "landmark_mask makes blocks of any size"
     if problem.context_miss:
         return "context_miss_key gives the outer softmax a key of its own"
+    if (reason := _logits_of_their_own(problem)) is not None:
+        return reason
     if problem.reading and problem.differentiated:
         return "gradients are asked for"
+    return None
+
+
+def _logits_of_their_own(problem: Problem) -> str | None:
+    """What a model does with logits that the definition alone has, in words; None where there is nothing."""
+    if problem.softcap:
+        return "softcap bounds the logits, which the definition alone does"
+    if problem.sinks:
+        return "sinks give the outer softmax logits of their own, which the definition alone has"
     return None
 
 
@@ -260,7 +277,7 @@ def _why_not_blockwise(problem: Problem) -> str | None:
         return "gradients are asked for"
     if problem.dtype == torch.float64:
         return "q is float64 and blocks are read in float32"
-    return None
+    return _logits_of_their_own(problem)
 
 
 # In the order in which they are tried; the last can serve everything.

@@ -10,10 +10,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import operators, reference, retrieval_window, window_operators
+from . import local, operators, reference, retrieval_window, window_operators
 from .backends import BACKENDS, FEW_QUERIES, Problem, choose
 from .cache import BlockCache, Chunk
 from .dropout import layer_seed
+from .layer_kind import kind_of
 from .recurrent import recurrent_attention_forward
 from .window import ReadingWindow
 
@@ -52,6 +53,9 @@ def landmark_attention_forward(
     landmark_window: ReadingWindow | None = None,
     landmark_observer: Callable[[int, Tensor, Tensor, float | None], None] | None = None,
     context_miss_key: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """What transformers calls for `attn_implementation="landmark"`.
@@ -60,24 +64,41 @@ def landmark_attention_forward(
     of which the input is this chunk (see BlockCache.inputs). landmark_window: read the input chunk by chunk, all at
     once; it is rotated at the window's position_ids. Otherwise attend within the input, whose landmarks stand at every
     (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T) bool
-    where some row is padded on the left, from which its blocks then count. landmark_observer: is called with the
-    layer's number, query, key and scaling. Returns (B, T, H, D) and None: attention weights are never formed.
+    where some row is padded on the left, from which its blocks then count. softcap, s_aux: of the logits, and the
+    heads' sinks (see reference.landmark_attention). sliding_window: what a layer that keeps its window sees.
+    landmark_observer: is called with the number, query, key and scaling of a layer that has landmarks. Returns
+    (B, T, H, D) and None: attention weights are never formed.
 
-    Raises ValueError for what would change the result and cannot be honoured: a 4-D mask, logit soft-capping, attention
-    sinks, a sliding window shorter than the input (or than the positions that reading takes).
+    Raises ValueError for what would change the result and cannot be honoured: a 4-D mask, and in a layer with landmarks
+    a sliding window shorter than the input (or than the positions that reading takes).
     """
+    kind, layer = kind_of(module), module.layer_idx
     reach = key.shape[2] if landmark_window is None else landmark_window.settings.positions
-    _check_arguments(reach, attention_mask, **kwargs)
-    if landmark_observer is not None:
-        landmark_observer(module.layer_idx, query, key, scaling)
+    if kind.local and sliding_window is None:
+        raise ValueError(f"config.landmark_layers leaves layer {layer} its sliding window, and it has none")
+    _check_arguments(reach, attention_mask, None if kind.local else sliding_window)
+    if landmark_observer is not None and not kind.local:
+        landmark_observer(layer, query, key, scaling)
+    query, key = kind.half_split(query, key)
+    logits = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if landmark_chunk is not None:
-        given = landmark_cache, landmark_chunk, scaling, context_miss_key
-        out = attend_chunk(module.layer_idx, query, key, value, *given)
-        return out.transpose(1, 2), None
+        if kind.local:
+            chunk = landmark_chunk.to(key.device)
+            held = landmark_cache.window(layer, key, sliding_window)
+            out = local.attend_chunk(query, key, value, held, chunk, kind.frequencies, **logits)
+        else:
+            given = {"context_miss_key": context_miss_key, "rotated": kind.turns != "none"}
+            out = attend_chunk(layer, query, key, value, landmark_cache, landmark_chunk, **logits, **given)
+        return out.transpose(1, 2).contiguous(), None
     if landmark_window is not None:
         _check_window(landmark_window, attention_mask, landmark_layout, context_miss_key)
-        out = attend_window(module.layer_idx, query, key, value, landmark_window, scaling)
-        return out.transpose(1, 2), None
+        if kind.local:
+            given = landmark_window, sliding_window, kind.frequencies
+            out = local.attend_window(*_as_autocast(query, key, value), *given, **logits)
+        else:
+            window = landmark_window.unrotated if kind.turns == "none" else landmark_window
+            out = attend_window(layer, query, key, value, window, **logits)
+        return out.transpose(1, 2).contiguous(), None
     layout = landmark_layout or LandmarkLayout()
     block_size = layout.block_size
     if block_size is None and layout.landmark_mask is None:
@@ -85,6 +106,11 @@ def landmark_attention_forward(
     start = layout.start
     if start is None and attention_mask is not None:
         start = (attention_mask.cumsum(-1) == 0).sum(-1)
+    if kind.local:
+        blocks = {"block_size": block_size, "landmark_mask": layout.landmark_mask}
+        given = blocks | {"start": start, "cu_seqlens": layout.cu_seqlens, "frequencies": kind.frequencies}
+        out = local.attend_input(*_as_autocast(query, key, value), sliding_window, **given, **logits)
+        return out.transpose(1, 2).contiguous(), None
     rows = None
     if layout.cu_seqlens is not None and query.shape[0] > 1:
         rows, (query, key, value) = query.shape[0], (_one_row(x) for x in (query, key, value))
@@ -94,16 +120,16 @@ def landmark_attention_forward(
         value,
         block_size=block_size,
         landmark_mask=layout.landmark_mask,
-        scale=scaling,
         start=start,
         cu_seqlens=layout.cu_seqlens,
         dropout_p=layout.dropout_p,
-        dropout_seed=layer_seed(layout.dropout_seed, module.layer_idx),
+        dropout_seed=layer_seed(layout.dropout_seed, layer),
         context_miss_key=context_miss_key,
         controlled=layout.controlled,
         backend=layout.backend,
+        **logits,
     )
-    return (out if rows is None else _in_rows(out, rows)).transpose(1, 2), None
+    return (out if rows is None else _in_rows(out, rows)).transpose(1, 2).contiguous(), None
 
 
 @overload
@@ -134,6 +160,8 @@ def landmark_attention(
     dropout_seed: int | Tensor | None = None,
     context_miss_key: Tensor | None = None,
     controlled: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -147,7 +175,8 @@ def landmark_attention(
 
     landmark_mask: (B, T) bool in place of block_size, for blocks of any size. scale: factor on the logits, 1 / sqrt(D).
     start: (B,) the first real key of each row. cu_seqlens: (n + 1,) documents packed into a single row. dropout_p,
-    dropout_seed: group dropout. context_miss_key, controlled: see docs/semantics.md, section 5. return_lse: also return
+    dropout_seed: group dropout. context_miss_key, controlled: see docs/semantics.md, section 5. softcap: bound of
+    the logits. sinks: (H,) logits of attention sinks. return_lse: also return
     the log-sum-exp of the outer softmax, (B, H, T) float32. backend: the name of one, instead of what
     `backends.choose` finds. `reference.landmark_attention` is the definition of all of these.
 
@@ -176,6 +205,8 @@ def landmark_attention(
         packed=cu_seqlens is not None,
         dropout=dropout,
         context_miss=context_miss_key is not None,
+        softcap=softcap is not None,
+        sinks=sinks is not None,
     )
     name = choose(problem, backend)
     arguments = {
@@ -190,6 +221,7 @@ def landmark_attention(
     if BACKENDS[name].forward is not None:
         return operators.attend(q, k, v, backend=name, **arguments)
     arguments |= {"landmark_mask": landmark_mask, "context_miss_key": context_miss_key, "controlled": controlled}
+    arguments |= {"softcap": softcap, "sinks": sinks}
     return _definition(q, k, v, **arguments)
 
 
@@ -217,15 +249,20 @@ def attend_chunk(
     scale: float | None = None,
     context_miss_key: Tensor | None = None,
     backend: str | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    rotated: bool = True,
 ) -> Tensor:
     """`retrieval.attend_chunk` of a layer in the backend that `backends.choose` finds, or is named: (B, H, T, D).
 
-    q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids. The cache's trace holds what was read.
+    q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids, unless `rotated` says that the layer has no
+    positions. The cache's trace holds what was read.
 
     Raises LandmarkError where more blocks are to be retrieved than the kernels can.
     """
     chunk = chunk.to(k.device)
-    blocks = cache.layer(layer, k, chunk)
+    chunk = chunk if rotated else chunk.unrotated
+    blocks = cache.layer(layer, k, chunk, rotated)
     problem = Problem(
         str(q.device),
         q.dtype,
@@ -234,10 +271,14 @@ def attend_chunk(
         context_miss=context_miss_key is not None,
         reading=True,
         differentiated=torch.is_grad_enabled() and q.requires_grad,
+        softcap=softcap is not None,
+        sinks=sinks is not None,
     )
     name = choose(problem, backend)
     cache.backends.add(name)
-    read = BACKENDS[name].read(q, k, v, blocks, chunk, scale, context_miss_key, cache.trace is not None)
+    # Who cannot have these is not chosen where there are some.
+    given = {name: value for name, value in (("softcap", softcap), ("sinks", sinks)) if value is not None}
+    read = BACKENDS[name].read(q, k, v, blocks, chunk, scale, context_miss_key, cache.trace is not None, **given)
     cache.record(layer, chunk, read.ages, read.shares, read.dropped)
     return read.out
 
@@ -250,6 +291,8 @@ def attend_window(
     window: ReadingWindow,
     scale: float | None = None,
     backend: str | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Read a window's chunks, each through the blocks of those before it, all at once: (B, H, N, D), differentiable.
 
@@ -258,14 +301,16 @@ def attend_window(
     finds for it, or that is named; padding gives zeros.
     """
     q, k, v = _as_autocast(q, k, v)
-    out, lse = _attend_within_chunks(q, k, v, window, scale, backend)
+    given = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    out, lse = _attend_within_chunks(q, k, v, window, backend, given)
     if min(window.top_k, window.most_earlier) == 0:
         return out
     dim, block_size, top_k = (operator.index(n) for n in (q.shape[-1], window.block_size, window.top_k))
-    problem = Problem(str(q.device), q.dtype, dim, block_size, retrieving=top_k)
+    # Sinks have their share of what was found within the chunks already.
+    problem = Problem(str(q.device), q.dtype, dim, block_size, retrieving=top_k, softcap=softcap is not None)
     name = choose(problem, backend)
     if BACKENDS[name].retrieve_forward is None:
-        return _join(out, lse, *_retrieve_by_definition(q, k, v, window, scale, layer))
+        return _join(out, lse, *_retrieve_by_definition(q, k, v, window, scale, layer, softcap=softcap))
     # Only selections that nobody shares are made by kernels.
     shared = window.selection != "per_token_and_head"
     ages = _select_by_definition(q, k, window, scale, layer) if shared else None
@@ -273,11 +318,12 @@ def attend_window(
 
 
 def _attend_within_chunks(
-    q: Tensor, k: Tensor, v: Tensor, window: ReadingWindow, scale: float | None, backend: str | None
+    q: Tensor, k: Tensor, v: Tensor, window: ReadingWindow, backend: str | None, given: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, H, N, D), lse (B, H, N)) of what each token finds in its own chunk: a batch of chunks."""
+    """(out (B, H, N, D), lse (B, H, N)) of what each token finds in its own chunk: a batch of chunks. given: what makes
+    its logits."""
     batch, heads, tokens, dim = q.shape
-    given = {"block_size": window.block_size, "scale": scale, "backend": backend, "return_lse": True}
+    given = given | {"block_size": window.block_size, "backend": backend, "return_lse": True}
     if not window.even:
         out, lse = landmark_attention(*map(_one_row, (q, k, v)), cu_seqlens=window.own_bounds, **given)
         out, lse = _in_rows(out, batch), lse.view(heads, batch, tokens).transpose(0, 1)
@@ -348,22 +394,11 @@ def _check_window(
         raise ValueError("landmark_window: a model with a context-miss token is not trained as it reads")
 
 
-def _check_arguments(
-    reach: int,
-    attention_mask: Tensor | None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    sliding_window: int | None = None,
-    **kwargs,
-) -> None:
+def _check_arguments(reach: int, attention_mask: Tensor | None, sliding_window: int | None) -> None:
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask has {attention_mask.dim()} dimensions; landmark attention takes (B, T) padding"
         )
-    if softcap is not None:
-        raise ValueError("softcap: landmark attention has no logit soft-capping")
-    if s_aux is not None:
-        raise ValueError("s_aux: landmark attention has no attention sinks")
     if sliding_window is not None and reach > sliding_window:
         raise ValueError(f"sliding_window is {sliding_window}, shorter than the input of {reach} tokens")
 

@@ -28,6 +28,8 @@ def landmark_attention(
     dropout_seed: int | Tensor | None = None,
     context_miss_key: Tensor | None = None,
     controlled: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which a query reaches an earlier block only through that block's landmark.
@@ -42,6 +44,9 @@ def landmark_attention(
     context_miss_key: (B, G, 1, D) key of a context-miss token, which joins the outer softmax and has no value: its
     share is lost, unless controlled, (B, Tk) bool, marks landmarks: these leave the outer softmax, are normalised
     among themselves, and share out what the context-miss token got (paper, section 4.1.3).
+    softcap: bound of the logits, each of which becomes softcap * tanh(logit / softcap) before any softmax.
+    sinks: (H,) logits of the heads' attention sinks; a sink joins the outer softmax and has no value: its share is
+    lost. Not together with context_miss_key.
     return_lse: also return the log-sum-exp of the outer softmax's logits, (B, H, Tq) float32.
 
     The weight of a text token of an earlier block is outer(its landmark) * inner(token in its block); of a token of the
@@ -55,6 +60,8 @@ def landmark_attention(
         raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_p needs dropout_seed, so that backward and other implementations can repeat it")
+    if context_miss_key is not None and sinks is not None:
+        raise ValueError("context_miss_key and sinks exclude each other")
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but q has {q.shape[0]} rows")
 
@@ -66,7 +73,7 @@ def landmark_attention(
         start=start,
         cu_seqlens=cu_seqlens,
     )
-    logits = attention_logits(q, k, scale)
+    logits = attention_logits(q, k, scale, softcap)
     own, allowed = _visibility(keys, q.shape[2])
     text = allowed & ~keys.landmark[:, None, None, :]
     landmark = allowed & keys.landmark[:, None, None, :] & ~own
@@ -78,10 +85,12 @@ def landmark_attention(
     group = torch.where(is_own, text_lse, _block_value(logits, landmark, keys))
     group = group.masked_fill(text_lse == MINUS_INFINITY, MINUS_INFINITY)
     if context_miss_key is None:
-        lse = masked_logsumexp(group)
+        # A sink is one more logit, whose share nobody gets.
+        sink = None if sinks is None else sinks.to(group.dtype)[:, None, None].expand(*group.shape[:3], 1)
+        lse = masked_logsumexp(group if sink is None else torch.cat([group, sink], dim=-1))
         share = group - lse.unsqueeze(-1)
     else:
-        miss = attention_logits(q, context_miss_key, scale)
+        miss = attention_logits(q, context_miss_key, scale, softcap)
         share, lse = _context_miss_share(group, miss, _controlled_blocks(keys, controlled) & ~is_own)
 
     shift = torch.where(group > MINUS_INFINITY, share - text_lse, MINUS_INFINITY)
@@ -117,11 +126,16 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def attention_logits(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """q k^T * scale in float32 (float64 if q is): (B, H, Tq, Tk)."""
+def attention_logits(q: Tensor, k: Tensor, scale: float | None = None, softcap: float | None = None) -> Tensor:
+    """q k^T * scale, soft-capped where softcap is given, in float32 (float64 if q is): (B, H, Tq, Tk)."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return (q.to(dtype) @ repeat_heads(k, q.shape[1]).to(dtype).transpose(-1, -2)) * scale
+    return capped((q.to(dtype) @ repeat_heads(k, q.shape[1]).to(dtype).transpose(-1, -2)) * scale, softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits kept within -softcap .. softcap, softly; as they are where softcap is None."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def masked_logsumexp(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import Chunk, LayerBlocks, RetrievalSettings
-from .reference import attention_logits, landmark_attention, masked_logsumexp
+from .reference import attention_logits, capped, landmark_attention, masked_logsumexp
 from .rotary import rotate
 
 MINUS_INFINITY = float("-inf")
@@ -40,22 +40,39 @@ class Read(NamedTuple):
 
 
 def attend_chunk(
-    q: Tensor, k: Tensor, v: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: LayerBlocks,
+    chunk: Chunk,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Read:
     """Attend from a chunk to the retrieved blocks and to what stands directly before, then store the chunk.
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids. scale: factor on the logits, 1 / sqrt(D).
+    softcap, sinks: see reference.landmark_attention.
     """
     window_k, window_v, first = blocks.window(k, v, chunk)
+    # A sink is a key of the outer softmax once, here: lse has its share in it.
     out, lse = landmark_attention(
-        q, window_k, window_v, block_size=blocks.settings.block_size, scale=scale, start=first, return_lse=True
+        q,
+        window_k,
+        window_v,
+        block_size=blocks.settings.block_size,
+        scale=scale,
+        start=first,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=True,
     )
     # A row that rests has its tail block in its padding's place, which sees it.
     out = out.masked_fill(~chunk.real[:, None, :, None], 0.0)
     read = Read(out)
     if min(blocks.settings.top_k, chunk.most_cached) > 0:
-        ages = select_blocks(q, blocks, chunk, scale)
-        logits, outputs = read_blocks(q, blocks, chunk, ages, scale)
+        ages = select_blocks(q, blocks, chunk, scale, softcap)
+        logits, outputs = read_blocks(q, blocks, chunk, ages, scale, softcap)
         # The outer softmax over what is before the chunk and in it, and the selected blocks: (B, H, T, 1 + k).
         logits = torch.cat([lse.unsqueeze(-1), logits], dim=-1)
         outputs = torch.cat([out.to(outputs.dtype).unsqueeze(-2), outputs], dim=-2)
@@ -66,7 +83,9 @@ def attend_chunk(
     return read
 
 
-def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None = None) -> Tensor:
+def select_blocks(
+    q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
     """Choose the blocks each query and head reads: see `choose_blocks`, which says in which shape and order.
 
     Of equal scores the newer block's is the better one. Scores are equal where they are the same float32 number, and
@@ -79,9 +98,10 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float | N
     keys = blocks.landmark_keys[rows, :, (chunk.blocks[:, None] - ages) % blocks.capacity].transpose(1, 2)
     if settings.positions == "absolute":
         cos, sin = chunk.stream_rotation
-        scores = attention_logits(rotate(q, cos[:, None, None], sin[:, None, None]), keys, scale)
+        scores = attention_logits(rotate(q, cos[:, None, None], sin[:, None, None]), keys, scale, softcap)
     else:
-        scores = score_bounded(q, keys, chunk.cached, settings.top_k, blocks.rotations, blocks.one_landmark_key, scale)
+        near = chunk.cached, settings.top_k
+        scores = score_bounded(q, keys, *near, blocks.rotations, blocks.one_landmark_key, scale, softcap)
     chosen = choose_blocks(scores, chunk.cached, chunk.real, settings.top_k, settings.selection)
     return chosen.sort(dim=-1, descending=True).values
 
@@ -94,6 +114,7 @@ def score_bounded(
     rotations: Rotations,
     one_landmark_key: bool,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Logits of blocks' landmarks with bounded positions: (B, H, T, n) float32 (float64 if q is).
 
@@ -104,7 +125,7 @@ def score_bounded(
     ages = torch.arange(1, keys.shape[2] + 1, device=q.device)
     near = cached[:, None].clamp(max=top_k)
     cos, sin = rotations.by(-torch.minimum(ages, near + 1))
-    scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale)
+    scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale, softcap)
     if one_landmark_key:
         # (B, 1), (B, n): the newest far block's place among the ages, and which blocks are far.
         newest = near.clamp(max=len(ages) - 1).long()[:, None, None].expand(*scores.shape[:3], 1)
@@ -158,7 +179,12 @@ def bounded_distance(ages: Tensor, cached: Tensor, top_k: int) -> Tensor:
 
 
 def read_blocks(
-    q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float | None = None
+    q: Tensor,
+    blocks: LayerBlocks,
+    chunk: Chunk,
+    ages: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What each query finds in each of its selected blocks; ages as select_blocks gives.
 
@@ -172,7 +198,8 @@ def read_blocks(
         slot = (chunk.blocks[:, None, None] - ages) % blocks.capacity
         return blocks.gather((rows[:, None, None], heads[None, :, None], slot))
 
-    return read_selected(q, ages, block_distance(ages, chunk, blocks.settings), gather, blocks.rotations, scale)
+    distance = block_distance(ages, chunk, blocks.settings)
+    return read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap)
 
 
 def read_selected(
@@ -182,6 +209,7 @@ def read_selected(
     gather: Callable[[Tensor], tuple[Tensor, Tensor]],
     rotations: Rotations,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As read_blocks. distance: (B, H or 1, T or 1, k) block slots from each block to the chunk's tail block. gather:
     keys, rotated by their offset in their block, and values of blocks of given ages (B, H, T): (B, H, T, size, D) each.
@@ -194,7 +222,7 @@ def read_selected(
         age = ages[..., j].expand(q.shape[:3])
         rotated = rotate(q, *rotations.by(distance[..., j].expand(q.shape[:3]))).to(dtype).unsqueeze(-2)
         k, v = gather(age)
-        logits = (rotated @ k.to(dtype).transpose(-1, -2)).squeeze(-2) * scale
+        logits = capped((rotated @ k.to(dtype).transpose(-1, -2)).squeeze(-2) * scale, softcap)
         inner = torch.softmax(logits[..., :-1], dim=-1).unsqueeze(-2)
         # Where there is no block, memory may hold anything, and nan times a weight of nothing is nan.
         found = (inner @ v[..., :-1, :].to(dtype)).squeeze(-2)

@@ -24,12 +24,14 @@ def retrieve_window(
     scale: float | None = None,
     layer: int = 0,
     ages: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from every query of a window to the blocks that it retrieves, and to nothing else.
 
     q: (B, H, N, D) and k, v: (B, G, N, D), rotated at window.position_ids. scale: factor on the logits, 1 / sqrt(D).
     layer: in the first, 0, all landmarks have one key before rotation where window.one_landmark says so; exploring
     draws other numbers in every layer. ages: a selection that is made already, as `select_in_window` gives.
+    softcap: see reference.landmark_attention.
 
     Returns out, (B, H, N, D) in q's dtype, by the outer softmax over the landmarks of the retrieved blocks, and the
     log-sum-exp of these landmarks' logits, (B, H, N) float32 (float64 if q is). A query with nothing to retrieve gives
@@ -49,7 +51,7 @@ def retrieve_window(
             place, chosen = (row * heads, tokens, begin), None
             if ages is not None:
                 chosen = ages[row : row + 1, :, begin : begin + length, : min(earlier, window.top_k)].long()
-            found = _retrieve(queries, k[row], v[row], chosen_from, window, scale, layer, place, chosen)
+            found = _retrieve(queries, k[row], v[row], chosen_from, window, scale, layer, place, chosen, softcap)
             out.append(found[0].to(q.dtype))
             lse.append(found[1])
             columns[row, begin : begin + length] = torch.arange(column, column + length)
@@ -68,6 +70,7 @@ def _retrieve(
     layer: int,
     place: tuple[int, int, int],
     ages: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(out (H, T, D), lse (H, T)) of one chunk's queries q, (1, H, T, D), over its row's keys and values, (G, N, D).
 
@@ -79,12 +82,12 @@ def _retrieve(
     cos, sin = window.by(-blocks[:, 2])
     keys, values = rotate(k[:, tokens], cos[:, None], sin[:, None]), v[:, tokens]
     if ages is None:
-        ages = _select(q, keys[:, :, -1], window, scale, layer, place)
+        ages = _select(q, keys[:, :, -1], window, scale, layer, place, softcap)
     earlier = torch.full((1,), len(blocks), device=q.device)
     heads = torch.arange(q.shape[1], device=q.device)[:, None] // (q.shape[1] // k.shape[0])
     distance = bounded_distance(ages, earlier, window.top_k)
     logits, outputs = read_selected(
-        q, ages, distance, lambda age: (keys[heads, age - 1], values[heads, age - 1]), window, scale
+        q, ages, distance, lambda age: (keys[heads, age - 1], values[heads, age - 1]), window, scale, softcap
     )
     lse = masked_logsumexp(logits)
     share = torch.exp(logits - lse.unsqueeze(-1))
@@ -120,13 +123,14 @@ def _select(
     scale: float | None,
     layer: int,
     place: tuple[int, int, int],
+    softcap: float | None = None,
 ) -> Tensor:
     """Ages, (1, H or 1, T or 1, k) in time order, that one chunk's queries, (1, H, T, D), choose of the blocks whose
     landmark keys, rotated back to their offset in their block, are (G, n, D), the newest first. place: see `_explore`.
     """
     earlier = torch.full((1,), landmark_keys.shape[1], device=q.device)
     one_key = window.one_landmark and layer == 0
-    scores = score_bounded(q, landmark_keys[None], earlier, window.top_k, window, one_key, scale)
+    scores = score_bounded(q, landmark_keys[None], earlier, window.top_k, window, one_key, scale, softcap)
     real = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
     ages = choose_blocks(scores, earlier, real, window.top_k, window.selection)
     if window.explore:

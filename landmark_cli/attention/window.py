@@ -7,7 +7,7 @@ there at once, and every layer works on all of them together: this says which ch
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -210,6 +210,11 @@ class ReadingWindow:
     def seed_of(self, layer: int) -> int | Tensor | None:
         """The seed of exploring in a layer; None without."""
         return layer_seed(self.explore_seed, layer)
+
+    @functools.cached_property
+    def unrotated(self) -> ReadingWindow:
+        """The same window for a layer without positions: every rotation is by an angle of 0."""
+        return replace(self, cos=torch.ones_like(self.cos), sin=torch.zeros_like(self.sin))
 
     @functools.cached_property
     def host_chunks(self) -> list[list[int]]:

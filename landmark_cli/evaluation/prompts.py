@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from landmark_cli.inference.readers import BaseReader, free_memory, layer_token_bytes, open_reader
 from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.models.layers import landmark_layers
 
 # Prompts read at a time go through the model in pieces of at most about this many tokens together, and all their keys
 # and values take at most this share of the free memory where these lie; on a CPU, they have at most so many tokens.
@@ -44,7 +45,9 @@ class PromptReaders:
         if device.type != "cuda":
             return max(1, HOST_TOKENS // length)
         free = free_memory(device, offloaded=self._reading.offload == "cpu" and not self._full)
-        token_bytes = self._model.config.num_hidden_layers * layer_token_bytes(self._model)
+        config = self._model.config
+        layers = config.num_hidden_layers if self._full else len(landmark_layers(config))
+        token_bytes = layers * layer_token_bytes(self._model)
         return at_a_time(length, self._open(1, length).chunk, token_bytes, int(free * MEMORY_SHARE))
 
     def _open(self, prompts: int, length: int) -> BaseReader:

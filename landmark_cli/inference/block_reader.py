@@ -26,6 +26,7 @@ from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.readers import BaseReader, ReadChunk, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.device import to_device
+from landmark_cli.models.layers import landmark_layers
 from landmark_cli.models.rotary import inverse_frequencies
 
 
@@ -99,7 +100,7 @@ class BlockReader(BaseReader):
             inverse_frequencies(model),
             batch=batch,
             device=model.device,
-            offload=Offload(config.num_hidden_layers) if offload == "cpu" else None,
+            offload=Offload(len(landmark_layers(config))) if offload == "cpu" else None,
             one_landmark=True,
         )
         if model.device.type == "cuda":
@@ -127,7 +128,7 @@ class BlockReader(BaseReader):
         stream = read + stream_length(tokens, self.landmark_freq) + 1
         self.cache.expect(stream)
         if self.cache.offload is not None:
-            require_host_memory(stream, self.model.config.num_hidden_layers, self._layer_bytes(stream))
+            require_host_memory(stream, len(landmark_layers(self.model.config)), self._layer_bytes(stream))
 
     def _layer_bytes(self, tokens: int) -> int:
         """What the blocks of a layer take, with `tokens` stream tokens in every row."""

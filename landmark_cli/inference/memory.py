@@ -1,12 +1,13 @@
 """What a reader has read, taken out of it: kept in memory, written to a file, and given to a reader to read on from.
 
-A memory is one row's: the blocks that can still be retrieved and the incomplete one, of every layer, with their
-landmarks' keys once more, the counts that say where the next token stands, and the text itself. Its file is
-safetensors:
+A memory is one row's: of every layer the blocks that can still be retrieved and the incomplete one, with their
+landmarks' keys once more, or, where the layer keeps a sliding window, the text that it still sees; the counts that say
+where the next token stands; and the text itself. Its file is safetensors:
 
     layers.0.blocks, layers.1.blocks, ...   (G, n, 2, block_size, D), as attention/cache/blocks.py has them
     layers.0.landmark_keys, ...             (G, n, D)
     layers.0.checksums, ...                 (G, n) int64, a CRC-32 of each block
+    layers.2.keys, layers.2.values, ...     (G, m, D), as attention/cache/layer_window.py has them, where there are such
     text                                    (tokens,) int32
     __metadata__.landmark                   JSON: what `About` has, a sha256 of every tensor but the blocks, which have
                                             checksums of their own, and a checksum of all that
@@ -26,6 +27,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +35,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from landmark_cli.attention.cache import HeldBlocks, HeldText
 from landmark_cli.errors import LandmarkError, UsageError, shown
 from landmark_cli.files import flush, parse_json, reading, sealed_content, target_and_partial, unsealed_content, writing
 from landmark_cli.inference.stored_blocks import BlockFile, Span, StoredBlocks, checksums_of, cut
 from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
-from landmark_cli.models.rotary import inverse_frequencies
+from landmark_cli.models.layers import landmark_layers
+from landmark_cli.models.rotary import angles_of, inverse_frequencies
 from landmark_cli.schema import check
 
 if TYPE_CHECKING:
@@ -90,22 +94,26 @@ class Memory:
     """What one row has read.
 
     about: what it depends on. blocks, tail: complete blocks, evicted ones counted, and stream tokens of the incomplete
-    block. layers: of each layer blocks (G, n, 2, block_size, D), which may lie in a file still, and landmark keys (G,
-    n, D), the last of which are the incomplete block's. text: (tokens,) int32. path: the file it was opened from, if
-    any; model_name: for messages.
+    block. layers: of each layer what `copy_of` of the cache gives of a row, of which blocks may lie in a file still.
+    text: (tokens,) int32. path: the file it was opened from, if any; model_name: for messages.
     """
 
     about: About
     model_name: str
     blocks: int
     tail: int
-    layers: list[tuple[Tensor | StoredBlocks, Tensor]] = field(repr=False)
+    layers: list[HeldBlocks | HeldText] = field(repr=False)
     text: Tensor = field(repr=False)
     path: Path | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for layer in self.layers for part in layer) + self.text.nbytes
+
+    @property
+    def held_blocks(self) -> HeldBlocks | None:
+        """Those of the first layer that has blocks; all have as many."""
+        return next((of_layer for of_layer in self.layers if isinstance(of_layer, HeldBlocks)), None)
 
     def save(self, path: str | Path, what: str = "") -> None:
         """Write the memory to a file, whole or not at all. what: the option that names the file, for messages.
@@ -115,24 +123,25 @@ class Memory:
         from safetensors.torch import save_file
 
         tensors = {"text": self.text.cpu().contiguous()}
-        for index, (blocks, landmark_keys) in enumerate(self.layers):
-            blocks = blocks.cpu().contiguous() if isinstance(blocks, Tensor) else blocks.whole()
-            tensors[_name(index, "blocks")] = blocks
-            tensors[_name(index, "landmark_keys")] = landmark_keys.cpu().contiguous()
-            tensors[_name(index, "checksums")] = checksums_of(blocks)
+        for index, of_layer in enumerate(self.layers):
+            for part, held in of_layer._asdict().items():
+                held = held.cpu().contiguous() if isinstance(held, Tensor) else held.whole()
+                tensors[_name(index, part)] = held
+                if part == "blocks":
+                    tensors[_name(index, "checksums")] = checksums_of(held)
         sha256 = {name: sha256_of(tensor) for name, tensor in tensors.items() if not name.endswith(".blocks")}
         header = _Header(asdict(self.about), self.model_name, self.blocks, self.tail, sha256["text"], sha256)
         metadata = {"landmark": json.dumps(sealed_content(asdict(header)))}
         with writing(path, what):
-            target, partial = target_and_partial(Path(path))
+            target, unfinished = target_and_partial(Path(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(tensors, partial, metadata)
-                flush(partial)
-                os.replace(partial, target)
+                save_file(tensors, unfinished, metadata)
+                flush(unfinished)
+                os.replace(unfinished, target)
             except BaseException:
                 with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+                    unfinished.unlink(missing_ok=True)
                 raise
 
     @classmethod
@@ -165,15 +174,20 @@ class Memory:
             if {name: sha256_of(tensor) for name, tensor in tensors.items()} != header.sha256:
                 raise ValueError("its content is not what was written to it")
             begin, entries = stored.header()
-            layers = []
-            while (name := _name(len(layers), "blocks")) in entries:
-                place, kind = entries[name], getattr(torch, about.dtype)
-                shape, checksums = torch.Size(place["shape"]), tensors[_name(len(layers), "checksums")]
-                if place["data_offsets"][1] - place["data_offsets"][0] != shape.numel() * kind.itemsize:
-                    raise ValueError(f"{name} is not of {about.dtype}")
-                span = Span(stored, begin + place["data_offsets"][0], shape, kind, checksums, name)
-                blocks = StoredBlocks([(span, 0, shape[1])])
-                layers.append((blocks, tensors[_name(len(layers), "landmark_keys")]))
+            layers: list[HeldBlocks | HeldText] = []
+            while True:
+                part = partial(_name, len(layers))
+                if (name := part("blocks")) in entries:
+                    place, kind = entries[name], getattr(torch, about.dtype)
+                    shape, checksums = torch.Size(place["shape"]), tensors[part("checksums")]
+                    if place["data_offsets"][1] - place["data_offsets"][0] != shape.numel() * kind.itemsize:
+                        raise ValueError(f"{name} is not of {about.dtype}")
+                    span = Span(stored, begin + place["data_offsets"][0], shape, kind, checksums, name)
+                    layers.append(HeldBlocks(StoredBlocks([(span, 0, shape[1])]), tensors[part("landmark_keys")]))
+                elif part("keys") in tensors:
+                    layers.append(HeldText(tensors[part("keys")], tensors[part("values")]))
+                else:
+                    break
             memory = cls(about, header.model_name, header.blocks, header.tail, layers, tensors["text"], path)
             memory._check()
             return memory
@@ -183,19 +197,21 @@ class Memory:
         about, held = self.about, self.blocks if self.about.cache_blocks is None else self.about.cache_blocks
         size = about.landmark_freq + 1
         whole = 0 <= self.tail < size and len(self.text) == self.blocks * about.landmark_freq + self.tail > 0
-        for blocks, landmark_keys in self.layers:
-            heads, _, _, _, head_dim = blocks.shape
-            count = min(self.blocks, held) + 1
-            whole &= blocks.shape == (heads, count, 2, size, head_dim) and landmark_keys.shape == (
-                heads,
-                count,
-                head_dim,
-            )
-            whole &= {str(blocks.dtype), str(landmark_keys.dtype)} == {f"torch.{about.dtype}"}
-            whole &= isinstance(blocks, Tensor) or all(
-                part.checksums.shape == part.shape[:2] for part, *_ in blocks.runs
-            )
-        if not whole or not self.layers or self.text.dtype != torch.int32:
+        count = min(self.blocks, held) + 1
+        for of_layer in self.layers:
+            if isinstance(of_layer, HeldBlocks):
+                blocks = of_layer.blocks
+                heads, _, _, _, head_dim = blocks.shape
+                expected = (heads, count, 2, size, head_dim), (heads, count, head_dim)
+                whole &= isinstance(blocks, Tensor) or all(
+                    part.checksums.shape == part.shape[:2] for part, *_ in blocks.runs
+                )
+            else:
+                heads, tokens, head_dim = of_layer.keys.shape
+                expected = ((heads, min(tokens, len(self.text)), head_dim),) * 2
+            whole &= tuple(part.shape for part in of_layer) == expected
+            whole &= {str(part.dtype) for part in of_layer} == {f"torch.{about.dtype}"}
+        if not whole or self.held_blocks is None or self.text.dtype != torch.int32:
             raise ValueError("its counts and its tensors do not fit each other")
 
 
@@ -225,7 +241,8 @@ def give(reader: BlockReader, memories: Sequence[Memory], row: int = 0) -> None:
 
 def joined(memories: Sequence[Memory]) -> Memory:
     """One memory of several of the same reader's: their complete blocks one after another, numbered through, then the
-    incomplete block of the last. The incomplete blocks of the others, which have no landmark, are left out.
+    incomplete block of the last. The incomplete blocks of the others, which have no landmark, are left out. Layers with
+    a sliding window see the text of the last alone.
 
     Raises UsageError where positions are absolute: a block then has its place in the text that it was read in.
     """
@@ -238,12 +255,15 @@ def joined(memories: Sequence[Memory]) -> Memory:
     # An older block than the cache keeps is as good as evicted.
     kept = slice(None if bound is None else -bound - 1, None)
 
-    layers = []
+    layers: list[HeldBlocks | HeldText] = []
     for of_layer in zip(*(memory.layers for memory in memories), strict=True):
+        if isinstance(of_layer[-1], HeldText):
+            layers.append(of_layer[-1])
+            continue
         *ended, (end, end_keys) = of_layer
         blocks = blocks_in_order([*(cut(part, 0, part.shape[1] - 1) for part, _ in ended), cut(end, 0, end.shape[1])])
         keys = torch.cat([*(keys[:, :-1].cpu() for _, keys in ended), end_keys.cpu()], dim=1)[:, kept]
-        layers.append((cut(blocks, blocks.shape[1] - keys.shape[1], blocks.shape[1]), keys))
+        layers.append(HeldBlocks(cut(blocks, blocks.shape[1] - keys.shape[1], blocks.shape[1]), keys))
     text = torch.cat([*(memory.text[: len(memory.text) - memory.tail] for memory in before), last.text])
     return replace(last, blocks=sum(memory.blocks for memory in memories), layers=layers, text=text, path=None)
 
@@ -273,10 +293,19 @@ def model_hash(model: PreTrainedModel) -> str:
     config = model.config
     digest = hashlib.sha256(f"{config.model_type} {config.landmark_token_id}".encode())
     # By few digits: libraries work the angles out in different orders.
-    digest.update(str([f"{angle:.5g}" for angle in inverse_frequencies(model).tolist()]).encode())
+    digest.update(_by_few_digits(inverse_frequencies(model)))
+    with_landmarks = landmark_layers(config)
+    for layer in range(config.num_hidden_layers):
+        if layer not in with_landmarks:
+            digest.update(f"{layer} {getattr(config, 'sliding_window', None)}".encode())
+            digest.update(_by_few_digits(angles_of(model, layer).values))
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {_sums(weight)}".encode())
     return digest.hexdigest()
+
+
+def _by_few_digits(angles: Tensor) -> bytes:
+    return str([f"{angle:.5g}" for angle in angles.tolist()]).encode()
 
 
 def sha256_of(tensor: Tensor) -> str:
@@ -322,7 +351,7 @@ def require_fit(reader: BlockReader, memory: Memory) -> None:
             f"{_word(theirs)}, or read the text anew"
         )
     # What the hash of a model's weights decides cannot differ, unless somebody made the file by hand.
-    blocks = memory.layers[0][0]
+    blocks = memory.held_blocks.blocks
     config = reader.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     known = 0 <= int(memory.text.min()) <= int(memory.text.max()) < config.vocab_size

@@ -22,6 +22,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.families import is_ours
 
 from .card import CARD, keep_card, write_card
+from .layers import settle_layers
 
 
 def register() -> None:
@@ -101,6 +102,8 @@ def _refusing(plain: Callable) -> Callable:
 def _made(plain: Callable) -> Callable:
     def post_init(self: PreTrainedModel) -> None:
         plain(self)
+        if getattr(self.config, "landmark_freq", None):
+            settle_layers(self)
         if reads_with_memory(self):
             lead_forward(self)
 

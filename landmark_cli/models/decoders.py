@@ -1,7 +1,8 @@
 """Landmark attention for any rotary decoder of the transformers library.
 
 The model's code is transformers' own. The model gets a landmark token, "landmark" as its attention implementation, and
-four settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks. A config with a
+four settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks (and two more where its
+layers are of several kinds, see layers.py). A config with a
 landmark_freq opens with landmark attention wherever this package is imported; `attn_implementation="sdpa"` opens the
 plain decoder.
 """
@@ -21,6 +22,7 @@ from landmark_cli.families import is_ours
 
 from .calls import lead_forward
 from .generation_config import settle_sampling, silence
+from .layers import keep_kinds, settle_layers
 from .support import attention_dropout, check_config, check_model
 
 PADDING_TOKEN = "[PAD]"
@@ -74,7 +76,7 @@ def add_landmarks(
             f"{counted(trained_length, 'token')}; take at most {largest_top_k(trained_length, landmark_freq)}"
         )
     check_config(model.config, name)
-    check_model(model, trained_length, name)
+    kinds = check_model(model, trained_length, name)
     if dropped := attention_dropout(model):
         warn(
             f"{name} asks for attention dropout of {dropped:g}, which landmark attention does not have: it is trained "
@@ -88,8 +90,10 @@ def add_landmarks(
     config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
     config.trained_length = trained_length
     config.top_k_blocks = top_k_blocks
+    keep_kinds(config, kinds.local, kinds.turns)
     silence(model, tokenizer)
     model.set_attn_implementation("landmark")
+    settle_layers(model)
     lead_forward(model)
 
 

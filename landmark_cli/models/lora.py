@@ -27,12 +27,18 @@ from landmark_cli.families import EMBEDDINGS, HEADS
 from landmark_cli.files import read_record, reading
 from landmark_cli.weight_diff.checkpoint import open_shard
 
-from .pretrained import open_config, open_pretrained
+from .calls import lead_forward
+from .layers import settle_layers
+from .pretrained import open_config, open_pretrained, plain_attention
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PAIRED = 2
 # What the landmark model's config has that its base has not.
-SETTINGS = ("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks", "pad_token_id")
+SETTINGS = (
+    *("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks", "pad_token_id"),
+    *("landmark_layers", "landmark_rotary"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,9 @@ def check_adapters(directory: Path, config: PreTrainedConfig) -> str:
     shapes = {name: shape for name, (_, shape) in open_shard(file, "the adapters in").tensors.items()}
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape}
     vocabularies = {shape[0] for name, shape in shapes.items() if name.endswith((*EMBEDDINGS, *HEADS)) and shape}
-    wrong = {adapters.r, *adapters.rank_pattern.values()} - ranks
+    # peft has patterns for layers that hold two weights in one, of twice the rank, whatever layers a model has.
+    patterns = {rank for rank in adapters.rank_pattern.values() if rank != PAIRED * adapters.r}
+    wrong = {adapters.r, *patterns} - ranks
     if wrong:
         raise LandmarkError(f"{described} gives the rank {min(wrong)}, which none of the weights in {file.name} has")
     if vocabularies and config.vocab_size not in vocabularies:
@@ -151,10 +159,13 @@ def open_adapted(
     with reading(directory, "the adapters in"), _without_deprecations():
         model = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
     for name in SETTINGS:
-        setattr(model.config, name, getattr(config, name, None))
+        if hasattr(config, name):
+            setattr(model.config, name, getattr(config, name))
     # Messages about this model name the directory that was asked for, not the base.
     model.name_or_path = model.config._name_or_path = str(directory)
-    model.set_attn_implementation(attention or "landmark")
+    model.set_attn_implementation(plain_attention(config) if attention == "sdpa" else attention or "landmark")
+    settle_layers(model)
+    lead_forward(model)
     return model, tokenizer
 
 
@@ -191,4 +202,6 @@ def _without_deprecations() -> Iterator[None]:
     """What peft and transformers have to tell each other is not the user's concern."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        # Patterns of peft's own, for layers that a model may have.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         yield

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from landmark_cli.attention.layer_kind import Turns
 from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
@@ -41,13 +43,15 @@ def open_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a causal language model and its tokenizer.
 
-    path: a directory or a hub id. attention: transformers' `attn_implementation`, by default the saved one.
+    path: a directory or a hub id. attention: transformers' `attn_implementation`, by default the saved one; "sdpa" is
+    full attention, by whatever serves the model (see `plain_attention`).
     dtype: of the weights, by default as stored. trust_remote_code: whether Python code that comes with it may run.
     options: further arguments of `from_pretrained`.
 
     Raises LandmarkError naming what is missing, or what does not fit: weights and config, a landmark model's tokenizer.
     """
     config = open_config(path, trust_remote_code=trust_remote_code)
+    attention = plain_attention(config) if attention == "sdpa" else attention
     check_size(config, path, attention, trust_remote_code=trust_remote_code)
     if attention is not None:
         options["attn_implementation"] = attention
@@ -69,6 +73,12 @@ def open_pretrained(
     if getattr(config, "landmark_freq", None) is not None:
         check_landmark_token(config, tokenizer, str(path))
     return model, tokenizer
+
+
+def plain_attention(config: PreTrainedConfig) -> str:
+    """transformers' `attn_implementation` for full attention: "sdpa", or "eager" for models that it does not serve."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if getattr(model, "_supports_sdpa", True) is False else "sdpa"
 
 
 def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -142,6 +152,9 @@ class LandmarkSettings:
     landmark_token_id: int | None = None
     trained_length: int | None = None
     top_k_blocks: int | None = None
+    landmark_layers: list[int] | None = None
+    landmark_rotary: list[Turns] | None = None
+    num_hidden_layers: int | None = None
     memory_length: int | None = None
     segment_length: int | None = None
     vocab_size: int | None = None
@@ -164,6 +177,13 @@ class LandmarkSettings:
         for name in ("landmark_token_id", "trained_length", "top_k_blocks"):
             if getattr(self, name) is None:
                 raise ValueError(f"it has landmarks (landmark_freq {self.landmark_freq}) but lacks {name}")
+        layers = range(self.num_hidden_layers or 0)
+        if self.landmark_layers is not None and not set(self.landmark_layers) & set(layers) >= set(
+            self.landmark_layers
+        ):
+            raise ValueError(f"landmark_layers is {self.landmark_layers}, and there are layers 0 to {len(layers) - 1}")
+        if self.landmark_rotary is not None and len(self.landmark_rotary) != len(layers):
+            raise ValueError(f"landmark_rotary is of {len(self.landmark_rotary)} layers, and there are {len(layers)}")
 
 
 def _attributes(config: Any) -> dict[str, Any]:

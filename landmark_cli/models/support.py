@@ -1,14 +1,15 @@
 """Which decoders landmark attention fits, and why it does not fit the others.
 
 Reading through a block cache turns keys and queries by whole blocks, so every layer must encode positions by rotating
-half-split pairs of dimensions by fixed angles, and must weigh its keys by nothing but their dot products. What a model
-does is found by trying: in one forward of a few equal tokens, keys may differ by that rotation and by nothing else.
+pairs of dimensions, half-split or adjacent ones, or not at all, and must weigh its keys by their dot products, perhaps
+soft-capped, and by attention sinks. Some of its layers at least must see all that is before a token. What a model does
+is found by trying: in one forward of a few equal tokens, keys may differ by that rotation and by nothing else.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +21,21 @@ from transformers import (
     PreTrainedModel,
 )
 
+from landmark_cli.attention.layer_kind import Turns, half_split
 from landmark_cli.attention.reference import repeat_heads
 from landmark_cli.attention.rotary import rotate, rotation_table
 from landmark_cli.errors import LandmarkError
 from landmark_cli.families import FAMILIES, fitting
 
-from .rotary import inverse_frequencies
+from .rotary import angles_of
 
 PROBE = "landmark_probe"
 # Keys of half precision differ from exact rotations by less than a hundredth; another kind of position by about one.
 ROTATION_TOLERANCE = 0.05
-ADJACENT_PAIRS = "turns adjacent pairs of dimensions (interleaved), not half-split ones"
-CHANGING_ANGLES = {
-    "dynamic": "its angles change with the length of the input",
-    "longrope": "its angles change once the input is longer than the original training length",
-}
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse by its config a model that is no decoder, or whose rotary angles are not fixed.
+    """Refuse by its config a model that is no decoder.
 
     name: the model, as the user calls it. Raises LandmarkError with the reason.
     """
@@ -50,26 +47,31 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
         raise _refusal(name, f"it is an encoder ({kind})")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refusal(name, f"it is no causal language model ({kind})")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise _refusal(name, f"its layers of different kinds ({', '.join(rope)}) have rotary embeddings of their own")
-    reason = CHANGING_ANGLES.get(rope.get("rope_type"))
-    if reason:
-        raise _refusal(name, f"its rotary embedding is of the type {rope['rope_type']}: {reason}")
+    if config.get_text_config(decoder=True) is not config:
+        raise _refusal(name, f"it is made of several models ({kind}); its language model alone may fit")
 
 
-def check_model(model: PreTrainedModel, trained_length: int, name: str) -> None:
-    """Refuse a loaded model whose attention or positions landmark attention would change.
+class Kinds(NamedTuple):
+    """Of each layer, whether it keeps its sliding window in place of landmarks, and how positions enter; and whether
+    any soft-caps its logits or has attention sinks."""
 
-    trained_length: stream tokens (landmarks included) of a window; a sliding window as long as that never matters.
-    Raises LandmarkError with the reason.
+    local: list[bool]
+    turns: list[Turns]
+    softcap: bool
+    sinks: bool
+
+
+def check_model(model: PreTrainedModel, trained_length: int, name: str) -> Kinds:
+    """Of which kinds a loaded model's layers are. Where some have a sliding window and others see everything, the
+    former keep it. Where all have one that no window of training exceeds, it never matters, and all get landmarks.
+
+    trained_length: stream tokens (landmarks included) of a window. Raises LandmarkError with the reason for a model
+    whose attention or positions landmark attention would change.
     """
     try:
-        frequencies = inverse_frequencies(model)
+        angles_of(model, 0)
     except ValueError:
         raise _refusal(name, _other_positions(model)) from None
-    if getattr(model.config, "rotary_dim", None) and not hasattr(model.config, "rope_parameters"):
-        raise _refusal(name, f"its rotary embedding {ADJACENT_PAIRS}")
     longest = max(trained_length - 1, 1)
     seen = _probe(model, torch.tensor([0, 1, 1 + longest // 3, longest]).unique())
     layers = model.config.num_hidden_layers
@@ -79,10 +81,40 @@ def check_model(model: PreTrainedModel, trained_length: int, name: str) -> None:
             f"{len(seen.layers)} of its {layers} layers hand what the model is given on to transformers' "
             "AttentionInterface; the others have an attention of their own, or none",
         )
+    if unknown := set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise _refusal(
+            name,
+            f"it has layers of the kind {min(unknown)}, which see neither all that is before a token nor its end",
+        )
+    local, turns, rotating = _local_layers(seen, trained_length, name), [], []
     for index, layer in enumerate(seen.layers):
-        reason = layer.unusual(trained_length) or layer.wrong_rotation(seen.positions, frequencies)
-        if reason:
+        angles = angles_of(model, index)
+        if reason := layer.unusual():
             raise _refusal(name, f"in layer {index} {reason}")
+        turn = layer.turns(seen.positions, angles.values)
+        if turn is None:
+            raise _refusal(name, f"in layer {index} {layer.otherwise()}")
+        turns.append(turn)
+        if not local[index] and turn != "none":
+            rotating.append(angles)
+    if not all(rotating[0].same(angles) for angles in rotating):
+        raise _refusal(name, "its layers that see everything rotate by different angles")
+    given = [any(layer.arguments.get(name) is not None for layer in seen.layers) for name in ("softcap", "s_aux")]
+    return Kinds(local, turns, *given)
+
+
+def _local_layers(seen: _Seen, trained_length: int, name: str) -> list[bool]:
+    """Which layers keep their sliding window."""
+    windows = [layer.arguments.get("sliding_window") for layer in seen.layers]
+    if None in windows:
+        return [window is not None for window in windows]
+    if min(windows) < trained_length:
+        raise _refusal(
+            name,
+            f"all of its layers have a sliding window, the narrowest of {min(windows)} tokens: none sees what landmarks"
+            f" would reach (a trained length of at most {min(windows)} stays inside it)",
+        )
+    return [False] * len(windows)
 
 
 def attention_dropout(model: PreTrainedModel) -> float:
@@ -109,7 +141,9 @@ def _other_positions(model: PreTrainedModel) -> str:
         if isinstance(module, nn.Embedding) and any(part in child for part in ("wpe", "position", "pos_emb"))
     ]
     if getattr(config, "rotary_dim", None):
-        return f"its rotary embedding {ADJACENT_PAIRS}"
+        return (
+            f"it has no module with the angles (inv_freq) of its rotary embedding, by which blocks are turned ({kind})"
+        )
     known = FAMILIES[kind].instead_of_rotary if kind in FAMILIES else None
     if known or getattr(config, "alibi", False):
         return f"it has no rotary embedding but {known or 'ALiBi biases'} ({kind})"
@@ -130,45 +164,40 @@ class _Layer:
     mask: Tensor | None
     arguments: dict[str, Any]
 
-    def unusual(self, trained_length: int) -> str | None:
-        """Something beside dot products that decides over the weights, in words; None where there is nothing."""
-        window = self.arguments.get("sliding_window")
-        if self.arguments.get("softcap") is not None:
-            return f"logits are soft-capped (at {self.arguments['softcap']}), which landmark attention does not do"
-        if self.arguments.get("s_aux") is not None:
-            return "attention sinks take a share of the softmax, which landmark attention does not have"
-        if window is not None and window < trained_length:
-            return (
-                f"a sliding window of {window} tokens hides what landmarks would reach "
-                f"(a trained length of at most {window} stays inside it)"
-            )
+    def unusual(self) -> str | None:
+        """Something that decides over the weights and that is not known here, in words; None where there is nothing."""
+        sinks = self.arguments.get("s_aux")
+        if sinks is not None and sinks.shape != (self.query.shape[1],):
+            return f"attention sinks have the shape {tuple(sinks.shape)}; one a head is known"
         if self.mask is not None:
             return "the model masks or biases attention itself"
         if self.key.shape != self.value.shape:
             return f"keys ({self.key.shape[-1]}) and values ({self.value.shape[-1]}) differ in width"
         return None
 
-    def wrong_rotation(self, positions: Tensor, frequencies: Tensor) -> str | None:
-        """How positions enter, in words, where it is not by rotating half-split pairs; None where it is."""
+    def turns(self, positions: Tensor, frequencies: Tensor) -> Turns | None:
+        """How positions enter; None where it is otherwise than by rotating by these angles (rotary_dim / 2,)."""
         cos, sin = rotation_table(positions.to(self.key.device), frequencies.to(self.key.device))
-        for part in (self.key, self.query):
-            part = part.float()
-            first, size = part[:, :, :1].expand_as(part), part.norm().clamp(min=1e-12)
-            if not size.isfinite():
-                return "keys are not finite numbers: the weights are damaged"
-            if (part - rotate(first, cos, sin)).norm() / size < ROTATION_TOLERANCE:
-                continue
-            if (part - first).norm() / size < ROTATION_TOLERANCE:
-                return "there is no rotary embedding (NoPE): keys are the same at every position"
-            # Adjacent pairs, put in the order of half-split ones.
-            rotated = slice(2 * cos.shape[-1])
-            part, first = (
-                torch.cat([x[..., rotated][..., 0::2], x[..., rotated][..., 1::2]], -1) for x in (part, first)
-            )
-            if (part - rotate(first, cos, sin)).norm() / size < ROTATION_TOLERANCE:
-                return f"the rotary embedding {ADJACENT_PAIRS}"
-            return "positions change the keys otherwise than by the rotary embedding's angles"
+        rotated = 2 * cos.shape[-1]
+        for turn in get_args(Turns):
+            parts = [part.float() for part in (self.key, self.query)]
+            if turn == "pairs":
+                parts = [half_split(part, rotated) for part in parts]
+            rotation = (torch.ones_like(cos), torch.zeros_like(sin)) if turn == "none" else (cos, sin)
+            if all(_agree(part, rotate(part[:, :, :1].expand_as(part), *rotation)) for part in parts):
+                return turn
         return None
+
+    def otherwise(self) -> str:
+        """Why positions enter in no way that is known, in words."""
+        if not self.key.isfinite().all():
+            return "keys are not finite numbers: the weights are damaged"
+        return "positions change the keys otherwise than by the rotary embedding's angles"
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether keys or queries are what a rotation makes of the first of them."""
+    return bool((found - expected).norm() / found.norm().clamp(min=1e-12) < ROTATION_TOLERANCE)
 
 
 @dataclass
@@ -189,7 +218,7 @@ def _record(
     """An attention function that notes what it is given. All tokens are equal, so every value is the weighted mean."""
     if landmark_probe is not None:
         landmark_probe.layers.append(_Layer(query, key, value, attention_mask, kwargs))
-    return repeat_heads(value, query.shape[1]).transpose(1, 2), None
+    return repeat_heads(value, query.shape[1]).transpose(1, 2).contiguous(), None
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.memory import Memory, sha256_of
+from landmark_cli.inference.memory import HeldBlocks, Memory, sha256_of
 from landmark_cli.inference.stored_blocks import cut
 
 SUFFIX = ".memory"
@@ -91,7 +91,8 @@ class PrefixMemories:
 
     def keep(self, memory: Memory) -> None:
         """Hold a memory. It replaces those of which its text is a continuation."""
-        memory = replace(memory, layers=[(a.cpu(), b.cpu()) for a, b in memory.layers])
+        layers = [type(of_layer)(*(part.cpu() for part in of_layer)) for of_layer in memory.layers]
+        memory = replace(memory, layers=layers)
         for key, entry in list(self._entries.items()):
             if len(entry.text) <= len(memory.text) and _common(entry.text, memory.text) == len(entry.text):
                 self._forget(key)
@@ -142,26 +143,33 @@ class PrefixMemories:
 def beginning(memory: Memory, tokens: int) -> Memory | None:
     """The memory of the first `tokens` text tokens of a memory's text, where one of its chunks ends with them: that of
     a reader that read no further, since nothing that was read depends on later chunks. None where blocks have been
-    evicted that this reader would still have. What lies in a file is read.
+    evicted that this reader would still have, or where layers with a sliding window have rolled on. What lies in a file
+    is read.
 
     Raises LandmarkError where it cannot be.
     """
     if tokens == len(memory.text) and memory.path is None:
         return memory
+    if tokens < len(memory.text) and not all(isinstance(of_layer, HeldBlocks) for of_layer in memory.layers):
+        return None
     about = memory.about
     blocks, tail = divmod(tokens, about.landmark_freq)
-    gone = memory.blocks + 1 - memory.layers[0][0].shape[1]
+    gone = memory.blocks + 1 - memory.held_blocks.blocks.shape[1]
     first = 0 if about.cache_blocks is None else max(0, blocks - about.cache_blocks)
     if first < gone:
         return None
     layers = []
-    for of_layer, landmark_keys in memory.layers:
+    for held in memory.layers:
+        if not isinstance(held, HeldBlocks):
+            layers.append(held)
+            continue
+        of_layer, landmark_keys = held
         of_layer = cut(of_layer, first - gone, blocks + 1 - gone).whole()
         landmark_keys = landmark_keys[:, first - gone : blocks + 1 - gone].clone()
         # The last is the incomplete block, of which the rest is not read yet.
         of_layer[:, -1, :, tail:] = 0
         landmark_keys[:, -1] = 0
-        layers.append((of_layer, landmark_keys))
+        layers.append(HeldBlocks(of_layer, landmark_keys))
     return replace(memory, blocks=blocks, tail=tail, layers=layers, text=memory.text[:tokens], path=None)
 
 

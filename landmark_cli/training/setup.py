@@ -32,7 +32,7 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError, import_extra
 from landmark_cli.evaluation.score import score
 from landmark_cli.families import FAMILIES
-from landmark_cli.models.rotary import rotary_embedding
+from landmark_cli.models.rotary import landmark_angles
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 
 T = TypeVar("T")
@@ -183,8 +183,7 @@ class LossModel(nn.Module):
         self.group_dropout = group_dropout
         self.fused_loss = fused_loss and has_plain_head(model)
         self.read = read
-        # In a list, lest it be counted as a module of this one too.
-        self._rotary = [] if read is None else [rotary_embedding(model)]
+        self._angles = None if read is None else landmark_angles(model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -255,8 +254,8 @@ class LossModel(nn.Module):
         if not self.training:
             settings = dataclasses.replace(settings, explore=0.0)
         seed = torch.randint(1 << 62, ()) if settings.explore else None
-        frequencies = self._rotary[0].inv_freq
-        return ReadingWindow.make(settings, *input_ids.shape, frequencies, cu_seqlens=cu_seqlens, explore_seed=seed)
+        angles = self._angles.values
+        return ReadingWindow.make(settings, *input_ids.shape, angles, cu_seqlens=cu_seqlens, explore_seed=seed)
 
     def _layout(self, controlled: Tensor | None, cu_seqlens: Tensor | None) -> LandmarkLayout:
         dropout = {}

@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.decoders import PADDING_TOKEN
-from landmark_cli.models.pretrained import open_pretrained
+from landmark_cli.models.pretrained import open_pretrained, plain_attention
 from landmark_cli.training.setup import has_plain_head, without_adapters
 
 ATTENTION, OBSERVED = "sdpa", "observed_sdpa"
@@ -100,7 +100,7 @@ class Teacher:
         """The model and what it is called with besides, so that it attends in full, and is observed."""
         config = self.model.config
         before = config._attn_implementation
-        config._attn_implementation = ATTENTION if observer is None else OBSERVED
+        config._attn_implementation = plain_attention(config) if observer is None else OBSERVED
         try:
             # Its weights are in the precision of the run: autocast would only make products of layers that have
             # another.
@@ -251,3 +251,8 @@ def check_layers(teacher: PreTrainedConfig, student: PreTrainedConfig, name: str
                 f"--gate-weight compares layers head by head, and {what} is {theirs} in --teacher {name} and {ours} in "
                 "the model that is trained: leave it out, or take --teacher self"
             )
+    if plain_attention(teacher) != ATTENTION:
+        raise LandmarkError(
+            f"--gate-weight compares plain dot products, and {name} ({teacher.model_type}) soft-caps its logits or has "
+            "attention sinks: leave it out"
+        )

@@ -31,6 +31,18 @@ LLAMA3 = {
     "original_max_position_embeddings": 128,
 }
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+}
+
+# Every other layer sees some text: more than a block, less than a chunk or window of the tests, no multiple of any.
+LOCAL = {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 # What landmark attention fits: name -> config class of transformers, settings.
 FAMILIES = {
     "llama": ("LlamaConfig", GROUPED),
@@ -42,10 +54,18 @@ FAMILIES = {
     "llama-llama3": ("LlamaConfig", {**GROUPED, "rope_parameters": LLAMA3}),
     "llama-yarn": ("LlamaConfig", {**GROUPED, "rope_parameters": YARN}),
     "mistral": ("MistralConfig", {**GROUPED, "sliding_window": None}),
+    "llama-dynamic": ("LlamaConfig", {**GROUPED, "rope_parameters": DYNAMIC}),
     "mistral-wide-window": ("MistralConfig", {**GROUPED, "sliding_window": 128}),
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16}),
+    "phi": ("PhiConfig", COMMON),
     "phi3": ("Phi3Config", GROUPED),
+    # Windows of the tests go beyond the original positions of the first, and not beyond those of the second.
+    "phi3-longrope": ("Phi3Config", {**GROUPED, "original_max_position_embeddings": 32, "rope_parameters": LONGROPE}),
+    "phi3-longrope-short": (
+        "Phi3Config",
+        {**GROUPED, "original_max_position_embeddings": 128, "rope_parameters": LONGROPE},
+    ),
     "olmo": ("OlmoConfig", GROUPED),
     "olmo2": ("Olmo2Config", GROUPED),
     "gpt-neox": (
@@ -53,12 +73,40 @@ FAMILIES = {
         {**COMMON, "rope_parameters": PARTIAL},
     ),
     "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 16}),
-    "gemma2-unbounded": (
-        "Gemma2Config",
-        {**GROUPED, "head_dim": 16, "attn_logit_softcapping": None, "sliding_window": 512},
-    ),
     "granite": ("GraniteConfig", GROUPED),
+    "cohere": ("CohereConfig", GROUPED),
+    "glm": ("GlmConfig", {**GROUPED, "head_dim": 8}),
+    "glm4": ("Glm4Config", {**GROUPED, "head_dim": 8}),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {**GROUPED, "head_dim": 8, **EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    ),
+    "ernie4.5": ("Ernie4_5Config", GROUPED),
+    "seed-oss": ("SeedOssConfig", {**GROUPED, "head_dim": 8}),
+    "qwen2-moe": ("Qwen2MoeConfig", {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 32}),
     "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**GROUPED, "head_dim": 16, **EXPERTS}),
+    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16, **LOCAL, "attn_logit_softcapping": 2.0}),
+    "gemma2-unbounded": ("Gemma2Config", {**GROUPED, "head_dim": 16, **LOCAL, "attn_logit_softcapping": None}),
+    "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 16, **LOCAL}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            **LOCAL,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
+    "ministral": ("MinistralConfig", {**GROUPED, "head_dim": 8, **LOCAL}),
+    "exaone4": ("Exaone4Config", {**GROUPED, **LOCAL}),
+    "qwen2-local": ("Qwen2Config", {**GROUPED, **LOCAL, "use_sliding_window": True}),
+    "olmo3": ("Olmo3Config", {**GROUPED, **LOCAL}),
+    "smollm3": ("SmolLM3Config", {**GROUPED, "no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "cohere2": ("Cohere2Config", {**GROUPED, **LOCAL}),
+    "gpt-oss": ("GptOssConfig", {**GROUPED, "head_dim": 8, **LOCAL, "num_local_experts": 4}),
 }
 
 

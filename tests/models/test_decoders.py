@@ -4,13 +4,16 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from landmark_cli.attention.dispatch import LandmarkLayout
+from landmark_cli.attention.dispatch import LandmarkLayout, landmark_attention_forward
+from landmark_cli.attention.layer_kind import kind_of
 from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks
+from landmark_cli.models.layers import settle_layers
+from landmark_cli.models.pretrained import plain_attention
 from tests.awkward_tokenizers import byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.models.families import FAMILIES, VOCABULARY, tiny_decoder, tiny_tokenizer
@@ -30,16 +33,24 @@ def texts(rows: int, length: int) -> torch.Tensor:
     return torch.randint(1, 257, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def attention_by_the_rule(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Landmark attention query by query, as the paper words it: outer softmax, inner softmax, product."""
+def attention_by_the_rule(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    """Landmark attention query by query, as the paper words it: outer softmax, inner softmax, product. What layers with
+    a sliding window do, another test says."""
+    if kind_of(module).local:
+        given = kwargs | {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        return landmark_attention_forward(module, query, key, value, mask, **given)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     weights = torch.zeros_like(logits)
+    sink = logits.new_empty(*logits.shape[:2], 0) if s_aux is None else s_aux[:, None].expand(*logits.shape[:2], 1)
     for i in range(query.shape[2]):
         own = i // BLOCK
         text = [j for j in range(own * BLOCK, i + 1) if j % BLOCK != FREQ]
-        outer = logits[:, :, i, text + [b * BLOCK + FREQ for b in range(own)]].softmax(-1)
+        outer = logits[:, :, i, text + [b * BLOCK + FREQ for b in range(own)]]
+        outer = torch.cat([outer, sink], -1).softmax(-1)
         weights[:, :, i, text] = outer[..., : len(text)]
         for b in range(own):
             inside = slice(b * BLOCK, b * BLOCK + FREQ)
@@ -83,15 +94,17 @@ def test_family(family, tmp_path):
         assert torch.equal(opened(stream).logits, logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_landmarks_it_is_the_model_it_was(family, tmp_path):
-    plain, ids = tiny_decoder(family), texts(2, 40)
-    model, _ = landmark_decoder(family)
+    plain, ids = tiny_decoder(family), texts(2, 140)
+    assert plain.config._attn_implementation == plain_attention(plain.config)
+    model, tokenizer = landmark_decoder(family)
     model.save_pretrained(tmp_path)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    tokenizer.save_pretrained(tmp_path)
+    opened, _ = store.load(tmp_path, attention="sdpa", device="cpu")
     with torch.no_grad():
         assert torch.equal(opened(ids).logits[..., :257], plain(ids).logits[..., :257])
-    with pytest.raises(LandmarkError, match='opened with the attention "sdpa"'):
+    with pytest.raises(LandmarkError, match=f'opened with the attention "{plain.config._attn_implementation}"'):
         BlockReader(opened)
 
 
@@ -175,7 +188,7 @@ def test_landmarks_added_twice_are_added_once():
     assert (model.config.landmark_freq, model.config.trained_length) == (15, 2 * LENGTH)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma2-unbounded"])
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma3", "gpt-oss"])
 def test_padding_changes_nothing(family):
     model, _ = landmark_decoder(family)
     rows = [insert_landmarks(ids, FREQ, model.config.landmark_token_id) for ids in (texts(1, 50), texts(1, 31))]
@@ -225,8 +238,10 @@ def test_what_landmark_attention_does_not_have_is_refused_in_the_forward_pass_to
     model, _ = landmark_decoder("mistral-wide-window")
     with pytest.raises(ValueError, match="sliding_window is 128"):
         model(texts(1, 130))
-    model = tiny_decoder("gemma2-unbounded", attn_logit_softcapping=30.0, landmark_freq=FREQ)
-    with pytest.raises(ValueError, match="soft-capping"):
+    model = tiny_decoder("qwen2", landmark_freq=FREQ, landmark_layers=[1])
+    model.set_attn_implementation("landmark")
+    settle_layers(model)
+    with pytest.raises(ValueError, match="leaves layer 0 its sliding window, and it has none"):
         model(texts(1, 20))
 
 

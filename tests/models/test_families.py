@@ -15,6 +15,7 @@ from landmark_cli.families import FAMILIES, fitting
 from landmark_cli.models.support import check_model
 from landmark_cli.training.setup import LossModel
 from tests.models import families, test_support
+from tests.modules import load_script
 from tests.tiny import tiny_model
 
 PACKAGE = Path(landmark_cli.__file__).parent
@@ -23,6 +24,13 @@ DOCUMENTED = (PACKAGE.parent / "docs" / "finetuning.md").read_text(encoding="utf
 # By model type: how tests make such a model. `test_decoders` goes through the first, `test_support` through the second.
 FITTING = {getattr(transformers, name).model_type: [name, more] for name, more in families.FAMILIES.values()}
 REFUSED = {getattr(transformers, name).model_type: [name, more] for name, more, _ in test_support.REFUSED.values()}
+
+
+tables = load_script(PACKAGE.parent / "docs" / "families.py")
+
+
+def test_the_tables_of_the_page_are_what_the_models_say():
+    assert tables.PAGE.read_text(encoding="utf-8") == tables.page(), "run python docs/families.py"
 
 
 def untied_model(model_type: str):
@@ -58,7 +66,9 @@ def test_an_entry_is_true_of_a_model(model_type, tmp_path):
 def test_messages_and_pages_name_a_family(model_type):
     family = FAMILIES[model_type]
     assert re.search(rf"\b{family.name.split()[0]}\b", DOCUMENTED)
-    assert bool(re.search(rf"\b{family.name}\b", fitting())) == (family.instead_of_rotary is None)
+    # A message names no versions.
+    stem = re.match(r"[A-Za-z-]+[A-Za-z]", family.name.removesuffix("-MoE"))[0]
+    assert bool(re.search(rf"\b{stem}\b", fitting())) == (family.instead_of_rotary is None)
 
 
 # Files that name a family all the same, and why none of these names has to change when a family is added.

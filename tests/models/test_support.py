@@ -7,45 +7,24 @@ from transformers import AutoModelForCausalLM
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.support import check_config
-from tests.models.families import COMMON, GROUPED, random_decoder, tiny_tokenizer
+from tests.models.families import COMMON, GROUPED, LOCAL, random_decoder, tiny_tokenizer
 
 SMALL = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
-    "factor": 4.0,
-}
-
 REFUSED = {
-    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16}, "soft-capped .at 50"),
-    "sliding window": ("MistralConfig", {**GROUPED, "sliding_window": 64}, "sliding window of 64 tokens"),
-    "alternating windows": (
-        "Gemma2Config",
-        {**GROUPED, "head_dim": 16, "attn_logit_softcapping": None, "sliding_window": 64},
-        "sliding window of 64 tokens",
+    "sliding windows alone": (
+        "MistralConfig",
+        {**GROUPED, "sliding_window": 64},
+        "all of its layers have a sliding window, the narrowest of 64 tokens.*of at most 64",
     ),
-    "rotary by layer": ("Gemma3TextConfig", {**GROUPED, "head_dim": 16, "num_hidden_layers": 6}, "of their own"),
-    "dynamic rope": ("LlamaConfig", {**GROUPED, "rope_parameters": DYNAMIC}, "type dynamic: its angles change"),
-    "long rope": (
-        "Phi3Config",
-        {**GROUPED, "original_max_position_embeddings": 128, "rope_parameters": LONGROPE},
-        "type longrope: its angles change",
+    "chunked layers": (
+        "Llama4TextConfig",
+        {**GROUPED, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 64},
+        "layers of the kind chunked_attention",
     ),
-    "gpt-j": ("GPTJConfig", {**SMALL, "rotary_dim": 8}, "adjacent pairs of dimensions"),
-    "cohere": ("CohereConfig", GROUPED, "adjacent pairs of dimensions"),
-    "partial adjacent pairs": ("GlmConfig", {**GROUPED, "head_dim": 8}, "adjacent pairs of dimensions"),
-    "no rotary in some layers": (
-        "SmolLM3Config",
-        {**GROUPED, "num_hidden_layers": 4, "pad_token_id": 0},
-        "in layer 3 there is no rotary embedding .NoPE.",
-    ),
+    "gpt-j": ("GPTJConfig", {**SMALL, "rotary_dim": 8}, "no module with the angles"),
     "learned positions": ("GPT2Config", SMALL, "learned absolute positions .gpt2, transformer.wpe"),
     "alibi by its type": ("MptConfig", {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4}, "ALiBi"),
     "alibi": ("BloomConfig", {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
-    "attention sinks": ("GptOssConfig", {**GROUPED, "head_dim": 8, "num_local_experts": 4}, "attention sinks"),
     "keys normed after rotation": ("HunYuanDenseV1Config", {**GROUPED, "head_dim": 8}, "otherwise than by the rotary"),
     "its own attention": (
         "FalconConfig",
@@ -77,11 +56,20 @@ def test_refused(name):
         ("T5Config", "an encoder-decoder .t5"),
         ("BartConfig", "an encoder-decoder .bart"),
         ("CLIPConfig", "no causal language model .clip"),
+        ("Gemma3Config", "made of several models .gemma3.; its language model alone"),
     ],
 )
 def test_refused_by_its_config(config_class, reason):
     with pytest.raises(LandmarkError, match=reason):
         check_config(getattr(transformers, config_class)(), "it")
+
+
+def test_layers_with_landmarks_that_rotate_by_different_angles():
+    settings = {**GROUPED, **LOCAL, "head_dim": 16}
+    model = random_decoder(transformers.Gemma3TextConfig, settings)
+    model.model.layers[0].self_attn.sliding_window = None
+    with pytest.raises(LandmarkError, match="its layers that see everything rotate by different angles"):
+        add_landmarks(model, tiny_tokenizer(), landmark_freq=15, trained_length=128)
 
 
 def test_probing_leaves_no_trace():

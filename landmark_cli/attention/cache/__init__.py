@@ -1,10 +1,23 @@
 """The block cache: what a model has read, block by block, and where the next chunk stands."""
 
-from .blocks import LayerBlocks
+from .blocks import HeldBlocks, LayerBlocks
 from .cache import BlockCache
 from .chunk import Chunk
+from .layer_window import HeldText, LayerWindow
 from .pages import Offload
 from .settings import Positions, RetrievalSettings, Selection
 from .trace import Trace
 
-__all__ = ["BlockCache", "Chunk", "LayerBlocks", "Offload", "Positions", "RetrievalSettings", "Selection", "Trace"]
+__all__ = [
+    "BlockCache",
+    "Chunk",
+    "HeldBlocks",
+    "HeldText",
+    "LayerBlocks",
+    "LayerWindow",
+    "Offload",
+    "Positions",
+    "RetrievalSettings",
+    "Selection",
+    "Trace",
+]

@@ -22,6 +22,14 @@ from .settings import RetrievalSettings
 SMALLEST_CAPACITY, LARGEST_STEP = 16, 4096
 
 
+class HeldBlocks(NamedTuple):
+    """Of one row of a layer: blocks in order, the incomplete one last, (G, n, 2, block_size, D), which may lie elsewhere
+    still, and their landmarks' keys, (G, n, D)."""
+
+    blocks: Tensor | Source
+    landmark_keys: Tensor
+
+
 class LayerBlocks:
     """One layer's blocks: a ring in which block number b stands at slot b % capacity.
 
@@ -178,23 +186,22 @@ class LayerBlocks:
             raise ValueError(f"rows is {rows}, was {len(self._arrivals)}")
         return self._arrivals
 
-    def copy_of(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Copies of the blocks numbered first .. last of a row, (G, n, 2, block_size, D), and of their landmarks' keys,
-        (G, n, D), each where it lies."""
+    def copy_of(self, row: int, first: int, last: int) -> HeldBlocks:
+        """Copies of the blocks numbered first .. last of a row, each where it lies."""
         slots = torch.arange(first, last + 1) % self.capacity
         if self.fetching:
             needed = torch.zeros_like(self._absent.mask)
             needed[row, :, slots] = True
             self.require(needed)
-        return (
+        return HeldBlocks(
             self.blocks[row][:, slots.to(self.blocks.device)],
             self.landmark_keys[row][:, slots.to(self.landmark_keys.device)],
         )
 
-    def put(self, row: int, first: int, blocks: Tensor | Source, landmark_keys: Tensor) -> None:
-        """Store blocks and landmark keys that `copy_of` gave, from anywhere, as blocks first, first + 1, .. of a row,
-        for which there is room. Of a source the incomplete block, and all blocks where they are to lie in a GPU's
-        memory, are fetched now."""
+    def put(self, row: int, first: int, held: HeldBlocks) -> None:
+        """Store what `copy_of` gave, from anywhere, as blocks first, first + 1, .. of a row that has room for them. Of a
+        source the incomplete block, and all blocks where they are to lie in a GPU's memory, are fetched now."""
+        blocks, landmark_keys = held
         slots = torch.arange(first, first + blocks.shape[1]) % self.capacity
         if self.blocks.is_pinned():
             # The GPU may still be reading what the host is about to write.

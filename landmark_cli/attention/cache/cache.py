@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .absent import Source
-from .blocks import LayerBlocks
+from .blocks import HeldBlocks, LayerBlocks
 from .chunk import Chunk
+from .layer_window import HeldText, LayerWindow
 from .pages import Offload
 from .rotations import SlotRotations
 from .settings import RetrievalSettings
@@ -19,11 +19,12 @@ from .trace import Trace
 
 
 class BlockCache:
-    """The blocks of all layers of one model, and how far each row of the batch has been read.
+    """The blocks of all layers of one model, and how far each row of the batch has been read. Layers that keep a
+    sliding window have their newest text in place of blocks.
 
-    inverse_frequencies: (rotary_dim / 2,) angle per position of the model's rotary embedding.
+    inverse_frequencies: (rotary_dim / 2,) angle per position of the rotary embedding of the layers with landmarks.
     batch: rows. device: where the counters live (keys and values live where the model puts them).
-    offload: keep blocks in host memory, see pages.Offload; landmark keys stay on the model's device.
+    offload: keep blocks in host memory, see pages.Offload; landmark keys stay on the model's device, and so do windows.
     one_landmark: every landmark enters the model as the same vector, as a token id does. In the first layer, which has
     seen nothing else yet, all landmark keys are then one vector.
 
@@ -49,22 +50,27 @@ class BlockCache:
         self.settings = settings
         self.one_landmark = one_landmark
         self.device = torch.device(device)
-        self.rotations = SlotRotations(settings.block_size, inverse_frequencies.to(self.device))
+        frequencies = inverse_frequencies.to(self.device)
+        self.rotations = SlotRotations(settings.block_size, frequencies)
+        # In a layer without positions blocks stand where they stand: every rotation is by an angle of 0.
+        self.no_rotations = SlotRotations(settings.block_size, torch.zeros_like(frequencies))
         self.batch = batch
         self.offload = offload
         self.trace: Trace | None = None
         self.backends: set[str] = set()
         self.expected_blocks = 0
         self.layers: dict[int, LayerBlocks] = {}
+        self.windows: dict[int, LayerWindow] = {}
         self._replaced = 0
         self._recalled = False
-        # By layer, what rows go on from and what has no place yet: a layer's blocks are made when it is first used.
-        self._waiting: dict[int, dict[int, tuple[int, Tensor | Source, Tensor]]] = {}
+        # By layer, what rows go on from and what has no place yet, blocks with the number of their first: what a layer
+        # has is made when it is first used.
+        self._waiting: dict[int, dict[int, tuple[int, HeldBlocks | HeldText]]] = {}
         self.reset()
 
     @property
     def generation(self) -> int:
-        return self._replaced + self.rotations.replaced
+        return self._replaced + self.rotations.replaced + self.no_rotations.replaced
 
     @property
     def fetching(self) -> bool:
@@ -94,42 +100,51 @@ class BlockCache:
             blocks.forget(row)
         for waiting in self._waiting.values():
             waiting.pop(row, None)
+        for window in self.windows.values():
+            window.forget(row)
 
     def first_held(self, row: int) -> int:
         """The number of the oldest block of a row that can be retrieved, or of the incomplete one where none can."""
         return max(0, self.host_blocks[row] - self.settings.retrievable)
 
-    def copy_of(self, row: int) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer copies of the blocks that a row holds, in order, the incomplete one last, (G, n, 2, block_size,
-        D), and of their landmarks' keys, (G, n, D). Zeros stand behind the last token read."""
-        held = []
-        for index in sorted(self.layers.keys() | self._waiting.keys()):
+    def copy_of(self, row: int) -> list[HeldBlocks | HeldText]:
+        """Of each layer a copy of what a row holds. Of blocks, zeros stand behind the last token read."""
+        held: list[HeldBlocks | HeldText] = []
+        for index in sorted(self.layers.keys() | self.windows.keys() | self._waiting.keys()):
             if row in self._waiting.get(index, {}):
-                _, blocks, landmark_keys = self._waiting[index][row]
-                held.append((blocks.clone() if isinstance(blocks, Tensor) else blocks.whole(), landmark_keys.clone()))
+                _, waiting = self._waiting[index][row]
+                parts = (part.clone() if isinstance(part, Tensor) else part.whole() for part in waiting)
+                held.append(type(waiting)(*parts))
                 continue
-            blocks, landmark_keys = self.layers[index].copy_of(row, self.first_held(row), self.host_blocks[row])
-            blocks[:, -1, :, self.host_tail[row] :] = 0
-            landmark_keys[:, -1] = 0
-            held.append((blocks, landmark_keys))
+            if index in self.windows:
+                held.append(self.windows[index].copy_of(row))
+                continue
+            of_layer = self.layers[index].copy_of(row, self.first_held(row), self.host_blocks[row])
+            of_layer.blocks[:, -1, :, self.host_tail[row] :] = 0
+            of_layer.landmark_keys[:, -1] = 0
+            held.append(of_layer)
         return held
 
-    def put(self, row: int, held: Sequence[tuple[Tensor | Source, Tensor]], blocks: int, tail: int) -> None:
+    def put(self, row: int, held: Sequence[HeldBlocks | HeldText], blocks: int, tail: int) -> None:
         """Have a row go on as if it had read `blocks` complete blocks and `tail` tokens of one more, of which `held` is
         what `copy_of` gave, on any device. Blocks may lie in a source, from which they are fetched when they are first
         read; what fails then raises LandmarkError."""
         self.forget(row)
         added = [0] * self.batch
-        added[row] = held[0][0].shape[1]
-        for index, (of_layer, landmark_keys) in enumerate(held):
-            place = blocks + 1 - added[row], of_layer, landmark_keys
-            self._recalled |= not isinstance(of_layer, Tensor)
-            if index in self.layers:
+        for index, of_layer in enumerate(held):
+            first = 0
+            if isinstance(of_layer, HeldBlocks):
+                added[row] = of_layer.blocks.shape[1]
+                first = blocks + 1 - added[row]
+                self._recalled |= not isinstance(of_layer.blocks, Tensor)
+            if index in self.windows:
+                self.windows[index].put(row, of_layer)
+            elif index in self.layers:
                 layer = self.layers[index]
                 self._replaced += layer.reserve(self.host_blocks, added, self.expected_blocks)
-                layer.put(row, *place)
+                layer.put(row, first, of_layer)
             else:
-                self._waiting.setdefault(index, {})[row] = place
+                self._waiting.setdefault(index, {})[row] = first, of_layer
         self.host_blocks[row], self.host_tail[row] = blocks, tail
 
     def take(self, rows: Sequence[int]) -> None:
@@ -142,6 +157,8 @@ class BlockCache:
         used = max(self.host_blocks) + 1
         for blocks in self.layers.values():
             blocks.take(rows, used)
+        for window in self.windows.values():
+            window.take(rows)
         self.host_blocks = [self.host_blocks[row] for row in rows]
         self.host_tail = [self.host_tail[row] for row in rows]
         for index, waiting in self._waiting.items():
@@ -156,6 +173,7 @@ class BlockCache:
         """A cache that has read the same and reads on by itself."""
         other = copy.copy(self)
         other.layers = {index: copy.deepcopy(blocks, memo) for index, blocks in self.layers.items()}
+        other.windows = {index: copy.deepcopy(window, memo) for index, window in self.windows.items()}
         other.host_blocks, other.host_tail = list(self.host_blocks), list(self.host_tail)
         other._waiting = {index: dict(waiting) for index, waiting in self._waiting.items()}
         other.backends = set(self.backends)
@@ -207,17 +225,27 @@ class BlockCache:
         slots = chunk.blocks if absolute else chunk.cached.clamp(max=settings.top_k) + 1
         return -slots * settings.block_size
 
-    def layer(self, index: int, k: Tensor, chunk: Chunk) -> LayerBlocks:
-        """Layer `index`'s blocks with room for the chunk; made on first use, shaped after its keys k (B, G, T, D)."""
+    def layer(self, index: int, k: Tensor, chunk: Chunk, rotated: bool = True) -> LayerBlocks:
+        """Layer `index`'s blocks with room for the chunk; made on first use, shaped after its keys k (B, G, T, D).
+        rotated: it has positions."""
         if index not in self.layers:
             one_key = self.one_landmark and index == 0
-            self.layers[index] = LayerBlocks(self.settings, k, self.rotations, self.offload, one_key)
+            rotations = self.rotations if rotated else self.no_rotations
+            self.layers[index] = LayerBlocks(self.settings, k, rotations, self.offload, one_key)
         blocks = self.layers[index]
         added = self._added_blocks(chunk.host_lengths, chunk.host_tail)
         self._replaced += blocks.reserve(chunk.host_blocks, added, self.expected_blocks)
         for row, place in self._waiting.pop(index, {}).items():
             blocks.put(row, *place)
         return blocks
+
+    def window(self, index: int, k: Tensor, window: int) -> LayerWindow:
+        """The newest text of layer `index`, which sees `window` text tokens; made as `layer` makes blocks."""
+        if index not in self.windows:
+            self.windows[index] = LayerWindow(window, self.settings.block_size, k)
+        for row, (_, held) in self._waiting.pop(index, {}).items():
+            self.windows[index].put(row, held)
+        return self.windows[index]
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for a chunk of `lengths` stream tokens in every layer that has been used."""

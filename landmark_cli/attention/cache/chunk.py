@@ -68,6 +68,16 @@ class Chunk:
         return self._shared[key]
 
     @cached_property
+    def unrotated(self) -> Chunk:
+        """The same chunk for a layer without positions."""
+        # Another chunk in any case: what layers share of this one is rotated.
+        rotation = self.stream_rotation and (
+            torch.ones_like(self.stream_rotation[0]),
+            torch.zeros_like(self.stream_rotation[1]),
+        )
+        return replace(self, stream_rotation=rotation)
+
+    @cached_property
     def position_ids(self) -> Tensor:
         """(B, T) int64, counted from the start of the tail block; on padding a number without meaning."""
         index = torch.arange(self.width, device=self.counters.device)

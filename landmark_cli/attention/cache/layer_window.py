@@ -1,0 +1,84 @@
+"""What a layer with a sliding window holds: the newest text that its next token can see, rolling on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class HeldText(NamedTuple):
+    """Of one row of such a layer: keys, rotated by their offset in their block, and values, (G, n, D) each, the oldest
+    first."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class LayerWindow:
+    """The newest window - 1 text tokens of every row. Landmarks are not among them.
+
+    keys, values: (B, G, window - 1, D), the newest last. A key is rotated by its offset among the text of its block, so
+    that however far the window rolls on, each was rounded once. real: (B, window - 1) bool, there is such a token.
+    """
+
+    def __init__(self, window: int, block_size: int, like: Tensor):
+        """window: text tokens that a token sees, itself included. like: the layer's keys, (B, G, T, D)."""
+        batch, heads, _, head_dim = like.shape
+        self.block_size = block_size
+        self.keys = like.new_zeros(batch, heads, window - 1, head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.real = torch.zeros(batch, window - 1, dtype=torch.bool, device=like.device)
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor, text: Tensor) -> None:
+        """Take up a chunk's text, (B, G, T, D) each; text: (B, T) bool, which of its tokens are that. In place, for
+        recorded steps go on with the same tensors."""
+        count = text.sum(-1, keepdim=True)
+        # A row's text in front of all else, in order.
+        order = (~text).long().argsort(dim=-1, stable=True)
+        source = torch.arange(self.length, device=text.device) + count
+        fresh = order.gather(-1, (source - self.length).clamp(0, text.shape[1] - 1)) + self.length
+        source = torch.where(source < self.length, source, fresh)
+        index = source[:, None, :, None].expand(self.keys.shape)
+        self.keys.copy_(torch.cat([self.keys, keys.to(self.keys.dtype)], dim=2).gather(2, index))
+        self.values.copy_(torch.cat([self.values, values.to(self.values.dtype)], dim=2).gather(2, index))
+        self.real.copy_(torch.cat([self.real, text], dim=1).gather(1, source))
+
+    def forget(self, row: int | None = None) -> None:
+        """Forget what a row has read, or all of them."""
+        self.real[slice(None) if row is None else row] = False
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Row r becomes what row rows[r] is. With as many rows as before the tensors stay where they are."""
+        for name in ("keys", "values", "real"):
+            old = getattr(self, name)
+            new = old[torch.tensor(rows, device=old.device)]
+            if len(rows) == len(old):
+                old.copy_(new)
+            else:
+                setattr(self, name, new)
+
+    def copy_of(self, row: int) -> HeldText:
+        """A copy of what a row holds."""
+        count = int(self.real[row].sum())
+        first = self.length - count
+        return HeldText(self.keys[row, :, first:].clone(), self.values[row, :, first:].clone())
+
+    def put(self, row: int, held: HeldText) -> None:
+        """Have a row hold what `copy_of` gave, on any device."""
+        first = self.length - held.keys.shape[1]
+        self.keys[row, :, first:] = held.keys.to(self.keys.device)
+        self.values[row, :, first:] = held.values.to(self.values.device)
+        self.real[row] = torch.arange(self.length, device=self.real.device) >= first
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerWindow:
+        other = copy.copy(self)
+        other.keys, other.values, other.real = self.keys.clone(), self.values.clone(), self.real.clone()
+        return other
