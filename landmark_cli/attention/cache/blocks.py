@@ -23,8 +23,8 @@ SMALLEST_CAPACITY, LARGEST_STEP = 16, 4096
 
 
 class HeldBlocks(NamedTuple):
-    """Of one row of a layer: blocks in order, the incomplete one last, (G, n, 2, block_size, D), which may lie elsewhere
-    still, and their landmarks' keys, (G, n, D)."""
+    """Of one row of a layer: blocks in order, the incomplete one last, (G, n, 2, block_size, D), which may lie
+    elsewhere still, and their landmarks' keys, (G, n, D)."""
 
     blocks: Tensor | Source
     landmark_keys: Tensor
@@ -199,8 +199,8 @@ class LayerBlocks:
         )
 
     def put(self, row: int, first: int, held: HeldBlocks) -> None:
-        """Store what `copy_of` gave, from anywhere, as blocks first, first + 1, .. of a row that has room for them. Of a
-        source the incomplete block, and all blocks where they are to lie in a GPU's memory, are fetched now."""
+        """Store what `copy_of` gave, from anywhere, as blocks first, first + 1, .. of a row that has room for them. Of
+        a source the incomplete block, and all blocks where they are to lie in a GPU's memory, are fetched now."""
         blocks, landmark_keys = held
         slots = torch.arange(first, first + blocks.shape[1]) % self.capacity
         if self.blocks.is_pinned():
