@@ -82,7 +82,7 @@ FAMILIES = {
         {**GROUPED, "head_dim": 8, **EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1},
     ),
     "ernie4.5": ("Ernie4_5Config", GROUPED),
-    "seed-oss": ("SeedOssConfig", {**GROUPED, "head_dim": 8}),
+    "seed-oss": ("SeedOssConfig", {**GROUPED, "head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0}),
     "qwen2-moe": ("Qwen2MoeConfig", {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 32}),
     "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
     "qwen3-moe": ("Qwen3MoeConfig", {**GROUPED, "head_dim": 16, **EXPERTS}),

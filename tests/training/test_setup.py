@@ -35,8 +35,11 @@ def residuals(model, autocast, **settings):
     return seen
 
 
-# The routing weights of a mixture are fp32 and what they weigh is added in fp32.
-@pytest.mark.parametrize("name", [*OWN, *sorted(FAMILIES.keys() - {"mixtral"})])
+# The routing weights of a mixture are fp32 and what they weigh is added in fp32; so is what some norm before they add it.
+FP32 = {"mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "glm4", "exaone4"}
+
+
+@pytest.mark.parametrize("name", [*OWN, *sorted(FAMILIES.keys() - FP32)])
 def test_the_residual_stream_is_bf16_in_a_bf16_run(name):
     assert residuals(OWN[name]() if name in OWN else tiny_decoder(name), torch.bfloat16) == {torch.bfloat16}
 
