@@ -35,7 +35,7 @@ def residuals(model, autocast, **settings):
     return seen
 
 
-# The routing weights of a mixture are fp32 and what they weigh is added in fp32; so is what some norm before they add it.
+# The routing weights of a mixture are fp32 and what they weigh is added in fp32, as what some norm before adding it is.
 FP32 = {"mixtral", "qwen2-moe", "qwen3-moe", "glm4-moe", "glm4", "exaone4"}
 
 
