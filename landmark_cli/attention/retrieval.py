@@ -102,7 +102,7 @@ def select_blocks(
     else:
         near = chunk.cached, settings.top_k
         scores = score_bounded(q, keys, *near, blocks.rotations, blocks.one_landmark_key, scale, softcap)
-    chosen = choose_blocks(scores, chunk.cached, chunk.real, settings.top_k, settings.selection)
+    chosen = choose_blocks(scores, keys.shape[1], chunk.cached, chunk.real, settings.top_k, settings.selection)
     return chosen.sort(dim=-1, descending=True).values
 
 
@@ -133,28 +133,31 @@ def score_bounded(
     return scores
 
 
-def choose_blocks(scores: Tensor, cached: Tensor, real: Tensor, top_k: int, selection: str) -> Tensor:
+def choose_blocks(scores: Tensor, key_heads: int, cached: Tensor, real: Tensor, top_k: int, selection: str) -> Tensor:
     """The best blocks of each query and head, by their ages: age a is that of the a-th newest block.
 
-    scores: (B, H, T, n) of the blocks of ages 1 .. n. cached: (B,) how many of these a row has. real: (B, T) bool, no
-    padding. Returns (B, H or 1, T or 1, min(top_k, n)) int64, the best first; 0, at the end, stands for no block where
-    a row has fewer.
+    scores: (B, H, T, n) of the blocks of ages 1 .. n. key_heads: among how many the H are shared out. cached: (B,) how
+    many of these blocks a row has. real: (B, T) bool, no padding. Returns (B, H or 1, T or 1, min(top_k, n)) int64, the
+    best first; 0, at the end, stands for no block where a row has fewer.
     """
     ages = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     scores = scores.masked_fill((ages > cached[:, None])[:, None, None], MINUS_INFINITY)
     if selection != "per_token_and_head":
-        scores = shared_scores(scores, real, selection)
+        scores = shared_scores(scores, key_heads, real, selection)
     # Ages rise, so a stable order leaves the newer of equal scores in front.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     best = ages[order[..., :top_k]]
     return best.masked_fill(best > cached[:, None, None, None], 0)
 
 
-def shared_scores(scores: Tensor, real: Tensor, selection: str) -> Tensor:
+def shared_scores(scores: Tensor, key_heads: int, real: Tensor, selection: str) -> Tensor:
     """Of scores (B, H, T, n), minus infinity where there is no block, those by which a selection is made that heads or
-    tokens share: (B, 1, T, n) or (B, H, 1, n). real: (B, T) bool, no padding."""
+    tokens share: (B, H or 1, T, n) or (B, H, 1, n). key_heads: among how many the H are shared out. real: (B, T) bool,
+    no padding."""
     # Logarithms of a softmax compare as the softmax does. A row that has no block yet has none.
     scores = torch.log_softmax(scores, dim=-1).nan_to_num(MINUS_INFINITY, neginf=MINUS_INFINITY)
+    if selection == "max_over_query_heads":
+        return scores.unflatten(1, (key_heads, -1)).amax(2).repeat_interleave(scores.shape[1] // key_heads, dim=1)
     if selection == "max_over_heads":
         return scores.amax(1, keepdim=True)
     if selection == "max_over_tokens":

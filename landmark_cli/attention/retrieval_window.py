@@ -132,23 +132,29 @@ def _select(
     one_key = window.one_landmark and layer == 0
     scores = score_bounded(q, landmark_keys[None], earlier, window.top_k, window, one_key, scale, softcap)
     real = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
-    ages = choose_blocks(scores, earlier, real, window.top_k, window.selection)
+    key_heads = landmark_keys.shape[0]
+    ages = choose_blocks(scores, key_heads, earlier, real, window.top_k, window.selection)
     if window.explore:
-        ages = _explore(ages, landmark_keys.shape[1], window, layer, place)
+        sharing = q.shape[1] // key_heads if window.selection == "max_over_query_heads" else 1
+        ages = _explore(ages, landmark_keys.shape[1], window, layer, place, sharing)
     return ages.sort(dim=-1, descending=True).values
 
 
-def _explore(best: Tensor, earlier: int, window: ReadingWindow, layer: int, place: tuple[int, int, int]) -> Tensor:
+def _explore(
+    best: Tensor, earlier: int, window: ReadingWindow, layer: int, place: tuple[int, int, int], sharing: int = 1
+) -> Tensor:
     """Replace the last of each selection's choices by a random block, as often as window.explore says.
 
     best: (1, H or 1, T or 1, k) ages, the best first; earlier: how many blocks there are. place: the number of the
-    chunk's first query head among all rows' heads, tokens of a row, the chunk's first token.
+    chunk's first query head among all rows' heads, tokens of a row, the chunk's first token. sharing: how many heads,
+    one after the other, share a selection.
     """
     others = earlier - best.shape[-1]
     if others == 0:
         return best
     head, tokens, begin = place
     heads, queries = (torch.arange(n, device=best.device) for n in best.shape[1:3])
+    heads = heads // sharing * sharing
     row = (head + heads[:, None]) * tokens + begin + queries
     seed = window.seed_of(layer)
     drawn = [philox_uniform(seed, row, torch.tensor(number, device=row.device)) for number in (0, 1)]

@@ -83,11 +83,11 @@ class ReadingWindow:
     that is number c of its chunk and is to stand d slots before a query's chunk is reached by rotating the query by
     d + c block slots more.
 
-    Exploring: for every selection, of query head h (0 where heads share it) and token t of the row (the chunk's first
-    where tokens share it), with row number r = (b * H + h) * N + t and x(i) = the upper 24 bits of the Philox word of
-    (r, i) under the layer's seed (`seed_of`; see dropout.py): where more than top_k blocks are earlier and x(0) <
-    explore * 2**24, the k-th best block is replaced by the (x(1) * (earlier - top_k) >> 24)-th newest of the blocks
-    that are not among the k best.
+    Exploring: for every selection, of query head h (the first of those that share it) and token t of the row (the
+    chunk's first where tokens share it), with row number r = (b * H + h) * N + t and x(i) = the upper 24 bits of the
+    Philox word of (r, i) under the layer's seed (`seed_of`; see dropout.py): where more than top_k blocks are earlier
+    and x(0) < explore * 2**24, the k-th best block is replaced by the (x(1) * (earlier - top_k) >> 24)-th newest of the
+    blocks that are not among the k best.
     """
 
     settings: WindowSettings

@@ -45,10 +45,11 @@ class ReadingSettings(Options):
         help="How many of the newest blocks are kept for retrieval. [default: all]",
         saves_memory="fewer --cache-blocks",
     )
-    selection: Literal["per_token_and_head", "max_over_heads", "max_over_tokens"] = option(
+    selection: Literal["per_token_and_head", "max_over_query_heads", "max_over_heads", "max_over_tokens"] = option(
         "per_token_and_head",
         panel=READING,
-        help="Who chooses blocks: every token and head, every token for all heads, or every head for all of a chunk.",
+        help="Who chooses blocks: every token and head, every token for the query heads of each key head, every token "
+        "for all heads, or every head for all of a chunk.",
     )
     positions: Literal["bounded", "absolute"] = option(
         "bounded",

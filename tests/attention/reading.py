@@ -44,6 +44,9 @@ CASES = {
     "true distances": Case([12, 16, 1, 10], settings={"positions": "absolute"}),
     "partial rotary": Case([12, 9, 1], dim=24, rotary=8),
     "18 blocks retrieved": Case([60, 7], block_size=3, top_k=18),
+    "shared by two query heads": Case(
+        [12, 9, 1, 14], heads=4, key_heads=2, batch=2, top_k=3, settings={"selection": "max_over_query_heads"}
+    ),
     "18 blocks retrieved, shared": Case([60, 5], block_size=3, top_k=18, settings={"selection": "max_over_heads"}),
     "blocks wider than a tile": Case([150, 75, 1], block_size=70, heads=1),
     "landmarks in several tiles": Case([136, 3, 1], block_size=2, heads=1),

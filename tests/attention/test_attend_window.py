@@ -2,11 +2,13 @@
 finite differences."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 
 from landmark_cli.attention import dispatch
+from landmark_cli.attention.cache import Selection
 from landmark_cli.attention.dropout import philox_uniform
 from landmark_cli.attention.reference import landmark_attention
 from landmark_cli.attention.retrieval_window import _explore, retrieve_window, select_in_window
@@ -44,6 +46,7 @@ GRADIENT_CASES = [
     Case(14, dim=4, batch=2, start=(5, 0), heads=1),
     Case(15, dim=4, cu_seqlens=(0, 4, 15), heads=1),
     Case(15, dim=4, selection="max_over_heads"),
+    Case(14, dim=4, selection="max_over_query_heads", heads=4, key_heads=2),
     Case(15, dim=4, selection="max_over_tokens"),
     Case(18, dim=4, chunk=3, explore=0.5, heads=1),
 ]
@@ -109,7 +112,7 @@ def chosen_blocks(case: Case, **changes) -> torch.Tensor:
     return torch.cat(out, -1)[..., : case.tokens // case.block_size] > 0
 
 
-@pytest.mark.parametrize("selection", ["per_token_and_head", "max_over_heads", "max_over_tokens"])
+@pytest.mark.parametrize("selection", get_args(Selection))
 def test_exploring_replaces_the_last_choice_as_often_as_asked(selection):
     case = Case(120, top_k=2, selection=selection, dim=20)
     plain = chosen_blocks(case)
@@ -143,13 +146,29 @@ def test_a_selection_that_is_given_is_read(case):
     assert not torch.equal(retrieve_window(q, k, v, window, layer=case.layer, ages=ages.clamp(max=1))[1], expected[1])
 
 
-@pytest.mark.parametrize("selection", ["per_token_and_head", "max_over_heads", "max_over_tokens"])
+@pytest.mark.parametrize("selection", get_args(Selection))
 def test_choosing_in_even_windows_waits_for_no_device(selection):
     # A device without numbers, which cannot be asked for any.
     case = Case(20, selection=selection, batch=2, explore=0.5)
     window = case.window("meta")
     q, k, _ = case.tensors(device="meta")
     assert window.even and select_in_window(q, k, window).shape[1] == (1 if selection == "max_over_heads" else 2)
+
+
+@pytest.mark.parametrize("explore", [0.0, 0.5])
+def test_query_heads_of_a_key_head_share_their_blocks_and_other_heads_do_not(explore):
+    case = Case(120, top_k=3, selection="max_over_query_heads", heads=6, key_heads=2, explore=explore)
+    q, k, _ = case.tensors()
+    window = case.window()
+    ages = select_in_window(*case.rotated(window, q, k), window, layer=1).unflatten(1, (2, 3))
+    assert torch.equal(ages, ages[:, :, :1].expand_as(ages)) and not torch.equal(ages[:, 0], ages[:, 1])
+    # What they share is what all heads of a model of these alone would.
+    alone = dataclasses.replace(case, selection="max_over_heads", heads=3, key_heads=1, explore=0.0)
+    for group in range(2) if not explore else ():
+        part = q[:, 3 * group : 3 * group + 3], k[:, group : group + 1]
+        assert torch.equal(
+            select_in_window(*alone.rotated(window, *part), alone.window(), layer=1)[:, 0], ages[:, group, 0]
+        )
 
 
 def test_exploring_replaces_the_worst_of_the_chosen():

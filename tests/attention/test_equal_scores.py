@@ -42,6 +42,9 @@ WAYS = {
     "blockwise": Way(7, backend="blockwise"),
     "blockwise, by groups": Way(7, blocks=140, backend="blockwise", heads=2, top_k=3),
     "blockwise, shared by heads": Way(7, backend="blockwise", heads=2, settings={"selection": "max_over_heads"}),
+    "blockwise, shared by query heads": Way(
+        7, backend="blockwise", heads=2, settings={"selection": "max_over_query_heads"}
+    ),
     "blockwise, shared by tokens": Way(7, backend="blockwise", settings={"selection": "max_over_tokens"}),
     "blockwise, 16 bits": Way(7, blocks=140, backend="blockwise", dtype=torch.float16),
     "blockwise, a step": Way(1, blocks=140, backend="blockwise"),
@@ -50,6 +53,7 @@ WAYS = {
     "a chunk whose landmarks are shared out": Way(7, blocks=140, shared_out=True),
     "a chunk, two passes": Way(7, top_k=18),
     "a chunk, shared by heads": Way(7, heads=2, settings={"selection": "max_over_heads"}),
+    "a chunk, shared by query heads": Way(7, heads=2, settings={"selection": "max_over_query_heads"}),
     "a chunk, shared by tokens": Way(7, settings={"selection": "max_over_tokens"}),
     "a chunk, 16 bits": Way(7, blocks=140, dtype=torch.float16),
     "a step": Way(1, blocks=140),

@@ -115,6 +115,7 @@ CASES = [
     Case(38, layer=0, equal_landmarks=True),
     Case(38, layer=0, equal_landmarks=True, selection="max_over_heads"),
     Case(38, selection="max_over_heads", heads=3, key_heads=3),
+    Case(38, selection="max_over_query_heads", heads=4, key_heads=2),
     Case(38, selection="max_over_tokens", heads=3, key_heads=1),
     Case(38, batch=4, start=(0, 7, 38, 36)),
     Case(38, batch=3, start=(0, 7, 37), selection="max_over_tokens"),

@@ -114,6 +114,7 @@ def test_a_gpu_reads_on_from_a_file(options, tmp_path):
     [
         {},
         {"top_k_blocks": 3, "cache_blocks": 6},
+        {"selection": "max_over_query_heads"},
         {"selection": "max_over_heads"},
         {"selection": "max_over_tokens"},
         {"positions": "absolute"},

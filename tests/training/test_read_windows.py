@@ -1,9 +1,12 @@
 """The loss of a training step on windows that are read chunk by chunk, against a reader's loss on the same text."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from landmark_cli.attention import retrieval_window
+from landmark_cli.attention.cache import Selection
 from landmark_cli.attention.kernels.reading import window as kernels
 from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, next_token_targets
@@ -77,7 +80,7 @@ def test_a_step_has_the_loss_of_a_reader(name, dtype, length):
 
 
 @pytest.mark.parametrize("fused_loss", [False, True], ids=["logits", "pieces"])
-@pytest.mark.parametrize("selection", ["per_token_and_head", "max_over_heads", "max_over_tokens"])
+@pytest.mark.parametrize("selection", get_args(Selection))
 @pytest.mark.parametrize("name", MODELS)
 def test_a_padded_batch_and_a_packed_one_have_the_losses_of_a_reader(name, selection, fused_loss):
     model, landmark = MODELS[name]()
@@ -191,9 +194,9 @@ def test_exploring_draws_other_blocks_in_every_step_and_none_in_evaluation(monke
     assert torch.equal(explored.eval()(*batch), plain(*batch))
     seeds, explore = [], retrieval_window._explore
 
-    def spied(best, earlier, window, layer, place):
+    def spied(best, earlier, window, layer, *rest):
         seeds.append((layer, int(window.seed_of(layer))))
-        return explore(best, earlier, window, layer, place)
+        return explore(best, earlier, window, layer, *rest)
 
     monkeypatch.setattr(retrieval_window, "_explore", spied)
     explored.train()

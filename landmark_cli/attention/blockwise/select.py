@@ -42,7 +42,7 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) ->
             if own < count:
                 scores[row, ..., own:] = MINUS_INFINITY
         if settings.selection != "per_token_and_head":
-            scores = shared_scores(scores, chunk.real[:, at], settings.selection)
+            scores = shared_scores(scores, blocks.landmark_keys.shape[1], chunk.real[:, at], settings.selection)
         if settings.selection == "max_over_tokens":
             found = [torch.maximum(scores, *found) if found else scores]
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Selection = Literal["per_token_and_head", "max_over_heads", "max_over_tokens"]
+Selection = Literal["per_token_and_head", "max_over_query_heads", "max_over_heads", "max_over_tokens"]
 Positions = Literal["bounded", "absolute"]
 
 
@@ -15,7 +15,8 @@ class RetrievalSettings:
 
     block_size: tokens a block, landmark included.
     top_k: blocks retrieved per query; 0 retrieves nothing, more than are cached retrieves all.
-    selection: who shares a selection: nobody, all heads of a token, or all tokens of a chunk (paper, section 4.1).
+    selection: who shares a selection: nobody, a token's query heads of one key head, all heads of a token, or all
+    tokens of a chunk (paper, section 4.1).
     cache_blocks: newest complete blocks kept; None keeps all.
     context_miss_cutoff: share of a context-miss token under which a query retrieves nothing (models that have one).
     positions: "bounded" places retrieved blocks in the window in front of the chunk, so no distance exceeds the trained

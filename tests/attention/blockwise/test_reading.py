@@ -23,6 +23,9 @@ LARGER = {
     "nothing retrieved": Case([23, 9, 1, 40], top_k=0),
     "a head dim of 24, bfloat16": Case([90, 33, 1], dim=24, dtype=torch.bfloat16),
     "many blocks, shared by heads": Case([600, 60, 1], block_size=3, settings={"selection": "max_over_heads"}),
+    "many blocks, shared by query heads": Case(
+        [600, 60, 1], heads=4, key_heads=2, block_size=3, settings={"selection": "max_over_query_heads"}
+    ),
     "many blocks, shared by tokens": Case([600, 60, 1], block_size=3, settings={"selection": "max_over_tokens"}),
     "many blocks, true distances": Case([600, 60, 1], block_size=3, settings={"positions": "absolute"}),
     "a context-miss token": Case([40, 9, 1, 14], top_k=3, context_miss=True),

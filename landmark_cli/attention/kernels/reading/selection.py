@@ -47,12 +47,14 @@ def per_token_and_head(call: Call) -> Tensor:
     return ages
 
 
+def max_over_query_heads(call: Call) -> Tensor:
+    """All query heads of a key head the same blocks, (B, H, T, k)."""
+    return shared_by_heads(call, call.key_heads).repeat_interleave(call.heads_per_key, dim=1)
+
+
 def max_over_heads(call: Call) -> Tensor:
     """All heads of a query the same blocks, (B, 1, T, k)."""
-    lse = normalizer(call)
-    step = max(1, SHARED_BYTES // (4 * call.batch * call.capacity))
-    parts = [shared(call, lse, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
-    return torch.cat(parts, dim=2)
+    return shared_by_heads(call, 1)
 
 
 def max_over_tokens(call: Call) -> Tensor:
@@ -61,7 +63,9 @@ def max_over_tokens(call: Call) -> Tensor:
 
 
 # The rules of attention/cache/settings.py that the kernels know.
-SELECTIONS = {choose.__name__: choose for choose in (per_token_and_head, max_over_heads, max_over_tokens)}
+SELECTIONS = {
+    choose.__name__: choose for choose in (per_token_and_head, max_over_query_heads, max_over_heads, max_over_tokens)
+}
 
 
 @dataclass(frozen=True)
@@ -127,18 +131,27 @@ def normalizer(call: Call) -> Tensor:
     return lse
 
 
-def shared(call: Call, lse: Tensor, first_token: int, tokens: int) -> Tensor:
-    """The selection that heads share, for some tokens, (B, 1, tokens, k), or that all tokens share, (B, H, 1, k)."""
-    over_heads = call.settings.selection == "max_over_heads"
+def shared_by_heads(call: Call, groups: int) -> Tensor:
+    """The selections that heads share, in so many groups of them: (B, groups, T, k)."""
+    lse = normalizer(call)
+    step = max(1, SHARED_BYTES // (4 * call.batch * groups * call.capacity))
+    parts = [shared(call, lse, first, min(step, call.tokens - first), groups) for first in range(0, call.tokens, step)]
+    return torch.cat(parts, dim=2)
+
+
+def shared(call: Call, lse: Tensor, first_token: int, tokens: int, groups: int = 0) -> Tensor:
+    """The selection that the heads of a group share, 1 group or one for each key head, for some tokens, (B, groups,
+    tokens, k); or, without groups, that all tokens share, (B, H, 1, k)."""
     rows = min(select_configuration(call).rows, padded(tokens))
-    sharing = (call.batch, 1, tokens) if over_heads else (call.batch, call.heads, 1)
+    sharing = (call.batch, groups, tokens) if groups else (call.batch, call.heads, 1)
     scores = call.empty(*sharing, call.capacity, dtype=torch.float32)
-    row_grid = (triton.cdiv(tokens, rows), call.batch) if over_heads else (1, call.batch * call.heads)
+    row_grid = (triton.cdiv(tokens, rows), call.batch * groups) if groups else (1, call.batch * call.heads)
     shared_scores_kernel[(triton.cdiv(call.capacity, TILE), *row_grid)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, lse, scores,
         strides(call.q), call.tokens, first_token, tokens, *call.ring, *call.scoring, call.scale,
         **call.heads_and_parts,
-        ROWS=rows, COLS=TILE, OVER_HEADS=over_heads, ABSOLUTE=call.absolute, PRECISION=call.precision,
+        ROWS=rows, COLS=TILE, OVER_HEADS=groups > 0, OF_KEY_HEAD=groups > 1, ABSOLUTE=call.absolute,
+        PRECISION=call.precision,
     )  # fmt: skip
     ages, best = call.empty(*sharing, call.top_k), call.empty(*sharing, call.top_k, dtype=torch.float32)
     count = ages[..., 0].numel()

@@ -68,11 +68,14 @@ def log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE,
 def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, SHARED, q_strides, tokens,
                          first_token, shared_tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
                          HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                         OVER_HEADS: tl.constexpr, ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                         OVER_HEADS: tl.constexpr, OF_KEY_HEAD: tl.constexpr, ABSOLUTE: tl.constexpr,
+                         PRECISION: tl.constexpr):  # fmt: skip
     """SHARED: the best log-probability that those who share a selection give each block, by age from 1 on.
 
     OVER_HEADS: (B, shared_tokens, capacity), tokens from first_token on; program (tile of blocks, tile of tokens, batch
-    row). Else (B, H, capacity), the maximum over all tokens; program (tile of blocks, 0, batch row and head).
+    row). With OF_KEY_HEAD (B, G, shared_tokens, capacity), the maximum over the query heads of a key head; program
+    (tile of blocks, tile of tokens, batch row and key head). Else (B, H, capacity), the maximum over all tokens;
+    program (tile of blocks, 0, batch row and head).
     """
     column = tl.arange(0, COLS)  # (COLS,), as age
     first_age = 1 + tl.program_id(0) * COLS
@@ -82,13 +85,20 @@ def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation,
         batch_row = tl.program_id(2)
         token += tl.program_id(1) * ROWS
         best = tl.full([ROWS, COLS], NO_SCORE, tl.float32)
-        for head in range(heads * HEADS_PER_KEY):
+        if OF_KEY_HEAD:
+            first_head = batch_row % heads * HEADS_PER_KEY
+            end_head = first_head + HEADS_PER_KEY
+            batch_row = batch_row // heads
+        else:
+            first_head = 0
+            end_head = heads * HEADS_PER_KEY
+        for head in range(first_head, end_head):
             s = log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, first_age,
                                 column, first_token + token, batch_row, head, tokens, batch, heads, capacity,
                                 retrievable, top_k, one_key, scale,
                                 HEADS_PER_KEY, PARTS, ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
             best = tl.maximum(best, s)
-        at = (tl.cast(batch_row, tl.int64) * shared_tokens + token) * capacity  # (ROWS,)
+        at = (tl.cast(tl.program_id(2), tl.int64) * shared_tokens + token) * capacity  # (ROWS,)
         mask = (token < shared_tokens)[:, None] & (age <= capacity)[None, :]  # (ROWS, COLS)
         tl.store(SHARED + at[:, None] + age[None, :] - 1, best, mask=mask)
     else:
