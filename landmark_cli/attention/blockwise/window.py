@@ -65,9 +65,8 @@ def _attend_to_own_blocks(
     rows, each, _, dim = q.shape
     offset, length = begin % block_size, min(end - begin, block_size)
     count = (end - begin) // length
-    # Of a block's keys those that some of these tokens see: never the landmark, which is the last.
-    seen = min(offset + length, block_size - 1)
-    ahead = _ahead(offset, length, seen, q.device)
+    seen = offset + length
+    unseen = _unseen(offset, length, block_size, q.device)
 
     def by_block(x: Tensor, numbers: slice) -> Tensor:
         """(rows, each, Tq, ..) -> (rows, each, blocks, length, ..), a view."""
@@ -79,18 +78,19 @@ def _attend_to_own_blocks(
         keys, values = (x.unflatten(1, (-1, block_size))[:, block, :seen].flatten(0, 1) for x in (k, v))
         queries = by_block(q, numbers).transpose(1, 2)
         logits = queries.reshape(-1, each * length, dim) @ keys.transpose(1, 2)
-        logits.view(-1, each, length, seen).add_(ahead)
+        logits.view(-1, each, length, seen).add_(unseen)
         weights, total = softmax_and_lse(logits)
         by_block(out, numbers).copy_((weights @ values).view(queries.shape).transpose(1, 2))
         by_block(lse, numbers).copy_(total.view(queries.shape[:-1]).transpose(1, 2))
 
 
 @functools.lru_cache(maxsize=64)
-def _ahead(offset: int, length: int, seen: int, device: torch.device) -> Tensor:
-    """(length, seen): minus infinity where a key stands behind a query, whose first has this offset; else 0."""
-    index = torch.arange(seen, device=device)
-    later = index > offset + torch.arange(length, device=device)[:, None]
-    return torch.zeros(later.shape, device=device).masked_fill_(later, MINUS_INFINITY)
+def _unseen(offset: int, length: int, block_size: int, device: torch.device) -> Tensor:
+    """(length, offset + length): minus infinity where a key of a block stands behind a query, whose first has this
+    offset, or is the landmark, which nothing sees; else 0."""
+    index = torch.arange(offset + length, device=device)
+    unseen = (index > index[offset:, None]) | (index == block_size - 1)
+    return torch.zeros(unseen.shape, device=device).masked_fill_(unseen, MINUS_INFINITY)
 
 
 def _tiles(first: int, last: int, block_size: int, rows: int, each: int) -> Iterator[tuple[int, int, slice]]:
@@ -98,13 +98,13 @@ def _tiles(first: int, last: int, block_size: int, rows: int, each: int) -> Iter
 
     A piece of several blocks has logits for blocks that some of its tokens do not see, so it is no larger than it must.
     """
-    block, room = first // block_size, PIECE // (rows * each * block_size**2)
+    # The first block has none before it.
+    block, room = max(1, first // block_size), PIECE // (rows * each * block_size**2)
     while block * block_size < last:
         # So many blocks that their logits, width * (block + width - 1) blocks of them, are a piece.
         width = max(1, (math.isqrt((block - 1) ** 2 + 4 * room) - block + 1) // 2)
         begin, end = max(first, block * block_size), min(last, (block + width) * block_size)
-        earlier = (end - 1) // block_size
-        for at in pieces(rows, each * (end - begin) * earlier * block_size) if earlier else ():
+        for at in pieces(rows, each * (end - begin) * ((end - 1) // block_size) * block_size):
             yield begin, end, at
         block += width
 

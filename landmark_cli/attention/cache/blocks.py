@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import copy
 import mmap
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,40 +276,40 @@ class LayerBlocks:
 
     def append(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Store the chunk's keys (rotated at chunk.position_ids) and values, (B, G, T, D), in their blocks."""
-        places = chunk.shared(("append", self.capacity), lambda: self._places(chunk))
-        row, token, slot, offset = places.tokens
-        rotated = rotate(k, *places.rotation)[row, :, token]
-        where = tuple(x.to(self.blocks.device) for x in (row, slot, offset))
-        self.keys[where[0], :, where[1], where[2]] = rotated.to(self.blocks.device)
-        self.values[where[0], :, where[1], where[2]] = v[row, :, token].to(self.blocks.device)
+        rotated = rotate(k, *chunk.shared("offsets", lambda: self._to_offsets(chunk)))
+        landmark_keys = rotated
         if self.settings.positions == "absolute":
             cos, sin = chunk.stream_rotation
-            rotated = rotate(k, cos[:, None, None], sin[:, None, None])[row, :, token]
-        landmark = places.landmarks
-        if len(landmark):
-            self.landmark_keys[row[landmark], :, slot[landmark]] = rotated[landmark]
+            landmark_keys = rotate(k, cos[:, None, None], sin[:, None, None])
+        for row, counts in enumerate(zip(chunk.host_lengths, chunk.host_blocks, chunk.host_tail, strict=True)):
+            for tokens, slots, offsets in self._runs(chunk.width, *counts):
+                shape = slots.stop - slots.start, offsets.stop - offsets.start
+                for to, source in ((self.keys, rotated), (self.values, v)):
+                    to[row, :, slots, offsets] = source[row, :, tokens].unflatten(1, shape)
+                if offsets.stop == self.settings.block_size:
+                    self.landmark_keys[row, :, slots] = landmark_keys[row, :, tokens].unflatten(1, shape)[:, :, -1]
 
-    def _places(self, chunk: Chunk) -> Places:
+    def _to_offsets(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B, 1, T, rotary_dim / 2), of the rotation from the chunk's positions to offsets in blocks."""
         size = self.settings.block_size
         later = chunk.position_ids // size
-        row, token = chunk.real.nonzero(as_tuple=True)
-        slot = ((chunk.blocks[:, None] + later) % self.capacity)[row, token]
-        offset = (chunk.position_ids % size)[row, token]
         # From a table: forming the cosines anew takes longer than all else here.
         cos, sin = (x[later][:, None] for x in self.rotations.table(chunk.width // size + 2, later.device))
-        return Places((row, token, slot, offset), (cos, -sin), (offset == size - 1).nonzero().squeeze(-1))
+        return cos, -sin
 
-
-class Places(NamedTuple):
-    """Where a chunk's tokens are stored.
-
-    tokens: row, token of the chunk, slot and offset in the block of every token, (n,) each. rotation: cos and sin,
-    (B, 1, T, rotary_dim / 2), from the chunk's positions to offsets in blocks. landmarks: which of the n are landmarks.
-    """
-
-    tokens: tuple[Tensor, Tensor, Tensor, Tensor]
-    rotation: tuple[Tensor, Tensor]
-    landmarks: Tensor
+    def _runs(self, width: int, length: int, blocks: int, tail: int) -> Iterator[tuple[slice, slice, slice]]:
+        """A row's tokens in runs that go into a part of one block, or into whole blocks side by side: tokens of the
+        chunk, slots, offsets in these. length, blocks, tail: of the row, see Chunk."""
+        size, end = self.settings.block_size, tail + length
+        while tail < end:
+            number, offset = divmod(tail, size)
+            slot, count, tokens = (blocks + number) % self.capacity, 1, min(size - offset, end - tail)
+            if tokens == size:
+                count = min((end - tail) // size, self.capacity - slot)
+                tokens = count * size
+            begin = width - (end - tail)
+            yield slice(begin, begin + tokens), slice(slot, slot + count), slice(offset, offset + tokens // count)
+            tail += tokens
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
