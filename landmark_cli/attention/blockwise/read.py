@@ -8,7 +8,7 @@ from torch import Tensor
 from ..cache import Chunk, LayerBlocks
 from ..reference import attention_logits
 from ..retrieval import Read
-from .retrieve import read_blocks
+from .retrieve import Found, read_blocks
 from .select import select_blocks
 from .window import attend_window
 
@@ -42,9 +42,9 @@ def attend_chunk(
         ages = select_blocks(q, blocks, chunk, scale)
         found = read_blocks(q, blocks, chunk, ages, scale)
         if miss is None:
-            read = _merge(out, lse, *found, ages)
+            read = _merge(out, lse, found, ages)
         else:
-            read = _merge_controlled(out, miss, *found, ages, blocks.settings.context_miss_cutoff)
+            read = _merge_controlled(out, miss, found, ages, blocks.settings.context_miss_cutoff)
         if not traced and miss is None:
             read = Read(read.out)
     blocks.append(k, v, chunk)
@@ -97,24 +97,20 @@ def _tail_blocks(blocks: LayerBlocks, chunk: Chunk) -> tuple[Tensor | slice, ...
     return rows, slice(None), (chunk.blocks % blocks.capacity).to(rows.device)
 
 
-def _merge(out: Tensor, lse: Tensor, logits: Tensor, outputs: Tensor, ages: Tensor) -> Read:
-    """The outer softmax over what is before the chunk and in it, (out, lse), and the chosen blocks, as read_blocks
-    gives them; out is overwritten."""
-    own, *share = torch.softmax(torch.cat([lse.unsqueeze(0), logits]), dim=0)
-    out.mul_(own.unsqueeze(-1))
-    for each, of_each in zip(outputs, share, strict=True):
-        out.addcmul_(each, of_each.unsqueeze(-1))
-    return Read(out, ages, torch.stack(share, dim=-1))
+def _merge(out: Tensor, lse: Tensor, found: Found, ages: Tensor) -> Read:
+    """The outer softmax over what is before the chunk and in it, (out, lse), and the chosen blocks; overwrites out."""
+    own, *shares = torch.softmax(torch.cat([lse.unsqueeze(0), found.logits]), dim=0)
+    found.add_to(out.mul_(own.unsqueeze(-1)), shares)
+    return Read(out, ages, torch.stack(shares, dim=-1))
 
 
-def _merge_controlled(out: Tensor, miss: Tensor, logits: Tensor, outputs: Tensor, ages: Tensor, cutoff: float) -> Read:
+def _merge_controlled(out: Tensor, miss: Tensor, found: Found, ages: Tensor, cutoff: float) -> Read:
     """The chosen blocks share out what the context-miss token got, miss (B, H, T), unless that is under the cutoff; out
     is overwritten."""
-    retrieved = logits > float("-inf")
+    retrieved = found.logits > float("-inf")
     dropped = retrieved & (miss < cutoff)
     kept = retrieved & ~dropped
-    share = torch.softmax(logits, dim=0).nan_to_num(0.0) * miss * kept
-    for each, of_each in zip(outputs, share, strict=True):
-        out.addcmul_(each, of_each.unsqueeze(-1))
+    share = torch.softmax(found.logits, dim=0).nan_to_num(0.0) * miss * kept
+    found.add_to(out, share)
     kept, dropped, share = (x.permute(1, 2, 3, 0) for x in (kept, dropped, share))
     return Read(out, ages.expand(kept.shape).masked_fill(~kept, 0), share, dropped)

@@ -5,7 +5,8 @@ A block is fetched once for many queries, whose products with it are then produc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,24 +22,39 @@ LARGEST_TILE = 128
 FEW_QUERIES = 8
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Pairs of a query and a block, in tiles of up to as many pairs as a tile has places; all of a tile's have one
     block.
 
     pages: (tiles,) the block of each, as LayerBlocks.blocks has them: (row * G + key head) * capacity + slot.
     pairs: (tiles, places) which pairs, of number 0 .. pairs - 1; in a place that is left over any pair.
-    target: (tiles, places) the same, but in a place that is left over the number of pairs.
+    place: (pairs,) the place of each, of number 0 .. tiles * places - 1; tiles * places where there is no block.
     """
 
     pages: Tensor
     pairs: Tensor
-    target: Tensor
+    place: Tensor
 
 
-def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The twin of `retrieval.read_blocks`, with the k chosen blocks in front: landmark logits, (k, B, H, T), minus
-    infinity where there is no block or the query is padding, and outputs, (k, B, H, T, D); both float32."""
+class Found(NamedTuple):
+    """What queries find in their blocks, the k chosen blocks in front.
+
+    logits: (k, B, H, T) float32 of the landmarks, minus infinity where there is no block or the query is padding.
+    outputs: (places + 1, D) float32, by the inner softmax. place: (k, B * H * T), which of these is a query's.
+    """
+
+    logits: Tensor
+    outputs: Tensor
+    place: Tensor
+
+    def add_to(self, out: Tensor, shares: Iterable[Tensor]) -> None:
+        """Add the outputs, each with its share, k times (B, H, T), to out (B, H, T, D)."""
+        for place, share in zip(self.place, shares, strict=True):
+            out.addcmul_(self.outputs.index_select(0, place).view(out.shape), share.unsqueeze(-1))
+
+
+def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float) -> Found:
+    """The twin of `retrieval.read_blocks`."""
     batch, heads, tokens, dim = q.shape
     size, top_k = blocks.settings.block_size, ages.shape[-1]
     shape = top_k, batch, heads, tokens
@@ -54,26 +70,23 @@ def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scal
         needed = torch.zeros(len(stored), dtype=torch.bool, device=q.device)
         needed[tiles.pages] = True
         blocks.require(needed)
-    # The last row takes what the places left over give.
-    count = len(queries) * top_k
-    logits = queries.new_full((count + 1,), MINUS_INFINITY)
-    outputs = queries.new_zeros(count + 1, dim)
-    places = tiles.pairs.shape[1]
-    for at in pieces(len(tiles.pages), 2 * size * dim + places * (size + 2 * dim)):
+    count, places = tiles.pairs.shape
+    # The last one is for where there is no block.
+    logits, outputs = queries.new_empty(count * places + 1), queries.new_empty(count * places + 1, dim)
+    logits[-1], outputs[-1] = MINUS_INFINITY, 0.0
+    by_tile = logits[:-1].view(-1, places), outputs[:-1].view(-1, places, dim)
+    for at in pieces(count, 2 * size * dim + places * (size + 2 * dim)):
         pairs = tiles.pairs[at].flatten()
         slot = distance.index_select(0, pairs)
         rotated = queries.index_select(0, pairs % len(queries))
         _rotate_in_place(rotated, cos.index_select(0, slot), sin.index_select(0, slot))
-        rotated = rotated.view(-1, places, dim)
         fetched = stored.index_select(0, tiles.pages[at].to(stored.device)).to(q.device, torch.float32)
         keys, values = fetched.unbind(1)
-        products = rotated @ keys.transpose(1, 2)
-        to = tiles.target[at].flatten()
-        logits.index_copy_(0, to, products[..., -1].flatten())
+        products = rotated.view(-1, places, dim) @ keys.transpose(1, 2)
+        by_tile[0][at] = products[..., -1]
         products[..., -1] = MINUS_INFINITY
-        found = torch.softmax(products, dim=-1) @ values
-        outputs.index_copy_(0, to, found.view(-1, dim))
-    return logits[:-1].view(shape), outputs[:-1].view(*shape, dim)
+        torch.bmm(torch.softmax(products, dim=-1, out=products), values, out=by_tile[1][at])
+    return Found(logits.index_select(0, tiles.place).view(shape), outputs, tiles.place.view(top_k, -1))
 
 
 def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -95,10 +108,9 @@ def _tiles(ages: Tensor, blocks: LayerBlocks, chunk: Chunk) -> Tiles:
     cached = min(min(count, chunk.retrievable) for count in chunk.host_blocks)
     everywhere = cached >= len(ages) and min(chunk.host_lengths) == chunk.width
     chosen = None if everywhere else (ages > 0) & chunk.real[:, None]
-    if heads // key_heads * tokens <= FEW_QUERIES:
-        pairs = torch.arange(page.numel(), device=page.device) if chosen is None else chosen.flatten().nonzero()[:, 0]
-        pages = page.flatten()
-        return Tiles(pages if chosen is None else pages[pairs], pairs[:, None], pairs[:, None])
+    if heads // key_heads * tokens <= FEW_QUERIES and chosen is None:
+        pairs = torch.arange(page.numel(), device=page.device)
+        return Tiles(page.flatten(), pairs[:, None], pairs)
     return _by_page(page, chosen, batch * key_heads * capacity)
 
 
@@ -115,12 +127,12 @@ def _by_page(page: Tensor, chosen: Tensor | None, pages: int) -> Tiles:
     page, queries = torch.unique_consecutive(page, return_counts=True)
     places = min(LARGEST_TILE, 1 << (max(1, count // max(1, len(page))) - 1).bit_length())
 
-    # Of each block its tiles, of each tile where its pairs stand in the order.
-    tiles = (queries + places - 1) // places
-    of_tile = torch.arange(len(page), device=page.device).repeat_interleave(tiles)
-    number = torch.arange(len(of_tile), device=page.device) - (tiles.cumsum(0) - tiles)[of_tile]
-    end = queries.cumsum(0)
-    first = (end - queries)[of_tile] + number * places
-    index = first[:, None] + torch.arange(places, device=page.device)
-    pairs = order[index.clamp(max=max(0, count - 1))]
-    return Tiles(page[of_tile].long(), pairs, pairs.masked_fill(index >= end[of_tile][:, None], total))
+    # Of each block its tiles, of each tile where its pairs stand in the order, and of each pair its place.
+    tiles, number = (queries + places - 1) // places, torch.arange(len(page), device=page.device)
+    first, first_tile = queries.cumsum(0) - queries, tiles.cumsum(0) - tiles
+    of_tile, of_pair = number.repeat_interleave(tiles), number.repeat_interleave(queries)
+    index = torch.arange(len(of_tile), device=page.device) - first_tile[of_tile]
+    index = (first[of_tile] + index * places)[:, None] + torch.arange(places, device=page.device)
+    place = torch.full((total,), len(of_tile) * places, device=page.device)
+    place[order] = (first_tile * places - first)[of_pair] + torch.arange(count, device=page.device)
+    return Tiles(page[of_tile].long(), order[index.clamp(max=max(0, count - 1))], place)

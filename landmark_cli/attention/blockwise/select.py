@@ -11,7 +11,7 @@ from ..rotary import rotate
 from .pieces import pieces
 
 MINUS_INFINITY = float("-inf")
-# Scores a group: of a row of more than two groups only the group that holds the best one is looked at again.
+# Scores a group: of a row of more than eight groups only the group that holds the best one is looked at again.
 GROUP = 32
 # So few scores are sorted in less time than it takes to begin as many operations as k maxima are.
 FEW_SCORES = 4096
@@ -90,7 +90,7 @@ def newest_best(scores: Tensor, top_k: int) -> Tensor:
     if scores.numel() <= FEW_SCORES:
         best, order = (x[..., :top_k] for x in scores.sort(dim=-1, descending=True, stable=True))
         return (order + 1).masked_fill_(best == MINUS_INFINITY, 0)
-    if count > 2 * GROUP:
+    if count > 8 * GROUP:
         return _best_of_groups(scores.reshape(-1, count), top_k).view(*shape, top_k)
     ages = []
     for last in range(top_k - 1, -1, -1):
