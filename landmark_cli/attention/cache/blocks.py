@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
