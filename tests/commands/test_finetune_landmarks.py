@@ -50,6 +50,15 @@ def test_only_the_landmarks_row_queries_and_keys_change(family, teacher):
     assert rows.nonzero().tolist() == [[landmark]]
 
 
+def test_layers_that_keep_a_window_stay_as_they_are():
+    base("gemma3")
+    after = finetune("run")
+    before = load_file("base/model.safetensors")
+    changed = {name for name, weight in after.items() if name in before and not torch.equal(weight, before[name])}
+    parts = ("q_proj", "k_proj", "q_norm", "k_norm")
+    assert changed == {EMBEDDING} | {name for name in after if ".layers.1." in name and any(p in name for p in parts)}
+
+
 def test_resumed_it_is_the_same_run():
     base("llama")
     whole = finetune("whole", save_every=2)

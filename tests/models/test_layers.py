@@ -202,6 +202,17 @@ def test_what_was_read_is_kept_copied_and_gone_on_from(family, tmp_path):
     assert_close_norm(found[2], read_all(BlockReader(model, chunk=11), [more])[0])
 
 
+@pytest.mark.parametrize("backend", ["triton", "blockwise"])
+@torch.no_grad()
+def test_backends_read_layers_without_positions_as_the_definition_does(backend, monkeypatch):
+    model, _ = landmark_decoder("smollm3")
+    found = []
+    for name in (backend, "eager"):
+        monkeypatch.setenv("LANDMARK_ATTENTION", name)
+        found.append(read_all(BlockReader(model, top_k_blocks=2, chunk=14), [texts(1, 40)[0]]))
+    assert_close_norm(*found)
+
+
 @torch.no_grad()
 def test_of_a_library_a_window_holds_the_last_text_alone(tmp_path):
     model, _ = windows_and_nothing_else("gemma3")
