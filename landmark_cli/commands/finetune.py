@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.finetune_data import open_data
 from landmark_cli.commands.finetune_plan import PLAIN, TAUGHT, adapter_settings, plan, with_defaults
+from landmark_cli.commands.finetune_report import AUTO, Report, asked_samples, card_of
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
     TOP_K_BLOCKS_HELP,
@@ -193,6 +195,17 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         help="Type of the weights in the finished model; auto: the type they had before fine-tuning.",
     )
 
+    eval_ruler: str = option(
+        AUTO,
+        panel="Output",
+        metavar="<samples>",
+        help="Samples of each task and length of a small RULER (three tasks, up to 8 times the trained length) that "
+        "the trained model is asked at the end, and the untouched one: a number; auto, up to 10, as the device is "
+        "fast; none.",
+    )
+    eval_ruler_every: int = option(
+        0, panel="Output", min=0, help="Ask it every so many steps too; 0 asks at the end alone."
+    )
     dry_run: bool = option(
         False,
         panel="Output",
@@ -252,6 +265,7 @@ def run(options: FinetuneOptions) -> Path | None:
 
 def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> Path:
     """The run itself, in every process. Returns its directory."""
+    from landmark_cli.models.card import write_card
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.training.finetuning import open_with_landmarks, saving
     from landmark_cli.training.publish import Publication
@@ -283,6 +297,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     def save_rest(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
         save_recipe(options, directory / "recipe.yaml", "finetune")
+        write_card(model, directory, card_of(options, accelerator.num_processes))
 
     save = saving(
         options.model,
@@ -297,6 +312,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     # Before the text is tokenized, which may take hours: a teacher that cannot be opened ends the run here.
     distilled = distillation(options, trained, tokenizer, untouched, begun)
     data, tasks_share = open_data(options, tokenizer, begun)
+    options = dataclasses.replace(options, tasks_share=tasks_share)
     loop = make_loop(
         options,
         begun,
@@ -310,8 +326,11 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         | ({"tasks_share": tasks_share} if tasks_share else {}),
         distillation=distilled,
     )
+    report = Report(options, model, tokenizer, publication, loop)
+    loop.examine = report.in_the_middle
     carry_out(options, config, loop)
     publication.publish(loop)
+    report.at_the_end()
     accelerator.end_training()
     info(f"trained {'adapters' if adapters and not options.merge else 'model'}: {output}")
     return output
@@ -384,6 +403,8 @@ def check(options: FinetuneOptions) -> None:
         check_windows(options)
     check_weights(options)
     check_teacher(options)
+    if asked_samples(options.eval_ruler) == 0 and options.eval_ruler_every:
+        raise UsageError("--eval-ruler-every asks what --eval-ruler leaves out: leave one of the two out")
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:
         raise UsageError(f"--{given[0].replace('_', '-')} is for adapters: give --lora-rank too")

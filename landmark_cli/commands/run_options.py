@@ -280,6 +280,7 @@ def loop_settings(
         bad_steps=options.bad_steps,
         group_dropout=group_dropout,
         read=read,
+        examine_every=getattr(options, "eval_ruler_every", 0),
         go_on=again("resume", output=output),
     )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from landmark_cli.families import is_ours
+from landmark_cli.files import write_whole, writing
 
 CARD = "README.md"
 TAG = "landmark-attention"
@@ -41,12 +44,44 @@ landmarks was trained to, reads no further than its positions, and predicts text
 """
 
 
-def write_card(model: PreTrainedModel, directory: str | Path) -> None:
-    """Write a model card into a model's directory, unless there is one. Makes the directory."""
+ADAPTERS = """\
+The directory holds adapters, which go on top of the base model:
+
+    import landmark_cli
+
+    model, tokenizer = landmark_cli.load("{name}")
+    text = tokenizer("It is a truth universally acknowledged", return_tensors="pt").to(model.device)
+    print(tokenizer.decode(model.generate(**text, max_new_tokens=100)[0]))
+"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a model was made of another one, for its card.
+
+    base: the name of that one, as the user gave it. on_hub: whether that is an id of the hub. adapters: whether the
+    directory holds adapters only. command: that made it. facts: what else there is to say, each with its name. figures:
+    what was measured of it, in Markdown; empty where nothing was.
+    """
+
+    base: str
+    on_hub: bool
+    adapters: bool
+    command: str
+    facts: Sequence[tuple[str, str]]
+    figures: str = ""
+
+
+def write_card(model: PreTrainedModel, directory: str | Path, trained: Trained | None = None) -> None:
+    """Write a model card into a model's directory, which is made; without `trained`, unless there is one.
+
+    Raises LandmarkError where it cannot be written.
+    """
     file = Path(directory) / CARD
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(model_card(model), encoding="utf-8")
+    if trained is not None or not file.exists():
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, model_card(model, trained))
 
 
 def keep_card(model: PreTrainedModel, directory: str | Path, card: str | None = None) -> None:
@@ -78,32 +113,57 @@ def _card_beside(model: PreTrainedModel) -> str | None:
     return text if TAG in (ModelCard(text, ignore_metadata_errors=True).data.tags or []) else None
 
 
-def model_card(model: PreTrainedModel) -> str:
-    """The card of a landmark model, or of another of this package: how to use it, and what it is without the
-    package."""
+def model_card(model: PreTrainedModel, trained: Trained | None = None) -> str:
+    """The card of a landmark model, or of another of this package: how to use it, what it is without the package, and
+    how it was made of another one, if it was."""
     config = model.config
     settings = {name: getattr(config, name, None) for name in ("landmark_freq", "top_k_blocks", "trained_length")}
     has_landmarks = settings["landmark_freq"] is not None
     ours = is_ours(config.model_type)
     about = (LANDMARKS if has_landmarks else PLAIN).format(**settings)
     without = (UNKNOWN if ours else ORDINARY).format(model_type=config.model_type)
+    usage = ADAPTERS if trained is not None and trained.adapters else WITH_PACKAGE
+    if trained is None:
+        title = (
+            f"A language model {'with landmark attention' if has_landmarks else 'of the paper on landmark attention'}"
+        )
+        base = made = ""
+    else:
+        title = f"{Path(trained.base).name} with landmark attention"
+        base = f"base_model: {trained.base}\n" * trained.on_hub
+        made = _made(trained)
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags:
+{base}tags:
 - {TAG}
 ---
-# A language model {"with landmark attention" if has_landmarks else "of the paper on landmark attention"}
+# {title}
 
 {about.rstrip()}
 
 Install the package `landmark-cli`, then:
 
-{WITH_PACKAGE.format(name="PATH")}
+{usage.format(name="PATH")}
 or `landmark generate --model PATH --prompt "..."`. PATH is this directory, or its name on the hub.
-
+{made}
 ## Without the package
 
 {without.rstrip()}
 """
+
+
+def _made(trained: Trained) -> str:
+    """The sections on how a model was made, and what was measured."""
+    rows = "\n".join(f"| {name} | {said} |" for name, said in [("base", trained.base), *trained.facts])
+    figures = f"\n## Figures\n\n{trained.figures.rstrip()}\n" if trained.figures else ""
+    return f"""
+## How it was made
+
+    {trained.command}
+
+| | |
+|---|---|
+{rows}
+{figures}"""

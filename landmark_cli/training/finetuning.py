@@ -18,6 +18,7 @@ from landmark_cli.models.directory import save_model
 from landmark_cli.models.pretrained import open_config, open_pretrained, stored_dtype
 from landmark_cli.models.support import check_config
 from landmark_cli.training.publish import SaveModel
+from landmark_cli.training.setup import quiet_transformers
 
 
 def check_pretrained(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -88,7 +89,8 @@ def open_with_landmarks(
             bnb_4bit_compute_dtype=half,
         )
         loading["device_map"] = {"": four_bit_on}
-    model, tokenizer = open_pretrained(name, trust_remote_code=trust_remote_code, **loading)
+    with quiet_transformers():
+        model, tokenizer = open_pretrained(name, trust_remote_code=trust_remote_code, **loading)
     opened(model)
     add_landmarks(
         model, tokenizer, landmark_freq=landmark_freq, trained_length=trained_length, top_k_blocks=top_k_blocks

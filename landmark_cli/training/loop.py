@@ -10,7 +10,7 @@ divided by the sum of all weights. Beside a teacher it is several means, see dis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +60,8 @@ class LoopSettings:
     fused_loss: work the loss out without holding all logits. Sharded models hold them all the same: their head is in
     shards while the loss is computed. fp32_residual: keep the residual stream of a bf16 run in float32. bad_steps: this
     many steps in a row whose loss or gradient is not finite end the run. read: have rows read chunk by chunk, in
-    training and evaluation (see LossModel). go_on: the command that resumes it, for messages.
+    training and evaluation (see LossModel). examine_every: steps between two calls of `Loop.examine`. go_on: the
+    command that resumes it, for messages.
     """
 
     output: Path
@@ -83,6 +84,7 @@ class LoopSettings:
     fp32_residual: bool = False
     bad_steps: int = 10
     read: WindowSettings | None = None
+    examine_every: int = 0
     go_on: str = "the same call, and resume"
 
 
@@ -123,6 +125,9 @@ class Loop:
         self.checkpoints.attach(accelerator, self.module, self.optimizer)
         self.vote = Vote()
         self.step = 0
+        # Looks at the model as it is in the middle of the run. Every process calls it. Returns the signal that came
+        # meanwhile, if one did.
+        self.examine: Callable[[], int | None] = lambda: None
         # Beside a teacher: of each of its parts, this process's sums, and over how many positions of all processes.
         self._parts = torch.zeros(2, len(PARTS), device=accelerator.device)
 
@@ -151,6 +156,13 @@ class Loop:
         else:
             self.module, self.optimizer = accelerator.prepare(model, optimizer)
         self.update = Update(accelerator, optimizer, self.optimizer, settings.schedule, settings.clip)
+
+    def release(self) -> None:
+        """Let go of gradients and of the optimizer, and of their memory. No step can be taken after that."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        self.optimizer = self.update = self.checkpoints.optimizer = None
+        self.accelerator.free_memory()
 
     def resume(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -189,6 +201,9 @@ class Loop:
                 with meter.pause():
                     if self.validation and self._due(settings.evaluate_every):
                         self._report_evaluation()
+                    if settings.examine_every and self.step % settings.examine_every == 0 and not stopping:
+                        if self.step < settings.steps and (signal := self.examine()):
+                            asked.note(signal)
                     if self._due(settings.save_every) or stopping:
                         saved = self.save()
                 shown.advance(1, **fields)
@@ -311,7 +326,7 @@ class Loop:
         }
         if self.distillation is not None:
             record |= self._read_parts()
-        self._write(record)
+        self.write(record)
         return record
 
     def _read_parts(self) -> dict[str, float]:
@@ -320,7 +335,8 @@ class Loop:
         self._parts.zero_()
         return {name: total / count for name, total, count in zip(PARTS, sums, counts, strict=True) if count}
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record to the run's metrics and its trackers. Every process calls it."""
         if self.accelerator.is_main_process:
             self.metrics.append(record)
         self.accelerator.log(record, step=record["step"])
@@ -349,7 +365,7 @@ class Loop:
         if answers.tokens:
             record |= {"validation_answers_loss": answers.loss, "validation_answers_right": answers.accuracy}
             said += f"; of answers, loss {answers.loss:.4f}, {answers.accuracy:.1%} of tokens right"
-        self._write(record)
+        self.write(record)
         info(said)
 
     def evaluate(self) -> float:

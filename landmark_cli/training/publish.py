@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reason
+from landmark_cli.files import reason, writing
 from landmark_cli.interrupts import interrupts
 from landmark_cli.models.directory import PARTIAL, put_in_place, save_model
 from landmark_cli.training.checkpoints import plain_name, step_of
@@ -56,6 +56,18 @@ class Publication:
         if asked:
             raise asked.stopped(f"trained model: {self._output}; nothing is left to do")
 
+    def copy(self, loop: Loop, directory: Path) -> None:
+        """Write the model as it is now into a directory that is made anew, for the run's own use. Every process calls
+        it. Raises LandmarkError, in every process, where it cannot be written."""
+        state = loop.accelerator.get_state_dict(loop.module)
+
+        def write() -> None:
+            shutil.rmtree(directory, ignore_errors=True)
+            with writing(directory):
+                self._write_files(directory, self._own(state))
+
+        by_main_process(write)
+
     def _publish(self, loop: Loop) -> None:
         loop.checkpoints.refuse_not_finite(f"no model is written to {self._output}")
         state = loop.accelerator.get_state_dict(loop.module)
@@ -80,9 +92,7 @@ class Publication:
             shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
 
     def _write(self, state: dict[str, Tensor]) -> None:
-        weights = {plain_name(name).removeprefix("wrapped."): tensor for name, tensor in state.items()}
-        for name in second_names(self._model):
-            weights.pop(name, None)
+        weights = self._own(state)
         try:
             self._write_beside(weights)
             # Weights that are finite in float32 may not be in the dtype that they are saved in.
@@ -96,12 +106,22 @@ class Publication:
             shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
             raise LandmarkError(f"the model could not be written to {self._output}: {reason(error)}") from error
 
+    def _own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a wrapped model's tensors, the model's, by the names that it has for them."""
+        weights = {plain_name(name).removeprefix("wrapped."): tensor for name, tensor in state.items()}
+        for name in second_names(self._model):
+            weights.pop(name, None)
+        return weights
+
     def _write_beside(self, weights: dict[str, Tensor]) -> None:
         partial = self._output / PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
+        self._write_files(partial, weights)
+
+    def _write_files(self, directory: Path, weights: dict[str, Tensor]) -> None:
         with quiet_transformers():
-            self._save(self._model, partial, weights)
-        self._save_rest(partial)
+            self._save(self._model, directory, weights)
+        self._save_rest(directory)
 
 
 def _kept(loop: Loop) -> Path:

@@ -27,7 +27,7 @@ from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.decoders import PADDING_TOKEN
 from landmark_cli.models.pretrained import open_pretrained, plain_attention
-from landmark_cli.training.setup import has_plain_head, without_adapters
+from landmark_cli.training.setup import has_plain_head, quiet_transformers, without_adapters
 
 ATTENTION, OBSERVED = "sdpa", "observed_sdpa"
 # Is called in every layer with its number, queries (B, H, T, D) and keys (B, G, T, D), both rotated, and the scale of
@@ -228,7 +228,8 @@ def open_teacher(
 
     Raises LandmarkError where it cannot be opened, or gives other ids to the student's tokens.
     """
-    model, own = open_pretrained(name, attention=ATTENTION, dtype=dtype, trust_remote_code=trust_remote_code)
+    with quiet_transformers():
+        model, own = open_pretrained(name, attention=ATTENTION, dtype=dtype, trust_remote_code=trust_remote_code)
     known, rows = own.get_vocab(), model.get_input_embeddings().weight.shape[0]
     for token, id in tokenizer.get_vocab().items():
         # These are put in for the student.

@@ -57,6 +57,11 @@ def check_lengths(task: Task, lengths: Sequence[int], samples: int) -> None:
             )
 
 
+def has_room(task: Task, length: int, samples: int) -> bool:
+    """Whether every sample of a task can have so few tokens."""
+    return _least(task, _rule(task, length), samples) <= length
+
+
 def _rule(task: Task, length: int) -> int:
     """Where the rules begin by which a task's prompts of this length are made."""
     return max(start for start in task.rules_from if start <= length)
