@@ -403,7 +403,10 @@ def check(options: FinetuneOptions) -> None:
         check_windows(options)
     check_weights(options)
     check_teacher(options)
-    if asked_samples(options.eval_ruler) == 0 and options.eval_ruler_every:
+    samples = asked_samples(options.eval_ruler)
+    if samples:
+        import_extra("wonderwords", "ruler")
+    if samples == 0 and options.eval_ruler_every:
         raise UsageError("--eval-ruler-every asks what --eval-ruler leaves out: leave one of the two out")
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:

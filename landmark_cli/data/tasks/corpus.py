@@ -178,7 +178,7 @@ class TaskDocuments:
         """A document with a task of this seed; None where what is hidden and asked would leave too little text."""
         room, kept = len(ids), int(LEAST_SHARE_OF_TEXT * length)
         while room >= kept:
-            text = self._tokenizer.decode(ids[:room]).rstrip("\ufffd")
+            text = self._tokenizer.decode(ids[:room]).lstrip().rstrip("\ufffd")
             text = text[: max(text.rfind(" "), text.rfind("\n"))].rstrip()
             generator = np.random.default_rng(seed)
             task = draw_task(Draw(generator, text, most, self._absent))

@@ -7,6 +7,7 @@ The haystack is read out of token files, so it is the very text of their splits,
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +54,12 @@ class TokenHaystack:
     @cached_property
     def token_characters(self) -> float:
         """How many characters a token of it takes, about."""
-        return len(self._text(self._files[0], 0, MEASURED_TOKENS)) / MEASURED_TOKENS
+        return len(self._tokenizer.decode(self._ids(self._files[0], 0, MEASURED_TOKENS))) / MEASURED_TOKENS
+
+    @cached_property
+    def _between(self) -> np.ndarray:
+        """What stands between documents."""
+        return np.asarray(self._tokenizer.encode("\n\n"), dtype=np.int64)
 
     def slice(self, share: float, tokens: int) -> list[int]:
         """See `Slices`."""
@@ -61,17 +67,22 @@ class TokenHaystack:
         number = int(np.searchsorted(self._ends, place, side="right"))
         file = self._files[number]
         reach = math.ceil(SENTENCE_CHARACTERS / max(self.token_characters, 0.1))
-        text = self._text(file, place - int(self._ends[number]) + len(file.tokens), tokens + reach)
-        found = SENTENCE_END.search(text, 0, SENTENCE_CHARACTERS)
-        begin = found.end() if found else text.find(" ", 0, SENTENCE_CHARACTERS) + 1
-        return self._tokenizer.encode(text[begin:].lstrip())[:tokens]
+        ids = self._ids(file, place - int(self._ends[number]) + len(file.tokens), tokens + reach)
+        text = self._tokenizer.decode(ids[:reach])
+        found = SENTENCE_END.search(text)
+        begin = found.end() if found else text.find(" ") + 1
+        # The file's tokens are the text's own: to find the sentence's first one is less work than to encode all anew.
+        first = bisect_left(range(reach), begin, key=lambda count: len(self._tokenizer.decode(ids[:count])))
+        return ids[first : first + tokens].tolist()
 
-    def _text(self, file: TokenFile, start: int, tokens: int) -> str:
-        """The text of so many tokens from one on, an empty line between documents."""
-        taken, eot = np.take(file.tokens, np.arange(start, start + tokens), mode="wrap"), file.metadata.eot_id
-        documents = np.split(taken, np.flatnonzero(taken == eot))
-        texts = (self._tokenizer.decode(ids[ids != eot]).strip("\ufffd") for ids in documents)
-        return "\n\n".join(text for text in texts if text)
+    def _ids(self, file: TokenFile, start: int, tokens: int) -> np.ndarray:
+        """Ids of so many tokens of a file from one on, an empty line between documents, (about tokens,) int64."""
+        taken = np.take(file.tokens, np.arange(start, start + tokens), mode="wrap").astype(np.int64)
+        documents = np.split(taken, np.flatnonzero(taken == file.metadata.eot_id))
+        parts = [documents[0]]
+        for document in documents[1:]:
+            parts += [self._between, document[1:]]
+        return np.concatenate(parts)
 
 
 def why_no_tasks(files: Sequence[TokenFile], tokenizer: TextTokenizer, text_length: int) -> str | None:
