@@ -125,6 +125,7 @@ def random_model(
     """A model of random weights on a device, of the shapes that a config says. attention: its `attn_implementation`.
     The rest, and errors, as of `open_config`."""
     config = open_config(path, trust_remote_code=trust_remote_code)
+    attention = plain_attention(config) if attention == "sdpa" else attention
     given = {} if attention is None else {"attn_implementation": attention}
     with opening(path, "the config of", trust_remote_code) as code, device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **given, **code)

@@ -74,9 +74,9 @@ def estimate(
     run's precision. teacher: the model that is learned from, held beside this one where `teacher_beside`; else it is
     this one without its adapters, of which embedding and head alone are held.
     """
-    config, half = model.config, precision != "fp32"
+    config, half = model.config.get_text_config(), precision != "fp32"
     width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
-    length = sequence_length or config.trained_length
+    length = sequence_length or model.config.trained_length
     rows = batch_size * length
     layer = width * (LAYER_BYTES_16 if half else LAYER_BYTES_32)
     output = width * (OUTPUT_BYTES_16 if half else OUTPUT_BYTES_32)
@@ -91,14 +91,14 @@ def estimate(
     if not fused_attention:
         matrices = EAGER_BYTES * batch_size * config.num_attention_heads * length * (read.chunk if read else length)
     number = 2 if half else 4
-    logits_a_row = vocabulary + (teacher.config.vocab_size if teacher is not None else 0)
+    logits_a_row = vocabulary + (teacher.config.get_text_config().vocab_size if teacher is not None else 0)
     if fused_loss:
         loss = number * (piece_rows(rows, logits_a_row) * logits_a_row + (rows + vocabulary) * width)
     else:
         loss = rows * logits_a_row * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)
     if teacher is not None:
         # What it gave for its tokens, and the same at the student's positions.
-        loss += number * 2 * rows * teacher.config.hidden_size
+        loss += number * 2 * rows * teacher.config.get_text_config().hidden_size
     if checkpointing:
         # Of the layers that little is kept, and all of one of them, after the loss has let go of its logits.
         activations = rows * layers * kept + max(rows * layer + 2 * matrices, loss)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from landmark_cli.training.estimate import estimate
 from landmark_cli.training.fit import STEP_TOKENS, Fit, device_memory, fit, longest_window
@@ -58,6 +58,8 @@ def test_the_longest_window_is_what_a_model_sees(monkeypatch):
     assert longest_window(LlamaConfig(max_position_embeddings=8192), "cpu") == 2048
     assert longest_window(LlamaConfig(max_position_embeddings=512), "cpu") == 512
     assert longest_window(LlamaConfig(max_position_embeddings=1 << 17), "cuda") == STEP_TOKENS
+    mixed = Qwen2Config(max_position_embeddings=8192, sliding_window=64, use_sliding_window=True, max_window_layers=4)
+    assert {"full_attention", "sliding_attention"} == set(mixed.layer_types) and longest_window(mixed, "cuda") == 8192
     assert longest_window(MistralConfig(max_position_embeddings=8192, sliding_window=4096), "cuda") == 4096
 
 
