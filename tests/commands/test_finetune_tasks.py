@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.data import corpora
@@ -12,9 +15,10 @@ from landmark_cli.data.corpora import novels
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.options import load_recipe
+from tests.closeness import assert_close_norm
 from tests.data.test_mixing import prose
 from tests.models.families import tiny_decoder, tiny_tokenizer
-from tests.training.command import records
+from tests.training.command import environment, records
 from tests.training.tiny import write_questions
 
 # Of a tokenizer with a token a byte, tasks take windows of 1041 text tokens.
@@ -136,3 +140,21 @@ def test_a_recipe_that_an_earlier_run_saved_has_no_tasks(tmp_path):
     lines = [line for line in saved.read_text().splitlines() if not line.startswith("tasks-share")]
     (tmp_path / "earlier.yaml").write_text("\n".join(lines))
     assert load_recipe(tmp_path / "earlier.yaml", FinetuneOptions, "finetune")["tasks_share"] == 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_tasks_and_learn_as_one(tmp_path):
+    def curve(name, processes, accumulation):
+        options = LONG | {"model": "base", "data": "barges.txt", "output": tmp_path / name, "steps": 2}
+        options |= {"batch_size": 1, "accumulation": accumulation}
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "landmark_cli"]
+        command = [sys.executable, *launcher, "finetune", *arguments]
+        done = subprocess.run(command, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [records(tmp_path / name, key) for key in ("loss", "divergence", "answers_loss")]
+
+    two, one = curve("two", 2, 2), curve("one", 1, 4)
+    assert_close_norm(torch.tensor(two), torch.tensor(one))
+    made = [(tmp_path / name / "data/tasks/train.bin").read_bytes() for name in ("one", "two")]
+    assert made[0] == made[1]
