@@ -124,6 +124,18 @@ def test_documents_of_a_row_do_not_see_each_other(family):
             assert_close_norm(found[begin : begin + part.shape[1]], model(part, **alone(part)).logits[0])
 
 
+@pytest.mark.parametrize("family", ["gemma3", "cohere2", "gpt-oss"])
+@torch.no_grad()
+def test_rows_of_a_window_that_are_padded_on_the_left(family):
+    model, _ = landmark_decoder(family)
+    parts = [stream_of(texts(1, length), model) for length in (60, 37)]
+    start = torch.tensor([0, parts[0].shape[1] - parts[1].shape[1]])
+    rows = torch.cat([parts[0], torch.nn.functional.pad(parts[1], (int(start[1]), 0))])
+    found = model(rows, **window_of(model, rows.shape[1], 2, start=start)).logits
+    for row, part in enumerate(parts):
+        assert_close_norm(found[row, int(start[row]) :], model(part, **window_of(model, part.shape[1])).logits[0])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gemma3", "cohere2"])
 def test_uneven_blocks(family):
@@ -145,9 +157,17 @@ def many(family: str):
     return landmark_decoder(family, **settings)[0]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "smollm3", "cohere2", "gpt-oss"])
-@pytest.mark.parametrize("selection", ["per_token_and_head", "max_over_heads"])
-@pytest.mark.parametrize("positions", ["bounded", "absolute"])
+@pytest.mark.parametrize(
+    ("family", "selection", "positions"),
+    [
+        ("gemma3", "per_token_and_head", "bounded"),
+        ("smollm3", "per_token_and_head", "bounded"),
+        ("smollm3", "max_over_heads", "absolute"),
+        ("gemma2", "per_token_and_head", "absolute"),
+        ("cohere2", "max_over_heads", "absolute"),
+        ("gpt-oss", "max_over_heads", "bounded"),
+    ],
+)
 @torch.no_grad()
 def test_rows_of_a_batch_are_read_as_each_alone(family, selection, positions):
     model = many(family)

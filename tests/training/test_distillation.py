@@ -6,10 +6,11 @@ from torch import nn
 
 from landmark_cli.attention.window import WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, next_token_targets
+from landmark_cli.errors import LandmarkError
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.lora import LoraSettings, add_adapters
 from landmark_cli.training.distillation import Distillation, DistillationLoss
-from landmark_cli.training.teachers import Teacher, UntouchedRows, WithoutAdapters
+from landmark_cli.training.teachers import Teacher, UntouchedRows, WithoutAdapters, check_layers
 from tests.closeness import assert_close_norm
 from tests.models.families import tiny_decoder, tiny_tokenizer
 
@@ -205,3 +206,24 @@ def test_without_its_adapters_a_model_is_what_it_was_to_the_bit(tied, targets, d
     assert adapted.training and base.training and base.config._attn_implementation == "landmark"
     assert torch.equal(learned(), student_before)
     assert not torch.equal(student_before[:, : texts.shape[1], : logits.shape[-1]], logits)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss", "cohere2", "smollm3"])
+def test_a_teacher_reads_as_its_layers_do(family):
+    untouched, base = tiny_decoder(family), tiny_decoder(family)
+    rows = UntouchedRows(base)
+    add_landmarks(base, tiny_tokenizer(), landmark_freq=FREQ, trained_length=60)
+    teacher = WithoutAdapters(add_adapters(base, LoraSettings(4, 8.0)), rows)
+    texts = some_texts()
+    for each in (teacher, Teacher(tiny_decoder(family))):
+        with torch.no_grad():
+            assert torch.equal(each.logits(texts), untouched(texts).logits)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_the_gate_is_of_plain_dot_products(family):
+    config = tiny_decoder(family).config
+    with pytest.raises(LandmarkError, match="soft-caps its logits or has attention sinks: leave it out"):
+        check_layers(config, config, "self")
+    plain = tiny_decoder("gemma3").config
+    check_layers(plain, plain, "self")
