@@ -194,9 +194,12 @@ class Engine:
             row.left = row.left[size:]
             if len(row.left) == 0:
                 row.logits = part.logits[index, -1]
-                # What is not much longer than what it went on from is not worth as much memory as that again.
-                if self.memories is not None and len(row.request.ids) - row.reused >= WORTH_KEEPING * size:
-                    self.memories.keep(memory.take(self.reader, index))
+            # Others go on from the end of a chunk, and layers with a sliding window from the end of what is kept alone: so
+            # that is the end of the last whole chunk. What is not much longer than what it went on from is not worth as
+            # much memory as that again.
+            ends_here = len(text) == size > len(row.left)
+            if self.memories is not None and ends_here and len(row.request.ids) - row.reused >= WORTH_KEEPING * size:
+                self.memories.keep(memory.take(self.reader, index))
 
     def _answer(self) -> None:
         """Sample a token of every row whose prompt is read, hand it on, and read it where the row goes on."""

@@ -9,10 +9,11 @@ from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference import memory
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
+from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.serving.engine import Closing, Engine, Full
 from landmark_cli.serving.memories import PrefixMemories, beginning
 from landmark_cli.serving.request import End, Request
-from tests.models.families import tiny_tokenizer
+from tests.models.families import tiny_decoder, tiny_tokenizer
 from tests.tiny import tiny_baseline, tiny_model, tiny_text
 
 TOKENIZER = tiny_tokenizer()
@@ -43,6 +44,22 @@ def ask(engine, *prompts, tokens=4):
         return await asyncio.gather(*map(one, requests))
 
     return asyncio.run(asyncio.wait_for(all_of_it(), 120))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
+def test_a_second_question_goes_on_behind_what_it_has_in_common_with_the_first(family, tmp_path):
+    model = tiny_decoder(family)
+    add_landmarks(model, tiny_tokenizer(), landmark_freq=7, trained_length=64, top_k_blocks=2)
+    novel, questions = tiny_text(43).tolist(), [tiny_text(n, seed=n).tolist() for n in (4, 6)]
+    answers = []
+    for memories in (None, PrefixMemories(1 << 20), PrefixMemories(0, tmp_path)):
+        engine = engine_of(1, model=model, memories=memories)
+        engine.start()
+        answers.append([ask(engine, novel + question)[0] for question in questions])
+        engine.close()
+    texts = [["".join(events[:-1]) for events in way] for way in answers]
+    assert texts[0] == texts[1] == texts[2]
+    assert [[events[-1].reused for events in way] for way in answers] == [[0, 0], [0, 40], [0, 40]]
 
 
 def test_a_memory_that_is_damaged_is_not_used(tmp_path, capsys):
