@@ -194,9 +194,9 @@ class Engine:
             row.left = row.left[size:]
             if len(row.left) == 0:
                 row.logits = part.logits[index, -1]
-            # Others go on from the end of a chunk, and layers with a sliding window from the end of what is kept alone: so
-            # that is the end of the last whole chunk. What is not much longer than what it went on from is not worth as
-            # much memory as that again.
+            # Others go on from the end of a chunk, and layers with a sliding window from nowhere but the end of what is
+            # kept: so that is the end of the last whole chunk. What is not much longer than what it went on from is not
+            # worth as much memory as that again.
             ends_here = len(text) == size > len(row.left)
             if self.memories is not None and ends_here and len(row.request.ids) - row.reused >= WORTH_KEEPING * size:
                 self.memories.keep(memory.take(self.reader, index))
