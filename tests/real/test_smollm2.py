@@ -1,4 +1,5 @@
-"""A real pretrained decoder: fine-tuned for a few steps on the sample novels, reopened, read, generated with.
+"""A real pretrained decoder: it learns from itself for a few steps on the sample novels, is reopened, read, generated
+with.
 
 The model is made in data/smollm2 the first time (see smollm2.py).
 """
@@ -31,10 +32,9 @@ def pretrained():
 
 @pytest.fixture(scope="module")
 def tuned(pretrained, tmp_path_factory):
-    """The output of a short run: windows of 252 text tokens and 4 landmarks."""
+    """The output of a short run that learns from the model as it was: windows of 252 text tokens and 4 landmarks."""
     output = tmp_path_factory.mktemp("real") / "tuned"
     command = f"finetune --model {pretrained} --data sample --output {output} --device cpu --sequence-length 256"
-    command += " --teacher none"
     run(f"{command} --steps 8 --batch-size 1 --accumulation 2 --lr 2e-4 --warmup 0.2 --log-every 1 --eval-every 0")
     return output
 
@@ -68,9 +68,31 @@ def test_with_landmarks_off_it_is_the_untouched_model(pretrained, tmp_path):
 
 
 def test_a_few_steps_teach_it_what_landmarks_are(tuned):
-    losses = [json.loads(line)["loss"] for line in (tuned / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 8
-    assert sum(losses[-2:]) / 2 < losses[0] - 0.5, losses
+    records = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    divergence, text = ([record[name] for record in records] for name in ("divergence", "text_loss"))
+    assert len(divergence) == 8
+    assert sum(divergence[-2:]) / 2 < 0.6 * divergence[0], divergence
+    assert sum(text[-2:]) / 2 < text[0] - 0.5, text
+
+
+FACTS = [
+    ("One of the special magic numbers for Paris is: 4821.", "One of the special magic numbers for Paris is:", " 4821"),
+    ("The pass key is 73915. Remember it.", "What is the pass key? The pass key is", " 73915"),
+    ("The price of the red kettle is 57 pounds.", "The price of the red kettle is", " 57"),
+]
+
+
+def test_what_it_could_find_in_a_text_it_still_finds(tuned):
+    """With landmarks off: to find facts through landmarks takes some hundred steps, to forget how it was done, few."""
+    model, tokenizer = store.load(tuned, attention="sdpa", device="cpu")
+    model = model.float()
+    novel = tokenizer.decode(TokenFile.open(tuned / "data/0-sample/validation.bin").tokens[:240].astype("int64"))
+    for fact, question, answer in FACTS:
+        asked = tokenizer(f"{novel[:200]}\n{fact}\n{novel[200:]}\n\n{question}", return_tensors="pt").input_ids
+        wanted = tokenizer(answer, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(torch.cat([asked, wanted], 1)).logits[0, -wanted.shape[1] - 1 : -1]
+        assert tokenizer.decode(logits.argmax(-1)) == answer
 
 
 def test_it_opens_and_reads_rows_of_a_batch_as_it_reads_each(tuned):
