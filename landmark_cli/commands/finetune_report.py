@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.console import figure, info, table, warn
+from landmark_cli.console import counted, figure, info, table, warn
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def card_of(options: FinetuneOptions, processes: int, figures: str = "") -> Trai
         ("of the windows, tasks", f"{figure(options.tasks_share or 0.0, '.0%')}"),
         (
             "steps",
-            f"{options.steps:,}, each {windows} x {options.sequence_length} = {tokens:,} tokens, landmarks among them",
+            f"{options.steps:,}, each {windows} x {options.sequence_length} = {counted(tokens, 'token', ',')}, "
+            "landmarks among them",
         ),
         (
             "teacher",
@@ -66,7 +67,7 @@ def card_of(options: FinetuneOptions, processes: int, figures: str = "") -> Trai
         ("trained", f"{what}, highest learning rate {options.lr:g}"),
     ]
     if options.read_chunk is not None:
-        facts.append(("windows", f"read in chunks of {options.read_chunk} tokens"))
+        facts.append(("windows", f"read in chunks of {counted(options.read_chunk, 'token')}"))
     adapters = options.lora_rank is not None and not options.merge
     return Trained(options.model, not Path(options.model).is_dir(), adapters, again(), facts, figures)
 
@@ -144,7 +145,7 @@ class Report:
         (figures,), untouched, brief = found, self._untouched, self._brief
         self._loop.write({"step": self._loop.step} | fields("ruler", figures) | fields("untouched_ruler", untouched))
         columns, rows = rows_of(figures, untouched, brief.lengths)
-        title = f"RULER, {who} and the untouched one by full attention, {brief.samples} samples each"
+        title = f"RULER, {who} and the untouched one by full attention, {counted(brief.samples, 'sample')} each"
         table(columns, rows, title=title, stderr=True)
         return markdown(columns, rows, brief.samples)
 
@@ -204,7 +205,7 @@ class Report:
         finished = FinishedRows(self._output / ANSWERS)
         brief = Brief(self._tokenizer, length, samples, finished, self._options.seed)
         if not brief.lengths:
-            info(f"no report by RULER: its tasks take more than 8 times the trained length, {length} tokens")
+            info(f"no report by RULER: its tasks take more than 8 times the trained length, {counted(length, 'token')}")
             return None
         self._brief = brief
         return brief
@@ -238,8 +239,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]], samples: int
     ]
     lines = [list(columns), ["---"] * len(columns), *cells]
     about = (
-        f"Three of RULER's tasks in the shipped novels (arXiv 2404.06654), {samples} samples each: the share of what "
-        "was hidden that the answer holds, by the tokens of prompt and answer. Untouched is the base with full "
-        "attention, as far as its positions reach."
+        f"Three of RULER's tasks in the shipped novels (arXiv 2404.06654), {counted(samples, 'sample')} each: the "
+        "share of what was hidden that the answer holds, by the tokens of prompt and answer. Untouched is the base "
+        "with full attention, as far as its positions reach."
     )
     return f"{about}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -79,7 +79,7 @@ def test_a_run_ends_with_figures_beside_the_untouched_models(tmp_path, capfd, ch
     assert record["step"] == 3 and all(0 <= record[name] <= 1 for name in NAMES)
     assert "untouched_ruler_mean_540" in record and "untouched_ruler_mean_600" not in record
     shown = capfd.readouterr().err
-    assert "RULER, the trained model and the untouched one by full attention, 1 samples each" in shown
+    assert "RULER, the trained model and the untouched one by full attention, 1 sample each" in shown
     card = (output / "README.md").read_text()
     assert "# base with landmark attention" in card and "## Figures" in card and "base_model" not in card
     assert "| vt | untouched | - | 0.00 | - |" in card and "| data | barges.txt |" in card
