@@ -18,6 +18,7 @@ from landmark_cli.errors import LandmarkError, Stopped, UsageError
 from landmark_cli.evaluation.ruler import brief
 from landmark_cli.evaluation.ruler.brief import Figures, affordable_samples, lengths_of
 from landmark_cli.models import store
+from landmark_cli.models.card import Trained, model_card
 from tests.data.test_mixing import prose
 from tests.models.families import tiny_decoder
 from tests.training.command import records
@@ -180,3 +181,16 @@ def test_two_processes_wait_for_the_report_of_one(tmp_path):
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [record["step"] for record in found if "ruler_mean_2048" in record] == [2, 3]
+
+
+def test_a_card_names_a_base_of_the_hub_for_the_hub():
+    model = tiny_decoder("llama")
+    model.config.landmark_freq, model.config.top_k_blocks, model.config.trained_length = 63, 4, 512
+    made = Trained("people/base-1B", True, False, "landmark finetune --model people/base-1B", [("data", "books/")])
+    card = model_card(model, made)
+    assert card.startswith(
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: people/base-1B\n"
+    )
+    assert "# base-1B with landmark attention" in card and "    landmark finetune --model people/base-1B\n" in card
+    assert "| data | books/ |" in card and "## Figures" not in card
+    assert "How it was made" not in model_card(model) and "\nbase_model" not in model_card(model)
