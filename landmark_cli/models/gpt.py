@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from landmark_cli.attention.cache import BlockCache, Chunk
-from landmark_cli.attention.dispatch import padding_mask
+from landmark_cli.attention.masks import padding_mask
 from landmark_cli.attention.recurrent import RecurrentMemory
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotation_table, split_and_rotate
 from landmark_cli.data.landmarks import default_top_k
