@@ -216,8 +216,10 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
     """Seconds of a step of the run, and on how many that was measured."""
     import torch
 
+    from landmark_cli.models.decoders import attend_with_landmarks
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.models.pretrained import random_model
+    from landmark_cli.models.support import check_model
     from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.finetuning import dtype_of
     from landmark_cli.training.rehearsal import seconds_per_step
@@ -242,7 +244,7 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
     config = model.config
     config.landmark_freq, config.landmark_token_id = options.landmark_freq, config.vocab_size - 1
     config.trained_length = options.sequence_length if read is None else read.positions
-    model.set_attn_implementation("landmark")
+    attend_with_landmarks(model, check_model(model, config.trained_length, options.model))
     trained = add_adapters(model, adapters) if adapters else model
     if options.train == "landmarks":
         train_landmarks(model)

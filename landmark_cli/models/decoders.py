@@ -23,7 +23,7 @@ from landmark_cli.families import is_ours
 from .calls import lead_forward
 from .generation_config import settle_sampling, silence
 from .layers import keep_kinds, settle_layers
-from .support import attention_dropout, check_config, check_model
+from .support import Kinds, attention_dropout, check_config, check_model
 
 PADDING_TOKEN = "[PAD]"
 # Products with a matrix of a multiple of 64 rows run at full speed on a GPU; an aligned vocabulary stays aligned.
@@ -90,11 +90,16 @@ def add_landmarks(
     config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
     config.trained_length = trained_length
     config.top_k_blocks = top_k_blocks
-    keep_kinds(config, kinds.local, kinds.turns)
     silence(model, tokenizer)
+    attend_with_landmarks(model, kinds)
+    lead_forward(model)
+
+
+def attend_with_landmarks(model: PreTrainedModel, kinds: Kinds) -> None:
+    """Have a decoder whose config has the settings of landmarks attend with them, each layer as its kind says."""
+    keep_kinds(model.config, kinds.local, kinds.turns)
     model.set_attn_implementation("landmark")
     settle_layers(model)
-    lead_forward(model)
 
 
 def check_length(trained_length: int, limit: int | None, landmark_freq: int, name: str) -> None:

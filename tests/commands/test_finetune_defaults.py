@@ -88,3 +88,12 @@ def test_a_dry_run_measures_steps(tmp_path, capsys, monkeypatch, changes):
     run(options)
     assert "not measured: a step takes a CPU long" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gpt-oss", "smollm3", "cohere2"])
+def test_a_dry_run_measures_layers_of_several_kinds(tmp_path, capsys, family):
+    tiny_decoder(family).save_pretrained(tmp_path / family)
+    tiny_tokenizer().save_pretrained(tmp_path / family)
+    given = {"sequence_length": 64, "landmark_freq": 7, "batch_size": 1, "accumulation": 1, "steps": 7200}
+    run(FinetuneOptions(model=str(tmp_path / family), dry_run=True, device="cpu", **given))
+    assert "s a step, by 3 micro-batches; preparing text aside" in " ".join(capsys.readouterr().out.split())
