@@ -41,7 +41,7 @@ from landmark_cli.files import flush, parse_json, reading, sealed_content, targe
 from landmark_cli.inference.stored_blocks import BlockFile, Span, StoredBlocks, checksums_of, cut
 from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
-from landmark_cli.models.layers import landmark_layers
+from landmark_cli.models.layers import key_heads, landmark_layers
 from landmark_cli.models.rotary import angles_of, inverse_frequencies
 from landmark_cli.schema import check
 
@@ -336,7 +336,8 @@ def _name(layer: int, part: str) -> str:
 def require_fit(reader: BlockReader, memory: Memory) -> None:
     """Raise UsageError naming the first thing in which a memory's reader and this one differ."""
     mine, named = about(reader), f"--memory {memory.path}" if memory.path else "the memory"
-    for part in fields(About):
+    # Of another dtype the weights differ too, and would be called another model's.
+    for part in sorted(fields(About), key=lambda part: part.name != "dtype"):
         theirs, ours = getattr(memory.about, part.name), getattr(mine, part.name)
         if theirs == ours:
             continue
@@ -353,7 +354,7 @@ def require_fit(reader: BlockReader, memory: Memory) -> None:
     # What the hash of a model's weights decides cannot differ, unless somebody made the file by hand.
     blocks = memory.held_blocks.blocks
     config = reader.model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads, _ = key_heads(config, landmark_layers(config)[0])
     known = 0 <= int(memory.text.min()) <= int(memory.text.max()) < config.vocab_size
     if (len(memory.layers), blocks.shape[0]) != (config.num_hidden_layers, heads) or not known:
         raise LandmarkError(f"{named} does not fit the model that it names: read the text anew")

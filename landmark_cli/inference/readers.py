@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from landmark_cli.console import counted
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.models.layers import key_heads, landmark_layers
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,17 @@ class BaseReader(ABC):
         )
 
     def _rows(self, rows: Sequence[Tensor | Sequence[int]]) -> list[Tensor]:
-        """The rows as int64 tensors. Raises ValueError where there are more or fewer rows than the reader reads."""
+        """The rows as int64 tensors. Raises ValueError where there are more or fewer rows than the reader reads, or a
+        token that the model does not have, which a GPU would stop all of the process for."""
         if len(rows) != self.batch:
             raise ValueError(f"{counted(len(rows), 'row')} given to a reader of {self.batch}")
-        return [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        known = self.model.get_input_embeddings().weight.shape[0]
+        for row in rows:
+            if len(row) and not 0 <= int(row.min()) <= int(row.max()) < known:
+                wrong = next(token for token in row.tolist() if not 0 <= token < known)
+                raise ValueError(f"the text has the token {wrong}, and the model has tokens 0 to {known - 1}")
+        return rows
 
 
 def reader_class(model: PreTrainedModel) -> type[BaseReader]:
@@ -222,10 +230,8 @@ def trained_text_length(model: PreTrainedModel) -> int:
 
 
 def layer_token_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the keys and values of one token take in one layer."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Bytes that the keys and values of one token take in one layer, in one with landmarks if there are such."""
+    heads, head_dim = key_heads(model.config, landmark_layers(model.config)[0])
     return 2 * heads * head_dim * next(model.parameters()).dtype.itemsize
 
 

@@ -36,6 +36,14 @@ def landmark_layers(config: PreTrainedConfig) -> list[int]:
     return list(range(config.num_hidden_layers)) if layers is None else layers
 
 
+def key_heads(config: PreTrainedConfig, layer: int) -> tuple[int, int]:
+    """How many key heads a layer has, and the width of its heads. transformers refuses to say for the whole model where
+    layers differ in these (Gemma4)."""
+    own = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+    return heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+
+
 def settle_layers(model: nn.Module) -> None:
     """Tell every layer of a landmark model what its config says of it. May be called again."""
     config = model.config

@@ -18,7 +18,7 @@ from torch import nn
 from landmark_cli.attention.window import WindowSettings
 from landmark_cli.console import finite, quantity, warn
 from landmark_cli.files import append_line, read_json_lines, write_whole, writing
-from landmark_cli.models.layers import landmark_layers
+from landmark_cli.models.layers import key_heads, landmark_layers
 
 CHECKSUM = "crc32"
 
@@ -56,11 +56,10 @@ def flops_per_token(model: nn.Module, sequence_length: int, read: WindowSettings
     """Floating-point operations that training spends on one token of the stream, counted on the model's own work.
 
     6 for each weight of a linear layer, the head included (2 forward, 4 backward; 4 in all where the weight is frozen),
-    and for attention 6 x layers x heads x head_dim x sequence_length, which is half of the full square because queries
-    see earlier keys only. Landmark attention and ordinary attention are counted alike. Where windows are read chunk by
-    chunk (`read`), a query sees half a chunk and the blocks that it retrieves. A layer that keeps a sliding window sees
-    that. Work done twice (gradient checkpointing)
-    is not counted, nor is choosing blocks.
+    and for attention 6 x heads x head_dim x sequence_length in each layer, which is half of the full square because
+    queries see earlier keys only. Landmark attention and ordinary attention are counted alike. Where windows are read
+    chunk by chunk (`read`), a query sees half a chunk and the blocks that it retrieves. A layer that keeps a sliding
+    window sees that. Work done twice (gradient checkpointing) is not counted, nor is choosing blocks.
     """
     weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     head = model.get_output_embeddings()
@@ -68,13 +67,15 @@ def flops_per_token(model: nn.Module, sequence_length: int, read: WindowSettings
         weights[id(head.weight)] = head.weight
     matrices = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights.values())
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers = len(landmark_layers(config))
+    with_landmarks = landmark_layers(config)
     local = min(sequence_length, 2 * (getattr(config, "sliding_window", None) or 0))
     if read is not None:
         sequence_length = min(sequence_length, read.chunk + 2 * read.top_k * read.block_size)
-    seen = layers * sequence_length + (config.num_hidden_layers - layers) * local
-    return matrices + 6 * config.num_attention_heads * head_dim * seen
+    seen = sum(
+        key_heads(config, layer)[1] * (sequence_length if layer in with_landmarks else local)
+        for layer in range(config.num_hidden_layers)
+    )
+    return matrices + 6 * config.num_attention_heads * seen
 
 
 def peak_memory(device: torch.device) -> int:

@@ -228,7 +228,10 @@ OTHER = {
     "context_miss_cutoff": ({"context_miss_cutoff": 0.5}, "--context-miss-cutoff 0.0"),
     "landmark_freq": ({"model": tiny_model(landmark_freq=5)}, "--landmark-freq 4|another model"),
     "model": ({"model": tiny_model(seed=1)}, "was read by another model, 'GPTForCausalLM'"),
-    "dtype": ({"model": tiny_model().double()}, "another model"),
+    "dtype": (
+        {"model": tiny_model().double()},
+        "--dtype float32, and this is to be read with float64: give --dtype float32",
+    ),
 }
 
 

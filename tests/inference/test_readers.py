@@ -202,6 +202,12 @@ def test_rows_have_to_be_as_many_as_the_reader_reads(kind):
         next(reader_of(kind, batch=3).read([tiny_text(3)] * 2))
 
 
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 1 << 40])
+def test_a_token_that_the_model_does_not_have_is_named(kind, token):
+    with pytest.raises(ValueError, match=rf"the token {token}, and the model has tokens 0 to \d+$"):
+        next(iter(reader_of(kind).read([[1, token], [2, 3]])))
+
+
 def test_the_block_reader_s_earlier_name():
     from landmark_cli.inference.reader import Reader
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from landmark_cli.attention.cache import HeldText
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.attention.window import ReadingWindow, WindowSettings
@@ -14,12 +15,14 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.inference import memory
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.landmark_cache import LandmarkCache
+from landmark_cli.inference.readers import layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks
-from landmark_cli.models.layers import landmark_layers
+from landmark_cli.models.layers import key_heads, landmark_layers
 from landmark_cli.models.pretrained import open_config, plain_attention
 from landmark_cli.models.rotary import inverse_frequencies
+from landmark_cli.training.metrics import flops_per_token
 from tests.closeness import assert_close_norm
 from tests.models.families import FAMILIES, LOCAL, LONGROPE
 from tests.models.test_decoders import BLOCK, FREQ, LENGTH, landmark_decoder, texts
@@ -234,6 +237,29 @@ def test_backends_read_layers_without_positions_as_the_definition_does(backend, 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "family, settings",
+    [*((family, {}) for family in UNUSUAL), ("gemma4", {"attention_k_eq_v": True, "num_global_key_value_heads": 1})],
+)
+def test_heads_of_layers_that_differ_are_those_of_each_layer(family, settings, tmp_path):
+    model, _ = landmark_decoder(family, **settings)
+    reader = BlockReader(model, batch=2)
+    reader.expect(2 * LENGTH)
+    read_all(reader, texts(2, 2 * LENGTH))
+    held = memory.take(reader, 1)
+    for layer, of_layer in enumerate(held.layers):
+        heads, head_dim = key_heads(model.config, layer)
+        part = of_layer.keys if isinstance(of_layer, HeldText) else of_layer.landmark_keys
+        assert (part.shape[0], part.shape[2]) == (heads, head_dim)
+    # Keys and values of a token, of the blocks that are held.
+    assert held.held_blocks.blocks[:, 0, :, 0].nbytes == layer_token_bytes(model)
+    assert flops_per_token(model, 2 * LENGTH) > flops_per_token(model, LENGTH)
+    reader.save(tmp_path / "memory", row=1)
+    reader.recall(tmp_path / "memory", row=0)
+    first, second = reader.step([5, 5])
+    assert_close_norm(first, second)
+
+
 def test_of_a_library_a_window_holds_the_last_text_alone(tmp_path):
     model, _ = windows_and_nothing_else("gemma3")
     reader, more = BlockReader(model), texts(1, 9)[0]
