@@ -29,7 +29,22 @@ def attend_chunk(
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at the chunk's positions. Ages and shares are returned if traced,
     and what was dropped wherever there is a context-miss token. Computes in float32.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # Under autocast products would be in 16 bits.
+    with torch.autocast(q.device.type, enabled=False):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return _attend_chunk(q, k, v, blocks, chunk, scale, context_miss_key, traced)
+
+
+def _attend_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: LayerBlocks,
+    chunk: Chunk,
+    scale: float,
+    context_miss_key: Tensor | None,
+    traced: bool,
+) -> Read:
     out, lse = _attend_before(q, k, v, blocks, chunk, scale)
     miss = None
     if context_miss_key is not None:

@@ -105,3 +105,10 @@ def test_of_equal_scores_the_newer_blocks_is_the_better(rows, count, top_k, valu
     for shape in ((rows, count), (1, rows, 1, count)):
         found = select.newest_best(scores.clone().view(shape), top_k)
         assert torch.equal(found, expected.view(*shape[:-1], top_k))
+
+
+def test_autocast_changes_nothing():
+    _, expected, _ = read(CASES["chunks inside and across blocks"], backend="blockwise")
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found, _ = read(CASES["chunks inside and across blocks"], backend="blockwise")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
