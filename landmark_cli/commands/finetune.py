@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from landmark_cli.commands.finetune_data import open_data
 from landmark_cli.commands.finetune_plan import PLAIN, TAUGHT, adapter_settings, plan, with_defaults
 from landmark_cli.commands.finetune_report import AUTO, Report, asked_samples, card_of
+from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
     TOP_K_BLOCKS_HELP,
@@ -31,10 +32,7 @@ from landmark_cli.training.fit import CPU_WINDOW, STEP_TOKENS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
-    from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.teachers import UntouchedRows
 
 DATA, MODEL, LORA, TEACHER = "Data", "Model", "LoRA", "Teacher"
@@ -336,66 +334,6 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     return output
 
 
-def distillation(
-    options: FinetuneOptions,
-    trained: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    untouched: list[UntouchedRows],
-    begun: tuple[Accelerator, Path, str],
-) -> Distillation | None:
-    """How the run learns from its teacher, which is opened; None where it has none.
-
-    trained: the student, with adapters if it has some, and then untouched: its embedding and head as they were, where
-    the teacher is the model itself. tokenizer: the student's. begun: what `begin` gave.
-    """
-    from landmark_cli.training.distillation import Distillation
-    from landmark_cli.training.finetuning import dtype_of
-    from landmark_cli.training.setup import without_adapters
-    from landmark_cli.training.teachers import WithoutAdapters, check_layers, open_teacher
-
-    if options.teacher == "none":
-        return None
-    accelerator, _, precision = begun
-    config = without_adapters(trained).config
-    if untouched:
-        teacher = WithoutAdapters(trained, untouched[0])
-    else:
-        name = options.model if options.teacher == "self" else options.teacher
-        teacher = open_teacher(name, tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code)
-    if options.gate_weight:
-        check_layers(teacher.model.config, config, options.teacher)
-    return Distillation(
-        teacher.prepare(accelerator),
-        options.teacher,
-        config.landmark_token_id,
-        options.answer_weight,
-        options.text_weight or 0.0,
-        options.distill_temperature,
-        options.gate_weight,
-        config.landmark_freq + 1,
-    )
-
-
-def check_launch(options: FinetuneOptions, accelerator: Accelerator) -> None:
-    """Raise UsageError where the launch splits the model in a way in which the landmark's row would not be found, or a
-    teacher not be split."""
-    from accelerate import DistributedType
-
-    launches = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
-    if accelerator.distributed_type not in launches:
-        return
-    if options.train != "all":
-        raise UsageError(
-            f"--train {options.train} does not go with {launches[accelerator.distributed_type]} yet: launch without it"
-        )
-    if options.teacher != "none" and not accelerator.is_fsdp2:
-        found = "FSDP 1" if accelerator.distributed_type == DistributedType.FSDP else "DeepSpeed"
-        raise UsageError(
-            f"--teacher {options.teacher} is split among devices by FSDP 2 alone, and this launch is of {found}: set "
-            "fsdp_version: 2 for accelerate, or train on the text alone by --teacher none"
-        )
-
-
 def check(options: FinetuneOptions) -> None:
     """Raise UsageError for options that cannot go together, LandmarkError for a missing package that one needs."""
     check_documents(options)
@@ -423,27 +361,6 @@ def check_windows(options: FinetuneOptions) -> None:
     """Raise UsageError where a model could not be read with such windows, blocks and chunks."""
     if reading(options, options.landmark_freq, options.top_k_blocks) is None:
         check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
-
-
-def check_teacher(options: FinetuneOptions) -> None:
-    """Raise UsageError for options of a teacher where there is none, or that a teacher takes the place of."""
-    if options.teacher == "none":
-        given = {
-            "text-weight": options.text_weight is not None,
-            "distill-temperature": options.distill_temperature != 1,
-            "gate-weight": options.gate_weight > 0,
-        }
-        for name in (name for name, is_given in given.items() if is_given):
-            raise UsageError(f"--{name} is for a teacher, and --teacher none has none: leave one of the two out")
-    elif options.answers_only:
-        raise UsageError(
-            "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"
-        )
-    if options.gate_weight and options.read_chunk is not None:
-        raise UsageError(
-            "--gate-weight is for windows that are attended to as a whole, and --read-chunk reads them in chunks: "
-            "leave one of the two out"
-        )
 
 
 def trained_length(options: FinetuneOptions) -> int:

@@ -1,0 +1,98 @@
+"""What a fine-tuned decoder learns from besides the text: a run's teacher, opened, and where there can be none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from landmark_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from landmark_cli.commands.finetune import FinetuneOptions
+    from landmark_cli.training.distillation import Distillation
+    from landmark_cli.training.teachers import UntouchedRows
+
+
+def distillation(
+    options: FinetuneOptions,
+    trained: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    untouched: list[UntouchedRows],
+    begun: tuple[Accelerator, Path, str],
+) -> Distillation | None:
+    """How the run learns from its teacher, which is opened; None where it has none.
+
+    trained: the student, with adapters if it has some, and then untouched: its embedding and head as they were, where
+    the teacher is the model itself. tokenizer: the student's. begun: what `begin` gave.
+    """
+    from landmark_cli.training.distillation import Distillation
+    from landmark_cli.training.finetuning import dtype_of
+    from landmark_cli.training.setup import without_adapters
+    from landmark_cli.training.teachers import WithoutAdapters, check_layers, open_teacher
+
+    if options.teacher == "none":
+        return None
+    accelerator, _, precision = begun
+    config = without_adapters(trained).config
+    if untouched:
+        teacher = WithoutAdapters(trained, untouched[0])
+    else:
+        name = options.model if options.teacher == "self" else options.teacher
+        teacher = open_teacher(name, tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code)
+    if options.gate_weight:
+        check_layers(teacher.model.config, config, options.teacher)
+    return Distillation(
+        teacher.prepare(accelerator),
+        options.teacher,
+        config.landmark_token_id,
+        options.answer_weight,
+        options.text_weight or 0.0,
+        options.distill_temperature,
+        options.gate_weight,
+        config.landmark_freq + 1,
+    )
+
+
+def check_launch(options: FinetuneOptions, accelerator: Accelerator) -> None:
+    """Raise UsageError where the launch splits the model in a way in which the landmark's row would not be found, or a
+    teacher not be split."""
+    from accelerate import DistributedType
+
+    launches = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+    if accelerator.distributed_type not in launches:
+        return
+    if options.train != "all":
+        raise UsageError(
+            f"--train {options.train} does not go with {launches[accelerator.distributed_type]} yet: launch without it"
+        )
+    if options.teacher != "none" and not accelerator.is_fsdp2:
+        found = "FSDP 1" if accelerator.distributed_type == DistributedType.FSDP else "DeepSpeed"
+        raise UsageError(
+            f"--teacher {options.teacher} is split among devices by FSDP 2 alone, and this launch is of {found}: set "
+            "fsdp_version: 2 for accelerate, or train on the text alone by --teacher none"
+        )
+
+
+def check_teacher(options: FinetuneOptions) -> None:
+    """Raise UsageError for options of a teacher where there is none, or that a teacher takes the place of."""
+    if options.teacher == "none":
+        given = {
+            "text-weight": options.text_weight is not None,
+            "distill-temperature": options.distill_temperature != 1,
+            "gate-weight": options.gate_weight > 0,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"--{name} is for a teacher, and --teacher none has none: leave one of the two out")
+    elif options.answers_only:
+        raise UsageError(
+            "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"
+        )
+    if options.gate_weight and options.read_chunk is not None:
+        raise UsageError(
+            "--gate-weight is for windows that are attended to as a whole, and --read-chunk reads them in chunks: "
+            "leave one of the two out"
+        )
