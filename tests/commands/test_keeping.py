@@ -50,7 +50,7 @@ PLACES = {
         "--resume",
     ),
     "study": (
-        ["eval", "study", "table2", "--role", "landmark=runs/landmark", *DATA],
+        ["eval", "study", "STUDY", "--role", "a=runs/landmark", *DATA],
         studies,
         "run_study",
         row("rows.jsonl"),
@@ -74,6 +74,10 @@ def test_a_signal_at_another_moment_tells_how_to_go_on(
 ):
     arguments, module, function, keep, words = PLACES[name]
     output = tmp_path / "out"
+
+    study = tmp_path / "study.yaml"
+    study.write_text("study: perplexity\nroles: {a: any}\nrows: [{role: a, eval-length: 20}]")
+    arguments = [study if argument == "STUDY" else argument for argument in arguments]
 
     def end(kept):
         if kept and keep is checkpoint:
