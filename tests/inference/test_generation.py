@@ -78,8 +78,8 @@ def test_only_text_is_emitted(tokenizer, kind):
             output.logits = output.logits + wanted
             return output
 
-        def modules(self):
-            return model.modules()
+        def named_modules(self, *args, **kwargs):
+            return model.named_modules(*args, **kwargs)
 
     for temperature in (0.0, 2.0):
         result = generate(

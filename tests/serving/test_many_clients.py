@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-import httpx
+import httpx2
 
 import landmark_cli
 from landmark_cli.serving.api import Limits, Service, build_app
@@ -25,7 +25,7 @@ def alone() -> list[str]:
     return [landmark_cli.generate(MODEL, TOKENIZER, [p], sampling, reading=READING)[0].text for p in PROMPTS]
 
 
-async def ask(client: httpx.AsyncClient, number: int) -> tuple[str, str]:
+async def ask(client: httpx2.AsyncClient, number: int) -> tuple[str, str]:
     """One client's answer and why it ended; every second one has it streamed."""
     asked = {"model": "tiny", "prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": TOKENS, "temperature": 0}
     stream = number // len(PROMPTS) % 2 == 1
@@ -48,7 +48,7 @@ def test_a_hundred_clients_get_what_each_gets_alone():
     engine.start()
 
     async def all_of_them() -> list[tuple[str, str]]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tiny", timeout=120) as client:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://tiny", timeout=120) as client:
             return await asyncio.gather(*(ask(client, number) for number in range(CLIENTS)))
 
     try:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from landmark_cli.commands.train import TrainOptions, run
-from landmark_cli.errors import UsageError
+from landmark_cli.errors import Stopped, UsageError
 from landmark_cli.training.loop import Loop
 from tests.training.tiny import byte_tokenizer, write_corpus
 
@@ -57,7 +57,7 @@ def test_a_resumed_variant_ends_with_the_same_bits(corpus, tmp_path, name):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             train(corpus, tmp_path / "parts", **VARIANTS[name])
     train(corpus, tmp_path / "parts", resume=True, **VARIANTS[name])
     whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
