@@ -48,7 +48,9 @@ def test_a_hundred_clients_get_what_each_gets_alone():
     engine.start()
 
     async def all_of_them() -> list[tuple[str, str]]:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://tiny", timeout=120) as client:
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app), base_url="http://tiny", timeout=120
+        ) as client:
             return await asyncio.gather(*(ask(client, number) for number in range(CLIENTS)))
 
     try:
