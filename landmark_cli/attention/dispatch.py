@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -20,7 +19,6 @@ from .recurrent import recurrent_attention_forward
 from .window import ReadingWindow
 
 
-@dataclass(frozen=True)
 class LandmarkLayout:
     """Blocks of a forward pass where the model's even ones do not say it all; the fields are landmark_attention's.
 
@@ -30,14 +28,25 @@ class LandmarkLayout:
     Give it to any landmark model as `model(..., landmark_layout=LandmarkLayout(...))`.
     """
 
-    block_size: int | None = None
-    landmark_mask: Tensor | None = None
-    start: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    dropout_p: float = 0.0
-    dropout_seed: int | None = None
-    controlled: Tensor | None = None
-    backend: str | None = None
+    def __init__(
+        self,
+        block_size: int | None = None,
+        landmark_mask: Tensor | None = None,
+        start: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: int | Tensor | None = None,
+        controlled: Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.block_size = block_size
+        self.landmark_mask = landmark_mask
+        self.start = start
+        self.cu_seqlens = cu_seqlens
+        self.dropout_p = dropout_p
+        self.dropout_seed = dropout_seed
+        self.controlled = controlled
+        self.backend = backend
 
 
 def landmark_attention_forward(
@@ -69,6 +78,10 @@ def landmark_attention_forward(
     heads' sinks (see reference.landmark_attention). sliding_window: what a layer that keeps its window sees.
     landmark_observer: is called with the number, query, key and scaling of a layer that has landmarks. Returns
     (B, T, H, D) and None: attention weights are never formed.
+
+    Of these arguments, what is not a tensor comes to every layer as it is, and so is of a plain class: dataclasses,
+    named tuples, lists and dicts among a layer's arguments are made anew for every layer by FSDP, with their floating
+    point numbers in the precision of its weights.
 
     Raises ValueError for what would change the result and cannot be honoured: a 4-D mask, and in a layer with landmarks
     a sliding window shorter than the input (or than the positions that reading takes).

@@ -7,7 +7,7 @@ there at once, and every layer works on all of them together: this says which ch
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -54,7 +54,6 @@ class WindowSettings:
         return (self.top_k + 1) * self.block_size + self.chunk
 
 
-@dataclass(frozen=True, eq=False)
 class ReadingWindow:
     """How a batch of windows, (B, N) stream tokens, is read chunk by chunk, and where its chunks and complete blocks
     stand. Made once for all layers, by `make`; tensors lie on the model's device.
@@ -90,18 +89,34 @@ class ReadingWindow:
     blocks that are not among the k best.
     """
 
-    settings: WindowSettings
-    chunks: Tensor
-    blocks: Tensor
-    chunk_of: Tensor
-    cos: Tensor
-    sin: Tensor
-    most_earlier: int
-    even: bool
-    start: Tensor | None = None
-    one_landmark: bool = True
-    explore_seed: int | Tensor | None = None
-    own_bounds: Tensor | None = None
+    # No dataclass, for it is an argument of layers (see dispatch.landmark_attention_forward).
+    def __init__(
+        self,
+        settings: WindowSettings,
+        chunks: Tensor,
+        blocks: Tensor,
+        chunk_of: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        most_earlier: int,
+        even: bool,
+        start: Tensor | None = None,
+        one_landmark: bool = True,
+        explore_seed: int | Tensor | None = None,
+        own_bounds: Tensor | None = None,
+    ) -> None:
+        self.settings = settings
+        self.chunks = chunks
+        self.blocks = blocks
+        self.chunk_of = chunk_of
+        self.cos = cos
+        self.sin = sin
+        self.most_earlier = most_earlier
+        self.even = even
+        self.start = start
+        self.one_landmark = one_landmark
+        self.explore_seed = explore_seed
+        self.own_bounds = own_bounds
 
     @classmethod
     def make(
@@ -214,7 +229,20 @@ class ReadingWindow:
     @functools.cached_property
     def unrotated(self) -> ReadingWindow:
         """The same window for a layer without positions: every rotation is by an angle of 0."""
-        return replace(self, cos=torch.ones_like(self.cos), sin=torch.zeros_like(self.sin))
+        return ReadingWindow(
+            self.settings,
+            self.chunks,
+            self.blocks,
+            self.chunk_of,
+            torch.ones_like(self.cos),
+            torch.zeros_like(self.sin),
+            most_earlier=self.most_earlier,
+            even=self.even,
+            start=self.start,
+            one_landmark=self.one_landmark,
+            explore_seed=self.explore_seed,
+            own_bounds=self.own_bounds,
+        )
 
     @functools.cached_property
     def host_chunks(self) -> list[list[int]]:

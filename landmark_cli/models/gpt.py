@@ -99,6 +99,15 @@ class RotaryEmbedding(nn.Module):
         return cos[:, None], sin[:, None]
 
 
+class Rotation:
+    """`RotaryEmbedding`'s cos and sin, for all layers. It is no tuple, for it is an argument of layers: under FSDP they
+    would get the tables in the precision of their weights (see attention/dispatch.py)."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
+
+
 class Attention(nn.Module):
     """Self-attention; the attention itself is what transformers has registered as config._attn_implementation."""
 
@@ -112,9 +121,9 @@ class Attention(nn.Module):
         self.o_proj.adds_to_residual = True
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, **kwargs) -> Tensor:
         qkv = self.qkv_proj(x).view(*x.shape[:2], 3, self.config.n_head, self.head_dim)
-        q, k, v = split_and_rotate(qkv, *rotation)
+        q, k, v = split_and_rotate(qkv, rotation.cos, rotation.sin)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
         if self.config.context_miss_token:
             kwargs["context_miss_key"] = k[:, :, :1]
@@ -146,7 +155,7 @@ class Block(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], **kwargs) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, **kwargs) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation, **kwargs)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -224,7 +233,7 @@ class GPTModel(GPTPreTrainedModel):
         return BaseModelOutput(last_hidden_state=x[:, 1:] if self.config.context_miss_token else x)
 
     def _layers(self, x: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
-        rotation = self.rotary_emb(position_ids)
+        rotation = Rotation(*self.rotary_emb(position_ids))
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, rotation, **kwargs)

@@ -8,7 +8,7 @@ is found by trying: in one forward of a few equal tokens, keys may differ by tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -200,10 +200,11 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() / found.norm().clamp(min=1e-12) < ROTATION_TOLERANCE)
 
 
-@dataclass
 class _Seen:
-    positions: Tensor
-    layers: list[_Layer] = field(default_factory=list)
+    # No dataclass, for it is an argument of layers (see attention/dispatch.py).
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions
+        self.layers: list[_Layer] = []
 
 
 def _record(

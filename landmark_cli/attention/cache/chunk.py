@@ -8,7 +8,6 @@ the query by +d * block_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -18,7 +17,6 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-@dataclass
 class Chunk:
     """Lengths, positions and counts of the next tokens of every row. Rows of unequal length are padded on the left.
 
@@ -30,15 +28,26 @@ class Chunk:
     positions in each row's stream.
     """
 
-    width: int
-    host_lengths: list[int]
-    host_blocks: list[int]
-    host_tail: list[int]
-    retrievable: int
-    counters: Tensor
-    stream_rotation: tuple[Tensor, Tensor] | None = None
-    _moved: dict[torch.device, Chunk] = field(default_factory=dict, init=False, repr=False)
-    _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    # No dataclass, for it is an argument of layers (see dispatch.landmark_attention_forward).
+    def __init__(
+        self,
+        width: int,
+        host_lengths: list[int],
+        host_blocks: list[int],
+        host_tail: list[int],
+        retrievable: int,
+        counters: Tensor,
+        stream_rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.width = width
+        self.host_lengths = host_lengths
+        self.host_blocks = host_blocks
+        self.host_tail = host_tail
+        self.retrievable = retrievable
+        self.counters = counters
+        self.stream_rotation = stream_rotation
+        self._moved: dict[torch.device, Chunk] = {}
+        self._shared: dict[Hashable, Any] = {}
 
     @property
     def start(self) -> Tensor:
@@ -58,7 +67,7 @@ class Chunk:
             return self
         if device not in self._moved:
             rotation = self.stream_rotation and tuple(x.to(device) for x in self.stream_rotation)
-            self._moved[device] = replace(self, counters=self.counters.to(device), stream_rotation=rotation)
+            self._moved[device] = self._with(self.counters.to(device), rotation)
         return self._moved[device]
 
     def shared(self, key: Hashable, work_out: Callable[[], T]) -> T:
@@ -75,7 +84,11 @@ class Chunk:
             torch.ones_like(self.stream_rotation[0]),
             torch.zeros_like(self.stream_rotation[1]),
         )
-        return replace(self, stream_rotation=rotation)
+        return self._with(self.counters, rotation)
+
+    def _with(self, counters: Tensor, stream_rotation: tuple[Tensor, Tensor] | None) -> Chunk:
+        hosts = self.host_lengths, self.host_blocks, self.host_tail
+        return Chunk(self.width, *hosts, self.retrievable, counters, stream_rotation)
 
     @cached_property
     def position_ids(self) -> Tensor:
