@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from landmark_cli.data.landmarks import IGNORED_TARGET
+from landmark_cli.models.layers import landmark_layers
 from landmark_cli.training.gate import Gate, Sample, sample
 from landmark_cli.training.linear_distillation import distillation, linear_distillation
-from landmark_cli.training.setup import LossModel
+from landmark_cli.training.setup import LossModel, without_adapters
 from landmark_cli.training.teachers import Teacher
 
 # What a record of metrics.jsonl says of the parts.
@@ -138,6 +139,7 @@ class DistillationLoss(LossModel):
     def __init__(self, model: nn.Module, distillation: Distillation, *settings: Any) -> None:
         super().__init__(model, *settings)
         self.distillation = distillation
+        self._landmark_layers = landmark_layers(without_adapters(model).config)
 
     def forward(
         self,
@@ -162,9 +164,9 @@ class DistillationLoss(LossModel):
         weights = (text.known & known).float()
         target_weights = ratios[0] * answers + ratios[1] * known
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
-        gate = Gate(of.sample(text, input_ids, known, cu_seqlens)) if of.gate_weight else None
-        observer = None
-        if gate is not None:
+        gate = observer = None
+        if of.gate_weight:
+            gate = Gate(of.sample(text, input_ids, known, cu_seqlens), self._landmark_layers)
             observer, extra["landmark_observer"] = gate.teach, gate.ask
         if self.fused_loss and teacher.plain:
             states = text.align(teacher.states(text.tokens, text.position_ids, observer))

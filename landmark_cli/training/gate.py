@@ -12,6 +12,7 @@ windows of 8192 that is 64 / 4096 of the products of full attention, once more.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -156,16 +157,19 @@ class Gate:
     """The gate's loss of one forward pass. The teacher's layers tell it of their queries and keys (`teach`), then the
     student's (`ask`): each is what `landmark_observer` takes in a model's call.
 
-    It is no dataclass: FSDP makes copies of these where they are arguments of a layer.
+    layers: those of the student that have landmarks, which alone ask.
     """
 
-    def __init__(self, chosen: Sample) -> None:
+    def __init__(self, chosen: Sample, layers: Collection[int]) -> None:
         self.chosen = chosen
+        self.layers = layers
         self._shares: dict[int, Tensor] = {}
         self._found: dict[int, Tensor] | None = {}
 
     def teach(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> None:
-        """Of a layer of the teacher's: see `block_shares`."""
+        """Of a layer of the teacher's: see `block_shares`. Nothing where the student has no landmarks."""
+        if layer not in self.layers:
+            return
         self._shares[layer] = block_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale)
 
     def ask(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks
+from landmark_cli.training import gate as gate_module
 from landmark_cli.training.distillation import Distillation
 from landmark_cli.training.gate import SAMPLED, Gate, block_shares, divergence, outer_shares
 from landmark_cli.training.setup import checkpoint_activations
@@ -168,7 +169,7 @@ def test_the_teachers_shares_are_those_of_its_attention_weights(family):
     batch = batch_of(some_texts(), how.landmark_token_id)
     text = how.read(batch["input_ids"])
     chosen = how.sample(text, batch["input_ids"], batch["labels"] != IGNORED_TARGET, None)
-    gate = Gate(chosen)
+    gate = Gate(chosen, range(teacher.config.num_hidden_layers))
     plain = how.teacher.logits(text.tokens)
     assert torch.equal(how.teacher.logits(text.tokens, None, gate.teach), plain)
     teacher.set_attn_implementation("eager")
@@ -196,6 +197,18 @@ def test_all_else_is_the_same_to_the_bit():
     assert_close_norm(step(on, rows, how_on), (with_gate, gate_parts))
 
 
+@pytest.mark.parametrize(("family", "layers"), [("llama", [0, 1]), ("gemma3", [1]), ("ministral", [1])])
+def test_what_the_teacher_shares_out_in_a_layer_without_landmarks_is_not_worked_out(family, layers, monkeypatch):
+    shares, taught, asked = gate_module.block_shares, [], []
+    monkeypatch.setattr(gate_module, "block_shares", lambda *given: taught.append(shares(*given)) or taught[-1])
+    monkeypatch.setattr(
+        Gate, "ask", lambda self, layer, *given, ask=Gate.ask: asked.append(layer) or ask(self, layer, *given)
+    )
+    loss, _, how = gated(family)
+    assert step(loss, [batch_of(some_texts(), how.landmark_token_id)], how)[1][3] > 0
+    assert asked == layers and len(taught) == len(layers)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt-neox"])
 def test_computed_again_its_gradient_is_the_same(family):
     gradients = []
@@ -215,7 +228,7 @@ def test_under_autocast_its_products_are_not_in_half_precision():
         loss, _, how = gated()
         batch = batch_of(some_texts(), how.landmark_token_id)
         # Queries and keys in float32 all the same: only what is made of them is in question.
-        gate = Gate(how.sample(how.read(batch["input_ids"]), batch["input_ids"], batch["labels"] != -100, None))
+        gate = Gate(how.sample(how.read(batch["input_ids"]), batch["input_ids"], batch["labels"] != -100, None), [0])
         tokens = batch["input_ids"].shape[1]
         q, k = torch.randn(2, 2, 4, tokens, 8, generator=torch.Generator().manual_seed(0))
         gate.teach(0, q, k, None)
