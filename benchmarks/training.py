@@ -49,7 +49,7 @@ from landmark_cli.console import info
 from landmark_cli.data.batches import Batches
 from landmark_cli.data.windows import Windows
 from landmark_cli.inference.graphs import CudaGraph
-from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM, Rotation
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 from landmark_cli.training.loop import Loop, LoopSettings
 from landmark_cli.training.metrics import peak_flops
@@ -294,7 +294,8 @@ class Bench:
             block, config = model.model.layers[0], model.config
             half = torch.bfloat16 if PRECISION == "bf16" else torch.float32
             x = torch.randn(*rows, config.n_embd, device=DEVICE, dtype=half, requires_grad=True)
-            rotation = tuple(t.detach() for t in model.model.rotary_emb(torch.arange(case.length, device=DEVICE)[None]))
+            positions = torch.arange(case.length, device=DEVICE)[None]
+            rotation = Rotation(*(t.detach() for t in model.model.rotary_emb(positions)))
             labels = torch.randint(END, rows, device=DEVICE)
             heads = config.n_head, config.n_embd // config.n_head
             q, k, v = (
