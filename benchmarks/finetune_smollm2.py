@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M with landmarks for some minutes on one machine, and read long texts with it.
 
-    python tests/real/smollm2.py data/smollm2
+    python -m tests.real.smollm2 data/smollm2
     python benchmarks/finetune_smollm2.py --model data/smollm2 --data NOVELS --minutes 5 --name finetune-smollm2-MACHINE
 
 NOVELS holds text files in folders train/ and validation/, or token files made with the model's tokenizer. Everything is
