@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.finetune_data import open_data
 from landmark_cli.commands.finetune_plan import PLAIN, TAUGHT, adapter_settings, plan, with_defaults
-from landmark_cli.commands.finetune_report import AUTO, Report, asked_samples, card_of
+from landmark_cli.commands.finetune_report import AUTO, Report, card_of, check_report
 from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
@@ -341,11 +341,7 @@ def check(options: FinetuneOptions) -> None:
         check_windows(options)
     check_weights(options)
     check_teacher(options)
-    samples = asked_samples(options.eval_ruler)
-    if samples:
-        import_extra("wonderwords", "ruler")
-    if samples == 0 and options.eval_ruler_every:
-        raise UsageError("--eval-ruler-every asks what --eval-ruler leaves out: leave one of the two out")
+    check_report(options)
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:
         raise UsageError(f"--{given[0].replace('_', '-')} is for adapters: give --lora-rank too")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.console import counted, figure, info, table, warn
-from landmark_cli.errors import LandmarkError, Stopped, UsageError
+from landmark_cli.errors import LandmarkError, Stopped, UsageError, import_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +39,15 @@ def asked_samples(value: str) -> int | None:
     if not value.isascii() or not value.isdigit() or int(value) > 10_000:
         raise UsageError(f"--eval-ruler {value}: give a number of samples up to 10000, {AUTO}, or {NONE}")
     return int(value)
+
+
+def check_report(options: FinetuneOptions) -> None:
+    """Raise UsageError for what cannot be asked, LandmarkError where a package is missing for what is asked for."""
+    samples = asked_samples(options.eval_ruler)
+    if samples:
+        import_extra("wonderwords", "ruler")
+    if samples == 0 and options.eval_ruler_every:
+        raise UsageError("--eval-ruler-every asks what --eval-ruler leaves out: leave one of the two out")
 
 
 def card_of(options: FinetuneOptions, processes: int, figures: str = "") -> Trained:

@@ -162,7 +162,7 @@ class BaseReader(ABC):
         if len(rows) != self.batch:
             raise ValueError(f"{counted(len(rows), 'row')} given to a reader of {self.batch}")
         rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-        known = self.model.get_input_embeddings().weight.shape[0]
+        known = self.model.config.get_text_config().vocab_size
         for row in rows:
             if len(row) and not 0 <= int(row.min()) <= int(row.max()) < known:
                 wrong = next(token for token in row.tolist() if not 0 <= token < known)
