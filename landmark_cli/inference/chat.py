@@ -43,18 +43,27 @@ class ChatTemplate:
 
         Raises LandmarkError where the template fails, takes longer than SECONDS or more than MEMORY.
         """
+        # A child that ended may have been ended by somebody else, such as a system that is short of memory: a template
+        # is to blame where the next one ends too.
+        answer = self._ask(messages, options) or self._ask(messages, options)
+        if answer is None:
+            raise self._failed(f"it took more than {MEMORY >> 30} GB of memory, or wrote without end")
+        if "failure" in answer:
+            raise self._failed(answer["failure"])
+        return answer["text"]
+
+    def _ask(self, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, str] | None:
+        """What the child process answers, or None where it ended. LandmarkError where it takes longer than SECONDS."""
         if self._pipe is None:
             self._start()
         try:
             self._pipe.send((messages, options))
             if not self._pipe.poll(SECONDS):
                 raise self._failed(f"it ran for more than {SECONDS} s")
-            answer = json.loads(self._pipe.recv_bytes(LONGEST_CHAT))
+            return json.loads(self._pipe.recv_bytes(LONGEST_CHAT))
         except (OSError, EOFError):
-            raise self._failed(f"it took more than {MEMORY >> 30} GB of memory, or wrote without end") from None
-        if "failure" in answer:
-            raise self._failed(answer["failure"])
-        return answer["text"]
+            self.close()
+            return None
 
     def close(self) -> None:
         """End the child process. A later `render` starts another."""

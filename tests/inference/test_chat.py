@@ -1,6 +1,8 @@
 """Chat templates that come from anywhere: text, or one line that says why not, in time and in bounded memory."""
 
 import contextlib
+import os
+import signal
 import time
 
 import psutil
@@ -69,3 +71,11 @@ def test_after_a_bad_one_a_good_one_renders(tokenizer):
     tokenizer.chat_template = GOOD
     assert template.render(MESSAGES).startswith("<user>")
     template.close()
+
+
+def test_a_child_that_somebody_else_ended_is_followed_by_another(tokenizer):
+    tokenizer.chat_template = GOOD
+    with contextlib.closing(ChatTemplate(tokenizer)) as template:
+        said = template.render(MESSAGES)
+        os.kill(template._child, signal.SIGKILL)
+        assert template.render(MESSAGES) == said
