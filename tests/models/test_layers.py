@@ -30,6 +30,9 @@ from tests.models.test_decoders import BLOCK, FREQ, LENGTH, landmark_decoder, te
 WITH_WINDOWS = [name for name, (_, settings) in FAMILIES.items() if LOCAL.items() <= settings.items()]
 # And those whose layers with landmarks differ from Llama's.
 UNUSUAL = [*WITH_WINDOWS, "smollm3", "cohere", "glm"]
+# Of a row's size, what is rounding in tiny models that make it larger: one forward of Gemma 4 in float32 is forty times
+# as far from float64 as one of Gemma 3, 2e-5.
+SENSITIVE = {"gemma4": 2e-4}
 # A layer of each kind that there is, in an order that none of the families above has.
 MANY = {"num_hidden_layers": 4, "layer_types": [*["sliding_attention", "full_attention"] * 2]}
 
@@ -78,11 +81,13 @@ def test_to_a_layer_with_a_window_the_stream_is_its_text(family):
     gradients = torch.autograd.grad(expected.square().sum(), same)
     for given in ({}, window_of(model, stream.shape[1], 2)):
         found = model(stream, **given).logits[:, text]
-        assert_close_norm(found, expected)
-        assert_close_norm(torch.autograd.grad(found.square().sum(), weights), gradients)
+        assert_close_norm(found, expected, within=SENSITIVE.get(family))
+        assert_close_norm(torch.autograd.grad(found.square().sum(), weights), gradients, within=SENSITIVE.get(family))
     with torch.no_grad():
         for chunk in (1, 5, 20):
-            assert_close_norm(read_all(BlockReader(model, chunk=chunk, batch=2), list(ids)), expected)
+            assert_close_norm(
+                read_all(BlockReader(model, chunk=chunk, batch=2), list(ids)), expected, within=SENSITIVE.get(family)
+            )
 
 
 @pytest.mark.parametrize("family", WITH_WINDOWS)
@@ -93,7 +98,7 @@ def test_a_landmark_stands_where_the_next_text_token_does(family):
     found = model(stream_of(ids, model)).logits
     for block in range(4):
         begun = torch.cat([ids[:, : (block + 1) * FREQ], landmark], 1)
-        assert_close_norm(found[:, block * BLOCK + FREQ], plain(begun).logits[:, -1])
+        assert_close_norm(found[:, block * BLOCK + FREQ], plain(begun).logits[:, -1], within=SENSITIVE.get(family))
 
 
 @pytest.mark.parametrize("family", UNUSUAL)
@@ -104,7 +109,11 @@ def test_a_window_of_training_is_read_as_a_reader_reads(family):
     stream = stream_of(ids, model)
     text = ~landmark_positions(stream.shape[1], BLOCK)
     found = model(stream, **window_of(model, stream.shape[1], 2)).logits[:, text]
-    assert_close_norm(found, read_all(BlockReader(model, top_k_blocks=2, chunk=2 * FREQ, batch=2), list(ids)))
+    assert_close_norm(
+        found,
+        read_all(BlockReader(model, top_k_blocks=2, chunk=2 * FREQ, batch=2), list(ids)),
+        within=SENSITIVE.get(family),
+    )
 
 
 @pytest.mark.parametrize("family", UNUSUAL)
@@ -124,7 +133,9 @@ def test_documents_of_a_row_do_not_see_each_other(family):
     ):
         found = model(rows, **given).logits.flatten(0, 1)
         for begin, part in zip(bounds.tolist(), order, strict=False):
-            assert_close_norm(found[begin : begin + part.shape[1]], model(part, **alone(part)).logits[0])
+            assert_close_norm(
+                found[begin : begin + part.shape[1]], model(part, **alone(part)).logits[0], within=SENSITIVE.get(family)
+            )
 
 
 @pytest.mark.parametrize("family", ["gemma3", "cohere2", "gpt-oss"])
@@ -136,7 +147,11 @@ def test_rows_of_a_window_that_are_padded_on_the_left(family):
     rows = torch.cat([parts[0], torch.nn.functional.pad(parts[1], (int(start[1]), 0))])
     found = model(rows, **window_of(model, rows.shape[1], 2, start=start)).logits
     for row, part in enumerate(parts):
-        assert_close_norm(found[row, int(start[row]) :], model(part, **window_of(model, part.shape[1])).logits[0])
+        assert_close_norm(
+            found[row, int(start[row]) :],
+            model(part, **window_of(model, part.shape[1])).logits[0],
+            within=SENSITIVE.get(family),
+        )
 
 
 @torch.no_grad()
@@ -146,12 +161,12 @@ def test_uneven_blocks(family):
     ids = stream_of(texts(2, 40), model)
     mask = ids == model.config.landmark_token_id
     found = model(ids, landmark_layout=LandmarkLayout(landmark_mask=mask)).logits
-    assert_close_norm(found, model(ids).logits)
+    assert_close_norm(found, model(ids).logits, within=SENSITIVE.get(family))
     # Behind three tokens of padding, with a landmark among them that is none.
     padded = torch.cat([ids[:, FREQ - 2 : BLOCK], ids], 1)
     mask = padded == model.config.landmark_token_id
     layout = LandmarkLayout(landmark_mask=mask, start=torch.tensor([3, 3]))
-    assert_close_norm(model(padded, landmark_layout=layout).logits[:, 3:], found)
+    assert_close_norm(model(padded, landmark_layout=layout).logits[:, 3:], found, within=SENSITIVE.get(family))
 
 
 def many(family: str):
@@ -181,9 +196,9 @@ def test_rows_of_a_batch_are_read_as_each_alone(family, selection, positions):
     last = reader.step([5, None, 7])
     for row, ids in enumerate(rows):
         alone = BlockReader(model, **settings)
-        assert_close_norm(torch.cat(parts[row::3]), read_all(alone, [ids])[0])
+        assert_close_norm(torch.cat(parts[row::3]), read_all(alone, [ids])[0], within=SENSITIVE.get(family))
         if row != 1:
-            assert_close_norm(last[row], alone.step([[5, None, 7][row]])[0])
+            assert_close_norm(last[row], alone.step([[5, None, 7][row]])[0], within=SENSITIVE.get(family))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "smollm3", "cohere2", "gpt-oss"])
@@ -203,26 +218,28 @@ def test_what_was_read_is_kept_copied_and_gone_on_from(family, tmp_path):
     for held, written in zip(memory.take(other).layers, stored, strict=True):
         for part, other_part in zip(held, written, strict=True):
             assert torch.equal(part, other_part if isinstance(other_part, torch.Tensor) else other_part.whole())
-    assert_close_norm(read_all(other, [more]), expected)
+    assert_close_norm(read_all(other, [more]), expected, within=SENSITIVE.get(family))
     other.recall(tmp_path / "memory")
-    assert_close_norm(read_all(other, [more]), expected)
+    assert_close_norm(read_all(other, [more]), expected, within=SENSITIVE.get(family))
 
     other.reset()
-    assert_close_norm(read_all(other, [more]), read_all(BlockReader(model, chunk=11), [more]))
+    assert_close_norm(
+        read_all(other, [more]), read_all(BlockReader(model, chunk=11), [more]), within=SENSITIVE.get(family)
+    )
 
     reader.cache = reader.forward.cache = copied
-    assert_close_norm(read_all(reader, [more]), expected)
+    assert_close_norm(read_all(reader, [more]), expected, within=SENSITIVE.get(family))
 
     # Beams: rows become others, fewer and more.
     beams = BlockReader(model, chunk=11, batch=2)
     read_all(beams, [more, ids])
     beams.take([1, 1, 0])
-    assert_close_norm(read_all(beams, [more, [], []])[0], expected[0])
+    assert_close_norm(read_all(beams, [more, [], []])[0], expected[0], within=SENSITIVE.get(family))
     beams.take([2, 1, 2])
     beams.forget(2)
     found = read_all(beams, [[], more, more])
-    assert_close_norm(found[1], expected[0])
-    assert_close_norm(found[2], read_all(BlockReader(model, chunk=11), [more])[0])
+    assert_close_norm(found[1], expected[0], within=SENSITIVE.get(family))
+    assert_close_norm(found[2], read_all(BlockReader(model, chunk=11), [more])[0], within=SENSITIVE.get(family))
 
 
 @pytest.mark.parametrize("backend", ["triton", "blockwise"])
@@ -257,7 +274,7 @@ def test_heads_of_layers_that_differ_are_those_of_each_layer(family, settings, t
     reader.save(tmp_path / "memory", row=1)
     reader.recall(tmp_path / "memory", row=0)
     first, second = reader.step([5, 5])
-    assert_close_norm(first, second)
+    assert_close_norm(first, second, within=SENSITIVE.get(family))
 
 
 def test_of_a_library_a_window_holds_the_last_text_alone(tmp_path):
