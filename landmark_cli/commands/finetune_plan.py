@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
 from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_options import loop_settings, reading
 from landmark_cli.console import info, quantity, warn
@@ -220,7 +221,6 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.models.pretrained import random_model
     from landmark_cli.models.support import check_model
-    from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.finetuning import dtype_of
     from landmark_cli.training.rehearsal import seconds_per_step
     from landmark_cli.training.runs import resolve_precision
@@ -255,18 +255,8 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
         if adapters and options.teacher == "self":
             teacher: Teacher = WithoutAdapters(trained, untouched)
         else:
-            name = options.model if options.teacher == "self" else options.teacher
-            teacher = Teacher(random_model(name, attention=ATTENTION, dtype=half, **opening))
-        distilled = Distillation(
-            teacher.prepare(accelerator),
-            options.teacher,
-            config.landmark_token_id,
-            options.answer_weight,
-            options.text_weight or 0.0,
-            options.distill_temperature,
-            options.gate_weight,
-            config.landmark_freq + 1,
-        )
+            teacher = Teacher(random_model(teachers_name(options), attention=ATTENTION, dtype=half, **opening))
+        distilled = distilled_from(teacher.prepare(accelerator), options, config)
     with tempfile.TemporaryDirectory() as directory:
         settings = loop_settings(options, Path(directory), precision, options.sequence_length, read=read)
         return seconds_per_step(accelerator, trained, config, settings, distilled, MEASURED_STEPS)

@@ -10,11 +10,11 @@ from landmark_cli.errors import UsageError
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from landmark_cli.commands.finetune import FinetuneOptions
     from landmark_cli.training.distillation import Distillation
-    from landmark_cli.training.teachers import UntouchedRows
+    from landmark_cli.training.teachers import Teacher, UntouchedRows
 
 
 def distillation(
@@ -29,7 +29,6 @@ def distillation(
     trained: the student, with adapters if it has some, and then untouched: its embedding and head as they were, where
     the teacher is the model itself. tokenizer: the student's. begun: what `begin` gave.
     """
-    from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.finetuning import dtype_of
     from landmark_cli.training.setup import without_adapters
     from landmark_cli.training.teachers import WithoutAdapters, check_layers, open_teacher
@@ -41,12 +40,26 @@ def distillation(
     if untouched:
         teacher = WithoutAdapters(trained, untouched[0])
     else:
-        name = options.model if options.teacher == "self" else options.teacher
-        teacher = open_teacher(name, tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code)
+        teacher = open_teacher(
+            teachers_name(options), tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code
+        )
     if options.gate_weight:
         check_layers(teacher.model.config, config, options.teacher)
+    return distilled_from(teacher.prepare(accelerator), options, config)
+
+
+def teachers_name(options: FinetuneOptions) -> str:
+    """The directory or hub id of the teacher, where it is a model of its own."""
+    return options.model if options.teacher == "self" else options.teacher
+
+
+def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTrainedConfig) -> Distillation:
+    """How the options have a student learn from a teacher, which is ready to be asked. config: the student's, with
+    landmarks."""
+    from landmark_cli.training.distillation import Distillation
+
     return Distillation(
-        teacher.prepare(accelerator),
+        teacher,
         options.teacher,
         config.landmark_token_id,
         options.answer_weight,

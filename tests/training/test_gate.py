@@ -12,7 +12,7 @@ from landmark_cli.training.distillation import Distillation
 from landmark_cli.training.gate import SAMPLED, Gate, block_shares, divergence, outer_shares
 from landmark_cli.training.setup import checkpoint_activations
 from tests.closeness import assert_close_norm
-from tests.training.test_distillation import FAMILIES, batch_of, pair, some_texts, step
+from tests.training.test_distillation import FAMILIES, assert_compiled_it_is_the_same, batch_of, pair, some_texts, step
 
 FREQ, LANDMARK = 4, 999
 
@@ -244,9 +244,4 @@ def test_compiled_it_is_the_same(again):
     loss, _, how = gated()
     if again:
         checkpoint_activations(loss.wrapped)
-    batch = batch_of(some_texts(), how.landmark_token_id, [(0, 3)])
-    compiled = torch.compile(loss, backend="aot_eager", dynamic=False)
-    losses = [step(which, [batch], how)[0] for which in (loss, compiled)]
-    assert_close_norm(*(x.detach() for x in losses))
-    trained = list(loss.parameters())
-    assert_close_norm(*(torch.autograd.grad(x, trained, allow_unused=True) for x in losses))
+    assert_compiled_it_is_the_same(loss, how)
