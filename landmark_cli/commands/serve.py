@@ -98,7 +98,7 @@ def run(options: ServeOptions) -> int:
 
         template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         if template is not None:
-            # Its process is forked before there are threads.
+            # Its process is there before the first request waits for it, and a bad template is told of now.
             template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
         keeps = options.memory_budget > 0 or options.memory_dir is not None
         memories = PrefixMemories(int(options.memory_budget * GIB), options.memory_dir) if keeps else None

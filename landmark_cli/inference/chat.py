@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import resource
-import signal
-import warnings
+import pickle
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,23 @@ from landmark_cli.files import reason
 SECONDS = 5
 MEMORY = 1 << 30
 LONGEST_CHAT = 64 << 20
+# What a fresh interpreter needs, on a busy machine, to be there with a large tokenizer.
+START_SECONDS = 120
+CHILD = Path(__file__).with_name("template_process.py")
 
 
 class ChatTemplate:
     """A tokenizer's chat template, ready to turn messages into text.
 
-    The child process is forked with the first chat and serves all chats; `close` and the end of this process end it.
+    The child process is started with the first chat and serves all chats; `close` and the end of this process end it.
+    The template is the one that the tokenizer has at that time.
+    It is a fresh interpreter, which takes about a second to start: a fork of a process that has threads and native
+    libraries may crash in them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._child = 0
+        self._child: subprocess.Popen | None = None
         self._pipe: Connection | None = None
 
     def render(self, messages: list[dict[str, str]], **options: Any) -> str:
@@ -49,7 +54,7 @@ class ChatTemplate:
         if answer is None:
             raise self._failed(f"it took more than {MEMORY >> 30} GB of memory, or wrote without end")
         if "failure" in answer:
-            raise self._failed(answer["failure"])
+            raise self._error(answer["failure"])
         return answer["text"]
 
     def _ask(self, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, str] | None:
@@ -67,57 +72,49 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the child process. A later `render` starts another."""
-        if self._pipe is not None:
+        if self._child is not None:
             self._pipe.close()
-            os.kill(self._child, signal.SIGKILL)
-            os.waitpid(self._child, 0)
-            self._pipe = None
+            self._child.kill()
+            self._child.wait()
+            self._child = self._pipe = None
 
     def _start(self) -> None:
+        try:
+            tokenizer = pickle.dumps(self._tokenizer)
+        except Exception as error:
+            raise self._error(f"its tokenizer cannot be handed to another process ({reason(error)})") from None
         ours, theirs = multiprocessing.Pipe()
-        with warnings.catch_warnings():
-            # Newer Pythons warn of forks beside threads; this child takes no lock that a thread may hold.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._child = os.fork()
-        if self._child == 0:
-            try:
-                ours.close()
-                _serve(self._tokenizer, theirs)
-            finally:
-                os._exit(1)
-        theirs.close()
+        given = json.dumps([[str(path) for path in sys.path], theirs.fileno(), MEMORY, SECONDS])
+        try:
+            # Isolated, since its path is this process's own. In a session of its own: a terminal's Ctrl-C is for us.
+            self._child = subprocess.Popen(
+                [sys.executable, "-I", str(CHILD), given],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            ours.close()
+            raise self._error(f"no process could be started for it ({reason(error)})") from None
+        finally:
+            theirs.close()
         self._pipe = ours
+        try:
+            ours.send_bytes(tokenizer)
+            if not ours.poll(START_SECONDS):
+                raise self._failed(f"its process was not there after {START_SECONDS} s")
+            answer = json.loads(ours.recv_bytes())
+        except (OSError, EOFError):
+            raise self._failed("its process ended at once") from None
+        if "failure" in answer:
+            raise self._failed(f"its process cannot open the tokenizer: {answer['failure']}")
 
     def _failed(self, why: str) -> LandmarkError:
         self.close()
+        return self._error(why)
+
+    def _error(self, why: str) -> LandmarkError:
         name = self._tokenizer.name_or_path
         return LandmarkError(f"the chat template of {name} cannot be used: {why}; give the prompt without it")
-
-
-def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection) -> None:
-    """The child process: turn chats into text until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _limit_memory()
-    while True:
-        try:
-            messages, options = pipe.recv()
-        except EOFError:
-            return
-        # For when nobody is left to stop this process.
-        signal.alarm(2 * SECONDS)
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            answer = {"text": text.encode("utf-8").decode("utf-8")}
-        except Exception as error:
-            answer = {"failure": reason(error)}
-        pipe.send_bytes(json.dumps(answer).encode())
-        signal.alarm(0)
-
-
-def _limit_memory() -> None:
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        allowed = used + MEMORY if hard == resource.RLIM_INFINITY else min(used + MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
