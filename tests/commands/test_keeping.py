@@ -15,7 +15,7 @@ import landmark_cli.data.prepare
 from landmark_cli.evaluation import studies
 from landmark_cli.evaluation.studies import FinishedRows
 
-TINY = ["--sequence-length", "36", "--steps", "1", "--batch-size", "1", "--device", "cpu"]
+TINY = ["--sequence-length", "36", "--steps", "1", "--batch-size", "1", "--accumulation", "1", "--device", "cpu"]
 DATA = ["--data", "data/mine"]
 
 

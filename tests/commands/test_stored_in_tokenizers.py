@@ -74,7 +74,20 @@ def test_finetune(landmark, workplace, tmp_path):
         byte_tokenizer(**stored).save_pretrained(base)
         (workplace / "stored.txt").write_text(TEXT)
         AcceleratorState._reset_state(reset_partial_state=True)
-        arguments = ["--sequence-length", 32, "--landmark-freq", 7, "--steps", 1, "--batch-size", 2, "--device", "cpu"]
+        arguments = [
+            "--sequence-length",
+            32,
+            "--landmark-freq",
+            7,
+            "--steps",
+            1,
+            "--batch-size",
+            2,
+            "--device",
+            "cpu",
+            "--accumulation",
+            1,
+        ]
         output = tmp_path / f"{base.name}-landmark"
         result = landmark(
             "finetune", "--model", base, "--data", "stored.txt", "--output", output, "--validation-share", 0, *arguments

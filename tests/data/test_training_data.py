@@ -24,7 +24,14 @@ from landmark_cli.models.gpt import GPTConfig
 from tests.models.families import tiny_decoder, tiny_tokenizer
 from tests.training.tiny import write_corpus
 
-SHORT = {"sequence_length": 32, "landmark_freq": 7, "steps": 1, "device": "cpu", "output": Path("run")}
+SHORT = {
+    "sequence_length": 32,
+    "landmark_freq": 7,
+    "steps": 1,
+    "accumulation": 1,
+    "device": "cpu",
+    "output": Path("run"),
+}
 
 
 @pytest.fixture(scope="module")
