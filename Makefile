@@ -29,7 +29,9 @@ OLDEST := $(VENV)/oldest
 VERSION := $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)",/\1/p' pyproject.toml)
 test-versions: $(OLDEST)/$(VERSION)
 	PYTHONPATH=$(CURDIR)/$(OLDEST):$(CURDIR) OMP_NUM_THREADS=1 LANDMARK_TRANSFORMERS=$(VERSION) \
-	  $(BIN)/python -m pytest -p no:cacheprovider -n 2 tests/inference/test_calls.py \
+	  $(BIN)/python -m pytest -p no:cacheprovider -m "not slow and not gpu and not gemma3" -n 2 \
+	  tests/inference/test_calls.py tests/models/test_layers.py tests/models/test_decoders.py \
+	  tests/training/test_distillation.py tests/models/test_pretrained.py::test_a_soft_cap_is_never_left_out \
 	  tests/test_registration.py::test_transformers_knows_our_models
 
 $(OLDEST)/$(VERSION): $(INSTALLED)

@@ -41,7 +41,12 @@ def key_heads(config: PreTrainedConfig, layer: int) -> tuple[int, int]:
     layers differ in these (Gemma4)."""
     own = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
     heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-    return heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    if own is config and getattr(config, "global_head_dim", None) and config.layer_types[layer] == "full_attention":
+        # Gemma4's config in transformers that knows nothing of layers that differ yet.
+        shared = getattr(config, "num_global_key_value_heads", None) if config.attention_k_eq_v else None
+        return shared or heads, config.global_head_dim
+    return heads, head_dim
 
 
 def settle_layers(model: nn.Module) -> None:

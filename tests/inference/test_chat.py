@@ -3,7 +3,6 @@
 import contextlib
 import os
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -90,8 +89,6 @@ def test_the_process_has_nothing_of_this_ones_but_its_tokenizer(tokenizer):
         child, here = psutil.Process(template._child.pid), psutil.Process()
         assert child.exe() == here.exe() and child.cmdline() != here.cmdline()
         assert not child.open_files() and os.getsid(child.pid) == child.pid
-        libraries = {Path(mapped.path).name for mapped in child.memory_maps()}
-    assert not any(name.startswith("libtorch") for name in libraries)
 
 
 class Elsewhere:

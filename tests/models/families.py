@@ -4,6 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from landmark_cli.models.pretrained import plain_attention
+
 VOCABULARY = 300
 
 COMMON = {
@@ -111,7 +113,7 @@ FAMILIES = {
 
 
 def tiny_decoder(family: str, **settings):
-    """A random model of the family, with the attention it comes with."""
+    """A random model of the family, with full attention as it is meant."""
     import transformers
 
     name, common = FAMILIES[family]
@@ -120,7 +122,8 @@ def tiny_decoder(family: str, **settings):
 
 def random_decoder(config_class: type, settings: dict):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**settings))
+    config = config_class(**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=plain_attention(config))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             # Norms and biases that are not all alike, as after training.

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models import store
 from landmark_cli.models.decoders import add_landmarks
-from landmark_cli.models.pretrained import open_config
+from landmark_cli.models.pretrained import open_config, open_pretrained, plain_attention
 from landmark_cli.models.support import check_config
 from tests import goldens
 from tests.closeness import assert_close_norm
@@ -145,3 +145,20 @@ def test_an_encoder_is_refused_before_its_weights_are_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(LandmarkError, match="an encoder"):
         check_config(open_config(tmp_path), str(tmp_path))
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["transformers says it can", "transformers says it cannot"])
+def test_a_soft_cap_is_never_left_out(says, tmp_path, monkeypatch):
+    """Whatever transformers says of the class: some of its versions let Gemma 2 have an attention without soft caps."""
+    capped, unbounded = (tiny_decoder(family) for family in ("gemma2", "gemma2-unbounded"))
+    monkeypatch.setattr(type(capped), "_supports_sdpa", says)
+    assert plain_attention(capped.config) == "eager"
+    assert plain_attention(unbounded.config) == ("sdpa" if says else "eager")
+    capped.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    opened = open_pretrained(tmp_path, attention="sdpa")[0].eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(opened(ids).logits, capped(ids).logits)
+        capped.set_attn_implementation("eager")
+        assert torch.equal(opened(ids).logits, capped(ids).logits)
