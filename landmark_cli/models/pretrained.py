@@ -78,7 +78,7 @@ def open_pretrained(
 def plain_attention(config: PreTrainedConfig) -> str:
     """transformers' `attn_implementation` for full attention: "sdpa", or "eager" for models that it does not serve."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    # transformers before 5.21 lets Gemma 2 have sdpa, which leaves the soft cap of its logits out without a word.
+    # transformers before 5.21 lets sdpa serve models with soft-capped logits, and leaves the cap out without a word.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "eager" if capped or getattr(model, "_supports_sdpa", True) is False else "sdpa"
 
