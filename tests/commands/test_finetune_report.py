@@ -73,7 +73,9 @@ NAMES = [f"ruler_{task}_{length}" for task in (*brief.TASKS, "mean") for length 
 
 
 @pytest.mark.usefixtures("short_lengths")
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="whole"), pytest.param({"lora_rank": 2}, id="adapters", marks=pytest.mark.slow)]
+)
 def test_a_run_ends_with_figures_beside_the_untouched_models(tmp_path, capfd, changes):
     output = finetune(tmp_path / "run", **changes)
     (record,) = (r for line in (output / "metrics.jsonl").open() if "ruler_mean_540" in (r := json.loads(line)))

@@ -93,7 +93,9 @@ def test_another_model_teaches_what_it_knows(tmp_path, changes):
     assert_close_norm(torch.tensor(records(to_other)), torch.tensor(records(to_other, "divergence")))
 
 
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="whole", marks=pytest.mark.slow), pytest.param(LORA, id="adapters")]
+)
 def test_resumed_it_is_the_same_run(tmp_path, changes):
     whole, part = finetune(tmp_path / "whole", save_every=2, **changes), tmp_path / "part"
     shutil.copytree(whole / "checkpoints/step-00000002", part / "checkpoints/step-00000002")

@@ -64,7 +64,13 @@ def check(name: str, *, chunks: int | None, rows: int | None, device: str, toler
     assert_close_norm(found, expected[:, : found.shape[1]], within=tolerance)
 
 
-@pytest.mark.parametrize("name", goldens.names("*_retrieval_*"))
+# As another of them, but for the number of blocks.
+ALIKE = {"gpt_retrieval_token_head_k4": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=ALIKE.get(name, ())) for name in goldens.names("*_retrieval_*")]
+)
 def test_first_chunks(name):
     check(name, chunks=FIRST_CHUNKS[name], rows=1, device="cpu", tolerance=1e-5)
 

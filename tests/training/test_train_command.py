@@ -231,6 +231,8 @@ def test_a_tracker_that_is_not_installed_names_its_extra(corpus, tmp_path, monke
         train(corpus, tmp_path / "run", log_with=["wandb"])
 
 
+# Most of it is compiling. That each operator compiles in one graph is tested where the operators are.
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(corpus, tmp_path):
     plain = train(corpus, tmp_path / "plain")
     compiled = train(corpus, tmp_path / "compiled", compile=True)

@@ -115,7 +115,11 @@ FEW_QUERIES = {
 }
 
 
-@pytest.mark.parametrize("name", FEW_QUERIES)
+# The case that takes longest in the interpreter: what it has of its own, others here and on a GPU have too.
+LONG = {"rows of their own lengths, 4 heads on 2": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in FEW_QUERIES])
 def test_programs_share_out_the_landmarks_of_few_queries(name, monkeypatch):
     case, shares = FEW_QUERIES[name], []
     monkeypatch.setattr(selection, "LEAST_TILES", 1)
