@@ -23,7 +23,7 @@ from landmark_cli.commands.measurement import (
     window_seed_option,
     windows_at_a_time,
 )
-from landmark_cli.commands.models import name_model, open_model
+from landmark_cli.commands.models import name_model, open_model, precision_of
 from landmark_cli.console import counted, results, warn
 from landmark_cli.interrupts import interrupts, keeping
 from landmark_cli.locks import sole_writer
@@ -165,7 +165,7 @@ def _measure(
         return model
 
     def depends_on(which: str) -> dict[str, Any]:
-        return {"model": model_identity(which), "dtype": options.dtype}
+        return {"model": model_identity(which), **precision_of(options)}
 
     check_context(text, options.short_context)
     if options.evaluator is not None:

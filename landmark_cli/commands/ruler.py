@@ -16,7 +16,7 @@ from landmark_cli.commands.measurement import (
     samples_option,
     several_top_k_blocks_option,
 )
-from landmark_cli.commands.models import name_model, open_model
+from landmark_cli.commands.models import name_model, open_model, precision_of
 from landmark_cli.console import counted, info, results, show
 from landmark_cli.interrupts import interrupts, keeping
 from landmark_cli.locks import sole_writer
@@ -164,7 +164,7 @@ def _measure(
         "model": model_identity(name),
         "seed": options.seed,
         "chat": options.chat,
-        "dtype": options.dtype,
+        **precision_of(options),
     }
     cells: list[Cell] = []
     with interrupts("finishing the prompts under way") as asked:

@@ -14,7 +14,7 @@ from landmark_cli.commands.evaluate import (
     reading_alone,
     score_data,
 )
-from landmark_cli.commands.models import open_model
+from landmark_cli.commands.models import open_model, precision_of
 from landmark_cli.errors import LandmarkError, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PerplexityRows:
             "data": self._file.metadata.sha256,
             "sample_tokens": options.sample_tokens,
             "seed": options.seed,
-            "dtype": options.dtype,
+            **precision_of(options),
         }
         self.about = {"text": str(self._file.path)}
 
@@ -95,7 +95,7 @@ class RulerRows:
             "haystack": haystack_identity(options.haystack),
             "samples": options.samples,
             "seed": options.seed,
-            "dtype": options.dtype,
+            **precision_of(options),
         }
         self.about = {"text": str(options.haystack or NOVELS)}
 
@@ -161,7 +161,7 @@ class RulerRows:
                 "model": model_identity(name),
                 "seed": options.seed,
                 "chat": asks.chat,
-                "dtype": options.dtype,
+                **precision_of(options),
             },
             reading=reading_alone(row.reading()),
             batch_size=options.batch_size,
@@ -200,7 +200,7 @@ class LongPerplexityRows:
             "data": self._file.metadata.sha256,
             "sample_tokens": options.sample_tokens,
             "seed": options.seed,
-            "dtype": options.dtype,
+            **precision_of(options),
         }
         self.about = {"text": str(self._file.path)}
 
@@ -249,7 +249,7 @@ class LongPerplexityRows:
         asks, text = self._text(row)
 
         def depends_on(role: str) -> dict[str, Any]:
-            return {"model": model_identity(opened.name(role)), "dtype": options.dtype}
+            return {"model": model_identity(opened.name(role)), **precision_of(options)}
 
         of_windows = {"context": asks.short_context, "stride": asks.stride}
         key = repr((text.eval_length, of_windows))

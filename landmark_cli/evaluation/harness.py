@@ -44,7 +44,8 @@ class LandmarkLM(TemplateLM):
 
     pretrained: model directory, hub id or the authors' checkpoint. Further arguments (top_k_blocks, chunk,
     cache_blocks, selection, ...) are those of ReadingSettings. max_gen_toks: most tokens to generate where a
-    task does not say. trust_remote_code: run Python code that comes with the model.
+    task does not say. trust_remote_code: run Python code that comes with the model. quantization: of its weights,
+    none, int8 or int4.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LandmarkLM(TemplateLM):
         dtype: str = "auto",
         max_gen_toks: int = 256,
         trust_remote_code: bool = False,
+        quantization: str = "none",
         **reading: Any,
     ) -> None:
         super().__init__()
@@ -74,7 +76,12 @@ class LandmarkLM(TemplateLM):
             # The harness's command asks for a GPU where nobody has named a device.
             info(f"there is no GPU: {pretrained} runs on the CPU")
             device = None
-        opened_as = MachineOptions(dtype=dtype, device=device or "auto", trust_remote_code=trust_remote_code is True)
+        opened_as = MachineOptions(
+            dtype=dtype,
+            device=device or "auto",
+            trust_remote_code=trust_remote_code is True,
+            quantization=quantization,
+        )
         self.model, self.tokenizer = open_model(pretrained, opened_as)
         self._device = self.model.device
         self._chat = ChatTemplate(self.tokenizer)

@@ -21,6 +21,7 @@ from landmark_cli.attention.backends import BACKENDS
 from landmark_cli.attention.cache import BlockCache, Chunk
 from landmark_cli.console import warn
 from landmark_cli.models.device import to_device
+from landmark_cli.models.quantization import weight_count
 
 # Tokens times parameters of a chunk, from which on it keeps a GPU busy without a graph.
 MOST_WORK = 2e12
@@ -81,7 +82,7 @@ class ChunkForward:
     def __init__(self, model: PreTrainedModel, cache: BlockCache):
         self.model, self.cache, self.record = model, cache, CudaGraph
         self.recording = cache.device.type == "cuda" and len(set(getattr(model, "hf_device_map", {}).values())) < 2
-        self._parameters = sum(p.numel() for p in model.parameters())
+        self._parameters = weight_count(model)
         self._recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self._seen: set[tuple] = set()
         self._fetching = 0

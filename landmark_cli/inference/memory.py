@@ -42,6 +42,7 @@ from landmark_cli.inference.stored_blocks import BlockFile, Span, StoredBlocks, 
 from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
 from landmark_cli.models.layers import key_heads, landmark_layers
+from landmark_cli.models.quantization import quantization_of, weights_by_name
 from landmark_cli.models.rotary import angles_of, inverse_frequencies
 from landmark_cli.schema import check
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from landmark_cli.inference.block_reader import BlockReader
 
 VERSION = 2
-SUMMED = 1 << 22
 OTHER_VERSION = {
     True: "it was written by a newer version of this program: update it, or read the text anew",
     False: "it was written by an older version of this program: read the text anew",
@@ -60,8 +60,8 @@ OTHER_VERSION = {
 class About:
     """What a memory depends on: reading on from it is as if nothing had come between only where all of these agree.
 
-    version: of the file. model: see `model_hash`. dtype: of keys and values. The others are the reader's settings, by
-    the names of its options.
+    version: of the file. model: see `model_hash`. dtype: of keys and values. quantization: of the weights. The others
+    are the reader's settings, by the names of its options.
     """
 
     version: int
@@ -74,6 +74,7 @@ class About:
     selection: str
     positions: str
     context_miss_cutoff: float
+    quantization: str = "none"
 
 
 @dataclass
@@ -283,13 +284,14 @@ def about(reader: BlockReader) -> About:
             settings.selection,
             settings.positions,
             settings.context_miss_cutoff,
+            quantization_of(reader.model),
         )
     return reader.about
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """A hash of all that decides what a model makes of a text: its weights, bit by bit, and its rotary angles. It comes
-    of sums that are worked out where the weights lie and are the same on every device."""
+    """A hash of all that decides what a model makes of a text: its weights as they are stored, bit by bit, and its
+    rotary angles. It comes of sums that are worked out where the weights lie and are the same on every device."""
     config = model.config
     digest = hashlib.sha256(f"{config.model_type} {config.landmark_token_id}".encode())
     # By few digits: libraries work the angles out in different orders.
@@ -299,8 +301,8 @@ def model_hash(model: PreTrainedModel) -> str:
         if layer not in with_landmarks:
             digest.update(f"{layer} {getattr(config, 'sliding_window', None)}".encode())
             digest.update(_by_few_digits(angles_of(model, layer).values))
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {_sums(weight)}".encode())
+    for name, weight in sorted(weights_by_name(model).items()):
+        digest.update(f"{name} {weight}".encode())
     return digest.hexdigest()
 
 
@@ -313,21 +315,6 @@ def sha256_of(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-@torch.no_grad()
-def _sums(weight: Tensor) -> tuple[int, int]:
-    """Two sums over a tensor's bits modulo 2^64: plain, and weighted by place."""
-    flat = weight.detach().contiguous().reshape(-1).view(torch.uint8)
-    if len(flat) % 8 == 0:
-        # A view as wider numbers needs an aligned beginning.
-        flat = (flat if flat.storage_offset() % 8 == 0 else flat.clone()).view(torch.int64)
-    plain = weighted = 0
-    for begin in range(0, len(flat), SUMMED):
-        part = flat[begin : begin + SUMMED].to(torch.int64)
-        place = torch.arange(begin, begin + len(part), device=part.device) * 0x9E3779B97F4A7C1 + 1
-        plain, weighted = plain + int(part.sum()), weighted + int((part * place).sum())
-    return plain % (1 << 64), weighted % (1 << 64)
-
-
 def _name(layer: int, part: str) -> str:
     """Of a tensor in a file."""
     return f"layers.{layer}.{part}"
@@ -336,8 +323,8 @@ def _name(layer: int, part: str) -> str:
 def require_fit(reader: BlockReader, memory: Memory) -> None:
     """Raise UsageError naming the first thing in which a memory's reader and this one differ."""
     mine, named = about(reader), f"--memory {memory.path}" if memory.path else "the memory"
-    # Of another dtype the weights differ too, and would be called another model's.
-    for part in sorted(fields(About), key=lambda part: part.name != "dtype"):
+    # Of another dtype, or quantized, the weights differ too, and would be called another model's.
+    for part in sorted(fields(About), key=lambda part: part.name not in ("dtype", "quantization")):
         theirs, ours = getattr(memory.about, part.name), getattr(mine, part.name)
         if theirs == ours:
             continue

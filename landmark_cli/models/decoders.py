@@ -23,6 +23,7 @@ from landmark_cli.families import is_ours
 from .calls import lead_forward
 from .generation_config import settle_sampling, silence
 from .layers import keep_kinds, settle_layers
+from .quantization import refuse_quantized
 from .support import Kinds, attention_dropout, check_config, check_model
 
 PADDING_TOKEN = "[PAD]"
@@ -62,6 +63,7 @@ def add_landmarks(
     >>> model.config.landmark_token_id == tokenizer.convert_tokens_to_ids("<landmark>")
     True
     """
+    refuse_quantized(model, "landmarks")
     name = model.config._name_or_path or type(model).__name__
     if landmark_freq < 1:
         raise ValueError(f"landmark_freq is {landmark_freq}; a block needs at least one text token")

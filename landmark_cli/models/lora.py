@@ -30,6 +30,7 @@ from landmark_cli.weight_diff.checkpoint import open_shard
 from .calls import lead_forward
 from .layers import settle_layers
 from .pretrained import open_config, open_pretrained, plain_attention
+from .quantization import refuse_quantized
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -57,8 +58,9 @@ class LoraSettings:
 def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> nn.Module:
     """Freeze a landmark decoder and put adapters on it; returns the PeftModel to train. Trained weights are float32.
 
-    Raises LandmarkError where peft is missing or a target is no layer of the model.
+    Raises LandmarkError where peft is missing, a target is no layer of the model or its weights are quantized.
     """
+    refuse_quantized(model, "adapters")
     peft = import_extra("peft", "lora")
     config = peft.LoraConfig(
         r=settings.rank,

@@ -22,6 +22,7 @@ from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
 from .lora import is_adapter, open_adapted
 from .pretrained import open_pretrained, shape_of
+from .quantization import Quantization, check_quantization, quantize
 from .size import MOST_MODULES
 
 FINISHED_WEIGHTS = ("model*.safetensors", "adapter_model*")
@@ -36,6 +37,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
+    quantization: Quantization = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model and its tokenizer, ready for inference.
 
@@ -44,7 +46,8 @@ def load(
     attention: transformers' `attn_implementation`; by default the one the model was saved with. dtype: of the weights,
     by default as stored, or float32 where a CPU is slow with that (see `fast_dtype`). trust_remote_code: whether Python
     code that comes with the model, or with the one under adapters, may run. device: as `find_device` takes it; by
-    default a GPU where there is one.
+    default a GPU where there is one. quantization: "int8" or "int4" to hold the weights of linear layers in 8 or 4 bits
+    (see quantization.py), on a GPU with the extra `quantization`.
 
     Raises LandmarkError naming what is missing or does not fit, UsageError where there is no such device.
 
@@ -53,6 +56,7 @@ def load(
     4
     """
     device = find_device(device)
+    check_quantization(quantization, dtype, device)
     directory = Path(path)
     how = {"attention": attention, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if (directory / "ckpt.pt").is_file():
@@ -68,6 +72,8 @@ def load(
             stored, fast = (str(x).removeprefix("torch.") for x in (model.dtype, fast))
             info(f"weights in {stored} become {fast}, in which this CPU is faster (--dtype {stored} keeps them)")
             model = model.to(getattr(torch, fast))
+    if quantization != "none":
+        quantize(model.eval(), quantization, device)
     return model.to(device).eval(), tokenizer
 
 

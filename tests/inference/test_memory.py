@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference import memory
@@ -19,6 +20,7 @@ from landmark_cli.inference.memory import About, Memory
 from landmark_cli.inference.stored_blocks import Span
 from landmark_cli.inference.window import WindowReader
 from landmark_cli.models.decoders import add_landmarks
+from landmark_cli.models.quantization import quantize
 from tests.models.families import tiny_tokenizer
 from tests.tiny import FREQ, LANDMARK, tiny_baseline, tiny_llama, tiny_model, tiny_text
 
@@ -219,6 +221,13 @@ def test_no_library_of_absolute_positions(tmp_path):
 
 # --- what is refused
 
+
+def quantized_model() -> PreTrainedModel:
+    model = tiny_model(n_embd=64, vocab_size=96)
+    quantize(model, "int8", torch.device("cpu"))
+    return model
+
+
 OTHER = {
     "top_k_blocks": ({"top_k_blocks": 1}, "--top-k-blocks 2, and this is to be read with 1: give --top-k-blocks 2"),
     "chunk": ({"chunk": 12}, "--chunk 8"),
@@ -228,6 +237,7 @@ OTHER = {
     "context_miss_cutoff": ({"context_miss_cutoff": 0.5}, "--context-miss-cutoff 0.0"),
     "landmark_freq": ({"model": tiny_model(landmark_freq=5)}, "--landmark-freq 4|another model"),
     "model": ({"model": tiny_model(seed=1)}, "was read by another model, 'GPTForCausalLM'"),
+    "quantization": ({"model": quantized_model()}, "--quantization none, and this is to be read with int8: give"),
     "dtype": (
         {"model": tiny_model().double()},
         "--dtype float32, and this is to be read with float64: give --dtype float32",

@@ -1,0 +1,204 @@
+"""Weights of linear layers held in 8 or 4 bits, for inference: the definition, and a model whose layers hold theirs so.
+
+A weight (N, K) becomes codes (N, K), whole numbers, and scales (N, K / group): code times scale is the weight, nearly.
+In 8 bits a row has one scale, in 4 bits each GROUP input features of a row. Activations stay as they are, and so do
+norms, embeddings and what is no linear layer. The head, on which a small change tells most, has 8 bits in either case;
+where it is tied to the embedding, it becomes a matrix of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from landmark_cli.console import info
+from landmark_cli.errors import LandmarkError, UsageError
+
+from .fingerprint import bit_sums
+from .quantized_products import product_class
+
+Quantization = Literal["none", "int8", "int4"]
+BITS = {"int8": 8, "int4": 4}
+# Input features that share a scale in 4 bits.
+GROUP = 64
+# Narrower layers, such as a router of experts, hold little and decide much.
+NARROWEST = 64
+# A scale is searched for in 4 bits, among the one that fits the largest weight times each of these.
+SHRINKS = (1.0, 0.85, 0.7)
+# Elements worked on at a time: the search holds several float32 copies.
+AT_A_TIME = 1 << 24
+
+
+class Codes(NamedTuple):
+    """codes: (N, K) int8. scales: (N, K / group). bits: 8, from -127 to 127, or 4, from -8 to 7."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (N, K) that the codes stand for."""
+        groups = self.codes.unflatten(1, (self.scales.shape[1], -1))
+        return (groups.float() * self.scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+
+
+@torch.no_grad()
+def encode(weight: Tensor, bits: int, dtype: torch.dtype = torch.bfloat16) -> Codes:
+    """The codes of a weight (N, K). bits: 8 or 4; in 4 bits K is a multiple of GROUP. dtype: of the scales, to which
+    these are rounded before the codes are chosen."""
+    group = weight.shape[1] if bits == 8 else GROUP
+    rows = max(1, AT_A_TIME // weight.shape[1])
+    one = _one_scale if bits == 8 else _searched_scale
+    parts = [one(part.float().unflatten(1, (-1, group)), dtype) for part in weight.split(rows)]
+    codes = torch.cat([codes.flatten(1).to(torch.int8) for codes, _ in parts])
+    return Codes(codes, torch.cat([scales.squeeze(-1) for _, scales in parts]), bits)
+
+
+def _one_scale(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest weight of a group has the largest code. weight: (..., group) float32; returns codes and scales."""
+    scales = _rounded(weight.abs().amax(-1, keepdim=True) / 127, dtype)
+    return (weight / scales.float()).round_().clamp_(-127, 127), scales
+
+
+def _searched_scale(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scale under which a group's codes differ least from it, in squares, of those that are tried: such that the
+    weight of largest magnitude has the code -8, so that the scale may be negative; smaller ones, which cut that weight
+    off and divide the others more finely; and, after each, the one that fits the codes of the other best."""
+    largest = weight.gather(-1, weight.abs().argmax(-1, keepdim=True))
+    best = None
+    for shrink in SHRINKS:
+        scales = largest * (shrink / -8)
+        for _ in range(2):
+            scales = _rounded(scales, dtype)
+            codes = (weight / scales.float()).round_().clamp_(-8, 7)
+            error = (codes * scales.float() - weight).square_().sum(-1, keepdim=True)
+            if best is None:
+                best = error, codes, scales
+            else:
+                less = error < best[0]
+                best = tuple(torch.where(less, new, old) for new, old in zip((error, codes, scales), best, strict=True))
+            scales = (weight * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp_min(1)
+    return best[1], best[2]
+
+
+def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in their dtype; none is 0, by which nothing can be divided."""
+    scales = scales.to(dtype)
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer of codes, in place of an nn.Linear. It lies on one device, learns nothing and is not saved.
+    stored: dtype, shape and `bit_sums` of the weight that it was made of, by which memories know their model.
+
+    x (..., K) -> (..., N) in x's dtype.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int, device: torch.device):
+        super().__init__()
+        weight = linear.weight.detach().to(device)
+        self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
+        self.stored = f"{weight.dtype} {tuple(weight.shape)} {bit_sums(weight)}"
+        product = product_class(device)
+        self.product = product(encode(weight, bits, product.scale_dtype(weight.dtype)), weight.dtype)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise self._refusal("have no gradients")
+        y = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def train(self, mode: bool = True) -> QuantizedLinear:
+        if mode:
+            raise self._refusal("cannot be trained")
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise self._refusal("are not saved, as they are made anew whenever a model is opened")
+
+    def _refusal(self, what: str) -> LandmarkError:
+        return LandmarkError(f"weights in int{self.bits} {what}: open the model without quantization")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+def check_quantization(quantization: str, dtype: str | torch.dtype, device: torch.device) -> None:
+    """Raise UsageError where weights cannot be held so or have no product on a device, LandmarkError where a package is
+    missing for it. dtype: as `load` takes it."""
+    if quantization not in get_args(Quantization):
+        known = ", ".join(get_args(Quantization))
+        raise UsageError(f"--quantization: expected one of {known}; found {quantization!r}")
+    if quantization != "none":
+        product_class(device).check(device, dtype)
+
+
+def quantize(model: PreTrainedModel, quantization: Quantization, device: torch.device) -> None:
+    """Hold the weights of a model's linear layers in 8 or 4 bits, on a device, one layer after the other: so the whole
+    model need not fit there as it was stored.
+
+    Raises LandmarkError where a model's weights are quantized already, or it has no layer that can be.
+    """
+    name = model.name_or_path or "the model"
+    if getattr(model, "is_quantized", False) or quantization_of(model) != "none":
+        raise LandmarkError(f"the weights of {name} are quantized already: open it without --quantization")
+    product_class(device).check(device, model.dtype)
+    bits, head, left = BITS[quantization], model.get_output_embeddings(), 0
+    found = [(path, layer) for path, layer in model.named_modules() if type(layer) is nn.Linear]
+    for path, linear in found:
+        its_bits = 8 if linear is head else bits
+        if linear.weight.dtype != model.dtype or not _fits(linear, its_bits):
+            left += linear.weight.numel()
+            continue
+        model.set_submodule(path, QuantizedLinear(linear, its_bits, device))
+        # A tied weight stays with the embedding; any other goes now, not when all layers are done.
+        linear.weight = None
+    if not any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
+        raise LandmarkError(
+            f"{name} has no linear layer that can be held in {quantization}: in_features must be a multiple of "
+            f"{GROUP if bits == 4 else 32}, out_features of 16, and at least {NARROWEST}"
+        )
+    model.landmark_quantization = quantization
+    if left:
+        stored = str(model.dtype).removeprefix("torch.")
+        info(f"{left:,} weights of linear layers are too narrow or uneven for {quantization} and stay in {stored}")
+
+
+def _fits(linear: nn.Linear, bits: int) -> bool:
+    least = min(linear.in_features, linear.out_features) >= NARROWEST
+    return least and linear.in_features % (GROUP if bits == 4 else 32) == 0 and linear.out_features % 16 == 0
+
+
+def quantization_of(model: nn.Module) -> str:
+    """How `quantize` has had a model hold its weights; "none" where it has not."""
+    return getattr(model, "landmark_quantization", "none")
+
+
+def refuse_quantized(model: nn.Module, what: str) -> None:
+    """Raise LandmarkError where a model is to get something that it would have to learn, and its weights are codes."""
+    held = quantization_of(model)
+    if held != "none":
+        raise LandmarkError(f"a model with weights in {held} cannot be given {what}: open it without quantization")
+
+
+def weight_count(model: nn.Module) -> int:
+    """How many weights a model has, however they are held."""
+    held = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    inside = {id(parameter) for layer in held for parameter in layer.product.parameters()}
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return others + sum(layer.in_features * layer.out_features for layer in held)
+
+
+def weights_by_name(model: nn.Module) -> dict[str, str]:
+    """Of each weight, by the name that it is stored under, its dtype, shape and `bit_sums`: of one that is quantized
+    those of the weight that it was made of."""
+    held = {f"{path}.": layer for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    found = {f"{path}weight": layer.stored for path, layer in held.items()}
+    for name, weight in model.named_parameters():
+        if not name.startswith(tuple(f"{path}product." for path in held)):
+            found[name] = f"{weight.dtype} {tuple(weight.shape)} {bit_sums(weight)}"
+    return found
