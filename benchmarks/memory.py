@@ -3,11 +3,12 @@
     python benchmarks/memory.py --output benchmarks/results/memory-MACHINE.md
     python benchmarks/memory.py --shapes gpt --tokens 16384 --folder /tmp
 
-Models of these shapes with random weights, in bfloat16 on a GPU. The first question: the text and the question are read
-and the first new token is chosen. A later one: the file is opened (`Reader.recall`), the question is read, and the first
-new token is chosen; the file is in the operating system's cache, as one that was just written or asked is. What a new
-token takes after that is the same for both. "offload": blocks stay in the file until they are chosen, as `--offload cpu`
-has them. "bound": a copy to the GPU, from pinned host memory, of as many bytes as the memory's blocks take.
+Models of these shapes with random weights, in bfloat16 on a GPU. The first question: the text and the question are
+read and the first new token is chosen. A later one: the file is opened (`Reader.recall`), the question is read, and the
+first new token is chosen; the file is in the operating system's cache, as one that was just written or asked is. What a
+new token takes after that is the same for both. "offload": blocks stay in the file until they are chosen, as
+`--offload cpu` has them. "bound": a copy to the GPU, from pinned host memory, of as many bytes as the memory's blocks
+take.
 """
 
 import argparse
