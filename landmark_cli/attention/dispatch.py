@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import local, operators, reference, retrieval_window, window_operators
 from .backends import BACKENDS, FEW_QUERIES, Problem, choose
-from .cache import BlockCache, Chunk
+from .cache import BlockCache, Chunk, Passage
 from .dropout import layer_seed
 from .layer_kind import kind_of
 from .masks import no_mask, padding_mask
@@ -58,7 +58,7 @@ def landmark_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     landmark_cache: BlockCache | None = None,
-    landmark_chunk: Chunk | None = None,
+    landmark_chunk: Chunk | Passage | None = None,
     landmark_layout: LandmarkLayout | None = None,
     landmark_window: ReadingWindow | None = None,
     landmark_observer: Callable[[int, Tensor, Tensor, float | None], None] | None = None,
@@ -71,10 +71,10 @@ def landmark_attention_forward(
     """What transformers calls for `attn_implementation="landmark"`.
 
     query: (B, H, T, D); key, value: (B, G, T, D), rotated. landmark_cache, landmark_chunk: read on through the cache,
-    of which the input is this chunk (see BlockCache.inputs). landmark_window: read the input chunk by chunk, all at
-    once; it is rotated at the window's position_ids. Otherwise attend within the input, whose landmarks stand at every
-    (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T) bool
-    where some row is padded on the left, from which its blocks then count. softcap, s_aux: of the logits, and the
+    of which the input is this chunk or passage (see BlockCache.inputs). landmark_window: read the input chunk by chunk,
+    all at once; it is rotated at the window's position_ids. Otherwise attend within the input, whose landmarks stand at
+    every (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T)
+    bool where some row is padded on the left, from which its blocks then count. softcap, s_aux: of the logits, and the
     heads' sinks (see reference.landmark_attention). sliding_window: what a layer that keeps its window sees.
     landmark_observer: is called with the number, query, key and scaling of a layer that has landmarks. Returns
     (B, T, H, D) and None: attention weights are never formed.
@@ -88,6 +88,8 @@ def landmark_attention_forward(
     """
     kind, layer = kind_of(module), module.layer_idx
     reach = key.shape[2] if landmark_window is None else landmark_window.settings.positions
+    if landmark_chunk is not None:
+        reach = landmark_chunk.width
     if kind.local and sliding_window is None:
         raise ValueError(f"config.landmark_layers leaves layer {layer} its sliding window, and it has none")
     _check_arguments(reach, attention_mask, None if kind.local else sliding_window)
@@ -97,12 +99,21 @@ def landmark_attention_forward(
     logits = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if landmark_chunk is not None:
         if kind.local:
-            chunk = landmark_chunk.to(key.device)
             held = landmark_cache.window(layer, key, sliding_window)
-            out = local.attend_chunk(query, key, value, held, chunk, kind.frequencies, **logits)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
+                return local.attend_chunk(q, k, v, held, chunk.to(k.device), kind.frequencies, **logits)
         else:
-            given = {"context_miss_key": context_miss_key, "rotated": kind.turns != "none"}
-            out = attend_chunk(layer, query, key, value, landmark_cache, landmark_chunk, **logits, **given)
+            given = logits | {"context_miss_key": context_miss_key, "rotated": kind.turns != "none"}
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
+                return attend_chunk(layer, q, k, v, landmark_cache, chunk, **given)
+
+        if isinstance(landmark_chunk, Passage):
+            with landmark_cache.streamed(layer):
+                out = landmark_chunk.read(attend, query, key, value)
+        else:
+            out = attend(query, key, value, landmark_chunk)
         return out.transpose(1, 2).contiguous(), None
     if landmark_window is not None:
         _check_window(landmark_window, attention_mask, landmark_layout, context_miss_key)

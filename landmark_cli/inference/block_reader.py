@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,16 @@ from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.readers import BaseReader, ReadChunk, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.device import to_device
-from landmark_cli.models.layers import landmark_layers
+from landmark_cli.models.layers import key_heads, landmark_layers
 from landmark_cli.models.rotary import inverse_frequencies
+
+# What a layer makes of a passage may take about so much memory of a GPU.
+PASSAGE_BYTES = 1 << 30
+# A passage's queries choose so many times the blocks there are, or it is read chunk by chunk: then all blocks would
+# travel for a few.
+CHOSEN = 4
+# Fewer steps are done before their graphs would be recorded.
+FEW_STEPS = 8
 
 
 def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, name: str = "") -> int:
@@ -45,6 +53,17 @@ def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, na
             "(--top-k-blocks), or give a chunk length"
         )
     return blocks * landmark_freq
+
+
+def passage_tokens(model: PreTrainedModel) -> int:
+    """Stream tokens, of all rows together, that one call of a model may read at a time; 0 where chunks are read one by
+    one, as they are where nothing is gained."""
+    if model.device.type != "cuda":
+        return 0
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = inner if isinstance(inner, int) else max(inner)
+    return PASSAGE_BYTES // ((6 * config.hidden_size + 4 * inner) * next(model.parameters()).dtype.itemsize)
 
 
 class BlockReader(BaseReader):
@@ -108,6 +127,8 @@ class BlockReader(BaseReader):
             # another.
             torch.cuda.empty_cache()
         self.forward = ChunkForward(model, self.cache)
+        self.passage_tokens = passage_tokens(model)
+        self._steps = 0
         # What each row has read, as a memory keeps it.
         self.texts = [array("i") for _ in range(batch)]
         self.about: memory.About | None = None
@@ -117,12 +138,13 @@ class BlockReader(BaseReader):
         chosen = {field.name: getattr(settings, field.name) for field in fields(ReadingSettings)}
         return cls(model, **chosen, batch=batch)
 
-    def expect(self, tokens: int) -> None:
-        """Say that the longest row goes on for `tokens` text tokens more: memory for all of these is then taken at
-        once.
+    def expect(self, tokens: int, steps: int = 0) -> None:
+        """As BaseReader.expect: memory for all tokens is taken at once, and graphs of steps are recorded while a text
+        of several chunks is read.
 
         Raises LandmarkError where blocks are to be offloaded and host memory will not hold them all.
         """
+        self._steps = steps
         size = self.landmark_freq + 1
         read = max(n * size + r for n, r in zip(self.cache.host_blocks, self.cache.host_tail, strict=True))
         stream = read + stream_length(tokens, self.landmark_freq) + 1
@@ -193,8 +215,17 @@ class BlockReader(BaseReader):
                     f"the text contains the landmark token ({self.landmark_token_id}); "
                     "give plain text, landmarks are put in while reading"
                 )
-        for begin in range(0, max(len(row) for row in rows), self.chunk):
-            yield self._read_chunk([row[begin : begin + self.chunk] for row in rows], begin, last_only, transient)
+        left = range(0, max(len(row) for row in rows), self.chunk)
+        while left:
+            count = self._chunks_at_once(len(left)) if last_only else 1
+            texts = [[row[begin : begin + self.chunk] for row in rows] for begin in left[:count]]
+            if count == 1:
+                yield self._read_chunk(texts[0], left[0], last_only, transient)
+            else:
+                yield from self._read_passage(texts, left[:count])
+            left = left[count:]
+            if left:
+                self._record_steps([len(row[left[0] :]) for row in rows])
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
         """As BaseReader.step."""
@@ -220,24 +251,69 @@ class BlockReader(BaseReader):
         index = to_device(torch.tensor(columns), logits.device)[:, None, None]
         return logits.gather(1, index.expand(-1, 1, logits.shape[-1]))[:, 0]
 
+    def _chunks_at_once(self, left: int) -> int:
+        """How many of the `left` chunks that are still to be read, of which the last logits alone are asked for, one
+        call of the model reads."""
+        cache, config = self.cache, self.model.config
+        if cache.offload is None or cache.trace is not None or getattr(config, "context_miss_token", False):
+            return 1
+        stream = stream_length(self.chunk, self.landmark_freq) + 1
+        count = min(left, self.passage_tokens // (self.batch * stream))
+        heads, _ = key_heads(config, landmark_layers(config)[0])
+        chosen = count * self.chunk * cache.settings.top_k * config.get_text_config().num_attention_heads // heads
+        few = chosen < CHOSEN * min(max(cache.host_blocks), cache.settings.retrievable)
+        return 1 if count < 2 or few or cache.why_not_streamed() is not None else count
+
+    def _record_steps(self, left: Sequence[int]) -> None:
+        """Record the graphs of steps that are expected after each row's `left` text tokens more."""
+        steps, self._steps = self._steps, 0
+        if steps < FEW_STEPS or max(self.cache.host_blocks) == 0:
+            return
+        tails = [(tail + more) % self.landmark_freq for tail, more in zip(self.cache.host_tail, left, strict=True)]
+        kinds = [(1, [0])]
+        if max(tails) + steps >= self.landmark_freq:
+            # Where a block ends the landmark is read too; rows that end none at that step stand beside it.
+            kinds.append((2, [0] if len(set(tails)) == 1 else [0, 1]))
+        self.forward.record_steps(kinds)
+
     def _read_chunk(self, texts: list[Tensor], begin: int, last_only: bool, transient: bool) -> ReadChunk:
-        streams = [self._stream(text, r) for text, r in zip(texts, self.cache.host_tail, strict=True)]
+        placed = self._place(texts, self.cache.host_tail, last_only)
+        logits = self.forward(placed.ids, placed.lengths, placed.kept)
+        self._remember(texts)
+        if placed.index is None and (last_only or not transient):
+            logits = logits.clone()
+        return ReadChunk(placed.of_rows(logits), list(map(len, texts)), [begin] * self.batch)
+
+    def _read_passage(self, texts: list[list[Tensor]], begins: Sequence[int]) -> Iterator[ReadChunk]:
+        """Chunks that follow one another, by one call of the model; the last logits of each."""
+        chunks, tails, offset, kept = [], self.cache.host_tail, 0, []
+        for of_chunk in texts:
+            chunks.append(self._place(of_chunk, tails, True))
+            tails = [(r + n) % (self.landmark_freq + 1) for r, n in zip(tails, chunks[-1].lengths, strict=True)]
+            kept.append(chunks[-1].kept + offset)
+            offset += chunks[-1].ids.shape[1]
+        ids = torch.cat([chunk.ids for chunk in chunks], dim=1)
+        parts = [(chunk.lengths, chunk.ids.shape[1]) for chunk in chunks]
+        logits = self.forward.passage(ids, parts, torch.cat(kept)).split([len(chunk.kept) for chunk in chunks], dim=1)
+        for of_chunk in texts:
+            self._remember(of_chunk)
+        for of_chunk, chunk, found, begin in zip(texts, chunks, logits, begins, strict=True):
+            yield ReadChunk(chunk.of_rows(found), list(map(len, of_chunk)), [begin] * self.batch)
+
+    def _place(self, texts: list[Tensor], tails: list[int], last_only: bool) -> _Placed:
+        """The rows' texts as a chunk, going on with tail blocks of which `tails` text tokens have been read."""
+        streams = [self._stream(text, r) for text, r in zip(texts, tails, strict=True)]
         stream_lengths = [len(stream) for stream in streams]
         ids = torch.full((len(streams), max(stream_lengths)), self.landmark_token_id)
         for row, stream in enumerate(streams):
             ids[row, ids.shape[1] - len(stream) :] = stream
-        lengths = [len(text) for text in texts]
-        wanted = min(1, max(lengths)) if last_only else max(lengths)
-        kept, index = _text_positions(ids == self.landmark_token_id, wanted)
-        logits = self.forward(ids, stream_lengths, kept)
+        longest = max(map(len, texts))
+        kept, index = _text_positions(ids == self.landmark_token_id, min(1, longest) if last_only else longest)
+        return _Placed(ids, stream_lengths, kept, index)
+
+    def _remember(self, texts: list[Tensor]) -> None:
         for text, read in zip(self.texts, texts, strict=True):
             text.frombytes(read.to(torch.int32).numpy().tobytes())
-        if index is not None:
-            index = to_device(index, logits.device)[..., None].expand(-1, -1, logits.shape[-1])
-            logits = logits.gather(1, index)
-        elif last_only or not transient:
-            logits = logits.clone()
-        return ReadChunk(logits, lengths, [begin] * self.batch)
 
     def _stream(self, text: Tensor, tail: int) -> Tensor:
         """Text of a row with its landmarks put in, going on with a tail block of which `tail` text tokens have been
@@ -248,6 +324,23 @@ class BlockReader(BaseReader):
         landmark = torch.tensor([self.landmark_token_id])
         rest = insert_landmarks(text[head:], self.landmark_freq, self.landmark_token_id)
         return torch.cat([text[:head], landmark, rest])
+
+
+class _Placed(NamedTuple):
+    """A chunk's stream tokens, (B, W), padded on the left, and how many of each row are real. kept, index: see
+    `_text_positions`."""
+
+    ids: Tensor
+    lengths: list[int]
+    kept: Tensor
+    index: Tensor | None
+
+    def of_rows(self, logits: Tensor) -> Tensor:
+        """The logits of each row's own positions among those of all, (B, n, vocabulary)."""
+        if self.index is None:
+            return logits
+        index = to_device(self.index, logits.device)[..., None].expand(-1, -1, logits.shape[-1])
+        return logits.gather(1, index)
 
 
 def _text_positions(landmark: Tensor, wanted: int) -> tuple[Tensor, Tensor | None]:

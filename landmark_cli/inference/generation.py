@@ -174,7 +174,8 @@ def sample(
     are not finite.
     """
     device = reader.model.device
-    reader.expect(max(map(len, prompts)) + min(sampling.max_new_tokens, EXPECTED_TOKENS))
+    new = sampling.max_new_tokens
+    reader.expect(max(map(len, prompts)) + min(new, EXPECTED_TOKENS), steps=new)
     logits = read_prompts(reader, prompts, show_progress=show_progress)
     if on_read is not None:
         on_read()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from landmark_cli.attention.backends import BACKENDS
-from landmark_cli.attention.cache import BlockCache, Chunk
+from landmark_cli.attention.cache import BlockCache, Chunk, Passage
 from landmark_cli.console import warn
 from landmark_cli.models.device import to_device
 from landmark_cli.models.quantization import weight_count
@@ -26,6 +26,8 @@ from landmark_cli.models.quantization import weight_count
 # Tokens times parameters of a chunk, from which on it keeps a GPU busy without a graph.
 MOST_WORK = 2e12
 MOST_GRAPHS = 12
+# Stream tokens of a row in a step, at most: a token, and the landmark behind it.
+STEP_WIDTH = 2
 # Chunks after which blocks that have not been fetched yet are fetched all at once: until then a short answer is given
 # without them, from then on a long one by graphs.
 MOST_FETCHING = 32
@@ -131,6 +133,30 @@ class ChunkForward:
         self.cache.advance(lengths)
         return recorded.graph.output
 
+    @torch.no_grad()
+    def passage(self, ids: Tensor, parts: Sequence[tuple[Sequence[int], int]], kept: Tensor) -> Tensor:
+        """Read chunks that follow one another by one call of the model, layer by layer, and count them as read.
+
+        ids: (B, W) on the host, the chunks side by side, each padded on the left; parts: of each chunk the rows'
+        lengths and its width. kept: (n,) positions of W to give logits for. Returns (B, n, vocabulary).
+        """
+        with self.cache.passage(parts) as chunks:
+            return self._forward(to_device(ids, self.cache.device), chunks, to_device(kept, self.cache.device))
+
+    @torch.no_grad()
+    def record_steps(self, widths: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Record the graphs of steps before the first of them: of each its stream tokens a row, and which of them give
+        logits. Nothing is read. For rows that have blocks to retrieve; where the model cannot be recorded, or blocks
+        have still to be fetched, nothing is done."""
+        for width, columns in widths:
+            ids, kept = torch.zeros(self.cache.batch, width, dtype=torch.long), torch.tensor(columns)
+            if not self.recording or self.cache.fetching or ids.numel() * self._parameters > MOST_WORK:
+                return
+            lengths = [width] * self.cache.batch
+            self.cache.reserve(lengths)
+            if self._kind(ids, kept) not in self._recorded:
+                self._record(ids, lengths, kept)
+
     def _read(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> Tensor:
         chunk = self.cache.begin_chunk(lengths, ids.shape[1])
         logits = self._forward(to_device(ids, self.cache.device), chunk, to_device(kept, self.cache.device))
@@ -138,12 +164,12 @@ class ChunkForward:
         self.recording &= all(BACKENDS[name].recorded for name in self.cache.backends)
         return logits
 
-    def _forward(self, ids: Tensor, chunk: Chunk, kept: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, chunk: Chunk | Passage, kept: Tensor) -> Tensor:
         return self.model(input_ids=ids, **self.cache.inputs(chunk), logits_to_keep=kept, use_cache=False).logits
 
     def _kind(self, ids: Tensor, kept: Tensor) -> tuple:
         most = min(max(self.cache.host_blocks), self.cache.settings.retrievable)
-        blocks = most.bit_length() if ids.shape[1] > 2 else most > 0
+        blocks = most.bit_length() if ids.shape[1] > STEP_WIDTH else most > 0
         return ids.shape[1], len(kept), blocks, self.cache.trace is not None, self.cache.generation
 
     def _record(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> bool:
@@ -166,9 +192,11 @@ class ChunkForward:
             warn(f"reading without CUDA graphs, slower: {str(error).splitlines()[0]}")
             self.recording = False
             return False
-        # What goes: graphs of memory that has been replaced, and the graph that was not used for the longest time.
+        # What goes: graphs of memory that has been replaced, and of others the one that was not used for the longest
+        # time, steps last: they may have been recorded long before the first of them.
         generation = self.cache.generation
-        stale = [kind for kind in self._recorded if kind[-1] != generation] + list(self._recorded)[: 1 - MOST_GRAPHS]
+        oldest = sorted(self._recorded, key=lambda kind: kind[0] <= STEP_WIDTH)
+        stale = [kind for kind in self._recorded if kind[-1] != generation] + oldest[: 1 - MOST_GRAPHS]
         for kind in stale:
             self._recorded.pop(kind, None)
         traced = {} if self.cache.trace is None else dict(self.cache.trace.layers)

@@ -83,7 +83,7 @@ class LandmarkCache(Cache):
         if begun and ids.shape[1] == 1:
             tokens = [int(row[0]) if len(row) else None for row in rows]
             return self.reader.step(tokens)[:, None]
-        self.reader.expect(longest + min(self.new_tokens, EXPECTED_TOKENS))
+        self.reader.expect(longest + min(self.new_tokens, EXPECTED_TOKENS), steps=self.new_tokens)
         if isinstance(logits_to_keep, int) and logits_to_keep == 1:
             return read_prompts(self.reader, rows)[:, None]
         return self._read_all(rows, real, logits_to_keep)

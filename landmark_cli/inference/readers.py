@@ -104,8 +104,9 @@ class BaseReader(ABC):
         other.__dict__ = {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
         return other
 
-    def expect(self, tokens: int) -> None:  # noqa: B027 (most prepare nothing)
-        """Say that the longest row goes on for `tokens` text tokens more, so that room for these can be prepared.
+    def expect(self, tokens: int, steps: int = 0) -> None:  # noqa: B027 (most prepare nothing)
+        """Say that the longest row goes on for `tokens` text tokens more, and that after what is read next so many
+        `steps` follow, so that both can be prepared.
 
         Raises LandmarkError where it is known by now that there is no room for these tokens.
         """

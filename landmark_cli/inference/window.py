@@ -63,7 +63,7 @@ class WindowReader(BaseReader):
             self._mask = self._mask[index]
             self._cache.batch_select_indices(index.to(self.model.device))
 
-    def expect(self, tokens: int) -> None:
+    def expect(self, tokens: int, steps: int = 0) -> None:
         self._expected = tokens
 
     def sees(self, tokens: int) -> int:

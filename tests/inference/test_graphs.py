@@ -1,6 +1,7 @@
 """Recorded chunks give what unrecorded ones give."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,74 @@ def test_what_is_read_without_a_graph_leaves_the_traces_of_graphs_alone(monkeypa
     read(reader, [tiny_text(44, 1)], 14)
     assert len(traced) >= 3
     assert all(kept.traced[0] is traced[kind] for kind, kept in reader.forward._recorded.items())
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """The kinds that are recorded, in order."""
+    found, plain = [], ChunkForward._record
+
+    def record(self, ids, lengths, kept):
+        done = plain(self, ids, lengths, kept)
+        found.append(self._kind(ids, kept)[:3])
+        return done
+
+    monkeypatch.setattr(ChunkForward, "_record", record)
+    return found
+
+
+@pytest.fixture
+def by_definition(monkeypatch):
+    """The definition reads, which is quick, and stands in for what can be recorded: Repeated does not mind."""
+    monkeypatch.setenv("LANDMARK_ATTENTION", "eager")
+    monkeypatch.setitem(graphs.BACKENDS, "eager", replace(graphs.BACKENDS["eager"], recorded=True))
+
+
+@pytest.mark.parametrize(
+    "lengths, kinds",
+    [
+        ([44], [(1, 1, True), (2, 1, True)]),
+        ([44, 40], [(1, 1, True), (2, 1, True)]),
+        ([44, 26], [(1, 1, True), (2, 2, True)]),
+    ],
+    ids=str,
+)
+def test_steps_are_recorded_while_the_prompt_is_read(lengths, kinds, records, by_definition):
+    rows = [tiny_text(length, seed) for seed, length in enumerate(lengths)]
+    recorded, plain = (BlockReader(tiny_model(n_layer=1), batch=len(rows), chunk=16) for _ in range(2))
+    recorded.forward.recording, recorded.forward.record = True, Repeated
+    recorded.expect(60, steps=8)
+    found = [chunk.logits for chunk in recorded.read(rows)]
+    assert records == kinds
+    expected = [chunk.logits for chunk in plain.read(rows)]
+    for step in range(8):
+        found.append(recorded.step([step] * len(rows)))
+        expected.append(plain.step([step] * len(rows)))
+    assert records == kinds
+    # The definition takes lengths from the host, so what was recorded fits rows alone that are in step.
+    in_step = kinds[-1][1] == 1
+    for ours, theirs in zip(found, expected, strict=True) if in_step else ():
+        assert_close_norm(ours, theirs)
+
+
+@pytest.mark.parametrize("length, steps, expected", [(44, 0, 0), (44, 7, 0), (16, 9, 0), (44, 8, 2)])
+def test_steps_that_do_not_come_are_not_recorded(length, steps, expected, records, by_definition):
+    """Nor are those after a text of one chunk, which would come later for it."""
+    reader = BlockReader(tiny_model(n_layer=1), chunk=16)
+    reader.forward.recording, reader.forward.record = True, Repeated
+    reader.expect(60, steps=steps)
+    list(reader.read([tiny_text(length)], last_only=True))
+    assert len(records) == expected
+
+
+def test_graphs_of_steps_are_the_last_to_go(by_definition, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
+    reader = BlockReader(tiny_model(n_layer=1), chunk=8)
+    reader.forward.recording, reader.forward.record = True, Repeated
+    reader.expect(100, steps=10)
+    list(reader.read([tiny_text(80)], last_only=True))
+    assert [kind[0] for kind in reader.forward._recorded if kind[0] > 2] == [10]
+    assert {kind[:2] for kind in reader.forward._recorded} >= {(1, 1), (2, 1)}
 
 
 @pytest.mark.parametrize("backend", ["eager", "blockwise"])
@@ -139,6 +208,23 @@ def test_graphs_change_nothing(options):
         assert len(recorded.forward._recorded) >= 2
         recorded.reset()
         plain.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"offload": "cpu"}], ids=str)
+def test_the_first_step_after_a_prompt_replays_a_graph(options, records):
+    model = tiny_model(n_head=2, n_embd=32).cuda()
+    recorded, plain = (BlockReader(model, chunk=16, **options) for _ in range(2))
+    plain.forward.recording = False
+    recorded.expect(300, steps=50)
+    prompt = [tiny_text(200)]
+    for a, b in zip(recorded.read(prompt, last_only=True), plain.read(prompt, last_only=True), strict=True):
+        assert_close_norm(a.logits, b.logits)
+    done = list(records)
+    assert {kind[0] for kind in done} >= {1, 2}
+    for step in range(50):
+        assert_close_norm(recorded.step([step % 30]), plain.step([step % 30]))
+    assert records == done
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 from .blocks import HeldBlocks, LayerBlocks
 from .cache import BlockCache
-from .chunk import Chunk
+from .chunk import Chunk, Passage
 from .layer_window import HeldText, LayerWindow
 from .pages import Offload
 from .settings import Positions, RetrievalSettings, Selection
@@ -16,6 +16,7 @@ __all__ = [
     "LayerBlocks",
     "LayerWindow",
     "Offload",
+    "Passage",
     "Positions",
     "RetrievalSettings",
     "Selection",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class LayerBlocks:
         self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
         self._arrivals = like.new_zeros(0, dtype=torch.int32)
         self._absent = Absent(batch, heads, 0)
+        self._is_staged = False
         self._allocate(0)
 
     @property
@@ -82,7 +84,9 @@ class LayerBlocks:
 
     @property
     def pages(self) -> Pages | None:
-        """Of offloaded blocks those that the GPU holds copies of; None where blocks are not offloaded."""
+        """Of offloaded blocks those that the GPU holds copies of; None where blocks lie on the model's device."""
+        if self._is_staged:
+            return None
         if self._pages is None and self.offload is not None:
             self._pages = Pages(self.blocks.shape, self.landmark_keys, self.offload.bytes_per_layer)
         return self._pages
@@ -233,6 +237,19 @@ class LayerBlocks:
             for row, head, slot, blocks in self._absent.fetch(needed):
                 device = self.blocks.device
                 self.blocks[row, head.to(device), slot.to(device)] = blocks.to(device)
+
+    @contextmanager
+    def staged(self, blocks: Tensor) -> Iterator[Tensor]:
+        """For a while `blocks`, on the model's device and of the same shape, stands for the offloaded blocks; what was
+        stored in it has to be copied back by the caller."""
+        offloaded, self.blocks, self._is_staged = self.blocks, blocks, True
+        try:
+            yield blocks
+        finally:
+            self.blocks, self._is_staged = offloaded, False
+            if self._pages is not None:
+                # Slots may stand for other blocks now.
+                self._pages.forget()
 
     def fetch_all(self) -> None:
         """Have all blocks stand in their slots."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .blocks import HeldBlocks, LayerBlocks
-from .chunk import Chunk
+from .chunk import Chunk, Passage
 from .layer_window import HeldText, LayerWindow
 from .pages import Offload
 from .rotations import SlotRotations
 from .settings import RetrievalSettings
+from .streaming import Streaming
 from .trace import Trace
 
 
@@ -34,7 +36,8 @@ class BlockCache:
     retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries chose, and how many of
     these a share under the cutoff dropped.
 
-    Use: chunk = begin_chunk(lengths); model(ids, **inputs(chunk)); end_chunk(chunk).
+    Use: chunk = begin_chunk(lengths); model(ids, **inputs(chunk)); end_chunk(chunk). Several chunks in one call of the
+    model: with passage([(lengths, width), ..]) as chunks: model(ids, **inputs(chunks)).
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class BlockCache:
         self.windows: dict[int, LayerWindow] = {}
         self._replaced = 0
         self._recalled = False
+        self._streaming: Streaming | None = None
         # By layer, what rows go on from and what has no place yet, blocks with the number of their first: what a layer
         # has is made when it is first used.
         self._waiting: dict[int, dict[int, tuple[int, HeldBlocks | HeldText]]] = {}
@@ -211,7 +215,51 @@ class BlockCache:
         hosts = list(lengths), list(self.host_blocks), list(self.host_tail)
         return Chunk(width, *hosts, self.settings.retrievable, counters, rotation)
 
-    def inputs(self, chunk: Chunk) -> dict[str, Any]:
+    @contextmanager
+    def passage(self, parts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Passage]:
+        """The next chunks, `lengths` stream tokens of each row padded to `width` each, which are counted as read once
+        the model has been called with them. Offloaded blocks are streamed to the device where `why_not_streamed` gives
+        no reason."""
+        self.reserve([sum(lengths) for lengths in zip(*(lengths for lengths, _ in parts), strict=True)])
+        before, chunks = (self.host_blocks, self.host_tail), []
+        self.host_blocks, self.host_tail = map(list, before)
+        try:
+            for lengths, width in parts:
+                chunks.append(self.begin_chunk(lengths, width))
+                self.advance(lengths)
+        finally:
+            self.host_blocks, self.host_tail = before
+        if self.offload is not None and self.why_not_streamed() is None:
+            self._streaming = Streaming(self.layers, chunks)
+        try:
+            yield Passage(chunks)
+        finally:
+            if self._streaming is not None:
+                self._streaming.end()
+            self._streaming = None
+        for lengths, _ in parts:
+            self.advance(lengths)
+
+    def streamed(self, index: int) -> AbstractContextManager:
+        """While layer `index` reads a passage: its blocks are on the device, where they are streamed."""
+        streams = self._streaming is not None and index in self._streaming.layers
+        return self._streaming.layer(index) if streams else nullcontext()
+
+    def why_not_streamed(self) -> str | None:
+        """Why offloaded layers cannot come to the device whole, one after the other; None if they can."""
+        if not self.layers or any(self._waiting.values()):
+            return "it is not known yet what layers hold"
+        if self.fetching:
+            return "blocks have still to be fetched"
+        if {blocks.landmark_keys.device for blocks in self.layers.values()} != {self.device}:
+            return "layers are spread over devices"
+        if len({blocks.landmark_keys.dtype for blocks in self.layers.values()}) > 1:
+            return "layers are of several dtypes"
+        if 2 * max(blocks.blocks.nbytes for blocks in self.layers.values()) > self.offload.resident_bytes:
+            return "two layers take more than the memory for blocks on the device"
+        return None
+
+    def inputs(self, chunk: Chunk | Passage) -> dict[str, Any]:
         """What a model is called with, beside the tokens, to read a chunk."""
         return {"position_ids": chunk.position_ids, "landmark_cache": self, "landmark_chunk": chunk}
 

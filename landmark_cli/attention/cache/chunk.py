@@ -7,7 +7,7 @@ the query by +d * block_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -110,3 +110,30 @@ class Chunk:
     def cached(self) -> Tensor:
         """(B,) complete blocks that can be retrieved."""
         return self.blocks.clamp(max=self.retrievable)
+
+
+class Passage:
+    """Chunks that follow one another and are read by one call of a model: a layer reads all of them, in order, before
+    the next layer reads any. To layers it is what a chunk is.
+
+    width: tokens of the widest chunk, padding included.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks = list(chunks)
+        self.width = max(chunk.width for chunk in self.chunks)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(B, T) int64, those of the chunks side by side."""
+        return torch.cat([chunk.position_ids for chunk in self.chunks], dim=1)
+
+    def read(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What `attend(q, k, v, chunk)` gives for the chunks, each with its columns of q (B, H, T, D) and of k and v
+        (B, G, T, D), side by side: (B, H, T, D)."""
+        found, begin = [], 0
+        for chunk in self.chunks:
+            columns = slice(begin, begin + chunk.width)
+            found.append(attend(*(x[:, :, columns] for x in (q, k, v)), chunk).transpose(1, 2))
+            begin += chunk.width
+        return torch.cat(found, dim=1).transpose(1, 2)

@@ -43,7 +43,9 @@ def attend_chunk(
         store(call)
         if min(call.top_k, chunk.most_cached) == 0:
             return merge(call), None, None
-        if call.is_step and blocks.pages is None and not blocks.fetching:
+        if call.is_step and not blocks.fetching:
+            # Of offloaded blocks too: a step reads so few that finding them room on the GPU takes longer than reading
+            # them where they lie, each once.
             return decode(call, traced)
         pairs = find_pairs(call, select(call))
         if blocks.fetching:
