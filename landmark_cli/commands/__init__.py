@@ -135,6 +135,7 @@ landmark eval ruler --tasks qa --qa dev-v2.0.json --haystack novels/ --json rule
         """
 landmark eval passkey --model runs/llama-landmark --lengths 2048,4096,8192,16384 --prompts 20
 landmark eval passkey --model runs/llama-landmark --lengths 1000000 --depths 5 --prompts 2 --top-k-blocks 4
+landmark eval passkey --model runs/llama-landmark --haystack novels/ --lengths 4096,65536
 landmark eval passkey --model HuggingFaceTB/SmolLM2-135M-Instruct --full-attention --depths 5 --plot passkey.png
 """,
         _in("evaluate", "PassKeyOptions", "run_passkey"),

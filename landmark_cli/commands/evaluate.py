@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.commands.finetune_data import SAMPLE
 from landmark_cli.commands.measurement import (
     batch_size_option,
     file_option,
+    haystack_option,
     json_option,
     sample_tokens_option,
     text_option,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.evaluation.passkey import Cell, PassKeyResult
     from landmark_cli.evaluation.perplexity import PerplexityResult
+    from landmark_cli.evaluation.ruler.haystacks import Prose
     from landmark_cli.evaluation.score import Score
 
 MEASUREMENT = "Measurement"
@@ -66,7 +69,7 @@ class PerplexityOptions(EvaluationOptions):
 
 @dataclass
 class PassKeyOptions(EvaluationOptions):
-    """Hide a number in filler text and ask the model for it.
+    """Hide a number in filler text, or in --haystack, and ask the model for it.
 
     Lengths count text tokens, the question included. The table gives the share of keys found with its 95 % interval
     (Wilson), the heat map the share by depth of the key and length of the prompt.
@@ -87,6 +90,12 @@ class PassKeyOptions(EvaluationOptions):
         panel=MEASUREMENT,
         min=1,
         help="Put keys at this many depths, evenly from 0 to 1. [default: at depths drawn from 0 to 1]",
+    )
+    haystack: Path | None = haystack_option(
+        MEASUREMENT,
+        "Text to hide keys in, between its sentences: sample, the shipped novels, or your own. [default: the paper's "
+        "filler, one sentence repeated]",
+        "<sample|file|folder>",
     )
     full_attention: bool = option(
         False, panel=MEASUREMENT, help="Read with ordinary attention, as models without landmarks do."
@@ -150,6 +159,7 @@ def run_passkey(options: PassKeyOptions) -> dict[str, Any]:
     from landmark_cli.evaluation.heat_map import draw_heat_map, terminal_heat_map
     from landmark_cli.evaluation.passkey import evaluate_passkey
 
+    prose = _passkey_prose(options, tokenizer)
     result = evaluate_passkey(
         model,
         tokenizer,
@@ -160,6 +170,7 @@ def run_passkey(options: PassKeyOptions) -> dict[str, Any]:
         full_attention=options.full_attention,
         batch_size=options.batch_size,
         seed=options.seed,
+        prose=prose,
     )
     rows = [
         [length, cell.prompts, cell.found, cell.accuracy, "{:.3f}-{:.3f}".format(*cell.interval)]
@@ -169,18 +180,31 @@ def run_passkey(options: PassKeyOptions) -> dict[str, Any]:
     how = f"top-k-blocks {data['reading']['top_k_blocks']}" if data["reading"] else "its own window"
     if options.full_attention:
         how = "full attention"
+    where = "" if prose is None else f" in {prose.name}"
     results(
         ["tokens", "prompts", "found", "accuracy", "95 % interval"],
         rows,
         data=data,
         json_target=options.json,
-        title=f"pass keys, {name}, {how}",
+        title=f"pass keys{where}, {name}, {how}",
     )
     show(terminal_heat_map(result), stderr=options.json == "-")
     if options.plot is not None:
-        draw_heat_map(result, options.plot, f"keys found: {Path(name).name}, {how}")
+        draw_heat_map(result, options.plot, f"keys found{where}: {Path(name).name}, {how}")
         info(f"wrote {options.plot}")
     return data
+
+
+def _passkey_prose(options: PassKeyOptions, tokenizer: PreTrainedTokenizerBase) -> Prose | None:
+    """What --haystack names; None for the paper's filler."""
+    if options.haystack is None:
+        return None
+    from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+    from landmark_cli.evaluation.ruler.haystacks import Prose
+
+    prose = Prose(PromptEncoder(tokenizer), None if str(options.haystack) == SAMPLE else options.haystack)
+    prose.check_tokens(max(options.lengths))
+    return prose
 
 
 def open_text(path: Path | None) -> TokenFile:
@@ -219,6 +243,7 @@ def perplexity_data(result: PerplexityResult, model: PreTrainedModel, reading: R
 def passkey_data(result: PassKeyResult, model: PreTrainedModel, options: PassKeyOptions) -> dict[str, Any]:
     """A result as plain data; the same run gives the same data."""
     return {
+        "haystack": None if options.haystack is None else str(options.haystack),
         "full_attention": options.full_attention,
         "reading": None if options.full_attention else retrieval_data(model, options),
         "seed": options.seed,

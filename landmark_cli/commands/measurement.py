@@ -60,14 +60,13 @@ def samples_option(panel: str) -> Any:
     return option(50, panel=panel, min=1, max=10_000, help="Prompts of each of RULER's tasks at each length.")
 
 
-def haystack_option(panel: str) -> Any:
-    """What RULER's tasks hide things in: Path | None."""
-    return option(
-        None,
-        panel=panel,
-        metavar="<file|folder>",
-        help="Text in which RULER's tasks with prose hide their needles. [default: the shipped novels]",
-    )
+def haystack_option(
+    panel: str,
+    help: str = "Text in which RULER's tasks with prose hide their needles. [default: the shipped novels]",
+    metavar: str = "<file|folder>",
+) -> Any:
+    """What things are hidden in: Path | None."""
+    return option(None, panel=panel, metavar=metavar, help=help)
 
 
 def file_option(panel: str, help: str) -> Any:

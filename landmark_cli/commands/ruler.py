@@ -208,7 +208,5 @@ def _tasks(
         check_lengths(task, lengths, options.samples)
     if prose.is_read:
         info(f"prose: {prose.name}, not RULER's essays: figures of tasks with prose are near published ones, no more")
-        held = prose.tokens(lengths[-1])
-        if held < lengths[-1]:
-            info(f"{prose.name} has {counted(held, 'token')}, fewer than the longest prompt: it is repeated")
+        prose.check_tokens(lengths[-1])
     return tasks, partial(show_sample, tokenizer, encoder)

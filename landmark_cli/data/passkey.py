@@ -1,6 +1,7 @@
-"""Pass keys: a number hidden in filler text, to be found again. Prompts of any exact length in tokens.
+"""Pass keys: a number hidden in text, to be found again. Prompts of any exact length in tokens.
 
-Source: arXiv 2305.16300, section 4.2, whose wording these prompts have.
+Source: arXiv 2305.16300, section 4.2, whose wording these prompts have, and, unless they are given another text, whose
+filler.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TOKEN_BYTES = 4
 class PassKey:
     """One prompt.
 
-    tokens: (length,) int64, ends with the question. key: the number hidden. depth: share of the filler before the key.
+    tokens: (length,) int64, ends with the question. key: the number hidden. depth: share of the text around the key that
+    was asked for before it.
     """
 
     tokens: np.ndarray
@@ -50,10 +52,17 @@ class PassKeyPrompts:
     """Makes prompts with one tokenizer, from pieces that are encoded once.
 
     encode: text -> ids, without special tokens. begin: tokens in front of every prompt, such as a begin-of-text token.
+    haystack: n -> the first n tokens of a text that keys are hidden in, (n,), and where in them sentences begin, (m,),
+    of which the first is 0; None hides them in the paper's filler, at any token.
     """
 
-    def __init__(self, encode: Callable[[str], Sequence[int]], begin: Sequence[int] = ()):
-        self._encode = encode
+    def __init__(
+        self,
+        encode: Callable[[str], Sequence[int]],
+        begin: Sequence[int] = (),
+        haystack: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
+    ):
+        self._encode, self._haystack = encode, haystack
         self._task = [*begin, *encode(f"{TASK}\n")]
         self._first, self._period = (np.asarray(encode(text), dtype=np.int64) for text in (FILLER, f" {FILLER}"))
         self._question = list(encode(f"\n{QUESTION}"))
@@ -64,7 +73,8 @@ class PassKeyPrompts:
         return len(self._task) + len(self._key_line(LARGEST_KEY)) + len(self._question)
 
     def make(self, length: int, key: int, depth: float) -> PassKey:
-        """A prompt of exactly `length` tokens, the line with the key behind a share `depth` (0 to 1) of its filler.
+        """A prompt of exactly `length` tokens, the line with the key behind a share `depth` (0 to 1) of the text around
+        it: of a haystack in front of the nearest sentence, or at its end.
 
         Raises LandmarkError where the length leaves no room for the line and the question.
         """
@@ -75,9 +85,19 @@ class PassKeyPrompts:
                 f"a pass-key prompt of {counted(length, 'token')} cannot be: without any filler it takes "
                 f"{length - filler}; ask for a longer one"
             )
-        before = round(depth * filler)
-        parts = [self._task, self._filler(before), key_line, self._filler(filler - before), self._question]
+        before, after = self._around(filler, depth)
+        parts = [self._task, before, key_line, after, self._question]
         return PassKey(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]), key, depth)
+
+    def _around(self, length: int, depth: float) -> tuple[np.ndarray, np.ndarray]:
+        """`length` tokens, those in front of the key's line and those behind it."""
+        place = round(depth * length)
+        if self._haystack is None:
+            return self._filler(place), self._filler(length - place)
+        text, sentences = self._haystack(length)
+        places = np.append(sentences, length)
+        place = places[np.abs(places - place).argmin()]
+        return text[:place], text[place:]
 
     def _key_line(self, key: int) -> list[int]:
         return list(self._encode(f"\n{KEY_LINE.format(key=key)}\n"))

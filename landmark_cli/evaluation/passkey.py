@@ -15,6 +15,7 @@ from landmark_cli.console import progress
 from landmark_cli.data.passkey import PassKey, PassKeyPrompts, random_key
 from landmark_cli.data.pretrained_tokenizers import begin_ids, text_ids
 from landmark_cli.evaluation.prompts import PromptReaders
+from landmark_cli.evaluation.ruler.haystacks import Prose
 from landmark_cli.inference.generation import generate
 from landmark_cli.inference.readers import BaseReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
@@ -100,17 +101,18 @@ def evaluate_passkey(
     full_attention: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
+    prose: Prose | None = None,
 ) -> PassKeyResult:
     """Hide keys in prompts of these lengths (text tokens, the question included) and ask the model for them, greedily.
 
     prompts: how many of each length, their depths drawn evenly from 0 to 1; with `depths`, how many of each length at
     each of that many depths, evenly from 0 to 1. full_attention: read without landmarks and retrieval, by the attention
     and key/value cache that the model has of itself; the trained length is no bound then. batch_size: prompts read at a
-    time.
+    time. prose: what keys are hidden in, from its beginning at every length, in place of the paper's filler.
 
-    A trial depends only on the seed, its length and its number. Raises LandmarkError for a length that is too short.
+    A trial depends only on the seed, its length and its number, and on the prose. Raises LandmarkError for a length that is too short.
     """
-    maker = prompt_maker(tokenizer)
+    maker = prompt_maker(tokenizer, prose)
     grid = None if depths is None else np.linspace(0.0, 1.0, depths).tolist() if depths > 1 else [0.5]
     plan = {length: list(_plan(maker, length, prompts, grid, seed)) for length in sorted(set(lengths))}
     readers = PromptReaders(model, reading or ReadingSettings(), full_attention)
@@ -127,10 +129,11 @@ def evaluate_passkey(
     return PassKeyResult(trials, grid)
 
 
-def prompt_maker(tokenizer: PreTrainedTokenizerBase) -> PassKeyPrompts:
+def prompt_maker(tokenizer: PreTrainedTokenizerBase, prose: Prose | None = None) -> PassKeyPrompts:
     """Makes prompts that begin with what the tokenizer puts in front of a text by itself, such as a begin-of-text
-    token."""
-    return PassKeyPrompts(partial(text_ids, tokenizer), begin_ids(tokenizer))
+    token. prose: see `evaluate_passkey`."""
+    haystack = None if prose is None else lambda tokens: prose.units().take(tokens)
+    return PassKeyPrompts(partial(text_ids, tokenizer), begin_ids(tokenizer), haystack)
 
 
 def wilson_interval(found: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -107,6 +107,20 @@ def test_passkey(landmark, workplace):
     assert landmark(*arguments, "--json", "-").out == (workplace / "keys.json").read_text()
 
 
+def test_passkey_in_a_text_of_ones_own(landmark, workplace):
+    (workplace / "hay.txt").write_text("It was a fine day. Nobody came.\n" * 4)
+    arguments = ["eval", "passkey", "--lengths", "150", "--prompts", "1", "--chunk", "64", "--json", "-", "--haystack"]
+    result = landmark(*arguments, "hay.txt")
+    assert result.code == 0 and "hay.txt has 36 tokens, fewer than the longest prompt: it is repeated" in result.err
+    found = json.loads(result.out)
+    novels = landmark(*arguments, "sample")
+    assert novels.code == 0 and "pass keys in the shipped novels" in novels.err
+    assert (found["haystack"], json.loads(novels.out)["haystack"]) == ("hay.txt", "sample")
+    assert json.loads(landmark(*arguments[:-1]).out)["haystack"] is None
+    missing = landmark(*arguments, "none.txt")
+    assert missing.code == 1 and "none.txt" in missing.err
+
+
 def test_passkey_of_a_baseline_by_full_attention(landmark):
     arguments = ["eval", "passkey", "--model", "runs/baseline", "--lengths", "140", "--prompts", "1", "--json", "-"]
     data = json.loads(landmark(*arguments, "--full-attention").out)

@@ -38,6 +38,18 @@ def test_ends_of_the_filler():
         assert text[place:].startswith(line) if depth == 0 else text[:place].endswith(line)
 
 
+def test_in_a_haystack_a_key_stands_between_sentences():
+    lengths = np.array([50, 7, 60, 40, 300])
+    text, starts = np.repeat(np.arange(5), lengths), np.cumsum(lengths) - lengths
+    head, line, tail = map(
+        GPT2.encode, (f"{TASK}\n", "\nThe pass key is 7. Remember it. 7 is the pass key.\n", f"\n{QUESTION}")
+    )
+    prompts = PassKeyPrompts(GPT2.encode, haystack=lambda tokens: (text[:tokens], starts[starts < tokens]))
+    for depth, place in ((0.0, 0), (0.25, 50), (0.28, 57), (0.6, 117), (0.9, 200), (1.0, 200)):
+        whole = prompts.make(len(head) + 200 + len(line) + len(tail), 7, depth).tokens.tolist()
+        assert whole == [*head, *text[:place], *line, *text[place:200], *tail]
+
+
 def test_a_million_tokens():
     assert len(PROMPTS.make(1_000_000, 12345, 0.3).tokens) == 1_000_000
 

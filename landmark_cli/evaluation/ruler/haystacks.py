@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from landmark_cli.console import counted, info
 from landmark_cli.data.corpora import SAMPLE_HELD_OUT, novels
 from landmark_cli.data.documents import BadText, Document, text_document
 from landmark_cli.data.passkey import FILLER
@@ -141,6 +142,12 @@ class Prose:
         while have < most and (more := self._more()):
             have += sum(map(len, more))
         return have
+
+    def check_tokens(self, longest: int) -> None:
+        """Tell the user where it is repeated in a prompt of so many tokens."""
+        held = self.tokens(longest)
+        if held < longest:
+            info(f"{self.name} has {counted(held, 'token')}, fewer than the longest prompt: it is repeated")
 
     def units(self) -> Units:
         """The haystack from its beginning."""
