@@ -39,8 +39,8 @@ TOKEN_BYTES = 4
 class PassKey:
     """One prompt.
 
-    tokens: (length,) int64, ends with the question. key: the number hidden. depth: share of the text around the key that
-    was asked for before it.
+    tokens: (length,) int64, ends with the question. key: the number hidden. depth: share of the text around it that was
+    asked for in front of it.
     """
 
     tokens: np.ndarray
