@@ -60,7 +60,7 @@ TOKENS = {"32k": 32 << 10, "64k": 64 << 10, "128k": 128 << 10}
 TARGETS = {"32k": (3.0, 1.6), "64k": (5.0, 2.7), "128k": (8.0, 4.2)}
 OURS, DENSE, FA2, CUDNN = "as it reads", "dense landmark", "FA2", "cuDNN"
 # The most important first: device time may end.
-ROWS = ("check", "64k", "128k", "32k", "1m", "smollm2-step", "llama-step")
+ROWS = ("check", "64k", "128k", "32k", "1m", "smollm2-step", "llama-step", "1m-step")
 
 # The stages of attention as it reads, as kernels/reading/window.py has them.
 STAGES = ("landmark_keys_of", "select", "route", "attend", "merge", "own_gradient", "key_gradients", "sum_queries")
@@ -313,34 +313,46 @@ def check_row(rounds: int) -> str:
     return "\n".join(lines)
 
 
-def step_row(name: str, rounds: int) -> str:
-    """Whole training steps: forward, backward with checkpointed layers, AdamW."""
+def training_step(shape: str, layers: int | None) -> Callable[..., Callable[[], None]]:
+    """of(tokens, reads, keep_retrieved) -> a whole training step of one window, or, if it does not read, of windows of
+    2048 tokens: forward, backward with checkpointed layers, AdamW."""
     from benchmarks.long_context_steps import Run, llama
     from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
     from landmark_cli.training.setup import checkpoint_activations
 
-    small = name == "smollm2-step"
-    model = llama("smollm2" if small else "8b", Run(layers=None if small else 4), top_k_blocks=TOP_K).train()
+    model = llama(shape, Run(layers=layers), top_k_blocks=TOP_K).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = (128 << 10) if small else (64 << 10)
-    ids = torch.randint(model.config.vocab_size - 1, (1, tokens), device=DEVICE)
-    ids[:, BLOCK - 1 :: BLOCK] = model.config.landmark_token_id
-    window = window_of(tokens, model.config.hidden_size // model.config.num_attention_heads)
 
-    def step(keep_retrieved: bool, **inputs) -> None:
-        checkpoint_activations(model, keep_retrieved)
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        targets = inputs["input_ids"].roll(-1, dims=1)
-        (linear_cross_entropy(hidden, model.lm_head.weight, targets) / tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def of(tokens: int, reads: bool = True, keep_retrieved: bool = True) -> Callable[[], None]:
+        ids = torch.randint(model.config.vocab_size - 1, (1, tokens), device=DEVICE)
+        ids[:, BLOCK - 1 :: BLOCK] = model.config.landmark_token_id
+        inputs = {"input_ids": ids if reads else ids.view(-1, 2048)}
+        if reads:
+            window = window_of(tokens, model.config.hidden_size // model.config.num_attention_heads)
+            inputs |= {"position_ids": window.position_ids, "landmark_window": window}
 
-    given = {"input_ids": ids, "position_ids": window.position_ids, "landmark_window": window}
-    reading = functools.partial(step, True, **given)
+        def step() -> None:
+            checkpoint_activations(model, keep_retrieved and reads)
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+            targets = inputs["input_ids"].roll(-1, dims=1)
+            (linear_cross_entropy(hidden, model.lm_head.weight, targets) / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return of
+
+
+def step_row(name: str, rounds: int) -> str:
+    """Whole training steps of one window and of as many tokens dense."""
+    shape, layers, tokens = {"smollm2-step": ("smollm2", None, 128 << 10), "llama-step": ("8b", 4, 64 << 10)}[name]
+    of = training_step(shape, layers)
+    reading = of(tokens)
     work = {
         f"as it reads, {tokens >> 10}k": reading,
-        f"as it reads, {tokens >> 10}k, blocks chosen and read twice": functools.partial(step, False, **given),
-        "dense, 2k": functools.partial(step, False, input_ids=ids.view(-1, 2048)),
+        f"as it reads, {tokens >> 10}k, blocks chosen and read twice": of(tokens, keep_retrieved=False),
+        "dense, 2k": of(tokens, reads=False),
     }
     memory = {title: gibibytes(call) for title, call in work.items()}
     times = in_turn(work, rounds)
@@ -352,6 +364,28 @@ def step_row(name: str, rounds: int) -> str:
     lines.append(f"{statistics.median(b / a for a, b in zip(ours, theirs, strict=True)):.2f} of dense 2k's tokens/s")
     parts = ", ".join(f"{part} {taken:.1f}" for part, taken in stage_times(reading, 1).items())
     lines.append(f"Milliseconds by part, all layers: {parts}")
+    return "\n".join(lines)
+
+
+def million_step_row(rounds: int) -> str:
+    """Whole training steps of one window of a million tokens, SmolLM2's shape, beside those of 32k."""
+    of = training_step("smollm2", None)
+    lines, speeds = ["## 1m-step: whole steps of one window, SmolLM2's shape, layers checkpointed", ""], []
+    for tokens, keep_retrieved in ((32 << 10, True), (1 << 20, True), (1 << 20, False)):
+        said = f"{tokens >> 10}k" + ("" if keep_retrieved else ", blocks chosen and read twice")
+        try:
+            step = of(tokens, keep_retrieved=keep_retrieved)
+            memory = gibibytes(step)
+            taken = statistics.median(milliseconds(step) for _ in range(min(rounds, 3)))
+        except torch.cuda.OutOfMemoryError:
+            lines.append(f"{said}: out of memory")
+            continue
+        speeds.append(tokens / taken * 1e3)
+        lines.append(f"{said}: {taken:.0f} ms, {speeds[-1]:.0f} tokens/s, {memory:.1f} GiB")
+        step = None
+        torch.cuda.empty_cache()
+    if len(speeds) > 1:
+        lines.append(f"1M at {max(speeds[1:]) / speeds[0]:.2f} of the speed at 32k (target 0.6)")
     return "\n".join(lines)
 
 
@@ -390,7 +424,7 @@ def chosen(usual: Callable, kernel: str, choice: Configuration | None, name: str
 def compile_first(rows: list[str], tuned: bool) -> None:
     """Compile what the rows need, each process some of it."""
     jobs = [("ours", LARGE), ("own", LARGE), ("dense", LARGE)] if {*rows} & {*TOKENS, "check", "llama-step"} else []
-    jobs += [("ours", SMOLLM2), ("own", SMOLLM2)] if {*rows} & {"1m", "smollm2-step", "check"} else []
+    jobs += [("ours", SMOLLM2), ("own", SMOLLM2)] if {*rows} & {"1m", "1m-step", "smollm2-step", "check"} else []
     run_all([["--compile", kind, str(shape.dim)] for kind, shape in jobs])
     if tuned:
         pairs = [(kernel, number) for kernel, found in CANDIDATES.items() for number in range(len(found))]
@@ -437,7 +471,7 @@ def main() -> None:
     for row in options.rows:
         work[row] = {
             "check": check_row, "1m": million_row, "smollm2-step": functools.partial(step_row, row),
-            "llama-step": functools.partial(step_row, row),
+            "llama-step": functools.partial(step_row, row), "1m-step": million_step_row,
         }.get(row, functools.partial(attention_row, row))  # fmt: skip
         work[row] = functools.partial(work[row], rounds)
     heading = f"# Training at long windows, bf16: {torch.cuda.get_device_name()}\n\n"

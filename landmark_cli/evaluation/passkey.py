@@ -110,8 +110,9 @@ def evaluate_passkey(
     and key/value cache that the model has of itself; the trained length is no bound then. batch_size: prompts read at a
     time. prose: what keys are hidden in, from its beginning at every length, in place of the paper's filler.
 
-    A trial depends only on the seed, its length and its number, and on the prose. Raises LandmarkError for a length that
-    is too short.
+    A trial depends only on the seed, its length and its number, and on the prose.
+
+    Raises LandmarkError for a length that is too short.
     """
     maker = prompt_maker(tokenizer, prose)
     grid = None if depths is None else np.linspace(0.0, 1.0, depths).tolist() if depths > 1 else [0.5]

@@ -24,6 +24,9 @@ PARTS = {
     "baseline": "ordinary attention, the same data",
     "xl": "Transformer-XL, the same data",
     "million": "the landmark model, longest pass keys",
+    "windows-dense": "the landmark model, trained dense in windows of 512",
+    "windows-16k": "the same, trained as it reads in windows of 16k",
+    "windows-64k": "the same, trained as it reads in windows of 64k",
     "math-landmark": "landmark attention, mathematics",
     "math-baseline": "ordinary attention, mathematics",
     "math-xl": "Transformer-XL, mathematics",
@@ -34,8 +37,9 @@ PARTS = {
     "ruler-recipe": "RULER, SmolLM2-135M with landmarks, novels and pass keys",
     "ruler-distilled": "RULER, SmolLM2-135M with landmarks by distillation from itself",
 }
-NOVELS, MATH, SMOLLM2, RULER = (
+NOVELS, WINDOWS, MATH, SMOLLM2, RULER = (
     ("landmark", "baseline", "xl"),
+    ("windows-dense", "windows-16k", "windows-64k"),
     ("math-landmark", "math-baseline", "math-xl"),
     ("smollm2-untouched", "smollm2-novels", "smollm2-passkey"),
     ("ruler-untouched", "ruler-recipe", "ruler-distilled"),
@@ -356,6 +360,22 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         "in the wording and the filler in which they are asked here: this is the skill that was drilled, at lengths "
         "that it was not drilled at. The baseline sees the last 512 tokens.",
         key_section(key_lines(parts, own), folder / "results-passkey.png", 512),
+    )
+    windows = study_rows(parts, WINDOWS, "perplexity")
+    novel_keys = {
+        f"{name.removeprefix('windows-')}, k = {k}": (f"{name}/passkey-novels-k{k}",)
+        for name in WINDOWS
+        for k in (4, 8)
+    }
+    in_novels = key_lines(parts, novel_keys)
+    section(
+        "Trained as it reads",
+        "The landmark model of the tables above, trained dense in windows of 512 tokens, and by the same recipe on as "
+        "many tokens in windows of 16 and 64 thousand, read in chunks of 1000 that retrieve 4 blocks. Each is read by "
+        "its default chunk, where no other is named. Keys are asked for in the wording that a quarter of the training "
+        "was, but lie in novels of the validation split, which no training saw.",
+        perplexity_table(windows, None) if windows else [],
+        key_table(in_novels) if in_novels else [],
     )
     pretrained = {
         "untouched": ("smollm2-untouched/passkey",),

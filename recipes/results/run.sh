@@ -10,6 +10,8 @@
 #   data                          token files of everything
 #   landmark baseline xl          the paper's three models on novels (PG19's layout: train/, validation/) and pass keys
 #   million                       pass keys in texts of up to a million tokens, by the model of `landmark`
+#   windows-dense windows-16k windows-64k    `landmark`'s model, and the same trained as it reads in longer windows: novels
+#                                 and pass keys in novels, at lengths of up to a million tokens (windows-dense after landmark)
 #   math-landmark math-baseline math-xl      the same three on mathematics, without pass keys
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
@@ -20,6 +22,7 @@
 #   NOVELS MATH            folders of text                      SMOLLM2      a model directory or hub id
 #   STEPS MATH_STEPS SMOLLM2_STEPS    optimizer steps           PROMPTS      pass keys of each length
 #   LONG_PROMPTS_8         the same in the longest texts with 8 blocks retrieved; UNTOUCHED_PROMPTS: by SmolLM2 as it is
+#   NOVEL_KEYS NOVEL_PROMPTS    lengths and number of the prompts with pass keys in novels
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
@@ -34,6 +37,7 @@ DATA=${DATA:-data/results} RUNS=${RUNS:-runs/results-models} RESULTS=${RESULTS:-
 SMOLLM2=${SMOLLM2:-HuggingFaceTB/SmolLM2-135M}
 STEPS=${STEPS:-4500} MATH_STEPS=${MATH_STEPS:-1500} SMOLLM2_STEPS=${SMOLLM2_STEPS:-1500}
 PROMPTS=${PROMPTS:-50} LONG_PROMPTS_8=${LONG_PROMPTS_8:-10} UNTOUCHED_PROMPTS=${UNTOUCHED_PROMPTS:-20}
+NOVEL_KEYS=${NOVEL_KEYS:-1024,4096,16384,65536,262144,1000000} NOVEL_PROMPTS=${NOVEL_PROMPTS:-20}
 LENGTHS=${LENGTHS:-512,1024,2048,4096,8192,16384,32768,65536,131072} LONG_LENGTHS=${LONG_LENGTHS:-262144,1000000}
 SMOLLM2_LENGTHS=${SMOLLM2_LENGTHS:-1024,4096,16384,65536,131072}
 SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
@@ -44,10 +48,11 @@ DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
 # Several words each.
 TRAIN=(${TRAIN:-}) FINETUNE=(${FINETUNE:-}) MEASURE=(--device "$DEVICE" --dtype "$DTYPE")
 SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
+WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
 RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled"
-PART=${PART:-data landmark million baseline xl $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS report}
+PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS report}
 
 landmark() { "$PYTHON" -m landmark_cli "$@"; }
 
@@ -152,6 +157,23 @@ window_keys() {
     measure passkey passkey --model "$model" --lengths "$LENGTHS,$LONG_LENGTHS" --prompts "$PROMPTS"
 }
 
+# Trained on the same tokens, in windows of another length; read by each model's own chunk, and by one that all can.
+windows() {
+    if [ "$role" = dense ]; then
+        own_text
+        novels
+        model=$RUNS/landmark
+    else
+        on_novels "landmark-$role"
+    fi
+    measure perplexity study recipes/results/windows.yaml --role "$role=$model" --data "$text" \
+        --output "$RUNS/studies/$part" "${SAMPLE[@]}"
+    for k in 4 8; do
+        measure "passkey-novels-k$k" passkey --model "$model" --top-k-blocks "$k" --lengths "$NOVEL_KEYS" \
+            --prompts "$NOVEL_PROMPTS" --haystack "$NOVELS/validation"
+    done
+}
+
 pretrained_novels() {
     measure perplexity study recipes/results/smollm2-perplexity.yaml --role "$role=$model" --data "$DATA/novels$suffix" \
         --output "$RUNS/studies/$part" --sample-tokens "$SMOLLM2_TOKENS"
@@ -246,6 +268,7 @@ run_part() {
         baseline) on_novels baseline; both tables window_keys ;;
         xl) on_novels transformer-xl; tables ;;
         million) model=$RUNS/landmark; long_keys_4; long_keys_8 ;;
+        windows-*) windows ;;
         math-xl) text=$DATA/math; on_mathematics transformer-xl; tables ;;
         math-*) text=$DATA/math; on_mathematics "$role"; tables ;;
         smollm2-*) smollm2 ;;
@@ -258,6 +281,7 @@ run_part() {
 
 for name in $PART; do
     case $name in
+        windows) for one in $WINDOW_PARTS; do run_part "$one"; done ;;
         math) for one in $MATH_PARTS; do run_part "$one"; done ;;
         smollm2) for one in $SMOLLM2_PARTS; do run_part "$one"; done ;;
         ruler) for one in $RULER_PARTS; do run_part "$one"; done ;;
