@@ -21,7 +21,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 # Rows differ in what they allocate by tens of GiB; set before torch asks for memory.
@@ -32,6 +31,7 @@ import transformers
 import triton
 
 # The script's own folder is on the path.
+from long_context_host import Row, first_steps, offload_decode, offload_read
 from long_context_steps import (
     DEVICE,
     Run,
@@ -51,18 +51,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import landmark_cli
 from landmark_cli.evaluation.score import score
 from landmark_cli.inference.block_reader import BlockReader
-
-
-@dataclass
-class Row:
-    """One line of the table. met: whether ours meets the target, None where there is none."""
-
-    work: str
-    ours: str
-    full: str = "-"
-    eager: str = "-"
-    target: str = "-"
-    met: bool | None = None
 
 
 def evaluation(run: Run) -> Iterator[Row]:
@@ -236,18 +224,14 @@ def prefill_8b(run: Run) -> Iterator[Row]:
 
 
 def million(run: Run) -> Iterator[Row]:
-    """A million tokens read and 100 generated, SmolLM2-135M's shape; then the same cache in host memory."""
+    """A million tokens read and 100 generated, SmolLM2-135M's shape."""
     model, context = llama("smollm2", run), 12288 if run.quick else 1 << 20
     ids = torch.randint(0, 49000, (context,), generator=torch.Generator().manual_seed(0))
-
-    def measure(offload: str, read: int) -> tuple[float, list[float], float]:
-        reader = BlockReader(model, chunk=2016, offload=offload)
-        if read < context:
-            fill(reader, context - read)
-        else:
-            reader.expect(read + 4096)
+    with fresh():
+        reader = BlockReader(model, chunk=2016)
+        reader.expect(context + 4096, steps=2 * run.times(100))
         started = time.perf_counter()
-        for chunk in reader.read([ids[:read]], last_only=True):
+        for chunk in reader.read([ids], last_only=True):
             logits = chunk.logits
         torch.cuda.synchronize()
         reading = time.perf_counter() - started
@@ -257,24 +241,13 @@ def million(run: Run) -> Iterator[Row]:
             for _ in range(run.times(100)):
                 tokens = reader.step(tokens).argmax(-1).tolist()
             generated.append(run.times(100) / (time.perf_counter() - started))
-        return read / reading, generated, gibibytes()
-
-    with fresh():
-        read, (first, then), memory = measure("none", context)
+        memory = gibibytes()
     yield Row(
         "1M tokens read, 100 generated, SmolLM2-135M's shape, k 4",
-        f"read {read / 1e3:.0f} k tokens/s, generated {first:.0f} tokens/s, the next 100 {then:.0f}, {memory:.1f} GiB",
-        target="works",
-        met=True,
-    )
-    with fresh():
-        read, (first, then), memory = measure("cpu", min(context, 6 * 2016))
-    yield Row(
-        "the same, --offload cpu (the last 12k of 1M tokens are read, the others have random landmarks)",
-        f"read {read / 1e3:.1f} k tokens/s, generated {first:.0f} tokens/s, the next 100 {then:.0f}, "
-        f"{memory:.1f} GiB on the GPU",
-        target="under 6 GiB on the GPU",
-        met=memory < 6,
+        f"read {context / reading / 1e3:.0f} k tokens/s, generated {generated[0]:.0f} tokens/s, {memory:.1f} GiB",
+        target="200 tokens/s from the first",
+        met=generated[0] >= 200,
+        bound=f"the next 100: {generated[1]:.0f} tokens/s",
     )
 
 
@@ -285,6 +258,9 @@ ROWS = {
     "decode-8b": decode_8b,
     "prefill-8b": prefill_8b,
     "million": million,
+    "first-steps": first_steps,
+    "offload-read": offload_read,
+    "offload-decode": offload_decode,
 }
 
 
@@ -320,15 +296,15 @@ def main() -> None:
         "",
         *(line.strip() for line in __doc__.split("\n\n")[2:4] if line.strip()),
         "",
-        "| work | ours | full attention | eager | target | met |",
-        "|---|---|---|---|---|---|",
+        "| work | ours | full attention | eager | bound, measured beside | target | met |",
+        "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     failed = False
     for row in measured(options.rows, Run(options.layers, options.quick)):
         failed |= row.ours.startswith("failed")
         met = {True: "yes", False: "no", None: "-"}[row.met]
-        lines.append(f"| {row.work} | {row.ours} | {row.full} | {row.eager} | {row.target} | {met} |")
+        lines.append(f"| {row.work} | {row.ours} | {row.full} | {row.eager} | {row.bound} | {row.target} | {met} |")
         print(lines[-1], flush=True)
         if options.output:
             Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -98,14 +98,15 @@ def gibibytes() -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def fill(reader: BlockReader, text: int, share_storage: bool = False) -> None:
+def fill(reader: BlockReader, text: int, share_storage: bool = False, room: int = 4096) -> None:
     """Make a reader's cache as if `text` tokens of each row had been read: random keys and values, zeros on the host.
 
-    share_storage: all layers' blocks are one tensor, where more do not fit; their landmark keys stay their own.
+    share_storage: all layers' blocks are one tensor, where more do not fit; their landmark keys stay their own. room:
+    for text tokens to come.
     """
     cache, model = reader.cache, reader.model
     blocks = text // reader.landmark_freq
-    cache.expect((text + 4096) * (reader.landmark_freq + 1) // reader.landmark_freq)
+    cache.expect((text + room) * (reader.landmark_freq + 1) // reader.landmark_freq)
     cache.host_blocks, cache.host_tail = [blocks] * cache.batch, [0] * cache.batch
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     dim = model.config.hidden_size // model.config.num_attention_heads
@@ -181,5 +182,7 @@ def full_step(model: LlamaForCausalLM, context: int, batch: int, run: Run) -> tu
         with torch.cuda.graph(graph):
             model(ids, position_ids=position, use_cache=False)
     preallocated = seconds(graph.replay, run.times(20))
+    # The library keeps the function, and that all it names.
+    stored.clear()
     model.set_attn_implementation("landmark")
     return dynamic, preallocated

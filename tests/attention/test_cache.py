@@ -89,7 +89,7 @@ def test_a_trace_names_the_blocks_and_their_shares(selection):
 @given(st.integers(1, 6), st.lists(st.sets(st.integers(0, 11), max_size=8), max_size=25))
 def test_the_least_recently_used_pages_make_room(frames, calls):
     count_of_pages = 12
-    resident = Pages((1, 2, 6, 2, 1, 1), torch.zeros(1), frames * 2 * 4)
+    resident = Pages((1, 2, 6, 2, 1, 1), torch.zeros(frames * 2))
     assert (resident.frames, resident.pages) == (frames, count_of_pages)
     held: dict[int, int] = {}
     for now, call in enumerate(calls, 1):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..rotary import rotate
 from .absent import Absent, Source
 from .chunk import Chunk
-from .pages import Offload, Pages
+from .pages import Pages, Resident
 from .rotations import SlotRotations
 from .settings import RetrievalSettings
 
@@ -39,7 +39,8 @@ class LayerBlocks:
     positions it is rotated by its position in the row's stream instead.
     one_landmark_key: the landmarks of all blocks have one key before rotation; only rounding tells stored ones apart.
 
-    With offloading, blocks lie in (pinned) host memory and `pages` holds copies of those used lately.
+    With offloading, blocks lie in (pinned) host memory and `pages` holds copies of those used lately, in the layer's
+    share of `resident`.
 
     What a row goes on from may lie in a file still (`fetching`); where blocks lie in host memory, `require` fetches
     those that are about to be read, and whoever reads `blocks` calls it before.
@@ -50,12 +51,14 @@ class LayerBlocks:
         settings: RetrievalSettings,
         like: Tensor,
         rotations: SlotRotations,
-        offload: Offload | None = None,
+        resident: Resident | None = None,
+        number: int = 0,
         one_landmark_key: bool = False,
     ):
-        """like: the layer's keys, (B, G, T, D). rotations: what the layers of a cache share."""
+        """like: the layer's keys, (B, G, T, D). rotations: what the layers of a cache share. resident: what they share
+        of the GPU's memory where blocks are offloaded. number: layers of the cache that were made before."""
         batch, heads, _, head_dim = like.shape
-        self.settings, self.rotations, self.offload = settings, rotations, offload
+        self.settings, self.rotations, self.resident, self.number = settings, rotations, resident, number
         self.one_landmark_key = one_landmark_key
         self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
         self._arrivals = like.new_zeros(0, dtype=torch.int32)
@@ -87,8 +90,9 @@ class LayerBlocks:
         """Of offloaded blocks those that the GPU holds copies of; None where blocks lie on the model's device."""
         if self._is_staged:
             return None
-        if self._pages is None and self.offload is not None:
-            self._pages = Pages(self.blocks.shape, self.landmark_keys, self.offload.bytes_per_layer)
+        if self._pages is None and self.resident is not None:
+            memory = self.resident.share(self.number, self.blocks, self.landmark_keys)
+            self._pages = Pages(self.blocks.shape, memory)
         return self._pages
 
     def reserve(self, complete: Sequence[int], added: Sequence[int], expected: int = 0) -> bool:
@@ -135,8 +139,8 @@ class LayerBlocks:
         self.landmark_keys = self.landmark_keys.new_zeros(batch, heads, capacity, head_dim)
         self._pages: Pages | None = None
         self._absent.mask = torch.zeros(batch, heads, capacity, dtype=torch.bool)
-        if self.offload is not None:
-            self.blocks = self.offload.empty(shape, self.landmark_keys)
+        if self.resident is not None:
+            self.blocks = self.resident.offload.empty(shape, self.landmark_keys)
         elif self.landmark_keys.device.type == "cpu":
             self.blocks = _untouched_zeros(shape, self.landmark_keys.dtype)
         else:
@@ -145,7 +149,7 @@ class LayerBlocks:
     def take(self, rows: Sequence[int], used: int) -> None:
         """Row r becomes what row rows[r] is; there may be more or fewer rows than before. used: slots that hold a block
         in any row. With as many rows as before the tensors stay where they are, so that recorded steps go on."""
-        if self.offload is not None and self.landmark_keys.is_cuda:
+        if self.resident is not None and self.landmark_keys.is_cuda:
             torch.cuda.synchronize(self.landmark_keys.device)
         old, used = (self.landmark_keys, self.blocks, self._absent.mask), min(used, self.capacity)
         target = list(range(len(rows)))
@@ -159,12 +163,12 @@ class LayerBlocks:
         for to, source in zip((self.landmark_keys, self.blocks, self._absent.mask), old, strict=True):
             # The right side is a copy, made before anything is overwritten.
             to[target, :, :used] = source[[rows[row] for row in target], :, :used]
-        if self._pages is not None:
-            self._pages.forget()
+        self.forget_pages()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerBlocks:
         """A copy of what is stored, where it is stored; settings and rotations are shared."""
         other = copy.copy(self)
+        other.resident = copy.deepcopy(self.resident, memo)
         other._arrivals = torch.zeros_like(self._arrivals)
         other._absent = Absent(0, 0, 0)
         other._allocate(self.capacity)
@@ -219,8 +223,7 @@ class LayerBlocks:
             needed = torch.zeros_like(self._absent.mask)
             needed[row, :, slots if self.blocks.is_cuda else slots[-1:]] = True
             self.require(needed)
-        if self._pages is not None:
-            self._pages.forget()
+        self.forget_pages()
 
     def forget(self, row: int) -> None:
         """Fetch nothing more of what a row went on from."""
@@ -247,9 +250,11 @@ class LayerBlocks:
             yield blocks
         finally:
             self.blocks, self._is_staged = offloaded, False
-            if self._pages is not None:
-                # Slots may stand for other blocks now.
-                self._pages.forget()
+
+    def forget_pages(self) -> None:
+        """Hold copies of no blocks on the GPU any more."""
+        if self._pages is not None:
+            self._pages.forget()
 
     def fetch_all(self) -> None:
         """Have all blocks stand in their slots."""

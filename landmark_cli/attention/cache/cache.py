@@ -13,7 +13,7 @@ from torch import Tensor
 from .blocks import HeldBlocks, LayerBlocks
 from .chunk import Chunk, Passage
 from .layer_window import HeldText, LayerWindow
-from .pages import Offload
+from .pages import Offload, Resident
 from .rotations import SlotRotations
 from .settings import RetrievalSettings
 from .streaming import Streaming
@@ -59,6 +59,7 @@ class BlockCache:
         self.no_rotations = SlotRotations(settings.block_size, torch.zeros_like(frequencies))
         self.batch = batch
         self.offload = offload
+        self.resident = None if offload is None else Resident(offload, self.device)
         self.trace: Trace | None = None
         self.backends: set[str] = set()
         self.expected_blocks = 0
@@ -176,6 +177,7 @@ class BlockCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockCache:
         """A cache that has read the same and reads on by itself."""
         other = copy.copy(self)
+        other.resident = copy.deepcopy(self.resident, memo)
         other.layers = {index: copy.deepcopy(blocks, memo) for index, blocks in self.layers.items()}
         other.windows = {index: copy.deepcopy(window, memo) for index, window in self.windows.items()}
         other.host_blocks, other.host_tail = list(self.host_blocks), list(self.host_tail)
@@ -230,7 +232,7 @@ class BlockCache:
         finally:
             self.host_blocks, self.host_tail = before
         if self.offload is not None and self.why_not_streamed() is None:
-            self._streaming = Streaming(self.layers, chunks)
+            self._streaming = Streaming(self.layers, chunks, self.resident)
         try:
             yield Passage(chunks)
         finally:
@@ -255,8 +257,8 @@ class BlockCache:
             return "layers are spread over devices"
         if len({blocks.landmark_keys.dtype for blocks in self.layers.values()}) > 1:
             return "layers are of several dtypes"
-        if 2 * max(blocks.blocks.nbytes for blocks in self.layers.values()) > self.offload.resident_bytes:
-            return "two layers take more than the memory for blocks on the device"
+        if not all(self.resident.fits(blocks.blocks) for blocks in self.layers.values()):
+            return "layers take more than the memory for blocks on the device"
         return None
 
     def inputs(self, chunk: Chunk | Passage) -> dict[str, Any]:
@@ -279,7 +281,7 @@ class BlockCache:
         if index not in self.layers:
             one_key = self.one_landmark and index == 0
             rotations = self.rotations if rotated else self.no_rotations
-            self.layers[index] = LayerBlocks(self.settings, k, rotations, self.offload, one_key)
+            self.layers[index] = LayerBlocks(self.settings, k, rotations, self.resident, len(self.layers), one_key)
         blocks = self.layers[index]
         added = self._added_blocks(chunk.host_lengths, chunk.host_tail)
         self._replaced += blocks.reserve(chunk.host_blocks, added, self.expected_blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch import Tensor
 from landmark_cli.errors import LandmarkError
 
 GIB = 2**30
+# Of the parts of memory on the GPU, in bytes.
+ALIGNMENT = 16
+# For whole layers: one reads in a room while the next one's blocks arrive in the other.
+ROOMS = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,56 @@ class Offload:
         return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
 
 
+class Resident:
+    """The memory of the GPU for offloaded blocks: each layer has a share for the pages that it used last, and while a
+    passage is read all of it is for whole layers (see streaming.py)."""
+
+    def __init__(self, offload: Offload, device: torch.device):
+        """device: that of the layers; what is elsewhere has its share there."""
+        self.offload, self.device = offload, device
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Resident:
+        """Memory of its own, with nothing in it."""
+        return Resident(self.offload, self.device)
+
+    def share(self, layer: int, blocks: Tensor, like: Tensor) -> Tensor:
+        """The share, (n,) numbers on like's device, of the layer that was made as number `layer` and has these
+        blocks."""
+        if like.device != self.device or layer >= self.offload.layers:
+            size = min(self.offload.bytes_per_layer, blocks.nbytes)
+            return torch.empty(size, dtype=torch.uint8, device=like.device)[: _whole(size)].view(like.dtype)
+        return self._parts(self.offload.layers, blocks)[layer].view(like.dtype)
+
+    def fits(self, blocks: Tensor) -> bool:
+        """Whether a room has space for so many blocks of a layer."""
+        return ROOMS * room_bytes(blocks) <= self.offload.resident_bytes
+
+    def rooms(self, blocks: Tensor) -> list[Tensor]:
+        """All of it as rooms, (n,) numbers each, for a layer that has no more blocks than these. Layers have to forget
+        the pages that they had there."""
+        return [part.view(blocks.dtype) for part in self._parts(ROOMS, blocks)]
+
+    def _parts(self, count: int, blocks: Tensor) -> list[Tensor]:
+        """All of it in so many parts, (n,) bytes; as much as all layers with so many blocks need, if that is less than
+        they may have."""
+        layers = max(self.offload.layers, ROOMS)
+        wanted = min(self.offload.resident_bytes, layers * room_bytes(blocks))
+        if len(self._memory) < wanted:
+            self._memory = torch.empty(wanted, dtype=torch.uint8, device=self.device)
+        size = _whole(len(self._memory) // count)
+        return [self._memory[part * size : (part + 1) * size] for part in range(count)]
+
+
+def room_bytes(blocks: Tensor) -> int:
+    return -(-blocks.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _whole(size: int) -> int:
+    """Bytes that begin and end where kernels like it."""
+    return size // ALIGNMENT * ALIGNMENT
+
+
 class Pages:
     """The pages of one layer's blocks that the GPU holds copies of; the least recently used make room for others.
 
@@ -43,18 +98,20 @@ class Pages:
     The last entry of each is a dummy, so that everything below has a fixed shape and runs without the host.
     """
 
-    def __init__(self, shape: tuple[int, ...], like: Tensor, room: int):
-        """shape: of the blocks, (B, G, capacity, 2, block_size, D). like: a tensor on the GPU. room: bytes there."""
+    def __init__(self, shape: tuple[int, ...], memory: Tensor):
+        """shape: of the blocks, (B, G, capacity, 2, block_size, D). memory: for the pool, (n,) numbers."""
         page = torch.Size(shape[3:])
         self.pages = torch.Size(shape[:3]).numel()
-        self.frames = max(1, min(self.pages, room // (page.numel() * like.element_size())))
-        self.pool = like.new_zeros(self.frames, *page)
+        if len(memory) < page.numel():
+            memory = memory.new_empty(page.numel())
+        self.frames = min(self.pages, len(memory) // page.numel())
+        self.pool = memory[: self.frames * page.numel()].view(self.frames, *page)
 
         def filled(count: int, value: int) -> Tensor:
-            return torch.full((count + 1,), value, dtype=torch.int32, device=like.device)
+            return torch.full((count + 1,), value, dtype=torch.int32, device=memory.device)
 
         self.page_table, self.held, self.used = filled(self.pages, -1), filled(self.frames, -1), filled(self.frames, 0)
-        self.now = torch.zeros((), dtype=torch.int32, device=like.device)
+        self.now = torch.zeros((), dtype=torch.int32, device=memory.device)
 
     def forget(self) -> None:
         """Hold no copies any more: what they are copies of has been replaced."""

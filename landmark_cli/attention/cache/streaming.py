@@ -15,15 +15,17 @@ from torch import Tensor
 
 from .blocks import LayerBlocks
 from .chunk import Chunk
+from .pages import ROOMS, Resident
 
 
 class Streaming:
-    """Two rooms for a layer's blocks on the device: a layer reads in one while the next layer's arrive in the other.
+    """A passage's way through the layers.
 
     layers: by their numbers, all on one device, with room for all that the passage adds. chunks: of the passage.
+    resident: which has rooms for them, see its `fits`.
     """
 
-    def __init__(self, layers: Mapping[int, LayerBlocks], chunks: Sequence[Chunk]) -> None:
+    def __init__(self, layers: Mapping[int, LayerBlocks], chunks: Sequence[Chunk], resident: Resident) -> None:
         self.layers, self.order = layers, sorted(layers)
         size = layers[self.order[0]].settings.block_size
         # Of each row the blocks that it has, the tail block too, and those that the passage writes to.
@@ -33,10 +35,13 @@ class Streaming:
             range(blocks, blocks + -(-(tail + new) // size) if new else blocks)
             for blocks, tail, new in zip(chunks[0].host_blocks, chunks[0].host_tail, added, strict=True)
         ]
-        like = layers[self.order[0]].landmark_keys
-        most = max(blocks.blocks.numel() for blocks in layers.values())
-        self._rooms = [like.new_empty(most) for _ in self.order[:2]]
-        self._side = torch.cuda.Stream(like.device) if like.is_cuda else None
+        largest = max((blocks.blocks for blocks in layers.values()), key=lambda blocks: blocks.nbytes)
+        self._rooms = resident.rooms(largest)
+        for blocks in layers.values():
+            # The rooms are where their pages were.
+            blocks.forget_pages()
+        cuda = resident.device.type == "cuda"
+        self._side = torch.cuda.Stream(resident.device) if cuda else None
         self._arrived: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
         # Earlier chunks may still be writing to host memory, and whoever had the rooms' memory before to that.
         self._after_what_was_asked_for()
@@ -64,7 +69,7 @@ class Streaming:
     def _fetch(self, index: int) -> None:
         """Have a layer's blocks travel to the room that the layer before the last one has left."""
         source = self.layers[index].blocks
-        room = self._rooms[self.order.index(index) % 2][: source.numel()].view(source.shape)
+        room = self._rooms[self.order.index(index) % ROOMS][: source.numel()].view(source.shape)
         self._copy(room, source, [range(held) for held in self._held])
         self._arrived[index] = room, None if self._side is None else self._side.record_event()
 
