@@ -47,7 +47,7 @@ def backward_call(shape: Shape, workspace: int) -> tuple[tuple, launch.Layout]:
     out, lse = launch.forward(q, k, v, layout)
     gradients = (empty_heads_last(x) for x in (q, k, v))
     statistics = torch.empty(workspace, dtype=torch.float32, device=DEVICE)
-    return (q, k, v, out, dout, lse, None, *gradients, statistics, None, None), layout
+    return (q, k, v, out, dout, lse, None, *gradients, statistics, None, None, None), layout
 
 
 def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
@@ -55,6 +55,7 @@ def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
     parts, workspace = parts_of(shape)
     tensors, layout = backward_call(shape, workspace)
     q, k, v, out, _, lse, *_ = tensors
+    forward = q, k, v, out, lse, None, None, None
 
     def query_gradient(choice: Configuration) -> None:
         for part in parts:
@@ -65,7 +66,7 @@ def kernels(shape: Shape) -> dict[str, Callable[[Configuration], object]]:
             launch.launch_key_gradient(tensors, layout, part, choice)
 
     return {
-        "forward": lambda choice: launch.launch_forward(q, k, v, out, lse, layout, choice),
+        "forward": lambda choice: launch.launch_forward(forward, layout, choice),
         "query_gradient": query_gradient,
         "key_gradient": key_gradient,
     }

@@ -53,7 +53,7 @@ def fitting() -> str:
         found[1] |= {POSITIONS[turn] for turn in kinds.turns}
         found[2] |= {kind for kind in rope_types(model) if kind != "default"}
         found[3] |= {name for name, given in (("soft-capping", kinds.softcap), ("sinks", kinds.sinks)) if given}
-    head = "| fits | layers with landmarks | positions | scaling tried | logits, without kernels |"
+    head = "| fits | layers with landmarks | positions | scaling tried | logits |"
     lines = [f"| {name} | {' | '.join(', '.join(sorted(part)) for part in found)} |" for name, found in rows.items()]
     return "\n".join([head, "|---|---|---|---|---|", *lines])
 

@@ -61,8 +61,9 @@ class Backend:
 
     meant_for: whether it is tried unasked on a device. why_not: why it cannot serve a problem, naming the argument and
     what is allowed; None if it can.
-    forward, backward: of the operators (operators.py), whose arguments they take: (q, k, v, *settings) -> (out, lse)
-    and (dout, dlse, q, k, v, out, lse, *settings) -> (dq, dk, dv). None: the definition, which autograd differentiates.
+    forward, backward: of the operators (operators.py), whose arguments they take: (q, k, v, sinks, *settings) -> (out,
+    lse) and (dout, dlse, q, k, v, sinks, out, lse, *settings) -> (dq, dk, dv, dsinks), sinks and their gradient being
+    None where there are none. None: the definition, which autograd differentiates.
     reads_as: the name of the backend that reads where this one is asked for. read: attention of a chunk through the
     cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read, to which softcap and sinks come by name
     where there are some; None where another one reads.
@@ -76,7 +77,7 @@ class Backend:
     why_not: Callable[[Problem], str | None]
     reads_as: str
     forward: Callable[..., tuple[Tensor, Tensor]] | None = None
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
     read: Callable[..., Read] | None = None
     recorded: bool = False
     retrieve_forward: Callable[..., tuple[Tensor, ...]] | None = None
@@ -112,19 +113,17 @@ def _needs_the_definition(problem: Problem) -> str | None:
         return "landmark_mask makes blocks of any size"
     if problem.context_miss:
         return "context_miss_key gives the outer softmax a key of its own"
-    if (reason := _logits_of_their_own(problem)) is not None:
-        return reason
     if problem.reading and problem.differentiated:
         return "gradients are asked for"
     return None
 
 
 def _logits_of_their_own(problem: Problem) -> str | None:
-    """What a model does with logits that the definition alone has, in words; None where there is nothing."""
+    """What a model does with logits that a backend cannot, in words; None where it does nothing."""
     if problem.softcap:
-        return "softcap bounds the logits, which the definition alone does"
+        return "softcap bounds the logits, which it cannot"
     if problem.sinks:
-        return "sinks give the outer softmax logits of their own, which the definition alone has"
+        return "sinks give the outer softmax logits of their own, which it has not"
     return None
 
 
@@ -156,14 +155,14 @@ def _triton() -> ModuleType:
     return launch
 
 
-def _triton_forward(q: Tensor, k: Tensor, v: Tensor, *settings) -> tuple[Tensor, Tensor]:
+def _triton_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *settings) -> tuple[Tensor, Tensor]:
     launch = _triton()
-    return launch.forward(q, k, v, launch.Layout(*settings))
+    return launch.forward(q, k, v, launch.Layout(*settings), sinks)
 
 
-def _triton_backward(dout, dlse, q, k, v, out, lse, *settings) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_backward(dout, dlse, q, k, v, sinks, out, lse, *settings) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     launch = _triton()
-    return launch.backward(dout, dlse, q, k, v, out, lse, launch.Layout(*settings))
+    return launch.backward(dout, dlse, q, k, v, out, lse, launch.Layout(*settings), sinks)
 
 
 def _triton_read(
@@ -175,13 +174,15 @@ def _triton_read(
     scale: float | None,
     context_miss_key: None,
     traced: bool,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Read:
     from .kernels import reading
 
-    reason = reading.why_not(blocks.settings, scale)
+    reason = reading.why_not(blocks.settings, scale, softcap)
     if reason is not None:
         raise LandmarkError(f"{reason}; or set LANDMARK_ATTENTION=eager, which is slow")
-    return Read(*reading.attend_chunk(q, k, v, blocks, chunk, scale, traced))
+    return Read(*reading.attend_chunk(q, k, v, blocks, chunk, scale, traced, softcap, sinks))
 
 
 @functools.cache
@@ -225,7 +226,7 @@ def _is_hopper(device: str) -> bool:
 def _why_not_hopper(problem: Problem) -> str | None:
     if problem.reading or problem.retrieving:
         return "retrieval has no Hopper kernels of its own"
-    if (reason := _needs_the_definition(problem)) is not None:
+    if (reason := _needs_the_definition(problem) or _logits_of_their_own(problem)) is not None:
         return reason
     if problem.few_queries:
         return f"q has fewer than {FEW_QUERIES} tokens"
@@ -238,15 +239,20 @@ def _why_not_hopper(problem: Problem) -> str | None:
     return hopper_support.why_not(problem.dtype, problem.head_dim, problem.block_size) or _given_up
 
 
-def _hopper_forward(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, *rest) -> tuple[Tensor, Tensor]:
+def _hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: None, block_size: int, scale: float, *rest
+) -> tuple[Tensor, Tensor]:
     found = _unless_given_up("forward", q, k, v, block_size, scale)
-    return _triton_forward(q, k, v, block_size, scale, *rest) if found is None else found
+    return _triton_forward(q, k, v, sinks, block_size, scale, *rest) if found is None else found
 
 
-def _hopper_backward(dout, dlse, q, k, v, out, lse, block_size, scale, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    given = dout, dlse, q, k, v, out, lse, block_size, scale
-    found = _unless_given_up("backward", *given)
-    return _triton_backward(*given, *rest) if found is None else found
+def _hopper_backward(
+    dout, dlse, q, k, v, sinks: None, out, lse, block_size, scale, *rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    found = _unless_given_up("backward", dout, dlse, q, k, v, out, lse, block_size, scale)
+    if found is None:
+        return _triton_backward(dout, dlse, q, k, v, sinks, out, lse, block_size, scale, *rest)
+    return *found, None
 
 
 def _unless_given_up(name: str, *arguments) -> tuple[Tensor, ...] | None:

@@ -241,12 +241,13 @@ def landmark_attention(
         "cu_seqlens": cu_seqlens,
         "dropout_p": dropout_p,
         "dropout_seed": dropout_seed,
+        "softcap": softcap,
+        "sinks": sinks,
         "return_lse": return_lse,
     }
     if BACKENDS[name].forward is not None:
         return operators.attend(q, k, v, backend=name, **arguments)
     arguments |= {"landmark_mask": landmark_mask, "context_miss_key": context_miss_key, "controlled": controlled}
-    arguments |= {"softcap": softcap, "sinks": sinks}
     return _definition(q, k, v, **arguments)
 
 
@@ -338,8 +339,9 @@ def attend_window(
         return _join(out, lse, *_retrieve_by_definition(q, k, v, window, scale, layer, softcap=softcap))
     # Only selections that nobody shares are made by kernels.
     shared = window.selection != "per_token_and_head"
-    ages = _select_by_definition(q, k, window, scale, layer) if shared else None
-    return window_operators.retrieve(q, k, v, window, scale, layer, (out, lse), backend=name, ages=ages)[0]
+    ages = _select_by_definition(q, k, window, scale, layer, softcap) if shared else None
+    given = {"backend": name, "ages": ages, "softcap": softcap}
+    return window_operators.retrieve(q, k, v, window, scale, layer, (out, lse), **given)[0]
 
 
 def _attend_within_chunks(

@@ -27,23 +27,27 @@ def attend(
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The twin of `reference.landmark_attention` in the kernels of a backend that can serve: values and gradients.
 
     q: (B, H, Tq, D), k, v: (B, G, Tk, D); dispatch has checked these three. Any strides, as long as the head dim is
-    contiguous (other inputs are copied). scale: positive. The random numbers of group dropout are the definition's; a
-    dropout_seed that is a tensor compiles once for all seeds. Products of float32 are as exact as PyTorch is told that
-    they have to be.
+    contiguous (other inputs are copied). scale, softcap: positive. The random numbers of group dropout are the
+    definition's; a dropout_seed that is a tensor compiles once for all seeds. Products of float32 are as exact as
+    PyTorch is told that they have to be.
 
-    The output (B, H, Tq, D) lies in memory as (B, Tq, H, D). The log-sum-exp is differentiable too. Gradients repeat
-    bit by bit; their workspace is at most 1.6 times the memory of q.
+    The output (B, H, Tq, D) lies in memory as (B, Tq, H, D). The log-sum-exp can be differentiated too, and sinks have
+    a gradient. Gradients repeat bit by bit; their workspace is at most 1.6 times the memory of q.
 
     Raises ValueError naming an argument that cannot be.
     """
     if not torch.compiler.is_compiling():
         refuse_transforms(q, k, v)
     scale = check_scale(scale, q)
+    softcap = check_softcap(softcap)
+    check_sinks(sinks, q)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
     if dropout_p > 0.0 and dropout_seed is None:
@@ -55,7 +59,7 @@ def attend(
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but q has {q.shape[0]} rows")
     seed = seed_tensor(dropout_seed, q.device) if dropout_p > 0.0 else None
-    out, lse = attention(q, k, v, block_size, scale, start, cu_seqlens, dropout_p, seed, backend)
+    out, lse = attention(q, k, v, sinks, block_size, scale, start, cu_seqlens, dropout_p, seed, softcap, backend)
     return (out, lse) if return_lse else out
 
 
@@ -65,6 +69,22 @@ def check_scale(scale: float | None, q: Tensor) -> float:
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; the kernels need a positive one")
     return scale
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    """The bound of the logits, None for none. Raises ValueError where it is not positive."""
+    softcap = None if softcap is None else float(softcap)
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; the kernels need a positive one, or None")
+    return softcap
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Raises ValueError where sinks are not one a query head, on the device of q."""
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
+        raise ValueError(f"sinks is {sinks.dtype} of shape {tuple(sinks.shape)}; it must be one logit for each head")
+    if sinks is not None and sinks.device != q.device:
+        raise ValueError(f"sinks is on {sinks.device} and q on {q.device}")
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -90,14 +110,16 @@ NO_SECOND_DERIVATIVES = "landmark attention's kernels have no second derivatives
 # simpler to write, take the host three times as long for each call.
 LIBRARY = torch.library.Library("landmark", "FRAGMENT")
 _SETTINGS = (
-    "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed, str backend"
+    "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed, "
+    "float? softcap, str backend"
 )
 LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
+    f"Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 attention = torch.ops.landmark.attention.default
@@ -105,27 +127,29 @@ attention_backward = torch.ops.landmark.attention_backward.default
 
 
 @torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
-def _(q, k, v, *settings):
+def _(q, k, v, sinks, *settings):
     """(out, lse) of checked arguments."""
     *settings, backend = settings
-    return BACKENDS[backend].forward(q, k, v, *settings)
+    return BACKENDS[backend].forward(q, k, v, sinks, *settings)
 
 
 @torch.library.register_fake("landmark::attention", lib=LIBRARY)
-def _(q, k, v, *settings):
+def _(q, k, v, sinks, *settings):
     return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
-def _(dout, dlse, q, k, v, out, lse, *settings):
-    """(dq, dk, dv) from the gradients of out and lse."""
+def _(dout, dlse, q, k, v, sinks, out, lse, *settings):
+    """(dq, dk, dv, dsinks) from the gradients of out and lse; the last is empty where there are no sinks."""
     *settings, backend = settings
-    return BACKENDS[backend].backward(dout, dlse, q, k, v, out, lse, *settings)
+    *found, dsinks = BACKENDS[backend].backward(dout, dlse, q, k, v, sinks, out, lse, *settings)
+    return *found, q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("landmark::attention_backward", lib=LIBRARY)
-def _(dout, dlse, q, k, v, out, lse, *settings):
-    return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
+def _(dout, dlse, q, k, v, sinks, out, lse, *settings):
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v), dsinks
 
 
 class Attention(torch.autograd.Function):
@@ -133,26 +157,27 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        q, k, v, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, backend = inputs
+        q, k, v, sinks, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, softcap, backend = inputs
         with torch._C._AutoDispatchBelowAutograd():
             output = attention(*inputs)
-        ctx.save_for_backward(q, k, v, *output, start, cu_seqlens, dropout_seed)
-        ctx.settings = block_size, scale, dropout_p, backend
+        ctx.save_for_backward(q, k, v, sinks, *output, start, cu_seqlens, dropout_seed)
+        ctx.settings = block_size, scale, dropout_p, softcap, backend
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, start, cu_seqlens, dropout_seed = ctx.saved_tensors
-        block_size, scale, dropout_p, backend = ctx.settings
+        q, k, v, sinks, out, lse, start, cu_seqlens, dropout_seed = ctx.saved_tensors
+        block_size, scale, dropout_p, softcap, backend = ctx.settings
         dout = torch.zeros_like(out) if dout is None else dout
-        settings = block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, backend
-        return *attention_backward(dout, dlse, q, k, v, out, lse, *settings), *(None,) * 7
+        settings = block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, softcap, backend
+        *found, dsinks = attention_backward(dout, dlse, q, k, v, sinks, out, lse, *settings)
+        return *found, None if sinks is None else dsinks, *(None,) * len(settings)
 
 
 @torch.library.impl(LIBRARY, "attention", "Autograd")
 def _(*inputs):
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
         return Attention.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return attention(*inputs)

@@ -95,7 +95,14 @@ def _retrieve(
 
 
 @torch.no_grad()
-def select_in_window(q: Tensor, k: Tensor, window: ReadingWindow, scale: float | None = None, layer: int = 0) -> Tensor:
+def select_in_window(
+    q: Tensor,
+    k: Tensor,
+    window: ReadingWindow,
+    scale: float | None = None,
+    layer: int = 0,
+    softcap: float | None = None,
+) -> Tensor:
     """The blocks that `retrieve_window`, with the same arguments, has every query of a window read.
 
     Returns ages, (B, H or 1, N, k) int32 in time order: age a is the a-th newest of the query's earlier blocks, and 0
@@ -110,7 +117,7 @@ def select_in_window(q: Tensor, k: Tensor, window: ReadingWindow, scale: float |
             _, token, number = blocks[first : first + earlier].flip(0).unbind(-1)
             keys = rotate(k[row, :, token + window.block_size - 1], *window.by(-number))
             queries = q[row : row + 1, :, begin : begin + length]
-            ages = _select(queries, keys, window, scale, layer, (row * heads, tokens, begin))
+            ages = _select(queries, keys, window, scale, layer, (row * heads, tokens, begin), softcap)
             found[row, :, begin : begin + length, : ages.shape[-1]] = ages[0]
     return found
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from .backends import BACKENDS
 from .kernels.common.tensors import empty_heads_last
-from .operators import LIBRARY, NO_SECOND_DERIVATIVES, check_scale, refuse_transforms, seed_tensor
+from .operators import LIBRARY, NO_SECOND_DERIVATIVES, check_scale, check_softcap, refuse_transforms, seed_tensor
 from .window import ReadingWindow
 
 
@@ -28,27 +28,29 @@ def retrieve(
     *,
     backend: str,
     ages: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The twin of `retrieval_window.retrieve_window` in the kernels of a backend that can serve: values and gradients.
 
     q: (B, H, N, D) and k, v: (B, G, N, D), any strides. own: attention within the chunks, (B, H, N, D) and its
     log-sum-exp, (B, H, N) float32, which is then one part of the outer softmax. ages: (B, H or 1, N, k) int32, a
-    selection that is made already, as `retrieval_window.select_in_window` gives.
+    selection that is made already, as `retrieval_window.select_in_window` gives. softcap: bound of the logits; sinks
+    have their share of `own`.
 
     Returns out (B, H, N, D), which lies in memory as (B, N, H, D), and the log-sum-exp (B, H, N) float32. Both are
     differentiable, in own too. Gradients repeat bit by bit.
 
-    Raises ValueError for a scale that is not positive.
+    Raises ValueError for a scale or softcap that is not positive.
     """
     if not torch.compiler.is_compiling():
         refuse_transforms(q, k, v)
-    scale = check_scale(scale, q)
+    scale, softcap = check_scale(scale, q), check_softcap(softcap)
     settings = window.settings
     seed = window.seed_of(layer) if settings.explore and ages is None else None
     out, lse, *_ = retrieved(
         q, k, v, *(own or (None, None)), window.chunks, window.blocks, window.chunk_of, window.cos, window.sin, ages,
         None if seed is None else seed_tensor(seed, q.device), settings.chunk, settings.block_size, settings.top_k,
-        window.most_earlier, settings.explore, window.one_landmark and layer == 0, scale, backend,
+        window.most_earlier, settings.explore, window.one_landmark and layer == 0, scale, softcap, backend,
     )  # fmt: skip
     return out, lse
 
@@ -56,7 +58,7 @@ def retrieve(
 _WINDOW = (
     "Tensor chunks, Tensor blocks, Tensor chunk_of, Tensor cos, Tensor sin, Tensor? ages, Tensor? explore_seed, "
     "int chunk, int block_size, int top_k, int most_earlier, float explore, bool one_landmark_key, float scale, "
-    "str backend"
+    "float? softcap, str backend"
 )
 LIBRARY.define(
     f"retrieve(Tensor q, Tensor k, Tensor v, Tensor? own, Tensor? own_lse, {_WINDOW}) -> "

@@ -18,7 +18,8 @@ EXACT = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes as in landmark_attention; keys None: as many as queries; start and cu_seqlens as tuples."""
+    """Sizes as in landmark_attention; keys None: as many as queries; start and cu_seqlens as tuples; sinks: whether
+    every head has one."""
 
     block_size: int
     queries: int
@@ -32,6 +33,8 @@ class Case:
     dropout_p: float = 0.0
     dropout_seed: int | None = None
     scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
     def __str__(self) -> str:
         said = f"block{self.block_size}-T{self.queries}"
@@ -39,7 +42,8 @@ class Case:
         said += f"-D{self.dim}-B{self.batch}-H{self.heads}on{self.key_heads}"
         for name in ("start", "cu_seqlens"):
             said += f"-{name}{'_'.join(map(str, getattr(self, name)))}" if getattr(self, name) else ""
-        return said + (f"-dropout{self.dropout_p}" if self.dropout_p else "")
+        said += f"-dropout{self.dropout_p}" if self.dropout_p else ""
+        return said + (f"-softcap{self.softcap}" if self.softcap else "") + ("-sinks" if self.sinks else "")
 
     def tensors(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Fresh q, k, v as a model has them: (B, T, H, D) in memory."""
@@ -57,8 +61,11 @@ class Case:
             name: None if getattr(self, name) is None else torch.tensor(getattr(self, name), device=device)
             for name in ("start", "cu_seqlens")
         }
-        more = {name: getattr(self, name) for name in ("block_size", "dropout_p", "dropout_seed", "scale")}
-        return {**bounds, **more, "return_lse": True}
+        names = "block_size", "dropout_p", "dropout_seed", "scale", "softcap"
+        more = {name: getattr(self, name) for name in names}
+        # In any precision the same numbers.
+        sinks = torch.linspace(-1, 2, self.heads, device=device).bfloat16().float() if self.sinks else None
+        return {**bounds, **more, "sinks": sinks, "return_lse": True}
 
 
 # Every feature once, small enough for Triton's interpreter.
@@ -83,27 +90,41 @@ CASES = [
     Case(16, 70, dropout_p=0.5, dropout_seed=2**40 + 3, heads=2),
     Case(7, 40, dropout_p=0.2, dropout_seed=-5, cu_seqlens=(0, 13, 40)),
     Case(16, 40, scale=0.7),
+    Case(16, 70, heads=4, key_heads=2, batch=2, softcap=1.5),
+    Case(7, 40, batch=2, heads=4, key_heads=2, sinks=True),
+    # So far out that a tangent is 1, and so far in that it is hardly bent.
+    Case(7, 40, scale=20.0, softcap=5.0),
+    Case(7, 40, softcap=50.0, heads=2, sinks=True),
+    Case(64, 20, dim=24, softcap=2.0, sinks=True),
+    Case(16, 33, keys=97, heads=2, softcap=2.0, sinks=True),
+    Case(7, 30, keys=50, batch=3, heads=2, start=(0, 27, 49), softcap=2.0, sinks=True),
+    Case(16, 90, cu_seqlens=(0, 1, 35, 35, 80, 90), heads=2, key_heads=1, softcap=2.0, sinks=True),
+    Case(7, 40, dropout_p=0.2, dropout_seed=-5, heads=2, softcap=2.0, sinks=True),
 ]
 
 
 def outputs_and_gradients(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor, **arguments):
-    """[out, lse, dq, dk, dv] of one implementation; rows that see nothing have lse 0 here."""
+    """[out, lse, dq, dk, dv] of one implementation, and dsinks, if there are any; rows that see nothing have lse 0."""
     out, lse = function(q, k, v, **arguments)
     lse = torch.where(lse == -math.inf, 0.0, lse)
-    return [out, lse, *torch.autograd.grad([out, lse], [q, k, v], [dout.to(out.dtype), dlse])]
+    leaves = [x for x in (q, k, v, arguments.get("sinks")) if x is not None]
+    return [out, lse, *torch.autograd.grad([out, lse], leaves, [dout.to(out.dtype), dlse])]
 
 
 def errors(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, float]:
     """Relative norm of the difference to the float32 definition, of outputs and of gradients of both outputs."""
     q, k, v = case.tensors(dtype, device)
     dout, dlse = torch.randn_like(q), torch.randn(q.shape[:3], device=device)
-    found = outputs_and_gradients(triton_attention, q, k, v, dout, dlse, **case.arguments(device))
-    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    expected = outputs_and_gradients(eager, *exact, dout.float(), dlse, **case.arguments(device))
+    given, exact = case.arguments(device), case.arguments(device)
+    if case.sinks:
+        given["sinks"], exact["sinks"] = given["sinks"].to(dtype).requires_grad_(), exact["sinks"].requires_grad_()
+    found = outputs_and_gradients(triton_attention, q, k, v, dout, dlse, **given)
+    q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
+    expected = outputs_and_gradients(eager, q, k, v, dout.float(), dlse, **exact)
     assert all(x.dtype == dtype for x in found[:1] + found[2:])
     return {
         name: ((a.float() - b).norm() / b.norm()).item()
-        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True)
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dsinks")[: len(found)], found, expected, strict=True)
     }
 
 

@@ -16,7 +16,8 @@ from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, r
 class Case:
     """chunks: stream tokens of each chunk, one number for all rows or a number a row. rotary: rotated dimensions.
 
-    resident: offload, keeping so many blocks on the device. context_miss: with a context-miss token.
+    resident: offload, keeping so many blocks on the device. context_miss: with a context-miss token. sinks: whether
+    every head has one.
     """
 
     chunks: list
@@ -31,6 +32,8 @@ class Case:
     resident: int | None = None
     dtype: torch.dtype = torch.float32
     context_miss: bool = False
+    softcap: float | None = None
+    sinks: bool = False
 
 
 # Every feature once, small, since without a GPU every program of a kernel is interpreted.
@@ -57,6 +60,32 @@ CASES = {
     "offloaded, landmarks in several tiles": Case([136, 1, 2], block_size=2, heads=1, resident=8),
     "offloaded, evicted": Case([12, 9, 1, 16, 8], top_k=3, resident=2, settings={"cache_blocks": 3}),
 }
+# Logits that are bounded, or have company in the outer softmax.
+LOGITS = {"softcap": 1.5, "sinks": True}
+LOGITS_CASES = {
+    "soft-capped": Case([12, 7, 19, 1], dim=24, softcap=1.5),
+    "sinks, 4 heads on 2": Case([12, 7, 19, 1], heads=4, key_heads=2, sinks=True),
+    "rows of their own lengths, capped, sinks": Case(
+        [[12, 5], [3, 16], [0, 7], [1, 1]], batch=2, heads=4, key_heads=2, top_k=3, **LOGITS
+    ),
+    "steps of rows in different phases, capped, sinks": Case([[22, 13], [2, 1], [0, 2], [4, 3]], batch=2, **LOGITS),
+    **{
+        f"{rule}, capped, sinks": Case(
+            [12, 9, 1, 14], heads=4, key_heads=2, top_k=3, settings={"selection": rule}, **LOGITS
+        )
+        for rule in get_args(Selection)
+    },
+    "true distances, capped, sinks": Case([12, 16, 1, 10], settings={"positions": "absolute"}, **LOGITS),
+    "partial rotary, capped, sinks": Case([12, 9, 1], dim=24, rotary=8, **LOGITS),
+    "18 blocks retrieved, capped, sinks": Case([60, 7], block_size=3, top_k=18, **LOGITS),
+    "blocks wider than a tile, capped, sinks": Case([150, 75, 1], block_size=70, heads=1, **LOGITS),
+    "landmarks in several tiles, capped, sinks": Case([136, 3, 1], block_size=2, heads=1, **LOGITS),
+    "numbers of 16 bits, capped, sinks": Case(
+        [[12, 5], [7, 16], [1, 2]], batch=2, top_k=3, dtype=torch.float16, **LOGITS
+    ),
+    "offloaded, capped, sinks": Case([12, 9, 1, 16], top_k=3, resident=3, **LOGITS),
+    "nothing to retrieve, capped, sinks": Case([12, 9, 1], top_k=0, **LOGITS),
+}
 
 
 def read(
@@ -75,6 +104,8 @@ def read(
         BlockCache(settings, inverse_frequencies, batch=case.batch, device=device, offload=o) for o in (None, offload)
     ]
     miss = torch.randn(1, case.key_heads, 1, case.dim, generator=generator) if case.context_miss else None
+    # In any precision the same numbers.
+    sinks = torch.linspace(-1, 2, case.heads, device=device).bfloat16() if case.sinks else None
     outputs = [], []
     for index, lengths in enumerate(case.chunks):
         lengths = [lengths] * case.batch if isinstance(lengths, int) else lengths
@@ -96,7 +127,9 @@ def read(
                 layer.landmark_keys.fill_(torch.nan)
             if case.context_miss:
                 given.append(miss.to(given[0]))
-            outputs[which].append(attend_chunk(0, *given[:3], cache, chunk, None, *given[3:], backend=name).float())
+            logits = {"softcap": case.softcap, "sinks": sinks}
+            out = attend_chunk(0, *given[:3], cache, chunk, None, *given[3:], backend=name, **logits)
+            outputs[which].append(out.float())
             cache.end_chunk(chunk)
     return *outputs, caches
 

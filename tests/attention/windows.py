@@ -31,13 +31,14 @@ class Case:
     cu_seqlens: tuple[int, ...] | None = None
     layer: int = 1
     equal_landmarks: bool = False
+    softcap: float | None = None
 
     def __str__(self) -> str:
         said = f"N{self.tokens}-C{self.chunk}-S{self.block_size}-k{self.top_k}-B{self.batch}"
         said += f"-{self.heads}on{self.key_heads}-D{self.dim}" + (
             f"-{self.selection}" if self.selection != "per_token_and_head" else ""
         )
-        for name in ("start", "cu_seqlens", "rotary", "explore", "equal_landmarks"):
+        for name in ("start", "cu_seqlens", "rotary", "explore", "equal_landmarks", "softcap"):
             said += f"-{name}" if getattr(self, name) else ""
         return said + ("-first_layer" if self.layer == 0 else "")
 

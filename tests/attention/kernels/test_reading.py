@@ -12,7 +12,7 @@ from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
-from tests.attention.reading import CASES, Case, assert_same_traces, read
+from tests.attention.reading import CASES, LOGITS, LOGITS_CASES, Case, assert_same_traces, read
 from tests.closeness import assert_close_norm, tolerance
 from tests.tiny import tiny_model, tiny_text
 
@@ -45,7 +45,23 @@ GPU_CASES = {
     "offloaded": Case(
         [900, 700, 1, 40, 1, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, resident=40
     ),
+    "as Gemma 2": Case([500, 700, 1, 1], heads=8, key_heads=4, dim=256, block_size=64, top_k=4, softcap=50.0),
+    "as GPT-OSS": Case([900, 700, 1, 1], heads=64, key_heads=8, dim=64, block_size=64, top_k=4, sinks=True),
+    "32 heads on 8, capped, sinks": Case(
+        [1000, 700, 1, 1, 3], heads=32, key_heads=8, dim=128, block_size=64, top_k=8, **LOGITS
+    ),
+    "many landmarks, a query each, capped, sinks": Case(
+        [6000, 6000, 1, 1], heads=4, key_heads=4, dim=128, block_size=7, top_k=4, **LOGITS
+    ),
+    "shared by heads, capped, sinks": Case(
+        [900, 700, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, settings={"selection": "max_over_heads"},
+        **LOGITS,
+    ),
+    "offloaded and evicting frames, capped, sinks": Case(
+        [900, 700, 1, 40, 1, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, resident=40, **LOGITS
+    ),
 }  # fmt: skip
+ALL_CASES = {**CASES, **LOGITS_CASES}
 
 
 @pytest.fixture(autouse=True)
@@ -56,18 +72,19 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_agrees_with_the_definition(name):
-    eager, fused, caches = read(CASES[name])
-    assert_close_norm(fused, eager, CASES[name].dtype)
-    assert_same_traces(*caches, tolerance=tolerance(CASES[name].dtype))
+    case = ALL_CASES[name]
+    eager, fused, caches = read(case)
+    assert_close_norm(fused, eager, case.dtype)
+    assert_same_traces(*caches, tolerance=tolerance(case.dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("name", [*CASES, *GPU_CASES])
+@pytest.mark.parametrize("name", [*ALL_CASES, *GPU_CASES])
 def test_agrees_with_the_definition_on_a_gpu(name, dtype):
-    eager, fused, _ = read(replace({**CASES, **GPU_CASES}[name], dtype=dtype), "cuda")
+    eager, fused, _ = read(replace({**ALL_CASES, **GPU_CASES}[name], dtype=dtype), "cuda")
     far, rows = 0, 0
     for expected, found in zip(eager, fused, strict=True):
         assert found.isfinite().all()
@@ -80,7 +97,7 @@ def test_agrees_with_the_definition_on_a_gpu(name, dtype):
         far += (error > (3e-2 if dtype == torch.bfloat16 else 1e-3) * size).sum().item()
         rows += error.numel()
         assert (error.median() / size.median()).item() < (5e-3 if dtype == torch.bfloat16 else 1e-5)
-    top_k = {**CASES, **GPU_CASES}[name].top_k
+    top_k = {**ALL_CASES, **GPU_CASES}[name].top_k
     assert far <= (0.01 * (1 + top_k / 8) if dtype == torch.bfloat16 else 1e-3) * rows
 
 
@@ -92,6 +109,8 @@ SHARED_OUT = {
     "two queries": Case([60, 1, 1], block_size=2, heads=2),
     "rows of their own lengths": Case([[60, 5], [1, 1], [0, 1]], batch=2, block_size=2, heads=1),
     "one query, 16 bits": Case([60, 1, 1], block_size=2, heads=1, dtype=torch.float16),
+    "one query, capped, sinks": Case([60, 1, 1], block_size=2, heads=1, **LOGITS),
+    "two queries, capped, sinks": Case([60, 1, 1], block_size=2, heads=2, **LOGITS),
 }
 
 
@@ -140,6 +159,8 @@ def test_what_the_kernels_do_not_know_is_refused(monkeypatch):
     cache = BlockCache(RetrievalSettings(4, 2), default_inverse_frequencies(16))
     with pytest.raises(LandmarkError, match="scale is -1"):
         attend_chunk(0, x, x, x, cache, chunk, scale=-1.0, backend="triton")
+    with pytest.raises(LandmarkError, match=r"softcap is 0\.0; the Triton kernels need a positive one"):
+        attend_chunk(0, x, x, x, cache, chunk, softcap=0.0, backend="triton")
     monkeypatch.delitem(selection.SELECTIONS, "per_token_and_head")
     with pytest.raises(LandmarkError, match="selection is per_token_and_head; the Triton kernels know max_over_"):
         attend_chunk(0, x, x, x, cache, chunk, backend="triton")

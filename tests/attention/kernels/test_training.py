@@ -37,13 +37,19 @@ def test_outputs_and_gradients(case, tiles):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit(dtype):
-    assert_agrees(Case(16, 50, dim=32, heads=2), 1e-2, dtype)
+@pytest.mark.parametrize("logits", [{}, {"softcap": 2.0, "sinks": True}], ids=["", "capped, sinks"])
+def test_16_bit(logits, dtype):
+    assert_agrees(Case(16, 50, dim=32, heads=2, **logits), 1e-2, dtype)
 
 
 @pytest.mark.parametrize(
     "case",
-    [Case(64, 100), Case(51, 60, keys=75, dropout_p=0.3, dropout_seed=1), Case(40, 70, cu_seqlens=(0, 9, 70))],
+    [
+        Case(64, 100),
+        Case(51, 60, keys=75, dropout_p=0.3, dropout_seed=1),
+        Case(40, 70, cu_seqlens=(0, 9, 70)),
+        Case(64, 100, heads=2, softcap=2.0, sinks=True),
+    ],
     ids=str,
 )
 def test_blocks_wider_than_a_tile(case, tiles):
@@ -64,8 +70,17 @@ def test_tiles_of_other_heights(rows, tiles):
         (Case(7, 90, heads=2, key_heads=1), 0.9, False),
         (Case(7, 70, keys=83, batch=2, start=(0, 30)), 1.0, False),
         (Case(7, 90, cu_seqlens=(0, 41, 90), dropout_p=0.3, dropout_seed=9), 1.0, False),
+        (Case(7, 60, batch=2, heads=2, key_heads=2, softcap=2.0, sinks=True), 0.7, True),
+        (Case(7, 90, heads=2, key_heads=1, softcap=2.0, sinks=True), 0.9, False),
     ],
-    ids=["groups of heads", "ranges of rows", "ranges of rows, padded", "ranges of rows, packed"],
+    ids=[
+        "groups of heads",
+        "ranges of rows",
+        "ranges of rows, padded",
+        "ranges of rows, packed",
+        "groups of heads, sinks",
+        "ranges of rows, sinks",
+    ],  # fmt: skip
 )
 def test_backward_in_parts(case, share, whole_heads, tiles, monkeypatch):
     tiles(32, 16)
@@ -126,9 +141,13 @@ def test_a_row_that_sees_nothing():
 
 def test_the_same_bits_every_time(tiles):
     tiles(32, 16)
-    case = Case(16, 70, heads=2, key_heads=1)
-    q, k, v = case.tensors(torch.float32, "cpu")
-    runs = [torch.autograd.grad(landmark_attention(q, k, v, block_size=16).sum(), [q, k, v]) for _ in range(2)]
+    q, k, v = Case(16, 70, heads=2, key_heads=1).tensors(torch.float32, "cpu")
+    leaves = [q, k, v, torch.tensor([-1.0, 2.0]).requires_grad_()]
+
+    def attend(q, k, v, sinks):
+        return landmark_attention(q, k, v, block_size=16, softcap=2.0, sinks=sinks).sum()
+
+    runs = [torch.autograd.grad(attend(*leaves), leaves) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -149,17 +168,40 @@ def test_the_output_lies_as_the_next_layer_wants_it():
     assert all(g.transpose(1, 2).is_contiguous() for g in torch.autograd.grad(out.sum(), [q, k, v]))
 
 
-@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout"])
+def test_a_row_that_sees_nothing_but_a_sink():
+    q, k, v = Case(7, 20, batch=2, heads=2).tensors(torch.float32, "cpu")
+    sinks = torch.tensor([-1.0, 2.0]).requires_grad_()
+    out, lse = landmark_attention(q, k, v, block_size=7, start=torch.tensor([20, 12]), sinks=sinks, return_lse=True)
+    assert (out[0] == 0).all() and (out[1, :, :12] == 0).all() and (out[1, :, 12:] != 0).all()
+    torch.testing.assert_close(lse[0], sinks[:, None].expand(2, 20), rtol=1e-6, atol=0)
+    (dsinks,) = torch.autograd.grad(lse[0].sum(), sinks)
+    torch.testing.assert_close(dsinks, torch.full((2,), 20.0))
+
+
+def test_without_a_gradient_of_sinks_or_of_anything_else():
+    q, k, v = (x.detach() for x in Case(7, 20, heads=2).tensors(torch.float32, "cpu"))
+    sinks = torch.tensor([-1.0, 2.0]).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(function(q, k, v, block_size=7, sinks=sinks).square().sum(), sinks)
+        for function in (landmark_attention, eager)
+    )
+    assert_close_norm(found, expected)
+    out = landmark_attention(q.requires_grad_(), k, v, block_size=7, sinks=sinks.detach())
+    assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout", "softcap and sinks"])
 def test_opcheck(bounds):
     q, k, v = Case(7, 20).tensors(torch.float32, "cpu")
+    softcap, sinks = (2.0, torch.tensor([0.5]).requires_grad_()) if bounds == "softcap and sinks" else (None, None)
     start = torch.tensor([3], dtype=torch.int32) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 20], dtype=torch.int32) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5)) if bounds == "dropout" else (0.0, None)
-    torch.library.opcheck(attention, (q, k, v, 7, 0.25, start, cu_seqlens, *dropout, "triton"))
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = attention(q, k, v, 7, 0.25, start, cu_seqlens, *dropout, "triton")
-    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 7, 0.25, start, cu_seqlens, *dropout, "triton")
-    torch.library.opcheck(attention_backward, arguments)
+    settings = 7, 0.25, start, cu_seqlens, *dropout, softcap, "triton"
+    torch.library.opcheck(attention, (q, k, v, sinks, *settings))
+    q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
+    out, lse = attention(q, k, v, sinks, *settings)
+    torch.library.opcheck(attention_backward, (torch.randn_like(out), None, q, k, v, sinks, out, lse, *settings))
 
 
 def test_compiles_in_one_graph_for_every_seed():
@@ -241,6 +283,9 @@ def ones(*shape, dtype=torch.float32):
         ("block_size is 1", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"block_size": 1}),
         ("block_size is 257", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"block_size": 257}),
         ("scale is -1", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"scale": -1.0}),
+        ("softcap is 0.0; .* positive", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"softcap": 0.0}),
+        ("sinks is .* one logit for each head", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"sinks": torch.ones(2)}),
+        ("sinks is on meta", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"sinks": torch.ones(1, device="meta")}),
         ("dropout_p is 1", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"dropout_p": 1.0, "dropout_seed": 0}),
         ("dropout_seed", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"dropout_p": 0.5}),
         ("start is a row", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"start": torch.tensor([[1]])}),

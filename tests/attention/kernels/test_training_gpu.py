@@ -52,6 +52,14 @@ LARGE_CASES = [
     Case(51, 2300, dim=64, heads=4, key_heads=2, cu_seqlens=(0, 1, 700, 700, 1999, 2300)),
     Case(64, 1500, dim=128, batch=2, heads=2, dropout_p=0.3, dropout_seed=2**50 + 1),
     Case(51, 1200, keys=1500, dim=128, heads=2, dropout_p=0.3, dropout_seed=-7, cu_seqlens=(0, 800, 1500)),
+    # As Gemma 2 and GPT-OSS have them, and all together.
+    Case(64, 1500, dim=256, heads=4, key_heads=2, softcap=50.0, scale=0.5),
+    Case(64, 2100, dim=128, heads=4, key_heads=2, softcap=2.0),
+    Case(64, 1900, dim=64, heads=8, key_heads=1, batch=2, sinks=True),
+    Case(51, 2293, dim=128, heads=4, key_heads=2, softcap=2.0, sinks=True),
+    Case(51, 2300, dim=64, heads=4, key_heads=2, cu_seqlens=(0, 1, 700, 700, 1999, 2300), softcap=2.0, sinks=True),
+    Case(128, 1500, dim=40, heads=2, softcap=2.0, sinks=True),
+    Case(64, 700, keys=2717, dim=128, batch=3, heads=2, key_heads=2, start=(0, 333, 2400), softcap=2.0, sinks=True),
 ]
 
 # Products of float32 are made in three parts, which other tiles serve.
@@ -63,6 +71,8 @@ LARGE_EXACT_CASES = [
     Case(128, 700, dim=40, heads=2),
     Case(256, 700, dim=80, heads=2),
     Case(64, 300, keys=700, dim=64, batch=2, heads=2, start=(100, 450), dropout_p=0.3, dropout_seed=5),
+    Case(64, 900, dim=128, heads=4, key_heads=2, softcap=50.0, scale=0.5, sinks=True),
+    Case(100, 700, dim=256, heads=2, softcap=2.0, sinks=True),
 ]
 
 
@@ -97,7 +107,11 @@ def test_float32_is_as_exact_as_pytorch_is_told():
 
 @pytest.mark.parametrize(
     "case",
-    [Case(16, 130, dim=32, heads=2, key_heads=1), Case(51, 150, dim=64, dropout_p=0.4, dropout_seed=3)],
+    [
+        Case(16, 130, dim=32, heads=2, key_heads=1),
+        Case(51, 150, dim=64, dropout_p=0.4, dropout_seed=3),
+        Case(16, 130, dim=32, heads=2, key_heads=1, softcap=2.0, sinks=True),
+    ],
     ids=str,
 )
 def test_the_gradient_is_the_slope(case):
@@ -146,22 +160,26 @@ def test_tensors_of_more_than_2_to_the_31_numbers():
     with torch.no_grad():
         x[:-1] = 0.0
         found = launch.forward(x, x, x, layout)
-        found = [*found, *launch.backward(x, None, x, x, x, *found, layout)]
+        found = [*found, *launch.backward(x, None, x, x, x, *found, layout)[:3]]
         found = [y[-1:].clone() for y in found]
         x = x[-1:].clone()
         expected = launch.forward(x, x, x, layout)
-        expected = [*expected, *launch.backward(x, None, x, x, x, *expected, layout)]
+        expected = [*expected, *launch.backward(x, None, x, x, x, *expected, layout)[:3]]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("logits", [{}, {"softcap": 2.0, "sinks": True}], ids=["", "capped, sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bits_every_time(dtype):
-    case = Case(64, 2500, dim=128, batch=2, heads=8, key_heads=2, dropout_p=0.2, dropout_seed=1)
+def test_the_same_bits_every_time(dtype, logits):
+    case = Case(64, 2500, dim=128, batch=2, heads=8, key_heads=2, dropout_p=0.2, dropout_seed=1, **logits)
     leaves = case.tensors(dtype, DEVICE)
     dout = torch.randn_like(leaves[0])
+    arguments = case.arguments(DEVICE)
+    if case.sinks:
+        leaves.append(arguments["sinks"].requires_grad_())
 
     def run():
-        out, lse = landmark_attention(*leaves, **case.arguments(DEVICE))
+        out, lse = landmark_attention(*leaves[:3], **arguments)
         return [out, lse, *torch.autograd.grad(out, leaves, dout)]
 
     first = run()
@@ -200,18 +218,19 @@ def test_backward_in_ranges_of_rows(case):
     assert_agrees(case, ROUNDED, torch.bfloat16, DEVICE)
 
 
-@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout"])
+@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout", "softcap and sinks"])
 def test_opcheck(bounds):
-    case = Case(16, 90, dim=32, heads=2, key_heads=1)
+    case = Case(16, 90, dim=32, heads=2, key_heads=1, sinks=bounds == "softcap and sinks")
     q, k, v = case.tensors(torch.float32, DEVICE)
+    softcap, sinks = 2.0 if case.sinks else None, case.arguments(DEVICE)["sinks"]
     start = torch.tensor([3], dtype=torch.int32, device=DEVICE) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 90], dtype=torch.int32, device=DEVICE) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5, device=DEVICE)) if bounds == "dropout" else (0.0, None)
-    torch.library.opcheck(attention, (q, k, v, 16, 0.25, start, cu_seqlens, *dropout, "triton"))
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = attention(q, k, v, 16, 0.25, start, cu_seqlens, *dropout, "triton")
-    arguments = (torch.randn_like(out), None, q, k, v, out, lse, 16, 0.25, start, cu_seqlens, *dropout, "triton")
-    torch.library.opcheck(attention_backward, arguments)
+    settings = 16, 0.25, start, cu_seqlens, *dropout, softcap, "triton"
+    torch.library.opcheck(attention, (q, k, v, sinks if sinks is None else sinks.requires_grad_(), *settings))
+    q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
+    out, lse = attention(q, k, v, sinks, *settings)
+    torch.library.opcheck(attention_backward, (torch.randn_like(out), None, q, k, v, sinks, out, lse, *settings))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -304,7 +323,7 @@ def forget_calls():
         calls.clear()
 
 
-@pytest.mark.parametrize("kind", ["plain", "start", "cu_seqlens", "dropout", "rows"])
+@pytest.mark.parametrize("kind", ["plain", "start", "cu_seqlens", "dropout", "softcap", "sinks", "rows"])
 def test_calls_alike_repeat_their_launches(kind):
     """Other tensors, bounds and seeds of the same kind give what they give in a call of its own."""
 
@@ -316,6 +335,8 @@ def test_calls_alike_repeat_their_launches(kind):
             "start": {"start": (number, 99 + number)},
             "cu_seqlens": {"batch": 1, "cu_seqlens": (0, 50 + number, 300)},
             "dropout": {"dropout_p": 0.3, "dropout_seed": number},
+            "softcap": {"softcap": 1.0 + number},
+            "sinks": {"sinks": True},
         }
         return Case(51, 300, **{"dim": 64, "batch": 2, "heads": 4, "key_heads": 2} | kinds[kind])
 

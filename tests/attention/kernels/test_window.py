@@ -29,6 +29,11 @@ CASES = [case for case in SMALL if case.top_k and case.tokens > case.chunk] + [
     Case(60, chunk=20, block_size=2, top_k=18, heads=1),
     Case(168, chunk=28, block_size=2, heads=1, dim=4),
     Case(60, chunk=20, block_size=20, top_k=1, dim=32),
+    Case(38, softcap=1.5),
+    Case(38, selection="max_over_heads", heads=3, key_heads=3, softcap=1.5),
+    Case(40, batch=2, cu_seqlens=(0, 1, 1, 40, 63, 80), softcap=1.5),
+    Case(40, chunk=16, block_size=8, dim=24, rotary=8, heads=4, key_heads=2, batch=2, softcap=1.5),
+    Case(60, chunk=20, block_size=2, top_k=18, heads=1, softcap=1.5),
 ]
 GPU_CASES = [
     Case(1500, chunk=256, block_size=64, top_k=4, heads=4, key_heads=2, dim=64),
@@ -45,6 +50,9 @@ GPU_CASES = [
     Case(1700, chunk=256, block_size=64, top_k=4, heads=4, key_heads=2, dim=64, explore=0.3),
     Case(1700, chunk=256, block_size=64, top_k=4, heads=4, key_heads=2, dim=64, selection="max_over_heads"),
     Case(6400, chunk=32, block_size=16, top_k=4, heads=2, key_heads=1, dim=64),
+    Case(1500, chunk=256, block_size=64, top_k=4, heads=4, key_heads=2, dim=64, softcap=1.5),
+    Case(1500, chunk=256, block_size=64, top_k=4, heads=4, key_heads=1, dim=128, softcap=1.5),
+    Case(1300, chunk=256, block_size=64, top_k=4, heads=4, key_heads=2, dim=256, softcap=50.0),
 ]
 NAMES = "out", "lse", "dq", "dk", "dv", "down", "down_lse"
 
@@ -79,15 +87,17 @@ def of_kernels(case: Case, leaves, own, gradients, ages=None):
     """Outputs and gradients of the kernels; the log-sum-exp of nothing is 0 here."""
     window = case.window(leaves[0].device.type)
     if ages is None and case.selection != "per_token_and_head":
-        ages = select_in_window(leaves[0], leaves[1], window, layer=case.layer)
-    out, lse = retrieve(*leaves, window, None, case.layer, own, backend="triton", ages=ages)
+        ages = select_in_window(leaves[0], leaves[1], window, layer=case.layer, softcap=case.softcap)
+    given = {"backend": "triton", "ages": ages, "softcap": case.softcap}
+    out, lse = retrieve(*leaves, window, None, case.layer, own, **given)
     return with_gradients(out, lse, [*leaves, *(own or ())], gradients)
 
 
 def of_definition(case: Case, leaves, own, gradients, ages=None):
     leaves = [x.detach().float().requires_grad_() for x in leaves]
     own = None if own is None else [x.detach().float().requires_grad_() for x in own]
-    out, lse = retrieve_window(*leaves, case.window(leaves[0].device.type), layer=case.layer, ages=ages)
+    given = {"layer": case.layer, "ages": ages, "softcap": case.softcap}
+    out, lse = retrieve_window(*leaves, case.window(leaves[0].device.type), **given)
     if own is not None:
         both = torch.stack([own[1], lse])
         lse = torch.logsumexp(both.masked_fill(both == -torch.inf, -1e30), 0)
@@ -168,24 +178,33 @@ def test_strides_and_gradients_that_are_missing():
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "sinks"),
     [
-        Case(14, heads=4, key_heads=2),
-        Case(16, batch=2, start=(0, 3)),
-        Case(14, batch=2, cu_seqlens=(0, 1, 1, 14, 21, 28)),
-        Case(20, cu_seqlens=(0, 6, 20), layer=0, equal_landmarks=True),
+        (Case(14, heads=4, key_heads=2), None),
+        (Case(16, batch=2, start=(0, 3)), None),
+        (Case(14, batch=2, cu_seqlens=(0, 1, 1, 14, 21, 28)), None),
+        (Case(20, cu_seqlens=(0, 6, 20), layer=0, equal_landmarks=True), None),
+        (Case(14, heads=4, key_heads=2, softcap=1.5), (-1.0, 2.0, 0.0, 1.0)),
+        (Case(16, batch=2, start=(0, 3), softcap=1.5), (-1.0, 2.0)),
+        # What is selected together depends on how far the cap presses the scores of each head.
+        (Case(20, selection="max_over_heads", softcap=0.3), None),
     ],
     ids=str,
 )
-def test_attention_of_a_window_in_the_kernels(case):
+def test_attention_of_a_window_in_the_kernels(case, sinks):
     q, k, v = case.tensors()
     window = case.window()
-    q, k = (x.detach().requires_grad_() for x in case.rotated(window, q, k))
-    found, expected = (
-        dispatch.attend_window(case.layer, q, k, v, window, backend=backend) for backend in ("triton", "eager")
-    )
+    leaves = [*(x.detach().requires_grad_() for x in case.rotated(window, q, k)), v]
+    if sinks is not None:
+        leaves.append(torch.tensor(sinks).requires_grad_())
+
+    def attend(backend):
+        logits = {"softcap": case.softcap, "sinks": None if sinks is None else leaves[3]}
+        return dispatch.attend_window(case.layer, *leaves[:3], window, backend=backend, **logits)
+
+    found, expected = (attend(backend) for backend in ("triton", "eager"))
     assert_close_norm(found, expected)
-    assert_close_norm(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, expected)))
+    assert_close_norm(*(torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected)))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +237,7 @@ def test_agrees_with_the_definition_on_a_gpu(case, dtype):
         # of these the gradients of keys are sums. The others show in the median.
         error, size = (a.float() - b.float()).norm(dim=-1), b.float().norm(dim=-1)
         assert error.median() <= wrong * size.square().mean().sqrt(), name
-    ages = select_in_window(*given[0][:2], case.window("cuda"), layer=case.layer)
+    ages = select_in_window(*given[0][:2], case.window("cuda"), layer=case.layer, softcap=case.softcap)
     found, expected = of_kernels(case, *given, ages), of_definition(case, *given, ages)
     for name, a, b in zip(NAMES, found, expected, strict=True):
         assert (a.float() - b.float()).norm() <= wrong * b.float().norm(), name

@@ -57,7 +57,7 @@ def forwards(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("given", ["plain", "own part", "explore"])
+@pytest.mark.parametrize("given", ["plain", "own part", "explore", "softcap"])
 def test_opcheck(given, device):
     case = dataclasses.replace(CASE, explore=0.5 if given == "explore" else 0.0)
     leaves, window = leaves_of(case, device), case.window(device)
@@ -66,7 +66,8 @@ def test_opcheck(given, device):
     ages = select_in_window(*leaves[:2], window, layer=1) if given == "own part" else None
     seed = torch.tensor(5, device=device) if given == "explore" else None
     places = window.chunks, window.blocks, window.chunk_of, window.cos, window.sin
-    numbers = 8, 4, 2, window.most_earlier, case.explore, False, 0.3, "triton"
+    numbers = 8, 4, 2, window.most_earlier, case.explore, False, 0.3
+    numbers = *numbers, 1.5 if given == "softcap" else None, "triton"
     torch.library.opcheck(retrieved, (*leaves, *own, *places, ages, seed, *numbers))
     leaves, own = ([None if x is None else x.detach() for x in tensors] for tensors in (leaves, own))
     out, lse, *routes = retrieved(*leaves, *own, *places, ages, seed, *numbers)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import FLOOR, load_tile
+from .logits import capped
+from .tiles import FLOOR, LOG2E, load_tile
 
 
 @triton.jit
@@ -28,7 +29,8 @@ def tile_logits(q, base, stride, first, keys_left, col, dim, D: tl.constexpr, MA
 def text_and_landmark(s, start, col, position, scale, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """(s, (ROWS, COLS), minus infinity but for visible text; the scaled landmark logit, (ROWS,), if it is among these).
 
-    start: position of the block's first key; col: (COLS,) of each key in the block; position: (ROWS,) of each query.
+    s: products as logits.capped gives them. start: position of the block's first key; col: (COLS,) of each key in the
+    block; position: (ROWS,) of each query.
     """
     landmark = tl.max(tl.where(col[None, :] == BLOCK - 1, s, float("-inf")), 1) * scale  # (ROWS,)
     text = col[None, :] < BLOCK - 1  # (1, COLS), or (ROWS, COLS) below
@@ -38,19 +40,34 @@ def text_and_landmark(s, start, col, position, scale, BLOCK: tl.constexpr, MASKE
 
 
 @triton.jit
-def attend_block(q, top, total, acc, keys, block, position, row_number, scale, dropout, BLOCK: tl.constexpr,
+def before_blocks(SINKS, head, ROWS: tl.constexpr):
+    """(top, total), (ROWS,) each, with which the online outer softmax of a head's queries begins: those of nothing, or
+    of its sink, a key without a value. SINKS: (H,) natural logits, or None."""
+    top = tl.full([ROWS], FLOOR, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if SINKS is not None:
+        top = tl.maximum(top, tl.load(SINKS + head).to(tl.float32) * LOG2E)
+        total = total + 1.0
+    return top, total
+
+
+@triton.jit
+def attend_block(q, top, total, acc, keys, block, position, row_number, scaling, dropout, BLOCK: tl.constexpr,
                  D: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr, DROPOUT: tl.constexpr,
                  MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add one block to the online outer softmax of a tile of queries: (top, total, acc) are its maximum, sum, output.
 
     q, acc: (ROWS, DIM); top, total, position, row_number: (ROWS,). keys: where keys and values are, their strides, keys
-    that are left, and the numbers of a tile's keys, (COLS,), and dimensions, (DIM,). KEY_TILES: tiles of COLS keys that
-    a block fills. MASKED: rows may stand in this block or before it, and the block may be incomplete.
+    that are left, and the numbers of a tile's keys, (COLS,), and dimensions, (DIM,). scaling: see logits.py. KEY_TILES:
+    tiles of COLS keys that a block fills. MASKED: rows may stand in this block or before it, and the block may be
+    incomplete.
     """
     k_base, v_base, k_stride, v_stride, keys_left, col, dim = keys
+    scale = scaling[0]
     start = block * BLOCK
     if KEY_TILES == 1:
         s, _ = tile_logits(q, k_base, k_stride, start, keys_left, col, dim, D, MASKED, PRECISION)  # (ROWS, COLS)
+        s = capped(s, scaling)
         s, landmark = text_and_landmark(s, start, col, position, scale, BLOCK, MASKED)  # (ROWS, COLS), (ROWS,)
         inner_top = tl.max(s, 1) * scale  # (ROWS,)
         if MASKED:
@@ -65,6 +82,7 @@ def attend_block(q, top, total, acc, keys, block, position, row_number, scale, d
         for part in tl.range(KEY_TILES, num_stages=1):
             first = start + part * COLS
             s, _ = tile_logits(q, k_base, k_stride, first, keys_left, col, dim, D, MASKED, PRECISION)  # (ROWS, COLS)
+            s = capped(s, scaling)
             s, found = text_and_landmark(s, start, part * COLS + col, position, scale, BLOCK, MASKED)
             landmark = tl.maximum(landmark, found)
             new_top = tl.maximum(inner_top, tl.max(s, 1) * scale)
@@ -93,6 +111,7 @@ def attend_block(q, top, total, acc, keys, block, position, row_number, scale, d
         for part in tl.range(KEY_TILES, num_stages=1):
             first = start + part * COLS
             s, _ = tile_logits(q, k_base, k_stride, first, keys_left, col, dim, D, MASKED, PRECISION)  # (ROWS, COLS)
+            s = capped(s, scaling)
             s, _ = text_and_landmark(s, start, part * COLS + col, position, scale, BLOCK, MASKED)
             p = tl.exp2(s * scale - inner_top[:, None]) * share[:, None]
             v = load_tile(v_base, first, v_stride, col, first + col < keys_left, dim, D, MASKED)  # (COLS, DIM)

@@ -9,21 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.logits import logits_of
 from .parts import dot, load_columns, load_parts, page_base, query_rows, rotate
 
 
 @triton.jit
-def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scale, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.constexpr, BLOCK: tl.constexpr,
                 COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What queries, in parts, find in a block: its values by its inner softmax, (ROWS, D_PAD), and the landmark's
-    logit, (ROWS,). Strides: from token to token. dim: (D_PAD,)."""
+    logit, (ROWS,). Strides: from token to token. dim: (D_PAD,). scaling: see common/logits.py."""
     D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
     ROWS: tl.constexpr = q[0].shape[0]
     landmark = tl.full([ROWS], float("-inf"), tl.float32)
     for part in tl.static_range((BLOCK + COLS - 1) // COLS):
         column = part * COLS + tl.arange(0, COLS)  # (COLS,)
         k = load_parts(k_base, column * k_stride, column < BLOCK, PARTS)
-        s = dot(q, k, PRECISION) * scale  # (ROWS, COLS)
+        s = logits_of(dot(q, k, PRECISION), scaling)  # (ROWS, COLS)
         landmark = tl.maximum(landmark, tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1))
         s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
         v = load_columns(v_base, column * v_stride, column < BLOCK, dim, D)  # (COLS, D_PAD)
@@ -45,7 +46,7 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scale, PARTS: tl.con
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])
 def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, TOTAL, LIST, PAIR_OUT, LANDMARK_LOGIT,
-                  q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scale,
+                  q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scaling,
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                   BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """PAIR_OUT (B, H, T, K, D): a block's values by its inner softmax; LANDMARK_LOGIT (B, H, T, K): its landmark's.
@@ -73,7 +74,7 @@ def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, T
     q = rotate(q, rotations, distance[:, None], PARTS)
     base = page_base(BLOCKS, POOL, PAGE_TABLE, page, 2 * BLOCK * D)
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
-    out, landmark = attend_rows(q, base, base + BLOCK * D, D, D, dim, scale, PARTS, BLOCK, COLS, PRECISION)
+    out, landmark = attend_rows(q, base, base + BLOCK * D, D, D, dim, scaling, PARTS, BLOCK, COLS, PRECISION)
 
     at = tl.cast(key_row, tl.int64) * pairs + pair  # (ROWS,)
     pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)

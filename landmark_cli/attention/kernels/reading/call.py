@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from ..common.configuration import padded, product_precision
+from ..common.logits import scaling_of
+from ..common.tensors import operand
+from ..common.tiles import LOG2E
 
 # Landmarks a tile: all blocks that are scored at their true distance must lie in the first.
 TILE = 64
@@ -92,17 +95,28 @@ class Call:
 
     q: (B, H, T, D); k, v: (B, G, T, D). rotations: cos and sin of whole block slots. stream_rotation: as a chunk's.
     page_table, pool: where copies of offloaded blocks are. parts: how the kernels see a head's dimensions, see
-    parts.py. precision: of products.
+    parts.py. precision: of products. softcap: bound of the logits. sinks: (H,) logits of attention sinks.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, chunk: Chunk, scale: float | None):
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Blocks,
+        chunk: Chunk,
+        scale: float | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ):
         self.q, self.k, self.v, self.blocks, self.chunk = q, k, v, blocks, chunk
         self.settings = blocks.settings
         self.batch, self.heads, self.tokens, self.dim = q.shape
         self.key_heads = k.shape[1]
         self.heads_per_key = self.heads // self.key_heads
         self.key_rows, self.query_rows = self.batch * self.key_heads, self.heads_per_key * self.tokens
-        self.scale = self.dim**-0.5 if scale is None else scale
+        self.scale, self.softcap = self.dim**-0.5 if scale is None else scale, softcap
+        self.sinks = None if sinks is None else operand(sinks)
         self.top_k, self.capacity = self.settings.top_k, blocks.capacity
         self.absolute = self.settings.positions == "absolute"
         slots = max(self.top_k, self.capacity if self.absolute else 0, chunk.width // self.settings.block_size) + 2
@@ -136,6 +150,16 @@ class Call:
     def scoring(self) -> tuple[int, int, int]:
         """What kernels that score landmarks have to know: reach, and whether far blocks share a landmark key."""
         return *self.reach, int(self.blocks.one_landmark_key and not self.absolute)
+
+    @property
+    def score_scaling(self) -> tuple[float, float | None]:
+        """What makes scores of products of queries and landmark keys: natural logits, see common/logits.py."""
+        return scaling_of(self.scale, self.softcap)
+
+    @property
+    def scaling(self) -> tuple[float, float | None]:
+        """What makes base-2 logits of products."""
+        return scaling_of(self.scale, self.softcap, LOG2E.value)
 
     @property
     def heads_and_parts(self) -> dict[str, int | tuple[int, ...]]:

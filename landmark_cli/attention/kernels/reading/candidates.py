@@ -15,7 +15,7 @@ from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rou
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
 def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, SCORES, q_strides, tokens, batch,
-                      heads, capacity, retrievable, top_k, one_key, scale,
+                      heads, capacity, retrievable, top_k, one_key, scaling,
                       HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr,
                       ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, ABSOLUTE: tl.constexpr,
                       EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -44,7 +44,7 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
         # Names of their own: a variable has one shape in both branches.
         newest = tl.arange(0, NEAR)  # (NEAR,)
         near_s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, newest, key_row, blocks, near, near, capacity, one_key,
-                                 scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, NEAR)  # fmt: skip
+                                 scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, NEAR)  # fmt: skip
         if not EXACT:
             # As the other splits know a score.
             near_s = tl.where((newest < near)[None, :], rounded(ordered(near_s), COLS), NO_SCORE)
@@ -60,7 +60,7 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
         for tile in range(split - 1, tl.cdiv(cached - near, COLS), SPLITS - 1):
             first_age = 1 + near + tile * COLS
             s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
-                                one_key, scale, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+                                one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
             scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
         for j in tl.static_range(K):
             tl.store(AGES + out + j, tl.where(real, ages[j], 0), mask=in_range)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.logits import logits_of
+from ..common.tiles import LOG2E
 from .candidates import best_candidates
 from .parts import counts_of, load_columns, load_parts, page_base, rotate, sum_products
 from .route import distance_of
@@ -19,7 +21,8 @@ NOTHING = tl.constexpr(float("-inf"))
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
 def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES, ITEM_OUT, ITEM_LOGIT, ARRIVED, OUT,
-                  CHOSEN, SHARES, q_strides, out_strides, tokens, batch, heads, capacity, retrievable, top_k, scale,
+                  CHOSEN, SHARES, SINKS, q_strides, out_strides, tokens, batch, heads, capacity, retrievable, top_k,
+                  scaling,
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                   K_PAD: tl.constexpr, ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr,
                   CANDIDATES: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
@@ -30,7 +33,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
     block, the one before. ITEM_OUT (B, H, T, ITEMS, D) and ITEM_LOGIT hold what they find; ARRIVED (B, H, T) counts
     programs that are through, from 0 and back to 0. CHOSEN and SHARES (B, H, T, K), unless None: ages and shares of the
     selected blocks. COLS: landmarks a tile of candidates_kernel's. KEYS: keys a tile of a block. retrievable: most
-    blocks to choose from.
+    blocks to choose from. SINKS: (H,) natural logits of keys without values, or None. scaling: see common/logits.py.
     """
     item = tl.program_id(0)
     row = tl.program_id(1)
@@ -92,7 +95,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         seen = (column < BLOCK) & ok
         k = load_parts(base, column * D, seen, PARTS)
         v = load_columns(base + BLOCK * D, column * D, seen & (column < texts), dim, D)  # (KEYS, D_PAD)
-        s = sum_products(q, k) * scale
+        s = logits_of(sum_products(q, k), scaling)
         landmark = tl.maximum(landmark, tl.max(tl.where(column == BLOCK - 1, s, NOTHING), 0))
         s = tl.where(column < texts, s, NOTHING)
         new_top = tl.maximum(top, tl.max(s, 0))
@@ -113,8 +116,15 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         tl.debug_barrier()
         items = tl.arange(0, ITEMS_PAD)  # (ITEMS_PAD,), as logits and share
         logits = tl.load(ITEM_LOGIT + at + items, mask=items < ITEMS, other=NOTHING, cache_modifier=".cg")
-        share = tl.exp2(logits - tl.maximum(tl.max(logits, 0), -1.0e30))
-        share = share / tl.maximum(tl.sum(share, 0), 1.0e-30)
+        top = tl.maximum(tl.max(logits, 0), -1.0e30)
+        if SINKS is not None:
+            sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
+            top = tl.maximum(top, sink)
+        share = tl.exp2(logits - top)
+        total = tl.sum(share, 0)
+        if SINKS is not None:
+            total += tl.exp2(sink - top)
+        share = share / tl.maximum(total, 1.0e-30)
         pointers = ITEM_OUT + (at + items)[:, None] * D + dim[None, :]  # (ITEMS_PAD, D_PAD), as mask and found
         mask = (items < ITEMS)[:, None] & (dim < D)[None, :]
         found = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..common.configuration import Configuration
 from ..common.launch import on_device
 from ..common.tensors import empty_heads_last
-from ..common.tiles import LOG2E
 from .attend import attend_kernel
 from .call import MAX_TOP_K, STEP_TOKENS, Blocks, Call, Chunk, Settings, strides
 from .configurations import attend_configuration, merge_configuration, store_rows
@@ -25,11 +24,20 @@ from .store import fetch_kernel, store_kernel
 
 
 def attend_chunk(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, chunk: Chunk, scale: float | None = None, traced: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    chunk: Chunk,
+    scale: float | None = None,
+    traced: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The kernels' twin of `landmark_cli.attention.retrieval.attend_chunk`: same values, no gradients.
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at the chunk's positions, any strides with a dense last dimension.
+    softcap: bound of the logits. sinks: (H,) logits of attention sinks.
     Returns the output (B, H, T, D), in memory (B, T, H, D), zeros on padding; and, if traced and there are blocks to
     retrieve, their ages, (B, H, T, k) int32, 0 where there are fewer, and their shares, (B, H, T, k) float32.
 
@@ -38,7 +46,7 @@ def attend_chunk(
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     with on_device(q):
-        call = Call(q, k, v, blocks, chunk, scale)
+        call = Call(q, k, v, blocks, chunk, scale, softcap, sinks)
         # The ring has room for the chunk beside all blocks that can still be read.
         store(call)
         if min(call.top_k, chunk.most_cached) == 0:
@@ -59,14 +67,15 @@ def attend_chunk(
         return (out, pairs.ages, torch.exp2(pairs.logits - lse.unsqueeze(-1))) if traced else (out, None, None)
 
 
-def why_not(settings: Settings, scale: float | None = None) -> str | None:
+def why_not(settings: Settings, scale: float | None = None, softcap: float | None = None) -> str | None:
     """Why the kernels cannot read so, naming the setting and what is allowed; None if they can."""
     if settings.top_k > MAX_TOP_K:
         return f"top_k is {settings.top_k}; the Triton kernels retrieve at most {MAX_TOP_K} blocks"
     if settings.selection not in SELECTIONS:
         return f"selection is {settings.selection}; the Triton kernels know {', '.join(SELECTIONS)}"
-    if scale is not None and not 0.0 < scale < math.inf:
-        return f"scale is {scale}; the Triton kernels need a positive one"
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not 0.0 < value < math.inf:
+            return f"{name} is {value}; the Triton kernels need a positive one"
     return None
 
 
@@ -138,7 +147,7 @@ def attend(call: Call, pairs: Pairs) -> None:
     attend_kernel[(pairs.tiles.shape[1], call.key_rows)](
         call.q, call.blocks.blocks, call.pool, call.page_table, rotations, pairs.count, pairs.first, pairs.tiles,
         pairs.total, pairs.entries, pairs.outputs, pairs.logits, strides(call.q), call.tokens, *call.ring,
-        pairs.entries.shape[1], pairs.tiles.shape[1], call.scale * LOG2E.value, **call.heads_and_parts,
+        pairs.entries.shape[1], pairs.tiles.shape[1], call.scaling, **call.heads_and_parts,
         D_PAD=call.dim_pad, K=call.top_k, BLOCK=call.settings.block_size, ROWS=pairs.choice.rows,
         COLS=pairs.choice.cols, PRECISION=call.precision, **pairs.choice.launch_options(),
     )  # fmt: skip
@@ -161,7 +170,8 @@ def merge(
     outputs, logits = (None, None) if pairs is None else (pairs.outputs, pairs.logits)
     merge_kernel[(triton.cdiv(call.tokens, choice.rows), call.batch * call.heads)](
         call.q, call.k, call.v, call.blocks.blocks, call.chunk.counters, outputs, logits, local_lse, lse, out,
-        *map(strides, (call.q, call.k, call.v, out)), call.tokens, *call.ring, call.scale * LOG2E.value,
+        call.sinks if local_lse is None else None, *map(strides, (call.q, call.k, call.v, out)), call.tokens,
+        *call.ring, call.scaling,
         HEADS_PER_KEY=call.heads_per_key, D=call.dim, D_PAD=call.dim_pad, BLOCK=block_size,
         RETRIEVED=0 if pairs is None else call.top_k, ROWS=choice.rows, COLS=choice.cols,
         KEY_TILES=triton.cdiv(block_size, choice.cols), MERGE_ONLY=local_lse is not None, PRECISION=call.precision,
@@ -219,8 +229,8 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
     chosen, shares = (call.empty(*shape), call.empty(*shape, dtype=torch.float32)) if traced else (None, None)
     decode_kernel[(items, rows)](
         call.q, call.blocks.blocks, call.pool, call.page_table, call.chunk.counters, call.rotations, found.ages,
-        found.scores, outputs, logits, arrived, out, chosen, shares, strides(call.q), strides(out), call.tokens,
-        *call.ring, *call.reach, call.scale * LOG2E.value, **call.heads_and_parts, D_PAD=call.dim_pad,
+        found.scores, outputs, logits, arrived, out, chosen, shares, call.sinks, strides(call.q), strides(out),
+        call.tokens, *call.ring, *call.reach, call.scaling, **call.heads_and_parts, D_PAD=call.dim_pad,
         **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
         KEYS=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, num_warps=4,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.softmax import attend_block
+from ..common.softmax import attend_block, before_blocks
 from ..common.tiles import FLOOR, load_tile
 from .parts import counts_of
 
@@ -35,8 +35,8 @@ def add_pairs(PAIR_OUT, LANDMARK_LOGIT, rows, real, dim, top, total, acc, RETRIE
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity"])
-def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE, OUT, q_strides, k_strides, v_strides,
-                 out_strides, tokens, batch, heads, capacity, scale,
+def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE, OUT, SINKS, q_strides, k_strides,
+                 v_strides, out_strides, tokens, batch, heads, capacity, scaling,
                  HEADS_PER_KEY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, RETRIEVED: tl.constexpr,
                  BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr,
                  MERGE_ONLY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -44,7 +44,8 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE
 
     BLOCKS holds the tail block already. RETRIEVED: pairs a query in PAIR_OUT (B, H, T, RETRIEVED, D) and
     LANDMARK_LOGIT. A block's keys fill KEY_TILES tiles of COLS. MERGE_ONLY: the local part is done already, in OUT and
-    LOCAL (its LSE). Program (tile of rows, head).
+    LOCAL (its LSE, in which a sink has its share). SINKS: (H,) natural logits of keys without values, or None. scaling:
+    see common/logits.py. Program (tile of rows, head).
     """
     # The last rows have most to do: they go first.
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -67,8 +68,7 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE
         total = real.to(tl.float32)
         acc = load_tile(out_base, first_row, out_strides[2], rows, real, dim, D, True).to(tl.float32)
     else:
-        top = tl.full([ROWS], FLOOR, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        top, total = before_blocks(SINKS, query_head, ROWS)
         acc = tl.zeros([ROWS, D_PAD], tl.float32)
 
     if RETRIEVED > 0:
@@ -97,14 +97,14 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE
             page = (batch_row * heads + key_head) * capacity + blocks % capacity
             stored = BLOCKS + page * (2 * BLOCK * D)
             stored_keys = (stored, stored + BLOCK * D, D, D, tl.minimum(keys_left, BLOCK), col, dim)
-            top, total, acc = attend_block(q, top, total, acc, stored_keys, 0, position, row, scale, dropout, BLOCK, D,
-                                           COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
+            top, total, acc = attend_block(q, top, total, acc, stored_keys, 0, position, row, scaling, dropout, BLOCK,
+                                           D, COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
             first_block = 1
         for block in tl.range(first_block, whole):
-            top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scale, dropout, BLOCK, D,
+            top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
                                            COLS, KEY_TILES, False, False, PRECISION)  # fmt: skip
         for block in tl.range(tl.maximum(whole, first_block), touched, num_stages=1):
-            top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scale, dropout, BLOCK, D,
+            top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
                                            COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
 
     # Padding has seen nothing: 0.

@@ -40,7 +40,7 @@ def per_token_and_head(call: Call) -> Tensor:
     for first in range(0, call.top_k, PASS):
         select_kernel[(triton.cdiv(call.query_rows, choice.rows), call.key_rows)](
             call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
-            strides(call.q), call.tokens, *call.ring, *call.scoring, first, call.scale, **call.heads_and_parts,
+            strides(call.q), call.tokens, *call.ring, *call.scoring, first, call.score_scaling, **call.heads_and_parts,
             K=min(PASS, call.top_k - first), WIDTH=call.top_k, ROWS=choice.rows, COLS=TILE, LATER=first > 0,
             ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip
@@ -101,9 +101,9 @@ def candidates(call: Call, choice: Configuration, most: int) -> Candidates:
     ages, scores = call.empty(*shape), call.empty(*shape, dtype=torch.float32)
     candidates_kernel[(triton.cdiv(call.query_rows, choice.rows), splits, call.key_rows)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
-        strides(call.q), call.tokens, *call.ring, *call.scoring, call.scale, **call.heads_and_parts, K=call.top_k,
-        NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits, ABSOLUTE=call.absolute,
-        EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
+        strides(call.q), call.tokens, *call.ring, *call.scoring, call.score_scaling, **call.heads_and_parts,
+        K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
+        ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
     return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})
@@ -125,8 +125,8 @@ def normalizer(call: Call) -> Tensor:
     choice = select_configuration(call)
     normalizer_kernel[(triton.cdiv(call.query_rows, choice.rows), call.key_rows)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, lse,
-        strides(call.q), call.tokens, *call.ring, *call.scoring, call.scale, **call.heads_and_parts, ROWS=choice.rows,
-        COLS=TILE, ABSOLUTE=call.absolute, PRECISION=call.precision, **choice.launch_options(),
+        strides(call.q), call.tokens, *call.ring, *call.scoring, call.score_scaling, **call.heads_and_parts,
+        ROWS=choice.rows, COLS=TILE, ABSOLUTE=call.absolute, PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     return lse
 
@@ -148,7 +148,7 @@ def shared(call: Call, lse: Tensor, first_token: int, tokens: int, groups: int =
     row_grid = (triton.cdiv(tokens, rows), call.batch * groups) if groups else (1, call.batch * call.heads)
     shared_scores_kernel[(triton.cdiv(call.capacity, TILE), *row_grid)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, lse, scores,
-        strides(call.q), call.tokens, first_token, tokens, *call.ring, *call.scoring, call.scale,
+        strides(call.q), call.tokens, first_token, tokens, *call.ring, *call.scoring, call.score_scaling,
         **call.heads_and_parts,
         ROWS=rows, COLS=TILE, OVER_HEADS=groups > 0, OF_KEY_HEAD=groups > 1, ABSOLUTE=call.absolute,
         PRECISION=call.precision,

@@ -15,7 +15,7 @@ from .top_k import NO_SCORE, after, far_query, keep_best, landmark_scores
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
 def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, tokens, batch, heads,
                       capacity, retrievable, top_k, one_key,
-                      scale,
+                      scaling,
                       HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                       ABSOLUTE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """LSE (B, H, T): the log-sum-exp of each query's scores over all blocks. Program (tile of rows, key head)."""
@@ -32,7 +32,7 @@ def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LS
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(tl.cdiv(cached, COLS)):
         s = landmark_scores(q, LANDMARK_KEYS, rotations, 1 + tile * COLS, column, key_row, blocks, cached, near,
-                            capacity, one_key, scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
+                            capacity, one_key, scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
         new_top = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
         top = new_top
@@ -42,7 +42,7 @@ def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LS
 
 @triton.jit
 def log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, first_age, column, token,
-                    batch_row, head, tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
+                    batch_row, head, tokens, batch, heads, capacity, retrievable, top_k, one_key, scaling,
                     HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """Log-probability, (ROWS, COLS), of blocks first_age + column, (COLS,), for the tokens, (ROWS,), of one head; minus
@@ -57,7 +57,7 @@ def log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE,
     real = real & (token < tokens)
     q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
     s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
-                        one_key, scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
+                        one_key, scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
     # (ROWS,)
     lse = tl.load(LSE + tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row, mask=real, other=0.0)
     return tl.where(real[:, None], s - lse[:, None], NO_SCORE)
@@ -66,7 +66,7 @@ def log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE,
 @triton.jit(do_not_specialize=["tokens", "first_token", "shared_tokens", "batch", "heads", "capacity", "retrievable",
                                "top_k", "one_key"])  # fmt: skip
 def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, SHARED, q_strides, tokens,
-                         first_token, shared_tokens, batch, heads, capacity, retrievable, top_k, one_key, scale,
+                         first_token, shared_tokens, batch, heads, capacity, retrievable, top_k, one_key, scaling,
                          HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                          OVER_HEADS: tl.constexpr, OF_KEY_HEAD: tl.constexpr, ABSOLUTE: tl.constexpr,
                          PRECISION: tl.constexpr):  # fmt: skip
@@ -95,7 +95,7 @@ def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation,
         for head in range(first_head, end_head):
             s = log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, first_age,
                                 column, first_token + token, batch_row, head, tokens, batch, heads, capacity,
-                                retrievable, top_k, one_key, scale,
+                                retrievable, top_k, one_key, scaling,
                                 HEADS_PER_KEY, PARTS, ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
             best = tl.maximum(best, s)
         at = (tl.cast(tl.program_id(2), tl.int64) * shared_tokens + token) * capacity  # (ROWS,)
@@ -108,7 +108,7 @@ def shared_scores_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation,
         for first in range(0, tokens, ROWS):
             s = log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE, q_strides, first_age,
                                 column, first + token, batch_row, head, tokens, batch, heads, capacity, retrievable,
-                                top_k, one_key, scale, HEADS_PER_KEY,
+                                top_k, one_key, scaling, HEADS_PER_KEY,
                                 PARTS, ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
             best = tl.maximum(best, tl.max(s, 0))
         at = tl.cast(tl.program_id(2), tl.int64) * capacity

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.logits import logits_of
 from .parts import counts_of, dot, load_parts, query_rows, rotate, sum_products
 
 NO_SCORE = tl.constexpr(float("-inf"))
@@ -92,12 +93,12 @@ def after(tile, first_age, column, score, age, EXACT: tl.constexpr):
 
 @triton.jit
 def landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity, one_key,
-                    scale, PARTS: tl.constexpr, WITH_NEAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    scaling, PARTS: tl.constexpr, WITH_NEAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores of the blocks of ages first_age + column, (ROWS, COLS), minus infinity where there is no such block.
 
     q, in parts, stands at the distance of far blocks. WITH_NEAR: the tile may hold some of the last `near` blocks,
     which are scored at their true distance: their keys are rotated by the difference. one_key, 1 or 0: whether far
-    blocks share a landmark key.
+    blocks share a landmark key. scaling: see common/logits.py.
     """
     age = first_age + column  # (COLS,), as ok and slot
     ok = age <= cached
@@ -113,7 +114,7 @@ def landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blo
         s = sum_products(q, k)[None, :]
     else:
         s = dot(q, k, PRECISION)
-    return tl.where(ok[None, :], s * scale, NO_SCORE)
+    return tl.where(ok[None, :], logits_of(s, scaling), NO_SCORE)
 
 
 @triton.jit
@@ -128,7 +129,7 @@ def far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PART
 
 
 @triton.jit
-def best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capacity, one_key, scale, real, last,
+def best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capacity, one_key, scaling, real, last,
                 column, PARTS: tl.constexpr, K: tl.constexpr, LATER: tl.constexpr, ABSOLUTE: tl.constexpr,
                 EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores and ages of the K best blocks of a tile of queries: K tiles (ROWS,) of each, from the best one on.
@@ -145,14 +146,14 @@ def best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capa
     tiles = tl.where(tl.max(real.to(tl.int32), 0) > 0, tl.cdiv(cached, COLS), 0)
     if tiles > 0:
         s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, column, key_row, blocks, cached, near, capacity, one_key,
-                            scale, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
+                            scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
         if LATER:
             s = after(s, 1, column, last[0], last[1], EXACT)
         scores, ages = keep_best(scores, ages, s, 1, column, EXACT)
     for tile in range(1, tiles):
         first_age = 1 + tile * COLS
         s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
-                            one_key, scale, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+                            one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
         if LATER:
             s = after(s, first_age, column, last[0], last[1], EXACT)
         scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
@@ -161,7 +162,7 @@ def best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capa
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key", "first"])
 def select_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, SCORES, q_strides, tokens, batch,
-                  heads, capacity, retrievable, top_k, one_key, first, scale,
+                  heads, capacity, retrievable, top_k, one_key, first, scaling,
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
                   ROWS: tl.constexpr, COLS: tl.constexpr, LATER: tl.constexpr, ABSOLUTE: tl.constexpr,
                   EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -187,7 +188,7 @@ def select_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, 
     if LATER:
         last_score = tl.load(SCORES + out + first - 1, mask=in_range, other=0.0)
         last_age = tl.load(AGES + out + first - 1, mask=in_range, other=0)
-    scores, ages = best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capacity, one_key, scale,
+    scores, ages = best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capacity, one_key, scaling,
                                real, (last_score, last_age), column, PARTS, K, LATER, ABSOLUTE, EXACT,
                                PRECISION)  # fmt: skip
     for j in tl.static_range(K):
@@ -198,7 +199,7 @@ def select_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, 
 
 @triton.jit(do_not_specialize=["chunk", "first_head", "blocks", "top_k", "one_key", "first"])
 def select_in_window_kernel(Q, LANDMARK_KEYS, CHUNKS, cos, sin, AGES, SCORES, q_strides, age_strides, chunk,
-                            first_head, blocks, top_k, one_key, first, scale,
+                            first_head, blocks, top_k, one_key, first, scaling,
                             HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
                             COLS: tl.constexpr, LATER: tl.constexpr, EXACT: tl.constexpr,
                             PRECISION: tl.constexpr):  # fmt: skip
@@ -234,7 +235,7 @@ def select_in_window_kernel(Q, LANDMARK_KEYS, CHUNKS, cos, sin, AGES, SCORES, q_
         last_score = tl.load(SCORES + out + first - 1, mask=real, other=0.0)
         last_age = tl.load(AGES + out + first - 1, mask=real, other=0)
     scores, ages = best_blocks(q, LANDMARK_KEYS, (cos, sin), key_head, tl.load(at + 3) + cached, cached, near, blocks,
-                               one_key, scale, real, (last_score, last_age), column, PARTS, K, LATER, False, EXACT,
+                               one_key, scaling, real, (last_score, last_age), column, PARTS, K, LATER, False, EXACT,
                                PRECISION)  # fmt: skip
     for j in tl.static_range(K):
         tl.store(AGES + out + first + j, ages[j], mask=real)

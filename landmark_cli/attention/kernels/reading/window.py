@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.choices import Choices
 from ..common.configuration import padded, product_precision
 from ..common.launch import on_device
+from ..common.logits import scaling_of
 from ..common.tensors import empty_heads_last, operand
 from ..common.tiles import LOG2E
 from .call import PASS, TILE, strides
@@ -36,7 +37,7 @@ class Window(NamedTuple):
 
     ages: (B, H or 1, N, k) int32, a selection that is made already (age a: the a-th newest of a query's earlier blocks,
     0, at the end, for none); None where each query and head chooses for itself. one_landmark_key: all landmarks have
-    one key before rotation.
+    one key before rotation. softcap: bound of the logits, or None.
     """
 
     chunks: Tensor
@@ -53,6 +54,17 @@ class Window(NamedTuple):
     explore: float
     one_landmark_key: bool
     scale: float
+    softcap: float | None = None
+
+    @property
+    def score_scaling(self) -> tuple[float, float | None]:
+        """What makes scores of products of queries and landmark keys: natural logits, see common/logits.py."""
+        return scaling_of(self.scale, self.softcap)
+
+    @property
+    def scaling(self) -> tuple[float, float | None]:
+        """What makes base-2 logits of products."""
+        return scaling_of(self.scale, self.softcap, LOG2E.value)
 
 
 class Routes(NamedTuple):
@@ -209,9 +221,9 @@ def select(call: WindowCall, landmark_keys: Tensor, first_head: int, heads: int)
         select_in_window_kernel[programs](
             call.q, landmark_keys, window.chunks, window.cos, window.sin, ages, scores, strides(call.q),
             ages.stride()[:4], window.chunk, first_head, call.blocks, window.top_k,
-            int(window.one_landmark_key), first, window.scale, HEADS_PER_KEY=call.heads_per_key, PARTS=call.parts,
-            K=min(PASS, call.top_k - first), ROWS=choice.rows, COLS=TILE, LATER=first > 0, EXACT=call.exact,
-            PRECISION=call.precision, **choice.launch_options(),
+            int(window.one_landmark_key), first, window.score_scaling, HEADS_PER_KEY=call.heads_per_key,
+            PARTS=call.parts, K=min(PASS, call.top_k - first), ROWS=choice.rows, COLS=TILE, LATER=first > 0,
+            EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip
 
     for first in range(0, call.top_k, PASS):
@@ -269,7 +281,7 @@ def attend(call: WindowCall, routes: Routes, outputs: Tensor, logits: Tensor, fi
         attend_in_window_kernel[(items.most,)](
             call.q, call.k, call.v, *call.tables, call.window.blocks, routes.entries, routes.bounds, items.list_of,
             items.first, outputs, logits, strides(call.q), strides(call.k), strides(call.v), call.tokens, first_head,
-            call.blocks, items.lists, call.pairs, call.window.scale * LOG2E.value, HEADS_PER_KEY=call.heads_per_key,
+            call.blocks, items.lists, call.pairs, call.window.scaling, HEADS_PER_KEY=call.heads_per_key,
             PARTS=call.parts, D_PAD=call.dim_pad, K=call.top_k, BLOCK=call.window.block_size, ROWS=choice.rows,
             COLS=choice.cols, PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip
@@ -321,7 +333,7 @@ def key_gradients(call: WindowCall, dout, lse, delta, routes: Routes, dq_pairs, 
             call.q, call.k, call.v, dout, lse, delta, *call.tables, window.blocks, routes.entries, routes.bounds,
             items.list_of, items.first, dq_pairs, sums, strides(call.q), strides(call.k), strides(call.v),
             strides(dout), call.tokens, call.heads, first_head, call.blocks, items.lists, call.pairs,
-            window.scale * LOG2E.value, window.scale, HEADS_PER_KEY=call.heads_per_key, PARTS=call.parts, K=call.top_k,
+            window.scaling, window.scale, HEADS_PER_KEY=call.heads_per_key, PARTS=call.parts, K=call.top_k,
             BLOCK=window.block_size, ROWS=choice.rows, COLS=choice.cols, SIZE=ITEM, PART=part,
             PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip

@@ -16,12 +16,13 @@ from .window_route import listed_block, listed_pairs
 @triton.jit(do_not_specialize=["tokens", "first_head", "blocks", "lists", "pairs"])
 def attend_in_window_kernel(Q, K_, V, cos, sin, BLOCKS, ENTRIES, BOUNDS, ITEM_LIST, FIRST_ITEM, PAIR_OUT,
                             LANDMARK_LOGIT, q_strides, k_strides, v_strides, tokens, first_head, blocks, lists, pairs,
-                            scale,
+                            scaling,
                             HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                             BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                             PRECISION: tl.constexpr):  # fmt: skip
     """PAIR_OUT (key heads, pairs, D): a block's values by its inner softmax; LANDMARK_LOGIT (key heads, pairs): its
-    landmark's logit, base 2. Program (item of ROWS pairs); the last ones have nothing to do."""
+    landmark's logit, base 2. scaling: see common/logits.py. Program (item of ROWS pairs); the last ones have nothing to
+    do."""
     item = tl.program_id(0)
     if tl.load(ITEM_LIST + item) >= lists:
         return
@@ -38,7 +39,7 @@ def attend_in_window_kernel(Q, K_, V, cos, sin, BLOCKS, ENTRIES, BOUNDS, ITEM_LI
     k_base = K_ + batch_row * k_strides[0] + head * k_strides[1] + token * k_strides[2]
     v_base = V + batch_row * v_strides[0] + head * v_strides[1] + token * v_strides[2]
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
-    out, landmark = attend_rows(q, k_base, v_base, k_strides[2], v_strides[2], dim, scale, PARTS, BLOCK, COLS,
+    out, landmark = attend_rows(q, k_base, v_base, k_strides[2], v_strides[2], dim, scaling, PARTS, BLOCK, COLS,
                                 PRECISION)  # fmt: skip
     at = tl.cast(key_head, tl.int64) * pairs + pair  # (ROWS,)
     pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)

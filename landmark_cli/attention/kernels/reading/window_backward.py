@@ -2,7 +2,8 @@
 
 With w = exp(landmark logit - lse) a pair's share, p its inner softmax, dp = dO V^T, and delta = rowsum(dO * O) - dlse:
   pair_delta = sum(p * dp), dS = w p (dp - pair_delta), dS(landmark) = w (pair_delta - delta), dP of a value = w p.
-All of that is recomputed from a query's row, its lse and its delta: a block is in one tile, so no statistics are kept.
+Where logits are soft-capped, dS is times the cap's slope before it reaches queries and keys. All of that is recomputed
+from a query's row, its lse and its delta: a block is in one tile, so no statistics are kept.
 
 `pair_gradient_kernel` takes some pairs of a block's list: it adds up their part of dk and dv in registers and writes
 their dq, pair by pair. `sum_keys_kernel` adds a block's parts in their order; `sum_queries_kernel` rotates each query's
@@ -14,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.logits import before_cap, capped
 from ..common.tiles import LOG2E, load_tile, store_tile
 from .parts import dot, load_columns, load_parts, rotate, store_parts
 from .window_attend import window_rows
@@ -100,7 +102,7 @@ def store_sums(base, offset, ok, sums, PARTS: tl.constexpr, PART: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "heads", "first_head", "blocks", "lists", "pairs"])
 def pair_gradient_kernel(Q, K_, V, DOUT, LSE, DELTA, cos, sin, BLOCKS, ENTRIES, BOUNDS, ITEM_LIST, FIRST_ITEM, PAIR_DQ,
                          SUMS, q_strides, k_strides, v_strides, dout_strides, tokens, heads, first_head, blocks, lists,
-                         pairs, scale, softmax_scale,
+                         pairs, scaling, softmax_scale,
                          HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
                          ROWS: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
                          PRECISION: tl.constexpr):  # fmt: skip
@@ -141,8 +143,9 @@ def pair_gradient_kernel(Q, K_, V, DOUT, LSE, DELTA, cos, sin, BLOCKS, ENTRIES, 
         lse = tl.load(LSE + stats, mask=ok, other=0.0) * LOG2E
         delta = tl.load(DELTA + stats, mask=ok, other=0.0)
 
-        # s, p, dp and ds: (ROWS, COLS).
-        s = dot(q, k, PRECISION) * scale
+        # products, s, p, dp and ds: (ROWS, COLS).
+        products = capped(dot(q, k, PRECISION), scaling)
+        s = products * scaling[0]
         landmark = tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1)
         s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
         p = tl.exp2(s - tl.max(s, 1)[:, None])
@@ -153,6 +156,7 @@ def pair_gradient_kernel(Q, K_, V, DOUT, LSE, DELTA, cos, sin, BLOCKS, ENTRIES, 
         p = p * share[:, None]
         ds = p * (dp - pair_delta[:, None])
         ds = tl.where(column[None, :] == BLOCK - 1, (share * (pair_delta - delta))[:, None], ds)
+        ds = before_cap(ds, products, scaling)
         dv = add_products(dv, tl.trans(p), dout, PART, PRECISION)
         dk = add_products(dk, tl.trans(ds), q, PART, PRECISION)
         dq = add_products(zero_parts(ROWS, PARTS, PART), ds * softmax_scale, k, PART, PRECISION)

@@ -9,7 +9,9 @@ numbers. Nothing is added atomically: results repeat bit by bit.
 With dP = dO V^T, delta = rowsum(dO * O) - dLSE, w = outer(landmark), f = dropout's factor on it:
   earlier block: block_delta = sum(inner * dP), dS = w f inner (dP - block_delta),
                  dS(landmark) = w (f block_delta - delta)
-  own block:     dS = outer (dP - delta), dS(landmark) = 0.
+  own block:     dS = outer (dP - delta), dS(landmark) = 0;
+  sink:          dS = -outer delta, for it has no value; the others know of it by LSE.
+Where logits are soft-capped, dS is times the cap's slope before it reaches queries and keys.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.logits import before_cap, capped
 from ..common.softmax import dropout_factor, text_and_landmark, tile_logits
 from ..common.statistics import statistics_index
 from ..common.tiles import FLOOR, LOG2E, load_tile, store_tile
@@ -24,7 +27,7 @@ from .tiles import PACKED, block_tile, launch_order, query_blocks, query_rows, q
 
 
 @triton.jit
-def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block, position, row_ok, row_number, scale,
+def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block, position, row_ok, row_number, scaling,
                          dropout, BLOCK: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr,
                          DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One block's part of dq for a tile of rows, and its three statistics per row.
@@ -33,13 +36,15 @@ def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block
     first number of each row: (ROWS,). keys: as in attend_block.
     """
     k_base, v_base, k_stride, v_stride, keys_left, col, dim = keys
+    scale = scaling[0]
     start = block * BLOCK
     earlier = position >= start + BLOCK  # (ROWS,)
     if KEY_TILES == 1:
         # dP comes first: nothing waits for it while the logits' maximum and sum are found.
         dp, _ = tile_logits(dout, v_base, v_stride, start, keys_left, col, dim, D, MASKED, PRECISION)  # (ROWS, COLS)
         s, k = tile_logits(q, k_base, k_stride, start, keys_left, col, dim, D, MASKED, PRECISION)  # and (COLS, DIM)
-        s, landmark = text_and_landmark(s, start, col, position, scale, BLOCK, MASKED)  # (ROWS, COLS), (ROWS,)
+        products = capped(s, scaling)  # (ROWS, COLS)
+        s, landmark = text_and_landmark(products, start, col, position, scale, BLOCK, MASKED)  # (ROWS, COLS), (ROWS,)
         top = tl.max(s, 1) * scale  # (ROWS,)
         if MASKED:
             top = tl.where(earlier, tl.maximum(top, FLOOR), lse)
@@ -56,6 +61,7 @@ def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block
             # (ROWS, COLS), as s and p.
             dp, _ = tile_logits(dout, v_base, v_stride, first, keys_left, col, dim, D, MASKED, PRECISION)
             s, _ = tile_logits(q, k_base, k_stride, first, keys_left, col, dim, D, MASKED, PRECISION)
+            s = capped(s, scaling)
             s, found = text_and_landmark(s, start, part * COLS + col, position, scale, BLOCK, MASKED)
             landmark = tl.maximum(landmark, found)
             new_top = tl.maximum(top, tl.max(s, 1) * scale)
@@ -94,7 +100,7 @@ def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block
 
     if KEY_TILES == 1:
         ds = p * (dp * share[:, None] - (block_delta * share)[:, None])  # (ROWS, COLS)
-        ds = tl.where(col[None, :] == BLOCK - 1, dlandmark[:, None], ds)
+        ds = before_cap(tl.where(col[None, :] == BLOCK - 1, dlandmark[:, None], ds), products, scaling)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     else:
         for part in tl.range(KEY_TILES, num_stages=1):
@@ -102,24 +108,28 @@ def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block
             # (ROWS, COLS), as s and p.
             dp, _ = tile_logits(dout, v_base, v_stride, first, keys_left, col, dim, D, MASKED, PRECISION)
             s, k = tile_logits(q, k_base, k_stride, first, keys_left, col, dim, D, MASKED, PRECISION)  # and (COLS, DIM)
-            s, _ = text_and_landmark(s, start, part * COLS + col, position, scale, BLOCK, MASKED)
+            products = capped(s, scaling)
+            s, _ = text_and_landmark(products, start, part * COLS + col, position, scale, BLOCK, MASKED)
             p = tl.exp2(s * scale - top[:, None])  # (ROWS, COLS), as ds
             ds = p * (dp * share[:, None] - (block_delta * share)[:, None])
             ds = tl.where(part * COLS + col[None, :] == BLOCK - 1, dlandmark[:, None], ds)
+            ds = before_cap(ds, products, scaling)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=["queries", "offset", "first_row", "last_row", "documents", "tiles", "first_head",
                                "heads", "query_heads", "heads_in_flight", "plane", "threshold"])  # fmt: skip
-def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS, SEED, q_strides, k_strides, v_strides,
-                          out_strides, dout_strides, dq_strides, scale, softmax_scale, queries, offset, first_row,
-                          last_row, documents, tiles, first_head, heads, query_heads, heads_in_flight, plane,
+def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS, SEED, DELTA, q_strides, k_strides,
+                          v_strides, out_strides, dout_strides, dq_strides, scaling, softmax_scale, queries, offset,
+                          first_row, last_row, documents, tiles, first_head, heads, query_heads, heads_in_flight, plane,
                           threshold, keep_scale,
                           HEADS_PER_KEY: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
                           ROWS: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr, LAYOUT: tl.constexpr,
                           DROPOUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """dq of rows first_row..last_row of `heads` heads from first_head on, and STATISTICS (heads, 3, 4 * plane)."""
+    """dq of rows first_row..last_row of `heads` heads from first_head on, and STATISTICS (heads, 3, 4 * plane).
+
+    DELTA (B, H, queries), unless None, becomes these rows' delta."""
     rank, head = launch_order(tiles, heads, heads_in_flight)
     STATISTICS += head.to(tl.int64) * 3 * plane * 4
     head += first_head
@@ -148,6 +158,8 @@ def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS,
     lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
     if DLSE is not None:
         delta -= tl.load(DLSE + lse_row + rows, mask=row_ok, other=0.0)
+    if DELTA is not None:
+        tl.store(DELTA + lse_row + rows, delta, mask=row_ok)
 
     dropout = (0, threshold, keep_scale)
     if DROPOUT:
@@ -160,19 +172,19 @@ def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS,
     whole, touched = query_blocks(row + offset - begin, last, queries + offset - begin, BLOCK, COLS * KEY_TILES)
     for block in tl.range(0, whole):
         at = statistics + statistics_index(block, count, before, BLOCK)
-        dq = query_gradient_block(q, dout, lse, delta, dq, keys, at, plane, block, position, row_ok, row_number, scale,
-                                  dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, False, PRECISION)  # fmt: skip
+        dq = query_gradient_block(q, dout, lse, delta, dq, keys, at, plane, block, position, row_ok, row_number,
+                                  scaling, dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, False, PRECISION)  # fmt: skip
     for block in tl.range(whole, touched, num_stages=1):
         at = statistics + statistics_index(block, count, before, BLOCK)
-        dq = query_gradient_block(q, dout, lse, delta, dq, keys, at, plane, block, position, row_ok, row_number, scale,
-                                  dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, True, PRECISION)  # fmt: skip
+        dq = query_gradient_block(q, dout, lse, delta, dq, keys, at, plane, block, position, row_ok, row_number,
+                                  scaling, dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, True, PRECISION)  # fmt: skip
 
     dq_base = DQ + batch * dq_strides[0] + query_head * dq_strides[1]
     store_tile(dq_base, row, dq_strides[2], rows, row_ok, dim, dq * softmax_scale, D)
 
 
 @triton.jit
-def key_gradient_rows(k, v, dk, dv, queries, STATISTICS, plane, row, row_end, shift, start, col, scale,
+def key_gradient_rows(k, v, dk, dv, queries, STATISTICS, plane, row, row_end, shift, start, col, scaling,
                       BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
                       PRECISION: tl.constexpr):  # fmt: skip
     """Add a tile of query rows to dk and dv of a tile of keys. Everything stands transposed: keys by rows.
@@ -197,14 +209,15 @@ def key_gradient_rows(k, v, dk, dv, queries, STATISTICS, plane, row, row_end, sh
         block_delta = tl.load(statistics + plane * 4)
         dlandmark = tl.load(statistics + 2 * plane * 4)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (COLS, ROWS), as p, dp and ds
-    p = tl.exp2(s * scale + shift[None, :])
+    s = capped(s, scaling)
+    p = tl.exp2(s * scaling[0] + shift[None, :])
     if MASKED:
         text = (col < BLOCK - 1)[:, None] & ((start + col)[:, None] <= (position + rows)[None, :])  # (COLS, ROWS)
         p = tl.where(text, p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     ds = p * (dp - block_delta[None, :])
-    ds = tl.where((col == BLOCK - 1)[:, None], dlandmark[None, :], ds)
+    ds = before_cap(tl.where((col == BLOCK - 1)[:, None], dlandmark[None, :], ds), s, scaling)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -212,7 +225,7 @@ def key_gradient_rows(k, v, dk, dv, queries, STATISTICS, plane, row, row_end, sh
 @triton.jit(do_not_specialize=["queries", "offset", "first_row", "last_row", "documents", "tiles", "first_head",
                                "heads", "key_heads", "heads_in_flight", "plane"])  # fmt: skip
 def key_gradient_kernel(Q, K, V, DOUT, DK, DV, STATISTICS, BOUNDS, q_strides, k_strides, v_strides, dout_strides,
-                        dk_strides, dv_strides, scale, softmax_scale, queries, offset, first_row, last_row, documents,
+                        dk_strides, dv_strides, scaling, softmax_scale, queries, offset, first_row, last_row, documents,
                         tiles, first_head, heads, key_heads, heads_in_flight, plane,
                         HEADS_PER_KEY: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
                         ROWS: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr, LAYOUT: tl.constexpr,
@@ -258,10 +271,10 @@ def key_gradient_kernel(Q, K, V, DOUT, DK, DV, STATISTICS, BOUNDS, q_strides, k_
         rows = (q_base, dout_base, q_strides[2], dout_strides[2], dim)
         for tile in tl.range(0, masked_tiles):
             at = tl.where(tile < own_tiles, row + tile * ROWS, inner_end)
-            dk, dv = key_gradient_rows(k, v, dk, dv, rows, statistics, plane, at, row_end, shift, start, col, scale,
+            dk, dv = key_gradient_rows(k, v, dk, dv, rows, statistics, plane, at, row_end, shift, start, col, scaling,
                                        BLOCK, D, ROWS, True, PRECISION)  # fmt: skip
         for at in tl.range(inner, inner_end, ROWS):
-            dk, dv = key_gradient_rows(k, v, dk, dv, rows, statistics, plane, at, row_end, shift, start, col, scale,
+            dk, dv = key_gradient_rows(k, v, dk, dv, rows, statistics, plane, at, row_end, shift, start, col, scaling,
                                        BLOCK, D, ROWS, False, PRECISION)  # fmt: skip
         statistics += 3 * plane * 4
 

@@ -15,7 +15,6 @@ from ..common.configuration import Configuration, padded, product_precision
 from ..common.launch import HEADS_IN_FLIGHT, Launch, LaunchCache, launch
 from ..common.statistics import Part, backward_parts
 from ..common.tensors import empty_heads_last, operand
-from ..common.tiles import LOG2E
 from .backward import key_gradient_kernel, query_gradient_kernel
 from .configurations import choices
 from .forward import forward_kernel
@@ -27,30 +26,40 @@ ROWS_IN_FLIGHT = 16384
 FORWARD_CALLS, BACKWARD_CALLS = LaunchCache(), LaunchCache()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out (B, H, Tq, D), lse (B, H, Tq) float32) of q (B, H, Tq, D) and k, v (B, G, Tk, D), any strides.
 
-    out lies in memory as (B, Tq, H, D), as the next layer wants it.
+    sinks: (H,) logits of attention sinks. out lies in memory as (B, Tq, H, D), as the next layer wants it.
     """
     dtype = q.dtype
     q, k, v = (operand(x) for x in (q, k, v))
+    sinks = None if sinks is None else operand(sinks)
     out = empty_heads_last(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if layout.cu_seqlens is not None:
         out.zero_()
-        lse.fill_(-math.inf)
-    tensors, kind = (q, k, v, out, lse, layout.bounds, layout.dropout_seed), _kind(q, k, v, layout)
+        lse.copy_(torch.tensor(-math.inf) if sinks is None else sinks[:, None])
+    tensors = q, k, v, out, lse, layout.bounds, layout.dropout_seed, sinks
+    kind = _kind(q, k, v, layout, sinks)
     if not FORWARD_CALLS.repeat(kind, tensors):
         found = choices("forward", q, layout.block_size)
-        run = functools.partial(launch_forward, q, k, v, out, lse, layout)
+        run = functools.partial(launch_forward, tensors, layout)
         FORWARD_CALLS.make(kind, tensors, lambda: [found.run(run)])
     return out.to(dtype), lse
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) for the gradients of out and, where there is one, of lse."""
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv and, where there are sinks, theirs) for the gradients of out and, where there is one, of lse."""
     dtype = q.dtype
     dout, q, k, v, out = (operand(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
@@ -60,11 +69,19 @@ def backward(
         dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
     parts, workspace = backward_parts(q, k, layout.block_size)
     statistics = q.new_empty(workspace, dtype=torch.float32)
-    tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics, layout.bounds, layout.dropout_seed
-    kind = (*_kind(q, k, v, layout), out.stride(), dout.stride(), dlse is None)
+    delta = None if sinks is None else torch.zeros_like(lse)
+    tensors = q, k, v, out, dout, lse, dlse, dq, dk, dv, statistics, layout.bounds, layout.dropout_seed, delta
+    kind = (*_kind(q, k, v, layout, sinks), out.stride(), dout.stride(), dlse is None)
     if not BACKWARD_CALLS.repeat(kind, tensors):
         BACKWARD_CALLS.make(kind, tensors, lambda: launch_backward(tensors, layout, parts))
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    dsinks = None if sinks is None else _sink_gradient(sinks, lse, delta)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dsinks
+
+
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of the sinks, (H,), from what the first backward kernel leaves of each query: see backward.py."""
+    share = torch.exp(sinks.float()[:, None] - lse)
+    return (share * delta).sum((0, 2)).neg().to(sinks.dtype)
 
 
 def launch_backward(tensors: tuple, layout: Layout, parts: list[Part]) -> Iterator[Launch | None]:
@@ -81,20 +98,20 @@ def launch_backward(tensors: tuple, layout: Layout, parts: list[Part]) -> Iterat
         )
 
 
-def launch_forward(q, k, v, out, lse, layout: Layout, choice: Configuration) -> Launch | None:
+def launch_forward(tensors: tuple, layout: Layout, choice: Configuration) -> Launch | None:
     """Launch the forward kernel in a configuration."""
+    q, k, v, out, *_ = tensors
     batch, heads, queries, _ = q.shape
     group = heads // k.shape[1]
     tiles = layout.tiles(queries, choice.rows)
-    tensors = q, k, v, out, lse, layout.bounds, layout.dropout_seed
     arguments = (
-        _strides(q), _strides(k), _strides(v), _strides(out), layout.scale * LOG2E.value, queries,
+        _strides(q), _strides(k), _strides(v), _strides(out), layout.scaling, queries,
         k.shape[2] - queries, layout.documents, tiles, batch * heads, heads,
         _heads_in_flight(queries, batch * heads, group), *layout.dropout(),
     )  # fmt: skip
     constants = _constants(q, group, layout, choice) | {"DROPOUT": layout.dropout_seed is not None}
     return launch(
-        forward_kernel, tiles * batch * heads, tensors, range(7), arguments, constants, choice.launch_options()
+        forward_kernel, tiles * batch * heads, tensors, range(8), arguments, constants, choice.launch_options()
     )
 
 
@@ -106,12 +123,12 @@ def launch_query_gradient(tensors: tuple, layout: Layout, part: Part, choice: Co
     group = q.shape[1] // k.shape[1]
     tiles = layout.tiles(last_row - first_row, choice.rows)
     arguments = (
-        _strides(q), _strides(k), _strides(v), _strides(out), _strides(dout), _strides(dq), layout.scale * LOG2E.value,
+        _strides(q), _strides(k), _strides(v), _strides(out), _strides(dout), _strides(dq), layout.scaling,
         layout.scale, queries, k.shape[2] - queries, first_row, last_row, layout.documents, tiles, first_head * group,
         key_heads * group, q.shape[1], _heads_in_flight(queries, key_heads * group, group), plane, *layout.dropout(),
     )  # fmt: skip
     constants = _constants(q, group, layout, choice) | {"DROPOUT": layout.dropout_seed is not None}
-    which = 0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12
+    which = 0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13
     programs = tiles * key_heads * group
     return launch(query_gradient_kernel, programs, tensors, which, arguments, constants, choice.launch_options())
 
@@ -125,7 +142,7 @@ def launch_key_gradient(tensors: tuple, layout: Layout, part: Part, choice: Conf
     group = q.shape[1] // k.shape[1]
     tiles = layout.tiles(offset + last_row, layout.block_size) * triton.cdiv(layout.block_size, choice.cols)
     arguments = (
-        _strides(q), _strides(k), _strides(v), _strides(dout), _strides(dk), _strides(dv), layout.scale * LOG2E.value,
+        _strides(q), _strides(k), _strides(v), _strides(dout), _strides(dk), _strides(dv), layout.scaling,
         layout.scale, queries, offset, first_row, last_row, layout.documents, tiles, first_head, key_heads, k.shape[1],
         _heads_in_flight(queries, key_heads * group, group) // group, plane,
     )  # fmt: skip
@@ -161,7 +178,8 @@ def _strides(x: Tensor) -> tuple[int, int, tl.constexpr]:
     return batch, head, tl.constexpr(token)
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple:
+def _kind(q: Tensor, k: Tensor, v: Tensor, layout: Layout, sinks: Tensor | None) -> tuple:
     """All that a call's launches depend on beside addresses."""
     numbers = q.dtype, q.device, product_precision(q.dtype)
-    return q.shape, k.shape, q.stride(), k.stride(), v.stride(), numbers, layout.key
+    sinks_dtype = None if sinks is None else sinks.dtype
+    return q.shape, k.shape, q.stride(), k.stride(), v.stride(), numbers, layout.key, sinks_dtype

@@ -9,13 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common.logits import scaling_of
+from ..common.tiles import LOG2E
 from .tiles import PACKED, PADDED, PLAIN
 
 
 class Layout(NamedTuple):
-    """Where blocks are in each row, and what weights them.
+    """Where blocks are in each row, what makes logits, and what weights them.
 
     start, cu_seqlens: int32 on the device of q, or None; dropout_seed: one int64 there, or None without dropout.
+    softcap: bound of the logits, or None.
     """
 
     block_size: int
@@ -24,6 +27,12 @@ class Layout(NamedTuple):
     cu_seqlens: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def scaling(self) -> tuple[float, float | None]:
+        """What makes base-2 logits of products: see common/logits.py."""
+        return scaling_of(self.scale, self.softcap, LOG2E.value)
 
     @property
     def kind(self) -> int:
@@ -46,7 +55,7 @@ class Layout(NamedTuple):
     @property
     def key(self) -> tuple:
         """All that launches depend on."""
-        return self.block_size, self.scale, self.kind, self.documents, self.dropout_p
+        return self.block_size, self.scale, self.kind, self.documents, self.dropout_p, self.softcap
 
     def dropout(self) -> tuple[int, float]:
         """(threshold under which a 24-bit random number drops a block, what the others are multiplied by)."""
