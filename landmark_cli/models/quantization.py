@@ -22,13 +22,11 @@ from .quantized_products import product_class
 
 Quantization = Literal["none", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
-# Input features that share a scale in 4 bits.
-GROUP = 64
+# Input features that share a scale in 4 bits: 4.5 bits a weight in all.
+GROUP = 32
 # Narrower layers, such as a router of experts, hold little and decide much.
 NARROWEST = 64
-# A scale is searched for in 4 bits, among the one that fits the largest weight times each of these.
-SHRINKS = (1.0, 0.85, 0.7)
-# Elements worked on at a time: the search holds several float32 copies.
+# Elements worked on at a time, of which several float32 copies are held.
 AT_A_TIME = 1 << 24
 
 
@@ -38,6 +36,11 @@ class Codes(NamedTuple):
     codes: Tensor
     scales: Tensor
     bits: int
+
+    @property
+    def group(self) -> int:
+        """Input features that share a scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (N, K) that the codes stand for."""
@@ -51,7 +54,7 @@ def encode(weight: Tensor, bits: int, dtype: torch.dtype = torch.bfloat16) -> Co
     these are rounded before the codes are chosen."""
     group = weight.shape[1] if bits == 8 else GROUP
     rows = max(1, AT_A_TIME // weight.shape[1])
-    one = _one_scale if bits == 8 else _searched_scale
+    one = _one_scale if bits == 8 else _fitted_scale
     parts = [one(part.float().unflatten(1, (-1, group)), dtype) for part in weight.split(rows)]
     codes = torch.cat([codes.flatten(1).to(torch.int8) for codes, _ in parts])
     return Codes(codes, torch.cat([scales.squeeze(-1) for _, scales in parts]), bits)
@@ -63,25 +66,19 @@ def _one_scale(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (weight / scales.float()).round_().clamp_(-127, 127), scales
 
 
-def _searched_scale(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The scale under which a group's codes differ least from it, in squares, of those that are tried: such that the
-    weight of largest magnitude has the code -8, so that the scale may be negative; smaller ones, which cut that weight
-    off and divide the others more finely; and, after each, the one that fits the codes of the other best."""
-    largest = weight.gather(-1, weight.abs().argmax(-1, keepdim=True))
-    best = None
-    for shrink in SHRINKS:
-        scales = largest * (shrink / -8)
-        for _ in range(2):
-            scales = _rounded(scales, dtype)
-            codes = (weight / scales.float()).round_().clamp_(-8, 7)
-            error = (codes * scales.float() - weight).square_().sum(-1, keepdim=True)
-            if best is None:
-                best = error, codes, scales
-            else:
-                less = error < best[0]
-                best = tuple(torch.where(less, new, old) for new, old in zip((error, codes, scales), best, strict=True))
-            scales = (weight * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp_min(1)
-    return best[1], best[2]
+def _fitted_scale(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight of largest magnitude has the code -8, so the scale may be negative; or, where that differs less from
+    the weight in squares, the scale is the one that fits those codes best. Smaller scales, which cut the largest weight
+    off, differ less still and cost a model more: what is large matters beyond its square."""
+    scales, found = weight.gather(-1, weight.abs().argmax(-1, keepdim=True)) / -8, []
+    for _ in range(2):
+        scales = _rounded(scales, dtype)
+        codes = (weight / scales.float()).round_().clamp_(-8, 7)
+        found.append(((codes * scales.float() - weight).square_().sum(-1, keepdim=True), codes, scales))
+        scales = (weight * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp_min(1)
+    (error, *first), (its_error, *second) = found
+    codes, scales = (torch.where(its_error < error, b, a) for a, b in zip(first, second, strict=True))
+    return codes, scales
 
 
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,17 +147,16 @@ def quantize(model: PreTrainedModel, quantization: Quantization, device: torch.d
     bits, head, left = BITS[quantization], model.get_output_embeddings(), 0
     found = [(path, layer) for path, layer in model.named_modules() if type(layer) is nn.Linear]
     for path, linear in found:
-        its_bits = 8 if linear is head else bits
-        if linear.weight.dtype != model.dtype or not _fits(linear, its_bits):
+        if linear.weight.dtype != model.dtype or not _fits(linear):
             left += linear.weight.numel()
             continue
-        model.set_submodule(path, QuantizedLinear(linear, its_bits, device))
+        model.set_submodule(path, QuantizedLinear(linear, 8 if linear is head else bits, device))
         # A tied weight stays with the embedding; any other goes now, not when all layers are done.
         linear.weight = None
     if not any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
         raise LandmarkError(
             f"{name} has no linear layer that can be held in {quantization}: in_features must be a multiple of "
-            f"{GROUP if bits == 4 else 32}, out_features of 16, and at least {NARROWEST}"
+            f"{GROUP}, out_features of 16, and both at least {NARROWEST}"
         )
     model.landmark_quantization = quantization
     if left:
@@ -168,9 +164,10 @@ def quantize(model: PreTrainedModel, quantization: Quantization, device: torch.d
         info(f"{left:,} weights of linear layers are too narrow or uneven for {quantization} and stay in {stored}")
 
 
-def _fits(linear: nn.Linear, bits: int) -> bool:
-    least = min(linear.in_features, linear.out_features) >= NARROWEST
-    return least and linear.in_features % (GROUP if bits == 4 else 32) == 0 and linear.out_features % 16 == 0
+def _fits(linear: nn.Linear) -> bool:
+    """Whether all devices' kernels have products with a layer's shape, and it is not too narrow."""
+    wide = min(linear.in_features, linear.out_features) >= NARROWEST
+    return wide and linear.in_features % GROUP == 0 and linear.out_features % 16 == 0
 
 
 def quantization_of(model: nn.Module) -> str:

@@ -42,7 +42,7 @@ class CpuProduct(nn.Module):
             self.register_buffer("codes", codes.codes)
             self.register_buffer("scales", codes.scales.squeeze(1))
             return
-        self.group = codes.codes.shape[1] // codes.scales.shape[1]
+        self.group = codes.group
         self.register_buffer("codes", torch._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32) + 8, 1))
         scales = codes.scales.t()
         self.register_buffer("scales", torch.stack([scales, torch.zeros_like(scales)], -1).contiguous())
@@ -73,18 +73,18 @@ class HummingProduct(nn.Module):
         super().__init__()
         from humming.layer import HummingLayer
 
-        (out_features, in_features), groups = codes.codes.shape, codes.scales.shape[1]
-        group = in_features // groups if groups > 1 or codes.bits == 4 else 0
+        out_features, in_features = codes.codes.shape
         self.chosen: dict[int, str] = {}
-        with torch.cuda.device(codes.codes.device):
+        device = codes.codes.device
+        with torch.cuda.device(device), device:
             self.layer = HummingLayer(
                 shape_n=out_features,
                 shape_k=in_features,
-                weight_config={"dtype": f"uint{codes.bits}", "group_size": group},
+                weight_config={"dtype": f"uint{codes.bits}", "group_size": 0 if codes.bits == 8 else codes.group},
                 pad_n_to_multiple=TILE,
                 pad_k_to_multiple=TILE,
                 torch_dtype=dtype,
-            ).to(codes.codes.device)
+            )
             self.layer.load_from_tensors({"weight": packed(codes), "weight_scale": codes.scales})
             self.layer.transform()
 
