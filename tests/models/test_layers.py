@@ -242,6 +242,35 @@ def test_what_was_read_is_kept_copied_and_gone_on_from(family, tmp_path):
     assert_close_norm(found[2], read_all(BlockReader(model, chunk=11), [more])[0], within=SENSITIVE.get(family))
 
 
+@pytest.mark.parametrize(
+    ("device", "within"),
+    # Products of float32 are done in three parts of fewer bits on a GPU, and in another order.
+    [("cpu", None), pytest.param("cuda", 2e-4, marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_kernels_bound_logits_and_know_sinks_as_the_definition_does(family, device, within, monkeypatch):
+    model, _ = landmark_decoder(family)
+    model.to(device)
+    ids = texts(1, 20)
+    stream = stream_of(ids, model).to(device)
+    attention = model.model.layers[1].self_attn
+    leaves = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    leaves += [attention.sinks] if family == "gpt-oss" else []
+
+    def results(backend):
+        monkeypatch.setenv("LANDMARK_ATTENTION", backend)
+        window = ReadingWindow.make(
+            WindowSettings(BLOCK, BLOCK, 2), 1, stream.shape[1], inverse_frequencies(model).to(device)
+        )
+        for given in ({}, {"landmark_window": window, "position_ids": window.position_ids}):
+            logits = model(stream, **given).logits
+            yield [logits.detach(), *torch.autograd.grad(logits.square().sum(), leaves)]
+        with torch.no_grad():
+            yield read_all(BlockReader(model, top_k_blocks=2, chunk=FREQ), list(ids))
+
+    assert_close_norm(list(results("triton")), list(results("eager")), within=within)
+
+
 @pytest.mark.parametrize("backend", ["triton", "blockwise"])
 @torch.no_grad()
 def test_backends_read_layers_without_positions_as_the_definition_does(backend, monkeypatch):
