@@ -13,12 +13,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference import sampling_loop
+from landmark_cli.inference.generation import NeverGenerated
 from landmark_cli.inference.landmark_cache import LandmarkCache
 from landmark_cli.inference.readers import has_landmarks
 from landmark_cli.inference.settings import ReadingSettings
@@ -30,19 +31,6 @@ SETTINGS = {"read_chunk" if field.name == "chunk" else field.name: field.name fo
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 # What a plain forward can give and reading cannot.
 INNER = ("output_hidden_states", "output_attentions")
-
-
-class NoLandmark(LogitsProcessor):
-    """The landmark is put in by the reader, and never generated."""
-
-    def __init__(self, token: int):
-        self.token = token
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores: (B, vocabulary), of which a copy is returned."""
-        scores = scores.clone()
-        scores[:, self.token] = -torch.inf
-        return scores
 
 
 def generate(plain: Callable, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -78,10 +66,32 @@ def generate(plain: Callable, model: PreTrainedModel, *args: Any, **kwargs: Any)
     if setting("use_cache") is False:
         given["use_cache"] = True
     if has_landmarks(model):
-        processors = [NoLandmark(model.config.landmark_token_id), *(given.get("logits_processor") or ())]
+        # The landmark is put in by the reader.
+        processors = [NeverGenerated([model.config.landmark_token_id]), *(given.get("logits_processor") or ())]
         given["logits_processor"] = LogitsProcessorList(processors)
     with _any_length():
         return plain(model, **given)
+
+
+def sample(
+    plain: Callable,
+    model: PreTrainedModel,
+    input_ids: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """transformers' loop of greedy decoding and sampling, which `generate` comes to: ours over a LandmarkCache.
+
+    plain: transformers' own, with the arguments that follow.
+    """
+    every_step = input_ids, logits_processor, stopping_criteria, generation_config
+    if sampling_loop.goes(generation_config, synced_gpus, model_kwargs):
+        return sampling_loop.sample(model, *every_step, streamer, model_kwargs)
+    return plain(model, *every_step, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Sampling is transformers' own: logits processors, stopping criteria and streamer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
@@ -21,7 +22,6 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -225,6 +225,23 @@ def draw(scores: Tensor, generators: list[torch.Generator]) -> Tensor:
     return torch.cat(drawn)
 
 
+class NeverGenerated(LogitsProcessor):
+    """transformers' SuppressTokensLogitsProcessor, which looks all of the vocabulary up anew for every token, with a
+    mask that is kept."""
+
+    def __init__(self, tokens: Iterable[int]):
+        self.tokens = frozenset(tokens)
+        self._mask = torch.zeros(0, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: (B, vocabulary), of which a copy is returned."""
+        if (len(self._mask), self._mask.device) != (scores.shape[-1], scores.device):
+            mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
+            mask[[token for token in self.tokens if 0 <= token < len(mask)]] = True
+            self._mask = mask.to(scores.device)
+        return scores.masked_fill(self._mask, -torch.inf)
+
+
 def logits_processors(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
 ) -> LogitsProcessorList:
@@ -232,7 +249,7 @@ def logits_processors(
     processors = LogitsProcessorList()
     silent = tokens_without_text(model, tokenizer)
     if silent:
-        processors.append(SuppressTokensLogitsProcessor(silent, device=str(model.device)))
+        processors.append(NeverGenerated(silent))
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature == 0:

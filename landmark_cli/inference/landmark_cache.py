@@ -8,6 +8,7 @@ model.generate(more, past_key_values=cache)   # goes on from there
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.generation import EXPECTED_TOKENS, read_prompts
-from landmark_cli.inference.readers import BaseReader, open_reader
+from landmark_cli.inference.readers import BaseReader, has_landmarks, open_reader
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.device import to_device
 
@@ -75,18 +76,31 @@ class LandmarkCache(Cache):
             raise ValueError(f"{len(rows)} rows were given, and {self.reader.batch} have been read before")
         landmark = getattr(self.model.config, "landmark_token_id", None)
         if landmark is not None and (ids == landmark).any():
-            raise LandmarkError(
-                f"the text contains the landmark token ({landmark}); give plain text, landmarks are put in while "
-                "reading"
-            )
-        begun, self._columns = self._columns > 0, self._columns + ids.shape[1]
-        if begun and ids.shape[1] == 1:
-            tokens = [int(row[0]) if len(row) else None for row in rows]
-            return self.reader.step(tokens)[:, None]
+            raise self._holds_landmark()
+        if self._columns > 0 and ids.shape[1] == 1:
+            return self.step([int(row[0]) if len(row) else None for row in rows])[:, None]
+        self._columns += ids.shape[1]
         self.reader.expect(longest + min(self.new_tokens, EXPECTED_TOKENS), steps=self.new_tokens)
         if isinstance(logits_to_keep, int) and logits_to_keep == 1:
             return read_prompts(self.reader, rows)[:, None]
         return self._read_all(rows, real, logits_to_keep)
+
+    def step(self, tokens: Sequence[int | None]) -> Tensor:
+        """Read one more column behind those that were read, a token of each row or None where it is hidden, and return
+        its logits, (B, vocabulary).
+
+        Raises LandmarkError where a token is the landmark.
+        """
+        if getattr(self.model.config, "landmark_token_id", None) in tokens and has_landmarks(self.model):
+            raise self._holds_landmark()
+        self._columns += 1
+        return self.reader.step(tokens)
+
+    def _holds_landmark(self) -> LandmarkError:
+        return LandmarkError(
+            f"the text contains the landmark token ({self.model.config.landmark_token_id}); give plain text, landmarks "
+            "are put in while reading"
+        )
 
     def _on_host(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids and what is text of them, (B, T) int64 and bool, brought over in one go."""

@@ -74,9 +74,7 @@ def test_stop_strings_as_a_shell_hands_them_on(typed, strings, told, capsys):
 def test_generation_ends_at_a_line_break_that_was_typed(landmark, monkeypatch):
     # The model, whatever its weights, says these.
     said = load_tokenizer("gpt2").encode("one line\nand another")
-    monkeypatch.setattr(
-        "landmark_cli.inference.generation.SuppressTokensLogitsProcessor", lambda *_, **__: Says(list(said))
-    )
+    monkeypatch.setattr("landmark_cli.inference.generation.NeverGenerated", lambda *_, **__: Says(list(said)))
     result = landmark("generate", "--prompt", "Call me", *SAMPLING, "--stop", r"\n")
     assert result.out == "one line\n" and "ended by stop string" in result.err
 

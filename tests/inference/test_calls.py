@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -23,11 +24,12 @@ from transformers.generation.streamers import BaseStreamer
 from landmark_cli.data.landmarks import insert_landmarks
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.inference import landmark_cache
+from landmark_cli.inference import landmark_cache, sampling_loop
 from landmark_cli.inference.generation import generate
 from landmark_cli.inference.landmark_cache import LandmarkCache
 from landmark_cli.inference.readers import open_reader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
+from landmark_cli.models import calls
 from landmark_cli.models.card import CARD
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.generation_config import silence
@@ -238,6 +240,71 @@ def test_several_sequences_of_a_prompt():
     assert (out[:3, :30] == rows["input_ids"][0]).all() and (out[3:, :30] == rows["input_ids"][1]).all()
 
 
+EARLY = {"do_sample": True, "temperature": 3.0, "num_return_sequences": 4, "eos_token_id": list(range(0, 257, 5))}
+LOOPS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 2.0, "top_k": 7, "num_return_sequences": 2},
+    "rows that end early": EARLY,
+    "padded with another token": {**EARLY, "pad_token_id": 9},
+    "all that can be asked for": {"do_sample": False, "output_scores": True, "output_logits": True},
+    "processors": {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    "no list of what is no text": {"do_sample": False, "suppress_tokens": [3]},
+    "a stop string": {"do_sample": False, "stop_strings": [chr(code) for code in range(97, 110)]},
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama", "baseline"])
+@pytest.mark.parametrize("way", LOOPS)
+def test_the_loop_over_a_reader_does_what_transformers_own_does(kind, way, monkeypatch):
+    model, tokenizer = opened(kind)
+    rows, may, went = texts(30, 11), sampling_loop.goes, []
+
+    def run(allowed: bool):
+        monkeypatch.setattr(sampling_loop, "goes", lambda *given: allowed and (went.append(may(*given)) or went[-1]))
+        torch.manual_seed(5)
+        heard = Heard()
+        inputs = padded(rows)
+        cache = LandmarkCache(model, ReadingSettings(chunk=CHUNK, top_k_blocks=2))
+        settings = {"max_new_tokens": 24, "return_dict_in_generate": True, "past_key_values": cache, **LOOPS[way]}
+        if "stop_strings" in settings:
+            settings["tokenizer"] = tokenizer
+        return model.generate(**inputs, streamer=heard, **settings), heard, cache
+
+    (ours, heard, cache), (theirs, also_heard, other) = run(True), run(False)
+    assert went == [True]
+    assert torch.equal(ours.sequences, theirs.sequences) and ours.sequences.shape[1] > 31
+    if "eos_token_id" in LOOPS[way]:
+        ended = torch.isin(ours.sequences[:, 30:-1], torch.tensor(LOOPS[way]["eos_token_id"])).any(-1)
+        assert ended.any() and not ended.all()
+    assert (heard.tokens, heard.ended) == (also_heard.tokens, also_heard.ended) == (heard.tokens, True)
+    assert ours.past_key_values is cache and cache.get_seq_length() == other.get_seq_length()
+    for one, another in ((ours.scores, theirs.scores), (ours.logits, theirs.logits)):
+        assert (one is None) == (another is None)
+        assert all(torch.equal(a, b) for a, b in zip(one or (), another or (), strict=True))
+
+
+def test_what_the_loop_over_a_reader_leaves_to_transformers_own():
+    cached = {"past_key_values": LandmarkCache(opened("gpt")[0]), "use_cache": True}
+    assert sampling_loop.goes(GenerationConfig(), False, cached)
+    assert not sampling_loop.goes(GenerationConfig(), True, cached), "all processes step together, finished or not"
+    assert not sampling_loop.goes(GenerationConfig(), False, {"past_key_values": DynamicCache(), "use_cache": True})
+
+
+def test_a_loop_that_is_called_otherwise_is_kept(monkeypatch):
+    assert GenerationMixin._sample.reads_with_memory
+
+    def another(self, input_ids, settings):
+        """A version of transformers to come."""
+
+    for changed in ("_sample", "_prefill"):
+        with monkeypatch.context() as version:
+            version.setattr(GenerationMixin, "_sample", GenerationMixin._sample.__wrapped__)
+            version.setattr(GenerationMixin, changed, another)
+            kept = GenerationMixin._sample
+            calls.register()
+            assert GenerationMixin._sample is kept
+
+
 class Rereading(LandmarkCache):
     """Reads every row anew, token by token behind its prompt, when rows are reordered: what that has to come to."""
 
@@ -401,6 +468,9 @@ REFUSED = {
     "landmark token": lambda model, ids: model.generate(ids.fill_(model.config.landmark_token_id)),
     "another model": lambda model, ids: model(ids, past_key_values=LandmarkCache(opened("qwen3")[0])),
     "taken back": lambda model, ids: LandmarkCache(model).crop(-1),
+    "output_hidden_states": lambda model, ids: model.generate(
+        ids, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True
+    ),
     "output_attentions": lambda model, ids: model(ids, past_key_values=LandmarkCache(model), output_attentions=True),
     "read with memory": lambda model, ids: LandmarkCache(model).update(ids, ids, 0),
 }
