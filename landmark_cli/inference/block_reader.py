@@ -132,6 +132,8 @@ class BlockReader(BaseReader):
         # What each row has read, as a memory keeps it.
         self.texts = [array("i") for _ in range(batch)]
         self.about: memory.About | None = None
+        # By row, the files that it went on from last, and what was opened of them.
+        self.recalled: dict[int, tuple[tuple, memory.Memory]] = {}
 
     @classmethod
     def open(cls, model: PreTrainedModel, settings: ReadingSettings, batch: int) -> BlockReader:
@@ -192,7 +194,7 @@ class BlockReader(BaseReader):
 
     def recall(self, *paths: str | Path, row: int = 0, what: str = "") -> None:
         """As BaseReader.recall."""
-        memory.give(self, [memory.Memory.open(path, what) for path in paths], row)
+        memory.recall(self, paths, row, what)
 
     def take(self, rows: Sequence[int]) -> None:
         """As BaseReader.take."""

@@ -29,7 +29,8 @@ MOST_GRAPHS = 12
 # Stream tokens of a row in a step, at most: a token, and the landmark behind it.
 STEP_WIDTH = 2
 # Chunks after which blocks that have not been fetched yet are fetched all at once: until then a short answer is given
-# without them, from then on a long one by graphs.
+# without them, from then on a long one by graphs. Of a text that is asked a second time they are fetched at once, too:
+# it will be asked a third time.
 MOST_FETCHING = 32
 
 
@@ -105,7 +106,7 @@ class ChunkForward:
         if self.cache.fetching:
             # The host fetches what a layer has chosen, which cannot be recorded.
             self._fetching += 1
-            if self._fetching <= MOST_FETCHING:
+            if self._fetching <= MOST_FETCHING and not self.cache.asked_again:
                 return self._read(ids, lengths, kept)
             self.cache.fetch_all()
         self._fetching = 0

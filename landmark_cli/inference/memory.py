@@ -6,7 +6,7 @@ where the next token stands; and the text itself. Its file is safetensors:
 
     layers.0.blocks, layers.1.blocks, ...   (G, n, 2, block_size, D), as attention/cache/blocks.py has them
     layers.0.landmark_keys, ...             (G, n, D)
-    layers.0.checksums, ...                 (G, n) int64, a CRC-32 of each block
+    layers.0.checksums, ...                 (G, n) int64, of each block what stored_blocks.py adds up
     layers.2.keys, layers.2.values, ...     (G, m, D), as attention/cache/layer_window.py has them, where there are such
     text                                    (tokens,) int32
     __metadata__.landmark                   JSON: what `About` has, a sha256 of every tensor but the blocks, which have
@@ -25,6 +25,7 @@ import os
 import stat
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -38,7 +39,7 @@ from transformers import PreTrainedModel
 from landmark_cli.attention.cache import HeldBlocks, HeldText
 from landmark_cli.errors import LandmarkError, UsageError, shown
 from landmark_cli.files import flush, parse_json, reading, sealed_content, target_and_partial, unsealed_content, writing
-from landmark_cli.inference.stored_blocks import BlockFile, Span, StoredBlocks, checksums_of, cut
+from landmark_cli.inference.stored_blocks import THREADS, BlockFile, Span, StoredBlocks, checksums_of, cut
 from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
 from landmark_cli.models.layers import key_heads, landmark_layers
@@ -49,7 +50,7 @@ from landmark_cli.schema import check
 if TYPE_CHECKING:
     from landmark_cli.inference.block_reader import BlockReader
 
-VERSION = 2
+VERSION = 3
 OTHER_VERSION = {
     True: "it was written by a newer version of this program: update it, or read the text anew",
     False: "it was written by an older version of this program: read the text anew",
@@ -107,6 +108,10 @@ class Memory:
     text: Tensor = field(repr=False)
     path: Path | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        """Itself: nothing of it is ever changed."""
+        return self
+
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for layer in self.layers for part in layer) + self.text.nbytes
@@ -126,10 +131,10 @@ class Memory:
         tensors = {"text": self.text.cpu().contiguous()}
         for index, of_layer in enumerate(self.layers):
             for part, held in of_layer._asdict().items():
-                held = held.cpu().contiguous() if isinstance(held, Tensor) else held.whole()
-                tensors[_name(index, part)] = held
+                held = held.contiguous() if isinstance(held, Tensor) else held.whole()
                 if part == "blocks":
-                    tensors[_name(index, "checksums")] = checksums_of(held)
+                    tensors[_name(index, "checksums")] = checksums_of(held).cpu()
+                tensors[_name(index, part)] = held.cpu()
         sha256 = {name: sha256_of(tensor) for name, tensor in tensors.items() if not name.endswith(".blocks")}
         header = _Header(asdict(self.about), self.model_name, self.blocks, self.tail, sha256["text"], sha256)
         metadata = {"landmark": json.dumps(sealed_content(asdict(header)))}
@@ -172,7 +177,9 @@ class Memory:
                 about = check(About, header.about)
                 # Copies: what the library gives are views of a mapping.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys() if not name.endswith(".blocks")}
-            if {name: sha256_of(tensor) for name, tensor in tensors.items()} != header.sha256:
+            with ThreadPoolExecutor(THREADS) as pool:
+                sha256 = dict(zip(tensors, pool.map(sha256_of, tensors.values()), strict=True))
+            if sha256 != header.sha256:
                 raise ValueError("its content is not what was written to it")
             begin, entries = stored.header()
             layers: list[HeldBlocks | HeldText] = []
@@ -235,9 +242,36 @@ def give(reader: BlockReader, memories: Sequence[Memory], row: int = 0) -> None:
     """
     for memory in memories:
         require_fit(reader, memory)
-    memory = joined(memories)
+    _put(reader, joined(memories), row)
+
+
+def recall(reader: BlockReader, paths: Sequence[str | Path], row: int = 0, what: str = "") -> None:
+    """Have a row of a reader go on from files, as `give` does. Files that the row went on from last, and that are what
+    they were then, are not opened again: what of them the row still holds stays there.
+
+    Raises LandmarkError where they cannot be read, UsageError naming what does not fit the reader.
+    """
+    files = tuple(_identity(path, what) for path in paths)
+    before, memory = reader.recalled.pop(row, ((), None))
+    if before != files:
+        opened = [Memory.open(path, what) for path in paths]
+        for each in opened:
+            require_fit(reader, each)
+        memory = joined(opened)
+    _put(reader, memory, row)
+    reader.recalled[row] = files, memory
+
+
+def _identity(path: str | Path, what: str) -> tuple[int, ...]:
+    """What differs where a path leads to another file than before, or to one that was written to."""
+    with reading(path, what):
+        found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _put(reader: BlockReader, memory: Memory, row: int) -> None:
     reader.cache.put(row, memory.layers, memory.blocks, memory.tail)
-    reader.texts[row] = array("i", memory.text.tolist())
+    reader.texts[row] = array("i", memory.text.numpy().tobytes())
 
 
 def joined(memories: Sequence[Memory]) -> Memory:

@@ -134,7 +134,8 @@ class BaseReader(ABC):
 
     def recall(self, *paths: str | Path, row: int = 0, what: str = "") -> None:
         """Go on, with a row, from what `save` wrote, instead of from what it has read itself; several files are a
-        library, read in order. what: the option that names the files.
+        library, read in order. Asked for again, files that have not changed cost next to nothing. what: the option that
+        names the files.
 
         Raises UsageError where a reader keeps no blocks or a file does not fit the reader, LandmarkError where it is
         damaged.

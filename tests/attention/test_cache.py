@@ -153,7 +153,7 @@ def test_blocks_that_lie_elsewhere_are_fetched_before_they_are_read(backend, res
         def __init__(self, blocks, _):
             self.blocks, self.shape, self.nbytes = blocks, blocks.shape, blocks.nbytes
 
-        def read(self, heads, blocks):
+        def read(self, heads, blocks, device):
             return self.blocks[heads, blocks]
 
         def whole(self):

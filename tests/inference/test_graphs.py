@@ -144,10 +144,11 @@ def test_what_has_no_fixed_shapes_is_never_recorded(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["a fresh reader", "one that has read"])
-def test_nothing_is_recorded_while_blocks_are_fetched_and_that_ends(monkeypatch, tmp_path, used):
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_nothing_is_recorded_while_blocks_are_fetched_and_that_ends(monkeypatch, tmp_path, used, offload):
     monkeypatch.setattr(graphs, "MOST_FETCHING", 2)
     model = tiny_model(n_layer=1)
-    kept, recorded, plain = (BlockReader(model, chunk=8, top_k_blocks=2, offload="cpu") for _ in range(3))
+    kept, recorded, plain = (BlockReader(model, chunk=8, top_k_blocks=2, offload=offload) for _ in range(3))
     for each in (kept, plain):
         list(each.read([tiny_text(61, 1)]))
     kept.save(tmp_path / "novel")
@@ -157,11 +158,20 @@ def test_nothing_is_recorded_while_blocks_are_fetched_and_that_ends(monkeypatch,
         list(recorded.read([tiny_text(9, 2)]))
     recorded.recall(tmp_path / "novel")
     assert recorded.cache.fetching
+    logits = [plain.step([step]) for step in range(5)]
     for step in range(5):
-        assert_close_norm(recorded.step([step]), plain.step([step]))
+        assert_close_norm(recorded.step([step]), logits[step])
         assert recorded.cache.fetching == (step < 2)
         assert step >= 2 or not recorded.forward._recorded
     assert recorded.forward._recorded
+    # What is asked a second time is fetched before anything else is read.
+    again = BlockReader(model, chunk=8, top_k_blocks=2, offload=offload)
+    again.forward.recording, again.forward.record = True, Repeated
+    for asked in range(3):
+        again.recall(tmp_path / "novel")
+        assert_close_norm(again.step([0]), logits[0])
+        assert again.cache.fetching == (asked == 0)
+    assert again.forward._recorded
 
 
 @pytest.mark.gpu
@@ -175,6 +185,14 @@ def test_a_gpu_reads_on_from_a_file(options, tmp_path):
     for a, b in zip(read(later, [tiny_text(20, 2)], 40)[0], read(kept, [tiny_text(20, 2)], 40)[0], strict=True):
         assert_close_norm(a, b)
     assert later.forward._recorded and not later.cache.fetching
+    answers = []
+    for _ in range(4):
+        later.reset()
+        later.recall(tmp_path / "novel")
+        answers.append(read(later, [tiny_text(20, 2)], 5)[0])
+    assert all(map(torch.equal, answers[-1], answers[-2])) and not later.cache.fetching
+    for a, b in zip(answers[0], answers[-1], strict=True):
+        assert_close_norm(a, b)
 
 
 @pytest.mark.gpu

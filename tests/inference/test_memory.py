@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import random
 import re
-import zlib
+import struct
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference import memory
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.memory import About, Memory
-from landmark_cli.inference.stored_blocks import Span
+from landmark_cli.inference.stored_blocks import Span, checksums_of
 from landmark_cli.inference.window import WindowReader
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.quantization import quantize
@@ -115,8 +116,40 @@ def test_a_memory_is_written_in_a_file_as_it_says(tmp_path):
     for name, tensor in load_file(tmp_path / "again").items():
         if not name.endswith(".checksums"):
             torch.testing.assert_close(tensors[name], tensor)
-    rows = tensors["layers.0.blocks"].flatten(2).view(torch.uint8)
-    assert tensors["layers.0.checksums"].tolist() == [[zlib.crc32(block.numpy()) for block in head] for head in rows]
+    weights = hashlib.shake_256(b"landmark").digest(8 * 2 * (2 * (FREQ + 1) * 8 // 2))
+    low, high = (weights[: len(weights) // 2], weights[len(weights) // 2 :])
+    for head, sums in zip(tensors["layers.0.blocks"], tensors["layers.0.checksums"].tolist(), strict=True):
+        for block, found in zip(head, sums, strict=True):
+            words = struct.unpack("<80i", block.numpy().tobytes())
+            expected = 0
+            weights = (struct.unpack("<40q", part) for part in (low, high))
+            for m, n, lo, hi in zip(*weights, words[::2], words[1::2], strict=True):
+                # A word of 64 bits is hi * 2^32 + lo, lo without a sign.
+                expected += m * (hi * 2**32 + lo % 2**32) + n * hi
+            assert found % 2**64 == expected % 2**64
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_blocks_that_differ_have_other_checksums(device):
+    """One bit, the same bit of two words, words that take each other's place, words that are gone."""
+    block = torch.randn(2, FREQ + 1, 8, generator=torch.Generator().manual_seed(0))
+    words = block.view(-1).view(torch.int32)
+    assert len(words) == 80
+    changed = [words.clone()]
+    for bit in range(32):
+        for places in ([0], [79], [0, 1], [0, 2], [1, 3], [5, 78]):
+            changed.append(words.clone())
+            changed[-1][places] ^= torch.tensor(1 << bit).to(torch.int32)
+    for swapped in ([1, 0], [2, 1], [3, 0]):
+        changed.append(words.clone())
+        changed[-1][swapped] = changed[-1][swapped[::-1]]
+    for count in (1, 2, 80):
+        changed.append(words.clone())
+        changed[-1][:count] = 0
+    blocks = torch.stack(changed).view(torch.float32).view(-1, *block.shape)
+    sums = checksums_of(blocks.to(device)).cpu()
+    assert len(set(sums.tolist())) == len(blocks) and torch.equal(sums, checksums_of(blocks))
+    assert torch.equal(sums[:1], checksums_of(block[None])) and checksums_of(blocks[:0]).shape == (0,)
 
 
 def test_reading_on_and_saving_again_is_as_reading_at_once(tmp_path):
@@ -256,7 +289,7 @@ def test_a_memory_of_other_settings_is_refused_by_their_names(tmp_path, name):
     assert f"--memory {tmp_path / 'novel'}" in str(error.value)
 
 
-@pytest.mark.parametrize("version, message", [(3, "a newer version"), (1, "an older version")])
+@pytest.mark.parametrize("version, message", [(4, "a newer version"), (2, "an older version")])
 def test_another_version_is_refused(tmp_path, monkeypatch, version, message):
     kept = reader()
     read(kept, NOVEL)
@@ -313,9 +346,9 @@ def fetched(monkeypatch):
     """The (layer, head, block) that are read from files, in order."""
     found, plain = [], Span.read
 
-    def remember(span, heads, blocks):
+    def remember(span, heads, blocks, device):
         found.extend(zip([span.name] * len(heads), heads.tolist(), blocks.tolist(), strict=True))
-        return plain(span, heads, blocks)
+        return plain(span, heads, blocks, device)
 
     monkeypatch.setattr(Span, "read", remember)
     return found
@@ -370,6 +403,150 @@ def test_reading_on_for_long_is_as_if_nothing_had_come_between(tmp_path, setting
     torch.testing.assert_close(read(later, further, row), read(whole, further))
     torch.testing.assert_close(ask(later, row), ask(whole))
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+# --- the same file again
+
+
+def elsewhere(one: BlockReader, path) -> BlockReader:
+    """Between two questions something else is read in the row."""
+    one.reset()
+    read(one, tiny_text(17, seed=5))
+    return one
+
+
+def another_file(one: BlockReader, path) -> BlockReader:
+    one.recall(path.with_name("other"))
+    read(one, QUESTION)
+    return one
+
+
+def long_answer(one: BlockReader, path) -> BlockReader:
+    """The ring grows, and one of a bounded cache wraps."""
+    read(one, tiny_text(90, seed=9))
+    return one
+
+
+def half_a_chunk(one: BlockReader, path) -> BlockReader:
+    """The second layer fails when the first has stored its chunk already."""
+    plain, calls = one.cache.layers[1].reserve, []
+
+    def broken(*given):
+        calls.append(given)
+        raise LandmarkError("the second layer fails")
+
+    one.cache.layers[1].reserve = broken
+    with pytest.raises(LandmarkError, match="second layer"):
+        read(one, tiny_text(8, seed=4))
+    one.cache.layers[1].reserve = plain
+    assert calls
+    return one
+
+
+def rows_moved(one: BlockReader, path) -> BlockReader:
+    one.take([0, 0])
+    read(one, tiny_text(8, seed=4), row=0)
+    one.take([1])
+    return one
+
+
+BETWEEN = {
+    "nothing": lambda one, path: one,
+    "reset": lambda one, path: one.reset() or one,
+    "elsewhere": elsewhere,
+    "long answer": long_answer,
+    "long answer, elsewhere": lambda one, path: elsewhere(long_answer(one, path), path),
+    "another file": another_file,
+    "half a chunk": half_a_chunk,
+    "a copy": lambda one, path: copy.deepcopy(one),
+    "rows moved": rows_moved,
+}
+
+
+AGAIN = [(between, {}) for between in BETWEEN]
+AGAIN += [("long answer, elsewhere", settings) for settings in SETTINGS[1:]]
+
+
+@pytest.mark.parametrize("between, settings", AGAIN, ids=str)
+def test_a_file_that_is_asked_again_answers_as_at_first(tmp_path, settings, between, monkeypatch):
+    path, kept = tmp_path / "novel", reader(**settings)
+    read(kept, NOVEL)
+    kept.save(path)
+    read(kept, QUESTION)
+    kept.save(tmp_path / "other")
+    later = recalled([path], **settings)
+    first = ask(later)
+    for _ in range(2):
+        later = BETWEEN[between](later, path)
+        with monkeypatch.context() as closed:
+            if between != "another file":
+                closed.setattr(Memory, "open", None)
+            later.recall(path)
+        assert torch.equal(ask(later), first)
+        assert list(later.texts[0]) == [*NOVEL.tolist(), *QUESTION.tolist(), 3, 1, 4]
+
+
+def test_what_has_been_fetched_is_not_fetched_again(tmp_path, fetched):
+    kept = reader()
+    read(kept, NOVEL)
+    kept.save(tmp_path / "novel")
+    later = recalled([tmp_path / "novel"])
+    ask(later)
+    assert fetched
+    fetched.clear()
+    for _ in range(2):
+        later.reset()
+        later.recall(tmp_path / "novel")
+        ask(later)
+        assert fetched == []
+    elsewhere(later, None)
+    later.recall(tmp_path / "novel")
+    later.cache.fetch_all()
+    # The 17 tokens read elsewhere stand where the novel's first blocks stood.
+    assert {block for _, _, block in fetched} >= set(range(5))
+    later.recall(tmp_path / "novel")
+    assert not later.cache.fetching
+
+
+@pytest.mark.parametrize("change", ["flipped", "in place", "replaced", "gone", "touched"])
+def test_a_file_that_changed_is_opened_again(tmp_path, change):
+    path, kept, other = tmp_path / "novel", reader(), reader()
+    read(kept, NOVEL), read(other, tiny_text(53, seed=8))
+    kept.save(path), other.save(tmp_path / "other")
+    later = recalled([path])
+    first = ask(later)
+    later.cache.fetch_all()
+    content = (tmp_path / "other").read_bytes()
+    if change == "flipped":
+        whole = bytearray(path.read_bytes())
+        whole[-5000:] = bytes(byte ^ 1 for byte in whole[-5000:])
+        path.write_bytes(whole)
+    elif change == "in place":
+        assert len(content) == path.stat().st_size
+        path.write_bytes(content)
+    elif change == "replaced":
+        (tmp_path / "other").replace(path)
+    elif change == "gone":
+        path.unlink()
+    else:
+        path.touch()
+    if change in ("gone", "flipped"):
+        with pytest.raises(LandmarkError, match=re.escape(str(path))):
+            later.recall(path)
+            later.cache.fetch_all()
+        return
+    later.recall(path)
+    assert torch.equal(ask(later), first if change == "touched" else ask(recalled([path])))
+    assert torch.equal(ask(recalled([path])), first) == (change == "touched")
+
+
+def test_a_library_that_is_asked_again_answers_as_at_first(books):
+    paths = books(None, "b", "c")
+    both = recalled(paths)
+    first = ask(both)
+    for order in (paths, paths[::-1], paths):
+        both.recall(*order)
+        assert torch.equal(ask(both), first if order == paths else ask(recalled(order)))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut short", "gone", "replaced"])

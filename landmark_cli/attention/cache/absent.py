@@ -19,8 +19,9 @@ class Source(Protocol):
     shape: torch.Size
     nbytes: int
 
-    def read(self, heads: Tensor, blocks: Tensor) -> Tensor:
-        """The blocks (m,) of heads (m,), both int64 on the host: (m, 2, block_size, D) there. Raises LandmarkError."""
+    def read(self, heads: Tensor, blocks: Tensor, device: torch.device) -> Tensor:
+        """The blocks (m,) of heads (m,), both int64 on the host: (m, 2, block_size, D) on a device. Raises
+        LandmarkError."""
 
     def whole(self) -> Tensor:
         """All of them."""
@@ -45,10 +46,12 @@ class Absent:
         other.mask, other.sources = self.mask.clone(), dict(self.sources)
         return other
 
-    def add(self, row: int, first: int, slots: Tensor, source: Source) -> None:
-        """Blocks first, first + 1, .. of a row, which belong into these slots, lie in a source."""
-        self.sources[row] = first, source
-        self.mask[row, :, slots] = True
+    def add(self, row: int, first: int, source: Source, mask: Tensor) -> None:
+        """Blocks first, first + 1, .. of a row lie in a source, those that belong into the slots (G, capacity) of the
+        mask there alone."""
+        self.mask[row] = mask
+        if mask.any():
+            self.sources[row] = first, source
 
     def forget(self, row: int) -> None:
         if self.sources.pop(row, None) is not None:
@@ -64,15 +67,15 @@ class Absent:
         """Row r has the sources that row rows[r] had; masks are the caller's."""
         self.sources = {to: self.sources[row] for to, row in enumerate(rows) if row in self.sources}
 
-    def fetch(self, needed: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Fetch what is needed, (B, G, capacity) bool on the host, and absent: rows, heads (m,), slots (m,) and blocks
-        (m, 2, block_size, D), piece by piece; each is no longer absent once the next is asked for."""
+    def fetch(self, needed: Tensor, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Fetch what is needed, (B, G, capacity) bool on the host, and absent: rows, heads (m,), slots (m,) and, on the
+        device, blocks (m, 2, block_size, D), piece by piece; each is no longer absent once the next is asked for."""
         for row, (first, source) in list(self.sources.items()):
             heads, slots = (needed[row] & self.mask[row]).nonzero(as_tuple=True)
             count = max(1, PIECE * source.shape[:2].numel() // max(1, source.nbytes))
             for head, slot in zip(heads.split(count), slots.split(count), strict=True):
                 if len(head):
-                    yield row, head, slot, source.read(head, (slot - first) % self.mask.shape[2])
+                    yield row, head, slot, source.read(head, (slot - first) % self.mask.shape[2], device)
                     self.mask[row, head, slot] = False
             if not self.mask[row].any():
                 del self.sources[row]

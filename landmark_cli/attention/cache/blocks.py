@@ -16,6 +16,7 @@ from torch import Tensor
 from ..rotary import rotate
 from .absent import Absent, Source
 from .chunk import Chunk
+from .origin import Origin
 from .pages import Pages, Resident
 from .rotations import SlotRotations
 from .settings import RetrievalSettings
@@ -42,8 +43,8 @@ class LayerBlocks:
     With offloading, blocks lie in (pinned) host memory and `pages` holds copies of those used lately, in the layer's
     share of `resident`.
 
-    What a row goes on from may lie in a file still (`fetching`); where blocks lie in host memory, `require` fetches
-    those that are about to be read, and whoever reads `blocks` calls it before.
+    What a row goes on from may lie in a file still (`fetching`); `require` fetches blocks that are about to be read,
+    and whoever reads `blocks` calls it before.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class LayerBlocks:
         self.landmark_keys = like.new_zeros(batch, heads, 0, head_dim)
         self._arrivals = like.new_zeros(0, dtype=torch.int32)
         self._absent = Absent(batch, heads, 0)
+        # By row, as long as its slots may hold some of it.
+        self._origins: dict[int, Origin] = {}
         self._is_staged = False
         self._allocate(0)
 
@@ -99,13 +102,16 @@ class LayerBlocks:
         """Make room, by doubling at first, for each row's `complete` blocks and `added` more (the tail block too).
 
         A bounded cache needs room for its bound and one chunk only. expected: blocks to make room for in one go.
-        Returns whether the tensors are new ones.
+        The blocks that are added are written to. Returns whether the tensors are new ones.
         """
-        grown = self._grow(complete, added, expected)
+        grown = self.make_room(complete, added, expected)
         self._absent.overwrite(complete, added)
+        for row, origin in self._origins.items():
+            origin.write(complete[row], complete[row] + added[row])
         return grown
 
-    def _grow(self, complete: Sequence[int], added: Sequence[int], expected: int) -> bool:
+    def make_room(self, complete: Sequence[int], added: Sequence[int], expected: int = 0) -> bool:
+        """As `reserve`, for blocks that are not written to by a chunk."""
         bound = self.settings.retrievable
         wanted = max(min(n, bound) + more for n, more in zip(complete, added, strict=True))
         if wanted <= self.capacity:
@@ -131,6 +137,9 @@ class LayerBlocks:
                 else:
                     self.blocks[row, :, to : to + run] = old[1][row, :, source : source + run]
                 at += run
+        # A ring that never wraps has kept what rows go on from, but for rows that have been forgotten meanwhile.
+        whole = self.settings.cache_blocks is None
+        self._origins = {row: origin for row, origin in self._origins.items() if whole and complete[row] >= origin.last}
         return True
 
     def _allocate(self, capacity: int) -> None:
@@ -160,6 +169,7 @@ class LayerBlocks:
             self._arrivals = self._arrivals.new_zeros(0)
             self._allocate(old[0].shape[2])
         self._absent.take(rows)
+        self._origins = {}
         for to, source in zip((self.landmark_keys, self.blocks, self._absent.mask), old, strict=True):
             # The right side is a copy, made before anything is overwritten.
             to[target, :, :used] = source[[rows[row] for row in target], :, :used]
@@ -170,7 +180,7 @@ class LayerBlocks:
         other = copy.copy(self)
         other.resident = copy.deepcopy(self.resident, memo)
         other._arrivals = torch.zeros_like(self._arrivals)
-        other._absent = Absent(0, 0, 0)
+        other._absent, other._origins = Absent(0, 0, 0), {}
         other._allocate(self.capacity)
         other._absent = self._absent.copy()
         other.landmark_keys.copy_(self.landmark_keys)
@@ -206,27 +216,48 @@ class LayerBlocks:
             self.landmark_keys[row][:, slots.to(self.landmark_keys.device)],
         )
 
-    def put(self, row: int, first: int, held: HeldBlocks) -> None:
+    def put(self, row: int, first: int, held: HeldBlocks) -> bool:
         """Store what `copy_of` gave, from anywhere, as blocks first, first + 1, .. of a row that has room for them. Of
-        a source the incomplete block, and all blocks where they are to lie in a GPU's memory, are fetched now."""
+        a source the incomplete block is fetched now, the others when they are first read.
+
+        Returns whether the row went on from the same source last: then only what has been written over since is stored
+        again, and what has been fetched stays.
+        """
         blocks, landmark_keys = held
         slots = torch.arange(first, first + blocks.shape[1]) % self.capacity
         if self.blocks.is_pinned():
             # The GPU may still be reading what the host is about to write.
             torch.cuda.synchronize(self.landmark_keys.device)
         self.forget(row)
-        self.landmark_keys[row][:, slots.to(self.landmark_keys.device)] = landmark_keys.to(self.landmark_keys.device)
+        origin = self._origins.pop(row, None)
+        again = origin is not None and origin.source is blocks and origin.first == first
+        wanted = origin.changed(self.capacity)[slots] if again else torch.ones(len(slots), dtype=torch.bool)
+        to = slots[wanted]
+        fresh = landmark_keys[:, wanted.to(landmark_keys.device)].to(self.landmark_keys.device)
+        self.landmark_keys[row][:, to.to(fresh.device)] = fresh
+        if self._pages is not None:
+            self._pages.leave(row, to)
         if isinstance(blocks, Tensor):
-            self.blocks[row][:, slots.to(self.blocks.device)] = blocks.to(self.blocks.device)
-        else:
-            self._absent.add(row, first, slots, blocks)
+            self.blocks[row][:, to.to(self.blocks.device)] = blocks.to(self.blocks.device)
+            return False
+        absent = torch.zeros_like(self._absent.mask[row]) if not again or origin.absent is None else origin.absent
+        absent[:, to] = True
+        tail = slots[-1:].to(self.blocks.device)
+        if again:
+            absent[:, slots[-1]] = False
+            self.blocks[row][:, tail] = origin.tail
+        self._absent.add(row, first, blocks, absent)
+        if not again:
             needed = torch.zeros_like(self._absent.mask)
-            needed[row, :, slots if self.blocks.is_cuda else slots[-1:]] = True
+            needed[row, :, slots[-1]] = True
             self.require(needed)
-        self.forget_pages()
+        self._origins[row] = Origin(blocks, first, origin.tail if again else self.blocks[row][:, tail])
+        return again
 
     def forget(self, row: int) -> None:
         """Fetch nothing more of what a row went on from."""
+        if row in self._origins and row in self._absent.sources:
+            self._origins[row].absent = self._absent.mask[row].clone()
         self._absent.forget(row)
 
     def require(self, needed: Tensor) -> None:
@@ -237,9 +268,9 @@ class LayerBlocks:
         """
         if self.fetching:
             needed = needed.cpu().view(self._absent.mask.shape)
-            for row, head, slot, blocks in self._absent.fetch(needed):
-                device = self.blocks.device
-                self.blocks[row, head.to(device), slot.to(device)] = blocks.to(device)
+            device = self.blocks.device
+            for row, head, slot, blocks in self._absent.fetch(needed, device):
+                self.blocks[row, head.to(device), slot.to(device)] = blocks
 
     @contextmanager
     def staged(self, blocks: Tensor) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ class BlockCache:
     seen nothing else yet, all landmark keys are then one vector.
 
     trace: set to a trace.Trace to record which blocks queries read.
+    asked_again: whether the row that was put last goes on from what it went on from before.
     generation: rises whenever tensors of the cache are replaced by larger ones.
     backends: names of those that have read.
     retrievals, dropped_retrievals: of models with a context-miss token, how many blocks queries chose, and how many of
@@ -66,7 +67,7 @@ class BlockCache:
         self.layers: dict[int, LayerBlocks] = {}
         self.windows: dict[int, LayerWindow] = {}
         self._replaced = 0
-        self._recalled = False
+        self._recalled = self.asked_again = False
         self._streaming: Streaming | None = None
         # By layer, what rows go on from and what has no place yet, blocks with the number of their first: what a layer
         # has is made when it is first used.
@@ -87,6 +88,7 @@ class BlockCache:
 
     def fetch_all(self) -> None:
         """Fetch what has not been read yet of what rows went on from."""
+        self.asked_again = False
         for blocks in self.layers.values():
             blocks.fetch_all()
 
@@ -135,6 +137,7 @@ class BlockCache:
         what `copy_of` gave, on any device. Blocks may lie in a source, from which they are fetched when they are first
         read; what fails then raises LandmarkError."""
         self.forget(row)
+        self.asked_again = False
         added = [0] * self.batch
         for index, of_layer in enumerate(held):
             first = 0
@@ -146,8 +149,8 @@ class BlockCache:
                 self.windows[index].put(row, of_layer)
             elif index in self.layers:
                 layer = self.layers[index]
-                self._replaced += layer.reserve(self.host_blocks, added, self.expected_blocks)
-                layer.put(row, first, of_layer)
+                self._replaced += layer.make_room(self.host_blocks, added, self.expected_blocks)
+                self.asked_again |= layer.put(row, first, of_layer)
             else:
                 self._waiting.setdefault(index, {})[row] = first, of_layer
         self.host_blocks[row], self.host_tail[row] = blocks, tail

@@ -101,7 +101,8 @@ class Pages:
     def __init__(self, shape: tuple[int, ...], memory: Tensor):
         """shape: of the blocks, (B, G, capacity, 2, block_size, D). memory: for the pool, (n,) numbers."""
         page = torch.Size(shape[3:])
-        self.pages = torch.Size(shape[:3]).numel()
+        self.shape = torch.Size(shape[:3])
+        self.pages = self.shape.numel()
         if len(memory) < page.numel():
             memory = memory.new_empty(page.numel())
         self.frames = min(self.pages, len(memory) // page.numel())
@@ -118,6 +119,10 @@ class Pages:
         self.page_table.fill_(-1)
         self.held.fill_(-1)
         self.used.fill_(0)
+
+    def leave(self, row: int, slots: Tensor) -> None:
+        """Hold no copies any more of what these slots of a row held: it has been replaced."""
+        self.page_table[:-1].view(self.shape)[row][:, slots.to(self.page_table.device)] = -1
 
     def admit(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give needed pages that no frame holds a frame, as far as there are frames that this call does not need.
