@@ -118,12 +118,12 @@ def _needs_the_definition(problem: Problem) -> str | None:
     return None
 
 
-def _logits_of_their_own(problem: Problem) -> str | None:
-    """What a model does with logits that a backend cannot, in words; None where it does nothing."""
+def _knows_no_other_logits(who: str, problem: Problem) -> str | None:
+    """Why one that knows neither soft caps nor sinks cannot serve."""
     if problem.softcap:
-        return "softcap bounds the logits, which it cannot"
+        return f"softcap bounds the logits, which {who} cannot"
     if problem.sinks:
-        return "sinks give the outer softmax logits of their own, which it has not"
+        return f"sinks give the outer softmax logits of their own, which {who} cannot"
     return None
 
 
@@ -226,7 +226,8 @@ def _is_hopper(device: str) -> bool:
 def _why_not_hopper(problem: Problem) -> str | None:
     if problem.reading or problem.retrieving:
         return "retrieval has no Hopper kernels of its own"
-    if (reason := _needs_the_definition(problem) or _logits_of_their_own(problem)) is not None:
+    reason = _needs_the_definition(problem) or _knows_no_other_logits("the Hopper kernels", problem)
+    if reason is not None:
         return reason
     if problem.few_queries:
         return f"q has fewer than {FEW_QUERIES} tokens"
@@ -283,7 +284,7 @@ def _why_not_blockwise(problem: Problem) -> str | None:
         return "gradients are asked for"
     if problem.dtype == torch.float64:
         return "q is float64 and blocks are read in float32"
-    return _logits_of_their_own(problem)
+    return _knows_no_other_logits("reading block by block", problem)
 
 
 # In the order in which they are tried; the last can serve everything.

@@ -85,6 +85,21 @@ def test_the_table_is_whole():
     assert all(backend.why_not(hardest) for backend in BACKENDS.values() if backend is not last)
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("softcap", "softcap bounds the logits"), ("sinks", "sinks give the outer softmax logits of their own")],
+)
+@pytest.mark.parametrize(
+    ("backend", "reading", "who"),
+    [("blockwise", True, "reading block by block"), ("hopper", False, "the Hopper kernels")],
+)
+def test_arguments_that_only_some_backends_know(backend, reading, who, argument, words):
+    problem = Problem("cpu", torch.float32, 16, 5, reading=reading, **{argument: True})
+    assert BACKENDS[backend].why_not(problem) == f"{words}, which {who} cannot"
+    assert BACKENDS["triton"].why_not(problem) is None
+    assert choose(problem) == "eager"
+
+
 @pytest.mark.parametrize("argument", ["landmark_mask", "context_miss_key"])
 def test_arguments_that_only_the_definition_knows(argument):
     q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))
