@@ -8,6 +8,7 @@ import copy
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -224,34 +225,37 @@ class LayerBlocks:
         again, and what has been fetched stays.
         """
         blocks, landmark_keys = held
-        slots = torch.arange(first, first + blocks.shape[1]) % self.capacity
         if self.blocks.is_pinned():
             # The GPU may still be reading what the host is about to write.
             torch.cuda.synchronize(self.landmark_keys.device)
         self.forget(row)
         origin = self._origins.pop(row, None)
         again = origin is not None and origin.source is blocks and origin.first == first
-        wanted = origin.changed(self.capacity)[slots] if again else torch.ones(len(slots), dtype=torch.bool)
-        to = slots[wanted]
-        fresh = landmark_keys[:, wanted.to(landmark_keys.device)].to(self.landmark_keys.device)
-        self.landmark_keys[row][:, to.to(fresh.device)] = fresh
-        if self._pages is not None:
-            self._pages.leave(row, to)
+        last = first + blocks.shape[1] - 1
+        numbers = origin.lost(self.capacity) if again else torch.arange(first, last + 1)
+        slots = numbers % self.capacity
+        if len(slots):
+            keys = landmark_keys[:, (numbers - first).to(landmark_keys.device)].to(self.landmark_keys.device)
+            self.landmark_keys[row][:, slots.to(keys.device)] = keys
+            self._leave_pages(row, slots)
         if isinstance(blocks, Tensor):
-            self.blocks[row][:, to.to(self.blocks.device)] = blocks.to(self.blocks.device)
+            self.blocks[row][:, slots.to(self.blocks.device)] = blocks.to(self.blocks.device)
             return False
-        absent = torch.zeros_like(self._absent.mask[row]) if not again or origin.absent is None else origin.absent
-        absent[:, to] = True
-        tail = slots[-1:].to(self.blocks.device)
+        absent = origin.absent if again else None
+        if len(slots) or absent is not None:
+            absent = torch.zeros_like(self._absent.mask[row]) if absent is None else absent
+            absent[:, slots] = True
+            self._absent.add(row, first, blocks, absent)
+        tail = last % self.capacity
         if again:
-            absent[:, slots[-1]] = False
-            self.blocks[row][:, tail] = origin.tail
-        self._absent.add(row, first, blocks, absent)
-        if not again:
+            self.blocks[row, :, tail], self.landmark_keys[row, :, tail] = origin.tail, origin.tail_key
+            self._leave_pages(row, tail)
+        else:
             needed = torch.zeros_like(self._absent.mask)
-            needed[row, :, slots[-1]] = True
+            needed[row, :, tail] = True
             self.require(needed)
-        self._origins[row] = Origin(blocks, first, origin.tail if again else self.blocks[row][:, tail])
+            origin = Origin(blocks, first, self.blocks[row, :, tail].clone(), self.landmark_keys[row, :, tail].clone())
+        self._origins[row] = replace(origin, written=[], absent=None)
         return again
 
     def forget(self, row: int) -> None:
@@ -281,6 +285,10 @@ class LayerBlocks:
             yield blocks
         finally:
             self.blocks, self._is_staged = offloaded, False
+
+    def _leave_pages(self, row: int, slots: Tensor | int) -> None:
+        if self._pages is not None:
+            self._pages.leave(row, slots)
 
     def forget_pages(self) -> None:
         """Hold copies of no blocks on the GPU any more."""

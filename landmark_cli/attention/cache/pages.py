@@ -120,9 +120,10 @@ class Pages:
         self.held.fill_(-1)
         self.used.fill_(0)
 
-    def leave(self, row: int, slots: Tensor) -> None:
+    def leave(self, row: int, slots: Tensor | int) -> None:
         """Hold no copies any more of what these slots of a row held: it has been replaced."""
-        self.page_table[:-1].view(self.shape)[row][:, slots.to(self.page_table.device)] = -1
+        slots = slots.to(self.page_table.device) if isinstance(slots, Tensor) else slots
+        self.page_table[:-1].view(self.shape)[row, :, slots] = -1
 
     def admit(self, needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give needed pages that no frame holds a frame, as far as there are frames that this call does not need.
