@@ -31,7 +31,7 @@ import transformers
 import triton
 
 # The script's own folder is on the path.
-from long_context_host import Row, first_steps, offload_decode, offload_read
+from long_context_host import Row, first_steps, offload_decode, offload_read, unlike_rows
 from long_context_steps import (
     DEVICE,
     Run,
@@ -261,6 +261,7 @@ ROWS = {
     "first-steps": first_steps,
     "offload-read": offload_read,
     "offload-decode": offload_decode,
+    "unlike": unlike_rows,
 }
 
 

@@ -128,6 +128,52 @@ def first_steps(run: Run) -> Iterator[Row]:
     )
 
 
+def unlike_rows(run: Run) -> Iterator[Row]:
+    """64 prompts of 1k to 64k tokens, read beside each other, and as many of one length, as many tokens in all.
+
+    SmolLM2-135M's shape with 8 layers: all 30 layers' blocks of such a batch take 97 GB.
+    """
+    model = llama("smollm2", Run(run.layers or 8, run.quick))
+    count, longest = (4, 4096) if run.quick else (64, 65536)
+    lengths = torch.linspace(longest // 64, longest, count).long().tolist()
+    batches = {"unlike": lengths, "equal": [sum(lengths) // count] * count}
+    read, steps, memory = {}, {}, 0.0
+    for name, rows in batches.items():
+        with fresh():
+            read[name], steps[name] = read_and_step(model, rows, run)
+            memory = max(memory, gibibytes())
+    share, of_steps = (speeds["unlike"] / speeds["equal"] for speeds in (read, steps))
+    yield Row(
+        f"{count} prompts of {lengths[0] // 1024}k to {longest // 1024}k tokens, SmolLM2-135M's shape, 8 layers",
+        f"read {read['unlike'] / 1e3:.0f} k tokens/s ({share:.2f} of equal rows), 60 steps of all "
+        f"{steps['unlike'] / 1e3:.1f} k tokens/s ({of_steps:.2f}), {memory:.0f} GiB",
+        target="0.8 of equal rows",
+        met=share >= 0.8,
+        bound=f"rows of {batches['equal'][0] // 1024}k tokens: {read['equal'] / 1e3:.0f} k tokens/s, steps "
+        f"{steps['equal'] / 1e3:.1f} k",
+    )
+
+
+def read_and_step(model, lengths: list[int], run: Run) -> tuple[float, float]:
+    """Tokens a second of prompts of these lengths, read beside each other, and of the steps after them."""
+    texts, count = [text(length) for length in lengths], run.times(60)
+    reader = BlockReader(model, chunk=CHUNK, batch=len(lengths))
+    reader.expect(max(lengths) + 256)
+    # Compiles, and makes room.
+    for _ in reader.read([row[:CHUNK] for row in texts], last_only=True):
+        pass
+    reader.reset()
+    reading = timed(lambda: list(reader.read(texts, last_only=True)))
+
+    def step() -> None:
+        for _ in range(count):
+            reader.step([1] * len(lengths))
+
+    # Records the graphs.
+    step()
+    return sum(lengths) / reading, count * len(lengths) / timed(step)
+
+
 def filled(model, context: int, read: int, **options) -> BlockReader:
     """A reader that has read all but the last `read` tokens of a context."""
     reader = BlockReader(model, chunk=CHUNK, **options)

@@ -221,18 +221,19 @@ def attend_chunk(
     place, text = chunk.position_ids - block, chunk.real & (chunk.position_ids % size < size - 1)
     # Of the text before the chunk, the oldest first: where it stands, counted from the tail block's first token on.
     before = chunk.tail[:, None] - torch.arange(held.length, 0, -1, device=q.device)
-    stored = turned(held.keys, before - before % (size - 1), frequencies)
+    keys, values, real = held.of(chunk.rows)
+    stored = turned(keys, before - before % (size - 1), frequencies)
     places = TextPlaces(
         torch.cat([before, place], dim=1),
         torch.cat([torch.zeros_like(before), block], dim=1),
-        torch.cat([held.real, text], dim=1),
+        torch.cat([real, text], dim=1),
         # What is not there is of no document, and padding of one of its own.
-        torch.cat([held.real.long() - 1, 2 * chunk.real.long() - 2], dim=1),
+        torch.cat([real.long() - 1, 2 * chunk.real.long() - 2], dim=1),
     )
     out = attend(
         turned(q, -block, frequencies),
         torch.cat([stored, turned(k, -block, frequencies)], dim=2),
-        torch.cat([held.values, v], dim=2),
+        torch.cat([values, v], dim=2),
         places,
         held.length + 1,
         front=held.length,
@@ -241,7 +242,7 @@ def attend_chunk(
         softcap=softcap,
         sinks=sinks,
     )
-    held.append(turned(k, -block * size, frequencies), v, text)
+    held.append(turned(k, -block * size, frequencies), v, text, chunk.rows)
     return out
 
 

@@ -94,8 +94,9 @@ def select_blocks(
     """
     settings = blocks.settings
     ages = torch.arange(1, chunk.most_cached + 1, device=q.device)
-    rows = torch.arange(q.shape[0], device=q.device)[:, None]
-    keys = blocks.landmark_keys[rows, :, (chunk.blocks[:, None] - ages) % blocks.capacity].transpose(1, 2)
+    keys = blocks.landmark_keys[chunk.rows[:, None], :, (chunk.blocks[:, None] - ages) % blocks.capacity].transpose(
+        1, 2
+    )
     if settings.positions == "absolute":
         cos, sin = chunk.stream_rotation
         scores = attention_logits(rotate(q, cos[:, None, None], sin[:, None, None]), keys, scale, softcap)
@@ -195,11 +196,10 @@ def read_blocks(
     inner softmax, (B, H, T, k, D), both float32 (float64 if q is).
     """
     heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // blocks.keys.shape[1])
-    rows = torch.arange(q.shape[0], device=q.device)
 
     def gather(ages: Tensor) -> tuple[Tensor, Tensor]:
         slot = (chunk.blocks[:, None, None] - ages) % blocks.capacity
-        return blocks.gather((rows[:, None, None], heads[None, :, None], slot))
+        return blocks.gather((chunk.rows[:, None, None], heads[None, :, None], slot))
 
     distance = block_distance(ages, chunk, blocks.settings)
     return read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap)

@@ -34,6 +34,8 @@ PASSAGE_BYTES = 1 << 30
 # A passage's queries choose so many times the blocks there are, or it is read chunk by chunk: then all blocks would
 # travel for a few.
 CHOSEN = 4
+# Graphs are recorded for so many numbers of rows at most, or a few more: rows that rest fill up what is between.
+MOST_BATCHES = 8
 # Fewer steps are done before their graphs would be recorded.
 FEW_STEPS = 8
 
@@ -219,7 +221,8 @@ class BlockReader(BaseReader):
                 )
         left = range(0, max(len(row) for row in rows), self.chunk)
         while left:
-            count = self._chunks_at_once(len(left)) if last_only else 1
+            rows_left = sum(len(row) > left[0] for row in rows)
+            count = self._chunks_at_once(len(left), rows_left) if last_only else 1
             texts = [[row[begin : begin + self.chunk] for row in rows] for begin in left[:count]]
             if count == 1:
                 yield self._read_chunk(texts[0], left[0], last_only, transient)
@@ -253,14 +256,14 @@ class BlockReader(BaseReader):
         index = to_device(torch.tensor(columns), logits.device)[:, None, None]
         return logits.gather(1, index.expand(-1, 1, logits.shape[-1]))[:, 0]
 
-    def _chunks_at_once(self, left: int) -> int:
-        """How many of the `left` chunks that are still to be read, of which the last logits alone are asked for, one
-        call of the model reads."""
+    def _chunks_at_once(self, left: int, rows: int) -> int:
+        """How many of the `left` chunks that so many rows have still to read, and of which the last logits alone are
+        asked for, one call of the model reads."""
         cache, config = self.cache, self.model.config
         if cache.offload is None or cache.trace is not None or getattr(config, "context_miss_token", False):
             return 1
         stream = stream_length(self.chunk, self.landmark_freq) + 1
-        count = min(left, self.passage_tokens // (self.batch * stream))
+        count = min(left, self.passage_tokens // (rows * stream))
         heads, _ = key_heads(config, landmark_layers(config)[0])
         chosen = count * self.chunk * cache.settings.top_k * config.get_text_config().num_attention_heads // heads
         few = chosen < CHOSEN * min(max(cache.host_blocks), cache.settings.retrievable)
@@ -279,39 +282,56 @@ class BlockReader(BaseReader):
         self.forward.record_steps(kinds)
 
     def _read_chunk(self, texts: list[Tensor], begin: int, last_only: bool, transient: bool) -> ReadChunk:
-        placed = self._place(texts, self.cache.host_tail, last_only)
-        logits = self.forward(placed.ids, placed.lengths, placed.kept)
+        placed = self._place(texts, self.cache.host_tail, last_only, self._rows_at_work(texts))
+        logits = self.forward(placed.ids, placed.lengths, placed.kept, placed.rows)
         self._remember(texts)
-        if placed.index is None and (last_only or not transient):
-            logits = logits.clone()
-        return ReadChunk(placed.of_rows(logits), list(map(len, texts)), [begin] * self.batch)
+        found = placed.of_rows(logits)
+        if found is logits and (last_only or not transient):
+            found = logits.clone()
+        return ReadChunk(found, list(map(len, texts)), [begin] * self.batch)
 
     def _read_passage(self, texts: list[list[Tensor]], begins: Sequence[int]) -> Iterator[ReadChunk]:
         """Chunks that follow one another, by one call of the model; the last logits of each."""
         chunks, tails, offset, kept = [], self.cache.host_tail, 0, []
+        rows = [row for row, text in enumerate(texts[0]) if len(text)]
         for of_chunk in texts:
-            chunks.append(self._place(of_chunk, tails, True))
+            chunks.append(self._place(of_chunk, tails, True, rows))
             tails = [(r + n) % (self.landmark_freq + 1) for r, n in zip(tails, chunks[-1].lengths, strict=True)]
             kept.append(chunks[-1].kept + offset)
             offset += chunks[-1].ids.shape[1]
         ids = torch.cat([chunk.ids for chunk in chunks], dim=1)
         parts = [(chunk.lengths, chunk.ids.shape[1]) for chunk in chunks]
-        logits = self.forward.passage(ids, parts, torch.cat(kept)).split([len(chunk.kept) for chunk in chunks], dim=1)
+        logits = self.forward.passage(ids, parts, torch.cat(kept), rows)
         for of_chunk in texts:
             self._remember(of_chunk)
+        logits = logits.split([len(chunk.kept) for chunk in chunks], dim=1)
         for of_chunk, chunk, found, begin in zip(texts, chunks, logits, begins, strict=True):
             yield ReadChunk(chunk.of_rows(found), list(map(len, of_chunk)), [begin] * self.batch)
 
-    def _place(self, texts: list[Tensor], tails: list[int], last_only: bool) -> _Placed:
-        """The rows' texts as a chunk, going on with tail blocks of which `tails` text tokens have been read."""
+    def _rows_at_work(self, texts: list[Tensor]) -> list[int]:
+        """The rows that the model is called with: those that have text in a chunk, and some that rest beside them where
+        that keeps graphs few."""
+        if self.cache.trace is not None:
+            # It tells of the rows by their places.
+            return list(range(self.batch))
+        rows = [row for row, text in enumerate(texts) if len(text)]
+        if self.forward.records(len(rows) * stream_length(self.chunk, self.landmark_freq)):
+            step = max(1, self.batch // MOST_BATCHES)
+            resting = [row for row, text in enumerate(texts) if len(text) == 0]
+            rows = sorted(rows + resting[: -len(rows) % step])
+        return rows
+
+    def _place(self, texts: list[Tensor], tails: list[int], last_only: bool, rows: list[int]) -> _Placed:
+        """The rows' texts as a chunk, going on with tail blocks of which `tails` text tokens have been read. rows:
+        those that the model is called with; the others have no text."""
         streams = [self._stream(text, r) for text, r in zip(texts, tails, strict=True)]
         stream_lengths = [len(stream) for stream in streams]
-        ids = torch.full((len(streams), max(stream_lengths)), self.landmark_token_id)
-        for row, stream in enumerate(streams):
-            ids[row, ids.shape[1] - len(stream) :] = stream
+        ids = torch.full((len(rows), max(stream_lengths)), self.landmark_token_id)
+        for place, row in enumerate(rows):
+            ids[place, ids.shape[1] - stream_lengths[row] :] = streams[row]
         longest = max(map(len, texts))
         kept, index = _text_positions(ids == self.landmark_token_id, min(1, longest) if last_only else longest)
-        return _Placed(ids, stream_lengths, kept, index)
+        return _Placed(ids, stream_lengths, kept, index, rows)
 
     def _remember(self, texts: list[Tensor]) -> None:
         for text, read in zip(self.texts, texts, strict=True):
@@ -329,20 +349,25 @@ class BlockReader(BaseReader):
 
 
 class _Placed(NamedTuple):
-    """A chunk's stream tokens, (B, W), padded on the left, and how many of each row are real. kept, index: see
-    `_text_positions`."""
+    """A chunk's stream tokens of the rows that the model is called with, (n, W), padded on the left, and how many each
+    of all rows has. kept, index: see `_text_positions`."""
 
     ids: Tensor
     lengths: list[int]
     kept: Tensor
     index: Tensor | None
+    rows: list[int]
 
     def of_rows(self, logits: Tensor) -> Tensor:
-        """The logits of each row's own positions among those of all, (B, n, vocabulary)."""
-        if self.index is None:
+        """Of logits (n, positions kept, vocabulary) those at each row's own positions, (B, W', vocabulary), zeros for
+        rows that the model was not called with."""
+        if self.index is not None:
+            index = to_device(self.index, logits.device)[..., None].expand(-1, -1, logits.shape[-1])
+            logits = logits.gather(1, index)
+        if len(self.rows) == len(self.lengths):
             return logits
-        index = to_device(self.index, logits.device)[..., None].expand(-1, -1, logits.shape[-1])
-        return logits.gather(1, index)
+        found = logits.new_zeros(len(self.lengths), *logits.shape[1:])
+        return found.index_copy_(0, to_device(torch.tensor(self.rows), logits.device), logits)
 
 
 def _text_positions(landmark: Tensor, wanted: int) -> tuple[Tensor, Tensor | None]:

@@ -66,7 +66,7 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A graph and the memory it reads: token ids (B, W), counters (3, B), positions kept (n,); and its trace."""
+    """A graph and the memory it reads: token ids (B, W), counters (4, B), positions kept (n,); and its trace."""
 
     graph: CudaGraph
     ids: Tensor
@@ -95,36 +95,38 @@ class ChunkForward:
         return ChunkForward(self.model, copy.deepcopy(self.cache, memo))
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, lengths: Sequence[int], kept: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read a chunk and count it as read.
 
-        ids: (B, W) stream tokens on the host, padded on the left; lengths: how many of each row are real. kept: (n,)
-        positions of W to give logits for. Returns (B, n, vocabulary), which the next chunk may overwrite.
+        ids: (B, W) stream tokens on the host, padded on the left, of these rows of the cache, in rising order, by
+        default of all. lengths: how many each of the cache's rows has. kept: (n,) positions of W to give logits for.
+        Returns (B, n, vocabulary), which the next chunk may overwrite.
         """
-        if not self.recording or ids.numel() * self._parameters > MOST_WORK:
-            return self._read(ids, lengths, kept)
+        rows = range(self.cache.batch) if rows is None else rows
+        if not self.records(ids.numel()):
+            return self._read(ids, lengths, kept, rows)
         if self.cache.fetching:
             # The host fetches what a layer has chosen, which cannot be recorded.
             self._fetching += 1
             if self._fetching <= MOST_FETCHING and not self.cache.asked_again:
-                return self._read(ids, lengths, kept)
+                return self._read(ids, lengths, kept, rows)
             self.cache.fetch_all()
         self._fetching = 0
         self.cache.reserve(lengths)
-        kind = self._kind(ids, kept)
+        kind = self._kind(ids, kept, rows)
         if kind not in self._recorded:
             if kind[:-1] not in self._seen:
                 self._seen.add(kind[:-1])
-                return self._read(ids, lengths, kept)
-            if not self._record(ids, lengths, kept):
-                return self._read(ids, lengths, kept)
-            kind = self._kind(ids, kept)
+                return self._read(ids, lengths, kept, rows)
+            if not self._record(ids, lengths, kept, rows):
+                return self._read(ids, lengths, kept, rows)
+            kind = self._kind(ids, kept, rows)
         recorded = self._recorded[kind]
         self._recorded.move_to_end(kind)
         for to, source in (
             (recorded.ids, ids),
             (recorded.kept, kept),
-            (recorded.counters, self.cache.counters(lengths, ids.shape[1])),
+            (recorded.counters, self.cache.counters(lengths, ids.shape[1], rows)),
         ):
             to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
         recorded.graph.replay()
@@ -134,14 +136,24 @@ class ChunkForward:
         self.cache.advance(lengths)
         return recorded.graph.output
 
+    def records(self, tokens: int) -> bool:
+        """Whether graphs are recorded for chunks of so many tokens, padding included, of all rows together."""
+        return self.recording and tokens * self._parameters <= MOST_WORK
+
     @torch.no_grad()
-    def passage(self, ids: Tensor, parts: Sequence[tuple[Sequence[int], int]], kept: Tensor) -> Tensor:
+    def passage(
+        self,
+        ids: Tensor,
+        parts: Sequence[tuple[Sequence[int], int]],
+        kept: Tensor,
+        rows: Sequence[int] | None = None,
+    ) -> Tensor:
         """Read chunks that follow one another by one call of the model, layer by layer, and count them as read.
 
-        ids: (B, W) on the host, the chunks side by side, each padded on the left; parts: of each chunk the rows'
-        lengths and its width. kept: (n,) positions of W to give logits for. Returns (B, n, vocabulary).
+        ids, rows: as of a chunk, the chunks side by side, each padded on the left. parts: of each chunk the lengths and
+        its width. kept: (n,) positions of W to give logits for. Returns (B, n, vocabulary).
         """
-        with self.cache.passage(parts) as chunks:
+        with self.cache.passage(parts, rows) as chunks:
             return self._forward(to_device(ids, self.cache.device), chunks, to_device(kept, self.cache.device))
 
     @torch.no_grad()
@@ -151,15 +163,15 @@ class ChunkForward:
         have still to be fetched, nothing is done."""
         for width, columns in widths:
             ids, kept = torch.zeros(self.cache.batch, width, dtype=torch.long), torch.tensor(columns)
-            if not self.recording or self.cache.fetching or ids.numel() * self._parameters > MOST_WORK:
+            if not self.records(ids.numel()) or self.cache.fetching:
                 return
-            lengths = [width] * self.cache.batch
+            lengths, rows = [width] * self.cache.batch, range(self.cache.batch)
             self.cache.reserve(lengths)
-            if self._kind(ids, kept) not in self._recorded:
-                self._record(ids, lengths, kept)
+            if self._kind(ids, kept, rows) not in self._recorded:
+                self._record(ids, lengths, kept, rows)
 
-    def _read(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> Tensor:
-        chunk = self.cache.begin_chunk(lengths, ids.shape[1])
+    def _read(self, ids: Tensor, lengths: Sequence[int], kept: Tensor, rows: Sequence[int]) -> Tensor:
+        chunk = self.cache.begin_chunk(lengths, ids.shape[1], rows)
         logits = self._forward(to_device(ids, self.cache.device), chunk, to_device(kept, self.cache.device))
         self.cache.end_chunk(chunk)
         self.recording &= all(BACKENDS[name].recorded for name in self.cache.backends)
@@ -168,22 +180,22 @@ class ChunkForward:
     def _forward(self, ids: Tensor, chunk: Chunk | Passage, kept: Tensor) -> Tensor:
         return self.model(input_ids=ids, **self.cache.inputs(chunk), logits_to_keep=kept, use_cache=False).logits
 
-    def _kind(self, ids: Tensor, kept: Tensor) -> tuple:
-        most = min(max(self.cache.host_blocks), self.cache.settings.retrievable)
+    def _kind(self, ids: Tensor, kept: Tensor, rows: Sequence[int]) -> tuple:
+        most = min(max(self.cache.host_blocks[row] for row in rows), self.cache.settings.retrievable)
         blocks = most.bit_length() if ids.shape[1] > STEP_WIDTH else most > 0
-        return ids.shape[1], len(kept), blocks, self.cache.trace is not None, self.cache.generation
+        return ids.shape[1], len(kept), blocks, len(rows), self.cache.trace is not None, self.cache.generation
 
-    def _record(self, ids: Tensor, lengths: Sequence[int], kept: Tensor) -> bool:
+    def _record(self, ids: Tensor, lengths: Sequence[int], kept: Tensor, rows: Sequence[int]) -> bool:
         """Record a graph for chunks like this one; False, once and for all, where the model cannot be recorded."""
         device = self.cache.device
         # Chunks that are run while recording must read and store nothing: they are all padding.
-        counters = torch.zeros(3, len(ids), dtype=torch.int32, device=device)
+        counters = torch.zeros(4, len(ids), dtype=torch.int32, device=device)
         counters[0] = ids.shape[1]
         still_ids, still_kept = torch.zeros_like(ids, device=device), torch.zeros_like(kept, device=device)
 
         def forward() -> Tensor:
             # A new chunk each time: what a chunk works out from its counters has to be recorded.
-            chunk = self.cache.chunk(lengths, ids.shape[1], counters)
+            chunk = self.cache.chunk(lengths, ids.shape[1], rows, counters)
             return self._forward(still_ids, chunk, still_kept)
 
         pool = next((recorded.graph.pool for recorded in self._recorded.values()), None)
@@ -201,5 +213,5 @@ class ChunkForward:
         for kind in stale:
             self._recorded.pop(kind, None)
         traced = {} if self.cache.trace is None else dict(self.cache.trace.layers)
-        self._recorded[self._kind(ids, kept)] = Recorded(graph, still_ids, counters, still_kept, traced)
+        self._recorded[self._kind(ids, kept, rows)] = Recorded(graph, still_ids, counters, still_kept, traced)
         return True

@@ -17,7 +17,8 @@ class Case:
     """chunks: stream tokens of each chunk, one number for all rows or a number a row. rotary: rotated dimensions.
 
     resident: offload, keeping so many blocks on the device. context_miss: with a context-miss token. sinks: whether
-    every head has one.
+    every head has one. leaves_out: the backend is called without the rows that have nothing in a chunk, and with the
+    last row at least.
     """
 
     chunks: list
@@ -34,6 +35,12 @@ class Case:
     context_miss: bool = False
     softcap: float | None = None
     sinks: bool = False
+    leaves_out: bool = False
+
+    def rows(self, lengths: list[int]) -> list[int]:
+        """Those that the backend is called with."""
+        resting = range(self.batch - 1) if self.leaves_out else ()
+        return [row for row in range(self.batch) if row not in resting or lengths[row]]
 
 
 # Every feature once, small, since without a GPU every program of a kernel is interpreted.
@@ -87,6 +94,19 @@ LOGITS_CASES = {
     "nothing to retrieve, capped, sinks": Case([12, 9, 1], top_k=0, **LOGITS),
 }
 
+# In chunks rows come and go, and single rows do steps.
+_COMING_AND_GOING = [[12, 17, 9], [0, 16, 3], [7, 0, 0], [0, 8, 0], [0, 1, 2], [1, 0, 1]]
+LEAVING_OUT = {
+    name: Case(_COMING_AND_GOING, batch=3, heads=4, key_heads=2, top_k=3, leaves_out=True, **given)
+    for name, given in {
+        "rows left out": {},
+        **{f"rows left out, {rule}": {"settings": {"selection": rule}} for rule in get_args(Selection)[1:]},
+        "rows left out, true distances": {"settings": {"positions": "absolute"}},
+        "rows left out, evicted": {"settings": {"cache_blocks": 3}},
+        "rows left out, offloaded": {"resident": 4},
+    }.items()
+}
+
 
 def read(
     case: Case, device: str = "cpu", seed: int = 0, backend: str = "triton", poison: bool = False
@@ -115,10 +135,11 @@ def read(
         )
         for which, name in enumerate(("eager", backend)):
             cache = caches[which]
-            cache.trace = Trace() if index % 2 else None
-            chunk = cache.begin_chunk(lengths)
+            cache.trace = Trace() if index % 2 and not case.leaves_out else None
+            rows = case.rows(lengths) if which == 1 else list(range(case.batch))
+            chunk = cache.begin_chunk(lengths, rows=rows)
             rotation = rotation_table(chunk.position_ids, inverse_frequencies.to(device))
-            given = [_rotated(q, *rotation), _rotated(k, *rotation), v.transpose(1, 2)]
+            given = [_rotated(q[rows], *rotation), _rotated(k[rows], *rotation), v[rows].transpose(1, 2)]
             given = [x.float() for x in given] if which == 0 else given
             if poison and which == 1 and index == 0:
                 cache.expect(sum(n if isinstance(n, int) else max(n) for n in case.chunks))
@@ -128,8 +149,8 @@ def read(
             if case.context_miss:
                 given.append(miss.to(given[0]))
             logits = {"softcap": case.softcap, "sinks": sinks}
-            out = attend_chunk(0, *given[:3], cache, chunk, None, *given[3:], backend=name, **logits)
-            outputs[which].append(out.float())
+            out = attend_chunk(0, *given[:3], cache, chunk, None, *given[3:], backend=name, **logits).float()
+            outputs[which].append(out.new_zeros(case.batch, *out.shape[1:]).index_copy(0, chunk.rows.long(), out))
             cache.end_chunk(chunk)
     return *outputs, caches
 

@@ -13,7 +13,7 @@ from landmark_cli.attention.dispatch import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
-from tests.attention.reading import Case, read
+from tests.attention.reading import LEAVING_OUT, Case, read
 from tests.closeness import assert_close_norm
 from tests.tiny import tiny_model, tiny_text
 
@@ -71,6 +71,22 @@ def test_reset_forgets_and_keeps_the_memory():
     again = [attend(cache, [7], torch.Generator().manual_seed(0)), attend(cache, [5], torch.Generator().manual_seed(1))]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert cache.layers[0].blocks.data_ptr() == memory
+
+
+@pytest.mark.parametrize("name", LEAVING_OUT)
+def test_rows_that_rest_can_be_left_out(name):
+    expected, found, caches = read(LEAVING_OUT[name], backend="eager", poison=True)
+    assert_close_norm(found, expected)
+    assert caches[0].host_blocks == caches[1].host_blocks and caches[0].host_tail == caches[1].host_tail
+    for row in range(3):
+        for one, other in zip(caches[0].copy_of(row)[0], caches[1].copy_of(row)[0], strict=True):
+            assert_close_norm(other, one)
+
+
+def test_rows_that_are_left_out_have_no_tokens():
+    cache = make(batch=3)
+    with pytest.raises(ValueError, match=r"lengths \[1, 2, 0\] give tokens to rows that are not among \[1, 2\]"):
+        cache.begin_chunk([1, 2, 0], rows=[1, 2])
 
 
 @pytest.mark.parametrize("selection", get_args(Selection))

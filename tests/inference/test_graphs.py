@@ -71,9 +71,10 @@ def records(monkeypatch):
     """The kinds that are recorded, in order."""
     found, plain = [], ChunkForward._record
 
-    def record(self, ids, lengths, kept):
-        done = plain(self, ids, lengths, kept)
-        found.append(self._kind(ids, kept)[:3])
+    def record(self, *given):
+        done = plain(self, *given)
+        ids, _, kept, rows = given
+        found.append(self._kind(ids, kept, rows)[:3])
         return done
 
     monkeypatch.setattr(ChunkForward, "_record", record)

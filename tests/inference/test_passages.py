@@ -36,9 +36,9 @@ def calls(monkeypatch):
     """The chunks of each passage that is read."""
     found, plain = [], ChunkForward.passage
 
-    def passage(self, ids, parts, kept):
+    def passage(self, ids, parts, *given):
         found.append(len(parts))
-        return plain(self, ids, parts, kept)
+        return plain(self, ids, parts, *given)
 
     monkeypatch.setattr(ChunkForward, "passage", passage)
     return found
@@ -88,8 +88,8 @@ def same_passages(monkeypatch):
     """Passages of the first reader are those of the next ones too, which would read chunk by chunk."""
     counts, rule = [], BlockReader._chunks_at_once
 
-    def first(self, left):
-        counts.append(rule(self, left))
+    def first(self, *given):
+        counts.append(rule(self, *given))
         return counts[-1]
 
     monkeypatch.setattr(BlockReader, "_chunks_at_once", first)
@@ -170,7 +170,7 @@ def test_a_block_travels_once_to_the_device_and_what_is_new_once_back(monkeypatc
     copied, plain = [], Streaming._copy
 
     def copy(self, to, source, numbers):
-        copied.append([len(row) for row in numbers])
+        copied.append([len(row) for row in numbers.values()])
         plain(self, to, source, numbers)
 
     monkeypatch.setattr(Streaming, "_copy", copy)

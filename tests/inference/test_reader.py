@@ -164,3 +164,36 @@ def test_memory_for_blocks_may_hold_anything_before_they_are_read(top_k_blocks, 
     monkeypatch.setattr(Offload, "empty", lambda *arguments: empty(*arguments).fill_(torch.nan))
     for one, other in zip(logits("cpu"), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_rows_that_have_ended_are_no_work(last_only, offload, monkeypatch):
+    """Nor are those that had nothing to read, wherever they stand; what is read is what each row gives alone."""
+    model, called = tiny_model(), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *given, **named: called.append(len(named["input_ids"])) or forward(*given, **named)
+    )
+    texts = [text(n, seed) for seed, n in enumerate((9, 0, 30, 21, 8))]
+    together = BlockReader(model, batch=5, chunk=8, offload=offload)
+    parts = list(together.read(texts, last_only=last_only))
+    assert called == [4, 3, 2, 1]
+    for row, own in enumerate(texts):
+        alone = BlockReader(model, chunk=8)
+        of_row = [part for part in parts if part.lengths[row]]
+        for part, expected in zip(of_row, alone.read([own], last_only=last_only), strict=True):
+            found = part.logits[row, -1:] if last_only else part.row(row)
+            assert_close_norm(found, expected.logits[0])
+        tokens = [7 if other == row else None for other in range(5)]
+        assert_close_norm(together.step(tokens)[row], alone.step([7])[0])
+
+
+def test_rows_are_rounded_up_where_graphs_are_recorded(monkeypatch):
+    reader = BlockReader(tiny_model(), batch=20, chunk=8)
+    texts = [torch.tensor([1] * (row % 3 == 0)) for row in range(20)]
+    assert reader._rows_at_work(texts) == [0, 3, 6, 9, 12, 15, 18]
+    monkeypatch.setattr(reader.forward, "recording", True)
+    assert reader._rows_at_work(texts) == [0, 1, 3, 6, 9, 12, 15, 18]
+    reader.trace()
+    assert reader._rows_at_work(texts) == list(range(20))

@@ -108,7 +108,7 @@ def _attend_before(
 
 def _tail_blocks(blocks: LayerBlocks, chunk: Chunk) -> tuple[Tensor | slice, ...]:
     """Where each row's tail block lies in LayerBlocks.blocks."""
-    rows = torch.arange(len(chunk.host_tail), device=blocks.blocks.device)
+    rows = chunk.rows.to(blocks.blocks.device)
     return rows, slice(None), (chunk.blocks % blocks.capacity).to(rows.device)
 
 

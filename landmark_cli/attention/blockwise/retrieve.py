@@ -100,9 +100,9 @@ def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def _tiles(ages: Tensor, blocks: LayerBlocks, chunk: Chunk) -> Tiles:
     """Pairs by their blocks; ages: (k, B, H, T), 0 for no block. Pairs number through ages as it is."""
-    _, batch, heads, tokens = ages.shape
+    _, _, heads, tokens = ages.shape
     key_heads, capacity = blocks.landmark_keys.shape[1:3]
-    row = torch.arange(batch, device=ages.device)[:, None] * key_heads
+    row = chunk.rows.long()[:, None] * key_heads
     key_row = row + torch.arange(heads, device=ages.device) // (heads // key_heads)
     page = key_row[..., None] * capacity + (chunk.blocks[:, None, None] - ages) % capacity
     cached = min(min(count, chunk.retrievable) for count in chunk.host_blocks)
@@ -111,7 +111,7 @@ def _tiles(ages: Tensor, blocks: LayerBlocks, chunk: Chunk) -> Tiles:
     if heads // key_heads * tokens <= FEW_QUERIES and chosen is None:
         pairs = torch.arange(page.numel(), device=page.device)
         return Tiles(page.flatten(), pairs[:, None], pairs)
-    return _by_page(page, chosen, batch * key_heads * capacity)
+    return _by_page(page, chosen, blocks.landmark_keys.shape[:3].numel())
 
 
 def _by_page(page: Tensor, chosen: Tensor | None, pages: int) -> Tiles:

@@ -64,14 +64,13 @@ def _scored(blocks: LayerBlocks, chunk: Chunk, count: int) -> tuple[Tensor, Tens
     """Rows (B, 1) and slots (B, count) of the newest blocks, and the rotation of their landmark keys, if there is one:
     cos and sin, (B, 1, count, rotary_dim / 2)."""
     ages = torch.arange(1, count + 1, device=chunk.counters.device)
-    rows = torch.arange(len(chunk.host_blocks), device=ages.device)[:, None]
     slots = (chunk.blocks[:, None] - ages) % blocks.capacity
     if blocks.settings.positions == "absolute":
-        return rows, slots, None
+        return chunk.rows[:, None], slots, None
     top_k = blocks.settings.top_k
     before = torch.minimum(ages, chunk.cached[:, None].clamp(max=top_k) + 1)
     cos, sin = (table[before][:, None] for table in blocks.rotations.table(top_k + 2, ages.device))
-    return rows, slots, (cos, -sin)
+    return chunk.rows[:, None], slots, (cos, -sin)
 
 
 def _in_stream(chunk: Chunk) -> tuple[Tensor, Tensor]:

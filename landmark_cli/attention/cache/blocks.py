@@ -324,10 +324,9 @@ class LayerBlocks:
         # What stands before a row's first key is padding, for which memory may hold anything, nan too.
         padding = (index < first[:, None])[:, None, :, None]
         offset = (index - first[:, None]).clamp(0, self.settings.block_size - 1)
-        rows = torch.arange(k.shape[0], device=k.device)
         heads = torch.arange(k.shape[1], device=k.device)
         slot = chunk.blocks % self.capacity
-        tail = self.gather((rows[:, None, None], heads[:, None], slot[:, None, None], offset[:, None]))
+        tail = self.gather((chunk.rows[:, None, None], heads[:, None], slot[:, None, None], offset[:, None]))
 
         def join(stored: Tensor, fresh: Tensor) -> Tensor:
             stored = stored.masked_fill(padding, 0.0)
@@ -342,13 +341,14 @@ class LayerBlocks:
         if self.settings.positions == "absolute":
             cos, sin = chunk.stream_rotation
             landmark_keys = rotate(k, cos[:, None, None], sin[:, None, None])
-        for row, counts in enumerate(zip(chunk.host_lengths, chunk.host_blocks, chunk.host_tail, strict=True)):
+        hosts = chunk.host_lengths, chunk.host_blocks, chunk.host_tail
+        for row, (to_row, *counts) in enumerate(zip(chunk.host_rows, *hosts, strict=True)):
             for tokens, slots, offsets in self._runs(chunk.width, *counts):
                 shape = slots.stop - slots.start, offsets.stop - offsets.start
                 for to, source in ((self.keys, rotated), (self.values, v)):
-                    to[row, :, slots, offsets] = source[row, :, tokens].unflatten(1, shape)
+                    to[to_row, :, slots, offsets] = source[row, :, tokens].unflatten(1, shape)
                 if offsets.stop == self.settings.block_size:
-                    self.landmark_keys[row, :, slots] = landmark_keys[row, :, tokens].unflatten(1, shape)[:, :, -1]
+                    self.landmark_keys[to_row, :, slots] = landmark_keys[row, :, tokens].unflatten(1, shape)[:, :, -1]
 
     def _to_offsets(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """cos and sin, (B, 1, T, rotary_dim / 2), of the rotation from the chunk's positions to offsets in blocks."""

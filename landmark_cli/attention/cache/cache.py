@@ -194,22 +194,28 @@ class BlockCache:
         made at once, where doubling would hold up to twice as much, and old and new room at the same time."""
         self.expected_blocks = tokens // self.settings.block_size + 1
 
-    def begin_chunk(self, lengths: Sequence[int], width: int | None = None) -> Chunk:
-        """Place the next chunk: `lengths` stream tokens (landmarks too) of each row, padded on the left to `width`."""
+    def begin_chunk(self, lengths: Sequence[int], width: int | None = None, rows: Sequence[int] | None = None) -> Chunk:
+        """Place the next chunk: `lengths` stream tokens (landmarks too) of each row, padded on the left to `width`.
+        rows: those that the model is called with, in rising order, by default all; the others have no tokens."""
         lengths = list(lengths)
         width = max(lengths) if width is None else width
         if len(lengths) != self.batch or min(lengths) < 0 or max(lengths) > width or width == 0:
             raise ValueError(f"lengths {lengths} do not fit a chunk of {self.batch} rows of {width} tokens")
-        counters = self.counters(lengths, width)
+        rows = range(self.batch) if rows is None else rows
+        if sum(lengths[row] for row in rows) != sum(lengths):
+            raise ValueError(f"lengths {lengths} give tokens to rows that are not among {list(rows)}")
+        counters = self.counters(lengths, width, rows)
         # Copied from pinned memory, so that the host need not wait for the device.
         counters = counters.pin_memory() if self.device.type == "cuda" else counters
-        return self.chunk(lengths, width, counters.to(self.device, non_blocking=True))
+        return self.chunk(lengths, width, rows, counters.to(self.device, non_blocking=True))
 
-    def counters(self, lengths: Sequence[int], width: int) -> Tensor:
-        """The counters of the next chunk, on the host."""
-        return torch.tensor([[width - n for n in lengths], self.host_blocks, self.host_tail], dtype=torch.int32)
+    def counters(self, lengths: Sequence[int], width: int, rows: Sequence[int]) -> Tensor:
+        """The counters of the next chunk, on the host; arguments as of `begin_chunk`."""
+        start = [width - n for n in lengths]
+        counts = [[of_all[row] for row in rows] for of_all in (start, self.host_blocks, self.host_tail)]
+        return torch.tensor([*counts, list(rows)], dtype=torch.int32)
 
-    def chunk(self, lengths: Sequence[int], width: int, counters: Tensor) -> Chunk:
+    def chunk(self, lengths: Sequence[int], width: int, rows: Sequence[int], counters: Tensor) -> Chunk:
         """The next chunk, whose counters are on the device already; what it holds besides is worked out there."""
         if self.trace is not None:
             # A chunk that has no blocks to read leaves it empty.
@@ -217,20 +223,22 @@ class BlockCache:
         rotation = None
         if self.settings.positions == "absolute":
             rotation = self.rotations.by(counters[1])
-        hosts = list(lengths), list(self.host_blocks), list(self.host_tail)
-        return Chunk(width, *hosts, self.settings.retrievable, counters, rotation)
+        hosts = ([of_all[row] for row in rows] for of_all in (lengths, self.host_blocks, self.host_tail))
+        return Chunk(width, *hosts, list(rows), self.settings.retrievable, counters, rotation)
 
     @contextmanager
-    def passage(self, parts: Sequence[tuple[Sequence[int], int]]) -> Iterator[Passage]:
-        """The next chunks, `lengths` stream tokens of each row padded to `width` each, which are counted as read once
-        the model has been called with them. Offloaded blocks are streamed to the device where `why_not_streamed` gives
-        no reason."""
+    def passage(
+        self, parts: Sequence[tuple[Sequence[int], int]], rows: Sequence[int] | None = None
+    ) -> Iterator[Passage]:
+        """The next chunks, (lengths, width) each and all of the same rows, as in `begin_chunk`, which are counted as
+        read once the model has been called with them. Offloaded blocks are streamed to the device where
+        `why_not_streamed` gives no reason."""
         self.reserve([sum(lengths) for lengths in zip(*(lengths for lengths, _ in parts), strict=True)])
         before, chunks = (self.host_blocks, self.host_tail), []
         self.host_blocks, self.host_tail = map(list, before)
         try:
             for lengths, width in parts:
-                chunks.append(self.begin_chunk(lengths, width))
+                chunks.append(self.begin_chunk(lengths, width, rows))
                 self.advance(lengths)
         finally:
             self.host_blocks, self.host_tail = before
@@ -284,10 +292,16 @@ class BlockCache:
         if index not in self.layers:
             one_key = self.one_landmark and index == 0
             rotations = self.rotations if rotated else self.no_rotations
-            self.layers[index] = LayerBlocks(self.settings, k, rotations, self.resident, len(self.layers), one_key)
+            self.layers[index] = LayerBlocks(
+                self.settings, self._of_all_rows(k), rotations, self.resident, len(self.layers), one_key
+            )
         blocks = self.layers[index]
-        added = self._added_blocks(chunk.host_lengths, chunk.host_tail)
-        self._replaced += blocks.reserve(chunk.host_blocks, added, self.expected_blocks)
+        # Rows that rest keep what they have.
+        complete, added = list(self.host_blocks), [1] * self.batch
+        more = self._added_blocks(chunk.host_lengths, chunk.host_tail)
+        for row, has, adds in zip(chunk.host_rows, chunk.host_blocks, more, strict=True):
+            complete[row], added[row] = has, adds
+        self._replaced += blocks.reserve(complete, added, self.expected_blocks)
         for row, place in self._waiting.pop(index, {}).items():
             blocks.put(row, *place)
         return blocks
@@ -295,7 +309,7 @@ class BlockCache:
     def window(self, index: int, k: Tensor, window: int) -> LayerWindow:
         """The newest text of layer `index`, which sees `window` text tokens; made as `layer` makes blocks."""
         if index not in self.windows:
-            self.windows[index] = LayerWindow(window, self.settings.block_size, k)
+            self.windows[index] = LayerWindow(window, self.settings.block_size, self._of_all_rows(k))
         for row, (_, held) in self._waiting.pop(index, {}).items():
             self.windows[index].put(row, held)
         return self.windows[index]
@@ -322,7 +336,8 @@ class BlockCache:
 
     def end_chunk(self, chunk: Chunk) -> None:
         """Count the chunk as read, after every layer has seen it."""
-        self.advance(chunk.host_lengths)
+        lengths = dict(zip(chunk.host_rows, chunk.host_lengths, strict=True))
+        self.advance([lengths.get(row, 0) for row in range(self.batch)])
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Count so many stream tokens of each row as read."""
@@ -331,6 +346,10 @@ class BlockCache:
             total = self.host_tail[row] + new
             self.host_blocks[row] += total // size
             self.host_tail[row] = total % size
+
+    def _of_all_rows(self, x: Tensor) -> Tensor:
+        """A tensor, (n, ...), in the shape that it would have of all rows."""
+        return x[:1].expand(self.batch, *x.shape[1:])
 
     def _added_blocks(self, lengths: Sequence[int], tail: Sequence[int]) -> list[int]:
         """Blocks each row touches in a chunk, plus one: the next tail block."""

@@ -20,10 +20,13 @@ T = TypeVar("T")
 class Chunk:
     """Lengths, positions and counts of the next tokens of every row. Rows of unequal length are padded on the left.
 
-    width: tokens, padding included. host_lengths, host_blocks, host_tail: on the host, tokens of each row in the chunk,
-    and blocks and tail as below. retrievable: the most complete blocks that a row can choose from.
-    counters: (3, B) int32, on the model's device: start, the padding in front of each row; blocks, its complete blocks
-    before the chunk, evicted ones counted; tail, tokens of its tail block before the chunk.
+    Its B rows may be some of the cache's only: the others rest, and no work is done for them.
+
+    width: tokens, padding included. host_lengths, host_blocks, host_tail, host_rows: on the host, tokens of each row in
+    the chunk, and blocks, tail and rows as below. retrievable: the most complete blocks that a row can choose from.
+    counters: (4, B) int32, on the model's device: start, the padding in front of each row; blocks, its complete blocks
+    before the chunk, evicted ones counted; tail, tokens of its tail block before the chunk; rows, which of the cache's
+    rows it is.
     stream_rotation: with absolute positions, cos and sin, (B, rotary_dim / 2), of the rotation from chunk positions to
     positions in each row's stream.
     """
@@ -35,6 +38,7 @@ class Chunk:
         host_lengths: list[int],
         host_blocks: list[int],
         host_tail: list[int],
+        host_rows: list[int],
         retrievable: int,
         counters: Tensor,
         stream_rotation: tuple[Tensor, Tensor] | None = None,
@@ -43,6 +47,7 @@ class Chunk:
         self.host_lengths = host_lengths
         self.host_blocks = host_blocks
         self.host_tail = host_tail
+        self.host_rows = host_rows
         self.retrievable = retrievable
         self.counters = counters
         self.stream_rotation = stream_rotation
@@ -60,6 +65,10 @@ class Chunk:
     @property
     def tail(self) -> Tensor:
         return self.counters[2]
+
+    @property
+    def rows(self) -> Tensor:
+        return self.counters[3]
 
     def to(self, device: torch.device) -> Chunk:
         """The same chunk for a layer that lives on another device."""
@@ -87,7 +96,7 @@ class Chunk:
         return self._with(self.counters, rotation)
 
     def _with(self, counters: Tensor, stream_rotation: tuple[Tensor, Tensor] | None) -> Chunk:
-        hosts = self.host_lengths, self.host_blocks, self.host_tail
+        hosts = self.host_lengths, self.host_blocks, self.host_tail, self.host_rows
         return Chunk(self.width, *hosts, self.retrievable, counters, stream_rotation)
 
     @cached_property

@@ -37,19 +37,31 @@ class LayerWindow:
     def length(self) -> int:
         return self.keys.shape[2]
 
-    def append(self, keys: Tensor, values: Tensor, text: Tensor) -> None:
-        """Take up a chunk's text, (B, G, T, D) each; text: (B, T) bool, which of its tokens are that. In place, for
-        recorded steps go on with the same tensors."""
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """keys, values and real of some rows, (n,), in rising order."""
+        held = self.keys, self.values, self.real
+        return held if len(rows) == len(self.keys) else tuple(x.index_select(0, rows) for x in held)
+
+    def append(self, keys: Tensor, values: Tensor, text: Tensor, rows: Tensor) -> None:
+        """Take up a chunk's text, (n, G, T, D) each; text: (n, T) bool, which of its tokens are that; rows: (n,), of
+        which rows, in rising order. In place, for recorded steps go on with the same tensors."""
+        old_keys, old_values, old_real = self.of(rows)
         count = text.sum(-1, keepdim=True)
         # A row's text in front of all else, in order.
         order = (~text).long().argsort(dim=-1, stable=True)
         source = torch.arange(self.length, device=text.device) + count
         fresh = order.gather(-1, (source - self.length).clamp(0, text.shape[1] - 1)) + self.length
         source = torch.where(source < self.length, source, fresh)
-        index = source[:, None, :, None].expand(self.keys.shape)
-        self.keys.copy_(torch.cat([self.keys, keys.to(self.keys.dtype)], dim=2).gather(2, index))
-        self.values.copy_(torch.cat([self.values, values.to(self.values.dtype)], dim=2).gather(2, index))
-        self.real.copy_(torch.cat([self.real, text], dim=1).gather(1, source))
+        index = source[:, None, :, None].expand(old_keys.shape)
+        for to, new in (
+            (self.keys, torch.cat([old_keys, keys.to(old_keys.dtype)], dim=2).gather(2, index)),
+            (self.values, torch.cat([old_values, values.to(old_values.dtype)], dim=2).gather(2, index)),
+            (self.real, torch.cat([old_real, text], dim=1).gather(1, source)),
+        ):
+            if len(new) == len(to):
+                to.copy_(new)
+            else:
+                to.index_copy_(0, rows.long(), new)
 
     def forget(self, row: int | None = None) -> None:
         """Forget what a row has read, or all of them."""

@@ -29,12 +29,12 @@ class Streaming:
         self.layers, self.order = layers, sorted(layers)
         size = layers[self.order[0]].settings.block_size
         # Of each row the blocks that it has, the tail block too, and those that the passage writes to.
-        self._held = [blocks + 1 for blocks in chunks[0].host_blocks]
-        added = [sum(lengths) for lengths in zip(*(chunk.host_lengths for chunk in chunks), strict=True)]
-        self._written = [
-            range(blocks, blocks + -(-(tail + new) // size) if new else blocks)
-            for blocks, tail, new in zip(chunks[0].host_blocks, chunks[0].host_tail, added, strict=True)
-        ]
+        self._held, self._written = {}, {}
+        added = (sum(lengths) for lengths in zip(*(chunk.host_lengths for chunk in chunks), strict=True))
+        counts = zip(chunks[0].host_rows, chunks[0].host_blocks, chunks[0].host_tail, added, strict=True)
+        for row, blocks, tail, new in counts:
+            self._held[row] = range(blocks + 1)
+            self._written[row] = range(blocks, blocks + -(-(tail + new) // size) if new else blocks)
         largest = max((blocks.blocks for blocks in layers.values()), key=lambda blocks: blocks.nbytes)
         self._rooms = resident.rooms(largest)
         for blocks in layers.values():
@@ -70,14 +70,14 @@ class Streaming:
         """Have a layer's blocks travel to the room that the layer before the last one has left."""
         source = self.layers[index].blocks
         room = self._rooms[self.order.index(index) % ROOMS][: source.numel()].view(source.shape)
-        self._copy(room, source, [range(held) for held in self._held])
+        self._copy(room, source, self._held)
         self._arrived[index] = room, None if self._side is None else self._side.record_event()
 
-    def _copy(self, to: Tensor, source: Tensor, numbers: Sequence[range]) -> None:
+    def _copy(self, to: Tensor, source: Tensor, numbers: Mapping[int, range]) -> None:
         """Copy blocks of each row, by their numbers, beside what the device computes."""
         capacity = to.shape[2]
         with self._beside():
-            for row, range_ in enumerate(numbers):
+            for row, range_ in numbers.items():
                 for slots in _runs(range_, capacity):
                     for head in range(to.shape[1]):
                         to[row, head, slots].copy_(source[row, head, slots], non_blocking=True)

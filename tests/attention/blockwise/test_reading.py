@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.attention.blockwise import pieces, retrieve, select, window
 from landmark_cli.attention.cache import Selection
-from tests.attention.reading import CASES, Case, assert_same_traces, read
+from tests.attention.reading import CASES, LEAVING_OUT, Case, assert_same_traces, read
 from tests.closeness import assert_close_norm, tolerance
 
 # What takes more than one piece, tile or group, and what only the definition did before.
@@ -33,7 +33,7 @@ LARGER = {
         [[40, 5], [3, 9], [0, 14]], batch=2, top_k=3, context_miss=True, settings={"context_miss_cutoff": 0.1}
     ),
 }  # fmt: skip
-ALL = CASES | LARGER
+ALL = CASES | LARGER | LEAVING_OUT
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
-from tests.attention.reading import CASES, LOGITS, LOGITS_CASES, Case, assert_same_traces, read
+from tests.attention.reading import CASES, LEAVING_OUT, LOGITS, LOGITS_CASES, Case, assert_same_traces, read
 from tests.closeness import assert_close_norm, tolerance
 from tests.tiny import tiny_model, tiny_text
 
@@ -80,11 +80,24 @@ def test_agrees_with_the_definition(name):
     assert_same_traces(*caches, tolerance=tolerance(case.dtype))
 
 
+# In the interpreter two of them are quick enough for every change; a GPU tries all.
+QUICK = "rows left out", "rows left out, offloaded"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LEAVING_OUT]
+)
+def test_rows_that_rest_can_be_left_out(name):
+    eager, fused, _ = read(LEAVING_OUT[name], poison=True)
+    assert_close_norm(fused, eager)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("name", [*ALL_CASES, *GPU_CASES])
+@pytest.mark.parametrize("name", [*ALL_CASES, *GPU_CASES, *LEAVING_OUT])
 def test_agrees_with_the_definition_on_a_gpu(name, dtype):
-    eager, fused, _ = read(replace({**ALL_CASES, **GPU_CASES}[name], dtype=dtype), "cuda")
+    cases = {**ALL_CASES, **GPU_CASES, **LEAVING_OUT}
+    eager, fused, _ = read(replace(cases[name], dtype=dtype), "cuda")
     far, rows = 0, 0
     for expected, found in zip(eager, fused, strict=True):
         assert found.isfinite().all()
@@ -97,7 +110,7 @@ def test_agrees_with_the_definition_on_a_gpu(name, dtype):
         far += (error > (3e-2 if dtype == torch.bfloat16 else 1e-3) * size).sum().item()
         rows += error.numel()
         assert (error.median() / size.median()).item() < (5e-3 if dtype == torch.bfloat16 else 1e-5)
-    top_k = {**ALL_CASES, **GPU_CASES}[name].top_k
+    top_k = cases[name].top_k
     assert far <= (0.01 * (1 + top_k / 8) if dtype == torch.bfloat16 else 1e-3) * rows
 
 

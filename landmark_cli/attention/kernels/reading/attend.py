@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.logits import logits_of
-from .parts import dot, load_columns, load_parts, page_base, query_rows, rotate
+from .parts import cache_row, dot, load_columns, load_parts, page_base, query_rows, rotate
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.c
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])
-def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, TOTAL, LIST, PAIR_OUT, LANDMARK_LOGIT,
-                  q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scaling,
+def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, COUNT, FIRST, TILES, TOTAL, LIST, PAIR_OUT,
+                  LANDMARK_LOGIT, q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scaling,
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                   BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """PAIR_OUT (B, H, T, K, D): a block's values by its inner softmax; LANDMARK_LOGIT (B, H, T, K): its landmark's.
@@ -62,9 +62,9 @@ def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, T
     entry = tl.load(TILES + tl.cast(key_row, tl.int64) * most_tiles + tile)
     slot = entry.to(tl.int32)
     number = (entry >> 32).to(tl.int32) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all down to `offset`
-    page = tl.cast(key_row, tl.int64) * capacity + slot
-    ok = number < tl.load(COUNT + page)
-    listed = LIST + tl.cast(key_row, tl.int64) * pairs + tl.load(FIRST + page)
+    at = tl.cast(key_row, tl.int64) * capacity + slot
+    ok = number < tl.load(COUNT + at)
+    listed = LIST + tl.cast(key_row, tl.int64) * pairs + tl.load(FIRST + at)
     entry = tl.load(listed + number, mask=ok, other=0)
     pair = entry.to(tl.int32)
     distance = (entry >> 32).to(tl.int32)
@@ -72,6 +72,8 @@ def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, rotations, COUNT, FIRST, TILES, T
     _, _, _, offset = query_rows(pair // K, tokens, 0, key_row % heads, key_row // heads, q_strides, HEADS_PER_KEY)
     q = load_parts(Q, offset, ok, PARTS)
     q = rotate(q, rotations, distance[:, None], PARTS)
+    cache_key_row = cache_row(COUNTERS, batch, key_row // heads) * heads + key_row % heads
+    page = tl.cast(cache_key_row, tl.int64) * capacity + slot
     base = page_base(BLOCKS, POOL, PAGE_TABLE, page, 2 * BLOCK * D)
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
     out, landmark = attend_rows(q, base, base + BLOCK * D, D, D, dim, scaling, PARTS, BLOCK, COLS, PRECISION)

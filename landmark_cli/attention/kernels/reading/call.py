@@ -79,13 +79,15 @@ class Blocks(Protocol):
 class Chunk(Protocol):
     """Where a chunk stands.
 
-    width: tokens. counters: (3, B) int32: padding in front of each row, its complete blocks before the chunk, tokens of
-    its tail block. most_cached: blocks that can be retrieved in the row that has most. stream_rotation: with absolute
-    positions, cos and sin, (B, rotary_dim / 2), of the rotation to positions in each row's stream.
+    width: tokens. counters: (4, B) int32: padding in front of each row, its complete blocks before the chunk, tokens of
+    its tail block, the cache's row that it is (rows). most_cached: blocks that can be retrieved in the row that has
+    most. stream_rotation: with absolute positions, cos and sin, (B, rotary_dim / 2), of the rotation to positions in
+    each row's stream.
     """
 
     width: int
     counters: Tensor
+    rows: Tensor
     most_cached: int
     stream_rotation: tuple[Tensor, Tensor] | None
 

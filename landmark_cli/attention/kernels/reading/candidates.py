@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import counts_of, query_rows
+from .parts import cache_row, counts_of, query_rows
 from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded
 
 
@@ -40,11 +40,12 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
     real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, HEADS_PER_KEY)
     q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
     out = ((tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row) * SPLITS + split) * K
+    cache_key_row = cache_row(COUNTERS, batch, batch_row) * heads + key_row % heads
     if split == 0:
         # Names of their own: a variable has one shape in both branches.
         newest = tl.arange(0, NEAR)  # (NEAR,)
-        near_s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, newest, key_row, blocks, near, near, capacity, one_key,
-                                 scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, NEAR)  # fmt: skip
+        near_s = landmark_scores(q, LANDMARK_KEYS, rotations, 1, newest, cache_key_row, blocks, near, near, capacity,
+                                 one_key, scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, NEAR)  # fmt: skip
         if not EXACT:
             # As the other splits know a score.
             near_s = tl.where((newest < near)[None, :], rounded(ordered(near_s), COLS), NO_SCORE)
@@ -59,8 +60,8 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
         ages = (tl.zeros([ROWS], tl.int32),) * K
         for tile in range(split - 1, tl.cdiv(cached - near, COLS), SPLITS - 1):
             first_age = 1 + near + tile * COLS
-            s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
-                                one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+            s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near,
+                                capacity, one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
             scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
         for j in tl.static_range(K):
             tl.store(AGES + out + j, tl.where(real, ages[j], 0), mask=in_range)

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..common.logits import logits_of
 from ..common.tiles import LOG2E
 from .candidates import best_candidates
-from .parts import counts_of, load_columns, load_parts, page_base, rotate, sum_products
+from .parts import cache_row, counts_of, load_columns, load_parts, page_base, rotate, sum_products
 from .route import distance_of
 
 NOTHING = tl.constexpr(float("-inf"))
@@ -79,7 +79,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         q = rotate(q, rotations, -distance, PARTS, True)
     else:
         q = rotate(q, rotations, distance, PARTS)
-    key_row = batch_row * heads + head // HEADS_PER_KEY
+    key_row = cache_row(COUNTERS, batch, batch_row) * heads + head // HEADS_PER_KEY
     page = tl.cast(key_row, tl.int64) * capacity + slot
     base = BLOCKS + page * (2 * BLOCK * D)
     if item < K:

@@ -57,7 +57,7 @@ def attend_chunk(
             return decode(call, traced)
         pairs = find_pairs(call, select(call))
         if blocks.fetching:
-            blocks.require(pairs.count > 0)
+            blocks.require(needed_pages(call, pairs))
         lse = call.empty(*q.shape[:3], dtype=torch.float32)
         if blocks.pages is None:
             attend(call, pairs)
@@ -138,6 +138,15 @@ def find_pairs(call: Call, ages: Tensor) -> Pairs:
     return Pairs(ages, count, first, tiles, total, entries, logits, outputs, choice)
 
 
+def needed_pages(call: Call, pairs: Pairs) -> Tensor:
+    """Which of all pages queries have chosen, (pages,) bool."""
+    chosen = (pairs.count > 0).view(call.batch, -1)
+    if call.batch == call.blocks.blocks.shape[0]:
+        return chosen.flatten()
+    needed = chosen.new_zeros(call.blocks.blocks.shape[0], chosen.shape[1])
+    return needed.index_copy_(0, call.chunk.rows.long(), chosen).flatten()
+
+
 def attend(call: Call, pairs: Pairs) -> None:
     """Fill in the pairs' logits and outputs."""
     rotations = call.rotations
@@ -145,9 +154,9 @@ def attend(call: Call, pairs: Pairs) -> None:
         # Half the bytes: the tables are read for every pair, and round off less than 16-bit queries do.
         rotations = call.blocks.rotations.table(rotations[0].shape[0], call.q.device, torch.float16)
     attend_kernel[(pairs.tiles.shape[1], call.key_rows)](
-        call.q, call.blocks.blocks, call.pool, call.page_table, rotations, pairs.count, pairs.first, pairs.tiles,
-        pairs.total, pairs.entries, pairs.outputs, pairs.logits, strides(call.q), call.tokens, *call.ring,
-        pairs.entries.shape[1], pairs.tiles.shape[1], call.scaling, **call.heads_and_parts,
+        call.q, call.blocks.blocks, call.pool, call.page_table, call.chunk.counters, rotations, pairs.count,
+        pairs.first, pairs.tiles, pairs.total, pairs.entries, pairs.outputs, pairs.logits, strides(call.q), call.tokens,
+        *call.ring, pairs.entries.shape[1], pairs.tiles.shape[1], call.scaling, **call.heads_and_parts,
         D_PAD=call.dim_pad, K=call.top_k, BLOCK=call.settings.block_size, ROWS=pairs.choice.rows,
         COLS=pairs.choice.cols, PRECISION=call.precision, **pairs.choice.launch_options(),
     )  # fmt: skip
@@ -188,7 +197,7 @@ def attend_offloaded(call: Call, pairs: Pairs, lse: Tensor) -> Tensor:
     held = call.blocks.pages
     local_lse = torch.empty_like(lse)
     with _beside(call.q.device) as joined:
-        pages, frames, count = held.admit((pairs.count > 0).flatten())
+        pages, frames, count = held.admit(needed_pages(call, pairs))
         size = held.pool[0].numel()
         fetch_kernel[(held.frames,)](call.blocks.blocks, held.pool, pages, frames, count, SIZE=size, STEP=1024)
     out = merge(call, lse=local_lse)
@@ -224,7 +233,7 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
     outputs = call.empty(rows, items, call.dim, dtype=torch.float32)
     logits = call.empty(rows, items, dtype=torch.float32)
     out = empty_heads_last(call.q)
-    arrived = call.blocks.arrivals(call.batch * call.heads * STEP_TOKENS)
+    arrived = call.blocks.arrivals(call.blocks.blocks.shape[0] * call.heads * STEP_TOKENS)
     shape = *call.q.shape[:3], call.top_k
     chosen, shares = (call.empty(*shape), call.empty(*shape, dtype=torch.float32)) if traced else (None, None)
     decode_kernel[(items, rows)](

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..common.softmax import attend_block, before_blocks
 from ..common.tiles import FLOOR, load_tile
-from .parts import counts_of
+from .parts import cache_row, counts_of
 
 
 @triton.jit
@@ -94,7 +94,8 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE
         first_block = 0
         if (tail > 0) & (touched > 0):
             # The tail block and what the chunk adds to it lie in the cache.
-            page = (batch_row * heads + key_head) * capacity + blocks % capacity
+            row_of_cache = cache_row(COUNTERS, batch, head // (heads * HEADS_PER_KEY)).to(tl.int64)
+            page = (row_of_cache * heads + key_head) * capacity + blocks % capacity
             stored = BLOCKS + page * (2 * BLOCK * D)
             stored_keys = (stored, stored + BLOCK * D, D, D, tl.minimum(keys_left, BLOCK), col, dim)
             top, total, acc = attend_block(q, top, total, acc, stored_keys, 0, position, row, scaling, dropout, BLOCK,

@@ -20,6 +20,12 @@ def counts_of(COUNTERS, batch, row):
 
 
 @triton.jit
+def cache_row(COUNTERS, batch, row):
+    """Which row of the cache a row of the batch is."""
+    return tl.load(COUNTERS + 3 * batch + row)
+
+
+@triton.jit
 def query_rows(row, tokens, start, key_head, batch_row, q_strides, HEADS_PER_KEY: tl.constexpr):
     """Query rows (ROWS,) of one key head, counted head by head: (which are real, tokens, heads, offsets in Q)."""
     head = row // tokens

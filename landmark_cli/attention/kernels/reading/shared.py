@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import counts_of, query_rows
+from .parts import cache_row, counts_of, query_rows
 from .top_k import NO_SCORE, after, far_query, keep_best, landmark_scores
 
 
@@ -27,11 +27,12 @@ def normalizer_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as real and offset
     real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, HEADS_PER_KEY)
     q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
+    cache_key_row = cache_row(COUNTERS, batch, batch_row) * heads + key_row % heads
     column = tl.arange(0, COLS)  # (COLS,)
     top = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(tl.cdiv(cached, COLS)):
-        s = landmark_scores(q, LANDMARK_KEYS, rotations, 1 + tile * COLS, column, key_row, blocks, cached, near,
+        s = landmark_scores(q, LANDMARK_KEYS, rotations, 1 + tile * COLS, column, cache_key_row, blocks, cached, near,
                             capacity, one_key, scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
         new_top = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
@@ -56,7 +57,8 @@ def log_probability(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, LSE,
     real, _, _, offset = query_rows(row, tokens, start, key_head, batch_row, q_strides, HEADS_PER_KEY)
     real = real & (token < tokens)
     q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
-    s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, key_row, blocks, cached, near, capacity,
+    cache_key_row = cache_row(COUNTERS, batch, batch_row) * heads + key_head
+    s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near, capacity,
                         one_key, scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
     # (ROWS,)
     lse = tl.load(LSE + tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row, mask=real, other=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import counts_of, load_columns, load_parts, rotate, store_parts
+from .parts import cache_row, counts_of, load_columns, load_parts, rotate, store_parts
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity"])
@@ -27,7 +27,8 @@ def store_kernel(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, s
     position = tl.maximum(token - start + tail, 0)
     later = position // BLOCK
     offset = position % BLOCK
-    page = tl.cast(key_row, tl.int64) * capacity + (blocks + later) % capacity
+    cache_key_row = cache_row(COUNTERS, batch, batch_row) * heads + key_row % heads
+    page = tl.cast(cache_key_row, tl.int64) * capacity + (blocks + later) % capacity
 
     head = (key_row % heads).to(tl.int64)
     row = tl.cast(batch_row, tl.int64)

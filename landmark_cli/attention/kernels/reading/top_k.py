@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common.logits import logits_of
-from .parts import counts_of, dot, load_parts, query_rows, rotate, sum_products
+from .parts import cache_row, counts_of, dot, load_parts, query_rows, rotate, sum_products
 
 NO_SCORE = tl.constexpr(float("-inf"))
 
@@ -188,8 +188,9 @@ def select_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, 
     if LATER:
         last_score = tl.load(SCORES + out + first - 1, mask=in_range, other=0.0)
         last_age = tl.load(AGES + out + first - 1, mask=in_range, other=0)
-    scores, ages = best_blocks(q, LANDMARK_KEYS, rotations, key_row, blocks, cached, near, capacity, one_key, scaling,
-                               real, (last_score, last_age), column, PARTS, K, LATER, ABSOLUTE, EXACT,
+    cache_key_row = cache_row(COUNTERS, batch, batch_row) * heads + key_row % heads
+    scores, ages = best_blocks(q, LANDMARK_KEYS, rotations, cache_key_row, blocks, cached, near, capacity, one_key,
+                               scaling, real, (last_score, last_age), column, PARTS, K, LATER, ABSOLUTE, EXACT,
                                PRECISION)  # fmt: skip
     for j in tl.static_range(K):
         tl.store(AGES + out + first + j, tl.where(real, ages[j], 0), mask=in_range)
