@@ -93,7 +93,7 @@ CASES = [
     Case(16, 70, heads=4, key_heads=2, batch=2, softcap=1.5),
     Case(7, 40, batch=2, heads=4, key_heads=2, sinks=True),
     # So far out that a tangent is 1, and so far in that it is hardly bent.
-    Case(7, 40, scale=20.0, softcap=5.0),
+    Case(7, 40, scale=5.0, softcap=5.0),
     Case(7, 40, softcap=50.0, heads=2, sinks=True),
     Case(64, 20, dim=24, softcap=2.0, sinks=True),
     Case(16, 33, keys=97, heads=2, softcap=2.0, sinks=True),

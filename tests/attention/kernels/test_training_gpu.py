@@ -53,7 +53,7 @@ LARGE_CASES = [
     Case(64, 1500, dim=128, batch=2, heads=2, dropout_p=0.3, dropout_seed=2**50 + 1),
     Case(51, 1200, keys=1500, dim=128, heads=2, dropout_p=0.3, dropout_seed=-7, cu_seqlens=(0, 800, 1500)),
     # As Gemma 2 and GPT-OSS have them, and all together.
-    Case(64, 1500, dim=256, heads=4, key_heads=2, softcap=50.0, scale=0.5),
+    Case(64, 1500, dim=256, heads=4, key_heads=2, softcap=50.0),
     Case(64, 2100, dim=128, heads=4, key_heads=2, softcap=2.0),
     Case(64, 1900, dim=64, heads=8, key_heads=1, batch=2, sinks=True),
     Case(51, 2293, dim=128, heads=4, key_heads=2, softcap=2.0, sinks=True),
@@ -71,7 +71,7 @@ LARGE_EXACT_CASES = [
     Case(128, 700, dim=40, heads=2),
     Case(256, 700, dim=80, heads=2),
     Case(64, 300, keys=700, dim=64, batch=2, heads=2, start=(100, 450), dropout_p=0.3, dropout_seed=5),
-    Case(64, 900, dim=128, heads=4, key_heads=2, softcap=50.0, scale=0.5, sinks=True),
+    Case(64, 900, dim=128, heads=4, key_heads=2, softcap=50.0, sinks=True),
     Case(100, 700, dim=256, heads=2, softcap=2.0, sinks=True),
 ]
 
