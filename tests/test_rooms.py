@@ -25,7 +25,7 @@ TAKES = {
     "inference": {"attention", "data", "models"},
     "evaluation": {"data", "inference", "models"},
     "training": {"attention", "data", "models"},
-    "serving": {"inference"},
+    "serving": {"inference", "models"},
     "commands": {"data", "models", "inference", "evaluation", "training", "serving", "weight_diff"},
 }
 EXCEPTIONS = {

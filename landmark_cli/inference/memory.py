@@ -117,6 +117,12 @@ class Memory:
         return sum(part.nbytes for layer in self.layers for part in layer) + self.text.nbytes
 
     @property
+    def gpu(self) -> torch.device | None:
+        """Where tensors of it lie if not in host memory."""
+        parts = (part for layer in self.layers for part in layer)
+        return next((part.device for part in parts if isinstance(part, Tensor) and part.is_cuda), None)
+
+    @property
     def held_blocks(self) -> HeldBlocks | None:
         """Those of the first layer that has blocks; all have as many."""
         return next((of_layer for of_layer in self.layers if isinstance(of_layer, HeldBlocks)), None)
@@ -229,7 +235,7 @@ def take(reader: BlockReader, row: int = 0) -> Memory:
     cache = reader.cache
     if not reader.texts[row]:
         raise LandmarkError("nothing has been read yet, so there is no memory to keep")
-    text = torch.tensor(reader.texts[row], dtype=torch.int32)
+    text = torch.frombuffer(reader.texts[row], dtype=torch.int32).clone()
     name = reader.model.name_or_path or type(reader.model).__name__
     return Memory(about(reader), name, cache.host_blocks[row], cache.host_tail[row], cache.copy_of(row), text)
 

@@ -1,7 +1,8 @@
 """The engine: one reader whose rows are requests, each at its own pace, in a thread of its own.
 
 A round is a chunk of the prompts that are still to be read, then one token for every row that is answering, so a long
-prompt delays the answers of others by a chunk at a time.
+prompt delays the answers of others by a chunk at a time. Where more prompts are to be read than rows answer, as when
+many come at once, these go first, for a moment.
 """
 
 from __future__ import annotations
@@ -9,24 +10,32 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
 from landmark_cli.failures import describe
 from landmark_cli.inference import memory
-from landmark_cli.inference.generation import draw, end_tokens, logits_processors
-from landmark_cli.inference.readers import are_finite, has_landmarks, open_reader
-from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
+from landmark_cli.inference.generation import end_tokens
+from landmark_cli.inference.readers import has_landmarks, open_reader
+from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.inference.text import CONTEXT, TextStream
+from landmark_cli.models.device import to_device
 from landmark_cli.serving.memories import PrefixMemories
-from landmark_cli.serving.request import End, Request
+from landmark_cli.serving.request import End, Request, deliver
+from landmark_cli.serving.sampling import Row, Sampler
 
+# Pieces of text that are handed on in a second, of all answers together: the interpreter can make and send a few
+# thousand, and is needed for the tokens too.
+PIECES_PER_SECOND = 1000
+# Seconds for which those who answer wait while more prompts are read.
+PATIENCE = 0.1
 # Chunks that a request has to have read itself for its memory to be kept.
 WORTH_KEEPING = 2
 
@@ -36,6 +45,7 @@ class Watch(Protocol):
 
     def first_token(self, seconds: float) -> None: ...
     def ended(self, end: End, seconds: float) -> None: ...
+    def spent(self, part: str, seconds: float) -> None: ...
 
 
 class Full(Exception):
@@ -44,20 +54,6 @@ class Full(Exception):
 
 class Closing(Exception):
     """The server is being stopped and takes no more requests."""
-
-
-@dataclass
-class _Row:
-    """A request that has a row. left: what is still to be read of its prompt. logits: (vocabulary,) after all that was
-    read."""
-
-    request: Request
-    left: Tensor
-    reused: int
-    stream: TextStream
-    generator: torch.Generator
-    tokens: list[int] = field(default_factory=list)
-    logits: Tensor | None = None
 
 
 class Engine:
@@ -88,11 +84,16 @@ class Engine:
             memories.find(lambda found: memory.require_fit(self.reader, found))
         self.most_waiting = queue
         self._ends = set(end_tokens(model, tokenizer))
-        self._rows: list[_Row | None] = [None] * rows
+        self._rows: list[Row | None] = [None] * rows
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._processors: dict[tuple, LogitsProcessorList] = {}
+        self._sampler = Sampler(model, tokenizer)
+        # (rows, vocabulary), of which those are used whose rows answer.
+        self._logits: Tensor | None = None
+        self._has_read = False
+        self._leaving: list[tuple[Request, str | End | LandmarkError]] = []
+        self._answered = self._due = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="landmark-engine", daemon=True)
 
     @property
@@ -132,20 +133,29 @@ class Engine:
                 while not self._waiting and not self.running:
                     if self._closing:
                         return
-                    self._changed.wait()
+                    with self._timed("waiting"):
+                        self._changed.wait()
             try:
                 self._round()
             except Exception as error:
                 self._fail(error)
 
     def _round(self) -> None:
-        for index, row in enumerate(self._rows):
-            if row is not None and row.request.cancelled.is_set():
-                self._free(index)
-            if self._rows[index] is None:
-                self._admit(index)
-        self._read_chunk()
-        self._answer()
+        with self._timed("admitting"):
+            for index, row in enumerate(self._rows):
+                if row is not None and row.request.cancelled.is_set():
+                    self._free(index)
+                if self._rows[index] is None:
+                    self._admit(index)
+        rows = [row for row in self._rows if row is not None]
+        reading = sum(len(row.left) > 0 for row in rows)
+        if reading:
+            self._read_chunk()
+            reading = sum(len(row.left) > 0 for row in rows)
+        # Steps take about as long for few rows as for many, so as long as more prompts are to be read than rows answer,
+        # these wait for the others, but never long.
+        if reading <= len(rows) - reading or time.monotonic() - self._answered >= PATIENCE:
+            self._answer()
 
     def _admit(self, index: int) -> None:
         """Give a row to the request that has waited longest."""
@@ -156,7 +166,7 @@ class Engine:
                 request = None if first.cancelled.is_set() else first
         if request is None:
             return
-        row = self._rows[index] = _Row(
+        row = self._rows[index] = Row(
             request,
             torch.tensor(request.ids),
             0,
@@ -185,99 +195,106 @@ class Engine:
         """Read the next chunk of every prompt that is not read to its end."""
         size, none = self.reader.chunk, torch.empty(0, dtype=torch.long)
         texts = [none if row is None else row.left[:size] for row in self._rows]
-        if not any(map(len, texts)):
+        with self._timed("reading"):
+            (part,) = self.reader.read(texts, last_only=True)
+            self._has_read = True
+            read = []
+            for index, text in enumerate(texts):
+                if len(text):
+                    self._rows[index].left = self._rows[index].left[size:]
+                    if len(self._rows[index].left) == 0:
+                        read.append(index)
+            self._take_logits(read, part.logits[:, -1])
+        if self.memories is None:
             return
-        (part,) = self.reader.read(texts, last_only=True)
-        for index, (row, text) in enumerate(zip(self._rows, texts, strict=True)):
-            if not len(text):
-                continue
-            row.left = row.left[size:]
-            if len(row.left) == 0:
-                row.logits = part.logits[index, -1]
-            # Others go on from the end of a chunk, and layers with a sliding window from nowhere but the end of what is
-            # kept: so that is the end of the last whole chunk. What is not much longer than what it went on from is not
-            # worth as much memory as that again.
-            ends_here = len(text) == size > len(row.left)
-            if self.memories is not None and ends_here and len(row.request.ids) - row.reused >= WORTH_KEEPING * size:
-                self.memories.keep(memory.take(self.reader, index))
+        with self._timed("keeping"):
+            for index, text in enumerate(texts):
+                row = self._rows[index]
+                # Others go on from the end of a chunk, and layers with a sliding window from nowhere but the end of
+                # what is kept: so that is the end of the last whole chunk. What is not much longer than what it went on
+                # from is not worth as much memory as that again.
+                ends_here = row is not None and len(text) == size > len(row.left)
+                if ends_here and len(row.request.ids) - row.reused >= WORTH_KEEPING * size:
+                    self.memories.keep(memory.take(self.reader, index))
+
+    def _take_logits(self, rows: list[int], logits: Tensor) -> None:
+        """Take up these rows of logits (B, vocabulary), from which their next tokens are sampled."""
+        if self._logits is None:
+            self._logits = torch.zeros_like(logits)
+        if rows:
+            index = to_device(torch.tensor(rows), logits.device)
+            self._logits[index] = logits[index]
 
     def _answer(self) -> None:
-        """Sample a token of every row whose prompt is read, hand it on, and read it where the row goes on."""
-        ready = [index for index, row in enumerate(self._rows) if row is not None and row.logits is not None]
+        """Sample a token of every row whose prompt is read, read it where the row goes on, and hand it on: while the
+        device reads, for only what ends a row of itself is known before."""
+        ready = {index: row for index, row in enumerate(self._rows) if row is not None and len(row.left) == 0}
+        self._answered = time.monotonic()
         if not ready:
             return
-        tokens: list[int | None] = [None] * len(self._rows)
-        for index, token in zip(ready, self._sample(ready), strict=True):
-            if token is None:
-                self._refuse(index)
-            elif not self._hand_on(index, token):
-                tokens[index] = token
-        if any(token is not None for token in tokens):
-            logits = self.reader.step(tokens)
-            for index, token in enumerate(tokens):
+        with self._timed("reading" if self._has_read else "decoding"):
+            # The device is waited for, which then has done what was asked of it before.
+            drawn = self._sampler.sample(ready, self._logits)
+            self._has_read = False
+        with self._timed("decoding"):
+            going = [None] * len(self._rows)
+            for index, row in ready.items():
+                token = drawn[index]
                 if token is not None:
-                    self._rows[index].logits = logits[index]
+                    row.tokens.append(token)
+                    if not self._ended(row):
+                        going[index] = token
+            if any(token is not None for token in going):
+                self._logits = self.reader.step(going)
+        with self._timed("handing on"):
+            for index, row in ready.items():
+                if drawn[index] is None:
+                    self._refuse(index)
+                else:
+                    self._take_token(index, row, drawn[index])
+            self._hand_on()
 
-    def _sample(self, ready: list[int]) -> list[int | None]:
-        """The next token of each of these rows, None where its logits are not finite. Rows that sample alike do so
-        together, and the device is waited for once."""
-        rows = [self._rows[index] for index in ready]
-        logits = torch.stack([row.logits for row in rows]).float()
-        finite = are_finite(logits)
-        logits = torch.where(finite[:, None], logits, 0.0)
-        drawn = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
-        alike: dict[tuple, list[int]] = {}
-        for place, row in enumerate(rows):
-            chosen = row.request.sampling
-            key = chosen.temperature, chosen.top_p, chosen.top_k, chosen.repetition_penalty
-            # A repetition penalty looks at each row's own tokens; nothing else does.
-            alike.setdefault((*key, place if chosen.repetition_penalty != 1.0 else None), []).append(place)
-        for places in alike.values():
-            first = rows[places[0]]
-            sampling = first.request.sampling
-            seen = [first.request.ids + first.tokens] if sampling.repetition_penalty != 1.0 else [[]] * len(places)
-            scores = self._processors_of(sampling)(torch.tensor(seen, device=logits.device), logits[places])
-            if sampling.temperature == 0:
-                drawn[places] = scores.argmax(-1)
-            else:
-                drawn[places] = draw(scores, [rows[place].generator for place in places])
-        numbers = torch.stack([drawn, finite.long()]).tolist()
-        return [token if fine else None for token, fine in zip(*numbers, strict=True)]
+    def _ended(self, row: Row) -> bool:
+        """Whether a row ends with its newest token, whatever text that makes."""
+        return row.tokens[-1] in self._ends or len(row.tokens) >= row.request.sampling.max_new_tokens
 
-    def _processors_of(self, sampling: SamplingSettings) -> LogitsProcessorList:
-        key = sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty
-        if key not in self._processors:
-            if len(self._processors) > 1000:
-                self._processors.clear()
-            self._processors[key] = logits_processors(self.model, self.tokenizer, sampling)
-        return self._processors[key]
-
-    def _hand_on(self, index: int, token: int) -> bool:
-        """Give a token to whoever asked; returns whether the row has ended with it."""
-        row = self._rows[index]
-        request, row.logits = row.request, None
-        if not row.tokens and self.watch is not None:
-            self.watch.first_token(time.monotonic() - request.begun)
-        row.tokens.append(token)
-        ended = token in self._ends
-        piece = "" if ended else row.stream.add(token)
-        if piece:
-            request.send(piece)
-        full = len(row.tokens) >= request.sampling.max_new_tokens
-        if not (ended or full or row.stream.stopped):
-            return False
-        rest = row.stream.end()
-        if rest:
-            request.send(rest)
-        finish = "stop string" if row.stream.stopped else "end of text" if ended else "length"
-        self._end(index, End(finish, len(request.ids), row.reused, len(row.tokens)))
-        return True
-
-    def _end(self, index: int, end: End) -> None:
-        request = self._rows[index].request
-        request.send(end)
+    def _take_token(self, index: int, row: Row, token: int) -> None:
+        """Make text of a row's newest token, and end the row where it ends."""
+        if len(row.tokens) == 1 and self.watch is not None:
+            self.watch.first_token(time.monotonic() - row.request.begun)
+        if token not in self._ends:
+            row.unsent += row.stream.add(token)
+        if not (self._ended(row) or row.stream.stopped):
+            return
+        row.unsent += row.stream.end()
+        finish = "stop string" if row.stream.stopped else "end of text" if token in self._ends else "length"
+        end = End(finish, len(row.request.ids), row.reused, len(row.tokens))
+        self._leave(index, end)
         if self.watch is not None:
-            self.watch.ended(end, time.monotonic() - request.begun)
+            self.watch.ended(end, time.monotonic() - row.request.begun)
+
+    def _hand_on(self) -> None:
+        """Give texts to whoever asked: what ended and a first piece at once, else so many pieces a second as cost
+        little beside the tokens."""
+        now = time.monotonic()
+        due = now >= self._due
+        running = [row for row in self._rows if row is not None]
+        for row in running:
+            if row.unsent and (due or not row.begun):
+                self._leaving.append((row.request, row.unsent))
+                row.unsent, row.begun = "", True
+        if due:
+            self._due = now + sum(row.begun for row in running) / PIECES_PER_SECOND
+        if self._leaving:
+            leaving, self._leaving = self._leaving, []
+            deliver(leaving)
+
+    def _leave(self, index: int, last: End | LandmarkError) -> None:
+        """A row's request has its end, or is told why there is none, with the next that is handed on."""
+        row = self._rows[index]
+        if row.unsent:
+            self._leaving.append((row.request, row.unsent))
+        self._leaving.append((row.request, last))
         self._free(index)
 
     def _refuse(self, index: int) -> None:
@@ -285,8 +302,16 @@ class Engine:
         try:
             self.reader.require_finite(False)
         except LandmarkError as error:
-            self._rows[index].request.send(error)
-        self._free(index)
+            self._leave(index, error)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if self.watch is not None:
+                self.watch.spent(part, time.monotonic() - began)
 
     def _free(self, index: int) -> None:
         self.reader.forget(index)
@@ -296,8 +321,8 @@ class Engine:
         """Something went wrong that is nobody's fault: all rows are given up, and later requests start anew."""
         message = str(error) if isinstance(error, LandmarkError) else describe(error)
         warn(f"{self.running} requests failed: {message}")
-        for index, row in enumerate(self._rows):
-            if row is not None:
-                row.request.send(LandmarkError(message))
-                self._rows[index] = None
+        failed = LandmarkError(message)
+        deliver([*self._leaving, *((row.request, failed) for row in self._rows if row is not None)])
+        self._rows, self._leaving = [None] * len(self._rows), []
+        self._logits, self._has_read = None, False
         self.reader.reset()

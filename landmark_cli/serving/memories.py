@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,33 +15,52 @@ from torch import Tensor
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.memory import HeldBlocks, Memory, sha256_of
+from landmark_cli.inference.readers import free_memory
 from landmark_cli.inference.stored_blocks import cut
 
 SUFFIX = ".memory"
+# Of a GPU's free memory, what memories may take that wait to be copied to host memory.
+GPU_SHARE = 0.25
 
 
 @dataclass
 class _Entry:
-    """A memory in host memory, in a file, or on its way there. text: (tokens,) int32. chunk: of the reader."""
+    """A memory where its blocks lay, in host memory, in a file, or on its way there. text: (tokens,) int32. chunk: of
+    the reader. moving: to host memory."""
 
     text: Tensor
     chunk: int
     memory: Memory | None
     path: Path | None = None
+    moving: Future | None = None
     writing: Future | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory, as long as it is no file's."""
+        held = self.memory
+        return 0 if held is None else held.nbytes
+
+    @cached_property
+    def beginning(self) -> bytes:
+        """The text's first chunk."""
+        return self.text[: self.chunk].numpy().tobytes()
 
 
 class PrefixMemories:
     """Memories by their texts. Those used least lately leave once all together have more than `budget` bytes: to files
     in `directory`, or for good where there is none.
 
-    Only the engine's thread calls this; files are written by a thread of their own.
+    Only the engine's thread calls this. It does not wait while a memory is copied from a GPU to host memory, which
+    takes as long as many tokens of all rows, or written to a file: both have a thread of their own.
     """
 
     def __init__(self, budget: int, directory: Path | None = None) -> None:
         self.budget, self.directory = budget, directory
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._writer = ThreadPoolExecutor(1, "landmark-memories")
+        self._mover, self._writer = (ThreadPoolExecutor(1, f"landmark-{name}") for name in ("copies", "memories"))
+        self._moving: deque[_Entry] = deque()
+        self._stream: torch.cuda.Stream | None = None
 
     def find(self, check: Callable[[Memory], None]) -> None:
         """Take in what the directory holds from before. check: raises LandmarkError for what does not fit the reader;
@@ -57,8 +77,8 @@ class PrefixMemories:
 
     @property
     def nbytes(self) -> int:
-        """What is held in host memory."""
-        return sum(held.nbytes for entry in self._entries.values() if (held := entry.memory) is not None)
+        """What is held in host memory, or on its way there."""
+        return sum(entry.nbytes for entry in list(self._entries.values()))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -71,7 +91,12 @@ class PrefixMemories:
         As chunks are cut where they would be without it, what is read after it is the same, too.
         """
         text = torch.tensor(ids[:-1], dtype=torch.int32)
-        found = [(_common(text, entry.text) // entry.chunk * entry.chunk, key) for key, entry in self._entries.items()]
+        content = text.numpy().tobytes()
+        found = [
+            (_common(text, entry.text) // entry.chunk * entry.chunk, key)
+            for key, entry in self._entries.items()
+            if content.startswith(entry.beginning)
+        ]
         for length, key in sorted(found, reverse=True):
             if length == 0:
                 return None
@@ -79,7 +104,7 @@ class PrefixMemories:
             try:
                 held = entry.memory
                 if held is None and entry.path is None:
-                    raise LandmarkError("it could not be written to --memory-dir")
+                    raise LandmarkError("it could not be copied to host memory, or written to --memory-dir")
                 memory = beginning(held or Memory.open(entry.path, "--memory-dir"), length)
             except LandmarkError:
                 del self._entries[key]
@@ -91,18 +116,18 @@ class PrefixMemories:
 
     def keep(self, memory: Memory) -> None:
         """Hold a memory. It replaces those of which its text is a continuation."""
-        layers = [type(of_layer)(*(part.cpu() for part in of_layer)) for of_layer in memory.layers]
-        memory = replace(memory, layers=layers)
+        content = memory.text.numpy().tobytes()
         for key, entry in list(self._entries.items()):
-            if len(entry.text) <= len(memory.text) and _common(entry.text, memory.text) == len(entry.text):
+            if content.startswith(entry.beginning) and _common(entry.text, memory.text) == len(entry.text):
                 self._forget(key)
-        self._entries[sha256_of(memory.text)] = _Entry(memory.text, memory.about.chunk, memory)
+        self._entries[sha256_of(memory.text)] = kept = _Entry(memory.text, memory.about.chunk, memory)
+        self._move(kept)
         held = self.nbytes
         for key, entry in list(self._entries.items()):
             if held <= self.budget:
                 break
-            if (memory := entry.memory) is not None:
-                held -= memory.nbytes
+            if (size := entry.nbytes) > 0:
+                held -= size
                 self._leave(key, entry)
 
     def close(self) -> None:
@@ -110,17 +135,57 @@ class PrefixMemories:
         for key, entry in list(self._entries.items()):
             if entry.memory is not None:
                 self._leave(key, entry)
+        self._mover.shutdown()
         self._writer.shutdown()
+
+    def _move(self, entry: _Entry) -> None:
+        """Have a memory that lies in a GPU's memory copied to host memory, behind those that wait for that. As many
+        wait as have room."""
+        device = entry.memory.gpu
+        if device is None:
+            return
+        there = torch.cuda.Event()
+        there.record(torch.cuda.current_stream(device))
+        entry.moving = self._mover.submit(self._copy, entry, device, there)
+        self._moving.append(entry)
+        while self._moving and (
+            self._moving[0].moving.done() or sum(each.nbytes for each in self._moving) > GPU_SHARE * free_memory(device)
+        ):
+            self._moving.popleft().moving.result()
+
+    def _copy(self, entry: _Entry, device: torch.device, there: torch.cuda.Event) -> None:
+        memory = entry.memory
+        if memory is None:
+            # It has left already.
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        try:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(there)
+                layers = [type(of_layer)(*map(_on_host, of_layer)) for of_layer in memory.layers]
+        except RuntimeError as error:
+            warn(f"a memory is not kept: {str(error).splitlines()[0]}")
+            entry.memory = None
+            return
+        if entry.memory is not None:
+            entry.memory = replace(memory, layers=layers)
 
     def _leave(self, key: str, entry: _Entry) -> None:
         if self.directory is None:
             del self._entries[key]
+            entry.memory = None
             return
         if entry.writing is None:
             entry.path = self.directory / f"{key[:32]}{SUFFIX}"
             entry.writing = self._writer.submit(self._write, entry)
 
     def _write(self, entry: _Entry) -> None:
+        if entry.moving is not None:
+            entry.moving.result()
+        if entry.memory is None:
+            entry.path = None
+            return
         try:
             entry.memory.save(entry.path, "--memory-dir")
         except LandmarkError as error:
@@ -131,6 +196,8 @@ class PrefixMemories:
 
     def _forget(self, key: str) -> None:
         entry = self._entries.pop(key)
+        if entry.writing is None:
+            entry.memory = None
         if entry.path is not None:
 
             def remove() -> None:
@@ -171,6 +238,17 @@ def beginning(memory: Memory, tokens: int) -> Memory | None:
         landmark_keys[:, -1] = 0
         layers.append(HeldBlocks(of_layer, landmark_keys))
     return replace(memory, blocks=blocks, tail=tail, layers=layers, text=memory.text[:tokens], path=None)
+
+
+def _on_host(part: Tensor) -> Tensor:
+    """A copy of what lies in a GPU's memory, over pinned memory, which is used again for the next: the driver then does
+    not hold up others while it copies."""
+    if not part.is_cuda:
+        return part
+    pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+    pinned.copy_(part, non_blocking=True)
+    torch.cuda.current_stream(part.device).synchronize()
+    return pinned.clone()
 
 
 def _common(a: Tensor, b: Tensor) -> int:

@@ -24,6 +24,9 @@ class Metrics:
         self.generated_tokens = Counter("generated_tokens", "Tokens generated.", **of)
         self.first = Histogram("time_to_first_token_seconds", "From request to first token.", buckets=SECONDS, **of)
         self.whole = Histogram("request_seconds", "From request to the end of its answer.", buckets=SECONDS, **of)
+        self.seconds = Counter(
+            "engine_seconds", "Where the engine's time went, waiting for the device included.", ["part"], **of
+        )
         self._gauges = {
             name: Gauge(name, about, **of)
             for name, about in (
@@ -50,6 +53,9 @@ class Metrics:
         self.reused_tokens.inc(end.reused)
         self.generated_tokens.inc(end.tokens)
         self.whole.observe(seconds)
+
+    def spent(self, part: str, seconds: float) -> None:
+        self.seconds.labels(part).inc(seconds)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,14 +38,6 @@ class Request:
         """Nobody waits for the answer any more. May be called again, and after the end."""
         self.cancelled.set()
 
-    def send(self, event: str | End | LandmarkError) -> None:
-        """A piece of text, the end, or why there is none; from the engine's thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:
-            # The loop has been closed: the server was stopped at once.
-            self.cancel()
-
     async def answer(self) -> AsyncIterator[str | End]:
         """Pieces of text as they come, then the end. Leaving before that gives the row to another request.
 
@@ -61,3 +53,23 @@ class Request:
                     return
         finally:
             self.cancel()
+
+
+def deliver(events: Sequence[tuple[Request, str | End | LandmarkError]]) -> None:
+    """Pieces of texts, ends, and why there is no answer: from the engine's thread, all at once, for what an event loop
+    is asked for from outside wakes it up."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Request, str | End | LandmarkError]]] = {}
+    for request, event in events:
+        by_loop.setdefault(request.loop, []).append((request, event))
+    for loop, theirs in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put, theirs)
+        except RuntimeError:
+            # The loop has been closed: the server was stopped at once.
+            for request, _ in theirs:
+                request.cancel()
+
+
+def _put(events: Sequence[tuple[Request, str | End | LandmarkError]]) -> None:
+    for request, event in events:
+        request.events.put_nowait(event)

@@ -207,6 +207,14 @@ class LayerBlocks:
 
     def copy_of(self, row: int, first: int, last: int) -> HeldBlocks:
         """Copies of the blocks numbered first .. last of a row, each where it lies."""
+        if self.blocks.is_pinned():
+            # The GPU may still be writing what the host is about to copy.
+            torch.cuda.synchronize(self.landmark_keys.device)
+        begin, count = first % self.capacity, last + 1 - first
+        if begin + count <= self.capacity and not self.fetching:
+            # Without an index, which the device would have to be waited for to get.
+            here = slice(begin, begin + count)
+            return HeldBlocks(self.blocks[row, :, here].clone(), self.landmark_keys[row, :, here].clone())
         slots = torch.arange(first, last + 1) % self.capacity
         if self.fetching:
             needed = torch.zeros_like(self._absent.mask)
