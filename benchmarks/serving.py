@@ -3,12 +3,18 @@
     python benchmarks/serving.py --output benchmarks/results/serving-MACHINE.md
     python benchmarks/serving.py --model runs/pg19-landmark --clients 64 --prompt-tokens 2048 --new-tokens 128
 
-Each client is a thread with the real openai client that streams one answer after another, none of which may begin like
-an earlier one (so no memory is reused). Every client asks the same number of times, so the test ends by itself. Without
---model, a model of the demo's shape with random weights: speed does not depend on what they say.
+Each client (benchmarks/serving_clients.py) is a thread with the real openai client that streams one answer after
+another, none of which may begin like an earlier one (so no memory is reused). Every client asks the same number of
+times, so the test ends by itself; all begin together. Without --model, a model of the demo's shape with random weights:
+speed does not depend on what they say.
+
+Of where the time went the table says: of the server's engine the seconds of each part of its work, those in which it
+waited for the device included ("waiting": there was nothing to do), and the processor's of the thread that talks to
+clients, which shares an interpreter with it.
 """
 
 import argparse
+import json
 import os
 import re
 import statistics
@@ -17,18 +23,16 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import urllib.request
 from pathlib import Path
 
-import openai
 import torch
+from serving_clients import prompt
 from transformers.utils import logging
 
 import landmark_cli
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
-
-WORDS = "the of and to in that was his he it with is for as had you not be her on at by which have or from this him but"
 
 
 def main() -> None:
@@ -67,13 +71,6 @@ def demo_shape(directory: Path) -> Path:
     return directory
 
 
-def prompt(number: int, tokens: int) -> str:
-    """A text of about so many tokens that begins like no other."""
-    words = WORDS.split()
-    chosen = torch.randint(len(words), (tokens - 2,), generator=torch.Generator().manual_seed(number)).tolist()
-    return f"{number} " + " ".join(words[index] for index in chosen)
-
-
 def offline_rate(model, tokenizer, options) -> float:
     """New tokens a second of one batch, reading included."""
     prompts = [prompt(10_000 + number, options.prompt_tokens) for number in range(options.clients)]
@@ -86,54 +83,62 @@ def offline_rate(model, tokenizer, options) -> float:
     return max(rates)
 
 
-def served(path, options) -> tuple[list[tuple[float, float, int]], float, int]:
-    """For every answer seconds to its first piece, seconds in all and tokens; seconds of the whole test; errors."""
+def served(path, options) -> tuple[list[tuple[float, float, int]], float, int, dict[str, float]]:
+    """For every answer seconds to its first piece, seconds in all and tokens; seconds of the whole test; errors; and
+    where the server's time went."""
     command = [sys.executable, "-m", "landmark_cli", "serve", "--model", str(path), "--device", options.device]
     command += ["--rows", str(options.clients), "--port", "0", "--name", "model"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"LANDMARK_API_KEY": "key"})
     try:
         url = next(found[1] for line in server.stderr if (found := re.search(r"at (http://\S+)", line)))
         threading.Thread(target=server.stderr.read, daemon=True).start()
-        ask(url, [99_999], options)
-        began = time.monotonic()
-        with ThreadPoolExecutor(options.clients) as pool:
-            numbers = [range(client * options.times, (client + 1) * options.times) for client in range(options.clients)]
-            each = list(pool.map(lambda mine: ask(url, mine, options), numbers))
-        took = time.monotonic() - began
+        for number in range(2):
+            ask_all([clients(url, 10**6 + number, 1, 1, options)])
+        share = -(-options.clients // max(1, min(options.clients, os.cpu_count() // 2)))
+        firsts = range(0, options.clients, share)
+        started = [clients(url, first, min(share, options.clients - first), options.times, options) for first in firsts]
+        before, began = spent(url), time.monotonic()
+        answers = ask_all(started)
+        took, after = time.monotonic() - began, spent(url)
     finally:
         server.terminate()
         server.wait(timeout=60)
-    answers = [answer for client in each for answer in client]
-    return [answer for answer in answers if answer is not None], took, answers.count(None)
+    parts = {part: after[part] - before.get(part, 0.0) for part in after}
+    return [answer for answer in answers if answer is not None], took, answers.count(None), parts
 
 
-def ask(url: str, numbers, options) -> list[tuple[float, float, int] | None]:
-    """One client's answers, one after another; None for one that failed."""
-    client = openai.OpenAI(base_url=url, api_key="key", max_retries=0, timeout=600)
-    answers = []
-    for number in numbers:
-        began, first = time.monotonic(), None
-        settings = {"max_tokens": options.new_tokens, "temperature": 0, "stream": True}
-        try:
-            stream = client.completions.create(
-                model="model",
-                prompt=prompt(number, options.prompt_tokens),
-                stream_options={"include_usage": True},
-                **settings,
-            )
-            for event in stream:
-                if first is None:
-                    first = time.monotonic() - began
-                if event.usage:
-                    tokens = event.usage.completion_tokens
-            answers.append((first, time.monotonic() - began, tokens))
-        except openai.OpenAIError as error:
-            print(error, file=sys.stderr)
-            answers.append(None)
-    return answers
+def clients(url: str, first: int, count: int, times: int, options) -> subprocess.Popen:
+    """A process with `count` clients, who are ready to ask."""
+    sizes = "--prompt-tokens", str(options.prompt_tokens), "--new-tokens", str(options.new_tokens)
+    who = "--first", str(first), "--clients", str(count), "--times", str(times)
+    script = str(Path(__file__).with_name("serving_clients.py"))
+    pipe = subprocess.PIPE
+    started = subprocess.Popen([sys.executable, script, "--url", url, *who, *sizes], stdin=pipe, stdout=pipe, text=True)
+    started.stdout.readline()
+    return started
 
 
-def table(options, offline: float, answers: list[tuple[float, float, int]], took: float, errors: int) -> list[str]:
+def ask_all(started: list[subprocess.Popen]) -> list[tuple[float, float, int] | None]:
+    """Have all of these clients ask at once; their answers."""
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return [answer for process in started for answer in json.loads(process.communicate()[0])]
+
+
+def spent(url: str) -> dict[str, float]:
+    """Seconds by what they were spent on, as the server counts them."""
+    asked = urllib.request.Request(url.removesuffix("v1") + "metrics", headers={"Authorization": "Bearer key"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^landmark_engine_seconds_total\{part="(.+)"\} (\S+)$', text, re.MULTILINE)
+    found += [("clients", value) for value in re.findall(r"^landmark_http_cpu_seconds (\S+)$", text, re.MULTILINE)]
+    return {part: float(value) for part, value in found}
+
+
+def table(
+    options, offline: float, answers: list[tuple[float, float, int]], took: float, errors: int, parts: dict[str, float]
+) -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.device != "cpu" else "CPU"
     firsts = sorted(first for first, _, _ in answers)
     rate = sum(tokens for _, _, tokens in answers) / took
@@ -153,6 +158,9 @@ def table(options, offline: float, answers: list[tuple[float, float, int]], took
         f"| served / offline | {rate / offline:.2f} |",
         f"| time to first token, median | {statistics.median(firsts):.2f} s |",
         f"| time to first token, 95th percentile | {firsts[int(0.95 * (len(firsts) - 1))]:.2f} s |",
+        f"| the whole test | {took:.2f} s |",
+        *(f"| the engine: {part} | {seconds:.2f} s |" for part, seconds in parts.items() if part != "clients"),
+        f"| the clients' thread, processor time | {parts['clients']:.2f} s |",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ GIB = 2**30
 # What many small models answer to where nobody says how much.
 NEW_TOKENS = 4096
 LOOK_SECONDS = 0.1
+# After how long a thread that runs Python has to let another one do so. The engine's lets others whenever it calls the
+# device, a thousand times a second, and would wait ten times as long each time by default.
+SWITCH_SECONDS = 5e-4
 
 
 @dataclass
@@ -111,6 +115,7 @@ def run(options: ServeOptions) -> int:
         limits = Limits(options.max_prompt_tokens, options.max_new_tokens, key)
         called = options.name or Path(name).name
         app = build_app(Service(engine, tokenizer, called, limits, template), metrics)
+        sys.setswitchinterval(SWITCH_SECONDS)
         engine.start()
         with interrupts("finishing what was asked") as asked:
             host, port = listening.getsockname()[:2]

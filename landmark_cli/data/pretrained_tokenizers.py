@@ -80,13 +80,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = Tru
     end of text, is left out: the model goes on there. begins: False for a text that goes on from another one, in front
     of which nothing is put.
     """
+    return prompts_ids(tokenizer, [text], begins)[0]
+
+
+def prompts_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begins: bool = True) -> list[list[int]]:
+    """The ids of each of several texts, as `prompt_ids` gives them; the tokenizers library works on them side by
+    side."""
     begin = begin_ids(tokenizer)
     with encoding_by(tokenizer.name_or_path):
-        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, **WHOLE)
-    start = 0
-    while begin and ids[start : start + len(begin)] == begin:
-        start += len(begin)
-    return [*begin, *ids[start:]] if begins else ids[start:]
+        rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=False, **WHOLE)["input_ids"]
+    found = []
+    for ids in rows:
+        start = 0
+        while begin and ids[start : start + len(begin)] == begin:
+            start += len(begin)
+        found.append([*begin, *ids[start:]] if begins else ids[start:])
+    return found
 
 
 def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

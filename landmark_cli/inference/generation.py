@@ -29,7 +29,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from landmark_cli.console import progress
-from landmark_cli.data.pretrained_tokenizers import prompt_ids
+from landmark_cli.data.pretrained_tokenizers import prompt_ids, prompts_ids
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.chat import ChatTemplate
 from landmark_cli.inference.readers import BaseReader, are_finite, open_reader
@@ -311,12 +311,20 @@ def encode_prompt(
         message = [{"role": "user", "content": prompt}]
         with closing(ChatTemplate(tokenizer)) as template:
             prompt = template.render(message, add_generation_prompt=True)
-    ids = prompt_ids(tokenizer, prompt, begins=not goes_on)
-    if ids:
-        return ids
     if goes_on:
-        raise UsageError("the prompt is empty: give some text that goes on from what was read")
+        ids = prompt_ids(tokenizer, prompt, begins=False)
+        if not ids:
+            raise UsageError("the prompt is empty: give some text that goes on from what was read")
+        return ids
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of each of several prompts, as `encode_prompt` gives them."""
+    encoded = prompts_ids(tokenizer, prompts)
+    if all(encoded):
+        return encoded
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise LandmarkError("the prompt is empty, and this tokenizer has no token to begin a text with; give some text")
-    return [begin]
+    return [ids or [begin] for ids in encoded]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from landmark_cli.console import counted
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.chat import ChatTemplate
-from landmark_cli.inference.generation import encode_prompt
+from landmark_cli.serving.encoding import Encoder
 from landmark_cli.serving.engine import Closing, Engine, Full
 from landmark_cli.serving.metrics import Metrics
 from landmark_cli.serving.protocol import Answers, Asked, ChatAsked, CompletionAsked, Refused
@@ -52,9 +52,10 @@ class Service:
         limits: Limits,
         template: ChatTemplate | None,
     ) -> None:
-        self.engine, self.tokenizer, self.name, self.limits, self.template = engine, tokenizer, name, limits, template
-        # Neither a template's process nor a tokenizer is for several threads at once.
-        self._one_text = asyncio.Lock()
+        self.engine, self.name, self.limits, self.template = engine, name, limits, template
+        self.encoder = Encoder(tokenizer)
+        # A template's process is not for several threads at once.
+        self._one_chat = asyncio.Lock()
 
     def models(self) -> dict[str, Any]:
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "landmark"}
@@ -65,14 +66,14 @@ class Service:
         prompts = asked.prompts()
         if not prompts:
             raise Refused(400, "prompt: there is none", param="prompt")
-        return await self._answer(asked, http, [await self._ids(prompt) for prompt in prompts], chat=False)
+        return await self._answer(asked, http, await asyncio.gather(*map(self._ids, prompts)), chat=False)
 
     async def chat(self, asked: ChatAsked, http: HttpRequest) -> Response:
         self._check(asked)
         if self.template is None:
             raise Refused(400, f"{self.name} has no chat template: use /v1/completions", param="messages")
         messages = [message.plain() for message in asked.messages]
-        async with self._one_text:
+        async with self._one_chat:
             try:
                 text = await asyncio.to_thread(self.template.render, messages, add_generation_prompt=True)
             except LandmarkError as error:
@@ -92,12 +93,10 @@ class Service:
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         ids = prompt
         if isinstance(prompt, str):
-            # In a thread: a long text would hold up everybody's streams.
-            async with self._one_text:
-                try:
-                    ids = await asyncio.to_thread(encode_prompt, self.tokenizer, prompt)
-                except LandmarkError as error:
-                    raise Refused(400, str(error), param="prompt") from None
+            try:
+                ids = await self.encoder.ids(prompt)
+            except LandmarkError as error:
+                raise Refused(400, str(error), param="prompt") from None
         config, most = self.engine.model.config, self.limits.max_prompt_tokens
         if len(ids) > most:
             message = f"the prompt has {counted(len(ids), 'token')}; at most {most} are served"
@@ -149,6 +148,38 @@ async def _whole(request: Request) -> tuple[str, End]:
 async def _stream(requests: list[Request], answers: Answers, with_usage: int | None) -> AsyncIterator[str]:
     """Server-sent events: pieces of all answers as they come. with_usage: the number of prompts, where a last event is
     to say what was used."""
+    ends: dict[int, End] = {}
+    begun: set[int] = set()
+    try:
+        async with aclosing(_side_by_side(requests)) as events:
+            async for index, event in events:
+                first = index not in begun
+                begun.add(index)
+                if isinstance(event, End):
+                    ends[index] = event
+                    yield _event(answers.piece(index, None, event, first=first))
+                else:
+                    yield _event(answers.piece(index, event, first=first))
+        if with_usage is not None:
+            yield _event(answers.usage_piece([ends[index] for index in range(len(requests))], with_usage))
+        yield "data: [DONE]\n\n"
+    except LandmarkError as error:
+        yield _event(Refused(500, str(error)).body())
+    finally:
+        # A client that goes away ends this generator, and with it the rows of its requests.
+        for request in requests:
+            request.cancel()
+
+
+async def _side_by_side(requests: list[Request]) -> AsyncIterator[tuple[int, str | End]]:
+    """Pieces and ends of all answers as they come, each with the number of its request. Raises LandmarkError where one
+    of them has no answer."""
+    if len(requests) == 1:
+        # Without a task and a queue of its own, which every piece would have to go through.
+        async with aclosing(requests[0].answer()) as answer:
+            async for event in answer:
+                yield 0, event
+        return
     merged: asyncio.Queue = asyncio.Queue()
 
     async def forward(index: int, request: Request) -> None:
@@ -160,28 +191,15 @@ async def _stream(requests: list[Request], answers: Answers, with_usage: int | N
             merged.put_nowait((index, error))
 
     tasks = [asyncio.create_task(forward(index, request)) for index, request in enumerate(requests)]
-    ends: dict[int, End] = {}
-    begun: set[int] = set()
+    going = len(requests)
     try:
-        while len(ends) < len(requests):
+        while going:
             index, event = await merged.get()
             if isinstance(event, LandmarkError):
-                yield _event(Refused(500, str(event)).body())
-                return
-            first = index not in begun
-            begun.add(index)
-            if isinstance(event, End):
-                ends[index] = event
-                yield _event(answers.piece(index, None, event, first=first))
-            else:
-                yield _event(answers.piece(index, event, first=first))
-        if with_usage is not None:
-            yield _event(answers.usage_piece([ends[index] for index in range(len(requests))], with_usage))
-        yield "data: [DONE]\n\n"
+                raise event
+            going -= isinstance(event, End)
+            yield index, event
     finally:
-        # A client that goes away ends this generator, and with it the rows of its requests.
-        for request in requests:
-            request.cancel()
         for task in tasks:
             task.cancel()
 

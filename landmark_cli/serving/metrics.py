@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from landmark_cli.serving.engine import Engine
@@ -33,8 +35,11 @@ class Metrics:
                 ("running", "Requests that have a row."),
                 ("waiting", "Requests that wait for one."),
                 ("memory_bytes", "Memories of prompts, in host memory."),
+                ("http_cpu_seconds", "Processor time of the thread that talks to clients."),
             )
         }
+        # That thread is the one that asks for the figures.
+        self._gauges["http_cpu_seconds"].set_function(time.thread_time)
 
     def follow(self, engine: Engine) -> None:
         """Take the gauges from an engine, whenever somebody asks."""
