@@ -315,7 +315,7 @@ class BlockReader(BaseReader):
             # It tells of the rows by their places.
             return list(range(self.batch))
         rows = [row for row, text in enumerate(texts) if len(text)]
-        if self.forward.records(len(rows) * stream_length(self.chunk, self.landmark_freq)):
+        if self.forward.records(len(rows), stream_length(self.chunk, self.landmark_freq)):
             step = max(1, self.batch // MOST_BATCHES)
             resting = [row for row, text in enumerate(texts) if len(text) == 0]
             rows = sorted(rows + resting[: -len(rows) % step])

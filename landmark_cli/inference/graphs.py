@@ -80,12 +80,16 @@ class ChunkForward:
 
     A kind is what decides which kernels run on which shapes: the chunk's width, how many positions give logits, whether
     there are blocks to retrieve and, for long chunks, how many, roughly.
+
+    steps_alone: set it where chunks of text hardly ever come twice with as many rows of the same width, as those of a
+    server's prompts: recording takes as long as reading dozens of them.
     """
 
     def __init__(self, model: PreTrainedModel, cache: BlockCache):
         self.model, self.cache, self.record = model, cache, CudaGraph
         self.recording = cache.device.type == "cuda" and len(set(getattr(model, "hf_device_map", {}).values())) < 2
         self._parameters = weight_count(model)
+        self.steps_alone = False
         self._recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self._seen: set[tuple] = set()
         self._fetching = 0
@@ -103,7 +107,7 @@ class ChunkForward:
         Returns (B, n, vocabulary), which the next chunk may overwrite.
         """
         rows = range(self.cache.batch) if rows is None else rows
-        if not self.records(ids.numel()):
+        if not self.records(*ids.shape):
             return self._read(ids, lengths, kept, rows)
         if self.cache.fetching:
             # The host fetches what a layer has chosen, which cannot be recorded.
@@ -136,9 +140,11 @@ class ChunkForward:
         self.cache.advance(lengths)
         return recorded.graph.output
 
-    def records(self, tokens: int) -> bool:
-        """Whether graphs are recorded for chunks of so many tokens, padding included, of all rows together."""
-        return self.recording and tokens * self._parameters <= MOST_WORK
+    def records(self, rows: int, width: int) -> bool:
+        """Whether graphs are recorded for chunks of so many rows of so many tokens, padding included."""
+        if not self.recording or (self.steps_alone and width > STEP_WIDTH):
+            return False
+        return rows * width * self._parameters <= MOST_WORK
 
     @torch.no_grad()
     def passage(
@@ -163,7 +169,7 @@ class ChunkForward:
         have still to be fetched, nothing is done."""
         for width, columns in widths:
             ids, kept = torch.zeros(self.cache.batch, width, dtype=torch.long), torch.tensor(columns)
-            if not self.records(ids.numel()) or self.cache.fetching:
+            if not self.records(*ids.shape) or self.cache.fetching:
                 return
             lengths, rows = [width] * self.cache.batch, range(self.cache.batch)
             self.cache.reserve(lengths)

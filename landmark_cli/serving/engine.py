@@ -80,6 +80,7 @@ class Engine:
             raise LandmarkError(f"{model.name_or_path} has no landmarks: rows of a server read through a block cache")
         self.model, self.tokenizer, self.memories, self.watch = model, tokenizer, memories, watch
         self.reader = open_reader(model, reading, batch=rows)
+        self.reader.forward.steps_alone = True
         if memories is not None:
             memories.find(lambda found: memory.require_fit(self.reader, found))
         self.most_waiting = queue

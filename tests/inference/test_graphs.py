@@ -10,6 +10,8 @@ from landmark_cli.attention.cache import Trace
 from landmark_cli.inference import graphs
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
+from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.serving.engine import Engine
 from tests.closeness import assert_close_norm
 from tests.tiny import tiny_llama, tiny_model, tiny_text
 
@@ -133,6 +135,19 @@ def test_graphs_of_steps_are_the_last_to_go(by_definition, monkeypatch):
     list(reader.read([tiny_text(80)], last_only=True))
     assert [kind[0] for kind in reader.forward._recorded if kind[0] > 2] == [10]
     assert {kind[:2] for kind in reader.forward._recorded} >= {(1, 1), (2, 1)}
+
+
+def test_a_server_records_steps_alone():
+    """Each of its prompts is a chunk of another width, and recording would hold up everybody's tokens."""
+    plain = BlockReader(tiny_model(), batch=2).forward
+    server = Engine(tiny_model(), None, ReadingSettings(), rows=2, queue=0).reader.forward
+    for forward in (plain, server):
+        assert not forward.records(2, 1)
+        forward.recording = True
+    assert [[forward.records(2, width) for width in (1, 2, 3)] for forward in (plain, server)] == [
+        [True, True, True],
+        [True, True, False],
+    ]
 
 
 @pytest.mark.parametrize("backend", ["eager", "blockwise"])
