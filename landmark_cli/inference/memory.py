@@ -258,7 +258,7 @@ def recall(reader: BlockReader, paths: Sequence[str | Path], row: int = 0, what:
     Raises LandmarkError where they cannot be read, UsageError naming what does not fit the reader.
     """
     files = tuple(_identity(path, what) for path in paths)
-    before, memory = reader.recalled.pop(row, ((), None))
+    before, memory = reader.recalled.pop(row, (None, None))
     if before != files:
         opened = [Memory.open(path, what) for path in paths]
         for each in opened:

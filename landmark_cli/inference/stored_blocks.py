@@ -26,8 +26,8 @@ from landmark_cli.files import parse_json, reading
 # Reads and sums let go of Python's global lock, so they go side by side; few blocks are not worth the threads.
 THREADS = 8
 FEW = 64
-# Blocks that are added up at a time, since what is worked out on the way takes as much memory again.
-SUMMED = {"cpu": 64, "cuda": 4096}
+# Blocks that a GPU adds up at a time, for what is worked out on the way takes as much memory again. A host takes few.
+MANY = 4096
 HOST = torch.device("cpu")
 
 
@@ -171,25 +171,26 @@ def checksums_of(blocks: Tensor) -> Tensor:
     """
     words = blocks.reshape(-1, blocks.shape[-3:].numel()).view(torch.int64)
     sums = torch.empty(len(words), dtype=torch.int64, device=words.device)
-    weights, piece = _weights(words.shape[1], words.device), SUMMED[words.device.type]
+    on_host = words.device.type == "cpu"
+    weights, piece = _weights(words.shape[1], words.device), FEW if on_host else MANY
 
     def add_up(indices: range) -> None:
         for begin in range(indices.start, indices.stop, piece):
             part = words[begin : min(begin + piece, indices.stop)]
             sums[begin : begin + len(part)] = _dot(part, weights[0]) + _dot(part >> 32, weights[1])
 
-    if words.is_cuda:
-        add_up(range(len(words)))
-    else:
+    if on_host:
         _side_by_side(add_up, len(words))
+    else:
+        add_up(range(len(words)))
     return sums.view(blocks.shape[:-3])
 
 
 def _dot(rows: Tensor, weights: Tensor) -> Tensor:
     """(m, n) int64, (n,) -> (m,), modulo 2^64. On a CPU by numpy, which is several times as fast as torch."""
-    if rows.is_cuda:
-        return (rows * weights).sum(-1)
-    return torch.from_numpy(rows.numpy() @ weights.numpy())
+    if rows.device.type == "cpu":
+        return torch.from_numpy(rows.numpy() @ weights.numpy())
+    return (rows * weights).sum(-1)
 
 
 @functools.cache
