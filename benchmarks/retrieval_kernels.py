@@ -104,10 +104,10 @@ def model_calls(directory: str, text: Path, tokens: int) -> Iterator[tuple[str, 
     calls: dict[int, Call] = {}
     attend, reader = kernels.attend_chunk, BlockReader(model)
 
-    def keep(q: Tensor, k: Tensor, v: Tensor, blocks, chunk, scale, traced):
+    def keep(q: Tensor, k: Tensor, v: Tensor, blocks, chunk, scale, traced, softcap, sinks):
         (index,) = (index for index, layer in reader.cache.layers.items() if layer is blocks)
-        calls[index] = Call(q, k, v, blocks, chunk, scale)
-        return attend(q, k, v, blocks, chunk, scale, traced)
+        calls[index] = Call(q, k, v, blocks, chunk, scale, softcap, sinks)
+        return attend(q, k, v, blocks, chunk, scale, traced, softcap, sinks)
 
     kernels.attend_chunk = keep
     reader.forward.recording = False
