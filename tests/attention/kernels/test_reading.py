@@ -42,7 +42,7 @@ GPU_CASES = {
     "evicted": Case(
         [900, 700, 1, 40], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, settings={"cache_blocks": 9}
     ),
-    "offloaded": Case(
+    "offloaded, 8 heads on 4": Case(
         [900, 700, 1, 40, 1, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, resident=40
     ),
     "as Gemma 2": Case([500, 700, 1, 1], heads=8, key_heads=4, dim=256, block_size=64, top_k=4, softcap=50.0),
@@ -78,6 +78,27 @@ def test_agrees_with_the_definition(name):
     eager, fused, caches = read(case)
     assert_close_norm(fused, eager, case.dtype)
     assert_same_traces(*caches, tolerance=tolerance(case.dtype))
+
+
+OFFLOADED = {name: case for name, case in {**ALL_CASES, **GPU_CASES}.items() if case.resident is not None}
+
+
+def assert_same_bits(case: Case, device: str) -> None:
+    offloaded, here = (read(each, device)[1] for each in (case, replace(case, resident=None)))
+    for ours, theirs in zip(offloaded, here, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in OFFLOADED if name in ALL_CASES])
+def test_where_blocks_lie_changes_no_bit(name):
+    assert_same_bits(OFFLOADED[name], "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_where_blocks_lie_changes_no_bit_on_a_gpu(name, dtype):
+    assert_same_bits(replace(OFFLOADED[name], dtype=dtype), "cuda")
 
 
 # In the interpreter two of them are quick enough for every change; a GPU tries all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -58,12 +57,11 @@ def attend_chunk(
         pairs = find_pairs(call, select(call))
         if blocks.fetching:
             blocks.require(needed_pages(call, pairs))
+        if blocks.pages is not None:
+            fetch(call, pairs)
+        attend(call, pairs)
         lse = call.empty(*q.shape[:3], dtype=torch.float32)
-        if blocks.pages is None:
-            attend(call, pairs)
-            out = merge(call, pairs, lse=lse)
-        else:
-            out = attend_offloaded(call, pairs, lse)
+        out = merge(call, pairs, lse)
         return (out, pairs.ages, torch.exp2(pairs.logits - lse.unsqueeze(-1))) if traced else (out, None, None)
 
 
@@ -162,65 +160,31 @@ def attend(call: Call, pairs: Pairs) -> None:
     )  # fmt: skip
 
 
-def merge(
-    call: Call,
-    pairs: Pairs | None = None,
-    *,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-    local_lse: Tensor | None = None,
-) -> Tensor:
-    """The chunk's attention to itself and the tail block, merged with the pairs; into out, (B, H, T, D).
-
-    lse: where its log-sum-exp goes (base 2). local_lse: out holds the part without pairs already, and this is its lse.
-    """
-    out = empty_heads_last(call.q) if out is None else out
+def merge(call: Call, pairs: Pairs | None = None, lse: Tensor | None = None) -> Tensor:
+    """The chunk's attention to itself and the tail block, merged with the pairs: (B, H, T, D). lse: where its
+    log-sum-exp goes (base 2)."""
+    out = empty_heads_last(call.q)
     block_size, choice = call.settings.block_size, merge_configuration(call)
     outputs, logits = (None, None) if pairs is None else (pairs.outputs, pairs.logits)
     merge_kernel[(triton.cdiv(call.tokens, choice.rows), call.batch * call.heads)](
-        call.q, call.k, call.v, call.blocks.blocks, call.chunk.counters, outputs, logits, local_lse, lse, out,
-        call.sinks if local_lse is None else None, *map(strides, (call.q, call.k, call.v, out)), call.tokens,
-        *call.ring, call.scaling,
+        call.q, call.k, call.v, call.blocks.blocks, call.chunk.counters, outputs, logits, lse, out,
+        call.sinks, *map(strides, (call.q, call.k, call.v, out)), call.tokens, *call.ring, call.scaling,
         HEADS_PER_KEY=call.heads_per_key, D=call.dim, D_PAD=call.dim_pad, BLOCK=block_size,
         RETRIEVED=0 if pairs is None else call.top_k, ROWS=choice.rows, COLS=choice.cols,
-        KEY_TILES=triton.cdiv(block_size, choice.cols), MERGE_ONLY=local_lse is not None, PRECISION=call.precision,
-        **choice.launch_options(),
+        KEY_TILES=triton.cdiv(block_size, choice.cols), PRECISION=call.precision, **choice.launch_options(),
     )  # fmt: skip
     return out
 
 
-def attend_offloaded(call: Call, pairs: Pairs, lse: Tensor) -> Tensor:
-    """Attention with blocks in host memory: missing pages travel while the chunk attends to itself.
+def fetch(call: Call, pairs: Pairs) -> None:
+    """Copy the chosen blocks that lie in host memory to the GPU, where it does not hold them already.
 
-    What finds no frame on the GPU is read from host memory by the attention itself.
+    What finds no frame there is read from host memory by the attention itself.
     """
     held = call.blocks.pages
-    local_lse = torch.empty_like(lse)
-    with _beside(call.q.device) as joined:
-        pages, frames, count = held.admit(needed_pages(call, pairs))
-        size = held.pool[0].numel()
-        fetch_kernel[(held.frames,)](call.blocks.blocks, held.pool, pages, frames, count, SIZE=size, STEP=1024)
-    out = merge(call, lse=local_lse)
-    joined()
-    attend(call, pairs)
-    return merge(call, pairs, out=out, lse=lse, local_lse=local_lse)
-
-
-@contextlib.contextmanager
-def _beside(device: torch.device):
-    """Work in a stream of its own, after all that has been asked for so far; the value waits for it when called."""
-    if device.type != "cuda":
-        yield lambda: None
-        return
-    if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)
-    side, main = _side_streams[device], torch.cuda.current_stream(device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
-
-
-_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+    pages, frames, count = held.admit(needed_pages(call, pairs))
+    size = held.pool[0].numel()
+    fetch_kernel[(held.frames,)](call.blocks.blocks, held.pool, pages, frames, count, SIZE=size, STEP=1024)
 
 
 def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:

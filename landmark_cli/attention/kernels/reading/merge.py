@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common.softmax import attend_block, before_blocks
-from ..common.tiles import FLOOR, load_tile
+from ..common.tiles import load_tile
 from .parts import cache_row, counts_of
 
 
@@ -35,17 +35,16 @@ def add_pairs(PAIR_OUT, LANDMARK_LOGIT, rows, real, dim, top, total, acc, RETRIE
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity"])
-def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE, OUT, SINKS, q_strides, k_strides,
+def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LSE, OUT, SINKS, q_strides, k_strides,
                  v_strides, out_strides, tokens, batch, heads, capacity, scaling,
                  HEADS_PER_KEY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, RETRIEVED: tl.constexpr,
                  BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr,
-                 MERGE_ONLY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 PRECISION: tl.constexpr):  # fmt: skip
     """OUT (B, H, T, D) and, unless None, LSE (B, H, T), the log-sum-exp (base 2) of the outer softmax.
 
     BLOCKS holds the tail block already. RETRIEVED: pairs a query in PAIR_OUT (B, H, T, RETRIEVED, D) and
-    LANDMARK_LOGIT. A block's keys fill KEY_TILES tiles of COLS. MERGE_ONLY: the local part is done already, in OUT and
-    LOCAL (its LSE, in which a sink has its share). SINKS: (H,) natural logits of keys without values, or None. scaling:
-    see common/logits.py. Program (tile of rows, head).
+    LANDMARK_LOGIT. A block's keys fill KEY_TILES tiles of COLS. SINKS: (H,) natural logits of keys without values, or
+    None. scaling: see common/logits.py. Program (tile of rows, head).
     """
     # The last rows have most to do: they go first.
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -63,50 +62,44 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LOCAL, LSE
     out_base = OUT + batch_row * out_strides[0] + query_head * out_strides[1]
     stats = tl.cast(head, tl.int64) * tokens + row
     # top, total: (ROWS,); acc: (ROWS, D_PAD).
-    if MERGE_ONLY:
-        top = tl.maximum(tl.load(LOCAL + stats, mask=real, other=FLOOR), FLOOR)
-        total = real.to(tl.float32)
-        acc = load_tile(out_base, first_row, out_strides[2], rows, real, dim, D, True).to(tl.float32)
-    else:
-        top, total = before_blocks(SINKS, query_head, ROWS)
-        acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    top, total = before_blocks(SINKS, query_head, ROWS)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
 
     if RETRIEVED > 0:
         # Before the chunk's own blocks: here nothing is multiplied yet, so the output lies as it is best loaded.
         top, total, acc = add_pairs(PAIR_OUT, LANDMARK_LOGIT, stats, real, dim, top, total, acc, RETRIEVED, D)
 
-    if not MERGE_ONLY:
-        col = tl.arange(0, COLS)  # (COLS,)
-        position = tl.where(real, row + shift, -1)  # (ROWS,)
-        q_base = Q + batch_row * q_strides[0] + query_head * q_strides[1]
-        q = load_tile(q_base, first_row, q_strides[2], rows, real, dim, D, True)  # (ROWS, D_PAD)
-        # Where position 0 would be among the chunk's keys: in front of them if there is a tail block.
-        k_base = K + batch_row * k_strides[0] + key_head * k_strides[1] - tl.cast(shift, tl.int64) * k_strides[2]
-        v_base = V + batch_row * v_strides[0] + key_head * v_strides[1] - tl.cast(shift, tl.int64) * v_strides[2]
-        keys_left = tokens + shift
-        keys = (k_base, v_base, k_strides[2], v_strides[2], keys_left, col, dim)
-        dropout = (0, 0, 0.0)
-        # Blocks before every row's own need no mask, as far as whole tiles of keys can be read.
-        room = tl.maximum(keys_left - COLS * KEY_TILES + BLOCK, 0)
-        whole = tl.minimum(tl.maximum(first_row + shift, 0), room) // BLOCK
-        touched = (tl.minimum(first_row + ROWS, tokens) - 1 + shift) // BLOCK + 1
-        touched = tl.where(tl.max(real.to(tl.int32), 0) > 0, touched, 0)
-        first_block = 0
-        if (tail > 0) & (touched > 0):
-            # The tail block and what the chunk adds to it lie in the cache.
-            row_of_cache = cache_row(COUNTERS, batch, head // (heads * HEADS_PER_KEY)).to(tl.int64)
-            page = (row_of_cache * heads + key_head) * capacity + blocks % capacity
-            stored = BLOCKS + page * (2 * BLOCK * D)
-            stored_keys = (stored, stored + BLOCK * D, D, D, tl.minimum(keys_left, BLOCK), col, dim)
-            top, total, acc = attend_block(q, top, total, acc, stored_keys, 0, position, row, scaling, dropout, BLOCK,
-                                           D, COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
-            first_block = 1
-        for block in tl.range(first_block, whole):
-            top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
-                                           COLS, KEY_TILES, False, False, PRECISION)  # fmt: skip
-        for block in tl.range(tl.maximum(whole, first_block), touched, num_stages=1):
-            top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
-                                           COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
+    col = tl.arange(0, COLS)  # (COLS,)
+    position = tl.where(real, row + shift, -1)  # (ROWS,)
+    q_base = Q + batch_row * q_strides[0] + query_head * q_strides[1]
+    q = load_tile(q_base, first_row, q_strides[2], rows, real, dim, D, True)  # (ROWS, D_PAD)
+    # Where position 0 would be among the chunk's keys: in front of them if there is a tail block.
+    k_base = K + batch_row * k_strides[0] + key_head * k_strides[1] - tl.cast(shift, tl.int64) * k_strides[2]
+    v_base = V + batch_row * v_strides[0] + key_head * v_strides[1] - tl.cast(shift, tl.int64) * v_strides[2]
+    keys_left = tokens + shift
+    keys = (k_base, v_base, k_strides[2], v_strides[2], keys_left, col, dim)
+    dropout = (0, 0, 0.0)
+    # Blocks before every row's own need no mask, as far as whole tiles of keys can be read.
+    room = tl.maximum(keys_left - COLS * KEY_TILES + BLOCK, 0)
+    whole = tl.minimum(tl.maximum(first_row + shift, 0), room) // BLOCK
+    touched = (tl.minimum(first_row + ROWS, tokens) - 1 + shift) // BLOCK + 1
+    touched = tl.where(tl.max(real.to(tl.int32), 0) > 0, touched, 0)
+    first_block = 0
+    if (tail > 0) & (touched > 0):
+        # The tail block and what the chunk adds to it lie in the cache.
+        row_of_cache = cache_row(COUNTERS, batch, head // (heads * HEADS_PER_KEY)).to(tl.int64)
+        page = (row_of_cache * heads + key_head) * capacity + blocks % capacity
+        stored = BLOCKS + page * (2 * BLOCK * D)
+        stored_keys = (stored, stored + BLOCK * D, D, D, tl.minimum(keys_left, BLOCK), col, dim)
+        top, total, acc = attend_block(q, top, total, acc, stored_keys, 0, position, row, scaling, dropout, BLOCK,
+                                       D, COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
+        first_block = 1
+    for block in tl.range(first_block, whole):
+        top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
+                                       COLS, KEY_TILES, False, False, PRECISION)  # fmt: skip
+    for block in tl.range(tl.maximum(whole, first_block), touched, num_stages=1):
+        top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
+                                       COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
 
     # Padding has seen nothing: 0.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
