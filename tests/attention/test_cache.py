@@ -56,6 +56,15 @@ def test_room_is_doubled_or_made_at_once():
     assert cache.generation == before + 1
 
 
+def test_a_table_of_rotations_replaces_one_that_is_too_short_alone():
+    """Graphs that were recorded before another is first used stay right."""
+    cache, cpu = make(), torch.device("cpu")
+    short = cache.rotations.table(5, cpu)
+    cache.rotations.table(5, cpu, torch.float16)
+    assert cache.rotations.table(8, cpu) is short and cache.generation == 0
+    assert len(cache.rotations.table(9, cpu)[0]) == 16 and cache.generation == 1
+
+
 def test_a_bounded_cache_has_room_for_its_bound_and_a_chunk():
     cache, generator = make(cache_blocks=4), torch.Generator().manual_seed(0)
     for _ in range(12):

@@ -245,9 +245,10 @@ def test_graphs_change_nothing(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("options", [{}, {"offload": "cpu"}], ids=str)
-def test_the_first_step_after_a_prompt_replays_a_graph(options, records):
-    model = tiny_model(n_head=2, n_embd=32).cuda()
+def test_the_first_step_after_a_prompt_replays_a_graph(options, dtype, records):
+    model = tiny_model(n_head=2, n_embd=32).to("cuda", dtype)
     recorded, plain = (BlockReader(model, chunk=16, **options) for _ in range(2))
     plain.forward.recording = False
     recorded.expect(300, steps=50)

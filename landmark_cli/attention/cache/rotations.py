@@ -34,7 +34,8 @@ class SlotRotations:
         """cos and sin of the rotations by 0, 1, .. block slots, (at least `slots`, rotary_dim / 2) each."""
         key = device, dtype
         if key not in self._tables or self._tables[key][0].shape[0] < slots:
+            # A first one replaces nothing: what was recorded before knows nothing of it.
+            self.replaced += key in self._tables
             cos, sin = self.by(torch.arange(1 << (slots - 1).bit_length(), device=device))
             self._tables[key] = cos.to(dtype), sin.to(dtype)
-            self.replaced += 1
         return self._tables[key]
