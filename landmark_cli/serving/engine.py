@@ -36,6 +36,9 @@ from landmark_cli.serving.sampling import Row, Sampler
 PIECES_PER_SECOND = 1000
 # Seconds for which those who answer wait while more prompts are read.
 PATIENCE = 0.1
+# Kinds of steps: stream tokens of a row, and which of them give logits. Where some rows end a block they read its
+# landmark too, and the others stand beside it.
+STEPS = [(1, [0]), (2, [0, 1]), (2, [0])]
 # Chunks that a request has to have read itself for its memory to be kept.
 WORTH_KEEPING = 2
 
@@ -89,6 +92,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._recorded_for: int | None = None
         self._sampler = Sampler(model, tokenizer)
         # (rows, vocabulary), of which those are used whose rows answer.
         self._logits: Tensor | None = None
@@ -146,7 +150,7 @@ class Engine:
             for index, row in enumerate(self._rows):
                 if row is not None and row.request.cancelled.is_set():
                     self._free(index)
-                if self._rows[index] is None:
+                if self._rows[index] is None and self._waiting:
                     self._admit(index)
         rows = [row for row in self._rows if row is not None]
         reading = sum(len(row.left) > 0 for row in rows)
@@ -238,6 +242,7 @@ class Engine:
             drawn = self._sampler.sample(ready, self._logits)
             self._has_read = False
         with self._timed("decoding"):
+            self._record_steps()
             going = [None] * len(self._rows)
             for index, row in ready.items():
                 token = drawn[index]
@@ -254,6 +259,14 @@ class Engine:
                 else:
                     self._take_token(index, row, drawn[index])
             self._hand_on()
+
+    def _record_steps(self) -> None:
+        """Have graphs of all kinds of steps, and again whenever the cache has grown, so that none is recorded while
+        many answer."""
+        cache = self.reader.cache
+        if cache.generation != self._recorded_for and max(cache.host_blocks) > 0:
+            self.reader.forward.record_steps(STEPS)
+            self._recorded_for = cache.generation
 
     def _ended(self, row: Row) -> bool:
         """Whether a row ends with its newest token, whatever text that makes."""

@@ -60,7 +60,6 @@ class PrefixMemories:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._mover, self._writer = (ThreadPoolExecutor(1, f"landmark-{name}") for name in ("copies", "memories"))
         self._moving: deque[_Entry] = deque()
-        self._stream: torch.cuda.Stream | None = None
 
     def find(self, check: Callable[[Memory], None]) -> None:
         """Take in what the directory holds from before. check: raises LandmarkError for what does not fit the reader;
@@ -144,32 +143,25 @@ class PrefixMemories:
         device = entry.memory.gpu
         if device is None:
             return
-        there = torch.cuda.Event()
-        there.record(torch.cuda.current_stream(device))
-        entry.moving = self._mover.submit(self._copy, entry, device, there)
+        entry.moving = self._mover.submit(self._copy, entry, made_by_now(device))
         self._moving.append(entry)
         while self._moving and (
             self._moving[0].moving.done() or sum(each.nbytes for each in self._moving) > GPU_SHARE * free_memory(device)
         ):
             self._moving.popleft().moving.result()
 
-    def _copy(self, entry: _Entry, device: torch.device, there: torch.cuda.Event) -> None:
+    def _copy(self, entry: _Entry, made: torch.cuda.Event) -> None:
         memory = entry.memory
         if memory is None:
             # It has left already.
             return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
         try:
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(there)
-                layers = [type(of_layer)(*map(_on_host, of_layer)) for of_layer in memory.layers]
+            memory = on_host(memory, made)
         except RuntimeError as error:
             warn(f"a memory is not kept: {str(error).splitlines()[0]}")
-            entry.memory = None
-            return
+            memory = None
         if entry.memory is not None:
-            entry.memory = replace(memory, layers=layers)
+            entry.memory = memory
 
     def _leave(self, key: str, entry: _Entry) -> None:
         if self.directory is None:
@@ -240,15 +232,29 @@ def beginning(memory: Memory, tokens: int) -> Memory | None:
     return replace(memory, blocks=blocks, tail=tail, layers=layers, text=memory.text[:tokens], path=None)
 
 
-def _on_host(part: Tensor) -> Tensor:
-    """A copy of what lies in a GPU's memory, over pinned memory, which is used again for the next: the driver then does
-    not hold up others while it copies."""
-    if not part.is_cuda:
-        return part
-    pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    pinned.copy_(part, non_blocking=True)
-    torch.cuda.current_stream(part.device).synchronize()
-    return pinned.clone()
+def made_by_now(device: torch.device) -> torch.cuda.Event:
+    """What comes to pass once a GPU has done what it was asked for so far."""
+    made = torch.cuda.Event()
+    made.record(torch.cuda.current_stream(device))
+    return made
+
+
+def on_host(memory: Memory, made: torch.cuda.Event) -> Memory:
+    """A memory with copies in host memory of what lies in a GPU's, once that is made; the GPU goes on meanwhile."""
+    stream = torch.cuda.Stream(memory.gpu)
+
+    def copy(part: Tensor) -> Tensor:
+        if not part.is_cuda:
+            return part
+        # Over pinned memory, which is used again for the next: the driver does not hold up others while it copies.
+        pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        pinned.copy_(part, non_blocking=True)
+        stream.synchronize()
+        return pinned.clone()
+
+    with torch.cuda.stream(stream):
+        stream.wait_event(made)
+        return replace(memory, layers=[type(of_layer)(*map(copy, of_layer)) for of_layer in memory.layers])
 
 
 def _common(a: Tensor, b: Tensor) -> int:

@@ -60,10 +60,11 @@ class Sampler:
         for (way, _), numbers in alike.items():
             first = rows[numbers[0]]
             index = to_device(torch.tensor(numbers), logits.device)
+            theirs = logits if len(numbers) == len(logits) else logits[index]
             seen = index.new_empty(len(numbers), 0)
             if first.request.sampling.repetition_penalty != 1.0:
                 seen = to_device(torch.tensor([first.request.ids + first.tokens]), logits.device)
-            scores = self._processors_of(way, first.request.sampling)(seen, logits[index])
+            scores = self._processors_of(way, first.request.sampling)(seen, theirs)
             greedy = first.request.sampling.temperature == 0
             drawn[index] = scores.argmax(-1) if greedy else draw(scores, [rows[each].generator for each in numbers])
         tokens, fine = torch.stack([drawn, finite.long()]).tolist()
