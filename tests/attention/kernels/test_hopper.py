@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from landmark_cli.attention import backends, dispatch
 from landmark_cli.attention.backends import Problem
 from landmark_cli.attention.kernels.common import statistics
-from landmark_cli.attention.kernels.hopper import launch, schedule, support
+from landmark_cli.attention.kernels.hopper import launch, parts, schedule, support
 from landmark_cli.attention.operators import attention
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import Case
@@ -19,8 +19,8 @@ from tests.attention.kernels import gluon_emulator
 
 ROUNDED = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 KERNELS = {name: getattr(launch, name) for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")}
-# Settings of the operator: blocks of 64, nothing but them.
-PLAIN = 64, 0.125, None, None, 0.0, None, "hopper"
+# Sinks and settings of the operator: blocks of 64, nothing but them.
+PLAIN = None, 64, 0.125, None, None, 0.0, None, None, "hopper"
 PAIRS, SINGLES = launch.ForwardConfiguration(2, 3, 4, 2), launch.ForwardConfiguration(2, 4, 4, 1, row_stages=2)
 
 
@@ -35,6 +35,14 @@ def chip(monkeypatch, poisoned):
     yield
     schedule.query_schedule.cache_clear()
     schedule.key_schedule.cache_clear()
+    parts._backward_parts.cache_clear()
+
+
+@pytest.fixture
+def little_workspace(monkeypatch):
+    """Less memory than one head's statistics take, so that backward goes by ranges of rows."""
+    monkeypatch.setattr(statistics, "WORKSPACE", 0.2)
+    monkeypatch.setattr(parts, "LEAST_BOUND", 0)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +78,14 @@ def test_agrees_with_the_definition(case, dtype, choice, with_lse):
             assert a.dtype == (torch.float32 if name == "lse" else dtype)
 
 
-def test_backward_in_ranges_of_rows(monkeypatch):
+def test_backward_in_ranges_of_rows(request):
     """Part by part it adds up to what it is at once, but for rounding in between."""
     q, k, v = (x.detach() for x in Case(64, 500, dim=64, heads=2).tensors(torch.float16, "cpu"))
     out, lse = launch.forward(q, k, v, 64, 0.125)
     dout = torch.randn_like(q)
     whole = launch.backward(dout, None, q, k, v, out, lse, 64, 0.125)
-    monkeypatch.setattr(statistics, "WORKSPACE", 0.2)
-    assert statistics.backward_parts(q, k, 64)[0][0].first_row > 0
+    request.getfixturevalue("little_workspace")
+    assert parts.backward_parts(q, k, 64)[0][0].first_row > 0
     for a, b in zip(whole, launch.backward(dout, None, q, k, v, out, lse, 64, 0.125), strict=True):
         assert (a.float() - b.float()).norm() <= 1e-3 * a.float().norm()
 
@@ -103,12 +111,11 @@ class Noted:
         self.notes.append((when, [address(x) for x in arguments]))
 
 
-def test_a_call_of_a_known_kind_launches_on_its_own_tensors(monkeypatch):
+def test_a_call_of_a_known_kind_launches_on_its_own_tensors(monkeypatch, little_workspace):
     """Also in parts, whose operands begin inside the call's tensors."""
     notes = []
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(launch, name, Noted(kernel, notes))
-    monkeypatch.setattr(statistics, "WORKSPACE", 0.2)
     launch.FORWARD_CALLS.clear()
     launch.BACKWARD_CALLS.clear()
     seen = []
@@ -186,6 +193,40 @@ def test_the_emulator_knows_what_triton_takes_for_constant():
     gluon_emulator.Emulated(distinct)[1,](3, num_warps=4, maxnreg=1)
     with pytest.raises(AssertionError, match="older for constant"):
         gluon_emulator.Emulated(aliased)[1,](3, num_warps=4, maxnreg=1)
+
+
+def test_backward_in_groups_of_heads(monkeypatch):
+    """Heads are worked on for themselves: in other parts the gradients have the same bits."""
+    q, k, v = (x.detach() for x in Case(64, 200, dim=64, heads=6, key_heads=3).tensors(torch.bfloat16, "cpu"))
+    out, lse = launch.forward(q, k, v, 64, 0.125)
+    dout = torch.randn_like(q)
+    whole = launch.backward(dout, None, q, k, v, out, lse, 64, 0.125)
+    monkeypatch.setattr(parts, "balanced", lambda *given: 2)
+    parts._backward_parts.cache_clear()
+    launch.BACKWARD_CALLS.clear()
+    assert [part.key_heads for part in parts.backward_parts(q, k, 64)[0]] == [2, 1]
+    for a, b in zip(whole, launch.backward(dout, None, q, k, v, out, lse, 64, 0.125), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "tokens", "dim"),
+    [(4, 9, 3, 8192, 64), (1, 9, 3, 8192, 64), (2, 15, 5, 8192, 64), (1, 32, 8, 8192, 64), (1, 32, 32, 8192, 128)],
+    ids=["SmolLM2-135M", "SmolLM2-135M, one window", "SmolLM2-360M", "Llama-3.2-1B", "a key head each"],
+)
+def test_the_parts_of_backward_leave_few_multiprocessors_idle(batch, heads, key_heads, tokens, dim, monkeypatch):
+    chip = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: chip)
+    q, k = (torch.empty(batch, n, tokens, dim, dtype=torch.bfloat16, device="meta") for n in (heads, key_heads))
+    found, workspace = parts.backward_parts(q, k, 64)
+    assert 4 * workspace <= max(statistics.WORKSPACE * q.numel() * q.element_size(), parts.LEAST_BOUND)
+    assert sum(part.key_heads for part in found) == batch * key_heads
+    group = heads // key_heads
+    given = tokens, 0, launch.KEY_CONSUMERS, 64
+    costs = schedule.key_tile_costs(*given, group)
+    busy = sum(schedule.longest_key_walk(*given, part.key_heads, group, dim, 132) for part in found)
+    # Nothing is shorter than its heaviest tile, nor than an even share. A head's last tiles leave some of them idle.
+    assert busy <= 1.35 * max(max(costs), batch * key_heads * sum(costs) / 132)
 
 
 @pytest.mark.parametrize("heads", [1, 7, 300])

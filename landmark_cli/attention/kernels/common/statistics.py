@@ -65,20 +65,29 @@ class Part(NamedTuple):
 
 def backward_parts(q: Tensor, k: Tensor, block_size: int) -> tuple[list[Part], int]:
     """The parts that backward works on, one after the other, and the float32 numbers that the largest one's statistics
-    take. q: (B, H, Tq, D); k: (B, G, Tk, D).
+    take. q: (B, H, Tq, D); k: (B, G, Tk, D)."""
+    return _backward_parts(q.shape, k.shape, block_size, usual_bound(q))
 
-    Of the same heads the last rows come first, since only they reach all keys: what comes after adds to dk and dv.
-    """
-    return _backward_parts(q.shape, k.shape, q.element_size(), block_size, WORKSPACE)
+
+def usual_bound(q: Tensor) -> int:
+    """Bytes that a part's statistics may take, by the memory of q."""
+    return int(WORKSPACE * q.numel() * q.element_size())
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_parts(
-    q_shape: torch.Size, k_shape: torch.Size, element_size: int, block_size: int, workspace: float
+def _backward_parts(q_shape: torch.Size, k_shape: torch.Size, block_size: int, bound: int) -> tuple[list[Part], int]:
+    return split(q_shape, k_shape, block_size, *part_size(q_shape, k_shape, block_size, bound))
+
+
+def split(
+    q_shape: torch.Size, k_shape: torch.Size, block_size: int, head_step: int, row_step: int
 ) -> tuple[list[Part], int]:
+    """`backward_parts`, of so many key heads and query rows each.
+
+    Of the same heads the last rows come first, since only they reach all keys: what comes after adds to dk and dv.
+    """
     batch, heads, queries, _ = q_shape
     key_heads, offset = batch * k_shape[1], k_shape[2] - queries
-    head_step, row_step = _work_group(q_shape, k_shape, element_size, block_size, workspace)
     parts = []
     for first_head in range(0, key_heads, head_step):
         for first_row in reversed(range(0, queries, row_step)):
@@ -88,21 +97,23 @@ def _backward_parts(
     return parts, max(12 * (heads // k_shape[1]) * part.key_heads * part.plane for part in parts)
 
 
-def _work_group(
-    q_shape: torch.Size, k_shape: torch.Size, element_size: int, block_size: int, workspace: float
-) -> tuple[int, int]:
-    """(key heads, query rows) of a part, whose statistics take at most `workspace` times the memory of q.
+def head_bytes(q_shape: torch.Size, k_shape: torch.Size, block_size: int) -> int:
+    """Bytes that the statistics of one key head take."""
+    return 12 * (q_shape[1] // k_shape[1]) * statistics_size(q_shape[2], k_shape[2] - q_shape[2], block_size)
+
+
+def part_size(q_shape: torch.Size, k_shape: torch.Size, block_size: int, bound: int) -> tuple[int, int]:
+    """(key heads, query rows) of a part, whose statistics take at most `bound` bytes.
 
     Whole heads if one fits, of many a multiple of those that are in flight together, lest the last ones leave much of
     the GPU idle; else ranges of rows of one head, whose dk and dv are then added up in their own dtype.
     """
-    batch, heads, queries, dim = q_shape
+    batch, heads, queries, _ = q_shape
     group = heads // k_shape[1]
     offset = k_shape[2] - queries
-    bound = workspace * batch * heads * queries * dim * element_size
-    per_head = 12 * group * statistics_size(queries, offset, block_size)
+    per_head = head_bytes(q_shape, k_shape, block_size)
     if per_head <= bound:
-        rounds = triton.cdiv(batch * k_shape[1], int(bound // per_head))
+        rounds = triton.cdiv(batch * k_shape[1], bound // per_head)
         step, in_flight = triton.cdiv(batch * k_shape[1], rounds), max(1, HEADS_IN_FLIGHT // group)
         return step if rounds == 1 or step < in_flight else step // in_flight * in_flight, queries
     parts = math.ceil(per_head / bound)

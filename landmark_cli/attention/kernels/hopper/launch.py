@@ -13,11 +13,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common.configuration import padded
 from ..common.launch import ALIGNMENT, Address, Launch, LaunchCache, Operand, launch
-from ..common.statistics import Part, backward_parts
+from ..common.statistics import Part
 from ..common.tensors import empty_heads_last
 from ..common.tiles import LOG2E
 from .forward import forward_kernel
 from .key_gradient import CONSUMERS, key_gradient_kernel
+from .parts import backward_parts
 from .query_gradient import query_gradient_kernel
 from .schedule import key_schedule, query_schedule
 

@@ -65,25 +65,46 @@ def key_schedule(
     queries: int, offset: int, blocks: int, block_size: int, heads: int, group: int, dim: int, device: torch.device
 ) -> Tensor:
     """The schedule of a kernel whose tiles are `blocks` blocks of a key head, which read queries and gradients."""
+    return _table(
+        key_tile_costs(queries, offset, blocks, block_size, group), heads, *_key_reads(queries, group, dim), device
+    )
+
+
+def longest_key_walk(
+    queries: int, offset: int, blocks: int, block_size: int, heads: int, group: int, dim: int, programs: int
+) -> float:
+    """How long that kernel takes on so many multiprocessors, in steps of a walk: as long as its busiest program."""
     costs = key_tile_costs(queries, offset, blocks, block_size, group)
-    return _table(costs, heads, -(-HEADS_IN_FLIGHT // group), 4 * queries * dim * group, device)
+    return _busiest(costs, _dealt(costs, heads, *_key_reads(queries, group, dim), programs))
+
+
+def _key_reads(queries: int, group: int, dim: int) -> tuple[int, int]:
+    """Key heads to be in flight at least, and the bytes that the tiles of one read."""
+    return -(-HEADS_IN_FLIGHT // group), 4 * queries * dim * group
 
 
 def _table(costs: list[float], heads: int, least: int, head_bytes: int, device: torch.device) -> Tensor:
-    """(turns, programs, 2) int32 on the device: head and tile of each program's turn, tile -1 where none is left.
-
-    At least `least` heads are in flight; what a head's tiles read takes head_bytes.
-    """
+    """(turns, programs, 2) int32 on the device: head and tile of each program's turn, tile -1 where none is left."""
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    lists, shortest = None, float("inf")
-    for in_flight in heads_in_flight(heads, least, head_bytes):
-        dealt = deal(costs, heads, in_flight, programs)
-        longest = max(sum(costs[tile] for _, tile in work) for work in dealt)
-        if longest < shortest * (1 - WORTH):
-            lists, shortest = dealt, longest
+    lists = _dealt(costs, heads, least, head_bytes, programs)
     turns = max(map(len, lists))
     rows = [[work[turn] if turn < len(work) else (0, -1) for work in lists] for turn in range(turns)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _dealt(costs: list[float], heads: int, least: int, head_bytes: int, programs: int) -> list[list[tuple[int, int]]]:
+    """The lists of so many programs. At least `least` heads are in flight; what a head's tiles read is head_bytes."""
+    lists, shortest = None, float("inf")
+    for in_flight in heads_in_flight(heads, least, head_bytes):
+        dealt = deal(costs, heads, in_flight, programs)
+        longest = _busiest(costs, dealt)
+        if longest < shortest * (1 - WORTH):
+            lists, shortest = dealt, longest
+    return lists
+
+
+def _busiest(costs: list[float], lists: list[list[tuple[int, int]]]) -> float:
+    return max(sum(costs[tile] for _, tile in work) for work in lists)
 
 
 def heads_in_flight(heads: int, least: int, head_bytes: int) -> Iterator[int]:
