@@ -38,6 +38,8 @@ CHOSEN = 4
 MOST_BATCHES = 8
 # Fewer steps are done before their graphs would be recorded.
 FEW_STEPS = 8
+# The positions of a step that give logits: made once, for every step needs one.
+STEP_KEPT = {columns: torch.tensor(columns) for columns in ((0,), (0, 1))}
 
 
 def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, name: str = "") -> int:
@@ -246,8 +248,8 @@ class BlockReader(BaseReader):
         ]
         ids = torch.tensor([[landmark] * (width - len(stream)) + stream for stream in streams])
         columns = [width - 2 if ends else width - 1 for ends in ends_block]
-        kept = sorted(set(columns))
-        logits = self.forward(ids, [len(stream) for stream in streams], torch.tensor(kept))
+        kept = STEP_KEPT[tuple(sorted(set(columns)))]
+        logits = self.forward(ids, [len(stream) for stream in streams], kept)
         for text, token in zip(self.texts, tokens, strict=True):
             if token is not None:
                 text.append(token)

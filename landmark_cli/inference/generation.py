@@ -34,6 +34,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.chat import ChatTemplate
 from landmark_cli.inference.readers import BaseReader, are_finite, open_reader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
+from landmark_cli.inference.stopping import Stopping
 from landmark_cli.inference.text import CONTEXT, TextStream
 from landmark_cli.models.generation_config import tokens_without_text
 
@@ -132,6 +133,8 @@ def generate(
         StoppingCriteriaList([*stopping_criteria(tokenizer, ends, sampling), *(criteria or ())]),
         on_read=on_read,
         show_progress=show_progress,
+        # A trace tells of what was read last.
+        ahead=not trace,
     ):
         if trace:
             reads.append(reads_of(0))
@@ -167,11 +170,15 @@ def sample(
     *,
     on_read: Callable[[], None] | None = None,
     show_progress: bool = False,
+    ahead: bool = True,
 ) -> Iterator[list[int | None]]:
     """Read prompts, (n,) int64 text tokens each and none empty, and sample until the criteria have stopped every row.
 
-    Yields the next token of each row; None for a row that has stopped. Raises LandmarkError where the model's logits
-    are not finite.
+    Yields the next token of each row; None for a row that has stopped. ahead: the tokens are being read already when
+    they are yielded, so that the device is at work while the caller is; not so where criteria that are not known might
+    look at what the caller does.
+
+    Raises LandmarkError where the model's logits are not finite.
     """
     device = reader.model.device
     new = sampling.max_new_tokens
@@ -184,24 +191,34 @@ def sample(
     # batch.
     ids = torch.stack([torch.cat([row[:1].expand(width - len(row)), row]) for row in prompts]).to(device)
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
-    going = [True] * len(prompts)
+    going, stopping = [True] * len(prompts), Stopping(criteria)
+    greedy, ahead = sampling.temperature == 0, ahead and stopping.early
     for end in range(width, width + most):
         if end == ids.shape[1]:
             more = min(max(end, EXPECTED_TOKENS), width + most - end)
             ids = torch.cat([ids, ids.new_zeros(len(prompts), more)], dim=1)
         finite = are_finite(logits)
-        # Drawing from scores that are not finite would end a GPU's work before the user can be told why.
-        scores = processors(ids[:, :end], torch.where(finite[:, None], logits.float(), 0.0))
-        ids[:, end] = scores.argmax(-1) if sampling.temperature == 0 else draw(scores, generators)
-        drawn, finite = torch.stack([ids[:, end], finite]).tolist()
-        reader.require_finite(all(fine for fine, on in zip(finite, going, strict=True) if on))
+        logits = logits.float()
+        if not greedy:
+            # Drawing from scores that are not finite would end a GPU's work before the user can be told why.
+            logits = torch.where(finite[:, None], logits, 0.0)
+        scores = processors(ids[:, :end], logits)
+        ids[:, end] = scores.argmax(-1) if greedy else draw(scores, generators)
+        text = ids[:, width : end + 1]
+        # In one go, so that the host waits for the device once.
+        drawn, fine, *asked = torch.stack([ids[:, end], finite, *(stopping.asked(text) if ahead else ())]).tolist()
+        reader.require_finite(all(fine for fine, on in zip(fine, going, strict=True) if on))
         tokens = [token if on else None for token, on in zip(drawn, going, strict=True)]
-        yield tokens
-        stopped = criteria(ids[:, width : end + 1], None).tolist()
-        going = [on and not stop for on, stop in zip(going, stopped, strict=True)]
+        if not ahead:
+            yield tokens
+            asked = [stops.tolist() for stops in stopping.asked(text)]
+        going = stopping.going(going, drawn, text.shape[1], asked)
+        if any(going):
+            logits = reader.step([token if on else None for token, on in zip(tokens, going, strict=True)])
+        if ahead:
+            yield tokens
         if not any(going):
             return
-        logits = reader.step([token if on else None for token, on in zip(tokens, going, strict=True)])
 
 
 def read_prompts(reader: BaseReader, prompts: Sequence[Tensor], *, show_progress: bool = False) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from landmark_cli.attention.backends import BACKENDS
 from landmark_cli.attention.cache import BlockCache, Chunk, Passage
 from landmark_cli.console import warn
+from landmark_cli.inference.graph_inputs import GraphInputs
 from landmark_cli.models.device import to_device
 from landmark_cli.models.quantization import weight_count
 
@@ -66,12 +67,10 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A graph and the memory it reads: token ids (B, W), counters (4, B), positions kept (n,); and its trace."""
+    """A graph, what it reads, and its trace."""
 
     graph: CudaGraph
-    ids: Tensor
-    counters: Tensor
-    kept: Tensor
+    inputs: GraphInputs
     traced: dict
 
 
@@ -98,7 +97,6 @@ class ChunkForward:
         """The same model with a copy of the cache; graphs, whose addresses are those of this cache, are not copied."""
         return ChunkForward(self.model, copy.deepcopy(self.cache, memo))
 
-    @torch.no_grad()
     def __call__(self, ids: Tensor, lengths: Sequence[int], kept: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read a chunk and count it as read.
 
@@ -127,12 +125,7 @@ class ChunkForward:
             kind = self._kind(ids, kept, rows)
         recorded = self._recorded[kind]
         self._recorded.move_to_end(kind)
-        for to, source in (
-            (recorded.ids, ids),
-            (recorded.kept, kept),
-            (recorded.counters, self.cache.counters(lengths, ids.shape[1], rows)),
-        ):
-            to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)
+        recorded.inputs.write(ids, kept, self.cache.counts(lengths, ids.shape[1], rows))
         recorded.graph.replay()
         if self.cache.trace is not None:
             # A copy, since the trace is written to when a chunk is read without a graph next.
@@ -146,7 +139,6 @@ class ChunkForward:
             return False
         return rows * width * self._parameters <= MOST_WORK
 
-    @torch.no_grad()
     def passage(
         self,
         ids: Tensor,
@@ -162,7 +154,6 @@ class ChunkForward:
         with self.cache.passage(parts, rows) as chunks:
             return self._forward(to_device(ids, self.cache.device), chunks, to_device(kept, self.cache.device))
 
-    @torch.no_grad()
     def record_steps(self, widths: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Record the graphs of steps before the first of them: of each its stream tokens a row, and which of them give
         logits. Nothing is read. For rows that have blocks to retrieve; where the model cannot be recorded, or blocks
@@ -183,6 +174,7 @@ class ChunkForward:
         self.recording &= all(BACKENDS[name].recorded for name in self.cache.backends)
         return logits
 
+    @torch.no_grad()
     def _forward(self, ids: Tensor, chunk: Chunk | Passage, kept: Tensor) -> Tensor:
         return self.model(input_ids=ids, **self.cache.inputs(chunk), logits_to_keep=kept, use_cache=False).logits
 
@@ -193,20 +185,18 @@ class ChunkForward:
 
     def _record(self, ids: Tensor, lengths: Sequence[int], kept: Tensor, rows: Sequence[int]) -> bool:
         """Record a graph for chunks like this one; False, once and for all, where the model cannot be recorded."""
-        device = self.cache.device
+        inputs = GraphInputs(*ids.shape, len(kept), self.cache.device)
         # Chunks that are run while recording must read and store nothing: they are all padding.
-        counters = torch.zeros(4, len(ids), dtype=torch.int32, device=device)
-        counters[0] = ids.shape[1]
-        still_ids, still_kept = torch.zeros_like(ids, device=device), torch.zeros_like(kept, device=device)
+        inputs.counters[0] = ids.shape[1]
 
         def forward() -> Tensor:
             # A new chunk each time: what a chunk works out from its counters has to be recorded.
-            chunk = self.cache.chunk(lengths, ids.shape[1], rows, counters)
-            return self._forward(still_ids, chunk, still_kept)
+            chunk = self.cache.chunk(lengths, ids.shape[1], rows, inputs.counters)
+            return self._forward(inputs.ids, chunk, inputs.kept)
 
         pool = next((recorded.graph.pool for recorded in self._recorded.values()), None)
         try:
-            graph = self.record(forward, device, pool)
+            graph = self.record(forward, self.cache.device, pool)
         except RuntimeError as error:
             warn(f"reading without CUDA graphs, slower: {str(error).splitlines()[0]}")
             self.recording = False
@@ -219,5 +209,5 @@ class ChunkForward:
         for kind in stale:
             self._recorded.pop(kind, None)
         traced = {} if self.cache.trace is None else dict(self.cache.trace.layers)
-        self._recorded[self._kind(ids, kept, rows)] = Recorded(graph, still_ids, counters, still_kept, traced)
+        self._recorded[self._kind(ids, kept, rows)] = Recorded(graph, inputs, traced)
         return True

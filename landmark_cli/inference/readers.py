@@ -213,7 +213,8 @@ def open_reader(
 
 def are_finite(logits: Tensor) -> Tensor:
     """Whether none of the logits (..., vocabulary) is nan or infinite, (...). Nothing waits for the device."""
-    return logits.isfinite().all(-1)
+    # Half as much work as isfinite and all: a maximum is nan where anything is.
+    return logits.abs().amax(-1) < torch.inf
 
 
 def has_landmarks(model: PreTrainedModel) -> bool:

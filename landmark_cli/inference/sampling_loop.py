@@ -24,6 +24,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from landmark_cli.inference.generation import NeverGenerated
 from landmark_cli.inference.landmark_cache import LandmarkCache
+from landmark_cli.inference.stopping import Stopping
+from landmark_cli.models.device import to_device
 
 
 def goes(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
@@ -49,8 +51,12 @@ def sample(
     padding = _padding(config) if ends else None
     processors = _without_repeats(logits_processor)
 
+    def give(tokens: list[int]) -> None:
+        if streamer is not None:
+            streamer.put(torch.tensor(tokens))
+
     logits = model._prefill(input_ids, config, model_kwargs, is_first_iteration=True).logits[:, -1]
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    going, unfinished, stopping = [True] * len(input_ids), None, Stopping(stopping_criteria)
     while True:
         # A copy: the reader may write over what it gave.
         logits = logits.to(input_ids.device, torch.float32, copy=True)
@@ -61,17 +67,24 @@ def sample(
             tokens = torch.multinomial(of_step.softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = of_step.argmax(-1)
-        if padding is not None:
+        if padding is not None and unfinished is not None:
             tokens = torch.where(unfinished, tokens, padding)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, scores)
         # In one go, so that the host waits for the device once.
-        drawn, going = torch.stack([tokens, unfinished]).tolist()
-        if streamer is not None:
-            streamer.put(torch.tensor(drawn))
+        drawn, *asked = torch.stack([tokens, *(stopping.asked(input_ids, scores) if stopping.early else ())]).tolist()
+        if not stopping.early:
+            give(drawn)
+            asked = [stops.tolist() for stops in stopping.asked(input_ids, scores)]
+        before, going = going, stopping.going(going, drawn, input_ids.shape[1], asked)
+        if any(going):
+            logits = cache.step(drawn)
+        if stopping.early:
+            # The device is at work meanwhile.
+            give(drawn)
         if not any(going):
             break
-        logits = cache.step(drawn)
+        if going != before:
+            unfinished = to_device(torch.tensor(going), input_ids.device)
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:

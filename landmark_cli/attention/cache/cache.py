@@ -67,6 +67,9 @@ class BlockCache:
         self.layers: dict[int, LayerBlocks] = {}
         self.windows: dict[int, LayerWindow] = {}
         self._replaced = 0
+        # Of each row the complete blocks that room was last made behind, and for how many more; None where layers may
+        # have changed since.
+        self._reserved: tuple[list[int], list[int]] | None = None
         self._recalled = self.asked_again = False
         self._streaming: Streaming | None = None
         # By layer, what rows go on from and what has no place yet, blocks with the number of their first: what a layer
@@ -102,6 +105,7 @@ class BlockCache:
 
     def forget(self, row: int) -> None:
         """Forget what one row has read."""
+        self._reserved = None
         self.host_blocks[row] = self.host_tail[row] = 0
         for blocks in self.layers.values():
             blocks.forget(row)
@@ -162,6 +166,7 @@ class BlockCache:
         """
         if list(rows) == list(range(self.batch)):
             return
+        self._reserved = None
         used = max(self.host_blocks) + 1
         for blocks in self.layers.values():
             blocks.take(rows, used)
@@ -204,16 +209,15 @@ class BlockCache:
         rows = range(self.batch) if rows is None else rows
         if sum(lengths[row] for row in rows) != sum(lengths):
             raise ValueError(f"lengths {lengths} give tokens to rows that are not among {list(rows)}")
-        counters = self.counters(lengths, width, rows)
+        counters = torch.tensor(self.counts(lengths, width, rows), dtype=torch.int32)
         # Copied from pinned memory, so that the host need not wait for the device.
         counters = counters.pin_memory() if self.device.type == "cuda" else counters
         return self.chunk(lengths, width, rows, counters.to(self.device, non_blocking=True))
 
-    def counters(self, lengths: Sequence[int], width: int, rows: Sequence[int]) -> Tensor:
-        """The counters of the next chunk, on the host; arguments as of `begin_chunk`."""
+    def counts(self, lengths: Sequence[int], width: int, rows: Sequence[int]) -> list[list[int]]:
+        """What the counters of the next chunk are; arguments as of `begin_chunk`."""
         start = [width - n for n in lengths]
-        counts = [[of_all[row] for row in rows] for of_all in (start, self.host_blocks, self.host_tail)]
-        return torch.tensor([*counts, list(rows)], dtype=torch.int32)
+        return [*([of_all[row] for row in rows] for of_all in (start, self.host_blocks, self.host_tail)), list(rows)]
 
     def chunk(self, lengths: Sequence[int], width: int, rows: Sequence[int], counters: Tensor) -> Chunk:
         """The next chunk, whose counters are on the device already; what it holds besides is worked out there."""
@@ -289,6 +293,7 @@ class BlockCache:
     def layer(self, index: int, k: Tensor, chunk: Chunk, rotated: bool = True) -> LayerBlocks:
         """Layer `index`'s blocks with room for the chunk; made on first use, shaped after its keys k (B, G, T, D).
         rotated: it has positions."""
+        self._reserved = None
         if index not in self.layers:
             one_key = self.one_landmark and index == 0
             rotations = self.rotations if rotated else self.no_rotations
@@ -317,8 +322,13 @@ class BlockCache:
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for a chunk of `lengths` stream tokens in every layer that has been used."""
         added = self._added_blocks(lengths, self.host_tail)
+        # Most steps touch the blocks that the one before has touched, and asking every layer takes longer than all
+        # else that the host does for a step.
+        if self._reserved == (self.host_blocks, added):
+            return
         for blocks in self.layers.values():
             self._replaced += blocks.reserve(self.host_blocks, added, self.expected_blocks)
+        self._reserved = list(self.host_blocks), added
 
     def record(
         self, layer: int, chunk: Chunk, ages: Tensor | None, shares: Tensor | None, dropped: Tensor | None
