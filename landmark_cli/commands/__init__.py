@@ -131,7 +131,7 @@ landmark eval ruler --tasks qa --qa dev-v2.0.json --haystack novels/ --json rule
     ),
     Command(
         "eval passkey",
-        "Hide a number in filler text and ask the model for it.",
+        "Hide a number in filler text, or in --haystack, and ask the model for it.",
         """
 landmark eval passkey --model runs/llama-landmark --lengths 2048,4096,8192,16384 --prompts 20
 landmark eval passkey --model runs/llama-landmark --lengths 1000000 --depths 5 --prompts 2 --top-k-blocks 4
