@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from landmark_cli.inference.block_reader import BlockReader
@@ -94,6 +95,20 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return begin.elapsed_time(end) / repeats / 1e3
 
 
+def copy_seconds(nbytes: int) -> float:
+    """Of a copy on the GPU that moves so many bytes, reads and writes counted, by 4 GiB at most."""
+    size = min(nbytes // 2, 1 << 31)
+    source, target = (torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    return seconds(lambda: target.copy_(source), 20) * nbytes / (2 * size)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of the weights that a step reads: all but the embedding."""
+    embedding = model.get_input_embeddings().weight.data_ptr()
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in tensors if tensor.data_ptr() != embedding)
+
+
 def gibibytes() -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
@@ -134,6 +149,19 @@ def step_times(reader: BlockReader, run: Run, steps: int = 150) -> tuple[float, 
     loop = (time.perf_counter() - started) / run.times(steps)
     graphs = [recorded.graph for kind, recorded in reader.forward._recorded.items() if kind[:3] == (1, 1, True)]
     return seconds(graphs[-1].replay, run.times(100)), loop
+
+
+def plain_step(reader: BlockReader, run: Run) -> float:
+    """Seconds of a step's graph as the model's modules make it (see landmark_cli/models/fused_step.py)."""
+    forward = reader.forward
+    forward.fuses_steps = False
+    forward._recorded.clear()
+    forward.record_steps([(1, [0])])
+    (recorded,) = forward._recorded.values()
+    taken = seconds(recorded.graph.replay, run.times(100))
+    forward.fuses_steps = True
+    forward._recorded.clear()
+    return taken
 
 
 def eager_step(reader: BlockReader, run: Run) -> float:

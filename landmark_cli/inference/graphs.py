@@ -22,6 +22,7 @@ from landmark_cli.attention.cache import BlockCache, Chunk, Passage
 from landmark_cli.console import warn
 from landmark_cli.inference.graph_inputs import GraphInputs
 from landmark_cli.models.device import to_device
+from landmark_cli.models.fused_step import FusedStep, join_weights, why_not_fused
 from landmark_cli.models.quantization import weight_count
 
 # Tokens times parameters of a chunk, from which on it keeps a GPU busy without a graph.
@@ -81,14 +82,18 @@ class ChunkForward:
     there are blocks to retrieve and, for long chunks, how many, roughly.
 
     steps_alone: set it where chunks of text hardly ever come twice with as many rows of the same width, as those of a
-    server's prompts: recording takes as long as reading dozens of them.
+    server's prompts: recording takes as long as reading dozens of them. fuses_steps: whether graphs of steps are
+    recorded of fewer kernels where the model's are known (see models/fused_step.py).
     """
 
     def __init__(self, model: PreTrainedModel, cache: BlockCache):
         self.model, self.cache, self.record = model, cache, CudaGraph
         self.recording = cache.device.type == "cuda" and len(set(getattr(model, "hf_device_map", {}).values())) < 2
         self._parameters = weight_count(model)
-        self.steps_alone = False
+        self.steps_alone, self.fuses_steps = False, True
+        if self.recording:
+            # Before the first graph, which reads the weights where they are then.
+            join_weights(model)
         self._recorded: OrderedDict[tuple, Recorded] = OrderedDict()
         self._seen: set[tuple] = set()
         self._fetching = 0
@@ -189,9 +194,14 @@ class ChunkForward:
         # Chunks that are run while recording must read and store nothing: they are all padding.
         inputs.counters[0] = ids.shape[1]
 
+        fused = ids.shape[1] <= STEP_WIDTH and self.fuses_steps and why_not_fused(self.model) is None
+        step = FusedStep(self.model) if fused else None
+
         def forward() -> Tensor:
             # A new chunk each time: what a chunk works out from its counters has to be recorded.
             chunk = self.cache.chunk(lengths, ids.shape[1], rows, inputs.counters)
+            if step is not None:
+                return step(inputs.ids, inputs.kept, **self.cache.inputs(chunk))
             return self._forward(inputs.ids, chunk, inputs.kept)
 
         pool = next((recorded.graph.pool for recorded in self._recorded.values()), None)

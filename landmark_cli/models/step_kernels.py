@@ -1,0 +1,130 @@
+"""The twins of step_operations.py, a kernel each: same roundings, no gradients. Rows are a step's tokens, few."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from landmark_cli.attention.kernels.common.launch import on_device
+
+# Of a row of gated: a program's columns.
+COLUMNS = 1024
+
+
+@triton.jit
+def normed(x, weight, eps, width: tl.constexpr, dtype: tl.constexpr):
+    """The norm of a row, x and weight (N_PAD,) with zeros behind its width, rounded where transformers rounds."""
+    x = x.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    return (weight.to(tl.float32) * x.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def add_norm_kernel(X, ADDED, WEIGHT, TOTAL, OUT, eps, N: tl.constexpr, N_PAD: tl.constexpr):
+    """Rows (n, N), dense. ADDED and TOTAL: None where nothing is added. Program (row)."""
+    column = tl.arange(0, N_PAD)  # (N_PAD,), as all below
+    at = tl.program_id(0).to(tl.int64) * N + column
+    mask = column < N
+    x = tl.load(X + at, mask=mask, other=0.0)
+    weight = tl.load(WEIGHT + column, mask=mask, other=0.0)
+    if ADDED is not None:
+        added = tl.load(ADDED + at, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(OUT.dtype.element_ty)
+        tl.store(TOTAL + at, x, mask=mask)
+    tl.store(OUT + at, normed(x, weight, eps, N, OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, q_strides, k_strides, cos_strides, tokens, heads, eps,
+                        D: tl.constexpr, HALF_PAD: tl.constexpr):  # fmt: skip
+    """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, head: those of Q, then those of K)."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch_row, token = row // tokens, row % tokens
+    angles = batch_row * cos_strides[0] + token * cos_strides[1]
+    if head < heads:
+        at = batch_row * q_strides[0] + token * q_strides[1] + head * q_strides[2]
+        _rotate_head(Q + at, COS + angles, SIN + angles, Q_WEIGHT, eps, D, HALF_PAD)
+    else:
+        at = batch_row * k_strides[0] + token * k_strides[1] + (head - heads) * k_strides[2]
+        _rotate_head(K + at, COS + angles, SIN + angles, K_WEIGHT, eps, D, HALF_PAD)
+
+
+@triton.jit
+def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constexpr):
+    """A head in place: normed, where WEIGHT is given, and rotated; the products are rounded before they are added."""
+    HALF: tl.constexpr = D // 2
+    dtype = X.dtype.element_ty
+    dim = tl.arange(0, HALF_PAD)  # (HALF_PAD,), as all below
+    mask = dim < HALF
+    one = tl.load(X + dim, mask=mask, other=0.0).to(tl.float32)
+    two = tl.load(X + HALF + dim, mask=mask, other=0.0).to(tl.float32)
+    if WEIGHT is not None:
+        scale = tl.rsqrt((tl.sum(one * one, 0) + tl.sum(two * two, 0)) / D + eps)
+        weight = tl.load(WEIGHT + dim, mask=mask, other=0.0).to(tl.float32)
+        one = (weight * (one * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        weight = tl.load(WEIGHT + HALF + dim, mask=mask, other=0.0).to(tl.float32)
+        two = (weight * (two * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    cos = tl.load(COS + dim, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + dim, mask=mask, other=0.0).to(tl.float32)
+    first = (one * cos).to(dtype).to(tl.float32) - (two * sin).to(dtype).to(tl.float32)
+    cos = tl.load(COS + HALF + dim, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + HALF + dim, mask=mask, other=0.0).to(tl.float32)
+    second = (two * cos).to(dtype).to(tl.float32) + (one * sin).to(dtype).to(tl.float32)
+    tl.store(X + dim, first.to(dtype), mask=mask)
+    tl.store(X + HALF + dim, second.to(dtype), mask=mask)
+
+
+@triton.jit
+def gated_kernel(GATE, UP, OUT, gate_stride, up_stride, N: tl.constexpr, COLS: tl.constexpr):
+    """Rows (n, N); strides from row to row, OUT dense. Program (row, tile of COLS columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLS + tl.arange(0, COLS)  # (COLS,), as all below
+    mask = column < N
+    gate = tl.load(GATE + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(UP + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(OUT.dtype.element_ty).to(tl.float32)
+    tl.store(OUT + row * N + column, (gate * up).to(OUT.dtype.element_ty), mask=mask)
+
+
+def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, added = x.contiguous(), None if added is None else added.contiguous()
+    out, total, width = torch.empty_like(x), None if added is None else torch.empty_like(x), x.shape[-1]
+    pad = triton.next_power_of_2(width)
+    with on_device(x):
+        add_norm_kernel[(x.numel() // width,)](
+            x, added, weight, total, out, eps, N=width, N_PAD=pad, num_warps=max(1, min(16, pad // 512))
+        )
+    return x if total is None else total, out
+
+
+def rotate_heads(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, dim = q.shape
+    cos, sin = (x.expand(batch, tokens, dim).contiguous() for x in (cos, sin))
+    with on_device(q):
+        rotate_heads_kernel[(batch * tokens, heads + k.shape[2])](
+            q, k, cos, sin, q_weight, k_weight, q.stride()[:3], k.stride()[:3], cos.stride()[:2], tokens, heads, eps,
+            D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), num_warps=1,
+        )  # fmt: skip
+    return q, k
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    width = gate.shape[-1]
+    gate, up = gate.flatten(0, -2), up.flatten(0, -2)
+    with on_device(gate):
+        gated_kernel[(gate.shape[0], triton.cdiv(width, COLUMNS))](
+            gate, up, out, gate.stride(0), up.stride(0), N=width, COLS=COLUMNS
+        )
+    return out

@@ -1,0 +1,44 @@
+"""What a decoder does between its products, each of these as one: the definitions, in the order of roundings that
+transformers' own modules have. step_kernels.py has the same as kernels, which a decoding step on a GPU runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual x + added, (B, T, N), or x where nothing is added; and its root mean square norm times weight (N,),
+    in x's dtype."""
+    total = x if added is None else x + added
+    return total, _norm(total, weight, eps)
+
+
+def rotate_heads(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D) and k (B, T, G, D), with a dense last dimension, rotated by half-split pairs, after a norm of each
+    head where weights (D,) are given. cos, sin: (B, T, D). What q and k held before may be gone."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    rotated = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        x = x if weight is None else _norm(x, weight, eps)
+        one, two = x.chunk(2, dim=-1)
+        rotated.append(x * cos + torch.cat((-two, one), dim=-1) * sin)
+    return rotated[0], rotated[1]
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, (B, T, N) each with a dense last dimension."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
