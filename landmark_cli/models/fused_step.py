@@ -61,6 +61,7 @@ class FusedStep:
         self.layers = [_Layer(layer) for layer in model.model.layers]
         self.attend = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, None)
 
+    @torch.no_grad()
     def __call__(self, ids: Tensor, kept: Tensor, position_ids: Tensor, **inputs: Any) -> Tensor:
         """ids, position_ids: (B, T). kept: (n,) tokens of T to give logits for. inputs: what the attention takes beside
         them. Returns (B, n, vocabulary)."""
