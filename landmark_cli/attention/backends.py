@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     device: "cuda:1", say. block_size: None where a mask makes blocks of any size. few_queries: under FEW_QUERIES; the
     length itself is not here, lest every length be compiled anew. padded, packed, dropout, context_miss, softcap,
     sinks: what else is given beside q, k and v. reading: through the block cache; differentiated: gradients of that are
-    asked for.
+    asked for. local: in a layer that keeps its sliding window, which has no blocks.
     retrieving: how many blocks the chunks of a training window read of those before them; 0: it is no such window.
     """
 
@@ -53,6 +53,7 @@ class Problem(NamedTuple):
     retrieving: int = 0
     softcap: bool = False
     sinks: bool = False
+    local: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,14 @@ class Backend:
     forward, backward: of the operators (operators.py), whose arguments they take: (q, k, v, sinks, *settings) -> (out,
     lse) and (dout, dlse, q, k, v, sinks, out, lse, *settings) -> (dq, dk, dv, dsinks), sinks and their gradient being
     None where there are none. None: the definition, which autograd differentiates.
-    reads_as: the name of the backend that reads where this one is asked for. read: attention of a chunk through the
+    reads_as: the name of the backend that reads, and that serves layers with a sliding window, where this one is asked
+    for. read: attention of a chunk through the
     cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read, to which softcap and sinks come by name
     where there are some; None where another one reads.
     recorded: whether shapes of what it reads do not depend on what has been read, so that CUDA graphs can record it.
     retrieve_forward, retrieve_backward: of the operators of window_operators.py, whose arguments they take; None: the
+    definition, or another one.
+    local_forward, local_backward: of the operators of local_operators.py, whose arguments they take; None: the
     definition, or another one.
     """
 
@@ -82,6 +86,8 @@ class Backend:
     recorded: bool = False
     retrieve_forward: Callable[..., tuple[Tensor, ...]] | None = None
     retrieve_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
+    local_forward: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    local_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
 
 
 # --- eager: the definition
@@ -109,7 +115,7 @@ def _read_by_definition(
 
 def _needs_the_definition(problem: Problem) -> str | None:
     """Why no kernel can serve."""
-    if problem.block_size is None:
+    if problem.block_size is None and not problem.local:
         return "landmark_mask makes blocks of any size"
     if problem.context_miss:
         return "context_miss_key gives the outer softmax a key of its own"
@@ -139,7 +145,8 @@ def _why_not_triton(problem: Problem) -> str | None:
         return f"{error.name or 'triton'} is not installed"
     if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
         return f"the Triton kernels need an NVIDIA GPU and q is on {kind}"
-    reason = training_support.why_not(problem.dtype, problem.head_dim, problem.block_size)
+    block_size = None if problem.local else problem.block_size
+    reason = training_support.why_not(problem.dtype, problem.head_dim, block_size)
     if reason is None and problem.retrieving:
         from .kernels.reading import window_support
 
@@ -205,6 +212,24 @@ def _triton_retrieve_backward(dout, dlse, q, k, v, out, lse, own, own_lse, turns
     return kernels.backward(dout, dlse, q, k, v, out, lse, own, own_lse, routes, window)
 
 
+@functools.cache
+def _local() -> ModuleType:
+    """The launches of the kernels of layers with a sliding window, imported where they are wanted."""
+    from .kernels.local import launch
+
+    return launch
+
+
+def _triton_local(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *seen) -> tuple[Tensor, Tensor]:
+    kernels = _local()
+    return kernels.forward(q, k, v, kernels.Seen(*seen), sinks)
+
+
+def _triton_local_backward(dout, q, k, v, sinks, out, lse, *seen) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    kernels = _local()
+    return kernels.backward(dout, q, k, v, out, lse, kernels.Seen(*seen), sinks)
+
+
 # --- hopper: kernels in Gluon for compute capability 9.0, for training
 
 # Why they were given up for the rest of the process, once they were.
@@ -226,6 +251,8 @@ def _is_hopper(device: str) -> bool:
 def _why_not_hopper(problem: Problem) -> str | None:
     if problem.reading or problem.retrieving:
         return "retrieval has no Hopper kernels of its own"
+    if problem.local:
+        return "layers with a sliding window have no Hopper kernels of their own"
     reason = _needs_the_definition(problem) or _knows_no_other_logits("the Hopper kernels", problem)
     if reason is not None:
         return reason
@@ -276,6 +303,9 @@ def _unless_given_up(name: str, *arguments) -> tuple[Tensor, ...] | None:
 
 
 def _why_not_blockwise(problem: Problem) -> str | None:
+    if problem.local:
+        # A layer without blocks is computed by definition, whoever reads the others.
+        return None
     if problem.block_size is None:
         return "landmark_mask makes blocks of any size"
     if not problem.reading:
@@ -303,6 +333,8 @@ BACKENDS = {
             recorded=True,
             retrieve_forward=_triton_retrieve,
             retrieve_backward=_triton_retrieve_backward,
+            local_forward=_triton_local,
+            local_backward=_triton_local_backward,
         ),
         Backend(
             "blockwise",
@@ -353,12 +385,12 @@ def _choose(requested: str | None, *constants) -> str:
     if backend is None:
         names = ", ".join(f'"{name}"' for name in BACKENDS)
         raise refusal(f"landmark attention has the backends {names}; {requested!r} was asked for")
-    if problem.reading or problem.retrieving:
+    if problem.reading or problem.retrieving or problem.local:
         backend = BACKENDS[backend.reads_as]
     obstacle = backend.why_not(problem)
     if obstacle is not None:
         raise refusal(f'the backend "{backend.name}" was asked for, but {obstacle}; unasked, what can serve runs')
-    return _announce(backend.name, "as asked for")
+    return backend.name if problem.local else _announce(backend.name, "as asked for")
 
 
 def _first_that_can(problem: Problem) -> str:
@@ -368,6 +400,9 @@ def _first_that_can(problem: Problem) -> str:
         if not backend.meant_for(problem.device):
             continue
         before, obstacle = obstacle, backend.why_not(problem)
+        # A model's layers with landmarks say who runs; who is chosen for the others hangs together with that.
+        if obstacle is None and problem.local:
+            return backend.name
         if obstacle is None:
             return _announce(backend.name, f"on {kind}; {before}" if before else f"on {kind}")
     raise AssertionError("the last backend serves everything")

@@ -134,6 +134,7 @@ def landmark_attention_forward(
     if kind.local:
         blocks = {"block_size": block_size, "landmark_mask": layout.landmark_mask}
         given = blocks | {"start": start, "cu_seqlens": layout.cu_seqlens, "frequencies": kind.frequencies}
+        given["backend"] = layout.backend
         out = local.attend_input(*_as_autocast(query, key, value), sliding_window, **given, **logits)
         return out.transpose(1, 2).contiguous(), None
     rows = None

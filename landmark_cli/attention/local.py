@@ -1,4 +1,4 @@
-"""Layers with a sliding window in a stream with landmarks: the definition, which is also what runs.
+"""Layers with a sliding window in a stream with landmarks: the definition, and where kernels that do the same enter.
 
 To such a layer the stream is its text. A token of the text attends to itself and to those of the last window - 1 text
 tokens that are of its document, at the distances that they have in the text. A landmark stands where the next text
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .cache import Chunk, LayerWindow
+from . import local_operators
+from .backends import BACKENDS, Problem, choose
+from .cache import Chunk, LayerWindow, rolled
 from .reference import attention_logits, repeat_heads
 from .rotary import rotate, rotation_table
 from .window import ReadingWindow
@@ -88,12 +90,45 @@ def window_places(chunk_of: Tensor, chunks: Tensor, block_size: int) -> tuple[Te
     return TextPlaces(place, ahead, since % block_size < block_size - 1, document), missing
 
 
-def turned(x: Tensor, by: Tensor, frequencies: Tensor | None) -> Tensor:
-    """x, (B, H, T, D), rotated by so many positions more, (B or 1, T); as it is in a layer without positions."""
+def turned(x: Tensor, by: tuple[Tensor, Tensor] | None) -> Tensor:
+    """x, (B, H, T, D), rotated by a table of angles; as it is in a layer without positions, which has none."""
+    return x if by is None else rotate(x, *by)
+
+
+def turns(by: Tensor, frequencies: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The table of rotations by so many positions, (B or 1, T), for all heads; None without positions."""
     if frequencies is None:
-        return x
-    cos, sin = rotation_table(by, frequencies.to(x.device))
-    return rotate(x, cos[:, None], sin[:, None])
+        return None
+    cos, sin = rotation_table(by, frequencies.to(by.device))
+    return cos[:, None], sin[:, None]
+
+
+def first_seen(places: TextPlaces, window: int) -> Tensor:
+    """(B or 1, T) int32: the first token that each may see of its row, if it is text. Never falls along a row.
+
+    What a token sees is then the text from there up to itself, and itself: in a row documents follow one another, and
+    places rise within each.
+    """
+    document = places.document
+    begins = torch.nn.functional.pad(document[:, 1:] != document[:, :-1], (1, 0))
+    # Documents so far apart that no window reaches from one into another.
+    order = (begins.long().cumsum(-1) << 33) + places.place
+    return torch.searchsorted(order, order - (min(window, 1 << 32) - 1), out_int32=True)
+
+
+def backend_of(q: Tensor, name: str | None = None, reading: bool = False) -> str:
+    """The name of the backend that `choose` finds for a layer with a sliding window, or that is asked for."""
+    differentiated = reading and torch.is_grad_enabled() and q.requires_grad
+    problem = Problem(
+        str(q.device),
+        q.dtype,
+        operator.index(q.shape[-1]),
+        None,
+        reading=reading,
+        differentiated=True if differentiated else False,
+        local=True,
+    )
+    return choose(problem, name)
 
 
 def attend(
@@ -174,30 +209,100 @@ def attend_input(
     start: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     frequencies: Tensor | None = None,
+    backend: str | None = None,
     **logits: Any,
 ) -> Tensor:
     """Attention within an input, of which landmarks are a part: (B, H, T, D).
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at consecutive positions. window: text tokens that a query sees,
     itself included. block_size to cu_seqlens: see `text_places`. frequencies: (rotary_dim / 2,) of the layer, None
-    without positions. logits: scale, softcap and sinks.
+    without positions. backend: see dispatch.landmark_attention. logits: scale, softcap and sinks.
     """
     batch, length = q.shape[0], operator.index(q.shape[2])
     mask = landmark_mask
     given = {"block_size": block_size, "start": start, "cu_seqlens": cu_seqlens, "batch": batch}
     places = text_places(length, q.device, landmark_mask=mask, **given)
-    q, k = (turned(x, -places.ahead, frequencies) for x in (q, k))
-    return attend(q, k, v, places, window, reach=reach(window, block_size) if mask is None else None, **logits)
+    back = turns(-places.ahead, frequencies)
+    furthest = reach(window, block_size) if mask is None else None
+    return _attend_all(turned(q, back), turned(k, back), v, places, window, furthest, backend, **logits)
 
 
 def attend_window(
-    q: Tensor, k: Tensor, v: Tensor, read: ReadingWindow, window: int, frequencies: Tensor | None, **logits: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    read: ReadingWindow,
+    window: int,
+    frequencies: Tensor | None,
+    backend: str | None = None,
+    **logits: Any,
 ) -> Tensor:
     """As `attend_input`, in a window that is read chunk by chunk: q and k are rotated at its position_ids. A layer that
     keeps its sliding window rolls on from chunk to chunk, so it is as if there were none."""
     places, missing = window_places(read.chunk_of, read.chunks, read.block_size)
-    q, k = (turned(x, missing, frequencies) for x in (q, k))
-    return attend(q, k, v, places, window, reach=reach(window, read.block_size), **logits)
+    on, furthest = turns(missing, frequencies), reach(window, read.block_size)
+    return _attend_all(turned(q, on), turned(k, on), v, places, window, furthest, backend, **logits)
+
+
+def _attend_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: TextPlaces,
+    window: int,
+    furthest: int | None,
+    backend: str | None,
+    **logits: Any,
+) -> Tensor:
+    """Attention of all tokens, rotated at their places, in the backend that serves: (B, H, T, D)."""
+    name = backend_of(q, backend)
+    if BACKENDS[name].local_forward is None:
+        return attend(q, k, v, places, window, reach=furthest, **logits)
+    return local_operators.attend(q, k, v, first_seen(places, window), places.text, backend=name, **logits)
+
+
+class _ChunkPlaces:
+    """Where a chunk's tokens and the text that a layer holds stand; what all layers that hold as much have in common.
+
+    place, block: (B, T), text and landmarks before each of the chunk's tokens, from the tail block's first token on.
+    text: (B, T) bool, which are text. before: (B, length), where the text before the chunk stands, the oldest first.
+    first: (B, T) int32, of that text and the chunk, the first that each of the chunk's tokens may see. source: see
+    cache.rolled.
+    """
+
+    def __init__(self, chunk: Chunk, length: int, block_size: int) -> None:
+        freq, device, tail = block_size - 1, chunk.counters.device, chunk.tail[:, None]
+        self.real = chunk.real
+        self.block = chunk.position_ids // block_size
+        self.place = chunk.position_ids - self.block
+        self.text = chunk.real & (chunk.position_ids % block_size < freq)
+        self.before = tail - torch.arange(length, 0, -1, device=device)
+        self.source = rolled(self.text, length)
+        self._to_held, self._before = -self.block * block_size, self.before - self.before % freq
+        self._tables: dict[int, tuple] = {}
+        # The text `length` before a token is held where the chunk has no more than `count` before it.
+        count, furthest = self.place - tail, self.place - length
+        within = length + furthest + furthest // freq - tail + chunk.start[:, None]
+        itself = torch.arange(length, length + chunk.width, device=device)
+        first = torch.where(count < length, count, within)
+        self.first = torch.where(chunk.real, first, itself).int()
+
+    def tables(self, frequencies: Tensor | None) -> tuple:
+        """The rotations of: queries and keys to their places, held keys to theirs, and keys to what is held of them."""
+        if id(frequencies) not in self._tables:
+            by = -self.block, self._before, self._to_held
+            self._tables[id(frequencies)] = tuple(turns(x, frequencies) for x in by)
+        return self._tables[id(frequencies)]
+
+    def places(self, real: Tensor) -> TextPlaces:
+        """Of what is held, of which `real` says whether there is such a token, and the chunk."""
+        return TextPlaces(
+            torch.cat([self.before, self.place], dim=1),
+            torch.cat([torch.zeros_like(self.before), self.block], dim=1),
+            torch.cat([real, self.text], dim=1),
+            # What is not there is of no document, and padding of one of its own.
+            torch.cat([real.long() - 1, 2 * self.real.long() - 2], dim=1),
+        )
 
 
 def attend_chunk(
@@ -210,39 +315,29 @@ def attend_chunk(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attend from a chunk to the text that the layer still holds and to itself, then store its text: (B, H, T, D).
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids. frequencies: of the layer, None without
-    positions. Shapes depend on the chunk's width alone, and nothing waits for the device.
+    positions. backend: see dispatch.landmark_attention. Shapes depend on the chunk's width alone, and nothing waits for
+    the device.
     """
-    size = held.block_size
-    block = chunk.position_ids // size
-    place, text = chunk.position_ids - block, chunk.real & (chunk.position_ids % size < size - 1)
-    # Of the text before the chunk, the oldest first: where it stands, counted from the tail block's first token on.
-    before = chunk.tail[:, None] - torch.arange(held.length, 0, -1, device=q.device)
+    length, size = held.length, held.block_size
+    at = chunk.shared(("local", length, size), lambda: _ChunkPlaces(chunk, length, size))
+    back, to_place, to_held = at.tables(frequencies)
     keys, values, real = held.of(chunk.rows)
-    stored = turned(keys, before - before % (size - 1), frequencies)
-    places = TextPlaces(
-        torch.cat([before, place], dim=1),
-        torch.cat([torch.zeros_like(before), block], dim=1),
-        torch.cat([real, text], dim=1),
-        # What is not there is of no document, and padding of one of its own.
-        torch.cat([real.long() - 1, 2 * chunk.real.long() - 2], dim=1),
-    )
-    out = attend(
-        turned(q, -block, frequencies),
-        torch.cat([stored, turned(k, -block, frequencies)], dim=2),
-        torch.cat([values, v], dim=2),
-        places,
-        held.length + 1,
-        front=held.length,
-        reach=reach(held.length + 1, size),
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    held.append(turned(k, -block * size, frequencies), v, text, chunk.rows)
+    q = turned(q, back)
+    both = torch.cat([turned(keys, to_place), turned(k, back)], dim=2), torch.cat([values, v], dim=2)
+    logits = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    name = backend_of(q, backend, reading=True)
+    if BACKENDS[name].local_forward is None:
+        given = {"front": length, "reach": reach(length + 1, size)}
+        out = attend(q, *both, at.places(real), length + 1, **given, **logits)
+    else:
+        text = torch.cat([real, at.text], dim=1)
+        out = local_operators.attend(q, *both, at.first, text, backend=name, **logits)
+    held.append(turned(k, to_held), v, at.text, chunk.rows, at.source)
     return out
 
 

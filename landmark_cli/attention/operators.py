@@ -184,25 +184,29 @@ def _(*inputs):
         return attention(*inputs)
 
 
-class AttentionBackward(torch.autograd.Function):
-    """Tells who asks for second derivatives that there are none."""
+def refuse_second_derivatives(operator: torch._ops.OpOverload) -> None:
+    """Have a backward operator tell who asks for second derivatives that there are none."""
 
-    @staticmethod
-    def forward(ctx, *inputs):
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            raise NotImplementedError(NO_SECOND_DERIVATIVES)
+
+    def differentiated(*inputs):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return Backward.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return attention_backward(*inputs)
+            return operator(*inputs)
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError(NO_SECOND_DERIVATIVES)
+    LIBRARY.impl(operator.name().partition("::")[2], differentiated, "Autograd")
 
 
-@torch.library.impl(LIBRARY, "attention_backward", "Autograd")
-def _(*inputs):
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return AttentionBackward.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_backward(*inputs)
+refuse_second_derivatives(attention_backward)
 
 
 def refuse_transforms(q: Tensor, k: Tensor, v: Tensor) -> None:

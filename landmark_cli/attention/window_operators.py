@@ -13,7 +13,14 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from .backends import BACKENDS
 from .kernels.common.tensors import empty_heads_last
-from .operators import LIBRARY, NO_SECOND_DERIVATIVES, check_scale, check_softcap, refuse_transforms, seed_tensor
+from .operators import (
+    LIBRARY,
+    check_scale,
+    check_softcap,
+    refuse_second_derivatives,
+    refuse_transforms,
+    seed_tensor,
+)
 from .window import ReadingWindow
 
 
@@ -147,25 +154,7 @@ def _(*inputs):
         return retrieved(*inputs)
 
 
-class RetrievalBackward(torch.autograd.Function):
-    """Tells who asks for second derivatives that there are none."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return retrieved_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError(NO_SECOND_DERIVATIVES)
-
-
-@torch.library.impl(LIBRARY, "retrieve_backward", "Autograd")
-def _(*inputs):
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return RetrievalBackward.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return retrieved_backward(*inputs)
+refuse_second_derivatives(retrieved_backward)
 
 
 def keep_retrieved() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -3,7 +3,7 @@
 from .blocks import HeldBlocks, LayerBlocks
 from .cache import BlockCache
 from .chunk import Chunk, Passage
-from .layer_window import HeldText, LayerWindow
+from .layer_window import HeldText, LayerWindow, rolled
 from .pages import Offload
 from .settings import Positions, RetrievalSettings, Selection
 from .trace import Trace
@@ -21,4 +21,5 @@ __all__ = [
     "RetrievalSettings",
     "Selection",
     "Trace",
+    "rolled",
 ]

@@ -18,6 +18,17 @@ class HeldText(NamedTuple):
     values: Tensor
 
 
+def rolled(text: Tensor, length: int) -> Tensor:
+    """Of `length` tokens that are held and the tokens of a chunk behind them, the last `length` that are held or text:
+    (n, length) their numbers, in order. text: (n, T) bool."""
+    count = text.sum(-1, keepdim=True)
+    # A row's text in front of all else, in order.
+    order = (~text).long().argsort(dim=-1, stable=True)
+    source = torch.arange(length, device=text.device) + count
+    fresh = order.gather(-1, (source - length).clamp(0, text.shape[1] - 1)) + length
+    return torch.where(source < length, source, fresh)
+
+
 class LayerWindow:
     """The newest window - 1 text tokens of every row. Landmarks are not among them.
 
@@ -42,16 +53,11 @@ class LayerWindow:
         held = self.keys, self.values, self.real
         return held if len(rows) == len(self.keys) else tuple(x.index_select(0, rows) for x in held)
 
-    def append(self, keys: Tensor, values: Tensor, text: Tensor, rows: Tensor) -> None:
+    def append(self, keys: Tensor, values: Tensor, text: Tensor, rows: Tensor, source: Tensor) -> None:
         """Take up a chunk's text, (n, G, T, D) each; text: (n, T) bool, which of its tokens are that; rows: (n,), of
-        which rows, in rising order. In place, for recorded steps go on with the same tensors."""
+        which rows, in rising order. source: what `rolled` gives of text, the same for all layers that hold as much. In
+        place, for recorded steps go on with the same tensors."""
         old_keys, old_values, old_real = self.of(rows)
-        count = text.sum(-1, keepdim=True)
-        # A row's text in front of all else, in order.
-        order = (~text).long().argsort(dim=-1, stable=True)
-        source = torch.arange(self.length, device=text.device) + count
-        fresh = order.gather(-1, (source - self.length).clamp(0, text.shape[1] - 1)) + self.length
-        source = torch.where(source < self.length, source, fresh)
         index = source[:, None, :, None].expand(old_keys.shape)
         for to, new in (
             (self.keys, torch.cat([old_keys, keys.to(old_keys.dtype)], dim=2).gather(2, index)),

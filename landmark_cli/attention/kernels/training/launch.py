@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..common.configuration import Configuration, padded, product_precision
 from ..common.launch import HEADS_IN_FLIGHT, Launch, LaunchCache, launch
+from ..common.sinks import sink_gradient
 from ..common.statistics import Part, backward_parts
 from ..common.tensors import empty_heads_last, operand
 from .backward import key_gradient_kernel, query_gradient_kernel
@@ -74,14 +75,8 @@ def backward(
     kind = (*_kind(q, k, v, layout, sinks), out.stride(), dout.stride(), dlse is None)
     if not BACKWARD_CALLS.repeat(kind, tensors):
         BACKWARD_CALLS.make(kind, tensors, lambda: launch_backward(tensors, layout, parts))
-    dsinks = None if sinks is None else _sink_gradient(sinks, lse, delta)
+    dsinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dsinks
-
-
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of the sinks, (H,), from what the first backward kernel leaves of each query: see backward.py."""
-    share = torch.exp(sinks.float()[:, None] - lse)
-    return (share * delta).sum((0, 2)).neg().to(sinks.dtype)
 
 
 def launch_backward(tensors: tuple, layout: Layout, parts: list[Part]) -> Iterator[Launch | None]:

@@ -1,0 +1,179 @@
+"""The Triton kernels of layers with a sliding window, interpreted on the CPU, give what the definition gives: outputs
+and gradients, chunk after chunk, and as operators of PyTorch."""
+
+import pytest
+import torch
+
+from landmark_cli.attention import backends, local, local_operators
+from landmark_cli.attention.backends import Problem, choose
+from landmark_cli.attention.kernels.common.configuration import Configuration
+from landmark_cli.attention.kernels.hopper import support
+from landmark_cli.attention.kernels.local import configurations, launch
+from landmark_cli.attention.kernels.local.configurations import Choices
+from landmark_cli.attention.local_operators import local_attention, local_attention_backward
+from tests.attention.sliding import CASES, READINGS, Case, agreement
+from tests.closeness import assert_close_norm
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+]
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Sets the tiles' rows and keys: the interpreter's own are large, for it needs the same time for any size."""
+    return lambda rows, cols: monkeypatch.setattr(launch, "choices", lambda *_: Choices([Configuration(rows, cols)]))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts calls of the forward kernel."""
+    calls, forward = [], launch.forward
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return forward(*arguments)
+
+    monkeypatch.setattr(launch, "forward", counting)
+    return calls
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case, tiles, counted):
+    tiles(16, 32)
+    for a, b in agreement(case).values():
+        assert_close_norm(a, b)
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(64, 16), (32, 64)])
+def test_tiles_of_other_sizes(rows, cols, tiles):
+    tiles(rows, cols)
+    for a, b in agreement(Case(21, 150, batch=2, heads=4, key_heads=2, cu_seqlens=(0, 40, 150, 300))).values():
+        assert_close_norm(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit(dtype):
+    for a, b in agreement(Case(16, 70, dim=32, softcap=2.0, sinks=True, rotary=0), dtype).values():
+        assert_close_norm(a, b, dtype)
+
+
+@pytest.mark.parametrize("case", READINGS, ids=str)
+def test_chunk_after_chunk(case, counted):
+    found, expected = case.read("triton"), case.read("eager")
+    for a, b in zip(found[:-3], expected[:-3], strict=True):
+        assert_close_norm(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(found[-3:], expected[-3:], strict=True))
+    assert len(counted) == len(case.chunks)
+
+
+def test_what_is_not_seen_is_not_touched(tiles):
+    """Keys before the window, and landmarks, may be anything at all; walking over them would show as NaN."""
+    tiles(16, 16)
+    case = Case(6, 100, heads=1, rotary=0)
+    q, k, v = (x.detach() for x in case.leaves())
+    expected = case.attend(q, k, v, backend="triton")
+    k[:, :, 4::5], v[:, :, 4::5] = 1e4, 1e4
+    k[:, :, :64], v[:, :, :64] = torch.nan, torch.nan
+    text = torch.arange(100) % 5 < 4
+    found = case.attend(q, k, v, backend="triton")[:, :, 80:]
+    assert_close_norm(found[:, :, text[80:]], expected[:, :, 80:][:, :, text[80:]])
+
+
+def test_the_same_bits_every_time():
+    case = Case(16, 100, heads=4, key_heads=2, softcap=2.0, sinks=True)
+    leaves = case.leaves()
+    runs = [torch.autograd.grad(case.attend(*leaves, backend="triton").sum(), leaves) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_the_output_lies_as_the_next_layer_wants_it():
+    leaves = Case(7, 40).leaves()
+    out = Case(7, 40).attend(*leaves, backend="triton")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def operands(case: Case) -> tuple:
+    q, k, v, *sinks = case.leaves()
+    places = local.text_places(case.tokens, q.device, block_size=case.block_size)
+    seen = local.first_seen(places, case.window), places.text
+    return q, k, v, (sinks or [None])[0], *seen
+
+
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0, "sinks": True}], ids=["", "softcap and sinks"])
+def test_opcheck(more):
+    case = Case(7, 20, **more)
+    *leaves, first, text = operands(case)
+    settings = first, text, 0.25, case.softcap, "triton"
+    torch.library.opcheck(local_attention, (*leaves, *settings))
+    leaves = [None if x is None else x.detach() for x in leaves]
+    out, lse = local_attention(*leaves, *settings)
+    torch.library.opcheck(local_attention_backward, (torch.randn_like(out), *leaves, out, lse, *settings))
+
+
+def test_compiles_in_one_graph():
+    case = Case(7, 30, softcap=2.0, sinks=True)
+    leaves = case.leaves()
+
+    def attend(q, k, v, sinks, backend):
+        given = {"block_size": 5, "frequencies": case.frequencies, "softcap": 2.0, "sinks": sinks, "backend": backend}
+        return local.attend_input(q * 2, k, v, 7, **given) + 1
+
+    found = torch.compile(attend, fullgraph=True, backend="aot_eager")(*leaves, "triton")
+    expected = attend(*leaves, "eager")
+    assert_close_norm(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (found, expected)), strict=True):
+        assert_close_norm(a, b)
+
+
+def test_second_derivatives_are_refused():
+    case = Case(7, 20)
+    leaves = case.leaves()
+    (dq, *_) = torch.autograd.grad(case.attend(*leaves, backend="triton").square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="landmark"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ("scale is -1", {"scale": -1.0}),
+        ("softcap is 0.0; .* positive", {"softcap": 0.0}),
+        ("sinks is .* one logit for each head", {"sinks": torch.ones(3)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_named(words, given):
+    q, k, v, _, *seen = operands(Case(7, 20))
+    with pytest.raises(ValueError, match=words):
+        local_operators.attend(q, k, v, *seen, backend="triton", **given)
+
+
+GPU = Problem("cuda", torch.bfloat16, 256, None, local=True)
+
+
+def test_who_serves(monkeypatch, capsys):
+    """Blocks and their limits are none of these layers' concern; nothing is said of them."""
+    monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
+    monkeypatch.setattr(support, "is_hopper", lambda device: device.startswith("cuda"))
+    backends._announce.cache_clear()
+    assert choose(GPU) == choose(GPU, "hopper") == choose(GPU._replace(block_size=1000, reading=True)) == "triton"
+    assert choose(GPU, "eager") == choose(GPU._replace(dtype=torch.float64)) == "eager"
+    assert choose(GPU._replace(reading=True, differentiated=True)) == "eager"
+    for name in (choose(GPU._replace(device="cpu")), choose(GPU._replace(device="cpu", reading=True), "blockwise")):
+        assert backends.BACKENDS[name].local_forward is None
+    with pytest.raises(ValueError, match="head dim 288"):
+        choose(GPU._replace(head_dim=288), "triton")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query_gradient", "key_gradient"])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+@pytest.mark.parametrize(("width", "exact"), [(2, False), (4, False), (4, True)])
+@pytest.mark.parametrize("most", [configurations.STEP, 64, 128])
+def test_there_are_tiles_for_every_head(kernel, dim, width, exact, most):
+    for shared in (99 << 10, 227 << 10):
+        found = configurations.fitting(kernel, shared, width, exact, dim, most)
+        assert found and all(choice.rows <= most and choice.cols <= configurations.COLS for choice in found)
