@@ -57,7 +57,8 @@ def product_of(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tenso
     """A function of x (..., K) that gives what each layer gives, (..., n_i): by one product where the layers' weights
     lie one behind another when this is called, else layer by layer."""
     joined = [spanned(parameters) for parameters in parameters_to_join(layers)]
-    if not joined or any(tensor is None for tensor in joined):
-        return lambda x: [layer(x) for layer in layers]
-    sizes = [layer.out_features for layer in layers]
-    return lambda x: F.linear(x, *joined).split(sizes, dim=-1)
+    if joined and all(tensor is not None for tensor in joined):
+        sizes = [layer.out_features for layer in layers]
+        return lambda x: F.linear(x, *joined).split(sizes, dim=-1)
+    # Quantized layers share a product themselves.
+    return lambda x: [layer(x) for layer in layers]

@@ -8,6 +8,7 @@ where it is tied to the embedding, it becomes a matrix of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,7 +19,8 @@ from landmark_cli.console import info
 from landmark_cli.errors import LandmarkError, UsageError
 
 from .fingerprint import bit_sums
-from .quantized_products import product_class
+from .known_layers import of_same_input, why_not_known
+from .quantized_products import JoinedProduct, product_class
 
 Quantization = Literal["none", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
@@ -87,6 +89,24 @@ def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
+class Part(NamedTuple):
+    """A layer's part of a product: the product, which of its layers this is, and what is `stored` of its weight."""
+
+    product: JoinedProduct
+    place: int
+    stored: str
+
+
+def parts_of(layers: Sequence[nn.Linear], bits: int, device: torch.device) -> list[Part]:
+    """One product of layers of the same input, on a device."""
+    weights = [layer.weight.detach().to(device) for layer in layers]
+    kind, dtype = product_class(device), weights[0].dtype
+    codes = encode(torch.cat(weights) if len(weights) > 1 else weights[0], bits, kind.scale_dtype(dtype))
+    product = JoinedProduct(kind(codes, dtype), [len(weight) for weight in weights])
+    stored = [f"{dtype} {tuple(weight.shape)} {bit_sums(weight)}" for weight in weights]
+    return [Part(product, place, what) for place, what in enumerate(stored)]
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer of codes, in place of an nn.Linear. It lies on one device, learns nothing and is not saved.
     stored: dtype, shape and `bit_sums` of the weight that it was made of, by which memories know their model.
@@ -94,19 +114,17 @@ class QuantizedLinear(nn.Module):
     x (..., K) -> (..., N) in x's dtype.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, device: torch.device):
+    def __init__(self, linear: nn.Linear, bits: int, device: torch.device, part: Part | None = None):
+        """part: of a product that is made already; by default the layer has one of its own."""
         super().__init__()
-        weight = linear.weight.detach().to(device)
         self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
-        self.stored = f"{weight.dtype} {tuple(weight.shape)} {bit_sums(weight)}"
-        product = product_class(device)
-        self.product = product(encode(weight, bits, product.scale_dtype(weight.dtype)), weight.dtype)
+        self.product, self.place, self.stored = part or parts_of([linear], bits, device)[0]
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise self._refusal("have no gradients")
-        y = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        y = self.product.part(x, self.place)
         return y if self.bias is None else y + self.bias
 
     def train(self, mode: bool = True) -> QuantizedLinear:
@@ -144,15 +162,16 @@ def quantize(model: PreTrainedModel, quantization: Quantization, device: torch.d
     if getattr(model, "is_quantized", False) or quantization_of(model) != "none":
         raise LandmarkError(f"the weights of {name} are quantized already: open it without --quantization")
     product_class(device).check(device, model.dtype)
-    bits, head, left = BITS[quantization], model.get_output_embeddings(), 0
-    found = [(path, layer) for path, layer in model.named_modules() if type(layer) is nn.Linear]
-    for path, linear in found:
-        if linear.weight.dtype != model.dtype or not _fits(linear):
-            left += linear.weight.numel()
-            continue
-        model.set_submodule(path, QuantizedLinear(linear, 8 if linear is head else bits, device))
-        # A tied weight stays with the embedding; any other goes now, not when all layers are done.
-        linear.weight = None
+    bits, head = BITS[quantization], model.get_output_embeddings()
+    found = {layer: path for path, layer in model.named_modules() if type(layer) is nn.Linear}
+    fitting = [layer for layer in found if layer.weight.dtype == model.dtype and _fits(layer)]
+    left = sum(layer.weight.numel() for layer in found) - sum(layer.weight.numel() for layer in fitting)
+    for layers in _of_one_product(model, fitting):
+        own = 8 if head in layers else bits
+        for layer, part in zip(layers, parts_of(layers, own, device), strict=True):
+            model.set_submodule(found[layer], QuantizedLinear(layer, own, device, part))
+            # A tied weight stays with the embedding; any other goes now, not when all layers are done.
+            layer.weight = None
     if not any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
         raise LandmarkError(
             f"{name} has no linear layer that can be held in {quantization}: in_features must be a multiple of "
@@ -162,6 +181,15 @@ def quantize(model: PreTrainedModel, quantization: Quantization, device: torch.d
     if left:
         stored = str(model.dtype).removeprefix("torch.")
         info(f"{left:,} weights of linear layers are too narrow or uneven for {quantization} and stay in {stored}")
+
+
+def _of_one_product(model: PreTrainedModel, fitting: Sequence[nn.Linear]) -> list[list[nn.Linear]]:
+    """The layers that fit, those together that are known to take the same input."""
+    known = why_not_known(model) is None
+    together = [layers for layer in model.model.layers for layers in of_same_input(layer)] if known else []
+    together = [layers for layers in together if set(fitting).issuperset(layers)]
+    joined = {layer for layers in together for layer in layers}
+    return together + [[layer] for layer in fitting if layer not in joined]
 
 
 def _fits(linear: nn.Linear) -> bool:

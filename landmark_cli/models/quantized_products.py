@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import bisect
 import json
+import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,6 +125,40 @@ def packed(codes: Codes) -> Tensor:
     if codes.bits == 4:
         unsigned = unsigned[:, ::2] | unsigned[:, 1::2] << 4
     return unsigned.contiguous().view(torch.int32)
+
+
+class JoinedProduct(nn.Module):
+    """Products of layers of the same input, as one, which is made when the first of them asks and kept for the others.
+
+    product: with the weights (n_i, K), one behind another. sizes: n_i. x (..., K) -> of each layer (..., n_i), in x's
+    dtype; those of several layers are views of one tensor.
+    """
+
+    def __init__(self, product: CpuProduct | HummingProduct, sizes: Sequence[int]):
+        super().__init__()
+        self.product, self.sizes = product, list(sizes)
+        # What the layers were asked for last, and what they give.
+        self._held: tuple[weakref.ref[Tensor], int, Sequence[Tensor]] | None = None
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        y = self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return y.split(self.sizes, dim=-1)
+
+    def part(self, x: Tensor, place: int) -> Tensor:
+        """What one of the layers gives. Layers that are asked in their order, of one tensor that nobody has written to
+        in between, share a product."""
+        if len(self.sizes) == 1 or x.is_inference():
+            return self(x)[place]
+        held, self._held = self._held, None
+        if held is None or held[0]() is not x or held[1] != x._version:
+            held = weakref.ref(x), x._version, self(x)
+        if place + 1 < len(self.sizes):
+            self._held = held
+        return held[2][place]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, and what is written to a file: what is held is of this one's inputs."""
+        return vars(self) | {"_held": None}
 
 
 PRODUCTS = {"cpu": CpuProduct, "cuda": HummingProduct}

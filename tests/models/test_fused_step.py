@@ -9,8 +9,9 @@ from torch import nn
 
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import step_kernels, step_operations
-from landmark_cli.models.fused_step import FAMILIES, FusedStep, join_weights, why_not_fused
+from landmark_cli.models.fused_step import FusedStep, join_weights, why_not_fused
 from landmark_cli.models.joined import join, product_of, spanned
+from landmark_cli.models.known_layers import FAMILIES
 from landmark_cli.models.layers import settle_layers
 from landmark_cli.models.quantization import quantize
 from tests.closeness import assert_close_norm
@@ -87,6 +88,16 @@ def test_rows_of_a_batch_are_fused_too(fused_calls, by_definition):
     assert (3, 1) in fused_calls
     for ours, theirs in zip(found, expected, strict=True):
         assert_close_norm(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_layers_are_fused_too(kind, fused_calls, by_definition):
+    model = landmark_decoder(hidden_size=128, intermediate_size=192, initializer_range=0.1)
+    quantize(model, kind, model.device)
+    expected, found = (steps(model, fused)[0] for fused in (False, True))
+    assert set(fused_calls) == {(1, 1), (1, 2)}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close_norm(ours, theirs, torch.bfloat16)
 
 
 def test_the_families_are_those_whose_modules_are_known():

@@ -17,6 +17,7 @@ from landmark_cli.models.gpt import GPTForCausalLM
 from landmark_cli.models.lora import LoraSettings, add_adapters
 from landmark_cli.models.quantization import GROUP, QuantizedLinear, encode, quantize, weight_count, weights_by_name
 from landmark_cli.models.quantized_products import FEW_ROWS, packed
+from tests.closeness import assert_close_norm
 from tests.tiny import tiny_llama, tiny_model, tiny_text
 
 CPU = torch.device("cpu")
@@ -125,6 +126,71 @@ def test_a_decoder_of_transformers_is_quantized(kind):
     assert isinstance(model.lm_head, nn.Linear) and isinstance(model.model.layers[0].mlp.down_proj, QuantizedLinear)
     with torch.no_grad():
         assert (model(x).logits - before).norm() < (0.05 if kind == "int8" else 0.5) * before.norm()
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[tuple]:
+    """The shapes of what is multiplied."""
+    found, plain = [], quantized_products.CpuProduct.forward
+
+    def forward(self, rows):
+        y = plain(self, rows)
+        found.append((rows.shape[0], y.shape[1]))
+        return y
+
+    monkeypatch.setattr(quantized_products.CpuProduct, "forward", forward)
+    return found
+
+
+WIDE_LLAMA = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "initializer_range": 0.1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_the_same_input_are_one_product(kind, products, monkeypatch):
+    """Of known decoders, with the codes that each layer has by itself; whoever calls a layer gets its own output."""
+    model, x = tiny_llama(**WIDE_LLAMA), tiny_text(5)[None]
+    alone = copy.deepcopy(model)
+    quantize(model, kind, CPU)
+    with monkeypatch.context() as patch:
+        patch.setenv("LANDMARK_FUSED_STEPS", "0")
+        quantize(alone, kind, CPU)
+    with torch.no_grad():
+        found = model(x).logits
+        assert products == [(5, 128 + 64 + 64), (5, 128), (5, 2 * 192), (5, 128)]
+        products.clear()
+        assert_close_norm(found, alone(x).logits, torch.bfloat16)
+        assert [width for _, width in products] == [128, 64, 64, 128, 192, 192, 128]
+    assert weights_by_name(model) == weights_by_name(alone) and weight_count(model) == weight_count(alone)
+    names = [name for name, _ in model.named_parameters()]
+    assert not any(".product." in name for name in names)
+
+
+@torch.no_grad()
+def test_a_part_is_never_that_of_another_input(products):
+    model = tiny_llama(**WIDE_LLAMA)
+    quantize(model, "int8", CPU)
+    attention = model.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x, other = torch.randn(2, 1, 1, 128)
+    expected = [[layer(one.clone()) for layer in layers] for one in (x, other, -x)]
+
+    def check(one: torch.Tensor, of: list[torch.Tensor], order: tuple[int, ...], count: int) -> None:
+        products.clear()
+        for place in order:
+            assert torch.equal(layers[place](one), of[place])
+        assert len(products) == count
+
+    check(x, expected[0], (0, 1, 2), 1)
+    check(x, expected[0], (2, 1, 0, 0), 2)
+    check(other, expected[1], (0, 1), 1)
+    check(x, expected[0], (2,), 1)
+    assert torch.equal(layers[0](x), expected[0][0])
+    x.neg_()
+    check(x, expected[2], (1, 2), 1)
+    with torch.inference_mode():
+        check(x.clone(), expected[2], (0, 1, 2), 3)
+    again = copy.deepcopy(attention)
+    assert torch.equal(again.k_proj(x), expected[2][1])
 
 
 @pytest.fixture(scope="module")
