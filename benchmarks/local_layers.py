@@ -41,7 +41,7 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 FREQ = 63
 TOKENS = 65536 if GPU else 700
 # Text tokens of a chunk of ours: whole blocks. Chunks of theirs.
-CHUNK, THEIR_CHUNKS = (31 * FREQ, (2048, 8192)) if GPU else (3 * FREQ, (256,))
+CHUNK, THEIR_CHUNKS = (31 * FREQ, (2048, 4096, 8192)) if GPU else (3 * FREQ, (256,))
 
 GEMMA = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144}
 SHAPES = {

@@ -117,7 +117,7 @@ def test_steps_are_recorded(width):
         expected = local.attend_chunk(*fresh, other, cache.begin_chunk([width] * 2), frequencies, backend="eager")
         for to, x in zip(still, fresh, strict=True):
             to.copy_(x)
-        counters.copy_(cache.counters([width] * 2, width, rows))
+        counters.copy_(torch.tensor(cache.counts([width] * 2, width, rows), dtype=torch.int32))
         graph.replay()
         cache.advance([width] * 2)
         assert_agrees({"out": (out.float(), expected.float())}, ROUNDED)
