@@ -13,7 +13,7 @@ from . import local, operators, reference, retrieval_window, window_operators
 from .backends import BACKENDS, FEW_QUERIES, Problem, choose
 from .cache import BlockCache, Chunk, Passage
 from .dropout import layer_seed
-from .layer_kind import kind_of
+from .layer_kind import is_first, kind_of
 from .masks import no_mask, padding_mask
 from .recurrent import recurrent_attention_forward
 from .window import ReadingWindow
@@ -122,7 +122,7 @@ def landmark_attention_forward(
             out = local.attend_window(*_as_autocast(query, key, value), *given, **logits)
         else:
             window = landmark_window.unrotated if kind.turns == "none" else landmark_window
-            out = attend_window(layer, query, key, value, window, **logits)
+            out = attend_window(layer, query, key, value, window, first=is_first(module), **logits)
         return out.transpose(1, 2).contiguous(), None
     layout = landmark_layout or LandmarkLayout()
     block_size = layout.block_size
@@ -320,12 +320,13 @@ def attend_window(
     backend: str | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    first: bool | None = None,
 ) -> Tensor:
     """Read a window's chunks, each through the blocks of those before it, all at once: (B, H, N, D), differentiable.
 
     The same as `attend_chunk` for one chunk after the other. q: (B, H, N, D) and k, v: (B, G, N, D), rotated at
     window.position_ids. Each part, within chunks and of retrieved blocks, is made by the backend that `backends.choose`
-    finds for it, or that is named; padding gives zeros.
+    finds for it, or that is named; padding gives zeros. first: whether this is layer 0, where who calls knows it.
     """
     q, k, v = _as_autocast(q, k, v)
     given = {"scale": scale, "softcap": softcap, "sinks": sinks}
@@ -341,7 +342,7 @@ def attend_window(
     # Only selections that nobody shares are made by kernels.
     shared = window.selection != "per_token_and_head"
     ages = _select_by_definition(q, k, window, scale, layer, softcap) if shared else None
-    given = {"backend": name, "ages": ages, "softcap": softcap}
+    given = {"backend": name, "ages": ages, "softcap": softcap, "first": first}
     return window_operators.retrieve(q, k, v, window, scale, layer, (out, lse), **given)[0]
 
 

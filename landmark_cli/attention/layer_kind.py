@@ -45,6 +45,13 @@ def half_split(x: Tensor, rotated: int) -> Tensor:
     return torch.cat([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], dim=-1)
 
 
+def is_first(module: nn.Module) -> bool:
+    """Whether an attention module is the first layer's. torch.compile keeps what is compiled for one number of a layer
+    from all others: a module may say this one thing alone, as `landmark_first`."""
+    known = getattr(module, "landmark_first", None)
+    return module.layer_idx == 0 if known is None else known
+
+
 def kind_of(module: nn.Module) -> LayerKind:
     """What was set on a layer's attention module."""
     return getattr(module, "landmark_kind", None) or LayerKind()

@@ -36,13 +36,14 @@ def retrieve(
     backend: str,
     ages: Tensor | None = None,
     softcap: float | None = None,
+    first: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The twin of `retrieval_window.retrieve_window` in the kernels of a backend that can serve: values and gradients.
 
     q: (B, H, N, D) and k, v: (B, G, N, D), any strides. own: attention within the chunks, (B, H, N, D) and its
     log-sum-exp, (B, H, N) float32, which is then one part of the outer softmax. ages: (B, H or 1, N, k) int32, a
     selection that is made already, as `retrieval_window.select_in_window` gives. softcap: bound of the logits; sinks
-    have their share of `own`.
+    have their share of `own`. first: whether `layer` is 0, where who calls knows it without the number.
 
     Returns out (B, H, N, D), which lies in memory as (B, N, H, D), and the log-sum-exp (B, H, N) float32. Both are
     differentiable, in own too. Gradients repeat bit by bit.
@@ -54,10 +55,11 @@ def retrieve(
     scale, softcap = check_scale(scale, q), check_softcap(softcap)
     settings = window.settings
     seed = window.seed_of(layer) if settings.explore and ages is None else None
+    first = layer == 0 if first is None else first
     out, lse, *_ = retrieved(
         q, k, v, *(own or (None, None)), window.chunks, window.blocks, window.chunk_of, window.cos, window.sin, ages,
         None if seed is None else seed_tensor(seed, q.device), settings.chunk, settings.block_size, settings.top_k,
-        window.most_earlier, settings.explore, window.one_landmark and layer == 0, scale, softcap, backend,
+        window.most_earlier, settings.explore, window.one_landmark and first, scale, softcap, backend,
     )  # fmt: skip
     return out, lse
 

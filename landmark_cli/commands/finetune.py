@@ -182,6 +182,9 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
     gradient_checkpointing: bool | None = changed(
         "gradient_checkpointing", None, "with --read-chunk, and where the memory would not hold a step otherwise"
     )
+    compile: bool | None = changed(
+        "compile", None, "on one GPU, or several with a copy of the model each, in runs of more than some two minutes"
+    )
     eval_windows: int | None = changed(
         "eval_windows", None, f"{PLAIN['eval_windows']}, beside a teacher fewer of longer windows and of short runs"
     )

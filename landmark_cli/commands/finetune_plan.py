@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
 from landmark_cli.commands.plan import show_plan
-from landmark_cli.commands.run_options import loop_settings, reading
+from landmark_cli.commands.run_options import compiles_layers, loop_settings, reading
 from landmark_cli.console import info, quantity, warn
 from landmark_cli.launch import is_launched
 
@@ -31,6 +31,10 @@ EVALUATED_TOKENS = 1 << 18
 # A micro-batch of more operations than this takes a CPU too long to be measured.
 MEASURED_STEPS = 3
 CPU_OPERATIONS = 1e10
+# Runs that would take longer than so many seconds are compiled unasked: it takes some 20 of them, and saves a quarter.
+COMPILED_SECONDS = 120
+# What a step that is not compiled makes of a GPU's peak: 14% on an H200. The peak of one that is not known.
+UNCOMPILED_USE, UNKNOWN_PEAK = 0.14, 100e12
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,33 @@ def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> Finetu
         accumulation=found.accumulation,
         gradient_checkpointing=found.checkpointing,
     )
+    if options.compile is None:
+        options = dataclasses.replace(options, compile=worth_compiling(options, shapes.model))
     rows = options.steps * options.batch_size * options.accumulation
     windows = min(PLAIN["eval_windows"], max(8, EVALUATED_TOKENS // found.sequence_length), max(8, rows))
     return filled(options, {"eval_windows": windows})
+
+
+def worth_compiling(options: FinetuneOptions, model: nn.Module) -> bool:
+    """Whether the steps of a run, on one device or as many copies of the model, save more than compiling takes.
+
+    model: the student as shapes.
+    """
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    from landmark_cli.training.metrics import flops_per_token, peak_flops
+    from landmark_cli.training.runs import resolve_precision
+    from landmark_cli.training.setup import uses_cpu
+
+    sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+    if uses_cpu(options.device) or sharded or not compiles_layers(dataclasses.replace(options, compile=True)):
+        return False
+    peak = peak_flops(torch.device("cuda"), resolve_precision(options.precision, options.device))
+    tokens = options.steps * options.batch_size * options.accumulation * options.sequence_length
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
+    operations = tokens * flops_per_token(model, options.sequence_length, read)
+    return operations > COMPILED_SECONDS * UNCOMPILED_USE * (peak or UNKNOWN_PEAK)
 
 
 def filled(options: FinetuneOptions, values: dict[str, Any]) -> FinetuneOptions:
@@ -234,7 +262,7 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
         precision=precision,
         accumulation=options.accumulation,
         device=options.device,
-        compile=options.compile,
+        compile=bool(options.compile) and not compiles_layers(options),
         tf32=options.tf32,
     )
     half, device = dtype_of(precision), accelerator.device

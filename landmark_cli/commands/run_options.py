@@ -280,9 +280,17 @@ def loop_settings(
         bad_steps=options.bad_steps,
         group_dropout=group_dropout,
         read=read,
+        compile_layers=compiles_layers(options),
         examine_every=getattr(options, "eval_ruler_every", 0),
         go_on=again("resume", output=output),
     )
+
+
+def compiles_layers(options: RunOptions) -> bool:
+    """Whether what is compiled are single layers, not the whole model: where steps are few, and layers alike. Those
+    that draw random blocks, or whose gate is taught, are told their numbers, and one's code is not another's."""
+    few = hasattr(options, "teacher")
+    return bool(options.compile) and few and not options.explore and not options.gate_weight
 
 
 @contextmanager
@@ -307,7 +315,7 @@ def begin(options: RunOptions, name: str) -> Iterator[tuple[Accelerator, Path, s
             batch_size=options.batch_size,
             clip=options.clip,
             device=options.device,
-            compile=options.compile,
+            compile=bool(options.compile) and not compiles_layers(options),
             tf32=options.tf32,
             log_with=options.log_with,
             output=output,
@@ -406,5 +414,7 @@ def describe(config: PreTrainedConfig, loop: Loop) -> None:
     info(f"{counted(windows, 'window')} of {length} = {quantity(windows * length)} tokens a step")
     if settings.read is not None:
         info(said_of(settings.read))
+    if settings.compile_layers:
+        info("layers are compiled, which the first step waits for; --no-compile runs them as they are")
     if loop.distillation is not None:
         info(loop.distillation.said(text_length(length, config.landmark_freq)))

@@ -27,12 +27,13 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import Score, perplexity_of
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.training.checkpoints import Checkpoints, plain_name, warn_if_full
+from landmark_cli.training.compiled import compile_layers
 from landmark_cli.training.distillation import PARTS, Distillation, DistillationLoss
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
 from landmark_cli.training.finite import spoiled_by
 from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
 from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups
-from landmark_cli.training.setup import LossModel, seed_step
+from landmark_cli.training.setup import LossModel, seed_step, without_adapters
 from landmark_cli.training.stopping import Vote
 from landmark_cli.training.update import Update
 
@@ -60,7 +61,8 @@ class LoopSettings:
     fused_loss: work the loss out without holding all logits. Sharded models hold them all the same: their head is in
     shards while the loss is computed. fp32_residual: keep the residual stream of a bf16 run in float32. bad_steps: this
     many steps in a row whose loss or gradient is not finite end the run. read: have rows read chunk by chunk, in
-    training and evaluation (see LossModel). examine_every: steps between two calls of `Loop.examine`. go_on: the
+    training and evaluation (see LossModel). compile_layers: compile the model's and the teacher's layers (see
+    compiled.py). examine_every: steps between two calls of `Loop.examine`. go_on: the
     command that resumes it, for messages.
     """
 
@@ -84,6 +86,7 @@ class LoopSettings:
     fp32_residual: bool = False
     bad_steps: int = 10
     read: WindowSettings | None = None
+    compile_layers: bool = False
     examine_every: int = 0
     go_on: str = "the same call, and resume"
 
@@ -136,6 +139,10 @@ class Loop:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         fused_loss = settings.fused_loss and not sharded
         how = (settings.group_dropout, fused_loss, settings.fp32_residual, settings.read)
+        if settings.compile_layers:
+            compile_layers(without_adapters(model))
+            if self.distillation is not None:
+                self.distillation.teacher.compile_layers()
         if self.distillation is None:
             model = LossModel(model, *how)
         else:

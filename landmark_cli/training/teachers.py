@@ -27,6 +27,7 @@ from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.decoders import PADDING_TOKEN
 from landmark_cli.models.pretrained import open_pretrained, plain_attention
+from landmark_cli.training.compiled import compile_layers, decoder_layers
 from landmark_cli.training.setup import has_plain_head, quiet_transformers, without_adapters
 
 ATTENTION, OBSERVED = "sdpa", "observed_sdpa"
@@ -73,6 +74,10 @@ class Teacher:
         if accelerator.distributed_type == DistributedType.FSDP:
             shard(self.model)
         return self
+
+    def compile_layers(self) -> None:
+        """See `compiled.compile_layers`."""
+        compile_layers(self.model)
 
     @property
     def head(self) -> Tensor:
@@ -123,6 +128,9 @@ class WithoutAdapters(Teacher):
         """Move what it has of its own; the rest is moved, and under FSDP sharded, with the model that learns."""
         self.untouched.to(accelerator.device)
         return self
+
+    def compile_layers(self) -> None:
+        """Its layers are those of the model that learns."""
 
     @property
     def head(self) -> Tensor:
@@ -196,7 +204,7 @@ def shard(model: PreTrainedModel) -> None:
     """Have FSDP keep every process's share of a frozen model, and no layer's whole weights after it was computed."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in [layer for layer in model.modules() if type(layer).__name__ in (model._no_split_modules or ())]:
+    for layer in decoder_layers(model):
         fully_shard(layer)
     # Without a backward pass nothing else would have the rest, embedding and head, let go.
     fully_shard(model, reshard_after_forward=True)

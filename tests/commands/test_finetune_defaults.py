@@ -4,12 +4,16 @@ import dataclasses
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from landmark_cli.commands import finetune_plan
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.commands.finetune_plan import with_defaults
+from landmark_cli.commands.run_options import compiles_layers
+from landmark_cli.commands.train import TrainOptions
 from landmark_cli.models.pretrained import open_config
-from landmark_cli.training import fit
+from landmark_cli.training import fit, metrics, setup
+from tests.closeness import assert_close_norm
 from tests.data.test_mixing import prose
 from tests.models.families import tiny_decoder, tiny_tokenizer
 
@@ -97,3 +101,62 @@ def test_a_dry_run_measures_layers_of_several_kinds(tmp_path, capsys, family):
     given = {"sequence_length": 64, "landmark_freq": 7, "batch_size": 1, "accumulation": 1, "steps": 7200}
     run(FinetuneOptions(model=str(tmp_path / family), dry_run=True, device="cpu", **given))
     assert "s a step, by 3 micro-batches; preparing text aside" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """One of a peak that makes a step of these models take some seconds, for all that the defaults know."""
+    monkeypatch.setattr(setup, "uses_cpu", lambda device: False)
+    monkeypatch.setattr(fit, "device_memory", lambda device: 16 << 30)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, precision: 1e11)
+
+
+@pytest.mark.parametrize(
+    ("given", "compiled"),
+    [
+        ({}, True),
+        ({"steps": 2}, False),
+        ({"steps": 2, "compile": True}, True),
+        ({"compile": False}, False),
+        ({"gate_weight": 1.0}, False),
+        ({"read_chunk": 128, "top_k_blocks": 1}, True),
+        ({"read_chunk": 128, "top_k_blocks": 1, "explore": 0.1}, False),
+    ],
+    ids=str,
+)
+def test_long_runs_on_a_gpu_are_compiled(given, compiled, on_a_gpu, monkeypatch):
+    sizes = {"sequence_length": 256, "batch_size": 2, "accumulation": 64, "precision": "fp32"}
+    options = FinetuneOptions(model="base", device="cpu", **sizes, **given)
+    assert with_defaults(options, open_config("base")).compile is compiled
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert with_defaults(options, open_config("base")).compile is given.get("compile", False)
+
+
+def test_on_a_cpu_none_is():
+    options = FinetuneOptions(model="base", device="cpu", steps=10**6)
+    assert with_defaults(options, open_config("base")).compile is False
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"),
+    [({}, True), ({"compile": False}, False), ({"gate_weight": 1.0}, False), ({"explore": 0.1}, False)],
+    ids=str,
+)
+def test_what_is_compiled_are_layers_where_they_are_alike(given, layers):
+    assert compiles_layers(FinetuneOptions(**{"model": "base", "compile": True} | given)) is layers
+    assert not compiles_layers(TrainOptions(compile=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_leaves_what_another_goes_on_from(tmp_path):
+    given = {"batch_size": 1, "accumulation": 1, "eval_every": 0, "landmark_freq": 31, "eval_ruler": "none"}
+    given |= {"model": "base", "data": ["barges.txt"], "device": "cpu", "steps": 4, "save_every": 2, "keep": 2}
+    made = [FinetuneOptions(output=tmp_path / str(n), compile=n == 0, **given) for n in range(2)]
+    for options in made:
+        run(options)
+    weights = [load_file(options.output / "model.safetensors") for options in made]
+    assert_close_norm(*weights)
+    for options in made:
+        (options.output / "checkpoints/step-00000004").rename(options.output / "aside")
+    resumed = run(dataclasses.replace(made[0], compile=False, resume=True))
+    assert_close_norm(load_file(resumed / "model.safetensors"), weights[0])

@@ -1,0 +1,38 @@
+"""torch.compile layer by layer: a decoder's layers are alike, so what is compiled for one of them serves all.
+
+Compiled as one graph, a model takes minutes before its first step, the more the deeper it is. By layers it takes as
+long as one layer does, forward and backward, and what stands between layers runs as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Of what torch.compile keeps apart for one function: layers of several kinds, in training, evaluation and teaching.
+VARIANTS = 32
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that a model is a stack of, as transformers names them for those who split a model."""
+    return [layer for layer in model.modules() if type(layer).__name__ in (model._no_split_modules or ())]
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Have each layer of a model run compiled code, wherever it is called. Modules and parameters keep their names.
+
+    It comes before DDP, FSDP or DeepSpeed wrap the model. backend: of torch.compile. What it cannot compile runs as it
+    is, which torch warns of.
+    """
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, VARIANTS)
+    settings.suppress_errors = True
+    # It would cut what a process compiles where DDP's buckets end. A layer is less than a bucket or some, and gradients
+    # are sent layer by layer as it is.
+    settings.optimize_ddp = False
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.landmark_first = module.layer_idx == 0
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=False, backend=backend)

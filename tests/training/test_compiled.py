@@ -1,0 +1,141 @@
+"""Layers compiled one by one: the code of one serves all, step after step, and learns what they learn uncompiled."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from landmark_cli.attention import backends
+from landmark_cli.attention.kernels.common.tensors import empty_heads_last
+from landmark_cli.attention.reference import landmark_attention
+from landmark_cli.attention.window import WindowSettings
+from landmark_cli.models.decoders import add_landmarks
+from landmark_cli.models.lora import LoraSettings, add_adapters
+from landmark_cli.training import compiled
+from landmark_cli.training.distillation import Distillation, DistillationLoss
+from landmark_cli.training.setup import checkpoint_activations
+from landmark_cli.training.teachers import Teacher, UntouchedRows, WithoutAdapters
+from tests.closeness import assert_close_norm
+from tests.models.families import tiny_decoder, tiny_tokenizer
+from tests.training.test_distillation import FREQ, batch_of, some_texts, step
+
+
+def heads_last(x):
+    """As the kernels leave it in memory."""
+    return empty_heads_last(x).copy_(x)
+
+
+def forward(q, k, v, sinks, block_size, scale, *others):
+    out, lse = landmark_attention(q, k, v, block_size=block_size, scale=scale, return_lse=True)
+    return heads_last(out), lse.contiguous()
+
+
+def backward(dout, dlse, q, k, v, sinks, out, lse, *settings):
+    def differentiate():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        found = landmark_attention(*leaves, block_size=settings[0], scale=settings[1], return_lse=True)
+        gradients = torch.autograd.grad(found, leaves, (dout, torch.zeros_like(lse) if dlse is None else dlse))
+        return map(heads_last, gradients)
+
+    # An operator is called below autograd, which is a matter of its thread.
+    with ThreadPoolExecutor(1) as other:
+        return *other.submit(differentiate).result(), None
+
+
+def retrieve_forward(q, k, v, own, own_lse, chunks, blocks, *others):
+    """Finds nothing: a step's numbers are others then, not its code."""
+    routes = [q.new_empty((k.shape[1], 1), dtype=dtype) for dtype in (torch.int16, torch.int64, torch.int32)]
+    return heads_last(own), own_lse.contiguous().clone(), *routes
+
+
+def retrieve_backward(dout, dlse, q, k, v, out, lse, *others):
+    return *(heads_last(torch.zeros_like(x)) for x in (q, k, v)), heads_last(dout), torch.zeros_like(lse)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Instead of the kernels what can be told from them by nothing that torch.compile sees, and takes no time."""
+    theirs = backends.BACKENDS["triton"]
+    fast = {"forward": forward, "backward": backward}
+    fast |= {"retrieve_forward": retrieve_forward, "retrieve_backward": retrieve_backward}
+    monkeypatch.setitem(backends.BACKENDS, "triton", dataclasses.replace(theirs, why_not=lambda _: None, **fast))
+    monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
+    torch._dynamo.reset()
+    counters.clear()
+    # What is set meanwhile is put back.
+    with torch._dynamo.config.patch(suppress_errors=False):
+        yield
+    torch._dynamo.reset()
+
+
+def pair(layers, *, family="llama", lora=False, read=False, checkpointing=None):
+    """(loss, how it is distilled, the models whose layers run) of a decoder of so many layers."""
+    student, untouched = (tiny_decoder(family, num_hidden_layers=layers) for _ in range(2))
+    untouched.load_state_dict(student.state_dict())
+    rows = UntouchedRows(student)
+    add_landmarks(student, tiny_tokenizer(), landmark_freq=FREQ, trained_length=60)
+    model = add_adapters(student, LoraSettings(2, 4.0)) if lora else student
+    teacher = WithoutAdapters(model, rows) if lora else Teacher(untouched)
+    teacher.length = 512
+    if checkpointing is not None:
+        checkpoint_activations(student, checkpointing)
+    how = Distillation(teacher, "self", student.config.landmark_token_id)
+    window = WindowSettings(2 * (FREQ + 1), FREQ + 1, 2) if read else None
+    return DistillationLoss(model, how, 0.0, True, False, window).train(), how, [student, teacher.model]
+
+
+def gradients(loss, how, seed):
+    batch = batch_of(some_texts(length=50, seed=seed), how.landmark_token_id, [(0, 3)])
+    value = step(loss, [batch], how)[0]
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    return value.detach(), torch.autograd.grad(value, trained, allow_unused=True)
+
+
+def evaluated(loss, how):
+    batch = batch_of(some_texts(length=50), how.landmark_token_id)
+    with torch.no_grad():
+        found = loss.eval()(batch["input_ids"], batch["labels"])
+    loss.train()
+    return found
+
+
+# With what is compiled: the student's layer in training and evaluation, and the teacher's. That all landmarks are one
+# vector is known to the first layer alone, where it reads chunk by chunk. Checkpointed layers are given the embeddings
+# with a gradient, in evaluation too.
+WAYS = {
+    "as it is": ({}, 3),
+    "checkpointed": ({"checkpointing": False}, 4),
+    "read chunk by chunk": ({"read": True}, 5),
+    "read, retrieved kept": ({"read": True, "checkpointing": True}, 5),
+    "LoRA": ({"lora": True}, 3),
+}
+
+
+@pytest.mark.parametrize(("way", "graphs"), WAYS.values(), ids=WAYS)
+def test_layers_share_what_is_compiled_and_keep_it(way, graphs):
+    loss, how, models = pair(4, **way)
+    names = [name for name, _ in loss.named_parameters()]
+    expected = [gradients(loss, how, seed) for seed in (0, 1)]
+    loss_of_windows = evaluated(loss, how)
+    for model in {id(model): model for model in models}.values():
+        compiled.compile_layers(model, "aot_eager")
+    assert [name for name, _ in loss.named_parameters()] == names
+    assert_close_norm(gradients(loss, how, 0), expected[0])
+    assert_close_norm(evaluated(loss, how), loss_of_windows)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_close_norm(gradients(loss, how, 1), expected[1])
+        assert_close_norm(evaluated(loss, how), loss_of_windows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma3"])
+def test_compiled_by_inductor_they_learn_the_same(family):
+    loss, how, models = pair(3, family=family)
+    expected = gradients(loss, how, 0)
+    for model in models:
+        compiled.compile_layers(model)
+    assert_close_norm(gradients(loss, how, 0), expected)
