@@ -90,8 +90,8 @@ CASES = [
     Case(2, 40),
     Case(7, 40),
     Case(500, 40),
-    Case(16, 130, heads=4, key_heads=2, batch=2),
-    Case(70, 200, block_size=64, dim=24),
+    Case(16, 70, heads=4, key_heads=2, batch=2),
+    Case(70, 150, block_size=64, dim=24),
     Case(20, 2),
     Case(33, 70, dim=40, heads=3, key_heads=3, rotary=0),
     Case(20, 70, dim=256, heads=2),
@@ -103,9 +103,9 @@ CASES = [
     Case(12, 70, batch=2, chunk=20),
     Case(12, 70, batch=2, chunk=10, start=(3, 50)),
     Case(12, 70, chunk=15, cu_seqlens=(0, 31, 70)),
-    Case(16, 100, heads=4, key_heads=2, softcap=1.5),
-    Case(16, 100, heads=4, key_heads=2, batch=2, sinks=True),
-    Case(16, 100, heads=2, scale=3.0, softcap=5.0, sinks=True),
+    Case(16, 70, heads=4, key_heads=2, softcap=1.5),
+    Case(16, 50, heads=4, key_heads=2, batch=2, sinks=True),
+    Case(16, 70, heads=2, scale=3.0, softcap=5.0, sinks=True),
     Case(9, 60, batch=3, start=(0, 7, 59), softcap=2.0, sinks=True),
 ]
 

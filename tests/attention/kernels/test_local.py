@@ -1,6 +1,8 @@
 """The Triton kernels of layers with a sliding window, interpreted on the CPU, give what the definition gives: outputs
 and gradients, chunk after chunk, and as operators of PyTorch."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -41,16 +43,16 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients(case, tiles, counted):
-    tiles(16, 32)
+    tiles(32, 32)
     for a, b in agreement(case).values():
         assert_close_norm(a, b)
     assert len(counted) == 1
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(64, 16), (32, 64)])
+@pytest.mark.parametrize(("rows", "cols"), [(64, 16), (16, 64)])
 def test_tiles_of_other_sizes(rows, cols, tiles):
     tiles(rows, cols)
-    for a, b in agreement(Case(21, 150, batch=2, heads=4, key_heads=2, cu_seqlens=(0, 40, 150, 300))).values():
+    for a, b in agreement(Case(21, 90, batch=2, cu_seqlens=(0, 40, 90, 180))).values():
         assert_close_norm(a, b)
 
 
@@ -83,7 +85,7 @@ def test_what_is_not_seen_is_not_touched(tiles):
 
 
 def test_the_same_bits_every_time():
-    case = Case(16, 100, heads=4, key_heads=2, softcap=2.0, sinks=True)
+    case = Case(16, 40, heads=4, key_heads=2, softcap=2.0, sinks=True)
     leaves = case.leaves()
     runs = [torch.autograd.grad(case.attend(*leaves, backend="triton").sum(), leaves) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -170,10 +172,11 @@ def test_who_serves(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kernel", ["forward", "query_gradient", "key_gradient"])
-@pytest.mark.parametrize("dim", [16, 64, 128, 256])
-@pytest.mark.parametrize(("width", "exact"), [(2, False), (4, False), (4, True)])
-@pytest.mark.parametrize("most", [configurations.STEP, 64, 128])
-def test_there_are_tiles_for_every_head(kernel, dim, width, exact, most):
-    for shared in (99 << 10, 227 << 10):
+def test_there_are_tiles_for_every_head(kernel):
+    numbers = ((2, False), (4, False), (4, True))
+    rows = configurations.STEP, 64, 128
+    for dim, (width, exact), most, shared in itertools.product(
+        (16, 64, 128, 256), numbers, rows, (99 << 10, 227 << 10)
+    ):
         found = configurations.fitting(kernel, shared, width, exact, dim, most)
         assert found and all(choice.rows <= most and choice.cols <= configurations.COLS for choice in found)
