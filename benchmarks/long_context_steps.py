@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.models.fused_step import FusedStep
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 
 DEVICE = torch.device("cuda")
@@ -95,6 +96,22 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return begin.elapsed_time(end) / repeats / 1e3
 
 
+def graph_seconds(work) -> float:
+    """Device time of work as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = work()
+    taken = seconds(graph.replay, 10)
+    del kept
+    return taken
+
+
 def copy_seconds(nbytes: int) -> float:
     """Of a copy on the GPU that moves so many bytes, reads and writes counted, by 4 GiB at most."""
     size = min(nbytes // 2, 1 << 31)
@@ -151,15 +168,16 @@ def step_times(reader: BlockReader, run: Run, steps: int = 150) -> tuple[float, 
     return seconds(graphs[-1].replay, run.times(100)), loop
 
 
-def plain_step(reader: BlockReader, run: Run) -> float:
-    """Seconds of a step's graph as the model's modules make it (see landmark_cli/models/fused_step.py)."""
-    forward = reader.forward
-    forward.fuses_steps = False
+def other_step(reader: BlockReader, run: Run, fused: bool, streams: bool = False) -> float:
+    """Seconds of a step's graph recorded otherwise: by the model's own modules or `fused` (see
+    landmark_cli/models/fused_step.py), there with products as `streams` or a library's."""
+    forward, kept = reader.forward, FusedStep.streams
+    forward.fuses_steps, FusedStep.streams = fused, streams
     forward._recorded.clear()
     forward.record_steps([(1, [0])])
     (recorded,) = forward._recorded.values()
     taken = seconds(recorded.graph.replay, run.times(100))
-    forward.fuses_steps = True
+    forward.fuses_steps, FusedStep.streams = True, kept
     forward._recorded.clear()
     return taken
 

@@ -33,10 +33,10 @@ from long_context_steps import (
     fill,
     fresh,
     gibibytes,
+    graph_seconds,
     held_bytes,
     llama,
-    plain_step,
-    seconds,
+    other_step,
     step_times,
 )
 from torch import nn
@@ -86,22 +86,6 @@ def product_cells(name: str, kind: str, run: Run) -> list[str]:
     return cells
 
 
-def graph_seconds(work) -> float:
-    """Device time of work as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = work()
-    taken = seconds(graph.replay, 10)
-    del kept
-    return taken
-
-
 def products(options: argparse.Namespace, run: Run) -> Iterator[str]:
     yield from ("## Products", "", "| layer | rows | bfloat16 | int8 | int4 |", "|---|---:|---|---|---|")
     for name, (out_features, in_features) in SHAPES.items():
@@ -129,7 +113,7 @@ def decode(options: argparse.Namespace, run: Run) -> Iterator[str]:
             reader = BlockReader(model)
             fill(reader, options.context)
             step, loop = step_times(reader, run, 60)
-            plain = plain_step(reader, run)
+            plain = other_step(reader, run, fused=False)
             memory, nbytes = gibibytes(), held_bytes(model)
             reader = model = None
             torch.cuda.empty_cache()

@@ -9,7 +9,9 @@ What is not known to be just that is left to the modules (see known_layers.py).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import step_operations
-from .joined import join, parameters_to_join, product_of
+from .joined import Product, join, parameters_to_join
 from .known_layers import of_same_input, why_not_known
 from .quantization import QuantizedLinear
 
@@ -25,8 +27,10 @@ from .quantization import QuantizedLinear
 class FusedStep:
     """A model's forward pass over the few tokens of a step. Made anew after any change of the model.
 
-    Only where `why_not_fused` gives no reason.
+    Only where `why_not_fused` gives no reason. streams: whether products of few rows are those of row_products.py.
     """
+
+    streams = False
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -38,13 +42,36 @@ class FusedStep:
         """ids, position_ids: (B, T). kept: (n,) tokens of T to give logits for. inputs: what the attention takes beside
         them. Returns (B, n, vocabulary)."""
         model = self.model.model
-        operations = _operations(ids.device)
         x, added = model.embed_tokens(ids), None
-        rotation = model.rotary_emb(x, position_ids)
+        kernels = _operations(ids.device), _streams() if self.streams else None
+        own = _Own(*kernels, self.attend, model.rotary_emb(x, position_ids), inputs)
         for layer in self.layers:
-            x, added = layer(x, added, rotation, self.attend, inputs, operations)
-        _, hidden = operations.add_norm(x, added, model.norm.weight, model.norm.variance_epsilon)
+            x, added = layer(x, added, own)
+        _, hidden = own.operations.add_norm(x, added, model.norm.weight, model.norm.variance_epsilon)
         return self.model.lm_head(hidden if ids.shape[1] == 1 else hidden[:, kept])
+
+
+class _Own(NamedTuple):
+    """What is a step's own and the same for all layers. operations: what `_operations` gives. streams: row_products.py,
+    or None. attend, inputs: the attention, and what it takes. rotation: cos and sin (B, T, D)."""
+
+    operations: ModuleType
+    streams: ModuleType | None
+    attend: Callable
+    rotation: tuple[Tensor, Tensor]
+    inputs: dict[str, Any]
+
+    def products(self, x: Tensor, product: Product) -> Sequence[Tensor]:
+        """What each of a product's layers gives."""
+        if self.streams is not None and self.streams.serves(x, product.weight):
+            return product.split(self.streams.products(x, product.weight, product.bias))
+        return product(x)
+
+    def gated(self, x: Tensor, product: Product) -> Tensor:
+        """What of two layers the first gives as the other's gate."""
+        if self.streams is not None and product.bias is None and self.streams.serves(x, product.weight):
+            return self.streams.gated_products(x, product.weight)
+        return self.operations.gated(*product(x))
 
 
 class _Layer:
@@ -52,37 +79,30 @@ class _Layer:
 
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
-        self.layer, self.attention, self.mlp = layer, attention, mlp
-        self.qkv, self.gate_up = map(product_of, of_same_input(layer))
+        self.norm, self.mlp_norm, self.attention = layer.input_layernorm, layer.post_attention_layernorm, attention
+        self.qkv, self.gate_up = map(Product, of_same_input(layer))
+        self.out, self.down = Product([attention.o_proj]), Product([mlp.down_proj])
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.head_norms = () if q_norm is None else (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
         window = getattr(attention.config, "sliding_window", None)
         self.window = getattr(attention, "sliding_window", window)
 
-    def __call__(
-        self,
-        x: Tensor,
-        added: Tensor | None,
-        rotation: tuple[Tensor, Tensor],
-        attend: Any,
-        inputs: dict,
-        operations: Any,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, added: Tensor | None, own: _Own) -> tuple[Tensor, Tensor]:
         """The residual stream x + added, (B, T, N), as what it is made of: before the layer, and after it."""
-        attention, norm = self.attention, self.layer.input_layernorm
-        x, hidden = operations.add_norm(x, added, norm.weight, norm.variance_epsilon)
-        q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in self.qkv(hidden))
-        q, k = operations.rotate_heads(q, k, *rotation, *self.head_norms)
+        attention, operations = self.attention, own.operations
+        x, hidden = operations.add_norm(x, added, self.norm.weight, self.norm.variance_epsilon)
+        q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in own.products(hidden, self.qkv))
+        q, k = operations.rotate_heads(q, k, *own.rotation, *self.head_norms)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out, _ = attend(
-            attention, q, k, v, None, dropout=0.0, scaling=attention.scaling, sliding_window=self.window, **inputs
-        )
-        norm = self.layer.post_attention_layernorm
-        x, hidden = operations.add_norm(x, attention.o_proj(out.flatten(2)), norm.weight, norm.variance_epsilon)
-        return x, self.mlp.down_proj(operations.gated(*self.gate_up(hidden)))
+        given = {"dropout": 0.0, "scaling": attention.scaling, "sliding_window": self.window}
+        out, _ = own.attend(attention, q, k, v, None, **given, **own.inputs)
+        (added,) = own.products(out.flatten(2), self.out)
+        x, hidden = operations.add_norm(x, added, self.mlp_norm.weight, self.mlp_norm.variance_epsilon)
+        (added,) = own.products(own.gated(hidden, self.gate_up), self.down)
+        return x, added
 
 
-def _operations(device: torch.device) -> Any:
+def _operations(device: torch.device) -> ModuleType:
     """The kernels on a GPU, elsewhere the definitions."""
     if device.type == "cuda":
         from . import step_kernels
@@ -91,16 +111,20 @@ def _operations(device: torch.device) -> Any:
     return step_operations
 
 
+def _streams() -> ModuleType:
+    from . import row_products
+
+    return row_products
+
+
 def join_weights(model: PreTrainedModel) -> None:
     """Have the weights of what is one product in a step lie one behind another, a layer at a time. To be done before
     anything is recorded that reads them: they move."""
     if why_not_fused(model) is not None:
         return
     for layer in model.model.layers:
-        for parts in of_same_input(layer):
-            for parameters in parameters_to_join(parts):
-                join(parameters)
-        if model.device.type == "cuda":
+        moved = [join(x) for layers in of_same_input(layer) for x in parameters_to_join(layers)]
+        if any(moved) and model.device.type == "cuda":
             # The weights' memory before: too small for what the next layers' are joined in.
             torch.cuda.empty_cache()
 

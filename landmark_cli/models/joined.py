@@ -3,25 +3,26 @@ one tensor spans them all while each layer keeps its own parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def join(parameters: Sequence[nn.Parameter]) -> None:
+def join(parameters: Sequence[nn.Parameter]) -> bool:
     """Move parameters (n_i, ...) to one piece of memory, one behind another, where they do not lie so already. Each
     keeps its values; who else holds one of their tensors holds the memory before. Nothing is moved where a parameter
-    is not plain, is a view of something larger, or may be training."""
+    is not plain, is a view of something larger, or may be training. Returns whether they were moved."""
     if spanned(parameters) is not None or not all(map(_is_movable, parameters)):
-        return
+        return False
     if len({(x.dtype, x.device, x.shape[1:]) for x in parameters}) > 1:
-        return
+        return False
     with torch.inference_mode(False):
         parts = torch.cat([x.detach() for x in parameters]).split([len(x) for x in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.data = part
+    return True
 
 
 def spanned(parameters: Sequence[Tensor]) -> Tensor | None:
@@ -53,12 +54,23 @@ def parameters_to_join(layers: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
     return [] if None in biases else [[layer.weight for layer in layers], biases]
 
 
-def product_of(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """A function of x (..., K) that gives what each layer gives, (..., n_i): by one product where the layers' weights
-    lie one behind another when this is called, else layer by layer."""
-    joined = [spanned(parameters) for parameters in parameters_to_join(layers)]
-    if joined and all(tensor is not None for tensor in joined):
-        sizes = [layer.out_features for layer in layers]
-        return lambda x: F.linear(x, *joined).split(sizes, dim=-1)
-    # Quantized layers share a product themselves.
-    return lambda x: [layer(x) for layer in layers]
+class Product:
+    """What layers of the same input give of it, (..., n_i) each: by one product where their weights lie one behind
+    another when this is made, else layer by layer. weight, bias: of all of them, (sum of n_i, K) and (sum of n_i,),
+    None where there is no such tensor."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.layers, self.weight, self.bias = layers, None, None
+        joined = [spanned(parameters) for parameters in parameters_to_join(layers)]
+        if joined and all(tensor is not None for tensor in joined):
+            self.weight, self.bias = (*joined, None)[:2]
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        if self.weight is None:
+            # Quantized layers share a product themselves.
+            return [layer(x) for layer in self.layers]
+        return self.split(F.linear(x, self.weight, self.bias))
+
+    def split(self, y: Tensor) -> Sequence[Tensor]:
+        """Of the products with `weight` those of each layer."""
+        return y.split([layer.out_features for layer in self.layers], dim=-1)

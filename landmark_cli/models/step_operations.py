@@ -39,6 +39,16 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (B, T, K) times weight (N, K), and a bias (N,): (B, T, N) in x's dtype, of sums in float32."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def gated_products(x: Tensor, weight: Tensor) -> Tensor:
+    """`gated` of the two halves of the products with weight (2 N, K): (B, T, N)."""
+    return gated(*products(x, weight).chunk(2, dim=-1))
+
+
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from landmark_cli.inference.block_reader import BlockReader
-from landmark_cli.models import step_kernels, step_operations
+from landmark_cli.models import row_products, step_kernels, step_operations
 from landmark_cli.models.fused_step import FusedStep, join_weights, why_not_fused
-from landmark_cli.models.joined import join, product_of, spanned
+from landmark_cli.models.joined import Product, join, spanned
 from landmark_cli.models.known_layers import FAMILIES
 from landmark_cli.models.layers import settle_layers
 from landmark_cli.models.quantization import quantize
@@ -86,6 +86,22 @@ def test_rows_of_a_batch_are_fused_too(fused_calls, by_definition):
     model = landmark_decoder()
     expected, found = (steps(model, fused, batch=3)[0] for fused in (False, True))
     assert (3, 1) in fused_calls
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close_norm(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_weights_are_read_as_streams(family, by_definition, monkeypatch):
+    model, called = landmark_decoder(family, num_hidden_layers=1), []
+    join_weights(model)
+    for name in ("products", "gated_products"):
+        plain = getattr(row_products, name)
+        monkeypatch.setattr(row_products, name, lambda *given, f=plain, n=name: called.append(n) or f(*given))
+    expected, _ = steps(model, True)
+    assert not called
+    monkeypatch.setattr(FusedStep, "streams", True)
+    found, _ = steps(model, True)
+    assert called[:4] == ["products", "products", "gated_products", "products"]
     for ours, theirs in zip(found, expected, strict=True):
         assert_close_norm(ours, theirs)
 
@@ -189,16 +205,16 @@ def test_joined_weights_are_the_models_own(family, tmp_path):
 def test_layers_that_are_joined_are_one_product(bias):
     layers, x = [nn.Linear(6, width, bias=bias) for width in (4, 3, 5)], torch.randn(2, 1, 6)
     expected = [layer(x) for layer in layers]
-    assert all(map(torch.equal, product_of(layers)(x), expected))
+    assert all(map(torch.equal, Product(layers)(x), expected))
     join([layer.weight for layer in layers])
     if bias:
         # The weights alone are not enough.
-        assert all(map(torch.equal, product_of(layers)(x), expected))
+        assert all(map(torch.equal, Product(layers)(x), expected))
         join([layer.bias for layer in layers])
     calls = []
     for layer in layers:
         layer.register_forward_hook(lambda *args: calls.append(args))
-    for found, one in zip(product_of(layers)(x), expected, strict=True):
+    for found, one in zip(Product(layers)(x), expected, strict=True):
         assert_close_norm(found, one)
     assert not calls
 
