@@ -59,6 +59,10 @@ STEP_CHOICES = [
     (Configuration(1, 64, 4, 1), 8192), (Configuration(1, 64, 2, 1), 8192), (Configuration(1, 256, 8, 1), 4096),
     (Configuration(1, 128, 8, 1), 4096), (Configuration(1, 128, 2, 1), 4096),
 ]  # fmt: skip
+# The same where several query heads share a key head, in tiles of rows.
+GROUPED_CHOICES = [(Configuration(16, cols, warps), 4096) for cols in (16, 32, 64, 128, 256) for warps in (1, 2, 4, 8)]
+# Reading the selected blocks in a step: how many keys a tile.
+DECODE_CHOICES = [Configuration(1, cols, warps, 1) for cols in (16, 32, 64) for warps in (1, 2, 4, 8)]
 
 
 def random_call(shape: str, blocks: int) -> Call:
@@ -184,9 +188,9 @@ def tune(call: Call, stage: str) -> Iterator[tuple[Configuration, float]]:
 
 
 def tune_step(call: Call) -> Iterator[tuple[str, float, float]]:
-    """(choice, time of scoring the landmarks, time of all) of a step, for a single query a key head."""
+    """(choice, time of scoring the landmarks, time of all) of a step."""
     usual = selection.step_configuration, selection.MAX_SPLITS, selection.MAX_PROGRAMS
-    for choice, programs in STEP_CHOICES:
+    for choice, programs in STEP_CHOICES if call.query_rows == 1 else GROUPED_CHOICES:
         selection.step_configuration = lambda *_, choice=choice: choice
         selection.MAX_SPLITS = selection.MAX_PROGRAMS = programs
         try:
@@ -197,6 +201,17 @@ def tune_step(call: Call) -> Iterator[tuple[str, float, float]]:
             print(f"  select {choice}: {type(error).__name__}", file=sys.stderr)
         finally:
             selection.step_configuration, selection.MAX_SPLITS, selection.MAX_PROGRAMS = usual
+    usual = launch.decode_configuration
+    for choice in DECODE_CHOICES:
+        launch.decode_configuration = lambda *_, choice=choice: choice
+        try:
+            times = dict(stages(call))
+            name = f"{choice.cols} keys of a block, {choice.warps} warps"
+            yield name, time_of(times["select"], rep=5), time_of(times["all"], rep=5)
+        except Exception as error:
+            print(f"  decode {choice}: {type(error).__name__}", file=sys.stderr)
+        finally:
+            launch.decode_configuration = usual
 
 
 def main() -> None:
@@ -241,7 +256,7 @@ def measure(name: str, call: Call, tuned: list[str]) -> None:
     spread = "" if call.is_step else f"; distinct {distinct(call, selection.select(call)):.0f}"
     print(f"{name}: " + ", ".join(f"{stage} {taken:.0f}" for stage, taken in times.items()) + spread, flush=True)
     if call.is_step:
-        if "select" in tuned and call.group_rows == 1:
+        if "select" in tuned:
             for choice, select, everything in sorted(tune_step(call), key=lambda found: found[2]):
                 print(f"  select {select:.1f}, all {everything:.1f}: {choice}", flush=True)
         return

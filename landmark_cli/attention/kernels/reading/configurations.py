@@ -29,6 +29,11 @@ def step_configuration(call: Call) -> Configuration:
     return Configuration(1, max(16, min(256, 32768 // call.row_bytes)), stages=1)
 
 
+def decode_configuration(call: Call) -> Configuration:
+    """For the blocks that a decoding step reads, each by a program of its own; a single query needs no tile of rows."""
+    return Configuration(1, attend_configuration(call, 1).cols, stages=1)
+
+
 def attend_configuration(call: Call, pairs: float) -> Configuration:
     """For reading the selected blocks, each for `pairs` queries or so."""
     cols = min(64, padded(call.settings.block_size))

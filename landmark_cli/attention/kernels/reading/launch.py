@@ -14,7 +14,7 @@ from ..common.launch import on_device
 from ..common.tensors import empty_heads_last
 from .attend import attend_kernel
 from .call import MAX_TOP_K, STEP_TOKENS, Blocks, Call, Chunk, Settings, strides
-from .configurations import attend_configuration, merge_configuration, store_rows
+from .configurations import attend_configuration, decode_configuration, merge_configuration, store_rows
 from .decode import decode_kernel
 from .merge import merge_kernel
 from .route import count_kernel, fill_kernel, scan_kernel
@@ -192,7 +192,7 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
 
     Returns what attend_chunk does.
     """
-    found = step_candidates(call)
+    found, choice = step_candidates(call), decode_configuration(call)
     items, rows = call.top_k + 1 + (call.tokens > 1), call.batch * call.heads * call.tokens
     outputs = call.empty(rows, items, call.dim, dtype=torch.float32)
     logits = call.empty(rows, items, dtype=torch.float32)
@@ -205,6 +205,6 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
         found.scores, outputs, logits, arrived, out, chosen, shares, call.sinks, strides(call.q), strides(out),
         call.tokens, *call.ring, *call.reach, call.scaling, **call.heads_and_parts, D_PAD=call.dim_pad,
         **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
-        KEYS=attend_configuration(call, 1).cols, ABSOLUTE=call.absolute, num_warps=4,
+        KEYS=choice.cols, ABSOLUTE=call.absolute, num_warps=choice.warps,
     )  # fmt: skip
     return out, chosen, shares
