@@ -82,8 +82,8 @@ class ChunkForward:
     there are blocks to retrieve and, for long chunks, how many, roughly.
 
     steps_alone: set it where chunks of text hardly ever come twice with as many rows of the same width, as those of a
-    server's prompts: recording takes as long as reading dozens of them. fuses_steps: whether graphs of steps are
-    recorded of fewer kernels where the model's are known (see models/fused_step.py).
+    server's prompts: recording takes as long as reading dozens of them. fuses_steps: whether steps, with
+    graphs or without, run in fewer kernels where the model's are known (see models/fused_step.py).
     """
 
     def __init__(self, model: PreTrainedModel, cache: BlockCache):
@@ -181,6 +181,9 @@ class ChunkForward:
 
     @torch.no_grad()
     def _forward(self, ids: Tensor, chunk: Chunk | Passage, kept: Tensor) -> Tensor:
+        # Steps without a graph too: what they give must not depend on when a graph is recorded.
+        if self.recording and self.fuses_steps and ids.shape[1] <= STEP_WIDTH and why_not_fused(self.model) is None:
+            return FusedStep(self.model)(ids, kept, **self.cache.inputs(chunk))
         return self.model(input_ids=ids, **self.cache.inputs(chunk), logits_to_keep=kept, use_cache=False).logits
 
     def _kind(self, ids: Tensor, kept: Tensor, rows: Sequence[int]) -> tuple:
@@ -194,14 +197,9 @@ class ChunkForward:
         # Chunks that are run while recording must read and store nothing: they are all padding.
         inputs.counters[0] = ids.shape[1]
 
-        fused = ids.shape[1] <= STEP_WIDTH and self.fuses_steps and why_not_fused(self.model) is None
-        step = FusedStep(self.model) if fused else None
-
         def forward() -> Tensor:
             # A new chunk each time: what a chunk works out from its counters has to be recorded.
             chunk = self.cache.chunk(lengths, ids.shape[1], rows, inputs.counters)
-            if step is not None:
-                return step(inputs.ids, inputs.kept, **self.cache.inputs(chunk))
             return self._forward(inputs.ids, chunk, inputs.kept)
 
         pool = next((recorded.graph.pool for recorded in self._recorded.values()), None)

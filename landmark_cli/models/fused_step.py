@@ -3,7 +3,7 @@ stands between products one kernel each (see step_operations.py).
 
 A step of one token reads every weight once and does next to nothing with it, so its time is that of the weights and of
 launching kernels, of which transformers' modules have about forty a layer. The modules stay as they are and are asked
-whenever something else than a recorded step is run; here their parts are called in the order in which they call them.
+whenever something else than a step on a GPU is run; here their parts are called in the order in which they call them.
 What is not known to be just that is left to the modules (see known_layers.py).
 """
 

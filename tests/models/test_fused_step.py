@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.models import row_products, step_kernels, step_operations
 from landmark_cli.models.fused_step import FusedStep, join_weights, why_not_fused
 from landmark_cli.models.joined import Product, join, spanned
@@ -80,6 +81,19 @@ def test_a_fused_step_is_the_models_own(family, joined, fused_calls, by_definiti
     assert set(fused_calls) == {(1, 1), (1, 2)}
     for ours, theirs in zip(found, expected, strict=True):
         assert_close_norm(ours, theirs)
+
+
+def test_steps_give_the_same_with_a_graph_and_without(fused_calls, by_definition, monkeypatch):
+    """Where a text goes on must not depend on when a graph is recorded."""
+    model = landmark_decoder()
+    expected, _ = steps(model, True)
+    monkeypatch.setattr(ChunkForward, "_record", lambda *given: False)
+    reader = BlockReader(model, chunk=8)
+    reader.forward.recording = True
+    list(reader.read([tiny_text(30, 0)]))
+    fused_calls.clear()
+    assert all(torch.equal(reader.step([7 + at]), logits) for at, logits in enumerate(expected))
+    assert len(fused_calls) == len(expected) and not reader.forward._recorded
 
 
 def test_rows_of_a_batch_are_fused_too(fused_calls, by_definition):
@@ -287,11 +301,13 @@ def test_a_gpu_replays_fused_steps(family, kind, fused_calls):
     model = model.to("cuda", torch.bfloat16)
     if kind != "none":
         quantize(model, kind, model.device)
-    expected, plain = steps(model, False, 40, batch=2)
+    # All blocks are retrieved: which ones are must not depend on how something was rounded.
+    options = {"batch": 2, "top_k_blocks": 4, "cache_blocks": 4}
+    expected, plain = steps(model, False, 40, **options)
     assert not fused_calls and len(plain.forward._recorded) >= 2
     if kind == "none":
         assert all(spanned(weights) is not None for weights in weights_of(model))
-    found, _ = steps(model, True, 40, batch=2)
+    found, _ = steps(model, True, 40, **options)
     assert {(2, 1), (2, 2)} <= set(fused_calls)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close_norm(ours, theirs, within=0.05)
