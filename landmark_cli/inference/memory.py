@@ -276,7 +276,12 @@ def _identity(path: str | Path, what: str) -> tuple[int, ...]:
 
 
 def _put(reader: BlockReader, memory: Memory, row: int) -> None:
-    reader.cache.put(row, memory.layers, memory.blocks, memory.tail)
+    try:
+        reader.cache.put(row, memory.layers, memory.blocks, memory.tail)
+    except LandmarkError:
+        # A part of the layers has it: the row has read nothing.
+        reader.forget(row)
+        raise
     reader.texts[row] = array("i", memory.text.numpy().tobytes())
 
 
@@ -302,7 +307,9 @@ def joined(memories: Sequence[Memory]) -> Memory:
             layers.append(of_layer[-1])
             continue
         *ended, (end, end_keys) = of_layer
-        blocks = blocks_in_order([*(cut(part, 0, part.shape[1] - 1) for part, _ in ended), cut(end, 0, end.shape[1])])
+        # A text shorter than a block has no complete one.
+        complete = [cut(part, 0, part.shape[1] - 1) for part, _ in ended if part.shape[1] > 1]
+        blocks = blocks_in_order([*complete, cut(end, 0, end.shape[1])])
         keys = torch.cat([*(keys[:, :-1].cpu() for _, keys in ended), end_keys.cpu()], dim=1)[:, kept]
         layers.append(HeldBlocks(cut(blocks, blocks.shape[1] - keys.shape[1], blocks.shape[1]), keys))
     text = torch.cat([*(memory.text[: len(memory.text) - memory.tail] for memory in before), last.text])

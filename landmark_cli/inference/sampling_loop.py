@@ -101,17 +101,16 @@ def _padding(config: GenerationConfig) -> int:
 
 
 def _without_repeats(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The same processors, of which none looks the vocabulary up for every token, or forbids what another has
+    """The same processors, of which none looks the vocabulary up for every token, or forbids what the one before it has
     forbidden."""
     if type(processors) is not LogitsProcessorList:
         return processors
-    kept, forbidden = [], frozenset()
+    kept = []
     for processor in processors:
         if type(processor) is SuppressTokensLogitsProcessor:
             processor = NeverGenerated(processor.suppress_tokens.flatten().tolist())
-        if isinstance(processor, NeverGenerated):
-            if processor.tokens <= forbidden:
-                continue
-            forbidden |= processor.tokens
-        kept.append(processor)
+        before = kept[-1] if kept else None
+        both = isinstance(processor, NeverGenerated) and isinstance(before, NeverGenerated)
+        if not (both and processor.tokens <= before.tokens):
+            kept.append(processor)
     return LogitsProcessorList(kept)

@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
     TextStreamer,
     pipeline,
 )
@@ -240,6 +241,14 @@ def test_several_sequences_of_a_prompt():
     assert (out[:3, :30] == rows["input_ids"][0]).all() and (out[3:, :30] == rows["input_ids"][1]).all()
 
 
+class Setting(LogitsProcessor):
+    """A logits processor that sets the score of a token, whatever it was."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, torch.tensor([3]), 50.0)
+
+
+FORBIDDING = [SuppressTokensLogitsProcessor([3]) for _ in range(2)]
 EARLY = {"do_sample": True, "temperature": 3.0, "num_return_sequences": 4, "eos_token_id": list(range(0, 257, 5))}
 LOOPS = {
     "greedy": {"do_sample": False},
@@ -249,6 +258,11 @@ LOOPS = {
     "all that can be asked for": {"do_sample": False, "output_scores": True, "output_logits": True},
     "processors": {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
     "no list of what is no text": {"do_sample": False, "suppress_tokens": [3]},
+    "forbidden, set and forbidden again": {
+        "do_sample": False,
+        "logits_processor": LogitsProcessorList([FORBIDDING[0], Setting(), FORBIDDING[1]]),
+        "output_scores": True,
+    },
     "a stop string": {"do_sample": False, "stop_strings": [chr(code) for code in range(97, 110)]},
 }
 

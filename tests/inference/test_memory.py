@@ -237,6 +237,19 @@ def test_the_incomplete_block_of_an_earlier_file_is_left_out(books):
     assert recalled(books(None, "c", "b")).cache.host_tail == [3]
 
 
+@pytest.mark.parametrize("settings", [{}, {"cache_blocks": 3}], ids=str)
+@pytest.mark.parametrize("order", ["sb", "ssb", "bs", "bsb", "ss"])
+def test_texts_shorter_than_a_block_are_part_of_a_library_too(tmp_path, settings, order):
+    """They have no complete block, so in front of others nothing of them is left."""
+    for name, text in {"s": NOVEL[:3], "b": NOVEL}.items():
+        one = reader(**settings)
+        read(one, text)
+        one.save(tmp_path / name)
+    left = [name for name in order[:-1] if name == "b"] + [order[-1]]
+    found, expected = (recalled([tmp_path / name for name in names], **settings) for names in (order, left))
+    assert torch.equal(ask(found), ask(expected)) and found.texts == expected.texts
+
+
 def test_a_library_keeps_no_more_than_the_cache_does(books):
     """The last file fills it, so what came before is evicted; the placement of the nearest blocks is the same."""
     bounded = recalled(books(5, "b", "c"), cache_blocks=5)
@@ -336,6 +349,34 @@ def test_damage_is_found_wherever_it_is(tmp_path):
         path.write_bytes(whole[:end])
         with pytest.raises(LandmarkError, match=re.escape(str(path))):
             Memory.open(path)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_file_whose_incomplete_block_is_damaged_leaves_nothing_to_read_on_from(tmp_path, used):
+    """It is the one block that is fetched unasked: by a reader in use at once, else when a layer is first used."""
+    kept, later = reader(), reader()
+    read(kept, NOVEL)
+    path = tmp_path / "novel"
+    kept.save(path)
+    content = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        block = file.get_tensor("layers.1.blocks")[1, -1].numpy().tobytes()
+    path.write_bytes(content.replace(block, bytes([block[0] ^ 1]) + block[1:]))
+    damaged = pytest.raises(LandmarkError, match="block 13 of head 1 in layers.1.blocks is not what was written")
+    if used:
+        read(later, NOVEL[:20])
+        with damaged:
+            later.recall(path)
+        assert len(later.texts[0]) == 0 and not later.cache.fetching
+        assert torch.equal(ask(later), ask(reader()))
+    else:
+        later.recall(path)
+        for _ in range(2):
+            with damaged:
+                read(later, QUESTION)
+    path.write_bytes(content)
+    later.recall(path)
+    assert torch.equal(ask(later), ask(kept))
 
 
 # --- blocks that stay in the file

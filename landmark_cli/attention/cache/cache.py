@@ -307,8 +307,10 @@ class BlockCache:
         for row, has, adds in zip(chunk.host_rows, chunk.host_blocks, more, strict=True):
             complete[row], added[row] = has, adds
         self._replaced += blocks.reserve(complete, added, self.expected_blocks)
-        for row, place in self._waiting.pop(index, {}).items():
+        for row, place in self._waiting.get(index, {}).items():
             blocks.put(row, *place)
+        # Only now: where that fails, whoever reads on meets it again.
+        self._waiting.pop(index, None)
         return blocks
 
     def window(self, index: int, k: Tensor, window: int) -> LayerWindow:
