@@ -79,7 +79,7 @@ class Shape:
 
 
 def shapes() -> list[Shape]:
-    """The issues' tables."""
+    """The tables' rows."""
     wide = Shape(4, 32, 2048, 128), Shape(2, 32, 4096, 128), Shape(1, 32, 8192, 128), Shape(1, 32, 16384, 128)
     found = [
         replace(shape, targets=(1.15, 1.05), hopper_targets=(1.5, 1.4) if shape.tokens == 2048 else (1.7, 1.35))
@@ -91,6 +91,8 @@ def shapes() -> list[Shape]:
         both = {"targets": (0.8, 0.8), "hopper_targets": (0.8, 0.8)}
         found.append(replace(shape, tokens=tokens, block=51, beside=shape, **both))
     found.append(replace(wide[2], key_heads=8, targets=(1.0, 1.0), hopper_targets=(1.0, 1.0), beside=wide[2]))
+    # SmolLM2-135M's, as it is distilled.
+    found.append(Shape(4, 9, 8192, 64, key_heads=3))
     return found
 
 

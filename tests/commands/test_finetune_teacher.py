@@ -198,7 +198,10 @@ def test_a_recipe_that_an_earlier_run_saved_has_no_teacher(tmp_path, format):
 LAUNCHES = {"processes": {}, "shards": FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}}
 
 
-def launch(output, processes, changes, accumulation, **changed):
+CURVES = "loss", "divergence", "answers_loss", "gradient_norm"
+
+
+def launch(output, processes, changes, accumulation, flags=(), curves=(*CURVES, "gate"), **changed):
     """The curves of a launch of so many processes."""
     options = SHORT | {"model": "base", "data": "asked", "output": output, "accumulation": accumulation}
     options |= {"answer_weight": 2.0, "text_weight": 0.1, "gate_weight": 0.5} | changes
@@ -206,10 +209,9 @@ def launch(output, processes, changes, accumulation, **changed):
     program = [FSDP_ON_CPU] if changed else ["-m", "landmark_cli"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *program]
     changed |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    command = [sys.executable, *launcher, "finetune", *arguments]
+    command = [sys.executable, *launcher, "finetune", *arguments, *flags]
     done = subprocess.run(command, env=os.environ | changed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    curves = "loss", "divergence", "answers_loss", "gate", "gradient_norm"
     return torch.tensor([records(output, key) for key in curves])
 
 
@@ -226,3 +228,15 @@ def alone(request, place, tmp_path_factory):
 def test_two_processes_learn_as_one(tmp_path, alone, kind):
     changes, one = alone
     assert_close_norm(launch(tmp_path / "run", 2, changes, 2, **LAUNCHES[kind]), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "adapters"])
+def test_compiled_they_do_too(tmp_path, place, monkeypatch, changes):
+    """Layers that are checkpointed, one copy a process or its share of them."""
+    monkeypatch.chdir(place)
+    changes, flags = changes | {"gate_weight": 0.0}, ("--compile", "--gradient-checkpointing")
+    one = launch(tmp_path / "one", 1, changes, 4, curves=CURVES)
+    for kind, environment in LAUNCHES.items():
+        found = launch(tmp_path / kind, 2, changes, 2, flags, CURVES, **environment)
+        assert_close_norm(found, one)

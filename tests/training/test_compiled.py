@@ -65,7 +65,7 @@ def kernels(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     # What is set meanwhile is put back.
-    with torch._dynamo.config.patch(suppress_errors=False):
+    with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8, optimize_ddp=True):
         yield
     torch._dynamo.reset()
 
@@ -88,6 +88,7 @@ def pair(layers, *, family="llama", lora=False, read=False, checkpointing=None):
 
 def gradients(loss, how, seed):
     batch = batch_of(some_texts(length=50, seed=seed), how.landmark_token_id, [(0, 3)])
+    batch = {name: values.to(next(loss.parameters()).device) for name, values in batch.items()}
     value = step(loss, [batch], how)[0]
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     return value.detach(), torch.autograd.grad(value, trained, allow_unused=True)
@@ -134,7 +135,8 @@ def test_layers_share_what_is_compiled_and_keep_it(way, graphs):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma3"])
 def test_compiled_by_inductor_they_learn_the_same(family):
-    loss, how, models = pair(3, family=family)
+    # Of gemma3's two layers one keeps its sliding window.
+    loss, how, models = pair(2, family=family)
     expected = gradients(loss, how, 0)
     for model in models:
         compiled.compile_layers(model)

@@ -4,8 +4,13 @@ import shutil
 import subprocess
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
+from landmark_cli.training.compiled import compile_layers
+from tests.closeness import assert_close_norm
+from tests.training import test_compiled
 from tests.training.command import CHECKOUT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
@@ -53,3 +58,20 @@ def test_fsdp_trains_saves_and_resumes_as_one_process_does(corpus, tmp_path, set
     subprocess.run([*command, "--resume"], env=environment(), check=True, timeout=300)
     assert records(sharded) == pytest.approx(records(plain), rel=1e-4)
     assert AutoModelForCausalLM.from_pretrained(sharded).config.n_embd == 32
+
+
+@pytest.mark.parametrize("way", [{}, {"read": True, "checkpointing": True}], ids=["as it is", "read, retrieved kept"])
+def test_layers_compiled_one_by_one_learn_the_same(way):
+    loss, how, models = test_compiled.pair(3, **way)
+    for model in models:
+        model.cuda()
+    expected = [test_compiled.gradients(loss, how, seed) for seed in (0, 1)]
+    torch._dynamo.reset()
+    counters.clear()
+    for model in models:
+        compile_layers(model)
+    with torch._dynamo.config.patch(suppress_errors=False):
+        for seed in (0, 1):
+            assert_close_norm(test_compiled.gradients(loss, how, seed), expected[seed], within=1e-3)
+    # The teacher's layer, and the student's: where it reads chunk by chunk the first is another.
+    assert counters["stats"]["unique_graphs"] == 2 + ("read" in way) and not counters["graph_break"]
