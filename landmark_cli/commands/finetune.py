@@ -183,7 +183,9 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         "gradient_checkpointing", None, "with --read-chunk, and where the memory would not hold a step otherwise"
     )
     compile: bool | None = changed(
-        "compile", None, "on one GPU, or several with a copy of the model each, in runs of more than some two minutes"
+        "compile",
+        None,
+        "in runs of more than some two minutes on GPUs, none of which holds a share of the model; not with --four-bit",
     )
     eval_windows: int | None = changed(
         "eval_windows", None, f"{PLAIN['eval_windows']}, beside a teacher fewer of longer windows and of short runs"

@@ -151,12 +151,16 @@ def worth_compiling(options: FinetuneOptions, model: nn.Module) -> bool:
     import torch
     from accelerate.utils import parse_flag_from_env
 
+    from landmark_cli.training.compiled import decoder_layers
     from landmark_cli.training.metrics import flops_per_token, peak_flops
     from landmark_cli.training.runs import resolve_precision
-    from landmark_cli.training.setup import uses_cpu
+    from landmark_cli.training.setup import uses_cpu, without_adapters
 
     sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-    if uses_cpu(options.device) or sharded or not compiles_layers(dataclasses.replace(options, compile=True)):
+    # Of layers in 4 bits and in shards it has not been measured.
+    if uses_cpu(options.device) or sharded or options.four_bit or not decoder_layers(without_adapters(model)):
+        return False
+    if not compiles_layers(dataclasses.replace(options, compile=True)):
         return False
     peak = peak_flops(torch.device("cuda"), resolve_precision(options.precision, options.device))
     tokens = options.steps * options.batch_size * options.accumulation * options.sequence_length

@@ -119,6 +119,8 @@ def on_a_gpu(monkeypatch):
         ({"steps": 2, "compile": True}, True),
         ({"compile": False}, False),
         ({"gate_weight": 1.0}, False),
+        ({"lora_rank": 4}, True),
+        ({"lora_rank": 4, "four_bit": True}, False),
         ({"read_chunk": 128, "top_k_blocks": 1}, True),
         ({"read_chunk": 128, "top_k_blocks": 1, "explore": 0.1}, False),
     ],
