@@ -117,6 +117,8 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise Closing
+            # Whoever has gone waits no more.
+            self._waiting = deque(request for request in self._waiting if not request.cancelled.is_set())
             free = self._rows.count(None) + self.most_waiting - len(self._waiting)
             if len(requests) > free:
                 raise Full

@@ -293,7 +293,7 @@ def test_a_chat_template_that_changes_the_message(template):
         PromptEncoder(tokenizer, chat=True)
 
 
-def test_a_short_haystack_is_repeated(tmp_path):
+def test_a_short_haystack_is_repeated(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("One fine day came.\nIt  went again. So be it")
     prose = Prose(PromptEncoder(GPT2), tmp_path / "short.txt")
     held = len(text_ids(GPT2, " One fine day came. It went again. So be it"))
@@ -302,8 +302,10 @@ def test_a_short_haystack_is_repeated(tmp_path):
     text = "One fine day came. It went again. So be it"
     assert GPT2.decode(taken) == f"{text} {text} {text}" and len(starts) == 9
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(LandmarkError, match="holds no text to hide anything in"):
-        Prose(PromptEncoder(GPT2), tmp_path / "empty.txt").units()
+    for asked in (Prose.units, lambda prose: prose.check_tokens(100)):
+        with pytest.raises(LandmarkError, match="holds no text to hide anything in"):
+            asked(Prose(PromptEncoder(GPT2), tmp_path / "empty.txt"))
+    assert "repeated" not in capsys.readouterr().err
     with pytest.raises(LandmarkError, match=r"none\.txt"):
         Prose(PromptEncoder(GPT2), tmp_path / "none.txt")
 

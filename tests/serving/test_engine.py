@@ -174,6 +174,24 @@ def test_a_queue_has_an_end(engine):
     assert all(answer[-1] == End("length", 53, 0, 4) for answer in answers) and len({str(a) for a in answers}) == 1
 
 
+def test_who_has_gone_takes_no_place_in_the_queue():
+    made = engine_of(rows=1, queue=1)
+
+    def request():
+        return Request([7], SamplingSettings(max_new_tokens=1), None)
+
+    gone = [request(), request()]
+    made.submit(gone)
+    with pytest.raises(Full):
+        made.submit([request()])
+    gone[1].cancel()
+    later = request()
+    made.submit([later])
+    with pytest.raises(Full):
+        made.submit([request()])
+    assert made.waiting == 2 and list(made._waiting) == [gone[0], later]
+
+
 def test_a_stopped_engine_takes_nothing():
     made = engine_of()
     made.start()

@@ -144,16 +144,21 @@ class Prose:
         return have
 
     def check_tokens(self, longest: int) -> None:
-        """Tell the user where it is repeated in a prompt of so many tokens."""
+        """Tell the user where it is repeated in a prompt of so many tokens. Raises LandmarkError where it holds no
+        text."""
+        self._check_text()
         held = self.tokens(longest)
         if held < longest:
             info(f"{self.name} has {counted(held, 'token')}, fewer than the longest prompt: it is repeated")
 
     def units(self) -> Units:
         """The haystack from its beginning."""
+        self._check_text()
+        return Units(self._repeated(), self._opening)
+
+    def _check_text(self) -> None:
         if not self._units and not self._more():
             raise LandmarkError(f"--haystack {self.name} holds no text to hide anything in; name another")
-        return Units(self._repeated(), self._opening)
 
     def _repeated(self) -> Iterator[np.ndarray]:
         number = 0
