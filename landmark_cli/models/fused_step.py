@@ -9,6 +9,7 @@ What is not known to be just that is left to the modules (see known_layers.py).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -130,7 +131,11 @@ def join_weights(model: PreTrainedModel) -> None:
 
 
 def why_not_fused(model: PreTrainedModel) -> str | None:
-    """Why a model's steps are left to its modules; None where `FusedStep` gives what these give, within rounding."""
+    """Why a model's steps are left to its modules; None where they are `FusedStep`'s, which is asked for by the
+    environment alone: on a GPU some models' logits differ from the modules' by more than rounding was thought to give,
+    and what of it is rounding is not known yet (tests/models/test_fused_step.py, the tests marked gpu)."""
+    if os.environ.get("LANDMARK_FUSED_STEPS") != "1":
+        return "LANDMARK_FUSED_STEPS is not 1"
     if torch.is_autocast_enabled(model.device.type):
         return "the model runs in autocast"
     return why_not_known(model, (nn.Linear, QuantizedLinear))

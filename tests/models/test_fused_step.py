@@ -56,6 +56,11 @@ def steps(model, fused: bool, count: int = 7, **options) -> tuple[list[torch.Ten
     return found, reader
 
 
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    monkeypatch.setenv("LANDMARK_FUSED_STEPS", "1")
+
+
 @pytest.fixture
 def fused_calls(monkeypatch):
     found, plain = [], FusedStep.__call__
@@ -177,9 +182,15 @@ def test_a_class_that_somebody_changed_keeps_its_modules(monkeypatch):
     assert "MLP" in why_not_fused(model)
 
 
-def test_it_can_be_turned_off(monkeypatch):
-    monkeypatch.setenv("LANDMARK_FUSED_STEPS", "0")
-    assert "LANDMARK_FUSED_STEPS" in why_not_fused(landmark_decoder())
+@pytest.mark.parametrize("value", [None, "0"])
+def test_it_has_to_be_asked_for(value, monkeypatch):
+    monkeypatch.delenv("LANDMARK_FUSED_STEPS")
+    if value is not None:
+        monkeypatch.setenv("LANDMARK_FUSED_STEPS", value)
+    model = landmark_decoder()
+    assert why_not_fused(model) == "LANDMARK_FUSED_STEPS is not 1"
+    join_weights(model)
+    assert all(spanned(weights) is None for weights in weights_of(model))
 
 
 def test_other_models_keep_their_modules():
