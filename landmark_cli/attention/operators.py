@@ -39,8 +39,8 @@ def attend(
     PyTorch is told that they have to be.
 
     The output (B, H, Tq, D) lies in memory as (B, Tq, H, D). The log-sum-exp can be differentiated too, and sinks have
-    a gradient. Gradients repeat bit by bit; their workspace is at most 1.6 times the memory of q, in
-    the Hopper kernels or 128 MiB if that is more.
+    a gradient. Gradients repeat bit by bit; their workspace is at most 1.6 times the memory of q, in the Hopper kernels
+    or 128 MiB if that is more.
 
     Raises ValueError naming an argument that cannot be.
     """

@@ -213,7 +213,8 @@ class BlockReader(BaseReader):
         self, rows: Sequence[Tensor | Sequence[int]], *, last_only: bool = False, transient: bool = False
     ) -> Iterator[ReadChunk]:
         """As BaseReader.read. A row may be longer than another: every row is cut into chunks as it would be alone, so a
-        batch gives what its rows give one by one. Raises LandmarkError where a row holds the landmark token."""
+        batch gives what its rows give one by one. Raises LandmarkError where a row holds the landmark token, and where
+        a chunk of it failed before, a part of which layers with a sliding window hold."""
         rows = self._rows(rows)
         for row in rows:
             if (row == self.landmark_token_id).any():

@@ -130,6 +130,7 @@ class ChunkForward:
             kind = self._kind(ids, kept, rows)
         recorded = self._recorded[kind]
         self._recorded.move_to_end(kind)
+        self.cache.begin(lengths)
         recorded.inputs.write(ids, kept, self.cache.counts(lengths, ids.shape[1], rows))
         recorded.graph.replay()
         if self.cache.trace is not None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landmark_cli.errors import LandmarkError
+
 from .blocks import HeldBlocks, LayerBlocks
 from .chunk import Chunk, Passage
 from .layer_window import HeldText, LayerWindow
@@ -70,6 +72,8 @@ class BlockCache:
         # Of each row the complete blocks that room was last made behind, and for how many more; None where layers may
         # have changed since.
         self._reserved: tuple[list[int], list[int]] | None = None
+        # Rows of a chunk that has been begun and is not counted as read.
+        self._begun: set[int] = set()
         self._recalled = self.asked_again = False
         self._streaming: Streaming | None = None
         # By layer, what rows go on from and what has no place yet, blocks with the number of their first: what a layer
@@ -106,6 +110,7 @@ class BlockCache:
     def forget(self, row: int) -> None:
         """Forget what one row has read."""
         self._reserved = None
+        self._begun.discard(row)
         self.host_blocks[row] = self.host_tail[row] = 0
         for blocks in self.layers.values():
             blocks.forget(row)
@@ -167,6 +172,7 @@ class BlockCache:
         if list(rows) == list(range(self.batch)):
             return
         self._reserved = None
+        self._begun = {to for to, row in enumerate(rows) if row in self._begun}
         used = max(self.host_blocks) + 1
         for blocks in self.layers.values():
             blocks.take(rows, used)
@@ -190,7 +196,7 @@ class BlockCache:
         other.windows = {index: copy.deepcopy(window, memo) for index, window in self.windows.items()}
         other.host_blocks, other.host_tail = list(self.host_blocks), list(self.host_tail)
         other._waiting = {index: dict(waiting) for index, waiting in self._waiting.items()}
-        other.backends = set(self.backends)
+        other._begun, other.backends = set(self._begun), set(self.backends)
         other.trace = None
         return other
 
@@ -209,10 +215,26 @@ class BlockCache:
         rows = range(self.batch) if rows is None else rows
         if sum(lengths[row] for row in rows) != sum(lengths):
             raise ValueError(f"lengths {lengths} give tokens to rows that are not among {list(rows)}")
+        self.begin(lengths)
         counters = torch.tensor(self.counts(lengths, width, rows), dtype=torch.int32)
         # Copied from pinned memory, so that the host need not wait for the device.
         counters = counters.pin_memory() if self.device.type == "cuda" else counters
         return self.chunk(lengths, width, rows, counters.to(self.device, non_blocking=True))
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Say that layers are about to read a chunk of `lengths` stream tokens of each row; `advance` says that they
+        have.
+
+        Blocks of a chunk that fails in between are written to again by the next, but a window has rolled on. Raises
+        LandmarkError where there are windows and such a row has not been forgotten, or put, since.
+        """
+        rows = {row for row, new in enumerate(lengths) if new}
+        if self.windows and not rows.isdisjoint(self._begun):
+            raise LandmarkError(
+                "reading failed in the middle of a chunk, of which layers with a sliding window hold a part: reset the "
+                "reader and read the text anew, or recall it"
+            )
+        self._begun |= rows
 
     def counts(self, lengths: Sequence[int], width: int, rows: Sequence[int]) -> list[list[int]]:
         """What the counters of the next chunk are; arguments as of `begin_chunk`."""
@@ -237,7 +259,8 @@ class BlockCache:
         """The next chunks, (lengths, width) each and all of the same rows, as in `begin_chunk`, which are counted as
         read once the model has been called with them. Offloaded blocks are streamed to the device where
         `why_not_streamed` gives no reason."""
-        self.reserve([sum(lengths) for lengths in zip(*(lengths for lengths, _ in parts), strict=True)])
+        total = [sum(lengths) for lengths in zip(*(lengths for lengths, _ in parts), strict=True)]
+        self.reserve(total)
         before, chunks = (self.host_blocks, self.host_tail), []
         self.host_blocks, self.host_tail = map(list, before)
         try:
@@ -246,6 +269,7 @@ class BlockCache:
                 self.advance(lengths)
         finally:
             self.host_blocks, self.host_tail = before
+        self.begin(total)
         if self.offload is not None and self.why_not_streamed() is None:
             self._streaming = Streaming(self.layers, chunks, self.resident)
         try:
@@ -354,6 +378,7 @@ class BlockCache:
     def advance(self, lengths: Sequence[int]) -> None:
         """Count so many stream tokens of each row as read."""
         size = self.settings.block_size
+        self._begun -= {row for row, new in enumerate(lengths) if new}
         for row, new in enumerate(lengths):
             total = self.host_tail[row] + new
             self.host_blocks[row] += total // size
