@@ -37,6 +37,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return math.nan if errors.isnan().any() else errors.max().item()
 
 
+def whole_error(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference as a share of the norm of what is expected, all rows together, worked out where the
+    tensors are. 0 where both are the same, such as empty; inf where all that is expected is 0, and nan as it comes."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    a, b = (x.detach().float() for x in (actual, expected))
+    difference, size = (a - b).norm().item(), b.norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / size if size else math.inf * difference
+
+
 def tolerance(*dtypes: torch.dtype) -> float:
     """What is allowed between results of these dtypes: the coarsest one's."""
     return max(TOLERANCE[dtype] for dtype in dtypes)

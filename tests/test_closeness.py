@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.closeness import TOLERANCE, assert_close_norm, relative_error, tolerance
+from tests.closeness import TOLERANCE, assert_close_norm, relative_error, tolerance, whole_error
 
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 SIZES = pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e6])
@@ -90,3 +90,19 @@ def test_the_measure_is_symmetric_enough_to_read():
     assert relative_error(2 * a, a) == pytest.approx(1.0)
     assert relative_error(torch.empty(0, 3), torch.empty(0, 3)) == 0
     assert relative_error(torch.tensor(1.1), torch.tensor(1.0)) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_of_all_rows_together_nothing_is_the_same_as_nothing():
+    a = tensor(6, 3)
+    assert whole_error(2 * a, a) == pytest.approx(1.0)
+    for same in (a, torch.zeros(6, 3), torch.empty(1, 0, 3), torch.empty(1, 0, dtype=torch.bool)):
+        assert whole_error(same, same) == 0
+    assert whole_error(a, torch.zeros(6, 3)) == math.inf
+    for wrong in (math.nan, math.inf):
+        other = a.clone()
+        other[0, 0] = wrong
+        # No bound holds.
+        for actual, expected in ((other, a), (a, other), (other, torch.zeros(6, 3)), (other, other)):
+            assert not whole_error(actual, expected) <= 1e30
+    with pytest.raises(AssertionError, match=r"\(6, 3\) instead of"):
+        whole_error(a, a[None])

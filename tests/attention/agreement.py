@@ -9,6 +9,7 @@ from torch import Tensor
 
 from landmark_cli.attention import dispatch
 from landmark_cli.attention.reference import landmark_attention as eager
+from tests.closeness import whole_error
 
 triton_attention = functools.partial(dispatch.landmark_attention, backend="triton")
 
@@ -123,7 +124,7 @@ def errors(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     expected = outputs_and_gradients(eager, q, k, v, dout.float(), dlse, **exact)
     assert all(x.dtype == dtype for x in found[:1] + found[2:])
     return {
-        name: ((a.float() - b).norm() / b.norm()).item()
+        name: whole_error(a, b)
         for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dsinks")[: len(found)], found, expected, strict=True)
     }
 

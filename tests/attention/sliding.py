@@ -85,8 +85,12 @@ class Case:
         return out.masked_fill((index < torch.tensor(self.start, device=device)[:, None])[:, None, :, None], 0.0)
 
 
-# Every feature once, small enough for Triton's interpreter: windows of 2 and of more than there is, and edges of tiles.
+# Every feature once, small enough for Triton's interpreter: windows of 1, of 2 and of more than there is, and edges of
+# tiles.
 CASES = [
+    # Without a sink, the one key that is seen has all of the weight, and logits have no gradient.
+    Case(1, 40, sinks=True),
+    Case(1, 70, batch=2, chunk=20, softcap=2.0, sinks=True),
     Case(2, 40),
     Case(7, 40),
     Case(500, 40),

@@ -70,8 +70,10 @@ class LayerWindow:
                 to.index_copy_(0, rows.long(), new)
 
     def forget(self, row: int | None = None) -> None:
-        """Forget what a row has read, or all of them."""
-        self.real[slice(None) if row is None else row] = False
+        """Forget what a row has read, or all of them. Nothing is left of it: what is not real has the weight 0, and
+        times nan, of a text that overflowed, that would be nan."""
+        for part in (self.keys, self.values, self.real):
+            part[slice(None) if row is None else row] = 0
 
     def take(self, rows: Sequence[int]) -> None:
         """Row r becomes what row rows[r] is. With as many rows as before the tensors stay where they are."""

@@ -8,11 +8,13 @@ import torch
 
 from landmark_cli.attention import backends, local, local_operators
 from landmark_cli.attention.backends import Problem, choose
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.hopper import support
 from landmark_cli.attention.kernels.local import configurations, launch
 from landmark_cli.attention.kernels.local.configurations import Choices
 from landmark_cli.attention.local_operators import local_attention, local_attention_backward
+from landmark_cli.attention.rotary import default_inverse_frequencies
 from tests.attention.sliding import CASES, READINGS, Case, agreement
 from tests.closeness import assert_close_norm
 
@@ -82,6 +84,52 @@ def test_what_is_not_seen_is_not_touched(tiles):
     text = torch.arange(100) % 5 < 4
     found = case.attend(q, k, v, backend="triton")[:, :, 80:]
     assert_close_norm(found[:, :, text[80:]], expected[:, :, 80:][:, :, text[80:]])
+
+
+@pytest.mark.parametrize("offset", [0, 17])
+def test_a_query_sees_itself_in_any_case(offset, tiles):
+    """Outputs and all gradients of queries whose first key would come behind them: each sees itself and the sink."""
+    tiles(16, 16)
+    q, k, v, sinks = Case(1, 40, sinks=True).leaves()
+    q = q.detach()[:, :, offset:].requires_grad_()
+    first = torch.full((1, 40 - offset), 40, dtype=torch.int32)
+    found = local_operators.attend(q, k, v, first, torch.ones(1, 40, dtype=torch.bool), backend="triton", sinks=sinks)
+    own_k, own_v = k[:, :, offset:], v[:, :, offset:]
+    logit = (q * own_k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+    expected = torch.sigmoid(logit - sinks[:, None, None]) * own_v
+    assert_close_norm(found, expected)
+    dout, leaves = torch.randn_like(expected), (q, k, v, sinks)
+    for a, b in zip(*(torch.autograd.grad(x, leaves, dout) for x in (found, expected)), strict=True):
+        assert_close_norm(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("forget", ["reset", "forget", "put"])
+def test_nothing_of_a_text_that_overflowed_is_left(forget, backend):
+    """What a row held does not reach the text that takes its place, not even as 0 times nan."""
+    frequencies, generator = default_inverse_frequencies(8), torch.Generator().manual_seed(0)
+    long, short, later = ([torch.randn(2, n, t, 16, generator=generator) for n in (2, 1, 1)] for t in (15, 6, 6))
+
+    def attend(cache, made):
+        chunk = cache.begin_chunk([made[0].shape[2]] * 2)
+        out = local.attend_chunk(*made, cache.window(0, made[1], 9), chunk, frequencies, backend=backend)
+        cache.end_chunk(chunk)
+        return out
+
+    def make():
+        return BlockCache(RetrievalSettings(5, 2), frequencies, batch=2)
+
+    fresh, cache = make(), make()
+    attend(cache, [x.index_fill(0, torch.tensor(1), torch.nan) for x in long])
+    if forget == "put":
+        attend(fresh, short)
+        cache.put(1, fresh.copy_of(1), fresh.host_blocks[1], fresh.host_tail[1])
+    elif forget == "forget":
+        for row in range(2):
+            cache.forget(row)
+    else:
+        cache.reset()
+    assert_close_norm(attend(cache, later)[1], attend(fresh, later)[1])
 
 
 def test_the_same_bits_every_time():

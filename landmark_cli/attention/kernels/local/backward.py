@@ -84,7 +84,9 @@ def key_gradient_kernel(Q, K, V, DOUT, LSE, DELTA, DK, DV, FIRST, TEXT, LAST, q_
     dv = tl.zeros([COLS, DIM], tl.float32)
 
     begin = tl.maximum(start - offset, 0) // ROWS * ROWS
-    end = tl.load(LAST + batch * text_stride + tl.minimum(start + COLS, keys) - 1)
+    behind = tl.minimum(start + COLS, keys)
+    # The last key's own query sees it, whatever its first key is.
+    end = tl.maximum(tl.load(LAST + batch * text_stride + behind - 1), behind - offset)
     for member in range(HEADS_PER_KEY):
         query_head = key_head * HEADS_PER_KEY + member
         q_base = Q + batch * q_strides[0] + query_head * q_strides[1]

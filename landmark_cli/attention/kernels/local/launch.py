@@ -25,8 +25,8 @@ FORWARD_CALLS, BACKWARD_CALLS = LaunchCache(), LaunchCache()
 class Seen(NamedTuple):
     """What queries see, and what makes logits.
 
-    first: (B or 1, Tq) int32, the first key that each may see. text: (B or 1, Tk) bool, what others may see. softcap:
-    bound of the logits, or None. Backward needs numbers in `first` that never fall from query to query.
+    first: (B or 1, Tq) int32, the first key that each may see, beside itself. text: (B or 1, Tk) bool, what others may
+    see. softcap: bound of the logits, or None. Backward needs numbers in `first` that never fall from query to query.
     """
 
     first: Tensor

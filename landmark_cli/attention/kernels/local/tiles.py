@@ -13,11 +13,14 @@ import triton.language as tl
 @triton.jit
 def query_tile(FIRST, first_stride, batch, row, queries, offset, ROWS: tl.constexpr):
     """A tile of queries from `row` on: (rows, which of them there are, their numbers among the keys, the first key of
-    each), (ROWS,) each. Of rows that are not there no key comes before that first key."""
+    each or, where that comes behind it, itself), (ROWS,) each. Of rows that are not there no key comes before that
+    first key."""
     rows = tl.arange(0, ROWS)
     row_ok = row + rows < queries
     first = tl.load(FIRST + batch * first_stride + row + rows, mask=row_ok, other=queries + offset)
-    return rows, row_ok, row + rows + offset, first
+    index = row + rows + offset
+    # A walk from the first key on meets the query itself, which it sees in any case.
+    return rows, row_ok, index, tl.minimum(first, index)
 
 
 @triton.jit
