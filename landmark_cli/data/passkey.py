@@ -31,6 +31,9 @@ KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 ANSWER = " {key}."
 LARGEST_KEY = 50_000
+# How far from where it was asked for a key may stand so as to be between sentences: in tokens, and as a share of the
+# text. Text without sentences would have all keys at its ends.
+NEAR_TOKENS, NEAR_SHARE = 32, 0.05
 # About how many bytes a token of this text takes, for the progress of preparing.
 TOKEN_BYTES = 4
 
@@ -74,7 +77,7 @@ class PassKeyPrompts:
 
     def make(self, length: int, key: int, depth: float) -> PassKey:
         """A prompt of exactly `length` tokens, the line with the key behind a share `depth` (0 to 1) of the text around
-        it: of a haystack in front of the nearest sentence, or at its end.
+        it: of a haystack in front of the nearest sentence, or at its end, where that is near (NEAR_TOKENS, NEAR_SHARE).
 
         Raises LandmarkError where the length leaves no room for the line and the question.
         """
@@ -96,7 +99,9 @@ class PassKeyPrompts:
             return self._filler(place), self._filler(length - place)
         text, sentences = self._haystack(length)
         places = np.append(sentences, length)
-        place = places[np.abs(places - place).argmin()]
+        nearest = places[np.abs(places - place).argmin()]
+        if abs(nearest - place) <= max(NEAR_TOKENS, NEAR_SHARE * length):
+            place = nearest
         return text[:place], text[place:]
 
     def _key_line(self, key: int) -> list[int]:

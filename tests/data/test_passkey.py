@@ -50,6 +50,18 @@ def test_in_a_haystack_a_key_stands_between_sentences():
         assert whole == [*head, *text[:place], *line, *text[place:200], *tail]
 
 
+@pytest.mark.parametrize("depth, place", [(0.0, 0), (0.02, 0), (0.3, 600), (0.5, 1000), (0.52, 1000), (0.9, 1800)])
+def test_in_text_without_sentences_a_key_stands_where_it_was_asked_for(depth, place):
+    """And in front of one that begins within a twentieth of the text."""
+    # Numbers that are tokens of nothing else here.
+    text, starts = 10_000 + np.arange(2000), np.array([0, 1000])
+    prompts = PassKeyPrompts(lambda piece: [ord(letter) for letter in piece], haystack=lambda tokens: (text, starts))
+    line = len("\nThe pass key is 7. Remember it. 7 is the pass key.\n")
+    whole = prompts.make(len(f"{TASK}\n\n{QUESTION}") + line + 2000, 7, depth).tokens
+    at = np.flatnonzero(whole >= 10_000) - len(f"{TASK}\n")
+    assert at.tolist() == [*range(place), *range(place + line, 2000 + line)]
+
+
 def test_a_million_tokens():
     assert len(PROMPTS.make(1_000_000, 12345, 0.3).tokens) == 1_000_000
 
