@@ -1,5 +1,5 @@
-"""A decoding step of decoders of Llama's make, in fewer kernels: what is of the same input is one product, and what
-stands between products one kernel each (see step_operations.py).
+"""A decoding step of decoders whose layers are known part by part, in fewer kernels: what is of the same input is one
+product, and what stands between products one kernel each (see step_operations.py).
 
 A step of one token reads every weight once and does next to nothing with it, so its time is that of the weights and of
 launching kernels, of which transformers' modules have about forty a layer. The modules stay as they are and are asked
@@ -36,6 +36,7 @@ class FusedStep:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.attend = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, None)
 
     @torch.no_grad()
@@ -43,13 +44,13 @@ class FusedStep:
         """ids, position_ids: (B, T). kept: (n,) tokens of T to give logits for. inputs: what the attention takes beside
         them. Returns (B, n, vocabulary)."""
         model = self.model.model
-        x, added = model.embed_tokens(ids), None
+        x, added = self.embedding(ids), None
         kernels = _operations(ids.device), _streams() if self.streams else None
         own = _Own(*kernels, self.attend, model.rotary_emb(x, position_ids), inputs)
         for layer in self.layers:
             x, added = layer(x, added, own)
         _, hidden = own.operations.add_norm(x, added, model.norm.weight, model.norm.variance_epsilon)
-        return self.model.lm_head(hidden if ids.shape[1] == 1 else hidden[:, kept])
+        return self.head(hidden if ids.shape[1] == 1 else hidden[:, kept])
 
 
 class _Own(NamedTuple):

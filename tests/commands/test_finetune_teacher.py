@@ -82,7 +82,9 @@ def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
     assert_close_norm(torch.tensor(records(output)), torch.tensor(loss))
 
 
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="whole"), pytest.param(LORA, id="adapters", marks=pytest.mark.slow)]
+)
 def test_another_model_teaches_what_it_knows(tmp_path, changes):
     to_self, to_other = (
         finetune(tmp_path / teacher, teacher=teacher, answer_weight=0.0, steps=12, **changes)

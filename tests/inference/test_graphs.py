@@ -159,8 +159,15 @@ def test_what_has_no_fixed_shapes_is_never_recorded(backend, monkeypatch):
     assert not reader.forward.recording and not reader.forward._recorded
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["a fresh reader", "one that has read"])
-@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize(
+    ("offload", "used"),
+    [
+        ("none", False),
+        ("cpu", True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("none", True), ("cpu", False)]),
+    ],
+    ids=lambda x: {False: "a fresh reader", True: "one that has read"}.get(x, x),
+)
 def test_nothing_is_recorded_while_blocks_are_fetched_and_that_ends(monkeypatch, tmp_path, used, offload):
     monkeypatch.setattr(graphs, "MOST_FETCHING", 2)
     model = tiny_model(n_layer=1)

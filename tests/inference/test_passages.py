@@ -69,7 +69,11 @@ SHORT = "interpreted", ([tiny_text(41, 1)], {"cache_blocks": 3})
 
 
 @pytest.mark.parametrize(
-    "backend, name", [*((backend, name) for backend in ("eager", "blockwise") for name in CASES), ("triton", SHORT[0])]
+    "backend, name",
+    [
+        *((backend, name) for backend in ("eager", "blockwise") for name in CASES),
+        pytest.param("triton", SHORT[0], marks=pytest.mark.slow),
+    ],
 )
 def test_a_passage_gives_what_its_chunks_give(backend, name, calls, monkeypatch):
     monkeypatch.setenv("LANDMARK_ATTENTION", backend)

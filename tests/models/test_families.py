@@ -81,6 +81,7 @@ EXCEPTIONS = {
     "models/import_authors.py": "the names of weights in the authors' checkpoints and in our own model",
     "models/store.py": "the names of weights in the authors' checkpoints and in our own model",
     "models/llama_with_landmark.py": "directories of the authors, who fine-tuned this family only",
+    "models/known_layers.py": "the families whose layers are known part by part",
     "models/decoders.py": "the example in a docstring gives one of them landmarks",
     "models/__init__.py": "registers the above",
 }

@@ -109,7 +109,7 @@ def test_rows_of_a_batch_are_fused_too(fused_calls, by_definition):
         assert_close_norm(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_weights_are_read_as_streams(family, by_definition, monkeypatch):
     model, called = landmark_decoder(family, num_hidden_layers=1), []
     join_weights(model)

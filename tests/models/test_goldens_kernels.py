@@ -64,12 +64,19 @@ def check(name: str, *, chunks: int | None, rows: int | None, device: str, toler
     assert_close_norm(found, expected[:, : found.shape[1]], within=tolerance)
 
 
-# As another of them, but for the number of blocks.
-ALIKE = {"gpt_retrieval_token_head_k4": pytest.mark.slow}
+# Those that take long in the interpreter; a GPU is given all of them whole. The first is as another, but for the number
+# of blocks; the others' selections and evictions are in the cases of tests/attention/kernels.
+LONG = (
+    "gpt_retrieval_token_head_k4",
+    "gpt_retrieval_evicting_k2",
+    "gpt_retrieval_max_tokens_k2_ragged",
+    "gpt_retrieval_stepwise_k2",
+)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=ALIKE.get(name, ())) for name in goldens.names("*_retrieval_*")]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in goldens.names("*_retrieval_*")],
 )
 def test_first_chunks(name):
     check(name, chunks=FIRST_CHUNKS[name], rows=1, device="cpu", tolerance=1e-5)

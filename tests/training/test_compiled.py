@@ -114,7 +114,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("way", "graphs"), WAYS.values(), ids=WAYS)
+# What the others have together.
+LONG = "checkpointed", "read chunk by chunk"
+
+
+@pytest.mark.parametrize(
+    ("way", "graphs"),
+    [pytest.param(*WAYS[name], marks=pytest.mark.slow if name in LONG else (), id=name) for name in WAYS],
+)
 def test_layers_share_what_is_compiled_and_keep_it(way, graphs):
     loss, how, models = pair(4, **way)
     names = [name for name, _ in loss.named_parameters()]

@@ -63,7 +63,9 @@ def finetune(output, **changes):
     return output
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow if mode == "read and masked" else ()) for mode in MODES]
+)
 def test_train_resumes_to_the_bit(mode, tmp_path):
     options = MODES[mode] | {"save_every": 2, "explore": 0.5 if "read_chunk" in MODES[mode] else 0.0}
     whole = train(CORPUS, tmp_path / "whole", **options)
