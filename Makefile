@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: install demo test test-versions test-real test-gemma3 test-faults test-faults-quick lint
 
 install: $(INSTALLED)
+	@echo 'Installed in $(VENV). To have the command landmark in this shell:  . $(BIN)/activate'
 
 # torch comes first and alone: pip then takes a CPU wheel where one lies at hand, and leaves it in place afterwards.
 $(INSTALLED): pyproject.toml constraints.txt

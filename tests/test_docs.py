@@ -1,9 +1,7 @@
 """The pages that are made from the code are current, and what they say of recipes is true of those that are shipped."""
 
-import ast
 import json
 import re
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -12,8 +10,8 @@ import yaml
 from landmark_cli.commands import COMMANDS, GROUPS
 from landmark_cli.options import settings_of
 from tests.modules import load_script
+from tests.pages import ROOT, SCRIPTS, SHOWN, TEXTS, calls_of, headings_of, lines_of, spans_of, text_of
 
-ROOT = Path(__file__).resolve().parents[1]
 options = load_script(ROOT / "docs" / "options.py")
 RECIPES = sorted(
     path
@@ -43,8 +41,6 @@ def test_the_schema_knows_no_other_key():
 # --- what pages name is there
 
 PACKAGE = ROOT / "landmark_cli"
-SHOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 # What every command has, besides its dataclass's fields.
 COMMON = {"--recipe", "--debug", "--help", "--version"}
 # Options of other programs, which these pages name; those of launchers that have an underscore are known by it.
@@ -54,37 +50,6 @@ ROOMS = [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name 
 PLACE = re.compile(
     rf"(?<![\w./:$-])((?:[\w.-]+/)*[\w-]+\.(?:py|sh)\b|(?:\.\./)?(?:docs|tests|benchmarks|recipes|{'|'.join(ROOMS)})/[\w./-]*)"
 )
-# What may stand in front of `landmark` where it is a command, and its words.
-CALL = re.compile(
-    r"^\s*(?:\$ |\d+ s +|cat .* \| |until )?(?:\w+=\w+ )?(?:(?:accelerate launch|torchrun|\$here)\b.*? )?"
-    r"(?:landmark|(?:python )?-m landmark_cli) ([a-z].*)"
-)
-
-
-def text_of(path: Path) -> str:
-    """A page; of a script its docstring, of a recipe its comments."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        return ast.get_docstring(ast.parse(text)) or ""
-    if path.suffix == ".yaml":
-        return "\n".join(line.lstrip()[1:].removeprefix(" ") for line in text.splitlines() if line.lstrip()[:1] == "#")
-    return text
-
-
-def code_of(text: str) -> list[str]:
-    """What stands in a text as code: lines of blocks, each with those it goes on in, and what is between backticks."""
-    text = re.sub(r"\\\n\s*", "", text)
-    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    plain = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    blocks = [line for line in plain.splitlines() if line.startswith("    ")]
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", plain)]
-    return [line for block in fenced for line in block.splitlines()] + blocks + spans
-
-
-def calls_of(text: str) -> list[list[str]]:
-    """The words of every `landmark ...` in a text."""
-    found = (CALL.match(re.sub(r"\s#.*", "", line)) for line in code_of(text))
-    return [match[1].split() for match in found if match]
 
 
 def options_of(command) -> set[str]:
@@ -96,12 +61,10 @@ def options_of(command) -> set[str]:
 
 
 OPTIONS = {command.words: options_of(command) for command in COMMANDS}
-TEXTS = {
-    path.relative_to(ROOT).as_posix(): (path, text_of(path))
-    for path in [*SHOWN, *SCRIPTS, *sorted((ROOT / "recipes").rglob("*.yaml"))]
-}
 each_text = pytest.mark.parametrize("path, text", TEXTS.values(), ids=TEXTS)
 
+# A link to a heading of a page, or of the page that it stands on.
+LINK = re.compile(r"\]\(([\w./-]*)#([^)]+)\)")
 
 FOLDERS = "landmark_cli", "tests", "benchmarks", "docs", "recipes"
 NAMES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
@@ -123,6 +86,19 @@ def test_files_that_a_page_names_are_there(path, text):
         assert recipe.startswith("runs/") or (ROOT / "recipes" / f"{recipe}.yaml").exists(), f"no recipe {recipe}"
 
 
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.name)
+def test_headings_that_a_page_links_to_are_there(path):
+    for page, anchor in LINK.findall(text_of(path)):
+        target = path.parent / page if page else path
+        assert target.suffix != ".md" or anchor in headings_of(text_of(target)), f"{page} has no heading #{anchor}"
+
+
+def test_headings_are_linked_to():
+    assert sum(len(LINK.findall(text_of(path))) for path in SHOWN) > 5
+    text = "# A *b*, `c_d`\n## [E](f.md)\n```\n# no heading\n```\n## E\n"
+    assert headings_of(text) == ["a-b-c_d", "e", "e-1"]
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_files_that_a_script_takes_are_there(path):
     for parts in re.findall(r'ROOT((?: / "[^"]+")+)', path.read_text(encoding="utf-8")):
@@ -142,12 +118,16 @@ def test_commands_and_options_that_a_page_names_are_there(path, text):
     known = COMMON.union(OTHERS, re.findall(r'"(--[\w-]+)"', SCRIPTS_TEXT), *OPTIONS.values())
     named = {name for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if "_" not in name}
     assert named <= known
-    for code in code_of(text):
+    for code in lines_of(text) + spans_of(text):
         if script := re.match(r"\s*python (benchmarks/\w+\.py) (.*)", re.sub(r"\s#.*", "", code)):
             takes = (ROOT / script[1]).read_text(encoding="utf-8")
             assert all(f'"{name}"' in takes for name in re.findall(r"(?<!\S)--[\w-]+", script[2])), code
     make = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = {target for code in code_of(text) for target in re.findall(r"^\s*(?:\$ )?make ([a-z][a-z0-9-]*)", code)}
+    targets = {
+        target
+        for code in lines_of(text) + spans_of(text)
+        for target in re.findall(r"^\s*(?:\$ )?make ([a-z][a-z0-9-]*)", code)
+    }
     assert all(f"\n{target}:" in make for target in targets), targets
 
 
@@ -175,6 +155,6 @@ def test_names_of_the_code_that_a_page_names_are_there(path):
         assert module.name == last or re.search(rf"\b{last}\b", file.read_text(encoding="utf-8")), name
     names = set(re.findall(r"\bLANDMARK_\w+", text))
     if path.name in ("CONTRIBUTING.md", "architecture.md"):
-        names |= {span for span in code_of(text) if re.fullmatch(r"[A-Za-z_]\w+", span)}
+        names |= {span for span in lines_of(text) + spans_of(text) if re.fullmatch(r"[A-Za-z_]\w+", span)}
     missing = {name for name in names if not re.search(rf"\b{name}\b", SOURCE)}
     assert not missing

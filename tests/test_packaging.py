@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 from landmark_cli.commands import COMMANDS
 from landmark_cli.options import load_recipe, recipe_names, recipes_folder
+from tests.pages import CALL, TEXTS, lines_of, text_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,6 +92,27 @@ def test_every_requirement_is_pinned():
 def test_readme_lists_every_command():
     rows = re.findall(r"^\| `landmark ([a-z -]+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert sorted(rows) == sorted(command.words for command in COMMANDS)
+
+
+def test_readme_has_the_command_before_it_is_typed():
+    """What `make install` made is no command until the environment is active."""
+    code = [line.strip() for line in lines_of(text_of(ROOT / "README.md"))]
+    active = next(index for index, line in enumerate(code) if line.startswith(". .venv/bin/activate"))
+    typed = [index for index, line in enumerate(code) if CALL.match(line)]
+    assert code[active - 1].startswith("make install") and active < min(typed)
+
+
+def test_extras_that_pages_name_are_there():
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        extra.strip()
+        for _, text in TEXTS.values()
+        for extras in re.findall(r"(?:pip install|landmark-cli)[^\n]*?\[([a-z, -]+)\]'", text)
+        for extra in extras.split(",")
+    }
+    assert named >= {"lora", "serve"} and named <= set(known)
+    listed = re.search(r"^Extras: (.*?)\.$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`([a-z-]+)`", listed[1])) == set(known) - {"dev"}
 
 
 def test_launcher_is_four_lines():
