@@ -14,7 +14,9 @@ A recipe is a YAML file (without aliases) of options for one command, `command: 
 line a recipe replaces the defaults, and an option given beside the recipe replaces the recipe's value. What a run saves
 is a recipe too, and says `format: 2`. Where an option meant something else to the runs that saved recipes without a
 format, or without the option, its dataclass has a static method `read_earlier(values, format)`, which gives the values
-of such a recipe as they are meant today.
+of such a recipe as they are meant today. Where a command line that names no recipe goes on with something that holds
+one, its dataclass has a static method `resumed_recipe`, whose parameters are options by their names, as they were
+given: it returns the recipe's path, or None.
 """
 
 from __future__ import annotations

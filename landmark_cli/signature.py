@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from landmark_cli.console import info
 from landmark_cli.options import KINDS, LONGEST, Setting, build, load_recipe, settings_of
 
 
@@ -22,24 +23,38 @@ def callback_of(
     Typer's annotations. panel: the heading that `--recipe` stands under.
     """
     settings = settings_of(options_class)
+    found_by = getattr(options_class, "resumed_recipe", None)
+    asks = tuple(inspect.signature(found_by).parameters) if found_by else ()
 
-    def use_recipe(context: typer.Context, recipe: str | None) -> None:
-        if recipe is not None and not context.resilient_parsing:
+    def use_recipe(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
+        """Called for `--recipe` and for what `resumed_recipe` takes, before any other option is looked at; those that
+        are given come first."""
+        given = context.meta.setdefault(f"recipe of {words}", {})
+        given[parameter.name] = value
+        if context.resilient_parsing:
+            return value
+        recipe = value if parameter.name == "recipe" else None
+        if found_by and given.keys() == {"recipe", *asks} and given["recipe"] is None:
+            recipe = found_by(**{name: given[name] for name in asks})
+            if recipe is not None:
+                info(f"with the options of {recipe}, beside those that are given")
+        if recipe is not None:
             values = load_recipe(recipe, options_class, words)
             context.default_map = {name: _as_text(settings[name], value) for name, value in values.items()}
+        return value
 
     def callback(**values: Any) -> None:
         run(build(options_class, {name: values[name] for name in settings}))
 
+    eager: dict[str, Any] = {"is_eager": True, "callback": use_recipe}
     recipe = typer.Option(
         "--recipe",
         help="Take the defaults from a recipe: a shipped one's name or a YAML file.",
         metavar="<name|path>",
-        is_eager=True,
-        callback=use_recipe,
         rich_help_panel=panel,
+        **eager,
     )
-    parameters = [_parameter(setting) for setting in settings.values()]
+    parameters = [_parameter(setting, **eager if name in asks else {}) for name, setting in settings.items()]
     parameters.append(_keyword("recipe", Annotated[str | None, recipe], None))
     parameters += [_keyword(name, annotation, False) for name, annotation in flags.items()]
     callback.__signature__ = inspect.Signature(parameters)
@@ -53,24 +68,26 @@ def paragraphs(options_class: type) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in (inspect.getdoc(options_class) or "").split("\n\n")]
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
-    """One field as Typer's: flags as they are, all else as text, which `build` converts the way it does a recipe's."""
+def _parameter(setting: Setting, **early: Any) -> inspect.Parameter:
+    """One field as Typer's: flags as they are, all else as text, which `build` converts the way it does a recipe's.
+    early: what has Typer look at it before others."""
     about = setting.metadata
     common = {
         "help": escape(about["help"]),
         "min": about["min"],
         "max": about["max"] if setting.bounds[1] < LONGEST else None,
         "rich_help_panel": about["panel"],
+        **early,
     }
     kind: Any = bool if setting.kind is bool else str
     kind = list[kind] if setting.many else kind
     default = setting.default
     default = inspect.Parameter.empty if default is MISSING else _as_text(setting, default, named_none=False)
     if about["positional"]:
-        info = typer.Argument(metavar=about["metavar"], **common)
+        typed = typer.Argument(metavar=about["metavar"], **common)
     else:
-        info = typer.Option(*_names(setting), metavar=about["metavar"] or _metavar(setting), **common)
-    return _keyword(setting.name, Annotated[kind | None, info], default)
+        typed = typer.Option(*_names(setting), metavar=about["metavar"] or _metavar(setting), **common)
+    return _keyword(setting.name, Annotated[kind | None, typed], default)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -13,6 +13,7 @@ from landmark_cli.commands.finetune_report import AUTO, Report, card_of, check_r
 from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import (
+    RECIPE,
     TOP_K_BLOCKS_HELP,
     DataOptions,
     RunOptions,
@@ -248,7 +249,9 @@ def run(options: FinetuneOptions) -> Path | None:
     """
     check(options)
     from landmark_cli.training.finetuning import check_positions, check_pretrained
+    from landmark_cli.training.setup import use_device
 
+    use_device(options.device)
     config = check_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     options = with_defaults(options, config)
     check_windows(options)
@@ -299,7 +302,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
 
     def save_rest(directory: Path) -> None:
         tokenizer.save_pretrained(directory)
-        save_recipe(options, directory / "recipe.yaml", "finetune")
+        save_recipe(options, directory / RECIPE, "finetune")
         write_card(model, directory, card_of(options, accelerator.num_processes))
 
     save = saving(
@@ -331,7 +334,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     )
     report = Report(options, model, tokenizer, publication, loop)
     loop.examine = report.in_the_middle
-    carry_out(options, config, loop)
+    carry_out(options, "finetune", config, loop)
     publication.publish(loop)
     report.at_the_end()
     accelerator.end_training()

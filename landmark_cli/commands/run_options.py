@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.console import counted, info, quantity
 from landmark_cli.errors import UsageError
-from landmark_cli.options import LARGEST_SEED, LONGEST, Options, option
+from landmark_cli.options import LARGEST_SEED, LONGEST, Options, option, save_recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from landmark_cli.training.loop import Loop, LoopSettings
 
 
+# In a run's directory: its options, from before the first step on.
+RECIPE = "recipe.yaml"
 TOP_K_BLOCKS_HELP = (
     "Blocks that the model is to retrieve for each token, as its config will say. "
     "[default: 4, or as many as the window has room for]"
@@ -127,8 +129,11 @@ class RunOptions(Options):
         0, panel="Training", min=0, max=LARGEST_SEED, help="Seed for the initial weights, the data's order and dropout."
     )
 
-    device: Literal["auto", "cpu"] = option(
-        "auto", panel="Machine", saved=False, help="Where to train: auto is a GPU where there is one."
+    device: str = option(
+        "auto",
+        panel="Machine",
+        saved=False,
+        help="Where to train: cpu, cuda, cuda:1; auto: a GPU where there is one, each process of a launch its own.",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
@@ -166,7 +171,8 @@ class RunOptions(Options):
         False,
         panel="Output",
         saved=False,
-        help="Go on from the newest checkpoint in --output; without a checkpoint there, start.",
+        help="Go on from the newest checkpoint in --output, with the options that the run was started with where no "
+        "others are given; without a checkpoint there, start.",
     )
     log_every: int = option(10, panel="Output", min=1, help="Steps between two lines of metrics.jsonl.")
     eval_every: int = option(500, panel="Output", min=0, help="Steps between two evaluations; 0 for no evaluation.")
@@ -176,6 +182,24 @@ class RunOptions(Options):
     log_with: list[Literal["wandb", "tensorboard"]] | None = option(
         None, panel="Output", saved=False, help="Trackers to log to besides metrics.jsonl."
     )
+    log_project: str = option(
+        "landmark",
+        panel="Output",
+        saved=False,
+        help="With --log-with: the project that a run is shown in; of tensorboard, the folder in --output.",
+    )
+    log_name: str | None = option(
+        None,
+        panel="Output",
+        saved=False,
+        help="With --log-with wandb: the run's name there. [default: that of --output]",
+    )
+
+    @staticmethod
+    def resumed_recipe(resume: bool, output: str | None) -> Path | None:
+        """The recipe of a command line that names none: a run that is resumed goes on as its directory says."""
+        recipe = Path(output).expanduser() / RECIPE if resume and output else None
+        return recipe if recipe is not None and recipe.is_file() else None
 
 
 def changed(name: str, default: Any, said: str = "") -> Any:
@@ -389,14 +413,20 @@ def make_loop(
     )
 
 
-def carry_out(options: RunOptions, config: PreTrainedConfig, loop: Loop) -> None:
-    """Say what is about to run, go on from a checkpoint where that is wanted, and train to the last step."""
+def carry_out(options: RunOptions, command: str, config: PreTrainedConfig, loop: Loop) -> None:
+    """Say what is about to run, go on from a checkpoint where that is wanted, write the options down, and train to the
+    last step. command: its name, for the recipe."""
+    from landmark_cli.training.setup import by_main_process
+
     describe(config, loop)
+    output = loop.settings.output
     if options.resume:
-        output = loop.settings.output
         info(f"going on from step {loop.step}" if loop.resume() else f"{output} has no checkpoint yet: starting")
+    # Not before: a resumption that is refused leaves what the directory says of its run as it is.
+    by_main_process(lambda: save_recipe(options, output / RECIPE, command))
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(options).items()}
-    loop.accelerator.init_trackers("landmark", config=settings)
+    shown = {"wandb": {"name": options.log_name or output.resolve().name}}
+    loop.accelerator.init_trackers(options.log_project, config=settings, init_kwargs=shown)
     loop.run()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_options import (
+    RECIPE,
     TOP_K_BLOCKS_HELP,
     DataOptions,
     RunOptions,
@@ -111,7 +112,9 @@ def run(options: TrainOptions) -> Path | None:
     from landmark_cli.data.token_file import find_corpus
     from landmark_cli.data.tokenizers import load_tokenizer
     from landmark_cli.data.training_data import TrainingData
+    from landmark_cli.training.setup import use_device
 
+    use_device(options.device)
     if not options.data:
         corpus = find_corpus(Path("data"))
         info(f"training on {corpus}, the newest prepared corpus under data/ (--data names another)")
@@ -199,7 +202,7 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, da
 
         def save_rest(directory: Path) -> None:
             tokenizer.save_pretrained(directory, landmark=not options.baseline)
-            save_recipe(options, directory / "recipe.yaml", "train")
+            save_recipe(options, directory / RECIPE, "train")
 
         publication = Publication(model, output, save_rest)
         controlled = options.controlled_landmarks if options.context_miss_token else 0.0
@@ -215,7 +218,7 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, da
             read=reading(options, options.landmark_freq, options.top_k_blocks),
             identity=variants | {"group_dropout": options.group_dropout},
         )
-        carry_out(options, config, loop)
+        carry_out(options, "train", config, loop)
         publication.publish(loop)
         accelerator.end_training()
         info(f"trained model: {output}")

@@ -100,5 +100,5 @@ def device_memory(device: str) -> float:
         return MEMORY_SHARE * psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import torch
 
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
     return MEMORY_SHARE * torch.cuda.get_device_properties(index).total_memory

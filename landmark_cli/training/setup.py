@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +30,10 @@ from landmark_cli.attention import window_operators
 from landmark_cli.attention.dispatch import LandmarkLayout
 from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET
-from landmark_cli.errors import LandmarkError, import_extra
+from landmark_cli.errors import LandmarkError, UsageError, import_extra
 from landmark_cli.evaluation.score import score
 from landmark_cli.families import FAMILIES
+from landmark_cli.models.device import find_device
 from landmark_cli.models.rotary import landmark_angles
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 
@@ -44,7 +46,31 @@ SCORED_ROWS = 4096
 
 def uses_cpu(device: str) -> bool:
     """Whether a run is on the CPU: device is "cpu", accelerate was told so, or there is nothing else."""
-    return device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return (
+        device.partition(":")[0] == "cpu"
+        or parse_flag_from_env("ACCELERATE_USE_CPU")
+        or not torch.accelerator.is_available()
+    )
+
+
+def use_device(name: str) -> None:
+    """Have a run be on the device that `--device` names, before anything else asks for one.
+
+    name: as `find_device` takes it. Raises UsageError where there is no such device, and for one of several where each
+    process of a launch has its own.
+    """
+    if name == "auto":
+        return
+    device = find_device(name)
+    if device.index is None or device.type == "cpu":
+        return
+    if "LOCAL_RANK" in os.environ:
+        raise UsageError(
+            f"--device {name}: each process of a launch has a device of its own; leave --device out, and let the "
+            "launcher name devices (CUDA_VISIBLE_DEVICES, accelerate's --gpu_ids)"
+        )
+    # What accelerate and the kernels run on is the current device.
+    torch.accelerator.set_device_index(device.index)
 
 
 def process_state(device: str) -> PartialState:

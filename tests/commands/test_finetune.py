@@ -27,7 +27,7 @@ from landmark_cli.options import find_recipe, load_recipe, recipe_names
 from tests.awkward_tokenizers import byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.models.families import random_decoder, tiny_decoder, tiny_tokenizer
-from tests.training.command import records
+from tests.training.command import records, stop_behind
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
 SHORT = {
@@ -124,6 +124,24 @@ def test_resumed_it_is_the_same_run(tmp_path):
     assert records(part) == records(whole)
     with pytest.raises(LandmarkError, match="landmark_freq is 7 there and 14 here"):
         finetune(part, steps=4, landmark_freq=14, resume=True)
+
+
+def test_it_is_resumed_by_its_directory_alone(tmp_path, monkeypatch):
+    options = {"steps": 4, "save_every": 2, "landmarks_in_loss": True}
+    whole, part = finetune(tmp_path / "whole", **options), tmp_path / "part"
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="the power"):
+        stop_behind(patched, 3)
+        finetune(part, **options)
+    with pytest.raises(SystemExit) as exit:
+        main(["finetune", "--resume", f"--output={part}", "--device=cpu"])
+    assert exit.value.code == 0
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (part / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--device cuda:7: there is no such device here"):
+        finetune(tmp_path / "run", device="cuda:7")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -9,6 +9,7 @@ import torch
 
 import landmark_cli
 from landmark_cli.commands.train import TrainOptions, run
+from landmark_cli.training.loop import Loop
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
 SMALL = {
@@ -33,6 +34,18 @@ def arguments(corpus, output, **changes):
     options = SHORT | {"data": corpus, "output": output} | changes
     given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     return ["train", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def stop_behind(monkeypatch, step):
+    """Have runs of this process end as a crash ends them, once `step` steps are done and what is due then is saved."""
+    train_step = Loop.train_step
+
+    def crashing(loop, *arguments):
+        if loop.step == step:
+            raise RuntimeError("the power is gone")
+        return train_step(loop, *arguments)
+
+    monkeypatch.setattr(Loop, "train_step", crashing)
 
 
 def environment(**changes):

@@ -6,7 +6,9 @@ import torch
 from landmark_cli.commands.finetune import FinetuneOptions
 from landmark_cli.commands.run_options import loop_settings
 from landmark_cli.commands.train import TrainOptions
+from landmark_cli.errors import UsageError
 from landmark_cli.models import register
+from landmark_cli.training import setup
 from landmark_cli.training.setup import LossModel
 from tests.models.families import FAMILIES, tiny_decoder
 from tests.tiny import tiny_baseline, tiny_model
@@ -58,3 +60,22 @@ def test_it_is_fp32_where_it_is_wanted_or_must_be(autocast, fp32_residual):
 )
 def test_only_training_from_scratch_has_it_in_bf16_unasked(options, expected, tmp_path):
     assert loop_settings(options, tmp_path, "bf16", 512).fp32_residual is expected
+
+
+def test_a_gpu_of_several_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(setup, "find_device", torch.device)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    for name in ("auto", "cpu", "cpu:0", "cuda", "cuda:1"):
+        setup.use_device(name)
+    assert chosen == [1]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    setup.use_device("cuda")
+    with pytest.raises(UsageError, match="--device cuda:1: each process of a launch has a device of its own"):
+        setup.use_device("cuda:1")
+
+
+def test_the_cpu_is_known_by_both_its_names(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert [setup.uses_cpu(name) for name in ("auto", "cuda:1", "cpu", "cpu:0")] == [False, False, True, True]

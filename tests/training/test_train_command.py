@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from landmark_cli.cli import main
@@ -21,7 +23,7 @@ from landmark_cli.inference.settings import SamplingSettings
 from landmark_cli.models import store
 from landmark_cli.models.generation_config import tokens_without_text
 from tests import awkward_tokenizers
-from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, train
+from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, stop_behind, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
 
@@ -100,6 +102,39 @@ def test_the_recipe_in_it_repeats_the_run(corpus, tmp_path):
         main(["train", f"--recipe={first / 'recipe.yaml'}", "--device=cpu", "--output=second"])
     assert exit.value.code == 0
     assert (tmp_path / "second/model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_resumed_by_its_directory_alone(corpus, tmp_path, monkeypatch, capsys):
+    options = {"seed": 5, "dropout": 0.1, "save_every": 2}
+    whole, part = train(corpus, tmp_path / "whole", **options), tmp_path / "part"
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="the power"):
+        stop_behind(patched, 3)
+        train(corpus, part, **options)
+    saved = (part / "recipe.yaml").read_text()
+    # A resumption that is refused changes nothing in the directory.
+    with pytest.raises(SystemExit) as refused:
+        main(["train", f"--output={part}", "--device=cpu", "--resume", "--n-layer=3"])
+    assert refused.value.code == 1 and "n_layer is 2 there and 3 here" in capsys.readouterr().err
+    assert (part / "recipe.yaml").read_text() == saved
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--resume", f"--output={part}", "--device=cpu"])
+    assert exit.value.code == 0 and f"with the options of {part}/recipe.yaml" in capsys.readouterr().err
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert records(part) == records(whole)
+    # What is given beside it counts, and is what the directory says from then on.
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--steps=6", f"--output={part}", "--device=cpu", "--resume"])
+    assert exit.value.code == 0 and records(part, "step")[-1] == 6
+    assert yaml.safe_load((part / "recipe.yaml").read_text()) == yaml.safe_load(saved) | {"steps": 6}
+
+
+def test_a_resumption_of_nothing_and_one_with_a_recipe_take_no_saved_options(corpus, tmp_path, capsys):
+    output = train(corpus, tmp_path / "run", save_every=2)
+    (tmp_path / "other.yaml").write_text("seed: 3\nn-layer: 4\n")
+    for given in ([f"--output={tmp_path / 'new'}"], [f"--output={output}", "--recipe=other.yaml"]):
+        with pytest.raises(SystemExit):
+            main(["train", "--resume", "--device=cpu", "--data=nowhere", *given])
+        assert "with the options of" not in capsys.readouterr().err
 
 
 def test_a_baseline_has_no_landmarks(corpus, tmp_path):
@@ -229,6 +264,23 @@ def test_a_tracker_that_is_not_installed_names_its_extra(corpus, tmp_path, monke
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(LandmarkError, match=r"pip install 'landmark-cli\[wandb\]'"):
         train(corpus, tmp_path / "run", log_with=["wandb"])
+
+
+def test_trackers_are_told_the_project_and_the_runs_name(corpus, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *given, **named: told.append((given, named)))
+    train(corpus, tmp_path / "first", log_with=["wandb"], steps=1)
+    train(corpus, tmp_path / "second", log_with=["wandb"], steps=1, log_project="novels", log_name="third try")
+    assert [given for given, _ in told] == [("landmark",), ("novels",)]
+    assert [named["init_kwargs"]["wandb"]["name"] for _, named in told] == ["first", "third try"]
+    assert told[0][1]["config"]["n_layer"] == 2
+
+
+def test_a_device_that_is_not_there_is_refused(corpus, tmp_path):
+    with pytest.raises(UsageError, match="--device cuda:7: there is no such device here"):
+        train(corpus, tmp_path / "run", device="cuda:7")
+    assert not (tmp_path / "run").exists()
 
 
 # Most of it is compiling. That each operator compiles in one graph is tested where the operators are.
