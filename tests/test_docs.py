@@ -13,6 +13,7 @@ from tests.modules import load_script
 from tests.pages import ROOT, SCRIPTS, SHOWN, TEXTS, calls_of, headings_of, lines_of, spans_of, text_of
 
 options = load_script(ROOT / "docs" / "options.py")
+python = load_script(ROOT / "docs" / "python.py")
 RECIPES = sorted(
     path
     for path in (ROOT / "recipes").rglob("*.yaml")
@@ -20,9 +21,16 @@ RECIPES = sorted(
 )
 
 
-@pytest.mark.parametrize("path, make", [(options.PAGE, options.page), (options.SCHEMA, options.schema)])
-def test_made_pages_are_current(path, make):
-    assert path.read_text(encoding="utf-8") == make(), "run python docs/options.py"
+MADE = {
+    "options.md": (options.PAGE, options.page, "options.py"),
+    "schema.json": (options.SCHEMA, options.schema, "options.py"),
+    "python.md": (python.PAGE, python.page, "python.py"),
+}
+
+
+@pytest.mark.parametrize("path, make, script", MADE.values(), ids=MADE)
+def test_made_pages_are_current(path, make, script):
+    assert path.read_text(encoding="utf-8") == make(), f"run python docs/{script}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())

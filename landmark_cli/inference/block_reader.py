@@ -75,7 +75,7 @@ class BlockReader(BaseReader):
 
     model: any landmark model. top_k_blocks: blocks retrieved per query (config.top_k_blocks by default). chunk: text
     tokens a chunk (by default what the trained length leaves). cache_blocks, selection, positions,
-    context_miss_cutoff: see RetrievalSettings. offload: "cpu" keeps blocks in host memory. batch: rows.
+    context_miss_cutoff, offload: see ReadingSettings. batch: rows.
 
     Raises LandmarkError where the model has no landmarks or the settings do not fit it.
 
