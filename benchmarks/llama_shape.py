@@ -94,7 +94,7 @@ def main() -> None:
 
     import landmark_cli.models  # noqa: F401  registers the attention
     from landmark_cli.commands.finetune import FinetuneOptions
-    from landmark_cli.commands.run_options import begin, carry_out, make_loop
+    from landmark_cli.commands.run_loop import begin, carry_out, make_loop
     from landmark_cli.data.training_data import TrainingData
     from landmark_cli.options import build, load_recipe
 
@@ -108,7 +108,7 @@ def main() -> None:
         more = {"landmarks_in_loss": options.landmarks_in_loss, "identity": {}}
         loop = make_loop(options, begun, model, model.config, data, **more)
         fill(loop.module, accelerator.process_index, accelerator.num_processes)
-        carry_out(options, model.config, loop)
+        carry_out(options, "finetune", model.config, loop)
         accelerator.end_training()
 
 

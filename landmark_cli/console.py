@@ -280,7 +280,7 @@ def quantity(amount: float, unit: str = "") -> str:
 
 def counted(number: int, noun: str, spec: str = "") -> str:
     """So many of what the noun, in the singular, names: "1 window", "12 text tokens". spec: the number's format."""
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
     return f"{number:{spec}} {noun if number == 1 else plural}"
 
 

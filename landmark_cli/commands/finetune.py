@@ -12,18 +12,16 @@ from landmark_cli.commands.finetune_plan import PLAIN, TAUGHT, adapter_settings,
 from landmark_cli.commands.finetune_report import AUTO, Report, card_of, check_report
 from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
 from landmark_cli.commands.models import CodeOptions
+from landmark_cli.commands.run_loop import begin, carry_out, make_loop
 from landmark_cli.commands.run_options import (
     RECIPE,
     TOP_K_BLOCKS_HELP,
     DataOptions,
     RunOptions,
-    begin,
-    carry_out,
     changed,
     check_documents,
     check_weights,
     check_window,
-    make_loop,
     reading,
 )
 from landmark_cli.console import counted, info

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
 from landmark_cli.commands.plan import show_plan
-from landmark_cli.commands.run_options import compiles_layers, loop_settings, reading
+from landmark_cli.commands.run_loop import begun_in, loop_settings
+from landmark_cli.commands.run_options import compiles_layers, reading
 from landmark_cli.console import info, quantity, warn
 from landmark_cli.launch import is_launched
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import nn
     from transformers import PreTrainedConfig
 
     from landmark_cli.commands.finetune import FinetuneOptions
     from landmark_cli.models.lora import LoraSettings
+    from landmark_cli.training.distillation import Distillation
 
 # Of a weight in 4 bits, with what scales it.
 FOUR_BIT_BYTES = 0.53
@@ -28,9 +31,6 @@ FOUR_BIT_BYTES = 0.53
 PLAIN = {"sequence_length": 2048, "batch_size": 2, "accumulation": 8, "steps": 15_000, "lr": 2e-5, "eval_windows": 128}
 TAUGHT = {"steps": 400, "lr": 1e-4}
 EVALUATED_TOKENS = 1 << 18
-# A micro-batch of more operations than this takes a CPU too long to be measured.
-MEASURED_STEPS = 3
-CPU_OPERATIONS = 1e10
 # Runs that would take longer than so many seconds are compiled unasked: it takes some 20 of them, and saves a quarter.
 COMPILED_SECONDS = 120
 # What a step that is not compiled makes of a GPU's peak: 14% on an H200. The peak of one that is not known.
@@ -209,44 +209,30 @@ def plan(options: FinetuneOptions) -> None:
         teacher=shapes.teacher,
         teacher_beside=shapes.beside,
         frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
-        time=said_of_time(options, shapes),
+        measure="not measured with --four-bit" if options.four_bit else measure,
     )
 
 
-def said_of_time(options: FinetuneOptions, shapes: Shapes) -> str:
-    """How long the run's steps take, measured, or why that is not known."""
-    from landmark_cli.console import duration
-    from landmark_cli.memory import is_out_of_memory
-    from landmark_cli.training.fit import device_memory
-    from landmark_cli.training.metrics import flops_per_token
-    from landmark_cli.training.setup import uses_cpu
+def measure(options: FinetuneOptions) -> tuple[float, int]:
+    """As `show_plan` takes it, with random weights and random text."""
+    from landmark_cli.training.loop import Loop
+    from landmark_cli.training.rehearsal import RandomBatches, seconds_per_step
 
     read = reading(options, options.landmark_freq, options.top_k_blocks)
-    if is_launched():
-        return "not measured in a launch of several processes"
-    if options.four_bit:
-        return "not measured with --four-bit"
-    if memory_needed(options, shapes, bool(options.gradient_checkpointing)) > device_memory(options.device):
-        return "not measured: the memory does not hold a step"
-    parts, what = 1, "steps"
-    if uses_cpu(options.device):
-        operations = options.batch_size * options.sequence_length
-        operations *= flops_per_token(shapes.model, options.sequence_length, read)
-        if operations > CPU_OPERATIONS:
-            return "not measured: a step takes a CPU long"
-        parts, what = options.accumulation, "micro-batches"
-    try:
-        seconds, steps = measure(dataclasses.replace(options, accumulation=options.accumulation // parts))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return "not measured: memory ran out in a step"
-    seconds *= parts
-    return f"{duration(options.steps * seconds)}: {seconds:.3g} s a step, by {steps} {what}; preparing text aside"
+    with tempfile.TemporaryDirectory() as directory:
+        begun = begun_in(options, Path(directory))
+        model, distilled = random_models(options, begun)
+        batches = RandomBatches(model.config, options.sequence_length, options.batch_size * options.accumulation)
+        settings = loop_settings(options, begun[1], begun[2], options.sequence_length, read=read)
+        loop = Loop(begun[0], model, batches, settings, {}, distillation=distilled)
+        return seconds_per_step(loop, compiled=bool(options.compile))
 
 
-def measure(options: FinetuneOptions) -> tuple[float, int]:
-    """Seconds of a step of the run, and on how many that was measured."""
+def random_models(
+    options: FinetuneOptions, begun: tuple[Accelerator, Path, str]
+) -> tuple[nn.Module, Distillation | None]:
+    """The model of the run, with landmarks and adapters, and how it learns from its teacher, if it does: with random
+    weights. begun: what `begin` gives."""
     import torch
 
     from landmark_cli.models.decoders import attend_with_landmarks
@@ -254,21 +240,12 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
     from landmark_cli.models.pretrained import random_model
     from landmark_cli.models.support import check_model
     from landmark_cli.training.finetuning import dtype_of
-    from landmark_cli.training.rehearsal import seconds_per_step
-    from landmark_cli.training.runs import resolve_precision
-    from landmark_cli.training.setup import checkpoint_activations, make_accelerator, without_adapters
+    from landmark_cli.training.setup import checkpoint_activations, without_adapters
     from landmark_cli.training.teachers import ATTENTION, Teacher, UntouchedRows, WithoutAdapters
     from landmark_cli.training.trained import train_landmarks
 
-    precision = resolve_precision(options.precision, options.device)
+    accelerator, _, precision = begun
     read, adapters = reading(options, options.landmark_freq, options.top_k_blocks), adapter_settings(options)
-    accelerator = make_accelerator(
-        precision=precision,
-        accumulation=options.accumulation,
-        device=options.device,
-        compile=bool(options.compile) and not compiles_layers(options),
-        tf32=options.tf32,
-    )
     half, device = dtype_of(precision), accelerator.device
     opening: dict[str, Any] = {"device": device, "trust_remote_code": options.trust_remote_code}
     model = random_model(options.model, dtype=half if adapters else torch.float32, **opening)
@@ -282,13 +259,10 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
         train_landmarks(model)
     if options.gradient_checkpointing:
         checkpoint_activations(without_adapters(trained), keep_retrieved=read is not None and options.keep_retrieved)
-    distilled = None
-    if options.teacher != "none":
-        if adapters and options.teacher == "self":
-            teacher: Teacher = WithoutAdapters(trained, untouched)
-        else:
-            teacher = Teacher(random_model(teachers_name(options), attention=ATTENTION, dtype=half, **opening))
-        distilled = distilled_from(teacher.prepare(accelerator), options, config)
-    with tempfile.TemporaryDirectory() as directory:
-        settings = loop_settings(options, Path(directory), precision, options.sequence_length, read=read)
-        return seconds_per_step(accelerator, trained, config, settings, distilled, MEASURED_STEPS)
+    if options.teacher == "none":
+        return trained, None
+    if adapters and options.teacher == "self":
+        teacher: Teacher = WithoutAdapters(trained, untouched)
+    else:
+        teacher = Teacher(random_model(teachers_name(options), attention=ATTENTION, dtype=half, **opening))
+    return trained, distilled_from(teacher.prepare(accelerator), options, config)

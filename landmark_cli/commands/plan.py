@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.console import counted, quantity, table
+from landmark_cli.console import counted, duration, quantity, table
+from landmark_cli.launch import is_launched
 
 if TYPE_CHECKING:
     from torch import nn
 
     from landmark_cli.attention.window import WindowSettings
     from landmark_cli.commands.run_options import RunOptions
+
+# Seconds of a step of a run with these options, and on how many steps that was measured.
+Measure = Callable[[Any], tuple[float, int]]
+TIME = "time, about"
+MEASURED_STEPS = 3
+# A micro-batch of more operations than this takes a CPU too long to be measured.
+CPU_OPERATIONS = 1e11
 
 
 def show_plan(
@@ -24,14 +34,15 @@ def show_plan(
     teacher_beside: bool = True,
     frozen_bytes: float | None = None,
     filled: float | None = None,
-    time: str | None = None,
+    measure: Measure | str,
 ) -> None:
     """Print what a run of these options takes.
 
     options: of the run, and of its windows. model: on the meta device, its weights frozen that will be. read: how
     windows are read chunk by chunk, if they are. text: how many text tokens the data has, and the share of text in the
     windows; None where the data is not prepared yet. filled: how much of windows of whole documents is text. teacher,
-    teacher_beside, frozen_bytes: see `estimate`. time: how long it takes, in words.
+    teacher_beside, frozen_bytes: see `estimate`. measure: takes the steps of such options, or says why they are not
+    taken.
     """
     from landmark_cli.training.estimate import estimate
     from landmark_cli.training.reading import said_of
@@ -69,10 +80,55 @@ def show_plan(
         ("of it", f"{quantity(alone.state, 'B')} weights, gradients and optimizer"),
         *([] if teacher is None else [("and", f"{quantity(needs.memory - alone.memory, 'B')} for the teacher")]),
         *([("activations", "computed again in the backward pass")] if checkpointing else []),
-        *([] if time is None else [("time, about", time)]),
+        *time_rows(options, model, read, needs.memory, measure),
         ("disk", f"{quantity(needs.checkpoint, 'B')} a checkpoint, {options.keep} kept"),
     ]
     table(("dry run", "nothing is trained"), rows)
+
+
+def time_rows(
+    options: RunOptions, model: nn.Module, read: WindowSettings | None, memory: int, measure: Measure | str
+) -> list[tuple[str, str]]:
+    """How long the run's steps take, measured, and for how long a device has to be paid; or why that is not known.
+
+    memory: bytes that a device needs. The other arguments are those of `show_plan`.
+    """
+    import torch
+
+    from landmark_cli.memory import is_out_of_memory
+    from landmark_cli.training.fit import device_memory
+    from landmark_cli.training.metrics import flops_per_token
+    from landmark_cli.training.runs import device_name
+    from landmark_cli.training.setup import uses_cpu
+
+    parts, on_cpu = 1, uses_cpu(options.device)
+    if is_launched():
+        return [(TIME, "not measured in a launch of several processes")]
+    if isinstance(measure, str):
+        return [(TIME, measure)]
+    if memory > device_memory(options.device):
+        return [(TIME, "not measured: the memory does not hold a step")]
+    if on_cpu:
+        tokens = options.batch_size * options.sequence_length
+        if tokens * flops_per_token(model, options.sequence_length, read) > CPU_OPERATIONS:
+            return [(TIME, "not measured: a step takes a CPU long")]
+        parts = options.accumulation
+    try:
+        seconds, steps = measure(
+            dataclasses.replace(options, steps=MEASURED_STEPS + 1, accumulation=options.accumulation // parts)
+        )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return [(TIME, "not measured: memory ran out in a step")]
+    seconds *= parts
+    of_all = options.steps * seconds
+    measured = counted(steps, "micro-batch" if on_cpu else "step")
+    device = device_name(torch.device("cpu" if on_cpu else "cuda"))
+    return [
+        (TIME, f"{duration(of_all)}: {seconds:.3g} s a step, by {measured}; preparing and evaluating aside"),
+        ("cost, about", f"{of_all / 3600:.3g} hours of one {device}"),
+    ]
 
 
 def said_of_documents(options: RunOptions, filled: float | None) -> str:

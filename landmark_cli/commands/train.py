@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.plan import show_plan
+from landmark_cli.commands.run_loop import begin, begun_in, carry_out, make_loop
 from landmark_cli.commands.run_options import (
     RECIPE,
     TOP_K_BLOCKS_HELP,
     DataOptions,
     RunOptions,
-    begin,
-    carry_out,
     check_documents,
     check_weights,
     check_window,
-    make_loop,
     reading,
 )
 from landmark_cli.console import info
@@ -27,9 +27,12 @@ from landmark_cli.errors import UsageError
 from landmark_cli.options import LONGEST, option, save_recipe
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from landmark_cli.data.tokenizers import TextTokenizer
     from landmark_cli.data.training_data import TrainingData
-    from landmark_cli.models.gpt import GPTConfig
+    from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+    from landmark_cli.training.loop import Loop
 
 
 @dataclass
@@ -97,7 +100,10 @@ class TrainOptions(RunOptions, CorpusAndShape):
     """
 
     dry_run: bool = option(
-        False, panel="Output", saved=False, help="Print parameters, tokens per step and estimated memory, and stop."
+        False,
+        panel="Output",
+        saved=False,
+        help="Print parameters, tokens per step, estimated memory and time, measured on a few steps; then stop.",
     )
 
 
@@ -205,24 +211,31 @@ def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, da
             save_recipe(options, directory / RECIPE, "train")
 
         publication = Publication(model, output, save_rest)
-        controlled = options.controlled_landmarks if options.context_miss_token else 0.0
-        variants = {"position_jump": options.position_jump, "controlled_landmarks": controlled}
-        loop = make_loop(
-            options,
-            begun,
-            model,
-            config,
-            data,
-            variants=variants,
-            group_dropout=options.group_dropout,
-            read=reading(options, options.landmark_freq, options.top_k_blocks),
-            identity=variants | {"group_dropout": options.group_dropout},
-        )
+        loop = loop_of(options, begun, model, data)
         carry_out(options, "train", config, loop)
         publication.publish(loop)
         accelerator.end_training()
         info(f"trained model: {output}")
         return output
+
+
+def loop_of(
+    options: TrainOptions, begun: tuple[Accelerator, Path, str], model: GPTForCausalLM, data: TrainingData
+) -> Loop:
+    """The run's loop. begun: see `make_loop`."""
+    controlled = options.controlled_landmarks if options.context_miss_token else 0.0
+    variants = {"position_jump": options.position_jump, "controlled_landmarks": controlled}
+    return make_loop(
+        options,
+        begun,
+        model,
+        model.config,
+        data,
+        variants=variants,
+        group_dropout=options.group_dropout,
+        read=reading(options, options.landmark_freq, options.top_k_blocks),
+        identity=variants | {"group_dropout": options.group_dropout},
+    )
 
 
 def run_name(options: TrainOptions) -> str:
@@ -246,4 +259,14 @@ def plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> None:
     filled = data.batches(windows, options.batch_size * options.accumulation, options.seed).filled
     text = sum(file.metadata.tokens for file in data.train), share * filled
     read = reading(options, options.landmark_freq, options.top_k_blocks)
-    show_plan(options, model, read, text=text, filled=filled)
+    show_plan(options, model, read, text=text, filled=filled, measure=partial(measure, config, data))
+
+
+def measure(config: GPTConfig, data: TrainingData, options: TrainOptions) -> tuple[float, int]:
+    """As `show_plan` takes it: the run's own steps, of which nothing is kept."""
+    from landmark_cli.models.gpt import GPTForCausalLM
+    from landmark_cli.training.rehearsal import seconds_per_step
+
+    with tempfile.TemporaryDirectory() as directory:
+        begun = begun_in(options, Path(directory))
+        return seconds_per_step(loop_of(options, begun, GPTForCausalLM(config), data), compiled=options.compile)

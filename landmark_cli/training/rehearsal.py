@@ -1,18 +1,15 @@
-"""How long a step of a run takes, measured on a few steps with random tokens."""
+"""How long a step of a run takes, measured on a few steps."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from landmark_cli.data.landmarks import insert_landmarks, next_token_targets, text_length
-from landmark_cli.training.distillation import Distillation
-from landmark_cli.training.loop import Loop, LoopSettings
+from landmark_cli.training.loop import Loop
 
 # A first step that takes so many seconds is measure enough.
 LONG_SECONDS = 30
@@ -37,33 +34,22 @@ class RandomBatches:
         return {"input_ids": stream.contiguous(), "labels": labels}
 
 
-def seconds_per_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    config: PreTrainedConfig,
-    settings: LoopSettings,
-    distillation: Distillation | None,
-    steps: int,
-) -> tuple[float, int]:
-    """The mean time of some steps behind a first one, and how many they were; that of the first one where it is long.
+def seconds_per_step(loop: Loop, *, compiled: bool = False) -> tuple[float, int]:
+    """The mean time of the steps of a run behind its first one, and how many they were; that of the first one where it
+    is long.
 
-    model: with landmarks, adapters perhaps; it is changed. config: its. settings: of the loop, of which nothing is
-    written. steps: how many, behind the first.
+    loop: of few steps, which are taken; nothing is written. compiled: whether the first step waits for a compiler.
     """
-    batches = RandomBatches(config, settings.sequence_length, settings.batch_size * settings.accumulation)
-    settings = dataclasses.replace(settings, steps=steps + 1)
-    loop = Loop(accelerator, model, batches, settings, {}, distillation=distillation)
     loop.module.train()
     parameters = list(loop.module.parameters())
     began, times = time.perf_counter(), []
     for micro_batches in loop.micro_batches():
         loop.train_step(micro_batches, parameters)
         loop.step += 1
-        if accelerator.device.type == "cuda":
+        if loop.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
         began = time.perf_counter()
-        # What is compiled takes long once.
-        if times[0] > LONG_SECONDS and not settings.compile_layers:
+        if times[0] > LONG_SECONDS and not compiled:
             return times[0], 1
-    return sum(times[1:]) / steps, steps
+    return sum(times[1:]) / len(times[1:]), len(times[1:])

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from landmark_cli.commands import finetune_plan
+from landmark_cli.commands import finetune_plan, plan
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.commands.finetune_plan import with_defaults
 from landmark_cli.commands.run_options import compiles_layers
@@ -87,8 +87,8 @@ def test_a_dry_run_measures_steps(tmp_path, capsys, monkeypatch, changes):
     given = {"sequence_length": 64, "landmark_freq": 7, "batch_size": 1, "accumulation": 2, "steps": 7200}
     options = FinetuneOptions(model="base", output=tmp_path / "run", dry_run=True, device="cpu", **given | changes)
     run(options)
-    assert "s a step, by 3 micro-batches; preparing text aside" in " ".join(capsys.readouterr().out.split())
-    monkeypatch.setattr(finetune_plan, "CPU_OPERATIONS", 1e3)
+    assert "s a step, by 3 micro-batches; preparing and evaluating aside" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(plan, "CPU_OPERATIONS", 1e3)
     run(options)
     assert "not measured: a step takes a CPU long" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
@@ -100,7 +100,7 @@ def test_a_dry_run_measures_layers_of_several_kinds(tmp_path, capsys, family):
     tiny_tokenizer().save_pretrained(tmp_path / family)
     given = {"sequence_length": 64, "landmark_freq": 7, "batch_size": 1, "accumulation": 1, "steps": 7200}
     run(FinetuneOptions(model=str(tmp_path / family), dry_run=True, device="cpu", **given))
-    assert "s a step, by 3 micro-batches; preparing text aside" in " ".join(capsys.readouterr().out.split())
+    assert "s a step, by 3 micro-batches; preparing and evaluating aside" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.fixture

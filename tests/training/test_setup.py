@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from landmark_cli.commands.finetune import FinetuneOptions
-from landmark_cli.commands.run_options import loop_settings
+from landmark_cli.commands.run_loop import loop_settings
 from landmark_cli.commands.train import TrainOptions
 from landmark_cli.errors import UsageError
 from landmark_cli.models import register

@@ -1,5 +1,6 @@
 """`landmark train` itself: its defaults, its directory, its refusals, and runs that are killed or split."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from landmark_cli.cli import main
+from landmark_cli.commands import plan
 from landmark_cli.commands.train import TrainOptions, run
 from landmark_cli.data import tokenizers
 from landmark_cli.data.token_file import TokenFile
@@ -171,6 +173,33 @@ def test_a_dry_run_trains_nothing(corpus, tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "tokens a step 136 in 4 windows of 34" in shown
     assert "parameters 11,344" in shown and "memory, about" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"baseline": True, "memory_length": 16},
+        {"context_miss_token": True, "position_jump": 3, "group_dropout": 0.5},
+        {"sequence_length": 64, "read_chunk": 16, "top_k_blocks": 1},
+        {"mask_documents": True},
+    ],
+    ids=["plain", "recurrent", "variants", "read", "masked"],
+)
+def test_a_dry_run_measures_the_steps_of_the_run(corpus, tmp_path, capsys, monkeypatch, changes):
+
+    options = {"dry_run": True, "steps": 7200, "accumulation": 3} | changes
+    train(corpus, tmp_path / "run", **options)
+    shown = " ".join(capsys.readouterr().out.split())
+    said = re.search(
+        r"time, about ([\d:]+): (\S+) s a step, by 3 micro-batches; .* cost, about (\S+) hours of one CPU", shown
+    )
+    assert float(said[3]) == pytest.approx(2 * float(said[2]), rel=0.02)
+    monkeypatch.setattr(plan, "CPU_OPERATIONS", 1e3)
+    train(corpus, tmp_path / "run", **options)
+    shown = capsys.readouterr().out
+    assert "not measured: a step takes a CPU long" in shown and "cost" not in shown
     assert not (tmp_path / "run").exists()
 
 
