@@ -20,20 +20,22 @@ class Family:
 
     name: as people write it; None for our own model, which nobody gives landmarks to.
     beyond_head: what its code does to the product of the last hidden states and the head's weight, or adds to the loss;
-    None where it does nothing, so that the loss can be worked out without the logits.
+    None where it does nothing, so that the loss can be worked out without the logits. only_with: the setting of its
+    config that has its code do so; where that is None, nothing is done.
     head: the name of the head's weight in files. embedding: what the name of the embedding's weight ends with there.
     instead_of_rotary: the positions it has, for which landmark attention does not fit it; None where it rotates.
     """
 
     name: str | None
     beyond_head: str | None = None
+    only_with: str | None = None
     head: str = "lm_head.weight"
     embedding: str = "embed_tokens.weight"
     instead_of_rotary: str | None = None
 
 
 ROUTER = "the loss may have the router's added"
-SOFT_CAPPED = "logits may be soft-capped"
+SOFT_CAPPED, CAP = "logits may be soft-capped", "final_logit_softcapping"
 SCALED = "logits are scaled"
 
 FAMILIES = {
@@ -55,9 +57,9 @@ FAMILIES = {
     "smollm3": Family("SmolLM3"),
     "gpt_neox": Family("GPT-NeoX", head="embed_out.weight", embedding="embed_in.weight"),
     "gemma": Family("Gemma"),
-    "gemma2": Family("Gemma2", beyond_head=SOFT_CAPPED),
-    "gemma3_text": Family("Gemma3", beyond_head=SOFT_CAPPED),
-    "gemma4_text": Family("Gemma4", beyond_head=SOFT_CAPPED),
+    "gemma2": Family("Gemma2", beyond_head=SOFT_CAPPED, only_with=CAP),
+    "gemma3_text": Family("Gemma3", beyond_head=SOFT_CAPPED, only_with=CAP),
+    "gemma4_text": Family("Gemma4", beyond_head=SOFT_CAPPED, only_with=CAP),
     "granite": Family("Granite", beyond_head=SCALED),
     "cohere": Family("Cohere", beyond_head=SCALED),
     "cohere2": Family("Cohere2", beyond_head=SCALED),

@@ -32,7 +32,7 @@ EXCEPTIONS = {
     ("cli", "commands"): "it runs them",
     ("evaluation.harness", "commands.models"): "it is a command of its own, that of another program",
     ("models.calls", "inference.calls"): "transformers' generate and forward, once they are called, read with memory",
-    ("training.loop", "evaluation.score"): "what a loss is as a perplexity",
+    ("training.validation", "evaluation.score"): "what a loss is as a perplexity, and how well answers are predicted",
     ("training.setup", "evaluation.score"): "what an evaluation adds up, of the answers alone too",
 }
 # Functions that import, when they are called, what they choose from.

@@ -10,8 +10,9 @@ multiplied by what their counts differ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.models.layers import landmark_layers
 from landmark_cli.training.gate import Gate, Sample, sample
 from landmark_cli.training.linear_distillation import distillation, linear_distillation
-from landmark_cli.training.setup import LossModel, without_adapters
-from landmark_cli.training.teachers import Teacher
+from landmark_cli.training.setup import LossModel, with_score, without_adapters
+from landmark_cli.training.teachers import Observer, Teacher
 
 # What a record of metrics.jsonl says of the parts.
 PARTS = ("divergence", "answers_loss", "text_loss", "gate")
@@ -133,8 +134,18 @@ class Text:
         return values.gather(1, self.index[..., None].expand(-1, -1, values.shape[-1]))
 
 
+class Compared(NamedTuple):
+    """losses: see `linear_distillation.distillation`. states: the student's, (B, T, E), of which `logits_of` makes
+    logits."""
+
+    losses: tuple[Tensor, Tensor, Tensor]
+    states: Tensor
+    logits_of: Callable[[Tensor], Tensor]
+
+
 class DistillationLoss(LossModel):
-    """A causal language model as its summed loss beside a teacher; in evaluation the loss of `LossModel`."""
+    """A causal language model as its summed loss beside a teacher; in evaluation the loss of `LossModel`, and how far
+    the model is from the teacher."""
 
     def __init__(self, model: nn.Module, distillation: Distillation, *settings: Any) -> None:
         super().__init__(model, *settings)
@@ -151,13 +162,14 @@ class DistillationLoss(LossModel):
         **others: Tensor,
     ) -> Tensor:
         """In training (5,) float32: the loss, which alone is differentiable, and the sums of divergences, of answers'
-        and of all targets' cross entropies, and of the gate's loss.
+        and of all targets' cross entropies, and of the gate's loss. In evaluation what `LossModel.forward` gives, (1,)
+        or (4,), and behind it the sum of divergences, at temperature 1, and over how many positions.
 
         ratios: see `Distillation.ratios`. The rest: see `LossModel.forward`.
         """
         if not self.training:
-            return super().forward(input_ids, labels, answers=answers, cu_seqlens=cu_seqlens, **others)
-        of, teacher = self.distillation, self.distillation.teacher
+            return self._evaluate(input_ids, labels, answers, cu_seqlens, **others)
+        of = self.distillation
         text = of.read(input_ids, cu_seqlens)
         known = labels != IGNORED_TARGET
         answers = torch.zeros_like(known) if answers is None else answers & known
@@ -168,19 +180,56 @@ class DistillationLoss(LossModel):
         if of.gate_weight:
             gate = Gate(of.sample(text, input_ids, known, cu_seqlens), self._landmark_layers)
             observer, extra["landmark_observer"] = gate.teach, gate.ask
-        if self.fused_loss and teacher.plain:
-            states = text.align(teacher.states(text.tokens, text.position_ids, observer))
-            hidden, head = self.states(input_ids, extra)
-            given = (hidden, head, states, teacher.head)
-            loss, divergences, losses = linear_distillation(*given, labels, weights, target_weights, of.temperature)
-        else:
-            teacher_logits = text.align(teacher.logits(text.tokens, text.position_ids, observer))
-            logits = self.wrapped(input_ids=input_ids, use_cache=False, **extra).logits
-            given = (logits, teacher_logits)
-            loss, divergences, losses = distillation(*given, labels, weights, target_weights, of.temperature)
+        compared = self._compare(text, input_ids, labels, weights, target_weights, of.temperature, extra, observer)
+        loss, divergences, losses = compared.losses
         gates = losses.new_zeros(())
         if gate is not None:
             gates = gate.loss()
             loss = loss + ratios[2] * gates
         sums = torch.stack([divergences.sum(), losses.masked_fill(~answers, 0.0).sum(), losses.sum(), gates.detach()])
         return torch.cat([loss[None], sums])
+
+    def _evaluate(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        answers: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **others: Tensor,
+    ) -> Tensor:
+        text = self.distillation.read(input_ids, cu_seqlens)
+        weights = (text.known & (labels != IGNORED_TARGET)).float()
+        extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
+        # Runs of other temperatures are to be comparable.
+        compared = self._compare(text, input_ids, labels, weights, torch.zeros_like(weights), 1.0, extra)
+        _, divergences, losses = compared.losses
+        found = losses.sum()
+        if answers is not None:
+            found = with_score(found, compared.states, labels, answers, compared.logits_of)
+        beside = torch.stack([divergences.sum(), weights.sum()])
+        return torch.cat([found.reshape(-1), beside.to(found.dtype)])
+
+    def _compare(
+        self,
+        text: Text,
+        input_ids: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        target_weights: Tensor,
+        temperature: float,
+        extra: dict[str, Any],
+        observer: Observer | None = None,
+    ) -> Compared:
+        """Read a text as student and as teacher. weights, target_weights, (B, T) float32, and temperature: see
+        `linear_distillation.distillation`. extra: see `LossModel.extra`. observer: see `Teacher.states`."""
+        teacher = self.distillation.teacher
+        if self.fused_loss and teacher.plain:
+            states = text.align(teacher.states(text.tokens, text.position_ids, observer))
+            hidden, head = self.states(input_ids, extra)
+            given = (hidden, head, states, teacher.head)
+            losses = linear_distillation(*given, labels, weights, target_weights, temperature)
+            return Compared(losses, hidden, lambda piece: nn.functional.linear(piece, head))
+        teacher_logits = text.align(teacher.logits(text.tokens, text.position_ids, observer))
+        logits = self.wrapped(input_ids=input_ids, use_cache=False, **extra).logits
+        losses = distillation(logits, teacher_logits, labels, weights, target_weights, temperature)
+        return Compared(losses, logits, lambda piece: piece)

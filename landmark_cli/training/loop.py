@@ -13,18 +13,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from landmark_cli.attention.window import WindowSettings
-from landmark_cli.console import counted, figure, info, progress, warn
+from landmark_cli.console import counted, info, progress, warn
 from landmark_cli.data.batches import Batches, iterate
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.errors import LandmarkError
-from landmark_cli.evaluation.score import Score, perplexity_of
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.training.checkpoints import Checkpoints, plain_name, warn_if_full
 from landmark_cli.training.compiled import compile_layers
@@ -36,19 +35,12 @@ from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, para
 from landmark_cli.training.setup import LossModel, seed_step, without_adapters
 from landmark_cli.training.stopping import Vote
 from landmark_cli.training.update import Update
+from landmark_cli.training.validation import Validation, ValidationWindows, validate
 
 # What a run does between a signal and its end.
 FINISHING = "finishing the step, then saving a checkpoint"
 # Larger than any signal's number, so that in a vote a fault of the run goes before a signal.
 TOO_MANY_SKIPPED = 1000
-
-
-class ValidationWindows(Protocol):
-    """What evaluation reads: a number of windows, any of them on request (see data.batches.SequentialWindows)."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, start: int, stop: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -365,44 +357,11 @@ class Loop:
             )
 
     def _report_evaluation(self) -> None:
-        loss, answers = self.evaluate_with_answers()
-        perplexity = perplexity_of(loss)
-        record = {"step": self.step, "validation_loss": loss, "validation_perplexity": perplexity}
-        said = f"step {self.step}: validation loss {loss:.4f}, perplexity {figure(perplexity, '.2f')}"
-        if answers.tokens:
-            record |= {"validation_answers_loss": answers.loss, "validation_answers_right": answers.accuracy}
-            said += f"; of answers, loss {answers.loss:.4f}, {answers.accuracy:.1%} of tokens right"
-        self.write(record)
-        info(said)
+        found = self.evaluate()
+        self.write({"step": self.step} | found.record)
+        info(f"step {self.step}: {found}")
 
-    def evaluate(self) -> float:
-        """The mean loss over all validation windows, the same for any number of processes."""
-        return self.evaluate_with_answers()[0]
-
-    @torch.no_grad()
-    def evaluate_with_answers(self) -> tuple[float, Score]:
-        """The mean loss over all validation windows, and how well the tokens of their answers were predicted; the same
-        for any number of processes."""
-        accelerator, size = self.accelerator, self.settings.batch_size
-        sums, of_answers = torch.zeros(2, device=accelerator.device), []
-        self.module.eval()
-        for windows in self.validation:
-            for begin in range(0, len(windows), size * accelerator.num_processes):
-                start = begin + accelerator.process_index * size
-                # The last batch begins earlier, to be a full one; its rows that were counted before get no targets.
-                first = max(min(start, len(windows) - size), 0)
-                batch = windows.batch(first, first + size)
-                batch["labels"][: start - first] = IGNORED_TARGET
-                batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-                loss = self.module(**batch)
-                if "answers" in batch:
-                    of_answers.append(loss[1:])
-                    loss = loss[0]
-                sums += torch.stack([loss, (batch["labels"] != IGNORED_TARGET).sum()])
-        self.module.train()
-        total, count = accelerator.reduce(sums, "sum").tolist()
-        mean = total / max(count, 1.0)
-        if not of_answers:
-            return mean, Score(0, 0.0, 0)
-        tokens, loss, right = accelerator.reduce(torch.stack(of_answers).sum(0), "sum").tolist()
-        return mean, Score(int(tokens), loss, int(right))
+    def evaluate(self) -> Validation:
+        """What the model makes of all validation windows, the same for any number of processes."""
+        rows, teacher = self.settings.batch_size, self.distillation is not None
+        return validate(self.accelerator, self.module, self.validation, rows, teacher)

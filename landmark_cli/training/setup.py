@@ -335,7 +335,9 @@ def has_plain_head(model: nn.Module) -> bool:
     """Whether a model's logits are known to be its last hidden states times its head's weight, and nothing else."""
     model = without_adapters(model)
     family = FAMILIES.get(model.config.model_type) if isinstance(model, PreTrainedModel) else None
-    if family is None or family.beyond_head:
+    if family is None:
+        return False
+    if family.beyond_head and (family.only_with is None or getattr(model.config, family.only_with) is not None):
         return False
     head = model.get_output_embeddings()
     return type(head) is nn.Linear and head.bias is None

@@ -70,6 +70,9 @@ def test_without_data_it_learns_from_the_novels_and_tasks_in_them(tmp_path, capf
     assert "Emma" in task_text(output) + _decode(TokenFile.open(output / "data/0-sample/train.bin").tokens)
     (answers,) = records(output, "answers_loss")
     assert answers > 0 and len(records(output, "validation_answers_loss")) == 1
+    # Tasks and novels together, and novels alone.
+    divergences = records(output, "validation_divergence") + records(output, "validation_prose_divergence")
+    assert len(divergences) == 2 and min(divergences) > 0 and divergences[0] != divergences[1]
     held_out, trained = (novels()[title].decode()[30_000:50_000] for title in ("persuasion", "emma"))
     for split, holds, lacks in (("train", trained, held_out), ("validation", held_out, trained)):
         text = task_text(output, split)

@@ -40,6 +40,21 @@ def untied_model(model_type: str):
     return families.random_decoder(getattr(transformers, name), {**settings, "tie_word_embeddings": False})
 
 
+def uncapped(model):
+    return getattr(model.config, "final_logit_softcapping", 1.0) is None
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.only_with])
+def test_the_logits_of_a_model_that_soft_caps_none_are_its_heads_product(model_type):
+    model, ids, products = untied_model(model_type), torch.arange(1, 9)[None], []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, output: products.append(output))
+    for cap in (None, 30.0):
+        model.config.final_logit_softcapping = cap
+        with torch.no_grad():
+            logits = model(ids).logits
+        assert torch.equal(logits, products[-1]) == LossModel(model, fused_loss=True).fused_loss == (cap is None)
+
+
 def test_all_that_is_tried_to_fit_is_in_the_table_and_all_in_it_is_tried():
     fit = {model_type for model_type, family in FAMILIES.items() if family.name and not family.instead_of_rotary}
     assert fit == set(FITTING)
@@ -56,7 +71,7 @@ def test_an_entry_is_true_of_a_model(model_type, tmp_path):
     assert [name for name in saved if name.endswith(family.embedding)] == [
         name for name, tensor in saved.items() if torch.equal(tensor, embedding)
     ]
-    assert LossModel(model, fused_loss=True).fused_loss == (family.beyond_head is None)
+    assert LossModel(model, fused_loss=True).fused_loss == (family.beyond_head is None or uncapped(model))
     if family.instead_of_rotary:
         with pytest.raises(LandmarkError, match=f"no rotary embedding but {family.instead_of_rotary} .{model_type}"):
             check_model(model, 128, "it")

@@ -202,11 +202,27 @@ def test_evaluation_of_answers_is_the_same_for_any_batch(corpora, tmp_path):
         model = tiny_model(vocab_size=320, landmark_token_id=257, eos_token_id=256)
         windows = SequentialWindows(file, Windows(LENGTH, 7, 257, 256), limit=11)
         loop = tiny_loop(tmp_path / str(size), batch_size=size, accumulation=1, model=model, validation=[windows])
-        loss, answers = loop.evaluate_with_answers()
-        found.append((loss, answers.loss, answers.accuracy, answers.tokens))
+        held_out = loop.evaluate()
+        answers = held_out.answers
+        found.append((held_out.whole.loss, answers.loss, answers.accuracy, answers.tokens))
     assert_close_norm(found[1], found[0])
     assert_close_norm(found[2], found[0])
     assert found[0][3] > 10 and math.isfinite(found[0][1])
+
+
+def test_evaluation_tells_prose_from_corpora_with_answers(corpora, tmp_path):
+    cats, plain = (TokenFile.open(corpora / name / "validation.bin") for name in ("cats", "plain"))
+
+    def evaluate(*files):
+        windows = [SequentialWindows(file, Windows(LENGTH, 7, 257, 256), limit=5) for file in files]
+        model = tiny_model(vocab_size=320, landmark_token_id=257, eos_token_id=256)
+        return tiny_loop(tmp_path, batch_size=2, accumulation=1, model=model, validation=windows).evaluate()
+
+    both, prose, questions = evaluate(cats, plain), evaluate(plain), evaluate(cats)
+    assert both.prose == prose.whole and both.answers == questions.answers
+    assert prose.prose is questions.prose is None and "prose" not in str(questions)
+    assert both.record["validation_prose_loss"] == prose.record["validation_loss"]
+    assert f"; of prose, loss {prose.whole.loss:.4f}, perplexity " in str(both)
 
 
 def test_what_does_not_go_together(corpora, tmp_path):

@@ -1,5 +1,7 @@
 """Learning from a teacher: what it reads, where it is asked, what the loss is a mean of; that it stays as it was."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -10,12 +12,13 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.lora import LoraSettings, add_adapters
 from landmark_cli.training.distillation import Distillation, DistillationLoss
+from landmark_cli.training.setup import LossModel
 from landmark_cli.training.teachers import Teacher, UntouchedRows, WithoutAdapters, check_layers
 from tests.closeness import assert_close_norm
 from tests.models.families import tiny_decoder, tiny_tokenizer
 
 FREQ = 4
-FAMILIES = ["llama", "llama-tied", "qwen3", "gpt-neox", "gemma", "granite"]
+FAMILIES = ["llama", "llama-tied", "qwen3", "gpt-neox", "gemma", "gemma3", "granite"]
 
 
 def pair(family="llama", length=512, dtype=torch.float32, **weights):
@@ -160,16 +163,27 @@ def test_compiled_it_is_the_same():
     assert_compiled_it_is_the_same(loss, how)
 
 
-def test_in_evaluation_the_loss_is_the_texts():
-    loss, _, how = pair()
-    batch = batch_of(some_texts(), how.landmark_token_id)
-    del batch["answers"]
+@pytest.mark.parametrize("fused", [True, False], ids=["hidden states", "logits"])
+@pytest.mark.parametrize("length", [512, 11], ids=["", "beyond the teacher's positions"])
+def test_in_evaluation_the_loss_is_the_texts_and_the_divergence_beside_it(fused, length):
+    """At temperature 1, whatever the run's; answers are counted as without a teacher."""
+    loss, teacher, how = pair(length=length, temperature=1.5, answer_weight=3.0)
+    loss.fused_loss &= fused
+    texts = some_texts()
+    batch = batch_of(texts, how.landmark_token_id, [(0, 3), (1, 20)])
     with torch.no_grad():
-        found = loss.eval()(**batch)
-        logits = loss.wrapped(input_ids=batch["input_ids"]).logits
+        marked = loss.eval()(**batch)
+        plain = loss(batch["input_ids"], batch["labels"])
+        without_teacher = LossModel(loss.wrapped, 0.0, fused).eval()(**batch)
+        divergence, _, text = expected(loss, teacher, batch, dataclasses.replace(how, temperature=1.0), texts)
+    positions = 2 * min(length, 30)
     assert_close_norm(
-        found, nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        plain,
+        torch.stack(
+            [text * batch["labels"].ne(IGNORED_TARGET).sum(), divergence * positions, torch.tensor(float(positions))]
+        ),
     )
+    assert_close_norm(marked, torch.cat([without_teacher, plain[1:]]))
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
