@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.finetune_data import open_data
-from landmark_cli.commands.finetune_plan import PLAIN, TAUGHT, adapter_settings, plan, with_defaults
+from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT
+from landmark_cli.commands.finetune_plan import adapter_settings, plan, with_defaults
 from landmark_cli.commands.finetune_report import AUTO, Report, card_of, check_report
 from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
 from landmark_cli.commands.models import CodeOptions
@@ -78,6 +79,14 @@ class TeacherOptions(Options):
         "is the model as it was, with full attention; or another one of its family (a directory or a hub id); none "
         "trains on the text alone.",
     )
+    answer_divergence_weight: float | None = option(
+        None,
+        panel=TEACHER,
+        min=0,
+        max=1e6,
+        help="Weight of the mean divergence over the tokens of answers, where a corpus marks them (as tasks does): what "
+        "the teacher can look up, the model is to. [default: " + f"{TAUGHT['answer_divergence_weight']:g}]",
+    )
     text_weight: float | None = option(
         None,
         panel=TEACHER,
@@ -133,13 +142,14 @@ class TextOptions(DataOptions):
         f"as many as the model has positions, {STEP_TOKENS} at most, or as the memory holds; {CPU_WINDOW} on a CPU; "
         f"{PLAIN['sequence_length']} with --teacher none",
     )
-    answer_weight: float = option(
-        1.0,
+    answer_weight: float | None = option(
+        None,
         panel=DATA,
         min=0,
         max=1e6,
         help="Weight, beside the teacher, of the mean loss over the tokens of answers, where a corpus marks them (as "
-        "tasks does). With --teacher none: of each of their tokens, where other tokens weigh 1.",
+        "tasks does). With --teacher none: of each of their tokens, where other tokens weigh 1. [default: "
+        + f"{TAUGHT['answer_weight']:g}; {PLAIN['answer_weight']:g} with --teacher none]",
     )
     landmarks_in_loss: bool = option(False, panel=DATA, help="Train the model to predict landmarks too.")
     text_field: str = option("text", panel=DATA, help="The field or column that holds the text of .jsonl and .parquet.")
@@ -227,6 +237,8 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         if not NAMED_BY_EARLIER_RUNS <= values.keys():
             return values
         values = {"teacher": "none", "tasks_share": 0.0} | values
+        if values["teacher"] != "none":
+            values = {"answer_divergence_weight": 0.0} | values
         if format is not None:
             return values
         from landmark_cli.data.landmarks import stream_length

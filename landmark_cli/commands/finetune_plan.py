@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT
 from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
 from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_loop import begun_in, loop_settings
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 
 # Of a weight in 4 bits, with what scales it.
 FOUR_BIT_BYTES = 0.53
-# Of runs on the text alone, and beside a teacher, where nobody says more. A teacher's are those of the first runs that
-# kept what a model could do, of SmolLM2-135M: 13 million tokens.
-PLAIN = {"sequence_length": 2048, "batch_size": 2, "accumulation": 8, "steps": 15_000, "lr": 2e-5, "eval_windows": 128}
-TAUGHT = {"steps": 400, "lr": 1e-4}
 EVALUATED_TOKENS = 1 << 18
 # Runs that would take longer than so many seconds are compiled unasked: it takes some 20 of them, and saves a quarter.
 COMPILED_SECONDS = 120

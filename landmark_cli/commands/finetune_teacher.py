@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from landmark_cli.commands.finetune_defaults import TAUGHT
 from landmark_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,10 +64,12 @@ def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTraine
         options.teacher,
         config.landmark_token_id,
         options.answer_weight,
+        options.answer_divergence_weight,
         options.text_weight or 0.0,
         options.distill_temperature,
         options.gate_weight,
         config.landmark_freq + 1,
+        any(getattr(options, name) not in (0, TAUGHT[name]) for name in ("answer_weight", "answer_divergence_weight")),
     )
 
 
@@ -95,6 +98,7 @@ def check_teacher(options: FinetuneOptions) -> None:
     if options.teacher == "none":
         given = {
             "text-weight": options.text_weight is not None,
+            "answer-divergence-weight": options.answer_divergence_weight is not None,
             "distill-temperature": options.distill_temperature != 1,
             "gate-weight": options.gate_weight > 0,
         }

@@ -143,7 +143,7 @@ def make_loop(
     )
     answer_weights = None
     if distillation is not None:
-        if distillation.answer_weight not in (0, 1):
+        if distillation.needs_answers:
             data.check_answers()
         identity = identity | distillation.identity | {"answers": data.answers}
     elif options.answers_only or options.answer_weight != 1:

@@ -204,7 +204,7 @@ def changed(name: str, default: Any, said: str = "") -> Any:
 def check_weights(options: DataOptions) -> None:
     """Raise UsageError unless there is one of --data-weights for each of --data, or none, and where answers have a
     weight beside nothing."""
-    if options.answers_only and options.answer_weight != 1:
+    if options.answers_only and options.answer_weight not in (None, 1):
         raise UsageError(
             "--answer-weight weighs answers against other tokens, which --answers-only leaves out: give one"
         )

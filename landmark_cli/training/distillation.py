@@ -2,8 +2,8 @@
 teacher says, which reads it without.
 
 The loss is means over the global batch, each times its weight: of the divergence from the teacher over the positions
-where it is asked, of the cross entropy over the tokens of answers, of the cross entropy over all targets, and of the
-gate's loss over sampled queries (gate.py). Each has a count of its own, so that the few tokens of answers weigh as
+where it is asked, of the same over those that predict answers, of the cross entropy over the tokens of answers, of the
+cross entropy over all targets, and of the gate's loss over sampled queries (gate.py). Each has a count of its own, so that the few tokens of answers weigh as
 much as the many of the text. As the loop divides by one number, the first of the counts, the other weights come
 multiplied by what their counts differ.
 """
@@ -25,7 +25,7 @@ from landmark_cli.training.setup import LossModel, with_score, without_adapters
 from landmark_cli.training.teachers import Observer, Teacher
 
 # What a record of metrics.jsonl says of the parts.
-PARTS = ("divergence", "answers_loss", "text_loss", "gate")
+PARTS = ("divergence", "answers_divergence", "answers_loss", "text_loss", "gate")
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,22 @@ class Distillation:
 
     name: what the user calls the teacher. landmark_token_id: what the student's streams hold and the teacher does not
     read. answer_weight, text_weight: of the cross entropy of answers, and of all targets, beside the divergence.
+    answer_divergence_weight: of the divergence where answers are predicted, beside what it counts among the text.
     temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, which is
-    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out.
+    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out. needs_answers:
+    whether some corpus has to mark answers, since somebody chose what they weigh.
     """
 
     teacher: Teacher
     name: str
     landmark_token_id: int
     answer_weight: float = 1.0
+    answer_divergence_weight: float = 0.0
     text_weight: float = 0.0
     temperature: float = 1.0
     gate_weight: float = 0.0
     block_size: int = 0
+    needs_answers: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -56,7 +60,9 @@ class Distillation:
             "text_weight": self.text_weight,
             "distill_temperature": self.temperature,
         }
-        return identity | ({"gate_weight": self.gate_weight} if self.gate_weight else {})
+        # Runs of earlier versions had neither.
+        later = {"answer_divergence_weight": self.answer_divergence_weight, "gate_weight": self.gate_weight}
+        return identity | {name: weight for name, weight in later.items() if weight}
 
     def said(self, text_length: int) -> str:
         """For people. text_length: text tokens of a window."""
@@ -65,7 +71,8 @@ class Distillation:
         within = length is None or text_length <= length
         reach = "" if within else f", which is asked about the first {length} tokens of each window's text"
         gate = f", the gate {self.gate_weight:g}" if self.gate_weight else ""
-        return f"teacher: {who}{reach}; answers weigh {self.answer_weight:g}, text {self.text_weight:g}{gate}"
+        answers = f"answers weigh {self.answer_weight:g}, their divergence {self.answer_divergence_weight:g}"
+        return f"teacher: {who}{reach}; {answers}, text {self.text_weight:g}{gate}"
 
     def read(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Text:
         """The texts of streams, (B, T), as the teacher reads them: no further than its positions."""
@@ -93,7 +100,7 @@ class Distillation:
         return min(input_ids.shape[1], self.teacher.length or input_ids.shape[1])
 
     def counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Over how many positions of a batch each of the means goes: (4,) float32."""
+        """Over how many positions of a batch each of the means goes, in the order of PARTS: (5,) float32."""
         known = batch["labels"] != IGNORED_TARGET
         answers = known & batch["answers"] if "answers" in batch else torch.zeros_like(known)
         # The teacher is asked where there is text that it has positions for, and something that follows it.
@@ -102,7 +109,8 @@ class Distillation:
         if self.gate_weight:
             cu_seqlens = batch.get("cu_seqlens")
             queries = self.sample(self.read(batch["input_ids"], cu_seqlens), batch["input_ids"], known, cu_seqlens).real
-        return torch.stack([mask.sum() for mask in (is_text & known, answers, known, queries)]).float()
+        masks = (is_text & known, is_text & answers, answers, known, queries)
+        return torch.stack([mask.sum() for mask in masks]).float()
 
     def sample(self, text: Text, input_ids: Tensor, known: Tensor, cu_seqlens: Tensor | None) -> Sample:
         """The queries of the gate's loss. known: (B, T) bool, where there are targets. The rest: see `read`."""
@@ -110,9 +118,11 @@ class Distillation:
         return sample(input_ids, landmark, text.order, text.known & known, self.block_size, cu_seqlens)
 
     def ratios(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """counts: (4,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's and
-        any target's cross entropy and a query's gate loss are to be multiplied by before, (3,))."""
-        weights = counts.new_tensor((self.answer_weight, self.text_weight, self.gate_weight))
+        """counts: (5,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's
+        divergence, an answer's and any target's cross entropy and a query's gate loss are to be multiplied by before,
+        (4,))."""
+        weights = (self.answer_divergence_weight, self.answer_weight, self.text_weight, self.gate_weight)
+        weights = counts.new_tensor(weights)
         counts = counts.clamp(min=1)
         return counts[0], weights * counts[0] / counts[1:]
 
@@ -161,9 +171,10 @@ class DistillationLoss(LossModel):
         cu_seqlens: Tensor | None = None,
         **others: Tensor,
     ) -> Tensor:
-        """In training (5,) float32: the loss, which alone is differentiable, and the sums of divergences, of answers'
-        and of all targets' cross entropies, and of the gate's loss. In evaluation what `LossModel.forward` gives, (1,)
-        or (4,), and behind it the sum of divergences, at temperature 1, and over how many positions.
+        """In training (6,) float32: the loss, which alone is differentiable, and the sums of PARTS: of divergences, of
+        those at answers, of answers' and of all targets' cross entropies, and of the gate's loss. In evaluation what
+        `LossModel.forward` gives, (1,) or (4,), and behind it the sum of divergences, at temperature 1, and over how
+        many positions.
 
         ratios: see `Distillation.ratios`. The rest: see `LossModel.forward`.
         """
@@ -173,8 +184,9 @@ class DistillationLoss(LossModel):
         text = of.read(input_ids, cu_seqlens)
         known = labels != IGNORED_TARGET
         answers = torch.zeros_like(known) if answers is None else answers & known
-        weights = (text.known & known).float()
-        target_weights = ratios[0] * answers + ratios[1] * known
+        asked = text.known & known
+        weights = asked.float() + ratios[0] * (asked & answers)
+        target_weights = ratios[1] * answers + ratios[2] * known
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
         gate = observer = None
         if of.gate_weight:
@@ -185,8 +197,9 @@ class DistillationLoss(LossModel):
         gates = losses.new_zeros(())
         if gate is not None:
             gates = gate.loss()
-            loss = loss + ratios[2] * gates
-        sums = torch.stack([divergences.sum(), losses.masked_fill(~answers, 0.0).sum(), losses.sum(), gates.detach()])
+            loss = loss + ratios[3] * gates
+        of_answers = (values.masked_fill(~answers, 0.0).sum() for values in (divergences, losses))
+        sums = torch.stack([divergences.sum(), *of_answers, losses.sum(), gates.detach()])
         return torch.cat([loss[None], sums])
 
     def _evaluate(

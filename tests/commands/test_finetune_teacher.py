@@ -70,10 +70,14 @@ GATE = {"gate_weight": 2.0}
     ids=["whole", "adapters", "logits", "gate", "gate, adapters, computed again"],
 )
 def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
-    output = finetune(tmp_path / "run", steps=12, answer_weight=0.5, text_weight=0.25, **changes)
-    divergence, answers, text = (records(output, name) for name in ("divergence", "answers_loss", "text_loss"))
+    output = finetune(
+        tmp_path / "run", steps=12, answer_weight=0.5, answer_divergence_weight=0.75, text_weight=0.25, **changes
+    )
+    parts = "divergence", "answers_divergence", "answers_loss", "text_loss"
+    divergence, asked, answers, text = (records(output, name) for name in parts)
     assert len(divergence) == len(text) == 12 and answers[-1] < answers[0] - 0.1
-    loss = [d + 0.5 * a + 0.25 * t for d, a, t in zip(divergence, answers, text, strict=True)]
+    rows = zip(divergence, asked, answers, text, strict=True)
+    loss = [d + 0.75 * asked + 0.5 * a + 0.25 * t for d, asked, a, t in rows]
     gate = records(output, "gate")
     assert bool(gate) == ("gate_weight" in changes)
     if gate:
@@ -87,7 +91,9 @@ def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
 )
 def test_another_model_teaches_what_it_knows(tmp_path, changes):
     to_self, to_other = (
-        finetune(tmp_path / teacher, teacher=teacher, answer_weight=0.0, steps=12, **changes)
+        finetune(
+            tmp_path / teacher, teacher=teacher, answer_weight=0.0, answer_divergence_weight=0.0, steps=12, **changes
+        )
         for teacher in ("self", "other")
     )
     assert records(to_other, "divergence")[0] > records(to_self, "divergence")[0]
@@ -105,10 +111,23 @@ def test_resumed_it_is_the_same_run(tmp_path, changes):
     name = "adapter_model.safetensors" if changes else "model.safetensors"
     assert (part / name).read_bytes() == (whole / name).read_bytes()
     assert records(part, "divergence") == records(whole, "divergence")[2:]
-    others = ({"teacher": "other"}, {"answer_weight": 2.0}, {"text_weight": 1.0}, {"distill_temperature": 2.0}, GATE)
+    others = (
+        {"teacher": "other"},
+        {"answer_weight": 2.0},
+        {"answer_divergence_weight": 2.0},
+        {"text_weight": 1.0},
+        {"distill_temperature": 2.0},
+        GATE,
+    )
     for other in (*others, {"teacher": "none"}):
-        ((option, _),) = other.items()
-        with pytest.raises(LandmarkError, match=f"{option} is .* there and|{option}"):
+        ((option, value),) = other.items()
+        # Without a teacher all of its settings differ, and a few are named.
+        told = (
+            "answer_weight is 0.1 there and None here.*more"
+            if value == "none"
+            else f"{option} is .* there and|{option}"
+        )
+        with pytest.raises(LandmarkError, match=told):
             finetune(part, save_every=2, resume=True, **(changes | other))
 
 
@@ -122,12 +141,18 @@ def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
     ("changes", "error", "message"),
     [
         ({"teacher": "none", "text_weight": 1.0}, UsageError, "--text-weight is for a teacher"),
+        (
+            {"teacher": "none", "answer_divergence_weight": 1.0},
+            UsageError,
+            "--answer-divergence-weight is for a teacher",
+        ),
         ({"teacher": "none", "distill_temperature": 2.0}, UsageError, "--distill-temperature is for a teacher"),
         ({"teacher": "none", "gate_weight": 2.0}, UsageError, "--gate-weight is for a teacher"),
         ({"gate_weight": 2.0, "read_chunk": 16, "top_k_blocks": 2}, UsageError, "--gate-weight is .* --read-chunk"),
         ({"gate_weight": 2.0, "teacher": "deeper"}, LandmarkError, "num_hidden_layers is 3 in --teacher deeper and 2"),
         ({"answers_only": True}, UsageError, "--answers-only .* --teacher none"),
         ({"answer_weight": 3.0, "data": ["unmarked"]}, LandmarkError, "no corpus says which of its text is answers"),
+        ({"answer_divergence_weight": 3.0, "data": ["unmarked"]}, LandmarkError, "no corpus says which of its text"),
         ({"teacher": "nowhere/at/all"}, LandmarkError, "cannot open the model nowhere/at/all: it is not there"),
     ],
 )
@@ -206,7 +231,7 @@ CURVES = "loss", "divergence", "answers_loss", "gradient_norm"
 def launch(output, processes, changes, accumulation, flags=(), curves=(*CURVES, "gate"), **changed):
     """The curves of a launch of so many processes."""
     options = SHORT | {"model": "base", "data": "asked", "output": output, "accumulation": accumulation}
-    options |= {"answer_weight": 2.0, "text_weight": 0.1, "gate_weight": 0.5} | changes
+    options |= {"answer_weight": 2.0, "answer_divergence_weight": 1.5, "text_weight": 0.1, "gate_weight": 0.5} | changes
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     program = [FSDP_ON_CPU] if changed else ["-m", "landmark_cli"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *program]

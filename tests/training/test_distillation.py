@@ -47,7 +47,7 @@ def some_texts(rows=2, length=31, seed=0):
 
 
 def expected(loss, teacher, batch, how, texts):
-    """The mean divergence and the two mean cross entropies, from whole logits and nothing else."""
+    """The two mean divergences and the two mean cross entropies, from whole logits and nothing else."""
     landmark = how.landmark_token_id
     student = loss.wrapped(input_ids=batch["input_ids"]).logits.float()
     is_text, labels = batch["input_ids"] != landmark, batch["labels"]
@@ -57,11 +57,14 @@ def expected(loss, teacher, batch, how, texts):
     tempered, t = [(x / how.temperature).log_softmax(-1) for x in (ours, wanted)], how.temperature
     tempered[0] = tempered[0][..., : wanted.shape[-1]]
     divergence = nn.functional.kl_div(*tempered, log_target=True, reduction="none").sum(-1) * t**2
-    divergence = divergence[:, : how.teacher.length].mean()
+    divergence, length = divergence[:, : how.teacher.length], how.teacher.length
+    marked = (batch["answers"] & (labels != IGNORED_TARGET))[is_text].view(*wanted.shape[:2])[:, :length]
+    of_answers = (divergence * marked).sum() / marked.sum().clamp(min=1)
+    divergence = divergence.mean()
     losses = nn.functional.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     known = labels != IGNORED_TARGET
     answers = batch["answers"] & known
-    return divergence, losses[answers].mean(), losses[known].mean()
+    return divergence, of_answers, losses[answers].mean(), losses[known].mean()
 
 
 def step(loss, batches, how):
@@ -75,14 +78,14 @@ def step(loss, batches, how):
 @pytest.mark.parametrize("fused", [True, False], ids=["hidden states", "logits"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_and_its_gradient_are_those_of_whole_logits(family, fused):
-    loss, teacher, how = pair(family, answer_weight=3.0, text_weight=0.5, temperature=1.5)
+    loss, teacher, how = pair(family, answer_weight=3.0, answer_divergence_weight=2.0, text_weight=0.5, temperature=1.5)
     loss.fused_loss &= fused
     texts = some_texts()
     batch = batch_of(texts, how.landmark_token_id, [(0, 3), (1, 20), (1, 24)])
     ours, parts = step(loss, [batch], how)
     wanted = expected(loss, teacher, batch, how, texts)
-    theirs = wanted[0] + 3 * wanted[1] + 0.5 * wanted[2]
-    assert_close_norm(parts[:3], torch.stack(wanted).detach())
+    theirs = wanted[0] + 2 * wanted[1] + 3 * wanted[2] + 0.5 * wanted[3]
+    assert_close_norm(parts[:4], torch.stack(wanted).detach())
     assert_close_norm(ours.detach(), theirs.detach())
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     assert trained and not any(parameter.grad is not None for parameter in teacher.parameters())
@@ -91,7 +94,7 @@ def test_the_loss_and_its_gradient_are_those_of_whole_logits(family, fused):
 
 
 def test_the_split_into_micro_batches_does_not_matter():
-    loss, _, how = pair(answer_weight=2.0, text_weight=0.1)
+    loss, _, how = pair(answer_weight=2.0, answer_divergence_weight=1.5, text_weight=0.1)
     texts = some_texts(4)
     # All answers are in one row, and one row has fewer targets than others.
     whole = batch_of(texts, how.landmark_token_id, [(2, 3), (2, 4), (2, 7)])
@@ -101,16 +104,16 @@ def test_the_split_into_micro_batches_does_not_matter():
 
 
 def test_beyond_the_teachers_positions_only_answers_and_text_count():
-    loss, teacher, how = pair(length=11, text_weight=0.5)
+    loss, teacher, how = pair(length=11, answer_divergence_weight=2.0, text_weight=0.5)
     texts = some_texts()
     batch = batch_of(texts, how.landmark_token_id, [(0, 30)])
-    assert how.counts(batch).tolist() == [2 * 11, 1, 2 * 30, 0]
+    assert how.counts(batch).tolist() == [2 * 11, 0, 1, 2 * 30, 0]
     text = how.read(batch["input_ids"])
     assert torch.equal(text.tokens, texts[:, :11])
     ours, parts = step(loss, [batch], how)
     wanted = expected(loss, teacher, batch, how, texts)
-    assert_close_norm(parts[:3], torch.stack(wanted).detach())
-    assert_close_norm(ours.detach(), (wanted[0] + wanted[1] + 0.5 * wanted[2]).detach())
+    assert_close_norm(parts[:4], torch.stack(wanted).detach())
+    assert_close_norm(ours.detach(), (wanted[0] + wanted[2] + 0.5 * wanted[3]).detach())
 
 
 def test_positions_without_a_target_are_not_asked_about():
@@ -119,7 +122,7 @@ def test_positions_without_a_target_are_not_asked_about():
     batch = batch_of(texts, how.landmark_token_id)
     batch["labels"][:, 10:] = IGNORED_TARGET
     given = {name: values[:, :10] for name, values in batch.items()}
-    assert how.counts(batch).tolist() == [16, 0, 16, 0]
+    assert how.counts(batch).tolist() == [16, 0, 0, 16, 0]
     assert_close_norm(step(loss, [batch], how), step(loss, [given], how))
     batch["labels"][:] = IGNORED_TARGET
     assert not step(loss, [batch], how)[0]

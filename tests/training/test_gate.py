@@ -41,7 +41,7 @@ def sampled(stream, cu_seqlens=None, length=None):
     text = how.read(stream, cu_seqlens)
     chosen = how.sample(text, stream, stream != LANDMARK, cu_seqlens)
     counts = how.counts({"input_ids": stream, "labels": stream, **({"cu_seqlens": cu_seqlens} if length else {})})
-    assert cu_seqlens is not None or counts[3] == chosen.real.sum()
+    assert cu_seqlens is not None or counts[4] == chosen.real.sum()
     return text, chosen
 
 
@@ -190,8 +190,8 @@ def test_all_else_is_the_same_to_the_bit():
     (off, _, how_off), (on, _, how_on) = pair(), gated()
     without, parts = step(off, [batch], how_off)
     with_gate, gate_parts = step(on, [batch], how_on)
-    assert torch.equal(parts[:3], gate_parts[:3]) and parts[3] == 0 and gate_parts[3] > 0
-    torch.testing.assert_close(with_gate, without + 0.7 * gate_parts[3])
+    assert torch.equal(parts[:4], gate_parts[:4]) and parts[4] == 0 and gate_parts[4] > 0
+    torch.testing.assert_close(with_gate, without + 0.7 * gate_parts[4])
     # And rows apart add up to the same.
     rows = [{name: values[row : row + 1] for name, values in batch.items()} for row in range(2)]
     assert_close_norm(step(on, rows, how_on), (with_gate, gate_parts))
@@ -205,7 +205,7 @@ def test_what_the_teacher_shares_out_in_a_layer_without_landmarks_is_not_worked_
         Gate, "ask", lambda self, layer, *given, ask=Gate.ask: asked.append(layer) or ask(self, layer, *given)
     )
     loss, _, how = gated(family)
-    assert step(loss, [batch_of(some_texts(), how.landmark_token_id)], how)[1][3] > 0
+    assert step(loss, [batch_of(some_texts(), how.landmark_token_id)], how)[1][4] > 0
     assert asked == layers and len(taught) == len(layers)
 
 

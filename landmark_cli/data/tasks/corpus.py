@@ -25,7 +25,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 if TYPE_CHECKING:
     from landmark_cli.data.tokenizers import TextTokenizer
 
-CONTENTS = 2
+CONTENTS = 3
 """Counts up when a version of this program gives other documents to the same seed."""
 LEAST = 256
 """Tokens of the shortest document: room for a fact, its question and some text."""
@@ -324,7 +324,8 @@ def how_many() -> dict[str, int]:
 
     related = list(chain(RELATIONS, REPEATED))
     stated = sum(ways_to_state(relation) for relation in chain(related, CHAINS))
-    questions = sum(len(r.asks) + bool(r.back) + bool(r.count) for r in related)
+    # A question for a value may have the beginning of a sentence behind it.
+    questions = sum(2 * len(r.asks) + bool(r.back) + bool(r.count) for r in related)
     questions += sum(len(c.asks) + len(c.ends) for c in CHAINS)
     framed = questions * len(FRAMES) + len(related) * len(CLOZE)
     return {kind: vocabulary.size for kind, vocabulary in VOCABULARIES.items()} | {

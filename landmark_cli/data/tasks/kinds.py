@@ -16,7 +16,7 @@ from landmark_cli.data.tasks.vocabulary import pick
 MOST_FACTS = 8
 MOST_LINKS = 6
 MOST_VALUES = 6
-QUOTED_WORDS = (8, 40)
+QUOTED_WORDS = (8, 80)
 OPENING_WORDS = (5, 10)
 
 TOGETHER_ASKS = (
@@ -103,13 +103,16 @@ def look_up(draw: Draw) -> Task:
 
 
 def _about(draw: Draw, fact: Fact) -> Asked:
-    """A question for the value of a fact, or an unfinished sentence, or a question for its subject."""
+    """A question for the value of a fact, some with the beginning of a sentence for it to end, or such a sentence
+    alone, or a question for its subject."""
     relation, drawn = fact.relation, draw.generator.random()
-    if drawn < 0.2:
+    if drawn < 0.15:
         return Asked(relation.back.format(v=fact.value), sentence(str(fact.subject)))
+    lead, value = relation.lead.format(s=fact.subject), sentence(str(fact.value))
     if drawn < 0.4:
-        return Asked(relation.lead.format(s=fact.subject), sentence(str(fact.value)), cloze=True)
-    return Asked(pick(draw.generator, relation.asks).format(s=fact.subject), sentence(str(fact.value)))
+        return Asked(lead, value, cloze=True)
+    question = pick(draw.generator, relation.asks).format(s=fact.subject)
+    return Asked(question, value, begun=lead if drawn < 0.7 else "")
 
 
 def _not_there(draw: Draw, fact: Fact) -> Asked:
@@ -158,11 +161,12 @@ def all_values(draw: Draw) -> Task:
     facts, others = _repeated(draw)
     values = enumeration([str(fact.value) for fact in facts])
     relation, subject = facts[0].relation, facts[0].subject
-    if draw.generator.random() < 0.3:
-        asked = Asked(relation.lead.format(s=subject), sentence(values), cloze=True)
+    lead, drawn = relation.lead.format(s=subject), draw.generator.random()
+    if drawn < 0.3:
+        asked = Asked(lead, sentence(values), cloze=True)
     else:
-        order = pick(draw.generator, ALL_VALUES_HINTS)
-        asked = Asked(pick(draw.generator, relation.asks).format(s=subject) + order, sentence(values))
+        question = pick(draw.generator, relation.asks).format(s=subject) + pick(draw.generator, ALL_VALUES_HINTS)
+        asked = Asked(question, sentence(values), begun=lead if drawn < 0.6 else "")
     return Task(_in_order(draw, facts, others), [asked])
 
 
@@ -226,13 +230,13 @@ def quotation(draw: Draw) -> Task:
 
 
 KINDS: tuple[tuple[Callable[[Draw], Task], float], ...] = (
-    (look_up, 0.4),
-    (together, 0.1),
+    (look_up, 0.5),
+    (together, 0.08),
     (all_values, 0.12),
-    (counting, 0.06),
-    (first_or_last, 0.08),
-    (chain, 0.12),
-    (quotation, 0.12),
+    (counting, 0.04),
+    (first_or_last, 0.06),
+    (chain, 0.1),
+    (quotation, 0.1),
 )
 """The kinds of questions, and how often each is drawn."""
 

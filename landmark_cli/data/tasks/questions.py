@@ -38,11 +38,13 @@ NOT_THERE = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its answer. cloze: whether the question is a sentence that the answer ends."""
+    """A question with its answer. cloze: whether the question is a sentence that the answer ends. begun: a sentence that
+    stands behind the question and that the answer ends; none where the answer stands alone."""
 
     question: str
     answer: str
     cloze: bool = False
+    begun: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def ending(asked: list[Asked], generator: np.random.Generator) -> Ending:
     pairs = []
     for number, one in enumerate(asked):
         question = (cloze if one.cloze else frame).format(q=capital(one.question), i=first + number)
+        if one.begun:
+            question += f" {capital(one.begun)}"
         if number == 0:
             question = f"\n\n{introduction}\n{question}" if introduction else f"\n\n{question}"
         last = "" if number == len(asked) - 1 else "\n"

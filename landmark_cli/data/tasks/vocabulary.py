@@ -7,6 +7,7 @@ so that two terms may differ in one part alone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """How many terms there are."""
-        return len(self.shapes) * math.prod(map(len, self.parts))
+        return sum(math.prod(len(self.parts[place]) for place in _places(shape)) for shape in self.shapes)
 
     def draw(self, generator: np.random.Generator) -> Term:
         """A term, all alike likely."""
@@ -41,9 +42,15 @@ class Vocabulary:
 
     def differing(self, term: Term, generator: np.random.Generator) -> Term:
         """A term of the same shape that differs from another one in one of its parts."""
-        place = int(generator.integers(len(self.parts)))
+        places = sorted(_places(term.parts[0]))
+        place = places[int(generator.integers(len(places)))]
         others = [word for word in self.parts[place] if word != term.parts[place + 1]]
         return Term((*term.parts[: place + 1], pick(generator, others), *term.parts[place + 2 :]))
+
+
+def _places(shape: str) -> set[int]:
+    """The places that a shape has words for."""
+    return {int(number) for number in re.findall(r"\{(\d+)\}", shape)}
 
 
 def pick(generator: np.random.Generator, choices: Sequence[str]) -> str:
@@ -170,8 +177,10 @@ VOCABULARIES = {
     ),
     "code": Vocabulary(
         ("{0}{1}{4}{5}{6}{7}", "{4}{5}-{0}{1}-{6}{7}", "{0}{4}{1}{5}{2}{6}", "{0}{1}{2}{3}{4}{5}",
-         "{4}{5}{6}{7}{0}", "{0}{1}/{4}{5}{6}", "{4}{5}{6}.{7}{4}{0}"),
-        (_LETTERS, _LETTERS, _LETTERS, _LETTERS, _DIGITS, _DIGITS, _DIGITS, _DIGITS),
+         "{4}{5}{6}{7}{0}", "{0}{1}/{4}{5}{6}", "{4}{5}{6}.{7}{4}{0}", "{4}{5}{6}{7}{8}{9}", "{4}{5}{6}{7}{8}{9}{10}",
+         "{4}{5}{6}{7}{8}{9}{10}{11}", "{0}{1}{2}-{4}{5}{6}{7}{8}{9}", "{12}{4}{13}{5}{6}-{14}{7}{15}{8}-{9}{12}{10}",
+         "{4}{12}{13}{5}{14}{6}{7}{15}{8}{9}"),
+        (_LETTERS, _LETTERS, _LETTERS, _LETTERS, *(_DIGITS,) * 8, *(tuple("abcdef"),) * 4),
     ),
     "price": Vocabulary(
         ("£{0}.{1}", "${0}.{1}", "{0}.{1} euros", "{0}.{1} francs", "{0}.{1} crowns", "{0}.{1} roubles"),
