@@ -84,8 +84,8 @@ class TeacherOptions(Options):
         panel=TEACHER,
         min=0,
         max=1e6,
-        help="Weight of the mean divergence over the tokens of answers, where a corpus marks them (as tasks does): what "
-        "the teacher can look up, the model is to. [default: " + f"{TAUGHT['answer_divergence_weight']:g}]",
+        help="Weight of the mean divergence over the tokens of answers, where a corpus marks them (as tasks does): "
+        f"what the teacher can look up, the model is to. [default: {TAUGHT['answer_divergence_weight']:g}]",
     )
     text_weight: float | None = option(
         None,

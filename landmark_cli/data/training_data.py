@@ -148,7 +148,8 @@ class TrainingData:
             files = ", ".join(str(file.path) for file in self.train)
             raise LandmarkError(
                 f"no corpus says which of its text is answers ({files}): `landmark prepare tasks` and `landmark "
-                "prepare text --chat` make such; or leave --answer-weight, --answer-divergence-weight and --answers-only out"
+                "prepare text --chat` make such; or leave --answer-weight, --answer-divergence-weight and "
+                "--answers-only out"
             )
 
     def validation_windows(self, windows: Windows, count: int) -> list[SequentialWindows]:

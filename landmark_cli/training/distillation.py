@@ -3,9 +3,9 @@ teacher says, which reads it without.
 
 The loss is means over the global batch, each times its weight: of the divergence from the teacher over the positions
 where it is asked, of the same over those that predict answers, of the cross entropy over the tokens of answers, of the
-cross entropy over all targets, and of the gate's loss over sampled queries (gate.py). Each has a count of its own, so that the few tokens of answers weigh as
-much as the many of the text. As the loop divides by one number, the first of the counts, the other weights come
-multiplied by what their counts differ.
+cross entropy over all targets, and of the gate's loss over sampled queries (gate.py). Each has a count of its own, so
+that the few tokens of answers weigh as much as the many of the text. As the loop divides by one number, the first of
+the counts, the other weights come multiplied by what their counts differ.
 """
 
 from __future__ import annotations

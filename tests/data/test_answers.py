@@ -240,7 +240,8 @@ def test_tasks_mark_their_answers(tokenizer, tmp_path):
     end = tokenizer.decode([tokenizer.eot_id])
     found = [answer.removesuffix(end).strip() for answer in answers_of(file, tokenizer)]
     # One of the tokenizers may join the end of a question's last word and the space behind it: a token of both.
-    assert len(found) == len(expected) and all(a.endswith(b) and len(a) < len(b) + 3 for a, b in zip(found, expected))
+    pairs = zip(found, expected, strict=True)
+    assert all(one.endswith(answer) and len(one) < len(answer) + 3 for one, answer in pairs)
 
 
 @pytest.mark.parametrize("include_landmarks", [False, True], ids=["text", "landmarks too"])

@@ -229,7 +229,7 @@ def test_what_does_not_go_together(corpora, tmp_path):
     for dry_run in (False, True):
         with pytest.raises(LandmarkError, match="no corpus says which of its text is answers .*plain/train.bin"):
             train(corpora / "plain", tmp_path / f"run-{dry_run}", answers_only=True, dry_run=dry_run)
-    with pytest.raises(LandmarkError, match="leave --answer-weight and --answers-only out"):
+    with pytest.raises(LandmarkError, match="leave --answer-weight, --answer-divergence-weight and --answers-only out"):
         train(corpora / "plain", tmp_path / "other", answer_weight=2.0)
     with pytest.raises(UsageError, match="--answer-weight weighs answers against other tokens"):
         check(TrainOptions(answers_only=True, answer_weight=2.0))

@@ -38,8 +38,8 @@ NOT_THERE = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its answer. cloze: whether the question is a sentence that the answer ends. begun: a sentence that
-    stands behind the question and that the answer ends; none where the answer stands alone."""
+    """A question with its answer. cloze: whether the question is a sentence that the answer ends. begun: a sentence
+    that stands behind the question and that the answer ends; none where the answer stands alone."""
 
     question: str
     answer: str
