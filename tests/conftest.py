@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import importlib.util
 import os
 import signal
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 # Without a GPU kernels run in Triton's interpreter, which is chosen when triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import quicken
+
+        quicken()
 
 # A shell's work in the background ignores the interrupts that tests send to themselves.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
