@@ -163,6 +163,16 @@ landmark serve --model runs/llama-landmark --name llama --max-prompt-tokens 1000
         _in("serve", "ServeOptions"),
     ),
     Command(
+        "plan",
+        "Say what reading with blocks takes and what a token sees, by settings, without reading.",
+        """
+landmark plan --model runs/pg19-landmark
+landmark plan --model runs/llama-landmark --lengths 131072,1000000 --top-k-blocks 4,8,16 --offload cpu
+landmark plan --model HuggingFaceTB/SmolLM2-135M --landmark-freq 31,63,127 --sequence-length 2048 --dtype bfloat16
+""",
+        _in("reading_plan", "PlanOptions"),
+    ),
+    Command(
         "weight-diff make",
         "Write the difference of a fine-tuned model from its raw weights, to be published without the raw weights.",
         """

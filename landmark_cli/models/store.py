@@ -80,13 +80,25 @@ def load(
 def outline(path: str | Path, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What `load` opens, for what can be told of a model without its weights: on the meta device where it is a
     directory of transformers' form or a hub id. Arguments and errors are those of `load`."""
-    if is_adapter(path) or (Path(path) / "ckpt.pt").is_file():
+    if _takes_weights(path):
         return load(path, trust_remote_code=trust_remote_code, device="cpu")
-    model = shape_of(path, trust_remote_code=trust_remote_code)
+    model = outline_alone(path, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
     if getattr(model.config, "landmark_freq", None) is not None:
         check_landmark_token(model.config, tokenizer, str(path))
     return model, tokenizer
+
+
+def outline_alone(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """As `outline`, of a model whose tokenizer nobody needs."""
+    if _takes_weights(path):
+        return load(path, trust_remote_code=trust_remote_code, device="cpu")[0]
+    return shape_of(path, trust_remote_code=trust_remote_code)
+
+
+def _takes_weights(path: str | Path) -> bool:
+    """Whether what a model is can only be told with its weights."""
+    return is_adapter(path) or (Path(path) / "ckpt.pt").is_file()
 
 
 def newest_model(root: str | Path = "runs") -> Path:

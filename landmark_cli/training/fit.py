@@ -75,16 +75,22 @@ def _halves(longest: int, shortest: int) -> Iterator[int]:
 
 
 def longest_window(config: PreTrainedConfig, device: str) -> int:
-    """The tokens of the longest window that a decoder is trained on unasked: its positions, or what it sees of them."""
+    """The tokens of the longest window that a decoder is trained on unasked on this device."""
     from landmark_cli.training.setup import uses_cpu
 
+    return min(longest_of(config), CPU_WINDOW) if uses_cpu(device) else longest_of(config)
+
+
+def longest_of(config: PreTrainedConfig) -> int:
+    """The tokens of the longest window that a decoder is trained on unasked, wherever there is the memory: its
+    positions, or what it sees of them."""
     config = config.get_text_config()
     limits = [STEP_TOKENS, getattr(config, "max_position_embeddings", None) or CPU_WINDOW]
     # Layers that have a sliding window keep it where others see everything; where all have one, it is the limit.
     all_slide = "full_attention" not in (getattr(config, "layer_types", None) or ())
     if all_slide and getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
         limits.append(config.sliding_window)
-    return min(limits + [CPU_WINDOW] * uses_cpu(device))
+    return min(limits)
 
 
 def device_memory(device: str) -> float:

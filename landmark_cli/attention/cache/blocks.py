@@ -117,8 +117,7 @@ class LayerBlocks:
         wanted = max(min(n, bound) + more for n, more in zip(complete, added, strict=True))
         if wanted <= self.capacity:
             return False
-        capacity = max(wanted, expected, self.capacity + min(self.capacity, LARGEST_STEP), SMALLEST_CAPACITY)
-        capacity = min(capacity, bound + max(added))
+        capacity = capacity_for(wanted, expected, self.capacity, bound, max(added))
         if self.blocks.is_pinned():
             # The GPU may still be writing what the host is about to copy.
             torch.cuda.synchronize(self.landmark_keys.device)
@@ -379,6 +378,12 @@ class LayerBlocks:
             begin = width - (end - tail)
             yield slice(begin, begin + tokens), slice(slot, slot + count), slice(offset, offset + tokens // count)
             tail += tokens
+
+
+def capacity_for(wanted: int, expected: int, capacity: int, bound: int, added: int) -> int:
+    """For how many blocks room is made where there is room for `capacity` and `wanted` have to stand: by doubling at
+    first, for all that are expected in one go, and of a bounded cache for its bound and the blocks of one chunk."""
+    return min(max(wanted, expected, capacity + min(capacity, LARGEST_STEP), SMALLEST_CAPACITY), bound + added)
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -389,5 +389,10 @@ class BlockCache:
         return x[:1].expand(self.batch, *x.shape[1:])
 
     def _added_blocks(self, lengths: Sequence[int], tail: Sequence[int]) -> list[int]:
-        """Blocks each row touches in a chunk, plus one: the next tail block."""
-        return [(r + new) // self.settings.block_size + 1 for r, new in zip(tail, lengths, strict=True)]
+        return [added_blocks(new, r, self.settings.block_size) for r, new in zip(tail, lengths, strict=True)]
+
+
+def added_blocks(length: int, tail: int, block_size: int) -> int:
+    """Blocks that a row touches in a chunk of `length` stream tokens behind `tail` tokens of an incomplete block, plus
+    one: the next tail block."""
+    return (tail + length) // block_size + 1

@@ -157,13 +157,17 @@ class Pages:
         return arriving, oldest.int(), count
 
 
+def pinned_bytes(size: int) -> int:
+    """What so many bytes take in pinned memory, which is handed out in powers of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def require_host_memory(tokens: int, layers: int, layer_bytes: int) -> None:
     """Raise LandmarkError where blocks will not fit into this machine's memory.
 
-    tokens: of each row, which the error names. layer_bytes: of all blocks of one of the layers; pinned memory is handed
-    out in powers of two.
+    tokens: of each row, which the error names. layer_bytes: of all blocks of one of the layers.
     """
-    needed, available = layers * (1 << (layer_bytes - 1).bit_length()), available_host_memory()
+    needed, available = layers * pinned_bytes(layer_bytes), available_host_memory()
     if available is not None and needed > available:
         raise LandmarkError(
             f"offloading {tokens:,} tokens needs {needed / GIB:.1f} GiB of host memory, {available / GIB:.1f} GiB are "

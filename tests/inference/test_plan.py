@@ -1,0 +1,105 @@
+"""What is told of reading beforehand is what a reader then takes and sees."""
+
+import pytest
+import torch
+
+from landmark_cli.attention.cache.pages import GIB
+from landmark_cli.errors import LandmarkError
+from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.plan import layers_to_get_landmarks, plan_full_attention, plan_reading
+from landmark_cli.inference.settings import ReadingSettings
+from landmark_cli.models.decoders import attend_with_landmarks
+from landmark_cli.models.layers import landmark_layers
+from landmark_cli.models.support import check_model
+from tests.models.families import FAMILIES, tiny_decoder
+from tests.tiny import FREQ, LANDMARK, tiny_model, tiny_text
+
+SETTINGS = [
+    ReadingSettings(),
+    ReadingSettings(top_k_blocks=0),
+    ReadingSettings(top_k_blocks=5, chunk=12),
+    ReadingSettings(top_k_blocks=3, chunk=7),
+    ReadingSettings(top_k_blocks=3, chunk=7, cache_blocks=4),
+    ReadingSettings(top_k_blocks=2, chunk=90, cache_blocks=20),
+]
+
+
+def taken(model, length, settings):
+    """The chunk of a reader that has read so long a text, the positions that it needed, and the bytes it holds."""
+    reader = BlockReader.open(model, settings, 1)
+    cache, needed = reader.cache, []
+    begin = cache.begin_chunk
+
+    def placed(*arguments, **options):
+        chunk = begin(*arguments, **options)
+        needed.append(int(chunk.position_ids.max()) + 1 - int(cache.window_start(chunk).min()))
+        return chunk
+
+    cache.begin_chunk = placed
+    reader.expect(length)
+    for _ in reader.read([tiny_text(length)], last_only=True):
+        pass
+    tensors = [x for layer in cache.layers.values() for x in (layer.blocks, layer.landmark_keys)]
+    tensors += [x for window in cache.windows.values() for x in (window.keys, window.values)]
+    return min(length, reader.chunk), max(needed), sum(x.nbytes for x in tensors)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("length", [3, 50, 230])
+def test_a_reader_takes_what_was_told(length, settings):
+    model = tiny_model()
+    plan = plan_reading(model, length, settings)
+    assert (plan.chunk, plan.positions, plan.cache) == taken(model, length, settings)
+    assert plan == plan_reading(model.to("meta"), length, settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_takes_what_was_told_before_it_had_landmarks(family):
+    """Its config says which layers will have landmarks; where some keep their windows, so does the plan."""
+    model = tiny_decoder(family)
+    layers = layers_to_get_landmarks(model.config)
+    kinds = check_model(model, 100, family)
+    model.config.update({"landmark_freq": 4, "landmark_token_id": LANDMARK, "trained_length": 100, "top_k_blocks": 3})
+    attend_with_landmarks(model, kinds)
+    assert layers in (None, landmark_layers(model.config)) and (layers is None) == (not any(kinds.local))
+    if layers is not None:
+        plan = plan_reading(model, 120, ReadingSettings(chunk=30))
+        assert (plan.chunk, plan.positions, plan.cache) == taken(model, 120, ReadingSettings(chunk=30))
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
+@pytest.mark.parametrize("length", [4, 28, 100])
+def test_a_token_sees_what_was_told(length, settings):
+    """In one layer with one head the last token's logits depend on the tokens that it sees, and on no other."""
+    model = tiny_model(n_layer=1, n_head=1, initializer_range=0.1)
+    text = tiny_text(length)
+
+    def last_logits(text):
+        *_, chunk = BlockReader.open(model, settings, 1).read([text], last_only=True)
+        return chunk.logits[0, -1]
+
+    before, seen = last_logits(text), 0
+    for index in range(length):
+        other = text.clone()
+        other[index] = (text[index] + 1) % LANDMARK
+        seen += not torch.equal(last_logits(other), before)
+    end = length - (length - 1) % plan_reading(model, length, settings).chunk - 1
+    retrieved = min(plan_reading(model, length, settings).top_k_blocks, end // FREQ)
+    assert seen == end % FREQ + length - end + retrieved * FREQ <= plan_reading(model, length, settings).sees
+    if length == 4:
+        assert seen == plan_reading(model, length, settings).sees
+
+
+def test_numbers_by_hand():
+    plan = plan_reading(tiny_model(), 40, ReadingSettings(top_k_blocks=2, chunk=8, offload="cpu"))
+    # Two blocks of 4 before a chunk of 8; 8 landmarks, these 8 tokens, 8 of the chunk and the landmark between them.
+    assert (plan.sees, plan.compared, plan.positions) == (16, 25, 25)
+    # 16 blocks of 5 keys and values of 16 numbers of 4 bytes, their landmarks' keys; in two layers, powers of two.
+    assert (plan.on_gpu, plan.cache) == (2 * (10240 + 1024), 2 * (16384 + 10240 + 1024))
+    assert plan_full_attention(tiny_model(), 40).cache == 2 * 40 * 2 * 16 * 4
+    assert plan_reading(tiny_model(), 16_000_000, ReadingSettings(offload="cpu")).on_gpu > 2 * GIB
+
+
+def test_blocks_that_leave_no_room():
+    with pytest.raises(LandmarkError, match="retrieve at most 6"):
+        plan_reading(tiny_model(), 100, ReadingSettings(top_k_blocks=7))
