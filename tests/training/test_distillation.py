@@ -178,7 +178,7 @@ def test_in_evaluation_the_loss_is_the_texts_and_the_divergence_beside_it(fused,
         marked = loss.eval()(**batch)
         plain = loss(batch["input_ids"], batch["labels"])
         without_teacher = LossModel(loss.wrapped, 0.0, fused).eval()(**batch)
-        divergence, _, text = expected(loss, teacher, batch, dataclasses.replace(how, temperature=1.0), texts)
+        divergence, *_, text = expected(loss, teacher, batch, dataclasses.replace(how, temperature=1.0), texts)
     positions = 2 * min(length, 30)
     assert_close_norm(
         plain,
