@@ -26,7 +26,7 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled; RULER_WAYS: how it is asked, of k4 k16 long, or none
 #   DATA RUNS RESULTS DOCS    where token files, models, figures and the report go
 #   DEVICE DTYPE TRAIN FINETUNE    device, dtype of measuring, further options of training; PYTHON
 set -euo pipefail
@@ -44,6 +44,7 @@ SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
 RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMPLES=${RULER_SAMPLES:-20}
 RULER_LONG_LENGTHS=${RULER_LONG_LENGTHS:-131072,1000000} RULER_LONG_SAMPLES=${RULER_LONG_SAMPLES:-5}
 RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-400}
+RULER_WAYS=${RULER_WAYS:-k4 k16 long}
 DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
 # Several words each.
 TRAIN=(${TRAIN:-}) FINETUNE=(${FINETUNE:-}) MEASURE=(--device "$DEVICE" --dtype "$DTYPE")
@@ -233,9 +234,15 @@ ruler() {
             ;;
         distilled)
             distil
-            ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4
-            ask ruler-k16 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16
-            ask ruler-long "$model" "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" --top-k-blocks 16 --tasks "$RULER_LONG_TASKS"
+            for way in $RULER_WAYS; do
+                case $way in
+                    k4) ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4 ;;
+                    k16) ask ruler-k16 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 ;;
+                    long) ask ruler-long "$model" "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" --top-k-blocks 16 --tasks "$RULER_LONG_TASKS" ;;
+                    none) ;;
+                    *) echo "there is no way of asking called $way" >&2; return 2 ;;
+                esac
+            done
             ;;
     esac
 }
