@@ -221,7 +221,7 @@ ask() {
     local name=$1 asked=$2 lengths=$3 samples=$4
     shift 4
     measure "$name" ruler --model "$asked" --haystack "${NOVELS:?the folder of the novels, with validation/ in it}/validation" \
-        --lengths "$lengths" --samples "$samples" --output "$RUNS/studies/$part" "$@"
+        --lengths "$lengths" --samples "$samples" --output "$RUNS/studies/$part/$name" "$@"
 }
 
 ruler() {
