@@ -1,8 +1,8 @@
-"""Writes docs/options.md and recipes/schema.json from the options dataclasses.
+"""Writes docs/options.md, recipes/schema.json and the helps in tests/help from the options dataclasses.
 
     python docs/options.py
 
-Run it after an option has changed; a test fails while the two files are not what the dataclasses say. An editor that
+Run it after an option has changed; a test fails while these files are not what the dataclasses say. An editor that
 knows JSON Schema checks and completes a recipe that begins with the line
 
     # yaml-language-server: $schema=../schema.json
@@ -10,24 +10,57 @@ knows JSON Schema checks and completes a recipe that begins with the line
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from landmark_cli.commands import COMMANDS
+from landmark_cli.cli import build_app
+from landmark_cli.commands import COMMANDS, GROUPS
 from landmark_cli.options import KINDS, LONGEST, RECIPE_FORMAT, Setting, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "options.md"
 SCHEMA = ROOT / "recipes" / "schema.json"
+HELPS = ROOT / "tests" / "help"
+WITH_HELP = ("", *GROUPS, *(command.words for command in COMMANDS))
+WIDTHS = (80, 120)
 TYPES = {bool: "boolean", int: "integer", float: "number"}
 
 
 def main() -> None:
-    """Write both files."""
+    """Write all files."""
     PAGE.write_text(page(), encoding="utf-8")
     SCHEMA.write_text(schema(), encoding="utf-8")
+    HELPS.mkdir(exist_ok=True)
+    shown = {help_file(words, width): show_help(words, width) for words in WITH_HELP for width in WIDTHS}
+    for path in set(HELPS.glob("*.txt")) - shown.keys():
+        path.unlink()
+    for path, text in shown.items():
+        path.write_text(text, encoding="utf-8")
+
+
+def help_file(words: str, width: int) -> Path:
+    """Where the help of a command, or of a group of commands, is kept as a terminal of a width shows it."""
+    return HELPS / f"{'-'.join(['landmark', *words.split()])}.{width}.txt"
+
+
+def show_help(words: str, width: int) -> str:
+    """What `--help` prints on a terminal of so many columns, without colours."""
+    before, printed = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = str(width)
+    try:
+        with redirect_stdout(printed), suppress(SystemExit):
+            build_app(COMMANDS)([*words.split(), "--help"], prog_name="landmark")
+    finally:
+        os.environ.pop("COLUMNS")
+        os.environ.update({} if before is None else {"COLUMNS": before})
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue()).strip("\n").splitlines()
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def page() -> str:

@@ -10,9 +10,11 @@ import functools
 import gc
 import io
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +29,8 @@ from landmark_cli.interrupts import Interrupted, end_on_signals
 
 ABOUT = "Landmark attention: from raw text to a trained model that reads inputs of any length."
 COMMON = "Common"
-LOOK = {"add_completion": False, "rich_markup_mode": "rich"}
+TYPERS = ("help", "install_completion", "show_completion")
+LOOK = {"rich_markup_mode": "rich"}
 
 
 def build_app(commands: Iterable[Command], begin: Callable[[Work, Any], None] | None = None) -> typer.Typer:
@@ -42,7 +45,7 @@ def build_app(commands: Iterable[Command], begin: Callable[[Work, Any], None] | 
         one_each.setdefault(words.split()[0], example)
     begin = begin or (lambda run, options: run(options))
     full = {command.words: functools.partial(_with_options, command, begin) for command in commands}
-    app = _group(ABOUT, one_each.values(), full)
+    app = _group(ABOUT, "\n".join(one_each.values()), full)
     app.callback()(_root)
     groups: dict[str, typer.Typer] = {}
     for command in commands:
@@ -50,7 +53,7 @@ def build_app(commands: Iterable[Command], begin: Callable[[Work, Any], None] | 
         if group and group not in groups:
             inside = [words for words in full if words.startswith(f"{group} ")]
             of_group = {words.removeprefix(f"{group} "): full[words] for words in inside}
-            groups[group] = _group(GROUPS[group], [shortest[words] for words in inside], of_group)
+            groups[group] = _group(GROUPS[group], "\n".join(shortest[words] for words in inside), of_group)
             app.add_typer(groups[group], name=group)
         parent = groups[group] if group else app
         parent.command(name, help=escape(command.summary))(_summary_only)
@@ -60,10 +63,10 @@ def build_app(commands: Iterable[Command], begin: Callable[[Work, Any], None] | 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `landmark` with these arguments (sys.argv's without any), print what goes wrong, and exit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    _prepare_streams()
+    _prepare_streams("--quiet" in arguments)
     options = None
     try:
-        with launch.command(arguments), end_on_signals() as asked:
+        with console.quiet("--quiet" in arguments), launch.command(arguments), end_on_signals() as asked:
             launch.hear_of_launchers_end()
             try:
                 run, options = _parse(arguments)
@@ -108,7 +111,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Work, Any]:
     return chosen[0]
 
 
-def _prepare_streams() -> None:
+def _prepare_streams(quiet: bool) -> None:
     """Let streams that are closed swallow what is printed, and print any text: a path may hold bytes of no encoding."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -116,12 +119,12 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         # transformers' own bars are for a terminal; in a log they would be line after line.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _group(help: str, examples: Iterable[str], full: Mapping[str, Callable[[], TyperCommand]]) -> typer.Typer:
+def _group(help: str, examples: str, full: Mapping[str, Callable[[], TyperCommand]]) -> typer.Typer:
     """A group whose commands have a summary and no options until one is wanted; `full` then makes that one."""
 
     class Group(TyperGroup):
@@ -129,13 +132,19 @@ def _group(help: str, examples: Iterable[str], full: Mapping[str, Callable[[], T
             name, command, rest = super().resolve_command(context, arguments)
             return name, full[name]() if name in full else command, rest
 
+        def format_help(self, context: typer.Context, formatter: Any) -> None:
+            # As wide as what Typer prints around it.
+            self.epilog = escape("\n".join(["Examples:", *wrapped(examples, get_terminal_size().columns - 2)]))
+            super().format_help(context, formatter)
+
     return typer.Typer(
         cls=Group,
         help=help,
-        epilog=_epilog("\n".join(examples)),
+        add_completion=True,
         no_args_is_help=True,
-        # A value for "help" keeps Typer from importing pydantic to convert none, a quarter of the time of any help.
-        context_settings={"help_option_names": ["--help", "-h"], "default_map": {"help": False}},
+        # A value for Typer's own options keeps it from importing pydantic to convert none, a quarter of the time of any
+        # help.
+        context_settings={"help_option_names": ["--help", "-h"], "default_map": dict.fromkeys(TYPERS, False)},
         **LOOK,
     )
 
@@ -146,9 +155,16 @@ def _with_options(command: Command, begin: Callable[[Work, Any], None]) -> Typer
 
     options_class, run = command.load()
     name = command.words.split()[-1]
-    alone = typer.Typer(**LOOK)
-    alone.command(name, epilog=_epilog(command.examples))(
-        callback_of(command.words, options_class, functools.partial(begin, run), {"debug": Debug}, panel=COMMON)
+
+    class WithHelp(TyperCommand):
+        def format_help(self, context: typer.Context, formatter: Any) -> None:
+            from landmark_cli.help import show_help
+
+            show_help(context, options_class, COMMON, functools.partial(wrapped, command.examples))
+
+    alone = typer.Typer(add_completion=False, **LOOK)
+    alone.command(name, cls=WithHelp)(
+        callback_of(command.words, options_class, functools.partial(begin, run), FLAGS, panel=COMMON)
     )
     return get_command(alone)
 
@@ -157,8 +173,18 @@ def _summary_only() -> None:
     """Stands for a command's work where only its name and summary are shown."""
 
 
-def _epilog(examples: str) -> str:
-    return "Examples:\n" + escape("\n".join(line.strip() for line in examples.strip().splitlines()))
+def wrapped(examples: str, width: int) -> Iterator[str]:
+    """Commands, one a line, in lines of at most so many characters: a longer one goes on in the next line, as a shell
+    takes it. They are broken in front of options."""
+    for example in examples.strip().splitlines():
+        line = ""
+        for part in re.split(r" (?=--)", example.strip()):
+            if line and len(f"{line} {part} \\") > width:
+                yield f"{line} \\"
+                line = f"    {part}"
+            else:
+                line = f"{line} {part}" if line else part
+        yield line
 
 
 def _shortest_example(examples: str) -> str:
@@ -172,8 +198,17 @@ def _show_version(wanted: bool) -> None:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Say nothing but results, warnings and errors: no messages, no progress.",
+        rich_help_panel=COMMON,
+    ),
+]
+FLAGS = {"quiet": Quiet, "debug": Debug}
 Version = Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)]
 
 
-def _root(version: Version = False, debug: Debug = False) -> None:
+def _root(version: Version = False, quiet: Quiet = False, debug: Debug = False) -> None:
     pass

@@ -27,6 +27,7 @@ LINE_MOMENT = 2.0
 # In a pipe or a log file a table takes the width it needs.
 PLAIN_WIDTH = 4096
 LONGEST_FIGURE = 1e9
+_quiet = False
 
 
 @functools.cache
@@ -53,8 +54,26 @@ def is_first_on_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+@contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Where it is wanted, say nothing inside the block but results, warnings, errors and how work ends: no messages, no
+    progress."""
+    global _quiet
+    before, _quiet = _quiet, wanted
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
 def info(message: str) -> None:
     """Tell the user something, on stderr."""
+    if not _quiet:
+        tell(message)
+
+
+def tell(message: str) -> None:
+    """Tell the user what must be known even where everything is to be quiet: why and where work ends."""
     if is_main_process():
         console().print(message)
 
@@ -186,7 +205,7 @@ def progress(
     total: how much work there is; None where nobody knows. unit: "B" is shown as MB and MB/s. initial: what an earlier
     run had done.
     """
-    if not is_main_process():
+    if _quiet or not is_main_process():
         yield Progress(description, total, unit, initial)
     elif console().is_terminal:
         shown = _BarProgress(description, total, unit, initial)
@@ -219,8 +238,8 @@ def table(
 
 
 def show(drawn: Any, *, stderr: bool = False) -> None:
-    """Print what rich can draw on stdout, or stderr."""
-    if is_main_process():
+    """Print what rich can draw on stdout, or stderr, where it is a message."""
+    if is_main_process() and not (stderr and _quiet):
         with _writing_out():
             console(stderr=stderr).print(drawn)
 

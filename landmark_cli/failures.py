@@ -23,10 +23,10 @@ def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> i
     """
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "signal", signal.SIGINT)
-        console.info(f"stopped by {number.name}")
+        console.tell(f"stopped by {number.name}")
         return 128 + number
     if isinstance(error, Stopped):
-        console.info(str(error))
+        console.tell(str(error))
         return error.exit_code
     if not launch.fails_first():
         return error.exit_code if isinstance(error, LandmarkError) else 1
@@ -37,7 +37,7 @@ def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> i
         return error.exit_code
     console.error(describe(error, options))
     if not debug and not _is_plain(error):
-        console.info("run again with --debug for the traceback")
+        console.tell("run again with --debug for the traceback")
     return 1
 
 

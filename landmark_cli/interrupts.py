@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from landmark_cli.console import info
+from landmark_cli.console import tell
 from landmark_cli.errors import Stopped
 
 # What Linux sends to a process whose launcher ended before it, where the process asked for it (see launch.py). It means
@@ -69,7 +69,7 @@ class Interrupts:
         if self.signal is None:
             self.signal = meaning(number)
         if self._untold.acquire(blocking=False):
-            info(f"{self.signal.name}: {self.doing}; once more stops at once")
+            tell(f"{self.signal.name}: {self.doing}; once more stops at once")
 
     def stopped(self, message: str) -> Stopped:
         """The error to raise once the place is kept. message: what is kept, and how to go on."""

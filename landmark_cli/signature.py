@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from landmark_cli.console import info
-from landmark_cli.options import KINDS, LONGEST, Setting, build, load_recipe, settings_of
+from landmark_cli.options import KINDS, LONGEST, Setting, build, load_recipe, recipe_names, settings_of
 
 
 def callback_of(
@@ -51,6 +51,7 @@ def callback_of(
         "--recipe",
         help="Take the defaults from a recipe: a shipped one's name or a YAML file.",
         metavar="<name|path>",
+        autocompletion=lambda: recipe_names(words),
         rich_help_panel=panel,
         **eager,
     )
@@ -79,6 +80,8 @@ def _parameter(setting: Setting, **early: Any) -> inspect.Parameter:
         "rich_help_panel": about["panel"],
         **early,
     }
+    if setting.choices:
+        common["autocompletion"] = lambda: list(setting.choices)
     kind: Any = bool if setting.kind is bool else str
     kind = list[kind] if setting.many else kind
     default = setting.default
@@ -86,7 +89,7 @@ def _parameter(setting: Setting, **early: Any) -> inspect.Parameter:
     if about["positional"]:
         typed = typer.Argument(metavar=about["metavar"], **common)
     else:
-        typed = typer.Option(*_names(setting), metavar=about["metavar"] or _metavar(setting), **common)
+        typed = typer.Option(*_names(setting), metavar=metavar_of(setting), **common)
     return _keyword(setting.name, Annotated[kind | None, typed], default)
 
 
@@ -101,9 +104,10 @@ def _names(setting: Setting) -> tuple[str, ...]:
     return tuple(f"{name}/--no-{name[2:]}" if name.startswith("--") else name for name in names)
 
 
-def _metavar(setting: Setting) -> str | None:
-    if setting.kind is bool:
-        return None
+def metavar_of(setting: Setting) -> str | None:
+    """What help and usage show in place of an option's value; None where it takes none."""
+    if setting.metadata["metavar"] or setting.kind is bool:
+        return setting.metadata["metavar"]
     return f"<{'|'.join(setting.choices) or KINDS[setting.kind]}>" + "..." * setting.many
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from rich.emoji import Emoji
-from typer.completion import completion_init
 
-from landmark_cli import cli, console
+from landmark_cli import cli, console, signature
 from landmark_cli.errors import LandmarkError, UsageError, import_extra
 from landmark_cli.options import save_recipe, settings_of
 from landmark_cli.signature import paragraphs
@@ -58,6 +57,13 @@ def greet(monkeypatch, capsys):
             raise AssertionError
         if options.note == "interrupt":
             raise KeyboardInterrupt
+        if options.note == "talk":
+            console.info("by the way")
+            console.table(["a"], [["b"]], stderr=True)
+            with console.progress("greeting", 2) as shown:
+                shown.advance(2)
+            console.warn("look out")
+            console.write_out("a result\n")
 
     def call(*arguments: str):
         seen.clear()
@@ -167,6 +173,15 @@ def test_debug_shows_the_traceback(greet, place):
     assert "run again" not in err
 
 
+@pytest.mark.parametrize("place", [["--quiet", "greet"], ["greet", "--quiet"]], ids=["before", "after"])
+def test_quiet_leaves_warnings_and_results_and_how_it_ended(greet, place):
+    assert greet(*place, "--note", "talk")[2:] == ("a result\n", "warning: look out\n")
+    assert greet("greet", "--note", "talk")[3].startswith("by the way\n")
+    assert greet(*place, "--note", "interrupt")[3] == "stopped by SIGINT\n"
+    assert greet(*place, "--note", "fail")[3].startswith("error: greeting nobody")
+    assert greet("greet", "--note", "talk")[3].startswith("by the way\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -213,7 +228,7 @@ def test_help_tells_all(greet, monkeypatch):
     for text in [
         "Greet somebody [loudly].",
         "A second paragraph.",
-        "How many [blocks], or none for all. [default: 20]",
+        "How many [blocks], or none for all. [x>=0] [default: 20]",
         "--top-k-blocks",
         "-k",
         "<plain|fancy>",
@@ -301,11 +316,15 @@ def test_summaries_are_what_the_options_say(command):
         ("eval ", {"greet"}),
         ("greet --st", {"--style"}),
         ("eval greet --loud --ti", {"--times"}),
+        ("greet --style ", {"plain", "fancy"}),
+        ("eval greet --tone h", {"high"}),
+        ("greet --recipe ", {"some/recipe"}),
+        ("--q", {"--quiet"}),
     ],
 )
 def test_shells_are_told_what_may_follow(monkeypatch, capsys, typed, expected):
-    """What completion asks of the commands, where Typer's own set-up is installed."""
-    completion_init()
+    """What completion asks of the commands, once `landmark --install-completion` has told the shell of them."""
+    monkeypatch.setattr(signature, "recipe_names", lambda words: ["some/recipe"])
     monkeypatch.setattr(cli, "COMMANDS", [greet_command(print), greet_command(print, "eval greet")])
     monkeypatch.setenv("_LANDMARK_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"landmark {typed}")
@@ -313,6 +332,15 @@ def test_shells_are_told_what_may_follow(monkeypatch, capsys, typed, expected):
     with pytest.raises(SystemExit):
         cli.main([])
     assert set(capsys.readouterr().out.split()) == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_told_where_to_ask(monkeypatch, capsys, shell):
+    monkeypatch.setattr("shellingham.detect_shell", lambda: (shell, shell))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--show-completion"])
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0 and "landmark" in shown and f"complete_{shell}" in shown
 
 
 @pytest.mark.parametrize(

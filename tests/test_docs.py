@@ -50,7 +50,7 @@ def test_the_schema_knows_no_other_key():
 
 PACKAGE = ROOT / "landmark_cli"
 # What every command has, besides its dataclass's fields.
-COMMON = {"--recipe", "--debug", "--help", "--version"}
+COMMON = {"--recipe", "--quiet", "--debug", "--help", "--version", "--install-completion", "--show-completion"}
 # Options of other programs, which these pages name; those of launchers that have an underscore are known by it.
 OTHERS = {"--shutdown-timeout": "torchrun", "--nnodes": "torchrun", "--cpu": "accelerate"}
 OTHERS |= {"--tasks": "lm_eval", "--metadata": "lm_eval", "--limit": "lm_eval"}
