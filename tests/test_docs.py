@@ -2,6 +2,7 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
@@ -14,6 +15,7 @@ from tests.pages import ROOT, SCRIPTS, SHOWN, TEXTS, calls_of, headings_of, line
 
 options = load_script(ROOT / "docs" / "options.py")
 python = load_script(ROOT / "docs" / "python.py")
+figures = load_script(ROOT / "docs" / "figures.py")
 RECIPES = sorted(
     path
     for path in (ROOT / "recipes").rglob("*.yaml")
@@ -25,12 +27,27 @@ MADE = {
     "options.md": (options.PAGE, options.page, "options.py"),
     "schema.json": (options.SCHEMA, options.schema, "options.py"),
     "python.md": (python.PAGE, python.page, "python.py"),
+    **{name: (ROOT / "docs" / name, draw, "figures.py") for name, draw in figures.FIGURES.items()},
 }
 
 
 @pytest.mark.parametrize("path, make, script", MADE.values(), ids=MADE)
 def test_made_pages_are_current(path, make, script):
     assert path.read_text(encoding="utf-8") == make(), f"run python docs/{script}"
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_words_of_a_figure_stand_in_it(name):
+    drawing = ElementTree.fromstring((ROOT / "docs" / name).read_text(encoding="utf-8"))
+    space = "{http://www.w3.org/2000/svg}"
+    width, height = float(drawing.get("width")), float(drawing.get("height"))
+    texts = drawing.findall(f"{space}text")
+    for text in texts:
+        # A letter of a plain font is hardly more than half as wide as it is high.
+        wide, x = 0.56 * float(text.get("font-size")) * len(text.text), float(text.get("x"))
+        left = {"start": x, "middle": x - wide / 2, "end": x - wide}[text.get("text-anchor")]
+        assert 0 <= left and left + wide <= width and float(text.get("y")) <= height, text.text
+    assert len(texts) > 10 and drawing.find(f"{space}title").text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from landmark_cli.commands.measurement import json_option
 from landmark_cli.commands.models import MODEL, CodeOptions, name_model
 from landmark_cli.console import counted, info, quantity, results, warn
-from landmark_cli.errors import UsageError
+from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.settings import READING, ReadingSettings
 from landmark_cli.options import LONGEST, check_outputs, option
 
@@ -86,32 +86,39 @@ def run(options: PlanOptions) -> list[dict[str, Any]]:
     """Work out what reading takes and print it. Returns what --json writes: a dict for every row.
 
     Raises UsageError where landmarks that a model has are to become others, LandmarkError for a model that cannot be
-    opened or cannot have landmarks, and where blocks leave no room for a chunk.
+    opened or cannot have landmarks, and where no setting leaves room for a chunk.
     """
     from landmark_cli.inference.plan import plan_full_attention, plan_reading
 
     check_outputs(options)
     name = name_model(options)
     model = _outline(name, options)
-    rows, data = [], []
+    plans: list[tuple[int | None, ReadingPlan]] = []
+    impossible: dict[str, LandmarkError] = {}
     for length in options.lengths:
         for freq in _frequencies(model, name, options):
             for top_k in options.top_k_blocks or [None]:
                 settings = ReadingSettings(top_k, options.chunk, options.cache_blocks, offload=options.offload)
-                plan = plan_reading(model, length, settings)
-                rows.append(_cells(plan, freq))
-                data.append({"landmark_freq": freq, **asdict(plan)})
-        plan = plan_full_attention(model, length)
-        rows.append(_cells(plan, None))
-        data.append({"landmark_freq": None, **asdict(plan)})
+                try:
+                    plans.append((freq, plan_reading(model, length, settings)))
+                except LandmarkError as error:
+                    impossible[str(error)] = error
+        plans.append((None, plan_full_attention(model, length)))
+    with_landmarks = [plan for freq, plan in plans if freq]
+    if not with_landmarks:
+        raise next(iter(impossible.values()))
+    for reason in impossible:
+        warn(f"left out: {reason}")
     weights = sum(parameter.nbytes for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")
     info(f"{quantity(weights, 'B')} of weights in {dtype}; trained at {model.config.trained_length} positions")
-    needed = max(row["positions"] for row in data if row["landmark_freq"])
+    needed = max(plan.positions for plan in with_landmarks)
     if needed > model.config.trained_length:
         warn(f"these chunks stand at up to {needed} positions: beyond those of training nothing is known of a model")
     columns = COLUMNS if options.offload == "none" else (*COLUMNS, OFFLOADED)
-    results(columns, (row[: len(columns)] for row in rows), data=data, json_target=options.json)
+    rows = (_cells(plan, freq)[: len(columns)] for freq, plan in plans)
+    data = [{"landmark_freq": freq, **asdict(plan)} for freq, plan in plans]
+    results(columns, rows, data=data, json_target=options.json)
     return data
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from landmark_cli import console
+from tests.pages import ROOT, lines_of, text_of
 from tests.tiny import tiny_llama
 
 
@@ -42,6 +43,15 @@ def test_chunks_beyond_the_positions_of_training_are_told(landmark):
     assert done.code == 0 and "warning: these chunks stand at up to 80 positions" in done.err
 
 
+def test_settings_that_leave_no_room_are_left_out(landmark):
+    arguments = "plan", "--model", "runs/landmark", "--lengths", "100", "--json", "-", "--top-k-blocks"
+    done = landmark(*arguments, "2,7,8")
+    assert [row["top_k_blocks"] for row in json.loads(done.out)] == [2, None]
+    assert done.err.count("warning: left out: retrieving") == 2 and "retrieve at most 6" in done.err
+    done = landmark(*arguments, "7")
+    assert done.code == 1 and "error: retrieving 7 blocks leaves no room for a chunk" in done.err
+
+
 @pytest.mark.parametrize("option", ["--landmark-freq", "--sequence-length"])
 def test_landmarks_that_a_model_has_stay(landmark, option):
     done = landmark("plan", "--model", "runs/landmark", option, 20)
@@ -69,3 +79,30 @@ def test_the_table_fits_a_terminal(landmark, monkeypatch, width):
     console.console.cache_clear()
     done = landmark("plan", "--model", "runs/landmark", "--offload", "cpu", "--lengths", 1000000)
     assert max(map(len, done.out.splitlines())) <= width and "…" not in done.out
+
+
+# What SmolLM2-135M's config says of its shape.
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+def test_the_page_shows_what_is_printed(landmark, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    lines = lines_of(text_of(ROOT / "docs" / "choosing.md"))
+    call = next(index for index, line in enumerate(lines) if "$ landmark plan" in line)
+    words = lines[call].split()[2:]
+    words[words.index("--model") + 1] = str(tmp_path)
+    printed = [line.split() for line in landmark(*words).out.splitlines() if line.strip()]
+    assert len(printed) == 9
+    assert [line.split() for line in lines[call + 1 : call + 1 + len(printed)]] == printed
