@@ -133,8 +133,8 @@ def join_weights(model: PreTrainedModel) -> None:
 
 def why_not_fused(model: PreTrainedModel) -> str | None:
     """Why a model's steps are left to its modules; None where they are `FusedStep`'s, which is asked for by the
-    environment alone: on a GPU some models' logits differ from the modules' by more than rounding was thought to give,
-    and what of it is rounding is not known yet (tests/models/test_fused_step.py, the tests marked gpu)."""
+    environment alone until the tests that compare both with float32 have passed on a GPU
+    (tests/models/test_fused_step.py)."""
     if os.environ.get("LANDMARK_FUSED_STEPS") != "1":
         return "LANDMARK_FUSED_STEPS is not 1"
     if torch.is_autocast_enabled(model.device.type):

@@ -115,6 +115,8 @@ def rotate_heads(
         rotate_heads_kernel[(batch * tokens, heads + k.shape[2])](
             q, k, cos, sin, q_weight, k_weight, q.stride()[:3], k.stride()[:3], cos.stride()[:2], tokens, heads, eps,
             D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), num_warps=1,
+            # Else a product of 16-bit numbers and the sum it goes into become one instruction, which does not round it.
+            enable_fp_fusion=False,
         )  # fmt: skip
     return q, k
 

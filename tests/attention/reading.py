@@ -18,7 +18,7 @@ class Case:
 
     resident: offload, keeping so many blocks on the device. context_miss: with a context-miss token. sinks: whether
     every head has one. leaves_out: the backend is called without the rows that have nothing in a chunk, and with the
-    last row at least.
+    last row at least. joined: queries, keys and values come to the backend as views of one tensor.
     """
 
     chunks: list
@@ -36,6 +36,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     leaves_out: bool = False
+    joined: bool = False
 
     def rows(self, lengths: list[int]) -> list[int]:
         """Those that the backend is called with."""
@@ -141,6 +142,9 @@ def read(
             rotation = rotation_table(chunk.position_ids, inverse_frequencies.to(device))
             given = [_rotated(q[rows], *rotation), _rotated(k[rows], *rotation), v[rows].transpose(1, 2)]
             given = [x.float() for x in given] if which == 0 else given
+            if case.joined and which == 1:
+                whole = torch.cat([x.transpose(1, 2) for x in given], dim=2)
+                given = [x.transpose(1, 2) for x in whole.split([x.shape[1] for x in given], dim=2)]
             if poison and which == 1 and index == 0:
                 cache.expect(sum(n if isinstance(n, int) else max(n) for n in case.chunks))
                 layer = cache.layer(0, given[1], chunk)

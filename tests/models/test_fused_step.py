@@ -13,27 +13,17 @@ from landmark_cli.models import row_products, step_kernels, step_operations
 from landmark_cli.models.fused_step import FusedStep, join_weights, why_not_fused
 from landmark_cli.models.joined import Product, join, spanned
 from landmark_cli.models.known_layers import FAMILIES
-from landmark_cli.models.layers import settle_layers
 from landmark_cli.models.quantization import quantize
 from tests.closeness import assert_close_norm
-from tests.inference.test_graphs import Repeated, by_definition
+from tests.inference.test_graphs import by_definition
 from tests.models.families import FAMILIES as DECODERS
 from tests.models.families import tiny_decoder
+from tests.models.step_cases import LARGE, SMALL, measure
+from tests.models.stepping import KNOWN, compare, landmark_decoder, models, steps, why_not_alike
 from tests.tiny import tiny_model, tiny_text
 
-KNOWN = ["llama", "llama-tied", "llama-llama3", "mistral", "mistral-wide-window", "qwen2", "qwen3"]
-LANDMARKS = {"landmark_freq": 4, "landmark_token_id": 299, "trained_length": 40, "top_k_blocks": 2}
 __all__ = ["by_definition"]
 KERNEL_DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def landmark_decoder(family: str = "llama", **settings):
-    model = tiny_decoder(family, **settings)
-    for name, value in LANDMARKS.items():
-        setattr(model.config, name, value)
-    model.set_attn_implementation("landmark")
-    settle_layers(model)
-    return model
 
 
 def weights_of(model) -> list[list[nn.Parameter]]:
@@ -42,18 +32,6 @@ def weights_of(model) -> list[list[nn.Parameter]]:
         for layer in model.model.layers
         for owner, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.mlp, ("gate_proj", "up_proj")))
     ]
-
-
-def steps(model, fused: bool, count: int = 7, **options) -> tuple[list[torch.Tensor], BlockReader]:
-    """Logits of steps behind a text, as graphs give them, or what stands in for these."""
-    reader = BlockReader(model, chunk=8, **options)
-    reader.forward.recording, reader.forward.fuses_steps = True, fused
-    if model.device.type == "cpu":
-        reader.forward.record = Repeated
-    list(reader.read([tiny_text(30, row) for row in range(reader.batch)]))
-    found = [reader.step([7 + at] * reader.batch) for at in range(count)]
-    assert {kind[0] for kind in reader.forward._recorded} >= {1, 2}
-    return found, reader
 
 
 @pytest.fixture(autouse=True)
@@ -253,72 +231,98 @@ def test_what_is_a_part_of_something_else_is_not_moved():
     assert torch.equal(spanned([nn.Parameter(whole[:4]), nn.Parameter(whole[4:])]), whole)
 
 
-def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Triton's interpreter cuts bfloat16 off where a GPU rounds, as often as a kernel rounds on its way."""
-    assert found.dtype == expected.dtype
-    cut_off = not found.is_cuda and found.dtype == torch.bfloat16
-    assert_close_norm(found, expected, within=0.04 if cut_off else None)
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [48, 1024, 2880])
-@pytest.mark.parametrize("adds", [False, True])
-def test_the_kernel_of_norms_is_the_definition(adds, width, dtype, device):
-    x, added = torch.randn(2, 2, 1, width, dtype=torch.float32).to(device, dtype)
-    given = x.expand(2, 1, width), added if adds else None, torch.randn(width).to(device, dtype), 1e-6
-    for found, expected in zip(step_kernels.add_norm(*given), step_operations.add_norm(*given), strict=True):
-        assert_alike(found, expected)
-
-
-@pytest.mark.parametrize("device", KERNEL_DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [16, 24, 128])
-@pytest.mark.parametrize("normed", [False, True])
-def test_the_kernel_of_heads_is_the_definition(normed, dim, dtype, device):
-    joined = torch.randn(2, 3, (4 + 2 + 2) * dim).to(device, dtype)
-    q, k, v = (x.unflatten(-1, (-1, dim)) for x in joined.split([4 * dim, 2 * dim, 2 * dim], -1))
-    angles = torch.rand(2, 3, dim // 2).repeat(1, 1, 2) * 7
-    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-    norms = (*torch.randn(2, dim).to(device, dtype), 1e-6) if normed else ()
-    values = v.clone()
-    expected = step_operations.rotate_heads(q, k, cos, sin, *norms)
-    for found, one in zip(step_kernels.rotate_heads(q, k, cos, sin, *norms), expected, strict=True):
-        assert_alike(found, one)
-    assert torch.equal(v, values)
-
-
-@pytest.mark.parametrize("device", KERNEL_DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [48, 1024, 2880])
-def test_the_kernel_of_gates_is_the_definition(width, dtype, device):
-    gate, up = torch.randn(2, 1, 2 * width).mul(4).to(device, dtype).chunk(2, -1)
-    found = step_kernels.gated(gate, up)
-    assert found.is_contiguous()
-    assert_alike(found, step_operations.gated(gate, up))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_a_kernel_is_as_near_to_float32_as_its_definition(name, dtype, device):
+    found = measure(SMALL[name], dtype, device)
+    assert found.why_not_alike is None, found.why_not_alike
+    if device == "cuda" and name.startswith("rotate_heads") and not name.endswith("normed"):
+        # No sum is made in another order, and nothing is rounded less often either.
+        assert all(map(torch.equal, *found.outputs))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
-@pytest.mark.parametrize("family", KNOWN)
-def test_a_gpu_replays_fused_steps(family, kind, fused_calls):
-    if kind != "none":
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_a_kernel_is_so_in_models_shapes(name, dtype):
+    found = measure(LARGE[name], dtype, "cuda")
+    assert found.why_not_alike is None, found.why_not_alike
+
+
+def test_a_kernel_leaves_what_lies_beside_its_inputs():
+    dim, joined = 24, torch.randn(2, 3, 8 * 24)
+    q, k, v = (x.unflatten(-1, (-1, dim)) for x in joined.split([4 * dim, 2 * dim, 2 * dim], -1))
+    values, cos = v.clone(), torch.randn(2, 3, dim)
+    step_kernels.rotate_heads(q, k, cos, cos)
+    assert torch.equal(v, values)
+    assert step_kernels.gated(*joined.chunk(2, -1)).is_contiguous()
+
+
+@pytest.mark.parametrize("chooses", [False, True], ids=["all blocks", "chosen blocks"])
+@pytest.mark.parametrize(
+    ("device", "family", "kind"),
+    [
+        ("cpu", "llama", "none"),
+        *(
+            pytest.param("cuda", family, kind, marks=pytest.mark.gpu)
+            for family in KNOWN
+            for kind in ("none", "int8", "int4")
+        ),
+    ],
+)
+def test_fused_steps_are_as_near_to_float32_as_the_modules(device, family, kind, chooses, fused_calls, request):
+    if device == "cpu":
+        request.getfixturevalue("by_definition")
+    elif kind != "none":
         pytest.importorskip("humming")
-    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 2}
-    model = landmark_decoder(family, **(wide | {"num_key_value_heads": 1, "initializer_range": 0.1}))
-    model = model.to("cuda", torch.bfloat16)
-    if kind != "none":
-        quantize(model, kind, model.device)
-    # All blocks are retrieved: which ones are must not depend on how something was rounded.
-    options = {"batch": 2, "top_k_blocks": 4, "cache_blocks": 4}
-    expected, plain = steps(model, False, 40, **options)
-    assert not fused_calls and len(plain.forward._recorded) >= 2
-    if kind == "none":
-        assert all(spanned(weights) is not None for weights in weights_of(model))
-    found, _ = steps(model, True, 40, **options)
+    found = models(family, kind, torch.device(device))
+    plain, fused = compare(found, chooses)
     assert {(2, 1), (2, 2)} <= set(fused_calls)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_close_norm(ours, theirs, within=0.05)
+    if kind == "none" and device == "cuda":
+        assert all(spanned(weights) is not None for weights in weights_of(found.held))
+    assert (reason := why_not_alike(plain, fused)) is None, reason
+
+
+def wrong_operation(monkeypatch, what: str) -> None:
+    plain = {name: getattr(step_operations, name) for name in ("add_norm", "rotate_heads", "gated")}
+    name, function = {
+        "turned the other way": ("rotate_heads", lambda q, k, cos, sin, *norms: plain["rotate_heads"](q, k, cos, -sin)),
+        "a head that is another's": (
+            "rotate_heads",
+            lambda q, k, *given: plain["rotate_heads"](q.flip(2), k, *given),
+        ),
+        "a norm without its weight": (
+            "add_norm",
+            lambda x, added, weight, eps: plain["add_norm"](x, added, torch.ones_like(weight), eps),
+        ),
+        "a sum that is forgotten": ("add_norm", lambda x, added, *given: (x, plain["add_norm"](x, added, *given)[1])),
+        "the gate in the other's place": ("gated", lambda gate, up: plain["gated"](up, gate)),
+    }[what]
+    monkeypatch.setattr(step_operations, name, function)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "turned the other way",
+        "a head that is another's",
+        "a norm without its weight",
+        "a sum that is forgotten",
+        "the gate in the other's place",
+    ],
+)
+def test_a_wrong_operation_is_not_taken_for_rounding(what, by_definition, monkeypatch):
+    wrong_operation(monkeypatch, what)
+    assert why_not_alike(*compare(models("llama", "none", torch.device("cpu")), True, count=8)) is not None
+
+
+def test_rounding_less_often_is_not_taken_for_a_fault(by_definition, monkeypatch):
+    """Though other blocks are chosen for it, and the logits of such steps are others."""
+
+    rotate = step_operations.rotate_heads
+    monkeypatch.setattr(
+        step_operations, "rotate_heads", lambda *given: [x.bfloat16() for x in rotate(*(x.float() for x in given))]
+    )
+    plain, fused = compare(models("llama-llama3", "none", torch.device("cpu")), True)
+    assert why_not_alike(plain, fused) is None and plain != fused and fused.flipped > 0

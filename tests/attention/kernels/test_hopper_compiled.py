@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.attention.kernels.compiling import H100, Compiled
+
 # Bytes of registers spilled. The key gradient has two accumulators, and spills what it needs once a tile.
 SPILLED = {"forward_kernel": 0, "query_gradient_kernel": 0, "key_gradient_kernel": 48}
 
@@ -34,36 +36,6 @@ def test_registers_suffice_and_products_overlap(tmp_path, dim, block_size, token
     for name, (products, said) in found.items():
         assert products > 10 and "serialized" not in said, (name, said)
         assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= SPILLED[name], (name, said)
-
-
-class H100:
-    """As much of Triton's driver as compiling takes."""
-
-    utils = types.SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448})
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-
-class Compiled:
-    """Instead of a kernel: compiles it, and keeps the assembly."""
-
-    def __init__(self, kernel):
-        self.kernel, self.arg_names = kernel, kernel.arg_names
-
-    def __getitem__(self, grid):
-        def compile_(*arguments, **options):
-            self.assembly = self.kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
-
-        return compile_
 
 
 def main(dim: int, block_size: int, tokens: int) -> None:

@@ -101,6 +101,22 @@ def test_where_blocks_lie_changes_no_bit_on_a_gpu(name, dtype):
     assert_same_bits(replace(OFFLOADED[name], dtype=dtype), "cuda")
 
 
+@pytest.mark.parametrize(
+    ("case", "device"),
+    [
+        pytest.param(replace(CASES["steps"], chunks=[12, 1, 2]), "cpu", id="steps-cpu"),
+        *(
+            pytest.param(case, "cuda", marks=pytest.mark.gpu, id=f"{name}-gpu")
+            for name, case in {**CASES, **GPU_CASES}.items()
+        ),
+    ],
+)
+def test_views_of_one_tensor_are_read_as_they_are_alone(case, device):
+    """As they come from the joined product of a fused step."""
+    joined, alone = (read(each, device)[1] for each in (replace(case, joined=True), case))
+    assert all(map(torch.equal, joined, alone))
+
+
 # In the interpreter one of them is quick enough for every change; a GPU tries all.
 QUICK = ("rows left out",)
 
