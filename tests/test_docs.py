@@ -10,6 +10,7 @@ import yaml
 
 from landmark_cli.commands import COMMANDS, GROUPS
 from landmark_cli.options import settings_of
+from tests import original
 from tests.modules import load_script
 from tests.pages import ROOT, SCRIPTS, SHOWN, TEXTS, calls_of, headings_of, lines_of, spans_of, text_of
 
@@ -71,6 +72,7 @@ COMMON = {"--recipe", "--quiet", "--debug", "--help", "--version", "--install-co
 # Options of other programs, which these pages name; those of launchers that have an underscore are known by it.
 OTHERS = {"--shutdown-timeout": "torchrun", "--nnodes": "torchrun", "--cpu": "accelerate"}
 OTHERS |= {"--tasks": "lm_eval", "--metadata": "lm_eval", "--limit": "lm_eval"}
+OTHERS |= {flag: "the authors' project" for flags in original.SCRIPTS.values() for flag in flags}
 ROOMS = [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name not in ("data", "__pycache__")]
 PLACE = re.compile(
     rf"(?<![\w./:$-])((?:[\w.-]+/)*[\w-]+\.(?:py|sh)\b|(?:\.\./)?(?:docs|tests|benchmarks|recipes|{'|'.join(ROOMS)})/[\w./-]*)"
@@ -101,7 +103,8 @@ SOURCE = "".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rgl
 def test_files_that_a_page_names_are_there(path, text):
     starts = path.parent, ROOT, PACKAGE, PACKAGE / "attention"
     # What a command shall write need not be there.
-    for place in {place.rstrip(".-") for place in PLACE.findall(re.sub(r"(?:--output|>) \S+|\S*NAME\.\w+", "", text))}:
+    places = PLACE.findall(re.sub(r"(?:--output|>) \S+|\S*NAME\.\w+", "", text))
+    for place in {place.rstrip(".-") for place in places} - original.FILES:
         found = any((start / place).exists() for start in starts) if "/" in place else place in NAMES
         assert found, f"there is no {place}"
     for link in re.findall(r"\]\(([^)#]+)", text):
