@@ -16,6 +16,8 @@
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
+#   made-of                       the same distillation in short, over and over, each time with one thing changed
+#   gemma3-untouched gemma3-distilled    Gemma 3 270M as it is, and distilled from itself: RULER
 #   report                        all that was measured, as Markdown and pictures; needs no GPU
 #
 # What may be set:
@@ -27,6 +29,11 @@
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
 #   DISTILLED_STEPS        optimizer steps of ruler-distilled; RULER_WAYS: how it is asked, of k4 k16 long, or none
+#   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
+#   MADE_OF_SAMPLES        of RULER's three tasks; MADE_OF_LENGTH: they are asked at it and at 8 times it, and novels read
+#   MADE_OF_TOKENS         of a step, whatever the windows (the recipe's); MADE_OF_EVAL text of a perplexity
+#   MADE_OF_K              numbers of blocks that the unchanged recipe's model is read with, by commas
+#   GEMMA3                 its directory (tests/real/gemma3.py makes it); GEMMA3_STEPS GEMMA3_LENGTHS GEMMA3_SAMPLES of its parts
 #   DATA RUNS RESULTS DOCS    where token files, models, figures and the report go
 #   DEVICE DTYPE TRAIN FINETUNE    device, dtype of measuring, further options of training; PYTHON
 set -euo pipefail
@@ -45,6 +52,10 @@ RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMP
 RULER_LONG_LENGTHS=${RULER_LONG_LENGTHS:-131072,1000000} RULER_LONG_SAMPLES=${RULER_LONG_SAMPLES:-5}
 RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-400}
 RULER_WAYS=${RULER_WAYS:-k4 k16 long}
+MADE_OF=${MADE_OF:-} MADE_OF_STEPS=${MADE_OF_STEPS:-200} MADE_OF_SAMPLES=${MADE_OF_SAMPLES:-10}
+MADE_OF_LENGTH=${MADE_OF_LENGTH:-8192} MADE_OF_EVAL=${MADE_OF_EVAL:-131072} MADE_OF_K=${MADE_OF_K:-2,4,8,16,32}
+GEMMA3=${GEMMA3:-data/gemma3} GEMMA3_STEPS=${GEMMA3_STEPS:-400} GEMMA3_SAMPLES=${GEMMA3_SAMPLES:-10}
+GEMMA3_LENGTHS=${GEMMA3_LENGTHS:-4096,8192,16384,32768,65536,131072}
 DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
 # Several words each.
 TRAIN=(${TRAIN:-}) FINETUNE=(${FINETUNE:-}) MEASURE=(--device "$DEVICE" --dtype "$DTYPE")
@@ -53,7 +64,8 @@ WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
 RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled"
-PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS report}
+GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
+PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
 landmark() { "$PYTHON" -m landmark_cli "$@"; }
 
@@ -206,13 +218,14 @@ smollm2() {
     both pretrained_novels pretrained_keys
 }
 
-# The tasks of training are hidden in the novels that are trained on, RULER's in those that are not.
+# distil RECIPE BASE STEPS OPTIONS: a decoder from itself, unless a finished model is there. The tasks of training are hidden
+# in the novels that are trained on, RULER's in those that are not.
 distil() {
-    smollm2_text
-    novels
+    local recipe=$1 base=$2 steps=$3
+    shift 3
     [ -e "$model/config.json" ] ||
-        step landmark finetune --recipe results/smollm2-distilled --model "$SMOLLM2" --data "$DATA/novels$suffix" \
-            --steps "$DISTILLED_STEPS" --output "$model" --resume --device "$DEVICE" "${FINETUNE[@]}"
+        step landmark finetune --recipe "results/$recipe" --model "$base" --data "$DATA/novels$suffix" \
+            --steps "$steps" --output "$model" --resume --device "$DEVICE" "${FINETUNE[@]}" "$@" || return
     cp "$model/metrics.jsonl" "$results/"
 }
 
@@ -233,7 +246,9 @@ ruler() {
             ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
             ;;
         distilled)
-            distil
+            smollm2_text
+            novels
+            distil smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS"
             for way in $RULER_WAYS; do
                 case $way in
                     k4) ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4 ;;
@@ -245,6 +260,108 @@ ruler() {
             done
             ;;
     esac
+}
+
+# A value of the recipe that is varied.
+recipe_value() { sed -n "s/^$1: *//p" recipes/results/smollm2-distilled.yaml; }
+
+# windows LENGTH: a step of as many tokens in windows of this length.
+windows_of() { echo "--sequence-length $1 --batch-size $((MADE_OF_TOKENS > $1 ? MADE_OF_TOKENS / $1 : 1))"; }
+
+# A name a line, and what differs from recipes/results/smollm2-distilled.yaml.
+variants() {
+    MADE_OF_TOKENS=${MADE_OF_TOKENS:-$(($(recipe_value sequence-length) * $(recipe_value batch-size) * $(recipe_value accumulation)))}
+    cat <<TABLE
+best
+seed-1              --seed 1
+no-teacher          --teacher none
+no-teacher-seed-1   --teacher none --seed 1
+no-tasks            --tasks-share 0
+fewer-tasks         --tasks-share 0.3
+answers-0           --answer-weight 0
+answers-1           --answer-weight 1
+answers-by-words    --answer-weight 1 --answer-divergence-weight 0
+answers-by-teacher  --answer-weight 0 --answer-divergence-weight 3
+text-1              --text-weight 1
+windows-1k          $(windows_of 1024)
+windows-2k          $(windows_of 2048)
+windows-4k          $(windows_of 4096)
+windows-8k          $(windows_of 8192)
+block-16            --landmark-freq 15
+block-32            --landmark-freq 31
+block-64            --landmark-freq 63
+block-128           --landmark-freq 127
+lr-3e-5             --lr 3e-5
+lr-3e-4             --lr 3e-4
+lr-1e-3             --lr 1e-3
+lora-8              --lora-rank 8 --merge
+lora-64             --lora-rank 64 --merge
+lora-256            --lora-rank 256 --merge
+landmarks           --train landmarks
+landmarks-lr-1e-3   --train landmarks --lr 1e-3
+gate-0.1            --gate-weight 0.1
+gate-1              --gate-weight 1
+read-8k             --read-chunk 2048 $(windows_of 8192)
+read-32k            --read-chunk 2048 $(windows_of 32768)
+TABLE
+}
+
+# brief_ruler NAME OPTIONS: three of RULER's tasks as `finetune` asks them, at the same lengths for all variants.
+brief_ruler() {
+    local name=$1
+    shift
+    measure "$name" ruler --model "$model" --tasks niah_single_2,niah_multikey_1,vt --samples "$MADE_OF_SAMPLES" \
+        --lengths "$MADE_OF_LENGTH,$((8 * MADE_OF_LENGTH))" --output "$RUNS/studies/$part/$(basename "$model")-$name" "$@"
+}
+
+eight_thousand() {
+    measure "$1" perplexity --model "$2" --data "$DATA/novels$suffix" --eval-length "$MADE_OF_LENGTH" --sample-tokens "$MADE_OF_EVAL"
+}
+
+# variant NAME OPTIONS: RULER at the run's end is asked at lengths that go by its windows, else here.
+variant() {
+    local name=$1 metrics=$RUNS/$part/$1/metrics.jsonl
+    shift
+    results=$RESULTS/$part/$name model=$RUNS/$part/$name
+    mkdir -p "$results"
+    printf '%s\n' "$*" > "$results/options.txt"
+    distil smollm2-distilled "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler "$MADE_OF_SAMPLES" --eval-every "$MADE_OF_STEPS" "$@" &&
+        eight_thousand perplexity "$model" || return
+    grep -q "\"ruler_mean_$MADE_OF_LENGTH\"" "$metrics" && grep -q "\"ruler_mean_$((8 * MADE_OF_LENGTH))\"" "$metrics" ||
+        brief_ruler ruler || return
+    [ "$name" != best ] || [ -z "$MADE_OF_K" ] || brief_ruler ruler-k --top-k-blocks "$MADE_OF_K"
+}
+
+# Where one variant fails, the others are measured.
+made_of() {
+    smollm2_text
+    novels
+    eight_thousand untouched "$SMOLLM2"
+    local all chosen=0 failed=() name options
+    mapfile -t all < <(variants)
+    for line in "${all[@]}"; do
+        read -r name options <<< "$line"
+        [ -z "$MADE_OF" ] || [[ " $MADE_OF " == *" $name "* ]] || continue
+        chosen=$((chosen + 1))
+        # Several words each.
+        variant "$name" $options || failed+=("$name")
+    done
+    results=$RESULTS/$part
+    [ "$chosen" -ge "$(wc -w <<< "$MADE_OF")" ] || { echo "of MADE_OF=$MADE_OF some are none of: ${all[*]%% *}" >&2; return 2; }
+    [ "${#failed[@]}" = 0 ] || { echo "these failed: ${failed[*]}" >&2; return 1; }
+}
+
+gemma3() {
+    suffix=-gemma3 tokenizer=(--tokenizer "$GEMMA3")
+    if [ "$role" = untouched ]; then
+        ask ruler "$GEMMA3" "$GEMMA3_LENGTHS" "$GEMMA3_SAMPLES" --full-attention
+        return
+    fi
+    novels
+    distil gemma3-distilled "$GEMMA3" "$GEMMA3_STEPS"
+    for k in 4 16; do
+        ask "ruler-k$k" "$model" "$GEMMA3_LENGTHS" "$GEMMA3_SAMPLES" --top-k-blocks "$k"
+    done
 }
 
 machine() {
@@ -280,6 +397,8 @@ run_part() {
         math-*) text=$DATA/math; on_mathematics "$role"; tables ;;
         smollm2-*) smollm2 ;;
         ruler-*) ruler ;;
+        made-of) made_of ;;
+        gemma3-*) gemma3 ;;
         *) echo "there is no part called $part" >&2; return 2 ;;
     esac
     printf 'total\t%d\n' $((SECONDS - begin)) >> "$results/log.tsv"
@@ -292,6 +411,7 @@ for name in $PART; do
         math) for one in $MATH_PARTS; do run_part "$one"; done ;;
         smollm2) for one in $SMOLLM2_PARTS; do run_part "$one"; done ;;
         ruler) for one in $RULER_PARTS; do run_part "$one"; done ;;
+        gemma3) for one in $GEMMA3_PARTS; do run_part "$one"; done ;;
         *) run_part "$name" ;;
     esac
 done
