@@ -224,7 +224,7 @@ distil() {
     local recipe=$1 base=$2 steps=$3
     shift 3
     [ -e "$model/config.json" ] ||
-        step landmark finetune --recipe "results/$recipe" --model "$base" --data "$DATA/novels$suffix" \
+        step landmark finetune --recipe "$recipe" --model "$base" --data "$DATA/novels$suffix" \
             --steps "$steps" --output "$model" --resume --device "$DEVICE" "${FINETUNE[@]}" "$@" || return
     cp "$model/metrics.jsonl" "$results/"
 }
@@ -248,7 +248,7 @@ ruler() {
         distilled)
             smollm2_text
             novels
-            distil smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS"
+            distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS"
             for way in $RULER_WAYS; do
                 case $way in
                     k4) ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4 ;;
@@ -274,9 +274,10 @@ variants() {
     cat <<TABLE
 best
 seed-1              --seed 1
-no-teacher          --teacher none
-no-teacher-seed-1   --teacher none --seed 1
-no-tasks            --tasks-share 0
+no-teacher          --teacher none --answer-weight 1
+no-teacher-seed-1   --teacher none --answer-weight 1 --seed 1
+no-teacher-answers  --teacher none --answer-weight 30
+no-tasks            --tasks-share 0 --answer-weight 0
 fewer-tasks         --tasks-share 0.3
 answers-0           --answer-weight 0
 answers-1           --answer-weight 1
@@ -320,12 +321,18 @@ eight_thousand() {
 
 # variant NAME OPTIONS: RULER at the run's end is asked at lengths that go by its windows, else here.
 variant() {
-    local name=$1 metrics=$RUNS/$part/$1/metrics.jsonl
+    local name=$1 recipe=results/smollm2-distilled metrics=$RUNS/$part/$1/metrics.jsonl
     shift
     results=$RESULTS/$part/$name model=$RUNS/$part/$name
     mkdir -p "$results"
     printf '%s\n' "$*" > "$results/options.txt"
-    distil smollm2-distilled "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler "$MADE_OF_SAMPLES" --eval-every "$MADE_OF_STEPS" "$@" &&
+    if [[ " $* " == *" --teacher none "* ]]; then
+        # What is said of a teacher is refused where there is none.
+        recipe=$results/recipe.yaml
+        sed '/^answer-divergence-weight/d; /^text-weight/d; /^gate-weight/d; /^distill-temperature/d' \
+            recipes/results/smollm2-distilled.yaml > "$recipe"
+    fi
+    distil "$recipe" "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler "$MADE_OF_SAMPLES" --eval-every "$MADE_OF_STEPS" "$@" &&
         eight_thousand perplexity "$model" || return
     grep -q "\"ruler_mean_$MADE_OF_LENGTH\"" "$metrics" && grep -q "\"ruler_mean_$((8 * MADE_OF_LENGTH))\"" "$metrics" ||
         brief_ruler ruler || return
@@ -358,7 +365,7 @@ gemma3() {
         return
     fi
     novels
-    distil gemma3-distilled "$GEMMA3" "$GEMMA3_STEPS"
+    distil results/gemma3-distilled "$GEMMA3" "$GEMMA3_STEPS"
     for k in 4 16; do
         ask "ruler-k$k" "$model" "$GEMMA3_LENGTHS" "$GEMMA3_SAMPLES" --top-k-blocks "$k"
     done
