@@ -70,6 +70,8 @@ class Backend:
     cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read, to which softcap and sinks come by name
     where there are some; None where another one reads.
     recorded: whether shapes of what it reads do not depend on what has been read, so that CUDA graphs can record it.
+    stores_first: whether it stores a chunk before it reads, so that chunks that follow one another can be read side by
+    side, as rows.
     retrieve_forward, retrieve_backward: of the operators of window_operators.py, whose arguments they take; None: the
     definition, or another one.
     local_forward, local_backward: of the operators of local_operators.py, whose arguments they take; None: the
@@ -84,6 +86,7 @@ class Backend:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
     read: Callable[..., Read] | None = None
     recorded: bool = False
+    stores_first: bool = False
     retrieve_forward: Callable[..., tuple[Tensor, ...]] | None = None
     retrieve_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
     local_forward: Callable[..., tuple[Tensor, Tensor | None]] | None = None
@@ -331,6 +334,7 @@ BACKENDS = {
             _triton_backward,
             read=_triton_read,
             recorded=True,
+            stores_first=True,
             retrieve_forward=_triton_retrieve,
             retrieve_backward=_triton_retrieve_backward,
             local_forward=_triton_local,

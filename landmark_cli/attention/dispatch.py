@@ -110,8 +110,12 @@ def landmark_attention_forward(
                 return attend_chunk(layer, q, k, v, landmark_cache, chunk, **given)
 
         if isinstance(landmark_chunk, Passage):
+            stores_first = False
+            if not kind.local and landmark_cache.trace is None:
+                reader = _reader(query, landmark_cache.settings.block_size, context_miss_key, softcap, s_aux)
+                stores_first = BACKENDS[reader].stores_first
             with landmark_cache.streamed(layer):
-                out = landmark_chunk.read(attend, query, key, value)
+                out = landmark_chunk.read(attend, query, key, value, side_by_side=stores_first)
         else:
             out = attend(query, key, value, landmark_chunk)
         return out.transpose(1, 2).contiguous(), None
@@ -290,24 +294,36 @@ def attend_chunk(
     chunk = chunk.to(k.device)
     chunk = chunk if rotated else chunk.unrotated
     blocks = cache.layer(layer, k, chunk, rotated)
-    problem = Problem(
-        str(q.device),
-        q.dtype,
-        q.shape[-1],
-        blocks.settings.block_size,
-        context_miss=context_miss_key is not None,
-        reading=True,
-        differentiated=torch.is_grad_enabled() and q.requires_grad,
-        softcap=softcap is not None,
-        sinks=sinks is not None,
-    )
-    name = choose(problem, backend)
+    name = _reader(q, blocks.settings.block_size, context_miss_key, softcap, sinks, backend)
     cache.backends.add(name)
     # Who cannot have these is not chosen where there are some.
     given = {name: value for name, value in (("softcap", softcap), ("sinks", sinks)) if value is not None}
     read = BACKENDS[name].read(q, k, v, blocks, chunk, scale, context_miss_key, cache.trace is not None, **given)
     cache.record(layer, chunk, read.ages, read.shares, read.dropped)
     return read.out
+
+
+def _reader(
+    q: Tensor,
+    block_size: int,
+    context_miss_key: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    backend: str | None = None,
+) -> str:
+    """The name of the backend that reads chunks through the cache; arguments as of `attend_chunk`."""
+    problem = Problem(
+        str(q.device),
+        q.dtype,
+        q.shape[-1],
+        block_size,
+        context_miss=context_miss_key is not None,
+        reading=True,
+        differentiated=torch.is_grad_enabled() and q.requires_grad,
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+    )
+    return choose(problem, backend)
 
 
 def attend_window(

@@ -325,11 +325,13 @@ class BlockCache:
                 self.settings, self._of_all_rows(k), rotations, self.resident, len(self.layers), one_key
             )
         blocks = self.layers[index]
-        # Rows that rest keep what they have.
+        # Rows that rest keep what they have; of chunks side by side the first begins, and the last ends.
         complete, added = list(self.host_blocks), [1] * self.batch
         more = self._added_blocks(chunk.host_lengths, chunk.host_tail)
+        begins: dict[int, int] = {}
         for row, has, adds in zip(chunk.host_rows, chunk.host_blocks, more, strict=True):
-            complete[row], added[row] = has, adds
+            complete[row] = begins.setdefault(row, has)
+            added[row] = has + adds - begins[row]
         self._replaced += blocks.reserve(complete, added, self.expected_blocks)
         for row, place in self._waiting.get(index, {}).items():
             blocks.put(row, *place)

@@ -16,6 +16,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Tokens of chunks that are read side by side, all rows together: about as many as one chunk of a long trained length
+# has, so that what is made on the way takes as much memory.
+MOST_SIDE_BY_SIDE = 4096
+# Narrower chunks are steps to the kernels, which count themselves in memory for the cache's own rows.
+NARROWEST = 16
+
 
 class Chunk:
     """Lengths, positions and counts of the next tokens of every row. Rows of unequal length are padded on the left.
@@ -128,6 +134,7 @@ class Passage:
     width: tokens of the widest chunk, padding included.
     """
 
+    # No dataclass, for it is an argument of layers (see dispatch.landmark_attention_forward).
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self.chunks = list(chunks)
         self.width = max(chunk.width for chunk in self.chunks)
@@ -137,12 +144,64 @@ class Passage:
         """(B, T) int64, those of the chunks side by side."""
         return torch.cat([chunk.position_ids for chunk in self.chunks], dim=1)
 
-    def read(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def read(
+        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, side_by_side: bool = False
+    ) -> Tensor:
         """What `attend(q, k, v, chunk)` gives for the chunks, each with its columns of q (B, H, T, D) and of k and v
-        (B, G, T, D), side by side: (B, H, T, D)."""
+        (B, G, T, D), side by side: (B, H, T, D). side_by_side: whether attend stores a chunk before it reads; then
+        chunks come to it as rows of one, many at a time (see `side_by_side`)."""
         found, begin = [], 0
-        for chunk in self.chunks:
-            columns = slice(begin, begin + chunk.width)
-            found.append(attend(*(x[:, :, columns] for x in (q, k, v)), chunk).transpose(1, 2))
-            begin += chunk.width
+        for chunk, count in self.runs if side_by_side else [(chunk, 1) for chunk in self.chunks]:
+            columns = slice(begin, begin + chunk.width * count)
+            given = (_as_rows(x[:, :, columns], count) for x in (q, k, v))
+            out = attend(*given, chunk).transpose(1, 2)  # (B * count, width, H, D)
+            found.append(out.reshape(q.shape[0], -1, *out.shape[2:]))
+            begin = columns.stop
         return torch.cat(found, dim=1).transpose(1, 2)
+
+    @cached_property
+    def runs(self) -> list[tuple[Chunk, int]]:
+        """The chunks, as many as may be as rows of one, and how many each of these is."""
+        runs: list[list[Chunk]] = []
+        for chunk in self.chunks:
+            last = runs[-1] if runs else []
+            tokens = (len(last) + 1) * chunk.width * len(chunk.host_rows)
+            if last and chunk.width == last[0].width >= NARROWEST and tokens <= MOST_SIDE_BY_SIDE:
+                last.append(chunk)
+            else:
+                runs.append([chunk])
+        return [(side_by_side(run), len(run)) for run in runs]
+
+
+def side_by_side(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of one width that follow one another, as rows of one chunk: all of the first row, then all of the next.
+
+    Blocks are numbered, so each finds what stands before it where all have been stored before any is read, in a cache
+    with room for all of them. Their keys and values are rotated as those of the chunks are.
+    """
+    first = chunks[0]
+    if len(chunks) == 1:
+        return first
+
+    def in_order(of_chunks: Sequence[list[int]]) -> list[int]:
+        return [number for of_row in zip(*of_chunks, strict=True) for number in of_row]
+
+    hosts = (
+        in_order([getattr(chunk, name) for chunk in chunks])
+        for name in ("host_lengths", "host_blocks", "host_tail", "host_rows")
+    )
+    counters = torch.stack([chunk.counters for chunk in chunks], dim=2).flatten(1)
+    rotation = None
+    if first.stream_rotation is not None:
+        of_chunks = zip(*(chunk.stream_rotation or () for chunk in chunks), strict=True)
+        cos, sin = (torch.stack(parts, dim=1).flatten(0, 1) for parts in of_chunks)
+        rotation = cos, sin
+    return Chunk(first.width, *hosts, first.retrievable, counters, rotation)
+
+
+def _as_rows(x: Tensor, count: int) -> Tensor:
+    """Chunks side by side, (B, H, count * T, D), as rows, (B * count, H, T, D), of one that lies in memory as they do,
+    if they can be viewed so."""
+    if count == 1:
+        return x
+    return x.transpose(1, 2).unflatten(1, (count, -1)).flatten(0, 1).transpose(1, 2)
