@@ -144,8 +144,9 @@ def unlike_rows(run: Run) -> Iterator[Row]:
             memory = max(memory, gibibytes())
     share, of_steps = (speeds["unlike"] / speeds["equal"] for speeds in (read, steps))
     yield Row(
-        f"{count} prompts of {lengths[0] // 1024}k to {longest // 1024}k tokens, SmolLM2-135M's shape, 8 layers",
-        f"read {read['unlike'] / 1e3:.0f} k tokens/s ({share:.2f} of equal rows), 60 steps of all "
+        f"{count} prompts of {lengths[0] // 1024}k to {longest // 1024}k tokens, SmolLM2-135M's shape, "
+        f"{model.config.num_hidden_layers} layers",
+        f"read {read['unlike'] / 1e3:.0f} k tokens/s ({share:.2f} of equal rows), {run.times(60)} steps of all "
         f"{steps['unlike'] / 1e3:.1f} k tokens/s ({of_steps:.2f}), {memory:.0f} GiB",
         target="0.8 of equal rows",
         met=share >= 0.8,
