@@ -150,9 +150,11 @@ def why_not_alike(plain: Errors, fused: Errors) -> str | None:
     """What of fused steps is further from float32 than rounding makes it, or None."""
     checks = {
         "all rows": (fused.whole, TIMES * plain.whole + FLOOR),
-        "the worst row": (fused.worst, WORST_TIMES * plain.worst + FLOOR),
         "choices": (fused.flipped, FLIPPED_TIMES * plain.flipped + FLIPPED_FLOOR),
     }
+    if plain.rows == fused.rows == 1:
+        # Else a row may read a token of which another layer has made something else, for other blocks.
+        checks["the worst row"] = fused.worst, WORST_TIMES * plain.worst + FLOOR
     # A nan is within no bound.
     wrong = [f"{what}: {error:.4f}, allowed {most:.4f}" for what, (error, most) in checks.items() if not error <= most]
     if fused.rows < 0.5:
