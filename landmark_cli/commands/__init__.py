@@ -173,6 +173,15 @@ landmark plan --model HuggingFaceTB/SmolLM2-135M --landmark-freq 31,63,127 --seq
         _in("reading_plan", "PlanOptions"),
     ),
     Command(
+        "models export",
+        "Make a model of a checkpoint of a run.",
+        """
+landmark models export runs/pg19-landmark
+landmark models export runs/pg19/checkpoints/step-00001000 --output models/early
+""",
+        _in("export", "ExportOptions"),
+    ),
+    Command(
         "weight-diff make",
         "Write the difference of a fine-tuned model from its raw weights, to be published without the raw weights.",
         """
@@ -193,6 +202,7 @@ landmark weight-diff recover --path-raw llama-7b --path-diff epfml/landmark-atte
 ]
 
 GROUPS = {
+    "models": "Make models of what runs have kept.",
     "eval": "Measure a model on held-out text.",
     "weight-diff": "Publish a fine-tuned model as its difference from weights that may not be passed on.",
 }

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.finetune_data import open_data
 from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT
+from landmark_cli.commands.finetune_model import saving_of, trained_length, untrained, write_rest
 from landmark_cli.commands.finetune_plan import adapter_settings, plan, with_defaults
-from landmark_cli.commands.finetune_report import AUTO, Report, card_of, check_report
+from landmark_cli.commands.finetune_report import AUTO, Report, check_report
 from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_loop import begin, carry_out, make_loop
 from landmark_cli.commands.run_options import (
-    RECIPE,
     TOP_K_BLOCKS_HELP,
     DataOptions,
     RunOptions,
@@ -27,7 +27,7 @@ from landmark_cli.commands.run_options import (
 )
 from landmark_cli.console import counted, info
 from landmark_cli.errors import UsageError, import_extra
-from landmark_cli.options import LONGEST, Options, option, save_recipe
+from landmark_cli.options import LONGEST, Options, option
 from landmark_cli.training.fit import CPU_WINDOW, STEP_TOKENS
 
 if TYPE_CHECKING:
@@ -281,49 +281,23 @@ def run(options: FinetuneOptions) -> Path | None:
 
 def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> Path:
     """The run itself, in every process. Returns its directory."""
-    from landmark_cli.models.card import write_card
-    from landmark_cli.models.lora import add_adapters
-    from landmark_cli.training.finetuning import open_with_landmarks, saving
     from landmark_cli.training.publish import Publication
     from landmark_cli.training.teachers import UntouchedRows
-    from landmark_cli.training.trained import train_landmarks
 
     accelerator, output, precision = begun
     check_launch(options, accelerator)
-    adapters = adapter_settings(options)
     untouched: list[UntouchedRows] = []
-    read = reading(options, options.landmark_freq, options.top_k_blocks)
-    model, tokenizer = open_with_landmarks(
-        options.model,
-        landmark_freq=options.landmark_freq,
-        trained_length=trained_length(options),
-        top_k_blocks=options.top_k_blocks if read is None else read.top_k,
-        precision=precision,
-        frozen=adapters is not None,
+    model, trained, tokenizer = untrained(
+        options,
+        precision,
         four_bit_on=accelerator.device if options.four_bit else None,
-        trust_remote_code=options.trust_remote_code,
-        opened=lambda model: untouched.append(UntouchedRows(model)) if adapters and options.teacher == "self" else None,
+        opened=lambda model: untouched.append(UntouchedRows(model)),
     )
-    config = model.config
-    config.include_landmark_in_loss = options.landmarks_in_loss
-    trained = add_adapters(model, adapters) if adapters else model
-    if options.train == "landmarks":
-        train_landmarks(model)
 
     def save_rest(directory: Path) -> None:
-        tokenizer.save_pretrained(directory)
-        save_recipe(options, directory / RECIPE, "finetune")
-        write_card(model, directory, card_of(options, accelerator.num_processes))
+        write_rest(directory, options, model, tokenizer, accelerator.num_processes)
 
-    save = saving(
-        options.model,
-        tokenizer,
-        adapters=adapters is not None,
-        merge=options.merge,
-        dtype=options.save_dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
-    publication = Publication(trained, output, save_rest, save)
+    publication = Publication(trained, output, save_rest, saving_of(options, tokenizer))
 
     # Before the text is tokenized, which may take hours: a teacher that cannot be opened ends the run here.
     distilled = distillation(options, trained, tokenizer, untouched, begun)
@@ -333,22 +307,22 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         options,
         begun,
         trained,
-        config,
+        model.config,
         data,
         landmarks_in_loss=options.landmarks_in_loss,
-        read=read,
-        identity={"adapters": str(adapters), "landmarks_in_loss": options.landmarks_in_loss}
+        read=reading(options, options.landmark_freq, options.top_k_blocks),
+        identity={"adapters": str(adapter_settings(options)), "landmarks_in_loss": options.landmarks_in_loss}
         | ({} if options.train == "all" else {"train": options.train})
         | ({"tasks_share": tasks_share} if tasks_share else {}),
         distillation=distilled,
     )
     report = Report(options, model, tokenizer, publication, loop)
     loop.examine = report.in_the_middle
-    carry_out(options, "finetune", config, loop)
+    carry_out(options, "finetune", model.config, loop)
     publication.publish(loop)
     report.at_the_end()
     accelerator.end_training()
-    info(f"trained {'adapters' if adapters and not options.merge else 'model'}: {output}")
+    info(f"trained {'adapters' if options.lora_rank is not None and not options.merge else 'model'}: {output}")
     return output
 
 
@@ -375,12 +349,6 @@ def check_windows(options: FinetuneOptions) -> None:
     """Raise UsageError where a model could not be read with such windows, blocks and chunks."""
     if reading(options, options.landmark_freq, options.top_k_blocks) is None:
         check_window(options.sequence_length, options.landmark_freq, options.top_k_blocks)
-
-
-def trained_length(options: FinetuneOptions) -> int:
-    """The positions that a window takes, landmarks included, as the model's config will say."""
-    read = reading(options, options.landmark_freq, options.top_k_blocks)
-    return options.sequence_length if read is None else read.positions
 
 
 def run_name(options: FinetuneOptions) -> str:

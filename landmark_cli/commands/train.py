@@ -195,28 +195,36 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
 
 def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, data: TrainingData) -> Path:
     """The run itself, in every process. Returns its directory."""
-    from landmark_cli.models.generation_config import silence
-    from landmark_cli.models.gpt import GPTForCausalLM
     from landmark_cli.training.publish import Publication
 
     with begin(options, run_name(options)) as begun:
         accelerator, output, _ = begun
-        model = GPTForCausalLM(config)
-        saved = tokenizer.as_transformers(landmark=not options.baseline)
-        model.generation_config.pad_token_id = saved.pad_token_id
-        silence(model, saved)
-
-        def save_rest(directory: Path) -> None:
-            tokenizer.save_pretrained(directory, landmark=not options.baseline)
-            save_recipe(options, directory / RECIPE, "train")
-
-        publication = Publication(model, output, save_rest)
+        model = untrained(config, tokenizer)
+        publication = Publication(model, output, partial(write_rest, options=options, tokenizer=tokenizer))
         loop = loop_of(options, begun, model, data)
         carry_out(options, "train", config, loop)
         publication.publish(loop)
         accelerator.end_training()
         info(f"trained model: {output}")
         return output
+
+
+def untrained(config: GPTConfig, tokenizer: TextTokenizer) -> GPTForCausalLM:
+    """The model of a run before its first step."""
+    from landmark_cli.models.generation_config import silence
+    from landmark_cli.models.gpt import GPTForCausalLM
+
+    model = GPTForCausalLM(config)
+    saved = tokenizer.as_transformers(landmark=config.landmark_freq is not None)
+    model.generation_config.pad_token_id = saved.pad_token_id
+    silence(model, saved)
+    return model
+
+
+def write_rest(directory: Path, options: TrainOptions, tokenizer: TextTokenizer) -> None:
+    """Write what belongs beside a run's model: tokenizer and recipe."""
+    tokenizer.save_pretrained(directory, landmark=not options.baseline)
+    save_recipe(options, directory / RECIPE, "train")
 
 
 def loop_of(

@@ -32,6 +32,9 @@ from landmark_cli.weight_diff.manifest import MANIFEST
 
 from .size import check_size
 
+# What a run's checkpoint says of itself.
+CHECKPOINT = "training.json"
+
 
 def open_pretrained(
     path: str | Path,
@@ -92,6 +95,10 @@ def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     directory = Path(path)
     local = os.path.exists(path) or (os.sep in str(path) and not _looks_like_hub_id(str(path)))
     if local and not os.path.lexists(directory / "config.json"):
+        if os.path.lexists(directory / CHECKPOINT):
+            raise LandmarkError(
+                f"{path} is a checkpoint, the state of a run: `landmark models export {path}` makes a model of it"
+            )
         found = "is not there" if not os.path.exists(path) else "has no config.json"
         raise LandmarkError(f"cannot open the model {path}: it {found}; name a model directory or a hub id")
     if os.path.lexists(directory / MANIFEST):

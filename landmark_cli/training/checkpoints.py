@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import flush, flush_tree, read_record, reading, reason, write_json
+from landmark_cli.models.pretrained import CHECKPOINT as RECORD
 from landmark_cli.training.checksums import damage_of, write_checksums
 from landmark_cli.training.finite import not_finite
 from landmark_cli.training.setup import by_main_process
@@ -38,7 +39,7 @@ from landmark_cli.training.setup import by_main_process
 NAME = re.compile(r"step-(\d+)")
 PARTIAL = ".partial"
 WEIGHTS = "model.safetensors"
-RECORD = "training.json"
+WHOLE = "whole weights"
 DAMAGED = ".damaged"
 # CheckpointException is what sharded checkpoints raise; it is no Exception.
 UNWRITABLE = (OSError, RuntimeError, SafetensorError, CheckpointException)
@@ -48,6 +49,11 @@ WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint
 def plain_name(name: str) -> str:
     """A parameter's name without what DDP, FSDP and torch.compile put into it."""
     return WRAPPERS.sub("", name).removeprefix(".")
+
+
+def own_name(name: str) -> str:
+    """The name that a model itself has for a parameter of the loss that is made of it."""
+    return plain_name(name).removeprefix("wrapped.")
 
 
 @dataclass(frozen=True)
@@ -250,23 +256,34 @@ class Checkpoints:
         if not models:
             return
         models.clear()
-        loaded, stored = load_file(Path(directory) / WEIGHTS), self._stored()
-        if loaded.keys() != stored.keys():
-            name = min(loaded.keys() ^ stored.keys())
-            place = "only there" if name in loaded else "missing there"
-            raise LandmarkError(f"{directory} holds the weights of another model: {name} is {place}")
-        with torch.no_grad():
-            for name, tensor in loaded.items():
-                stored[name].copy_(tensor)
+        put(load_file(Path(directory) / WEIGHTS), self._stored(), directory)
 
     def _stored(self) -> dict[str, torch.Tensor]:
-        """The attached model's trained parameters and its persistent buffers, by plain name. Frozen weights come from
-        where the model came from, so frozen weights are not among them."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        state = model.state_dict()
-        return {plain_name(name): state[name] for name in state if name in trained or name not in every}
+        """The attached model's. Frozen weights come from where the model came from, and are not among them."""
+        return stored_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+
+def stored_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model: its trained parameters and its persistent buffers, by plain name."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict()
+    return {plain_name(name): state[name] for name in state if name in trained or name not in every}
+
+
+@torch.no_grad()
+def put(loaded: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], what: str | Path) -> None:
+    """Put a checkpoint's tensors into a model. stored: the model's own, from `stored_of`. what: the checkpoint, for
+    messages. Raises LandmarkError where they are another model's."""
+    if loaded.keys() != stored.keys():
+        name = min(loaded.keys() ^ stored.keys())
+        place = "only there" if name in loaded else "missing there"
+        raise LandmarkError(f"{what} holds the weights of another model: {name} is {place}")
+    for name, tensor in loaded.items():
+        if tensor.shape != stored[name].shape:
+            shapes = f"{tuple(tensor.shape)} there and {tuple(stored[name].shape)} here"
+            raise LandmarkError(f"{what} holds the weights of another model: {name} is {shapes}")
+        stored[name].copy_(tensor)
 
 
 def _written_by_main_process(work: Callable[[], None]) -> None:
@@ -290,7 +307,7 @@ def layout(accelerator: Accelerator) -> str:
         return f"FSDP {plugin.fsdp_version} {plugin.state_dict_type.name}"
     if kind == DistributedType.DEEPSPEED:
         return f"DeepSpeed on {accelerator.num_processes} processes"
-    return "whole weights"
+    return WHOLE
 
 
 def step_of(path: Path) -> int:

@@ -18,7 +18,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reason, writing
 from landmark_cli.interrupts import interrupts
 from landmark_cli.models.directory import PARTIAL, put_in_place, save_model
-from landmark_cli.training.checkpoints import plain_name, step_of
+from landmark_cli.training.checkpoints import own_name, step_of
 from landmark_cli.training.finite import not_finite, stored_tensors
 from landmark_cli.training.loop import Loop
 from landmark_cli.training.setup import by_main_process, quiet_transformers
@@ -27,20 +27,28 @@ SaveModel = Callable[[nn.Module, Path, dict[str, Tensor]], None]
 
 
 class Publication:
-    """How a run's model is written into its directory, which is tried at once. Every process makes one of these.
+    """How a run's model is written into its directory, which is tried at once. Every process makes one.
 
     model: the model before anything is wrapped around it. output: the run's directory. save_rest(directory) adds what
     belongs beside the model (tokenizer, recipe). save(model, directory, weights) writes a model that has another form
-    than transformers' own; with no weights at all, everything but the weights.
+    than transformers' own; with no weights at all, everything but the weights. rehearse: False where the model is
+    trained already.
 
     Raises LandmarkError, in every process, where the model could not be saved in the end.
     """
 
     def __init__(
-        self, model: nn.Module, output: Path, save_rest: Callable[[Path], None], save: SaveModel = save_model
+        self,
+        model: nn.Module,
+        output: Path,
+        save_rest: Callable[[Path], None],
+        save: SaveModel = save_model,
+        *,
+        rehearse: bool = True,
     ) -> None:
         self._model, self._output, self._save_rest, self._save = model, output, save_rest, save
-        by_main_process(self._rehearse)
+        if rehearse:
+            by_main_process(self._rehearse)
 
     def publish(self, loop: Loop) -> None:
         """Write the model as the loop has trained it. Every process calls it.
@@ -55,6 +63,23 @@ class Publication:
             self._publish(loop)
         if asked:
             raise asked.stopped(f"trained model: {self._output}; nothing is left to do")
+
+    def write(self, state: dict[str, Tensor]) -> None:
+        """Write the model with these tensors, by the names that it has for them or the loop's wrappers, in this
+        process. Raises LandmarkError where a weight is not finite as it is saved, or the model cannot be written."""
+        weights = self._own(state)
+        try:
+            self._write_beside(weights)
+            # Weights that are finite in float32 may not be in the dtype that they are saved in.
+            bad = not_finite(stored_tensors(self._output / PARTIAL))
+            if bad is not None:
+                raise ValueError(f"{bad} would not be finite as it is saved; take another --save-dtype")
+            put_in_place(self._output / PARTIAL, self._output)
+        except Exception as error:
+            # After whatever error: what was trained must not be lost, and what has been written may be what fills the
+            # disk.
+            shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
+            raise LandmarkError(f"the model could not be written to {self._output}: {reason(error)}") from error
 
     def copy(self, loop: Loop, directory: Path) -> None:
         """Write the model as it is now into a directory that is made anew, for the run's own use. Every process calls
@@ -72,7 +97,7 @@ class Publication:
         loop.checkpoints.refuse_not_finite(f"no model is written to {self._output}")
         state = loop.accelerator.get_state_dict(loop.module)
         try:
-            by_main_process(lambda: self._write(state))
+            by_main_process(lambda: self.write(state))
         except LandmarkError as error:
             raise LandmarkError(
                 f"{error}. {_kept(loop)} holds all that was trained: put that right, and --resume writes the model"
@@ -91,24 +116,9 @@ class Publication:
         finally:
             shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
 
-    def _write(self, state: dict[str, Tensor]) -> None:
-        weights = self._own(state)
-        try:
-            self._write_beside(weights)
-            # Weights that are finite in float32 may not be in the dtype that they are saved in.
-            bad = not_finite(stored_tensors(self._output / PARTIAL))
-            if bad is not None:
-                raise ValueError(f"{bad} would not be finite as it is saved; take another --save-dtype")
-            put_in_place(self._output / PARTIAL, self._output)
-        except Exception as error:
-            # After whatever error: what was trained must not be lost, and what has been written may be what fills the
-            # disk.
-            shutil.rmtree(self._output / PARTIAL, ignore_errors=True)
-            raise LandmarkError(f"the model could not be written to {self._output}: {reason(error)}") from error
-
     def _own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of a wrapped model's tensors, the model's, by the names that it has for them."""
-        weights = {plain_name(name).removeprefix("wrapped."): tensor for name, tensor in state.items()}
+        weights = {own_name(name): tensor for name, tensor in state.items()}
         for name in second_names(self._model):
             weights.pop(name, None)
         return weights
@@ -136,7 +146,7 @@ def second_names(model: nn.Module) -> set[str]:
     if not isinstance(model, PreTrainedModel):
         return set()
     first = {name for name, _ in model.named_parameters()}
-    return {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}
+    return {own_name(name) for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}
 
 
 def _check_settings(model: nn.Module, directory: Path) -> None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.commands import finetune as finetune_command
+from landmark_cli.commands import finetune_model
 from landmark_cli.commands import train as train_command
 from landmark_cli.commands.finetune import FinetuneOptions
 from landmark_cli.errors import LandmarkError, Stopped
@@ -91,7 +92,7 @@ NEEDED = {
     ("train", train_command, "save_recipe"),
     ("whole", PreTrainedModel, "save_pretrained"),
     ("whole", PreTrainedTokenizerBase, "save_pretrained"),
-    ("whole", finetune_command, "save_recipe"),
+    ("whole", finetune_model, "save_recipe"),
     ("adapters", PeftModel, "save_pretrained"),
     ("adapters", PreTrainedConfig, "save_pretrained"),
     ("adapters", PreTrainedTokenizerBase, "save_pretrained"),
