@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-versions test-real test-gemma3 test-faults test-faults-quick lint
+.PHONY: install demo test test-versions test-pages test-real test-gemma3 test-faults test-faults-quick lint
 
 install: $(INSTALLED)
 	@echo 'Installed in $(VENV). To have the command landmark in this shell:  . $(BIN)/activate'
@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 
 # Two processes of one thread each do better than one of two: much of the time is starting processes.
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not real and not faults" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not real and not faults and not pages" -n 2 --dist worksteal
 
 # What leans on transformers most, with the oldest one that pyproject.toml allows; the newest is the environment's own.
 OLDEST := $(VENV)/oldest
@@ -40,6 +40,11 @@ $(OLDEST)/$(VERSION): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) \
 	  'transformers==$(VERSION)' 'huggingface-hub<2' 'tokenizers<=0.23.0' httpx httpcore
 	touch $@
+
+# Opens the page of `landmark generate --trace` in a headless Chromium: that of the system, or LANDMARK_CHROMIUM.
+test-pages: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pages]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages -rs tests/inference/test_trace_page.py
 
 test-real: $(INSTALLED)
 	$(BIN)/python -m pytest -m "real and not gemma3"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -14,7 +13,7 @@ from landmark_cli.commands.measurement import file_option
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import counted, info, print_json, quantity, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.files import check_writable, write_whole, writing
+from landmark_cli.files import check_writable
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import Options, check_outputs, option
 
@@ -39,7 +38,9 @@ class PromptOptions(Options):
     json: str | None = file_option(
         PROMPT, "Write the text, its tokens and why generation ended to this file; - for standard output."
     )
-    trace: Path | None = file_option(PROMPT, "Write the blocks that each generated token read to this file, as JSON.")
+    trace: Path | None = file_option(
+        PROMPT, "Write the blocks that each generated token read to this file: .html is a page to look at, .json data."
+    )
 
 
 @dataclass
@@ -71,12 +72,16 @@ def run(options: GenerateOptions) -> Generation:
     """Read the prompt, stream the text after it to standard output, and say how fast it went. Returns what was
     generated.
 
-    Raises UsageError for none or several prompts, an empty --stop, or a memory of another model or other settings;
-    LandmarkError for a prompt or a memory that cannot be read.
+    Raises UsageError for none or several prompts, an empty --stop, a trace of no known kind, or a memory of another
+    model or other settings; LandmarkError for a prompt or a memory that cannot be read.
     """
     target = memory_target(options)
     prompt, stop = read_prompt(options), stop_strings(options.stop or [])
     check_outputs(options)
+    if options.trace is not None:
+        from landmark_cli.inference.trace import check_trace, trace_of, write_trace
+
+        check_trace(options.trace)
     name = name_model(options)
     model, tokenizer = open_model(name, options)
     from landmark_cli.inference.generation import encode_prompt, generate
@@ -113,8 +118,8 @@ def run(options: GenerateOptions) -> Generation:
         show_progress=True,
     )
     ended = time.monotonic()
-    data = {"model": name, **asdict(generation)}
-    reads = data.pop("reads")
+    data = {"model": name, **asdict(replace(generation, reads=None))}
+    del data["reads"]
     if to_stdout:
         print_json(data)
     else:
@@ -122,9 +127,8 @@ def run(options: GenerateOptions) -> Generation:
     if options.json is not None and not to_stdout:
         write_json(data, options.json)
     if options.trace is not None:
-        texts = [tokenizer.decode([token]) for token in generation.tokens]
-        about = {"model": name, "prompt_tokens": len(ids), "landmark_freq": model.config.landmark_freq}
-        write_trace(options.trace, about, texts, reads)
+        write_trace(options.trace, trace_of(name, reader, tokenizer, generation))
+        info(f"wrote {options.trace}")
     info(_summary(generation.prompt_tokens, len(generation.tokens), generation.finish, started, first, ended))
     return generation
 
@@ -184,17 +188,6 @@ def stop_strings(typed: list[str]) -> list[str]:
             info(f"--stop {text}: read {what}")
         strings += [meant] if text in ("".join(found), meant) else [meant, text]
     return strings
-
-
-def write_trace(path: Path, about: dict[str, Any], texts: list[str], reads: list[list[dict[str, Any]]]) -> None:
-    """Write which blocks the query read that predicted each token: a token a line, so that a long file can be looked
-    through. Block n holds the text tokens from n * landmark_freq on."""
-    lines = [json.dumps({"text": text, "reads": read}) for text, read in zip(texts, reads, strict=True)]
-    head = json.dumps(about).removesuffix("}")
-    with writing(path, "--trace"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, head + ', "tokens": [\n' + ",\n".join(lines) + "\n]}\n")
-    info(f"wrote {path}")
 
 
 def _summary(prompt: int, new: int, finish: str, started: float, first: list[float], ended: float) -> str:

@@ -1,14 +1,63 @@
-"""Tokens to text while the tokens come: no half characters, nothing that a stop string may still take back."""
+"""Tokens to text, piece by piece: no half characters, and, while the tokens come, nothing that a stop string may still
+take back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HALF_CHARACTER = "\ufffd"
 # Tokens of the prompt that are decoded along: some tokenizers drop the space in front of a text's first word.
 CONTEXT = 8
+
+
+class Decoder:
+    """Decodes a growing row of tokens: the pieces joined are the row's text.
+
+    context: tokens that stand before the row. special: whether special tokens are part of the text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = (), *, special: bool = False):
+        self.tokenizer = tokenizer
+        self.special = special
+        # What is decoded each time: the tokens since the last place but one at which no character was cut in two. Of
+        # their text so many characters were given out, or are the context's.
+        self._ids = list(context[-CONTEXT:])
+        self._whole = len(self._ids)
+        self._given = len(self._text())
+
+    def add(self, tokens: Sequence[int], *, final: bool = False) -> str:
+        """Count more tokens in; returns the text that has become certain. final: no more will come, so that half a
+        character at the end is given out too."""
+        self._ids += tokens
+        text = self._text()
+        certain = text if final else text.rstrip(HALF_CHARACTER)
+        piece = certain[self._given :]
+        self._given = max(self._given, len(certain))
+        if certain == text:
+            self._ids = self._ids[self._whole :]
+            self._whole, self._given = len(self._ids), len(self._text())
+        return piece
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(
+            self._ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False
+        )
+
+
+def texts_of_blocks(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], size: int, context: Sequence[int] = ()
+) -> list[str]:
+    """The text of every `size` tokens, special tokens as they are written; joined they are the text of all.
+
+    A character that two blocks have a part of stands in the second. context: tokens that stand before these.
+    """
+    decoder = Decoder(tokenizer, context, special=True)
+    begins = range(0, len(ids), size)
+    return [decoder.add(ids[begin : begin + size], final=begin == begins[-1]) for begin in begins]
 
 
 class TextStream:
@@ -19,35 +68,25 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = (), stop: Sequence[str] = ()):
-        self.tokenizer = tokenizer
         self.stop = [string for string in stop if string]
         self.text = ""
         self.stopped = False
-        self._ids = list(context[-CONTEXT:])
-        self._decoded = len(self._ids)
-        self._begin = 0
+        self._decoder = Decoder(tokenizer, context)
         self._given = 0
 
     def add(self, token: int) -> str:
         """Count one more token in; returns the text that has become certain."""
-        self._ids.append(token)
-        return self._decode(final=False)
+        return self._decode([token], final=False)
 
     def end(self) -> str:
         """No token comes any more; returns the rest of the text."""
-        return self._decode(final=True)
+        return self._decode([], final=True)
 
-    def _decode(self, final: bool) -> str:
+    def _decode(self, tokens: Sequence[int], final: bool) -> str:
         if self.stopped:
             return ""
-        before, after = (self._text_of(self._ids[self._begin : end]) for end in (self._decoded, len(self._ids)))
-        if final or not after.endswith(HALF_CHARACTER):
-            self.text += after[len(before) :]
-            self._begin, self._decoded = self._decoded, len(self._ids)
+        self.text += self._decoder.add(tokens, final=final)
         return self._give(final)
-
-    def _text_of(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _give(self, final: bool) -> str:
         found = [at for string in self.stop if (at := self.text.find(string, self._given)) >= 0]

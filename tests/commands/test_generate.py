@@ -115,14 +115,28 @@ def test_mistakes(landmark, workplace, arguments, code, message):
 
 
 def test_a_trace(landmark, workplace):
-    result = landmark("generate", "--prompt", "word " * 40, *SAMPLING, "--trace", "new/trace.json", "--offload", "cpu")
-    assert result.code == 0, result.err
+    prompt = "word " * 40
+    result = landmark("generate", "--prompt", prompt, *SAMPLING, "--trace", "new/trace.json", "--offload", "cpu")
+    assert result.code == 0 and "wrote new/trace.json" in result.err, result.err
     trace = json.loads((workplace / "new" / "trace.json").read_text())
     assert (trace["model"], trace["landmark_freq"], trace["prompt_tokens"]) == ("runs/landmark", 4, 41)
     assert "".join(token["text"] for token in trace["tokens"]) == result.out.removesuffix("\n")
+    assert "".join(trace["blocks"]).startswith(prompt) and trace["blocks"][:2] == ["word word word word", " word" * 4]
     assert len(trace["tokens"]) == 8 and set(trace["tokens"][3]["reads"][0]) == {"layer", "head", "block", "share"}
+    page = landmark("generate", "--prompt", prompt, *SAMPLING, "--trace", "new/trace.html")
+    assert page.code == 0 and page.out == result.out
+    content = (workplace / "new" / "trace.html").read_text().split('id="trace">')[1].split("</script>")[0]
+    assert json.loads(content)["blocks"] == trace["blocks"]
     refused = landmark("generate", "--model", "runs/baseline", "--prompt", "word", "--trace", "trace.json")
     assert refused.code == 2 and "has no landmarks" in refused.err
+
+
+def test_a_trace_of_no_known_kind_is_refused_before_the_work(landmark, monkeypatch):
+    monkeypatch.setattr("landmark_cli.commands.generate.open_model", lambda *_: pytest.fail("work was begun"))
+    for name, found in (("trace.txt", ".txt is"), ("trace", "no ending is")):
+        result = landmark("generate", "--prompt", "word", "--trace", name)
+        message = f"--trace {name}: {found} no kind of trace: name a file .html (a page to look at) or .json (data)"
+        assert (result.code, result.out) == (2, "") and message in result.err, result.err
 
 
 def test_a_text_is_read_once_and_asked_many_times(landmark, workplace):

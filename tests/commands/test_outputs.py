@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from landmark_cli import cli, console, files
-from landmark_cli.commands.generate import write_trace
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.pictures import save_picture
 from landmark_cli.evaluation.report import write_tables
 from landmark_cli.evaluation.studies import FinishedRows, Study
+from landmark_cli.inference.trace import GenerationTrace, write_trace
 from landmark_cli.options import save_recipe, settings_of
 from landmark_cli.training.metrics import MetricsFile
 from tests.greet import GreetOptions
@@ -121,9 +121,11 @@ def a_picture(path):
     save_picture(Figure(), path / "x.png", dpi=10)
 
 
+TRACE = GenerationTrace("x", 0, 1, 4, ["a"], ["b"], [[]])
 WRITERS = {
     "--json": lambda path: console.write_json({}, path / "x.json"),
-    "--trace": lambda path: write_trace(path / "x.json", {"model": "x"}, ["a"], [[]]),
+    "--trace as data": lambda path: write_trace(path / "x.json", TRACE),
+    "--trace as a page": lambda path: write_trace(path / "x.html", TRACE),
     "--plot": a_picture,
     "--output of a study": a_table,
     "finished rows": lambda path: FinishedRows(path / "rows.jsonl").add("key", {}),
