@@ -41,9 +41,9 @@ $(OLDEST)/$(VERSION): $(INSTALLED)
 	  'transformers==$(VERSION)' 'huggingface-hub<2' 'tokenizers<=0.23.0' httpx httpcore
 	touch $@
 
-# Opens the page of `landmark generate --trace` in a headless Chromium: that of the system, or LANDMARK_CHROMIUM.
+# Opens the page of `landmark generate --trace` in a headless Chromium: that of the system, or CHROME_BIN.
 test-pages: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pages]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages -rs tests/inference/test_trace_page.py
 
 test-real: $(INSTALLED)

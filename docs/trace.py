@@ -3,7 +3,7 @@
     python docs/trace.py                # of a made-up trace of 100 thousand tokens
     python docs/trace.py answer.html    # of a page that was written by --trace
 
-Needs the extra `pages` (Playwright) and a Chromium; see CONTRIBUTING.md.
+Needs Playwright and a Chromium, as `make test-pages` does; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations

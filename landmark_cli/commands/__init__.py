@@ -149,6 +149,7 @@ landmark generate --model runs/pg19-landmark --prompt-file novel.txt --top-k-blo
 cat novel.txt | landmark generate --temperature 0 --stop "CHAPTER"
 landmark generate --prompt-file novel.txt --save-memory novel.memory --max-new-tokens 0
 landmark generate --memory novel.memory --prompt "Who did it? It was"
+landmark generate --prompt-file novel.txt --trace answer.html
 """,
         _in("generate", "GenerateOptions"),
     ),

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# As distributions and vendors name it; LANDMARK_CHROMIUM names another one.
+# As distributions and vendors name it; CHROME_BIN names another one.
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def find_chromium() -> str | None:
     """The program, if there is one."""
-    return os.environ.get("LANDMARK_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    return os.environ.get("CHROME_BIN") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ MISSING = next(
     (
         why
         for there, why in (
-            (find_spec("playwright"), "Playwright is not installed: pip install -c constraints.txt '.[pages]'"),
-            (find_chromium(), "there is no Chromium: install one, or name it by LANDMARK_CHROMIUM"),
+            (find_spec("playwright"), "Playwright is not installed: pip install -c constraints.txt playwright"),
+            (find_chromium(), "there is no Chromium: install one, or name it by CHROME_BIN"),
         )
         if not there
     ),
