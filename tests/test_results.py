@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
 import yaml
 
+from landmark_cli.commands.finetune import FinetuneOptions, check
 from landmark_cli.evaluation.passkey import wilson_interval
 from landmark_cli.evaluation.studies import load_study
-from landmark_cli.options import recipes_folder
+from landmark_cli.options import build, load_recipe, recipes_folder, settings_of
 from tests.modules import load_script
 
 FOLDER = recipes_folder() / "results"
@@ -17,7 +19,10 @@ FOLDER = recipes_folder() / "results"
 
 @pytest.fixture(scope="module")
 def report():
-    return load_script(FOLDER / "report.py")
+    with pytest.MonkeyPatch.context() as patch:
+        # Where a script lies, its own modules are found.
+        patch.syspath_prepend(FOLDER)
+        return load_script(FOLDER / "report.py")
 
 
 def study(name, role, perplexity):
@@ -118,6 +123,85 @@ def test_tables_of_ruler(report, measured, tmp_path):
         "",
     ]
     assert page.count("### ") == 1
+
+
+def test_variants_stand_in_one_table_and_what_was_not_measured_is_left_open(report, measured, tmp_path):
+    def write(name, options, records, files=()):
+        folder = measured / "made-of" / name
+        folder.mkdir(parents=True)
+        (folder / "options.txt").write_text(f"{options}\n")
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (folder / "log.tsv").write_text(f"90\tlandmark finetune {options}\n5\tlandmark eval perplexity")
+        for file, content in dict(files).items():
+            (folder / file).write_text(json.dumps(content))
+
+    def steps(*speeds):
+        return [
+            {"step": n, "loss": 1.0, "tokens": n, "peak_memory": 1, "tokens_per_second": s}
+            for n, s in enumerate(speeds, 1)
+        ]
+
+    def cells(*scores):
+        return {"cells": [{"reading": r, "tokens": n, "task": t, "score": s} for r, n, t, s in scores]}
+
+    held_out = {"step": 3, "validation_loss": 3.0, "validation_perplexity": 20.0, "validation_divergence": 0.9}
+    of_tasks = {"validation_prose_divergence": 0.0625, "validation_answers_loss": 1.5, "validation_answers_right": 0.75}
+    asked = {"step": 3, "ruler_mean_8192": 0.5, "ruler_mean_65536": 0.25, "untouched_ruler_mean_8192": 0.625}
+    perplexity = {"perplexity.json": {"eval_length": 8192, "perplexity": 30.5}}
+    by_blocks = {"ruler-k.json": cells(("top-k 2", 8192, "vt", 0.0), ("top-k 2", 8192, "fwe", 0.5))}
+    write("best", "", [*steps(1, 400, 200), held_out | of_tasks, asked], perplexity | by_blocks)
+    # Trained at another length, it was asked apart at these.
+    apart = {"ruler.json": cells(("top-k 12", 8192, "vt", 0.25), ("top-k 12", 8192, "fwe", 0.5))}
+    write("again", "--sequence-length 1024", [*steps(100), held_out, {"step": 3, "ruler_mean_8192": 0.125}], apart)
+    (measured / "made-of" / "untouched.json").write_text(json.dumps({"eval_length": 8192, "perplexity": 34.0}))
+    page = report.report(report.read_parts(measured), tmp_path / "docs")
+    lines = page[page.index("## What distillation") : page.index("## Commands")].splitlines()[4:]
+    assert lines[0].startswith(
+        "| change | steps | divergence | perplexity at 8,192 | RULER at 8,192 | RULER at 65,536 |"
+    )
+    assert lines[2:6] == [
+        "| (untouched, read whole) |  |  | 34.00 | 0.62 |  |  |  |  |  |",
+        "| none: the recipe | 3 | 0.062 | 30.50 | 0.50 | 0.25 | 1.50 | 75.0% | 300 | 90 |",
+        "| `--sequence-length 1024` | 3 | 0.900 |  | 0.38 |  |  |  | 100 | 90 |",
+        "",
+    ]
+    assert lines[6:9] == ["| the recipe's model, read with | RULER at 8,192 |", "| --- | ---: |", "| top-k 2 | 0.25 |"]
+    assert page.count("landmark finetune --sequence-length 1024") == 1
+
+
+def test_windows_of_other_lengths_stand_in_one_table(report, measured, tmp_path):
+    for role in ("dense", "16k"):
+        folder = measured / f"windows-{role}"
+        folder.mkdir()
+        content = study(str(FOLDER / "windows.yaml"), role, lambda row: 50.0)
+        (folder / "perplexity.json").write_text(json.dumps(content, default=str))
+        (folder / "passkey-novels-k8.json").write_text(json.dumps(keys({4096: 25})))
+    page = report.report(report.read_parts(measured), tmp_path / "docs")
+    section = page[page.index("## Trained as it reads") : page.index("## Commands")]
+    assert section.count("| dense | 2048 | 4 |  | 50.00 | 2,000 |") == 1
+    assert section.count("| 16k | 65536 | 4 | 250 | 50.00 | 2,000 |") == 1 and "| 64k | 2048 | 4 |  |  |  |" in section
+    assert (
+        "| tokens | dense, k = 8 | 16k, k = 8 |" in section and "| 4,096 | 25/50 = 50% (0.37-0.63) | 25/50" in section
+    )
+
+
+def test_what_is_varied_are_options_of_a_run_that_go_together():
+    """Each line of the script's table, on top of its recipe."""
+    script = (FOLDER / "run.sh").read_text()
+    table = script[script.index("cat <<TABLE\n") : script.index("\nTABLE\n")].splitlines()[1:]
+    assert len(table) > 20 and len({line.split()[0] for line in table}) == len(table)
+    recipe = load_recipe("results/smollm2-distilled", FinetuneOptions, "finetune")
+    fields = settings_of(FinetuneOptions)
+    for line in table:
+        words = re.sub(r"\$\(windows_of (\d+)\)", r"--sequence-length \1", line).split()[1:]
+        given, flags = {}, iter(words)
+        for word in flags:
+            name = word.removeprefix("--").replace("-", "_")
+            given[name] = True if name == "merge" else next(flags)
+        assert given.keys() <= fields.keys(), line
+        of_teacher = {"answer_divergence_weight"} if given.get("teacher") == "none" else set()
+        values = {name: value for name, value in recipe.items() if name not in of_teacher}
+        check(build(FinetuneOptions, values | {"model": "it"} | given))
 
 
 def test_parts_measured_on_different_machines_are_told_apart(report, measured):

@@ -1,0 +1,278 @@
+"""Tables and pictures of the page that report.py makes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from study_parts import PARTS, UNCHANGED, Part, Parts
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A table; numbers stand on the right."""
+    rows = [
+        ["" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row] for row in rows
+    ]
+    right = [all(str(row[i])[:1].isdigit() or row[i] == "" for row in rows) for i in range(len(columns))]
+    lines = [columns, ["---:" if one else "---" for one in right], *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+
+
+def training_table(parts: Parts) -> list[str]:
+    """How every model was trained, by its metrics.jsonl; tokens include landmarks."""
+    columns = ["model", "steps", "tokens", "loss", "validation perplexity", "tokens/s", "MFU", "memory", "wall time"]
+    rows = []
+    for part in parts.values():
+        steps = [record for record in part.training if "loss" in record]
+        if not steps:
+            continue
+        last, settled = steps[-1], steps[1:] or steps
+        mfu = [record["mfu"] for record in settled if record.get("mfu")]
+        validation = [record["validation_perplexity"] for record in part.training if "validation_loss" in record]
+        rows.append(
+            [
+                PARTS[part.name],
+                f"{last['step']:,}",
+                f"{last['tokens'] / 1e6:.0f}M",
+                last["loss"],
+                validation[-1] if validation else None,
+                speed(part),
+                f"{statistics.median(mfu):.1%}" if mfu else None,
+                f"{last['peak_memory'] / 2**30:.1f} GiB",
+                f"{part.training_seconds} s" if part.training_seconds is not None else None,
+            ]
+        )
+    return markdown(columns, rows) if rows else []
+
+
+def speed(part: Part) -> str | None:
+    """Tokens a second, the median of the records but the first."""
+    steps = [record for record in part.training if "loss" in record]
+    found = [record["tokens_per_second"] for record in steps[1:] or steps]
+    return f"{statistics.median(found):,.0f}" if found else None
+
+
+def study_rows(parts: Parts, names: Sequence[str], study: str) -> list[dict[str, Any]]:
+    """The rows of a study, each with the result of whichever part measured it; None where none did."""
+    tables = [parts[name].tables[study] for name in names if name in parts and study in parts[name].tables]
+    if not tables:
+        return []
+    together = zip(*(table["rows"] for table in tables), strict=True)
+    return [next((row for row in rows if row["result"]), rows[0]) for rows in together]
+
+
+def perplexity_table(rows: list[dict[str, Any]], corpus: str | None) -> list[str]:
+    """Rows of a study with the paper's figures for a corpus beside them."""
+    settings = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    columns = ["model", *settings, "perplexity", "tokens read", *([f"paper, {corpus}"] if corpus else [])]
+    cells = []
+    for row in rows:
+        result = row["result"] or {}
+        line = [row["role"], *(row["settings"].get(key) for key in settings), result.get("perplexity")]
+        tokens = f"{result['tokens']:,}" if result else None
+        cells.append([*line, tokens, *([row["paper"].get(corpus)] if corpus else [])])
+    return markdown(columns, cells)
+
+
+Figures = Callable[..., tuple[float, float] | None]
+
+
+def figures(rows: list[dict[str, Any]], corpus: str) -> Figures:
+    """find(role, eval-length=..., ...) -> (ours, the paper's) of the first row that has these settings, or None."""
+
+    def find(role: str, length: int, **wanted: Any) -> tuple[float, float] | None:
+        wanted = {"eval-length": length, **{key.replace("_", "-"): value for key, value in wanted.items()}}
+        for row in rows:
+            if row["role"] == role and wanted.items() <= row["settings"].items() and row["result"]:
+                return row["result"]["perplexity"], row["paper"].get(corpus)
+        return None
+
+    return find
+
+
+def order_table(rows: list[dict[str, Any]], corpus: str) -> list[str]:
+    """The orders that the paper's tables show, there and here: first over second, and whether ours has the same sign.
+
+    Orders are of perplexities, lower being better; a row whose two figures were not both measured is left out.
+    """
+    find = figures(rows, corpus)
+    plain, wide = find("baseline", 512), {"chunk": 250, "cache_blocks": 40}
+    four = find("landmark", 2048, **wide, top_k_blocks=4)
+    longer = find("landmark", 4096, chunk=250, cache_blocks=80, top_k_blocks=4)
+    heads, tokens = ({"selection": f"max_over_{what}", "top_k_blocks": 4} for what in ("heads", "tokens"))
+    own = find("landmark", 2048, selection="per_token_and_head", top_k_blocks=4)
+    claims = [
+        ("landmark at 512, k = 2, against the baseline at 512", find("landmark", 512), plain),
+        ("landmark at 2048, k = 4, against the baseline at 512", four, plain),
+        ("landmark at 4096, k = 4, against the baseline at 512", longer, plain),
+        ("landmark at 2048, k = 4, against k = 2", four, find("landmark", 2048, **wide, top_k_blocks=2)),
+        ("landmark, k = 4, at 4096 against at 2048", longer, four),
+        ("landmark at 2048, k = 4, against Transformer-XL at 2048", four, find("xl", 2048)),
+        ("landmark at 4096, k = 4, against Transformer-XL at 4096", longer, find("xl", 4096)),
+        ("own blocks for each token and head against the same for all heads", own, find("landmark", 2048, **heads)),
+        ("own blocks for each token and head against the same for all tokens", own, find("landmark", 2048, **tokens)),
+    ]
+    lines = []
+    for claim, first, second in claims:
+        if first is None or second is None or None in (first[1], second[1]):
+            continue
+        ours, papers = (first[i] / second[i] - 1 for i in range(2))
+        lines.append([claim, f"{papers:+.1%}", f"{ours:+.1%}", "yes" if ours * papers > 0 else "no"])
+    return markdown(["perplexity of", "paper", "here", "same order"], lines) if lines else []
+
+
+def key_lines(parts: Parts, sources: dict[str, Sequence[str]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Label -> length -> cell (prompts, found, accuracy, interval). sources: label -> the "part/file"s to look in."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for label, places in sources.items():
+        for place in places:
+            name, _, file = place.partition("/")
+            cells = parts[name].keys.get(file, {"lengths": []})["lengths"] if name in parts else []
+            for cell in cells:
+                found.setdefault(label, {})[cell["tokens"]] = cell
+    return found
+
+
+def key_table(lines: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    """Keys found by length, with Wilson's 95 % interval."""
+
+    def cell(one: dict[str, Any] | None) -> str:
+        if one is None:
+            return ""
+        low, high = one["interval"]
+        return f"{one['found']}/{one['prompts']} = {one['accuracy']:.0%} ({low:.2f}-{high:.2f})"
+
+    lengths = sorted({length for line in lines.values() for length in line})
+    rows = [[f"{length:,}", *(cell(line.get(length)) for line in lines.values())] for length in lengths]
+    return markdown(["tokens", *lines], rows)
+
+
+def draw_keys(lines: dict[str, dict[int, dict[str, Any]]], path: Path, trained: int) -> None:
+    """Keys found by length, one line for each label; trained: text tokens that the models were trained on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, line in lines.items():
+        lengths = sorted(line)
+        shares = [line[length]["accuracy"] for length in lengths]
+        low, high = zip(*(line[length]["interval"] for length in lengths), strict=True)
+        spread = [
+            [max(share - one, 0.0) for share, one in zip(shares, low, strict=True)],
+            [max(one - share, 0.0) for share, one in zip(shares, high, strict=True)],
+        ]
+        axes.errorbar(lengths, shares, yerr=spread, marker="o", markersize=4, capsize=3, label=label)
+    axes.axvline(trained, linestyle=":", color="grey", label=f"trained on {trained:,} tokens")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({length for line in lines.values() for length in line})
+    axes.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in ticks], rotation=30)
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel("keys found")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def key_section(lines: dict[str, dict[int, dict[str, Any]]], picture: Path, trained: int) -> list[str]:
+    if not lines:
+        return []
+    draw_keys(lines, picture, trained)
+    return [*key_table(lines), f"![keys found by length of the prompt]({picture.name})", ""]
+
+
+def ruler_tables(parts: Parts, names: Sequence[str]) -> list[str]:
+    """For each model of these parts a table of RULER's scores: a row for each task, a column for each way of reading
+    and length."""
+    lines = []
+    for part in (parts[name] for name in names if name in parts and parts[name].ruler):
+        cells = [cell for file in part.ruler.values() for cell in file["cells"]]
+        found = {(cell["reading"], cell["tokens"], cell["task"]): cell for cell in cells}
+        lengths = sorted({cell["tokens"] for cell in cells})
+        readings, tasks = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("reading", "task"))
+        ways = [(reading, length) for reading in readings for length in lengths]
+        of_ways = [[found[(*way, task)] for task in tasks if (*way, task) in found] for way in ways]
+        shown = [(way, some) for way, some in zip(ways, of_ways, strict=True) if some]
+        rows = [[task, *(found.get((*way, task), {}).get("score") for way, _ in shown)] for task in tasks]
+        means = [sum(cell["score"] for cell in some) / len(some) for _, some in shown]
+        rows.append(["mean", *(f"{one:.2f}{_of(some, tasks)}" for one, (_, some) in zip(means, shown, strict=True))])
+        rows.append(["samples of a task", *(min(cell["samples"] for cell in some) for _, some in shown)])
+        columns = ["task", *(f"{reading}, {length:,}" for (reading, length), _ in shown)]
+        lines += [f"### {PARTS[part.name].removeprefix('RULER, ')}", ""]
+        lines += [part.about, ""] if part.about else []
+        lines += markdown(columns, rows)
+    return lines
+
+
+def _of(cells: list[dict[str, Any]], tasks: list[str]) -> str:
+    return "" if len(cells) == len(tasks) else f" (of {len(cells)})"
+
+
+def last(part: Part, *names: str) -> float | None:
+    """The last figure that training wrote by the first of these names that it wrote."""
+    found = [[record[name] for record in part.training if record.get(name) is not None] for name in names]
+    return next((figures[-1] for figures in found if figures), None)
+
+
+def ruler_mean(part: Part, file: str, length: int, reading: str | None = None) -> float | None:
+    """Of all tasks that a file has at a length; reading: by this way alone."""
+    cells = part.ruler.get(file, {"cells": []})["cells"]
+    scores = [cell["score"] for cell in cells if cell["tokens"] == length and reading in (None, cell["reading"])]
+    return statistics.mean(scores) if scores else None
+
+
+def variants_table(part: Part) -> list[str]:
+    """What became of a recipe with each change, and of the untouched model."""
+    measured = [one.tables["perplexity"] for one in part.variants.values() if "perplexity" in one.tables]
+    if not measured:
+        return []
+    length = measured[0]["eval_length"]
+    columns = ["change", "steps", "divergence", f"perplexity at {length:,}"]
+    columns += [f"RULER at {n:,}" for n in (length, 8 * length)]
+    columns += ["answers' loss", "answers right", "tokens/s", "seconds"]
+    rows = []
+    if "untouched" in part.tables:
+        # Each variant's run asked it anew where that is its own length.
+        asked = (last(one, f"untouched_ruler_mean_{length}") for one in part.variants.values())
+        score = next((score for score in asked if score is not None), None)
+        rows.append(["(untouched, read whole)", None, None, part.tables["untouched"]["perplexity"], score])
+    for one in part.variants.values():
+        scores = []
+        for n in (length, 8 * length):
+            asked = ruler_mean(one, "ruler", n)
+            scores.append(last(one, f"ruler_mean_{n}") if asked is None else asked)
+        right, divergence = (
+            last(one, "validation_answers_right"),
+            last(one, "validation_prose_divergence", "validation_divergence"),
+        )
+        rows.append(
+            [
+                f"`{one.options}`" if one.options else "none: the recipe",
+                last(one, "step"),
+                None if divergence is None else f"{divergence:.3f}",
+                one.tables.get("perplexity", {}).get("perplexity"),
+                *scores,
+                last(one, "validation_answers_loss"),
+                None if right is None else f"{right:.1%}",
+                speed(one),
+                one.training_seconds,
+            ]
+        )
+    return markdown(columns, [row + [None] * (len(columns) - len(row)) for row in rows])
+
+
+def blocks_table(part: Part) -> list[str]:
+    """RULER of the unchanged recipe's model by the blocks that it is read with."""
+    unchanged = part.variants.get(UNCHANGED)
+    cells = unchanged.ruler.get("ruler-k", {"cells": []})["cells"] if unchanged else []
+    if not cells:
+        return []
+    lengths = sorted({cell["tokens"] for cell in cells})
+    rows = [
+        [reading, *(ruler_mean(unchanged, "ruler-k", length, reading) for length in lengths)]
+        for reading in dict.fromkeys(cell["reading"] for cell in cells)
+    ]
+    return markdown(["the recipe's model, read with", *(f"RULER at {length:,}" for length in lengths)], rows)
