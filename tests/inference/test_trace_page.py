@@ -407,6 +407,32 @@ def test_what_colour_says_bars_and_numbers_say_too(page, long):
     assert all(none == (width == 0) for none, width in underlines) and {none for none, _ in underlines} == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (4, ["read earlier", "begins in what was read earlier", "", "its end was generated"]),
+        (8, ["read earlier", "begins in what was read earlier", "", "its end was generated", "generated"]),
+        (3, ["read earlier", "begins in what was read earlier", "", "its end was generated, not complete"]),
+    ],
+    ids=["a whole block", "two", "a part of one"],
+)
+def test_a_block_says_where_its_text_comes_from(browser, tmp_path, tokens, expected):
+    blocks = [f"block {index}" for index in range(len(expected))]
+    texts, reads = ["x"] * tokens, [[]] * tokens
+    # Six tokens were read earlier, the prompt has seven, and the last token that was generated was not read.
+    trace = trace_with(blocks, tokens=texts, reads=reads, memory_tokens=6, prompt_tokens=7)
+    write_trace(tmp_path / "trace.html", trace)
+    with opened(browser, tmp_path / "trace.html", viewport=WIDE) as page:
+        said = page.locator(".block").evaluate_all("(all) => all.map((one) => one.title)")
+    assert len(said) == len(expected)
+    for index, (place, origin) in enumerate(zip(said, expected, strict=True)):
+        end = min(4 * index + 4, 12 + tokens)
+        assert re.match(rf"tokens {4 * index} to {end - 1}( \({origin})?", place) and ("(" in place) == bool(origin), (
+            place
+        )
+        assert origin in place
+
+
 @pytest.mark.parametrize("width", [360, 700, 1000, 1600])
 def test_no_width_is_too_narrow(browser, long, width):
     with opened(browser, long[1], viewport={"width": width, "height": 740}) as page:

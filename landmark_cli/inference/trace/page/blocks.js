@@ -67,9 +67,9 @@ class BlocksView {
   // Where a block's text comes from, unless it is the prompt.
   origin(begin, end) {
     const {memory_tokens, prompt_tokens, landmark_freq} = this.trace;
-    const parts = [];
-    if (begin < memory_tokens) parts.push("read earlier");
-    if (end > memory_tokens + prompt_tokens) parts.push("generated");
+    const prompt = memory_tokens + prompt_tokens, parts = [];
+    if (begin < memory_tokens) parts.push(end > memory_tokens ? "begins in what was read earlier" : "read earlier");
+    if (end > prompt) parts.push(begin < prompt ? "its end was generated" : "generated");
     if (end - begin < landmark_freq) parts.push("not complete, so it is not retrieved");
     return parts.length ? ` (${parts.join(", ")})` : "";
   }
