@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +35,7 @@ def open_data(
     Raises LandmarkError where data cannot be read or does not fit the model, UsageError as `with_tasks`.
     """
     from landmark_cli.data.checks import check_token_files
-    from landmark_cli.data.pretrained_tokenizers import largest_id, text_ids
+    from landmark_cli.data.pretrained_tokenizers import begin_ids, largest_id, text_ids
     from landmark_cli.data.training_data import TrainingData, token_files
 
     accelerator, output, _ = begun
@@ -50,7 +51,7 @@ def open_data(
     accelerator.wait_for_everyone()
     data = TrainingData.open(directories, options.data_weights, validation=options.eval_every > 0)
     check_token_files(data.files, partial(text_ids, tokenizer), largest_id(tokenizer) + 1, options.model)
-    return with_tasks(options, data, prepare, begun)
+    return with_tasks(options, dataclasses.replace(data, begin=tuple(begin_ids(tokenizer))), prepare, begun)
 
 
 def with_tasks(

@@ -34,12 +34,14 @@ class TrainingData:
         validation: those of the corpora that have one, where evaluations are wanted.
         weights: how often each corpus is drawn from, relative to the others; None takes them by their size.
         uncut: those of the files of which windows hold whole documents, whatever they hold of others.
+        begin: what windows begin with, see `Windows`.
     """
 
     train: list[TokenFile]
     validation: list[TokenFile]
     weights: list[float] | None = None
     uncut: frozenset[Path] = frozenset()
+    begin: tuple[int, ...] = ()
 
     @property
     def files(self) -> list[TokenFile]:
@@ -79,15 +81,19 @@ class TrainingData:
         files = [directory / f"{split}.bin" for split in ("train", "validation")]
         tasks = TrainingData.open([directory], validation=bool(self.validation) and files[1].exists())
         if share == 1:
-            return dataclasses.replace(tasks, validation=[*tasks.validation, *self.validation], uncut=frozenset(files))
+            validation = [*tasks.validation, *self.validation]
+            return dataclasses.replace(
+                self, train=tasks.train, validation=validation, weights=None, uncut=frozenset(files)
+            )
         weights = self.weights or [len(file.tokens) for file in self.train]
         others = [(1 - share) * weight / sum(weights) for weight in weights]
         # First, so that their share is not what rounding leaves.
-        return TrainingData(
-            [*tasks.train, *self.train],
-            [*tasks.validation, *self.validation],
-            [share, *others],
-            self.uncut | frozenset(files),
+        return dataclasses.replace(
+            self,
+            train=[*tasks.train, *self.train],
+            validation=[*tasks.validation, *self.validation],
+            weights=[share, *others],
+            uncut=self.uncut | frozenset(files),
         )
 
     def windows(
@@ -114,6 +120,7 @@ class TrainingData:
             include_landmarks,
             mask_documents,
             pack,
+            self.begin,
         )
 
     def batches(

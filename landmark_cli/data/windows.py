@@ -39,6 +39,9 @@ class Windows:
             and batches say where they begin. What landmarks then leave over of a window is filled up at its end.
         pack: "cut" cuts text at the window's length, wherever that is; "whole" cuts no document that a window can hold
             (see `packing.whole_documents`).
+        begin: tokens that the tokenizer puts in front of every text by itself, of which a model predicts poorly what
+            does not begin with them. They take the place of a window's first tokens, and with mask_documents of each
+            document's.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Windows:
         include_landmarks: bool = False,
         mask_documents: bool = False,
         pack: Pack = "cut",
+        begin: Sequence[int] = (),
     ) -> None:
         if landmark_freq is not None and sequence_length < landmark_freq + 1:
             raise LandmarkError(
@@ -67,7 +71,7 @@ class Windows:
         self.landmark_token_id = None if landmark_freq is None else landmark_token_id
         self.eot_id = eot_id
         self.include_landmarks = include_landmarks
-        self.mask_documents, self.pack = mask_documents, pack
+        self.mask_documents, self.pack, self.begin = mask_documents, pack, tuple(begin)
         self.text_length = sequence_length if landmark_freq is None else text_length(sequence_length, landmark_freq)
 
     def cut(self, places: Sequence[Place]) -> dict[str, Tensor]:
@@ -132,7 +136,16 @@ class Windows:
             if values is not None:
                 values = values[place.start : place.start + place.length + 1]
                 row[: len(values)] = values
-        return found
+        return self._begun(found) if name == "tokens" and self.begin else found
+
+    def _begun(self, text: np.ndarray) -> np.ndarray:
+        """Text with `begin` in it, in place. Ends of text stay, so that documents begin where they did."""
+        begins = self._streams(text).begins
+        # The last first: where a document is shorter than these, the next one's stand.
+        for offset, token in reversed(list(enumerate(self.begin))):
+            places = np.pad(begins, ((0, 0), (offset, 0)))[:, : text.shape[1]]
+            text[places & (text != self.eot_id)] = token
+        return text
 
     def _streams(self, text: np.ndarray) -> Streams:
         return lay_out(text, self.landmark_freq, self.eot_id if self.mask_documents else None)

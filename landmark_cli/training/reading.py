@@ -54,4 +54,6 @@ def windows_identity(windows: Windows, read: WindowSettings | None) -> dict[str,
         identity["mask_documents"] = True
     if windows.pack != "cut":
         identity["pack"] = windows.pack
+    if windows.begin:
+        identity["begin"] = list(windows.begin)
     return identity

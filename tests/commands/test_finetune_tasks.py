@@ -15,6 +15,8 @@ from landmark_cli.data.corpora import novels
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.options import load_recipe
+from landmark_cli.training.setup import LossModel
+from tests.awkward_tokenizers import BEGIN, byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.data.test_mixing import prose
 from tests.models.families import tiny_decoder, tiny_tokenizer
@@ -48,6 +50,22 @@ def in_the_place(place, fresh_accelerator, monkeypatch):
 def finetune(output, **changes):
     run(FinetuneOptions(**(LONG | {"model": "base", "output": Path(output)} | changes)))
     return Path(output)
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path, monkeypatch):
+    """Those of the text and those of tasks, trained on and held out."""
+    shutil.copytree("base", tmp_path / "base")
+    byte_tokenizer(adds="<s> $A").save_pretrained(tmp_path / "base")
+    seen = []
+    forward = LossModel.forward
+    monkeypatch.setattr(
+        LossModel, "forward", lambda self, **batch: seen.append(batch["input_ids"]) or forward(self, **batch)
+    )
+    finetune(
+        tmp_path / "run", model=str(tmp_path / "base"), eval_every=1, eval_windows=4, teacher="none", tasks_share=0.5
+    )
+    rows = torch.cat(seen)
+    assert len(rows) == 6 and (rows[:, 0] == BEGIN).all() and (rows[:, 1:] != BEGIN).all()
 
 
 def task_text(output, split="train"):

@@ -133,6 +133,32 @@ def test_weights_are_those_of_each_positions_target(file, pack, include_landmark
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["seen", "masked"])
+@pytest.mark.parametrize("pack", ["cut", "whole"])
+@pytest.mark.parametrize("begin", [(700,), (700, 701)])
+def test_windows_begin_with_what_begins_a_text_and_are_the_same_otherwise(file, begin, pack, mask):
+    settings = {"mask_documents": mask, "pack": pack}
+    plain, begun = (Windows(41, 7, LANDMARK, EOT, **settings, **more) for more in ({}, {"begin": begin}))
+    sequential = [SequentialWindows(file, windows) for windows in (plain, begun)]
+    usual, found = (windows.batch(0, len(windows)) for windows in sequential)
+    starts = usual["cu_seqlens"].unique()[:-1] if mask else torch.arange(0, usual["input_ids"].numel(), 41)
+    assert len(starts) > len(sequential[0]) if mask else len(starts) == len(sequential[0])
+    expected = usual["input_ids"].flatten().clone()
+    for offset, token in enumerate(begin):
+        places = starts + offset
+        # A document of an end of text alone has no room for more.
+        reached = [
+            start for start in starts.tolist() if EOT not in usual["input_ids"].flatten()[start : start + offset + 1]
+        ]
+        expected[torch.tensor(reached) + offset] = token
+        assert len(reached) > len(places) // 2
+    assert torch.equal(found["input_ids"].flatten(), expected)
+    changed = usual["labels"] != found["labels"]
+    # Of several such tokens the later ones are predicted.
+    assert not changed.any() if len(begin) == 1 else set(found["labels"][changed].tolist()) == {701}
+    assert all(torch.equal(usual[name], found[name]) for name in usual.keys() - {"input_ids", "labels"})
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["seen", "masked"])
 def test_whole_windows_are_drawn_in_another_order_each_epoch_and_anew_the_same(file, mask):
     def drawn(step):
         windows = Windows(41, 4, LANDMARK, EOT, mask_documents=mask, pack="whole")
