@@ -174,6 +174,15 @@ landmark plan --model HuggingFaceTB/SmolLM2-135M --landmark-freq 31,63,127 --seq
         _in("reading_plan", "PlanOptions"),
     ),
     Command(
+        "plot",
+        "Draw the course of runs, or the tables of RULER.",
+        """
+landmark plot runs/pg19-landmark runs/pg19-baseline --out runs.png
+landmark plot untouched.json distilled.json --out ruler.png
+""",
+        _in("plot", "PlotOptions"),
+    ),
+    Command(
         "models export",
         "Make a model of a checkpoint of a run.",
         """

@@ -141,7 +141,8 @@ def run(options: RulerOptions) -> dict[str, Any]:
             drawn = terminal_heat_map(found, f"{way.name}: found, by depth and length")
             show(drawn, stderr=options.json == "-")
     if options.plot is not None:
-        draw_ruler(options.plot, cells, lengths, f"RULER, {Path(model).name}")
+        columns = {way.name: of_way for way, of_way in by_way(cells).items()}
+        draw_ruler(options.plot, columns, f"RULER, {Path(model).name}")
         info(f"wrote {options.plot}")
     return data
 

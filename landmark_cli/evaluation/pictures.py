@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from landmark_cli.files import write_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 
 def check_picture(path: Path, what: str = "--plot") -> str:
@@ -26,6 +28,14 @@ def check_picture(path: Path, what: str = "--plot") -> str:
     if kind not in known:
         raise UsageError(f"{what} {path}: .{kind} is no kind of picture that is drawn: there are {', '.join(known)}")
     return kind
+
+
+def name_lines(legend: Legend, names: Iterable[str]) -> None:
+    """Give a legend's lines their names. They are put in afterwards: a legend leaves out names that begin with an
+    underscore, and reads $ as mathematics."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def save_picture(figure: Figure, path: Path, dpi: int, what: str = "--plot") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from landmark_cli.console import figure, finite
-from landmark_cli.evaluation.pictures import check_picture, save_picture
+from landmark_cli.evaluation.pictures import check_picture, name_lines, save_picture
 from landmark_cli.files import write_json, write_whole, writing
 
 from .score import perplexity_of
@@ -128,11 +128,7 @@ def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -
     axes.set_xlabel(drawn.x)
     axes.set_ylabel(drawn.y)
     axes.set_title(study.title, parse_math=False)
-    # The lines' names are put in afterwards: a legend leaves out names that begin with an underscore, and reads $ as
-    # mathematics.
-    for text, label in zip(axes.legend(fontsize="x-small").get_texts(), lines, strict=True):
-        text.set_parse_math(False)
-        text.set_text(label)
+    name_lines(axes.legend(fontsize="x-small"), lines)
     save_picture(figure, path, dpi=150)
 
 

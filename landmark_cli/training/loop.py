@@ -30,7 +30,8 @@ from landmark_cli.training.compiled import compile_layers
 from landmark_cli.training.distillation import PARTS, Distillation, DistillationLoss
 from landmark_cli.training.estimate import CHECKPOINT_BYTES
 from landmark_cli.training.finite import spoiled_by
-from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, peak_memory, progress_fields
+from landmark_cli.training.metrics import Meter, flops_per_token, peak_flops, peak_memory, progress_fields
+from landmark_cli.training.metrics_file import METRICS, MetricsFile
 from landmark_cli.training.optimizer import Schedule, adamw, decayed_names, parameter_groups
 from landmark_cli.training.setup import LossModel, seed_step, without_adapters
 from landmark_cli.training.stopping import Vote
@@ -113,7 +114,7 @@ class Loop:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.flops_per_token = flops_per_token(model, settings.sequence_length, settings.read)
-        self.metrics = MetricsFile(settings.output / "metrics.jsonl")
+        self.metrics = MetricsFile(settings.output / METRICS)
         self.checkpoints = Checkpoints(settings.output / "checkpoints", identity, settings.keep)
         self.distillation = distillation
         self._prepare(model)

@@ -1,26 +1,20 @@
-"""What a run measures and writes: metrics.jsonl, throughput, model FLOPs utilisation, memory, time left."""
+"""What a run measures: throughput, model FLOPs utilisation, memory, time left."""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from landmark_cli.attention.window import WindowSettings
-from landmark_cli.console import finite, quantity, warn
-from landmark_cli.files import append_line, read_json_lines, write_whole, writing
+from landmark_cli.console import quantity
 from landmark_cli.models.layers import key_heads, landmark_layers
-
-CHECKSUM = "crc32"
 
 # Dense bf16 and fp16 tensor-core peaks from the vendors' data sheets, FLOP/s, by a part of the device's name.
 # The first name that fits counts, so a chip's slower variants stand before its plain name.
@@ -117,48 +111,6 @@ class Meter:
         if self.peak is not None:
             reading["mfu"] = speed * self.flops / self.peak
         return reading
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, in the order of the steps. Only the main process writes.
-
-    The last field of a line, "crc32", is the checksum of the line without it, in hexadecimal digits.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a line; a number that is not finite becomes null. Raises LandmarkError where the file cannot be
-        written."""
-        with writing(self.path):
-            append_line(self.path, _line(finite(record)))
-
-    def rewind(self, step: int) -> None:
-        """Drop what was written after `step`: a resumed run writes those steps again. Lines that are damaged, as the
-        last one may be where a run was killed, are dropped too, and the user is told how many there were."""
-        if not self.path.exists():
-            return
-        damaged: list[int] = []
-        kept = []
-        for record in read_json_lines(self.path, damaged=lambda number, _: damaged.append(number)):
-            checksum = record.pop(CHECKSUM, None)
-            if type(record.get("step")) is not int or checksum not in (None, _checksum(record)):
-                damaged.append(0)
-            elif record["step"] <= step:
-                kept.append(f"{_line(record)}\n")
-        if damaged:
-            warn(f"{self.path}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} left out")
-        with writing(self.path):
-            write_whole(self.path, "".join(kept))
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record | {CHECKSUM: _checksum(record)})
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record).encode()):08x}"
 
 
 def progress_fields(record: dict[str, Any]) -> dict[str, str]:

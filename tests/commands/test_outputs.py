@@ -16,7 +16,7 @@ from landmark_cli.evaluation.report import write_tables
 from landmark_cli.evaluation.studies import FinishedRows, Study
 from landmark_cli.inference.trace import GenerationTrace, write_trace
 from landmark_cli.options import save_recipe, settings_of
-from landmark_cli.training.metrics import MetricsFile
+from landmark_cli.training.metrics_file import MetricsFile
 from tests.greet import GreetOptions
 
 OUTPUTS = {
@@ -25,7 +25,11 @@ OUTPUTS = {
     for setting in settings_of(command.options_class).values()
     if setting.metadata["is_output"]
 }
-REQUIRED = {"eval study": ["table1", "--role=landmark=runs/landmark"], "generate": ["--prompt=x"]}
+REQUIRED = {
+    "eval study": ["table1", "--role=landmark=runs/landmark"],
+    "generate": ["--prompt=x"],
+    "plot": ["runs/landmark"],
+}
 PLACES = {
     "a folder": ("", "Is a directory; name a file"),
     "below a file": ("file/x.png", "(Not a directory|File exists); a file stands where a folder is needed"),

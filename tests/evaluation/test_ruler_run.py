@@ -204,7 +204,8 @@ def test_tables_data_and_pictures(tmp_path):
     assert (shares[0.0].prompts, shares[0.0].found, shares[0.9].prompts, shares[0.9].found) == (2, 2, 2, 0)
     assert not FoundByDepth(cells()[1:2])
     for some in (cells(), cells()[1:2]):
-        draw_ruler(tmp_path / "new" / "map.png", some, [100, 200], "a title of $_{$")
+        columns = {way.name: of_way for way, of_way in by_way(some).items()}
+        draw_ruler(tmp_path / "new" / "map.png", columns, "a title of $_{$")
         assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -150,7 +150,7 @@ def known_rows(result: Any, made: Input) -> bool:
 
 
 def rewind_metrics(folder: Path) -> Any:
-    from landmark_cli.training.metrics import MetricsFile
+    from landmark_cli.training.metrics_file import MetricsFile
 
     MetricsFile(folder / "gpt" / "metrics.jsonl").rewind(6)
     return (folder / "gpt" / "metrics.jsonl").read_bytes().decode("utf-8")

@@ -11,7 +11,8 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training import metrics
 from landmark_cli.training.estimate import estimate
-from landmark_cli.training.metrics import Meter, MetricsFile, flops_per_token, peak_flops, progress_fields
+from landmark_cli.training.metrics import Meter, flops_per_token, peak_flops, progress_fields
+from landmark_cli.training.metrics_file import MetricsFile
 from tests.training.tiny import tiny_model
 
 

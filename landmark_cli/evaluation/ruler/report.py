@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from landmark_cli.console import info
+from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation import passkey
 from landmark_cli.evaluation.heat_map import depth_name, depth_shares, draw_cells
 from landmark_cli.evaluation.passkey import DEPTH_BINS
 from landmark_cli.evaluation.pictures import check_picture, save_picture
 from landmark_cli.evaluation.ways import Way
+from landmark_cli.files import read_record
 
 from .encoding import PromptEncoder
 from .haystacks import Prompt
@@ -90,7 +92,7 @@ def by_way(cells: Sequence[Cell]) -> dict[Way, list[Cell]]:
 class FoundByDepth:
     """The references of cells that stand at one place each, and how many of them were found, by depth and length."""
 
-    cells: list[Cell]
+    cells: Sequence[Cell | SavedCell]
 
     @property
     def lengths(self) -> list[int]:
@@ -116,29 +118,70 @@ class FoundByDepth:
         return any(answer.depths for cell in self.cells for answer in cell.answers)
 
 
-def draw_ruler(path: Path, cells: Sequence[Cell], lengths: Sequence[int], title: str) -> None:
-    """Write a picture: for each way of reading the scores by task and, beneath, what was found by depth. Needs the
-    extra `plot`."""
-    check_picture(path)
+def draw_ruler(path: Path, columns: Mapping[str, Sequence[Cell | SavedCell]], title: str, what: str = "--plot") -> None:
+    """Write a picture: for each model and way of reading, by its name, the scores by task and, beneath, what was found
+    by depth. what: the option that names the picture. Needs the extra `plot`."""
+    check_picture(path, what)
     from matplotlib.figure import Figure
 
-    ways = by_way(cells)
+    cells = [cell for column in columns.values() for cell in column]
+    lengths = sorted({cell.length for cell in cells})
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    heights = [max(len(tasks), 2), DEPTH_BINS] if FoundByDepth(list(cells)) else [max(len(tasks), 2)]
-    width = len(ways) * (2.2 + 0.8 * len(lengths))
+    heights = [max(len(tasks), 2), DEPTH_BINS] if FoundByDepth(cells) else [max(len(tasks), 2)]
+    width = len(columns) * (2.2 + 0.8 * len(lengths))
     figure = Figure(figsize=(width, 1.6 * len(heights) + 0.34 * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(heights), len(ways), squeeze=False, height_ratios=heights)
-    for column, (way, of_way) in enumerate(ways.items()):
-        means = {(cell.task, cell.length): cell.mean for cell in of_way}
+    axes = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
+    for column, (name, of_column) in enumerate(columns.items()):
+        means = {(cell.task, cell.length): cell.mean for cell in of_column}
         shares = [[means.get((task, length), math.nan) for length in lengths] for task in tasks]
         draw_cells(axes[0, column], shares, tasks, lengths)
-        axes[0, column].set_title(way.name, fontsize=10)
+        axes[0, column].set_title(name, fontsize=10, parse_math=False)
         if len(heights) > 1:
-            found = FoundByDepth(of_way)
+            found = FoundByDepth(of_column)
             draw_cells(axes[1, column], depth_shares(found), [depth_name(one) for one in found.depths], found.lengths)
             axes[1, column].set_title("found, by depth", fontsize=10)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    save_picture(figure, path, dpi=100)
+    save_picture(figure, path, dpi=100, what=what)
+
+
+@dataclass(frozen=True)
+class SavedCell:
+    """A cell as `ruler_data` writes it, as far as it is drawn. answers: empty where these were not kept."""
+
+    reading: str
+    task: str
+    tokens: int
+    score: float
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return self.tokens
+
+    @property
+    def mean(self) -> float:
+        return self.score
+
+
+@dataclass(frozen=True)
+class SavedRuler:
+    """What `landmark eval ruler --json` writes, as far as it is drawn."""
+
+    cells: list[SavedCell]
+    model: str = ""
+
+    def by_reading(self) -> dict[str, list[SavedCell]]:
+        """The cells of each way of reading, by its name."""
+        ways = dict.fromkeys(cell.reading for cell in self.cells)
+        return {way: [cell for cell in self.cells if cell.reading == way] for way in ways}
+
+
+def read_ruler(path: Path) -> SavedRuler:
+    """What `landmark eval ruler --json` wrote. Raises LandmarkError where the file holds something else."""
+    saved = read_record(SavedRuler, path, to_do="name a file that eval ruler --json wrote")
+    if not saved.cells:
+        raise LandmarkError(f"{path} holds no scores")
+    return saved
 
 
 def show_sample(
