@@ -36,7 +36,7 @@ def noted(output):
 PLACES = {
     "prepare": (["prepare", "passkey"], landmark_cli.data.prepare, "prepare", noted, "run the same command again"),
     "train": (
-        ["train", *TINY, *DATA, "--landmark-freq", "5"],
+        ["train", *TINY, *DATA, "--landmark-freq", "5", "--n-layer", "1", "--n-head", "1", "--n-embd", "8"],
         landmark_cli.commands.train,
         "carry_out",
         checkpoint,

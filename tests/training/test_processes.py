@@ -3,7 +3,6 @@
 import shutil
 import socket
 import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from landmark_cli.errors import LandmarkError
 from landmark_cli.locks import sole_writer
 from tests.closeness import assert_close_norm
+from tests.forked import run_ranks
 from tests.training.command import CHECKOUT, arguments, environment, records, train
 from tests.training.tiny import byte_tokenizer, write_corpus, write_questions
 
@@ -18,7 +18,7 @@ STEPS, HALF = 6, 3
 OPTIONS = {"steps": STEPS, "save_every": HALF, "eval_every": HALF, "batch_size": 2}
 CURVES = ("loss", "gradient_norm", "validation_loss")
 LANDMARK = str(CHECKOUT / "landmark")
-FSDP_ON_CPU = str(CHECKOUT / "tests/training/fsdp_on_cpu.py")
+FSDP_ON_CPU = CHECKOUT / "tests/training/fsdp_on_cpu.py"
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -54,9 +54,9 @@ def two_machines(corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_shards(corpus, tmp_path_factory):
     """What two processes train that hold half of the weights each."""
-    output = tmp_path_factory.mktemp("shards") / "run"
-    fsdp(2, split(corpus, output))
-    return output
+    root = tmp_path_factory.mktemp("shards")
+    sharded(2, split(corpus, root / "run"), root / "said.txt")
+    return root / "run"
 
 
 def free_port():
@@ -75,17 +75,9 @@ def split(corpus, output, processes=2, **changes):
     return arguments(corpus, output, **options)
 
 
-def fsdp(processes, command, **options):
+def sharded(processes, command, said):
     """A run that shards weights over so many processes."""
-    launcher = ["torchrun", f"--nproc_per_node={processes}"]
-    alone = {}
-    if processes == 1:
-        launcher = [sys.executable]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return subprocess.run(
-        [*launcher, FSDP_ON_CPU, *command], env=on_cpus(**FSDP, **alone), timeout=240, **({"check": True} | options)
-    )
+    assert not any(run_ranks(processes, command, said, on_cpus(**FSDP), FSDP_ON_CPU)), said.read_text()
 
 
 def cut_in_half(run, output):
@@ -116,6 +108,13 @@ def test_what_two_machines_saved_one_process_goes_on_from(corpus, one, two_machi
 
 
 def test_what_one_process_saved_two_go_on_from(corpus, one, tmp_path):
+    resumed, said = cut_in_half(one, tmp_path / "run"), tmp_path / "said.txt"
+    assert run_ranks(2, [*split(corpus, resumed), "--resume"], said, on_cpus()) == [0, 0], said.read_text()
+    assert_same_run(resumed, one)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_two_that_go_on(corpus, one, tmp_path):
     resumed = cut_in_half(one, tmp_path)
     command = ["accelerate", "launch", "--main_process_port=0", "--multi_gpu", "--num_processes=2"]
     command += [LANDMARK, *split(corpus, resumed)]
@@ -124,10 +123,10 @@ def test_what_one_process_saved_two_go_on_from(corpus, one, tmp_path):
 
 
 def test_two_processes_leave_a_held_directory_alone(corpus, tmp_path):
-    launch = ["torchrun", "--nproc_per_node=2", LANDMARK, *split(corpus, tmp_path / "run")]
+    said = tmp_path / "said.txt"
     with sole_writer(tmp_path / "run"):
-        ended = subprocess.run(launch, env=on_cpus(), capture_output=True, text=True, timeout=240)
-    assert ended.returncode and f"another landmark command is writing to {tmp_path / 'run'}" in ended.stderr
+        ended = run_ranks(2, split(corpus, tmp_path / "run"), said, on_cpus())
+    assert ended == [1, 1] and f"another landmark command is writing to {tmp_path / 'run'}" in said.read_text()
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -136,17 +135,17 @@ def test_sharded_weights_have_the_curve_of_whole_ones(one, two_shards):
 
 
 def test_what_two_shards_saved_one_process_goes_on_from(corpus, one, two_shards, tmp_path):
-    resumed = cut_in_half(two_shards, tmp_path)
-    fsdp(1, [*split(corpus, resumed, processes=1), "--resume"])
+    resumed = cut_in_half(two_shards, tmp_path / "run")
+    sharded(1, [*split(corpus, resumed, processes=1), "--resume"], tmp_path / "said.txt")
     assert_same_run(resumed, one)
 
 
 @pytest.mark.slow
 def test_what_one_shard_saved_two_go_on_from(corpus, one, tmp_path):
     whole = tmp_path / "whole"
-    fsdp(1, split(corpus, whole, processes=1))
+    sharded(1, split(corpus, whole, processes=1), tmp_path / "said.txt")
     resumed = cut_in_half(whole, tmp_path / "resumed")
-    fsdp(2, [*split(corpus, resumed), "--resume"])
+    sharded(2, [*split(corpus, resumed), "--resume"], tmp_path / "said.txt")
     assert_same_run(resumed, one)
 
 
@@ -157,12 +156,11 @@ def test_shards_are_not_taken_for_whole_weights(corpus, two_shards, tmp_path):
 
 
 def test_a_damaged_shard_is_named(corpus, two_shards, tmp_path):
-    resumed = cut_in_half(two_shards, tmp_path)
+    resumed, said = cut_in_half(two_shards, tmp_path / "run"), tmp_path / "said.txt"
     shard = next(resumed.rglob("pytorch_model_fsdp_0/*.distcp"))
     shard.write_bytes(b"damaged")
-    command = [*split(corpus, resumed, processes=1), "--resume"]
-    ended = fsdp(1, command, check=False, capture_output=True, text=True)
-    assert ended.returncode and f"step-00000003: pytorch_model_fsdp_0/{shard.name} is not as it was" in ended.stderr
+    ended = run_ranks(1, [*split(corpus, resumed, processes=1), "--resume"], said, on_cpus(**FSDP), FSDP_ON_CPU)
+    assert ended == [1] and f"step-00000003: pytorch_model_fsdp_0/{shard.name} is not as it was" in said.read_text()
 
 
 # Rows of a batch have other numbers of answers than other rows, so the processes' weights have other sums.
@@ -192,7 +190,7 @@ def test_weighed_answers_are_the_same_in_two_processes(questions, one_weighed, t
 
 @pytest.mark.slow
 def test_weighed_answers_are_the_same_in_two_shards(questions, one_weighed, tmp_path):
-    fsdp(2, split(questions, tmp_path / "run", **WEIGHED))
+    sharded(2, split(questions, tmp_path / "run", **WEIGHED), tmp_path / "said.txt")
     assert_same_run(tmp_path / "run", one_weighed, CURVES + OF_ANSWERS)
 
 
@@ -212,7 +210,7 @@ def one_read(corpus, tmp_path_factory):
 def test_windows_are_read_the_same_in_two(launch, corpus, one_read, tmp_path):
     command = [*split(corpus, tmp_path / "run", **READ), "--mask-documents"]
     if launch == "shards":
-        fsdp(2, command)
+        sharded(2, command, tmp_path / "said.txt")
     else:
         subprocess.run(["torchrun", "--nproc_per_node=2", LANDMARK, *command], env=on_cpus(), check=True, timeout=240)
     assert_same_run(tmp_path / "run", one_read)
