@@ -30,8 +30,8 @@ def _context() -> multiprocessing.context.ForkServerContext:
 class Forked:
     """A program, by default `landmark`, that has been started with these arguments.
 
-    environment: all of it, read by what is imported later. folder: where it works. said: a file, there or a new one,
-    at whose end its standard output and error stand.
+    said: a file, there or a new one, at whose end its standard output and error stand. environment: all of it, as what
+    is imported later reads it. folder: where it works. program: a file, or a module's name.
     """
 
     def __init__(
@@ -40,11 +40,18 @@ class Forked:
         said: Path,
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
-        program: Path = LANDMARK,
+        program: Path | str = LANDMARK,
     ) -> None:
-        given = [str(program), *map(str, arguments)], str(said), dict(environment or os.environ), str(folder or ".")
+        given = program, list(map(str, arguments)), said, dict(environment or os.environ), folder or Path.cwd()
         self.process, self.said = _context().Process(target=_run, args=given), said
+        said.touch()
         self.process.start()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def running(self) -> bool:
+        return self.process.exitcode is None
 
     def wait(self, seconds: float = 240) -> int:
         """The exit code, or the signal's number below 0."""
@@ -54,7 +61,7 @@ class Forked:
 
 
 def run_ranks(
-    number: int, arguments: Sequence[object], said: Path, environment: Mapping[str, str], program: Path = LANDMARK
+    number: int, arguments: Sequence[object], said: Path, environment: Mapping[str, str], program: Path | str = LANDMARK
 ) -> list[int]:
     """The exit codes of so many processes that work together, as torchrun starts them on one machine."""
     from torch.distributed import TCPStore
@@ -63,21 +70,22 @@ def run_ranks(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     together = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     together |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "TORCHELASTIC_RESTART_COUNT": "0"}
-    started = [
-        Forked(
-            arguments, said, {**environment, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)}, program=program
-        )
-        for rank in range(number)
-    ]
+    started = []
+    for rank in map(str, range(number)):
+        own = {**environment, **together, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(Forked(arguments, said, own, program=program))
     return [process.wait() for process in started]
 
 
-def _run(command: list[str], said: str, environment: dict[str, str], folder: str) -> None:
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _run(program: Path | str, arguments: list[str], said: Path, environment: dict[str, str], folder: Path) -> None:
+    file = os.open(said, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    sys.argv = [str(program), *arguments]
+    if isinstance(program, Path):
+        runpy.run_path(str(program), run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)

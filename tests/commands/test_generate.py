@@ -1,7 +1,7 @@
 """`landmark generate` as a user runs it."""
 
+import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +17,7 @@ from landmark_cli.data.tokenizers import load_tokenizer
 SAMPLING = ["--max-new-tokens", "8", "--temperature", "0"]
 
 
-def test_three_ways_to_give_the_prompt(landmark, workplace):
+def test_three_ways_to_give_the_prompt(landmark, workplace, monkeypatch):
     prompt = "It was the best of times, it was the worst of times. " * 6
     (workplace / "prompt.txt").write_text(prompt)
     given = landmark("generate", "--prompt", prompt, *SAMPLING, "--json", "out.json")
@@ -31,9 +31,8 @@ def test_three_ways_to_give_the_prompt(landmark, workplace):
     (workplace / "marked.txt").write_text(prompt, encoding="utf-8-sig")
     marked = landmark("generate", "--prompt-file", "marked.txt", *SAMPLING)
     assert marked.out == given.out and "read 85 tokens" in marked.err
-    command = [sys.executable, "-m", "landmark_cli", "generate", *SAMPLING]
-    piped = subprocess.run(command, input=f"\ufeff{prompt}", cwd=workplace, capture_output=True, text=True, timeout=120)
-    assert piped.stdout == given.out, piped.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"\ufeff{prompt}".encode())))
+    assert landmark("generate", *SAMPLING).out == given.out
 
 
 def test_seed_and_json_on_standard_output(landmark):

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import openai
 import pytest
 
 import landmark_cli
+from tests.forked import LANDMARK, Forked
 
 KEY = "a secret of the test's"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -26,32 +26,23 @@ LONG = "It was the best of times, it was the worst of times. " * 12
 
 
 @contextlib.contextmanager
-def starting(folder, *command, up=r"at (http://\S+)/v1"):
-    """A server in the folder, stopped in the end: its process, address, and what it said."""
+def starting(folder, said, *arguments, program=LANDMARK, up=r"at (http://\S+)/v1"):
+    """A server in the folder, stopped in the end: its process, address, and the file of what it says."""
     environment = os.environ | {"LANDMARK_API_KEY": KEY, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    said: list[str] = []
+    process = Forked(arguments, said, environment, folder, program)
     try:
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(up, line):
-                break
-        else:
-            pytest.fail("".join(said))
-        rest = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
-        rest.start()
-        yield SimpleNamespace(process=process, url=found[1], said=said, rest=rest)
+        until(lambda: re.search(up, said.read_text()) or not process.running(), seconds=120)
+        if not (found := re.search(up, said.read_text())):
+            pytest.fail(said.read_text())
+        yield SimpleNamespace(process=process, url=found[1], said=said)
     finally:
-        process.kill()
+        process.process.kill()
         process.wait()
 
 
-def serving(folder, *arguments):
+def serving(folder, said, *arguments):
     """`landmark serve` with the folder's model."""
-    model = "--model", "runs/served", "--device", "cpu"
-    return starting(folder, "-m", "landmark_cli", "serve", *model, "--port", "0", *arguments)
+    return starting(folder, said, "serve", "--model", "runs/served", "--device", "cpu", "--port", "0", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +54,10 @@ def folder(workplace):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    with serving(folder, "--rows", 4, "--queue", 32, "--max-prompt-tokens", 2000, "--max-new-tokens", 3000) as started:
+def server(folder, tmp_path_factory):
+    said = tmp_path_factory.mktemp("server") / "said.txt"
+    limits = "--rows", 4, "--queue", 32, "--max-prompt-tokens", 2000, "--max-new-tokens", 3000
+    with serving(folder, said, *limits) as started:
         yield started
 
 
@@ -234,7 +227,7 @@ def until(holds, seconds=60):
 
 
 def test_sigterm_finishes_what_was_asked_and_keeps_what_was_read(folder, alone, tmp_path):
-    with serving(folder, "--memory-dir", tmp_path / "kept") as server:
+    with serving(folder, tmp_path / "said.txt", "--memory-dir", tmp_path / "kept") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
         ask = {"model": "served", "prompt": LONG, "max_tokens": 60, "temperature": 0}
         stream = iter(client.completions.create(**ask, stream=True))
@@ -242,9 +235,9 @@ def test_sigterm_finishes_what_was_asked_and_keeps_what_was_read(folder, alone, 
         server.process.send_signal(signal.SIGTERM)
         pieces += stream
         assert "".join(piece.choices[0].text for piece in pieces) == alone(LONG, 60).text
-        assert server.process.wait(timeout=60) == 0
-        server.rest.join(timeout=60)
-        assert "finishing what was asked" in "".join(server.said) and "stopped; 1 answer given" in "".join(server.said)
+        assert server.process.wait(60) == 0
+    said = server.said.read_text()
+    assert "finishing what was asked" in said and "stopped; 1 answer given" in said
     (kept,) = (tmp_path / "kept").iterdir()
     model, tokenizer = landmark_cli.load(folder / "runs" / "served", device="cpu")
     reader = landmark_cli.Reader(model)
@@ -256,14 +249,15 @@ def test_sigterm_finishes_what_was_asked_and_keeps_what_was_read(folder, alone, 
 
 
 @pytest.mark.slow
-def test_transformers_own_server_reads_with_memory(folder, alone):
+def test_transformers_own_server_reads_with_memory(folder, alone, tmp_path):
     """As docs/transformers.md says: prompts longer than the trained length get what `landmark generate` gives them."""
     pytest.importorskip("transformers.cli.serving.completion", reason="this transformers serves no /v1/completions")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = "-m", "landmark_cli.beside", "transformers", "serve", "runs/served", "--device", "cpu", "--port", port
-    with starting(folder, *command, "--host", "127.0.0.1", up=r"running on (http://\S+)") as server:
+    command = "transformers", "serve", "runs/served", "--device", "cpu", "--port", port, "--host", "127.0.0.1"
+    up = {"program": "landmark_cli.beside", "up": r"running on (http://\S+)"}
+    with starting(folder, tmp_path / "said.txt", *command, **up) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
         ask = {"model": "runs/served", "max_tokens": 8, "temperature": 0}
         found = client.completions.create(**ask, prompt=LONG).choices[0]

@@ -4,7 +4,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
@@ -12,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from landmark_cli.errors import Stopped
+from tests.forked import Forked
 from tests.training.command import CHECKOUT, arguments, environment, records, train
 from tests.training.tiny import RandomWindows, byte_tokenizer, tiny_loop, tiny_model, write_corpus
 
@@ -77,20 +77,16 @@ def corpus(tmp_path_factory):
 OPTIONS = {"steps": 100_000, "save_every": 0, "eval_every": 0, "log_every": 5}
 
 
-def started(command, output, **changes):
-    """A run in the background that has done its first steps."""
-    process = subprocess.Popen(command, env=environment(**changes), stderr=subprocess.PIPE, text=True)
+def wait_for_steps(output, running):
+    """Until a run in the background has done its first steps."""
     deadline = time.monotonic() + 120
     while not (output / "metrics.jsonl").exists() or len(records(output)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert running() and time.monotonic() < deadline
         time.sleep(0.05)
-    return process
 
 
-def ended(process):
-    _, err = process.communicate(timeout=60)
-    said = [line for line in err.splitlines() if "finishing the step" in line or "stopped after" in line]
-    return process.returncode, said, err.splitlines()
+def of_the_stop(lines):
+    return [line for line in lines if "finishing the step" in line or "stopped after" in line]
 
 
 def saved_step(output):
@@ -101,11 +97,12 @@ def saved_step(output):
 def test_the_command_says_what_to_enter_to_go_on(corpus, tmp_path):
     output = tmp_path / "a run"
     given = arguments(corpus, output, **OPTIONS)
-    process = started([sys.executable, str(CHECKOUT / "landmark"), *given], output)
+    process = Forked(given, tmp_path / "said.txt", environment())
+    wait_for_steps(output, process.running)
     process.send_signal(signal.SIGTERM)
-    code, said, lines = ended(process)
-    assert code == 143 and len(said) == 2
-    assert lines[-1] == shlex.join(["landmark", *given, "--resume"])
+    assert process.wait() == 143
+    lines = process.said.read_text().splitlines()
+    assert len(of_the_stop(lines)) == 2 and lines[-1] == shlex.join(["landmark", *given, "--resume"])
     step = saved_step(output)
     train(corpus, output, **OPTIONS | {"steps": step + 2, "resume": True})
     assert records(output, "step")[-1] == step + 2
@@ -117,7 +114,9 @@ def test_all_processes_stop_after_the_same_step(corpus, tmp_path, whom):
     output = tmp_path / "run"
     given = arguments(corpus, output, **OPTIONS | {"device": None})
     command = ["torchrun", "--nproc_per_node=2", str(CHECKOUT / "landmark"), *given]
-    process = started(command, output, ACCELERATE_USE_CPU="true")
+    changed = environment(ACCELERATE_USE_CPU="true")
+    process = subprocess.Popen(command, env=changed, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(output, lambda: process.poll() is None)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
     if whom == "one process":
@@ -125,7 +124,8 @@ def test_all_processes_stop_after_the_same_step(corpus, tmp_path, whom):
         second.send_signal(signal.SIGTERM)
     else:
         process.send_signal(signal.SIGINT)
-    _, said, lines = ended(process)
+    lines = process.communicate(timeout=60)[1].splitlines()
+    said = of_the_stop(lines)
     assert len(said) == 2 and "error:" not in "".join(lines)
     resumed = shlex.join(["torchrun", "--nproc_per_node=2", str(CHECKOUT / "landmark"), *given, "--resume"])
     assert resumed in lines

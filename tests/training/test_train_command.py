@@ -25,6 +25,7 @@ from landmark_cli.inference.settings import SamplingSettings
 from landmark_cli.models import store
 from landmark_cli.models.generation_config import tokens_without_text
 from tests import awkward_tokenizers
+from tests.forked import Forked
 from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, stop_behind, train
 from tests.training.tiny import byte_tokenizer, write_corpus
 
@@ -206,15 +207,14 @@ def test_a_dry_run_measures_the_steps_of_the_run(corpus, tmp_path, capsys, monke
 def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(corpus, tmp_path):
     options = {"steps": 40, "save_every": 3, "eval_every": 0, "dropout": 0.1}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "landmark_cli", *arguments(corpus, killed, **options)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    process = Forked(arguments(corpus, killed, **options), tmp_path / "said.txt", environment())
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (killed / "checkpoints/step-00000009").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(LandmarkError, match="another landmark command is writing to .*killed"):
         train(corpus, killed, resume=True, **options)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (killed / "config.json").exists()
 
@@ -224,11 +224,15 @@ def test_killed_at_any_step_and_resumed_it_ends_with_the_same_bits(corpus, tmp_p
     assert records(killed) == records(whole)
 
 
-def test_accelerate_launches_the_demo_recipe(corpus, tmp_path):
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_demo_recipe(corpus, tmp_path, launched):
     (tmp_path / "data").symlink_to(corpus.parent)
-    command = ["accelerate", "launch", "--num_processes", "1", str(CHECKOUT / "landmark"), "train"]
-    command += ["--recipe", "demo/tiny", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
-    subprocess.run(command, env=environment(), check=True, timeout=240)
+    command = ["train", "--recipe", "demo/tiny", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    if launched:
+        launcher = ["accelerate", "launch", "--num_processes", "1", str(CHECKOUT / "landmark")]
+        subprocess.run([*launcher, *command], env=environment(), check=True, timeout=240)
+    else:
+        assert Forked(command, tmp_path / "said.txt", environment()).wait() == 0
     assert AutoModelForCausalLM.from_pretrained("runs/cats-landmark").config.model_type == "landmark_gpt"
 
 
