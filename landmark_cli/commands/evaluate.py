@@ -118,6 +118,7 @@ def run_perplexity(options: PerplexityOptions) -> dict[str, Any]:
     name = name_model(options)
     model, tokenizer = open_model(name, options)
     check_text(file, model, tokenizer, name)
+    from landmark_cli.data.pretrained_tokenizers import begin_ids
     from landmark_cli.evaluation.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(
@@ -130,6 +131,7 @@ def run_perplexity(options: PerplexityOptions) -> dict[str, Any]:
         batch_size=options.batch_size,
         sample_tokens=options.sample_tokens,
         seed=options.seed,
+        begin=begin_ids(tokenizer),
     )
     data = {"model": name, "data": str(file.path), **perplexity_data(result, model, options)}
     chunks = [_score_row(str(index), score) for index, score in enumerate(result.chunks)]

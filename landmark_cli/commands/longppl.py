@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ from landmark_cli.locks import sole_writer
 from landmark_cli.options import LONGEST, check_outputs, option
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from landmark_cli.data.token_file import TokenFile
     from landmark_cli.evaluation.longppl import LongPerplexity, LongText
     from landmark_cli.evaluation.studies import FinishedRows
@@ -143,6 +145,7 @@ def run(options: LongPerplexityOptions) -> dict[str, Any]:
 def _measure(
     options: LongPerplexityOptions, file: TokenFile, name: str, finished: FinishedRows
 ) -> tuple[LongText, list[list[int]], list[LongPerplexity]]:
+    from landmark_cli.data.pretrained_tokenizers import begin_ids
     from landmark_cli.evaluation.longppl import (
         check_context,
         check_reading,
@@ -159,10 +162,11 @@ def _measure(
     text = long_text(file.tokens, about.eot_id, about.sha256, eval_length=options.eval_length, **sample)
     common = {"finished": finished, "reading": reading_alone(options), "batch_size": options.batch_size}
 
-    def opened(which: str) -> Any:
+    def opened(which: str) -> tuple[PreTrainedModel, LongText]:
+        """A model, and the text as it reads it."""
         model, tokenizer = open_model(which, options)
         check_text(file, model, tokenizer, which)
-        return model
+        return model, replace(text, begin=tuple(begin_ids(tokenizer)))
 
     def depends_on(which: str) -> dict[str, Any]:
         return {"model": model_identity(which), **precision_of(options)}
@@ -177,7 +181,7 @@ def _measure(
         check_reading(outlined, ways, reading_alone(options), text.eval_length)
     with interrupts("finishing the windows under way") as asked:
         evaluator = options.evaluator or name
-        model = opened(evaluator)
+        model, read = opened(evaluator)
         asked_for = options.top_k_blocks if options.evaluator is None else None
         check_retrieves(model, name, asked_for, INSTEAD)
         ways = ways_of_long(model, asked_for)
@@ -186,7 +190,7 @@ def _measure(
         key_tokens = find_key_tokens(
             model,
             way,
-            text,
+            read,
             asked=asked,
             context=options.short_context,
             stride=options.stride,
@@ -196,11 +200,11 @@ def _measure(
         if options.evaluator is not None:
             # The evaluator's memory is given back before the model is opened.
             del model
-            model = opened(name)
+            model, read = opened(name)
             check_retrieves(model, name, options.top_k_blocks, INSTEAD)
             ways = ways_of_long(model, options.top_k_blocks)
         measured = [
-            measure_long_perplexity(model, way, text, key_tokens, asked=asked, depends_on=depends_on(name), **common)
+            measure_long_perplexity(model, way, read, key_tokens, asked=asked, depends_on=depends_on(name), **common)
             for way in ways
         ]
     return text, key_tokens, measured

@@ -56,9 +56,10 @@ class PerplexityRows:
 
     def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
         """The figures of a row."""
+        from landmark_cli.data.pretrained_tokenizers import begin_ids
         from landmark_cli.evaluation.perplexity import evaluate_perplexity
 
-        options, (model, _) = self._options, opened(row.role)
+        options, (model, tokenizer) = self._options, opened(row.role)
         reading = row.reading()
         result = evaluate_perplexity(
             model,
@@ -70,6 +71,7 @@ class PerplexityRows:
             batch_size=options.batch_size,
             sample_tokens=options.sample_tokens,
             seed=options.seed,
+            begin=begin_ids(tokenizer),
         )
         return perplexity_data(result, model, reading)
 

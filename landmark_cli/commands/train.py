@@ -134,7 +134,7 @@ def run(options: TrainOptions) -> Path | None:
         plan(options, config, data)
         return None
     tokenizer.check_saved(landmark=not options.baseline)
-    return train(options, config, tokenizer, data)
+    return train(options, config, tokenizer, dataclasses.replace(data, begin=tokenizer.begin))
 
 
 def check(options: TrainOptions) -> None:

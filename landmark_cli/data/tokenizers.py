@@ -26,6 +26,7 @@ from landmark_cli.data.pretrained_tokenizers import (
     LANDMARK_TOKEN,
     PROBE,
     add_tokens,
+    begin_ids,
     check_read_back,
     encoding_by,
     largest_id,
@@ -60,6 +61,7 @@ class TextTokenizer(ABC):
         landmark_id: the id of `<landmark>` in what `save_pretrained` writes.
         piece_bytes: longer documents are cut into pieces of at most this many bytes; the same on every machine.
         batch_bytes: how much text is worth handing to `encode_documents` at once.
+        begin: what it puts in front of every text by itself, as one of the transformers library.
         trust_remote_code: whether Python code that comes with it may run.
     """
 
@@ -69,6 +71,7 @@ class TextTokenizer(ABC):
     landmark_id: int
     piece_bytes: int
     batch_bytes: int
+    begin: tuple[int, ...] = ()
     trust_remote_code: bool = False
 
     @abstractmethod
@@ -264,6 +267,7 @@ class TransformersTokenizer(TextTokenizer):
         if self._tokenizer.eos_token_id is None:
             raise LandmarkError(f"the tokenizer {name} has no end-of-text token (eos_token), which ends every document")
         self.eot_id = self._tokenizer.eos_token_id
+        self.begin = tuple(begin_ids(self._tokenizer))
         self.vocab_size = largest_id(self._tokenizer) + 1
         self.landmark_id = self._tokenizer.get_vocab().get(LANDMARK_TOKEN, self.vocab_size)
         self._fast = getattr(self._tokenizer, "backend_tokenizer", None)

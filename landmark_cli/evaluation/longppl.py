@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from landmark_cli.console import finite, info, progress
 from landmark_cli.data.landmarks import IGNORED_TARGET, next_token_targets
 from landmark_cli.errors import UsageError
-from landmark_cli.evaluation.perplexity import cut_windows, default_batch, window_starts
+from landmark_cli.evaluation.perplexity import begun, cut_windows, default_batch, window_starts
 from landmark_cli.evaluation.prompts import PromptReaders
 from landmark_cli.evaluation.score import Score, token_scores
 from landmark_cli.evaluation.studies import FinishedRows
@@ -44,7 +44,8 @@ class LongText:
 
     tokens: (n,) ids without landmarks. starts: where each window begins. eval_length: tokens of a window, after which
     at least one more stands. eot_id: the end-of-text token, which predicts nothing. identity: what has to be the same
-    for the text to be the same (JSON).
+    for the text to be the same (JSON). begin: what the reading model's tokenizer puts in front of every text; see
+    `evaluate_perplexity`.
     """
 
     tokens: np.ndarray
@@ -52,6 +53,7 @@ class LongText:
     eval_length: int
     eot_id: int | None
     identity: Any = None
+    begin: tuple[int, ...] = ()
 
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Windows by number: tokens (B, eval_length) and what each of them predicts, the same shape."""
@@ -140,7 +142,7 @@ def find_key_tokens(
     """
     check_context(text, context)
     check_window(model, way, text.eval_length)
-    losses_of = _Losses(model, way, reading or ReadingSettings())
+    losses_of = _Losses(model, way, reading or ReadingSettings(), text.begin)
     about = {"benchmark": "longppl, key tokens", "context": context, "stride": stride, **depends_on}
     starts = range(0, text.eval_length + 1 - context, stride)
 
@@ -186,7 +188,7 @@ def measure_long_perplexity(
     """How well a model that reads every window whole predicts the key tokens, and all tokens. The arguments, and what
     is raised, are those of `find_key_tokens`; key_tokens: what that found."""
     check_window(model, way, text.eval_length)
-    losses_of = _Losses(model, way, reading or ReadingSettings())
+    losses_of = _Losses(model, way, reading or ReadingSettings(), text.begin)
 
     def work(numbers: list[int]) -> Iterator[dict[str, Any]]:
         rows, targets = text.batch(numbers)
@@ -236,20 +238,22 @@ def _each_window(
 class _Losses:
     """Reads rows of one length from their beginning, each with a reader that serves all rows of that length."""
 
-    def __init__(self, model: PreTrainedModel, way: Way, reading: ReadingSettings):
-        self._model, self.way = model, way
+    def __init__(self, model: PreTrainedModel, way: Way, reading: ReadingSettings, begin: Sequence[int] = ()):
+        self._model, self.way, self._begin = model, way, begin
         self._reading = replace(reading, top_k_blocks=way.top_k_blocks)
         self._readers: dict[int, PromptReaders] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for rows to be read the same (JSON)."""
-        return {"full": True} if self.way.full else asdict(self._reading)
+        how = {"full": True} if self.way.full else asdict(self._reading)
+        return how | ({"begin": list(self._begin)} if self._begin else {})
 
     def of(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """rows, targets (B, n) -> each target's loss in nats, (B, n) float32, and whether it was the likeliest token,
         (B, n) int32; both on the host. Raises LandmarkError where the logits are not finite."""
         length = rows.shape[1]
+        rows = begun(rows.clone(), self._begin, length)
         reader = self._of_length(length).of(len(rows), length)
         reader.expect(length)
         losses, correct, begin = [], [], 0

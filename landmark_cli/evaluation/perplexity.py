@@ -8,6 +8,7 @@ neither predict nor are predicted. Source: arXiv 2305.16300, section 4.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,7 @@ def evaluate_perplexity(
     batch_size: int | None = None,
     sample_tokens: int | None = None,
     seed: int = 0,
+    begin: Sequence[int] = (),
 ) -> PerplexityResult:
     """Measure how well a model predicts a text.
 
@@ -65,7 +67,9 @@ def evaluate_perplexity(
     reads every chunk by itself; a model without landmarks never has a memory. reading: how to read. Without memory only
     its `chunk` counts, by default what the trained length holds. batch_size: windows read at a time, by default as many
     as a moderate amount of memory allows. sample_tokens: measure on a random choice of windows, of about this many
-    tokens in all, drawn with `seed`.
+    tokens in all, drawn with `seed`. begin: tokens that the tokenizer puts in front of every text by itself. What is
+    read by itself, a window or a chunk without memory, begins with them in place of its first tokens, and predicts the
+    same.
 
     Raises LandmarkError where the text is shorter than a window, and where the model's logits are not finite.
     """
@@ -87,6 +91,7 @@ def evaluate_perplexity(
         for first in range(0, len(starts), batch_size):
             rows = cut_windows(tokens, starts[first : first + batch_size], eval_length)
             targets = next_token_targets(rows[:, :-1], landmark_token_id=None, eot_id=eot_id, following=rows[:, -1])
+            begun(rows[:, :-1], begin, eval_length if memory else chunk)
             if reader is None or reader.batch != len(rows):
                 reader = open_reader(model, reading, batch=len(rows), memory=memory)
                 reader.expect(eval_length)
@@ -108,6 +113,13 @@ def evaluate_perplexity(
         memory=memory,
         dropped=dropped / retrievals if retrievals else None,
     )
+
+
+def begun(rows: Tensor, begin: Sequence[int], length: int) -> Tensor:
+    """rows (B, n) with the tokens that begin a text, in place, instead of the first of every `length` of theirs."""
+    for offset, token in enumerate(begin):
+        rows[:, offset::length] = token
+    return rows
 
 
 def default_batch(device: str, chunk: int, remembered: int) -> int:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import pytest
 
+from landmark_cli.data import pretrained_tokenizers
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.evaluation.perplexity import evaluate_perplexity
@@ -50,6 +52,29 @@ def test_json_on_standard_output_and_no_memory(landmark):
     assert first.out == second.out
     assert data["memory"] is False and data["reading"] is None and data["windows"] == 2
     assert json.loads(landmark(*arguments, "--seed", "2").out)["loss"] != data["loss"]
+
+
+@pytest.mark.parametrize("command", ["perplexity", "longppl", "study"])
+def test_texts_are_read_as_the_tokenizer_begins_them(landmark, tmp_path, monkeypatch, command):
+    (tmp_path / "study.yaml").write_text(
+        "study: perplexity\ntitle: one row\nroles: {it: a model}\nrows: [{role: it, eval-length: 60}]\n"
+    )
+    arguments = {
+        "perplexity": ["--eval-length", "60"],
+        "longppl": ["--eval-length", "60", "--short-context", "16", "--output"],
+        "study": [tmp_path / "study.yaml", "--role", "it=runs/landmark", "--data", "data/mine", "--output"],
+    }[command]
+
+    def losses(name):
+        output = [tmp_path / name] if arguments[-1] == "--output" else []
+        result = landmark("eval", command, *arguments, *output, "--json", "-")
+        assert result.code == 0, result.err
+        return re.findall(r'"(?:loss|negative_log_likelihood)": ([0-9.]+)', result.out)
+
+    plain = losses("plain")
+    monkeypatch.setattr(pretrained_tokenizers, "begin_ids", lambda tokenizer: [50])
+    begun = losses("begun")
+    assert len(begun) == len(plain) > 0 and begun != plain
 
 
 def test_a_baseline_is_read_in_plain_windows(landmark):

@@ -1,5 +1,6 @@
 """LongPPL: key tokens and perplexities as a plain definition has them, whatever the batches; kept; clear errors."""
 
+import dataclasses
 import math
 import signal
 from types import SimpleNamespace
@@ -36,31 +37,40 @@ def measure(tmp_path, model, way, text, key_tokens, **settings):
     return measure_long_perplexity(model, way, text, key_tokens, finished, Interrupts(""), **settings)
 
 
-def defined_key_tokens(model, window, following, context, stride, gain, most):
+def as_a_text(tokens, begin):
+    """With the token that begins a text, if there is one, in place of the first."""
+    return tokens if begin is None else torch.cat([torch.tensor([begin]), tokens[1:]])
+
+
+def defined_key_tokens(model, window, following, context, stride, gain, most, begin=None):
     """Token by token: the loss by the whole window, and by the short context that its group of tokens shares."""
     tokens = torch.cat([window, following])
-    whole = -log_likelihoods(model, tokens)
+    whole = -log_likelihoods(model, as_a_text(tokens, begin))
     found = []
     for token in range(context, len(tokens)):
-        begin = (token - context) // stride * stride
-        short = -log_likelihoods(model, tokens[begin : token + 1])[-1]
+        first = (token - context) // stride * stride
+        short = -log_likelihoods(model, as_a_text(tokens[first : token + 1], begin))[-1]
         if tokens[token - 1] != EOT and short - whole[token - 1] > gain and whole[token - 1] < most:
             found.append(token - 1)
     return found
 
 
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("begin", [None, 7])
 @pytest.mark.parametrize(("eval_length", "context", "stride"), [(30, 10, 4), (23, 5, 6), (12, 11, 3), (21, 20, 50)])
-def test_key_tokens_by_their_definition(tmp_path, monkeypatch, kind, eval_length, context, stride):
+def test_key_tokens_by_their_definition(tmp_path, monkeypatch, kind, eval_length, context, stride, begin):
     # Random models seldom gain two nats.
     monkeypatch.setattr(longppl, "GAIN", 0.02)
     monkeypatch.setattr(longppl, "MOST_LOSS", 5.0)
     model, way = MODELS[kind]
     tokens = tiny_text(2 * eval_length + 1)
-    text = long_text(tokens.numpy(), EOT, eval_length=eval_length)
+    plain = long_text(tokens.numpy(), EOT, eval_length=eval_length)
+    text = plain if begin is None else dataclasses.replace(plain, begin=(begin,))
+    # What another text left is not taken for this one's.
+    find(tmp_path, model, way, dataclasses.replace(plain, begin=(9,)), context=context, stride=stride)
     found = find(tmp_path, model, way, text, context=context, stride=stride, batch_size=3)
     windows = [(tokens[:eval_length], tokens[eval_length : eval_length + 1]), (tokens[eval_length:-1], tokens[-1:])]
-    expected = [defined_key_tokens(model, *window, context, stride, 0.02, 5.0) for window in windows]
+    expected = [defined_key_tokens(model, *window, context, stride, 0.02, 5.0, begin) for window in windows]
     assert found == expected
     if eval_length == 30:
         assert 2 < sum(map(len, found)) < 30 and (tokens == EOT).any()

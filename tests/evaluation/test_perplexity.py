@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
-from landmark_cli.evaluation.perplexity import evaluate_perplexity
+from landmark_cli.evaluation.perplexity import begun, evaluate_perplexity
 from landmark_cli.evaluation.score import Score, score
 from landmark_cli.inference.settings import ReadingSettings
 from tests.closeness import assert_close_norm
@@ -144,3 +144,23 @@ def test_windows_know_nothing_of_each_other():
     alone = [evaluate_perplexity(MODEL, text[at : at + 41], eot_id=None, eval_length=40) for at in range(0, 200, 40)]
     expected = sum(result.overall.negative_log_likelihood for result in alone)
     assert math.isclose(together.overall.negative_log_likelihood, expected, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(("memory", "alone"), [(True, 30), (False, 12)], ids=["windows", "chunks without memory"])
+def test_what_is_read_by_itself_begins_as_a_text_does(memory, alone):
+    """And predicts what it predicted."""
+    text = tiny_text(61)
+    settings = {"eot_id": None, "memory": memory, "reading": ReadingSettings(top_k_blocks=64, chunk=12)}
+    expected = 0.0
+    for window in (0, 30):
+        for begin in range(0, 30, alone):
+            piece = text[window + begin : window + min(begin + alone, 30) + 1].clone()
+            piece[0] = 7
+            expected -= log_likelihoods(MODEL, piece).sum().item()
+    result = evaluate_perplexity(MODEL, text, eval_length=30, begin=[7], **settings)
+    assert math.isclose(result.overall.negative_log_likelihood, expected, rel_tol=1e-4)
+    plain = evaluate_perplexity(MODEL, text, eval_length=30, **settings)
+    assert result.overall.tokens == plain.overall.tokens and not math.isclose(result.overall.loss, plain.overall.loss)
+    # Of several such tokens each has its place.
+    rows = begun(torch.zeros(2, 9, dtype=torch.int64), [7, 8], 4)
+    assert rows.tolist() == [[7, 8, 0, 0, 7, 8, 0, 0, 7]] * 2

@@ -9,6 +9,7 @@ import time
 import types
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ from landmark_cli.cli import main
 from landmark_cli.commands import plan
 from landmark_cli.commands.train import TrainOptions, run
 from landmark_cli.data import tokenizers
+from landmark_cli.data.pretrained_tokenizers import begin_ids
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
@@ -24,6 +26,7 @@ from landmark_cli.inference.generation import generate
 from landmark_cli.inference.settings import SamplingSettings
 from landmark_cli.models import store
 from landmark_cli.models.generation_config import tokens_without_text
+from landmark_cli.training.setup import LossModel
 from tests import awkward_tokenizers
 from tests.forked import Forked
 from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, stop_behind, train
@@ -39,6 +42,21 @@ def corpus(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path, monkeypatch):
+    """Trained on and held out, as prompts do that the model is given later."""
+    awkward_tokenizers.byte_tokenizer(adds="<s> $A").save_pretrained(tmp_path / "bytes")
+    corpus = write_corpus(tmp_path / "cats", tmp_path / "bytes")
+    seen, forward = [], LossModel.forward
+    monkeypatch.setattr(
+        LossModel, "forward", lambda self, **batch: seen.append(batch["input_ids"]) or forward(self, **batch)
+    )
+    output = train(corpus, tmp_path / "run", steps=1, eval_every=1)
+    rows = torch.cat(seen)
+    assert len(seen) > 1 and (rows[:, 0] == awkward_tokenizers.BEGIN).all()
+    assert (rows[:, 1:] != awkward_tokenizers.BEGIN).all()
+    assert begin_ids(AutoTokenizer.from_pretrained(output)) == [awkward_tokenizers.BEGIN]
 
 
 def test_the_directory_holds_a_model_that_opens_anywhere(corpus, tmp_path):
