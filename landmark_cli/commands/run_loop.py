@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.run_options import RECIPE, RunOptions, compiles_layers
-from landmark_cli.console import counted, info, quantity
+from landmark_cli.console import counted, info, quantity, warn
 from landmark_cli.options import save_recipe
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from landmark_cli.data.training_data import TrainingData
     from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.loop import Loop, LoopSettings
+
+# Operations of a step, of each process, that take a processor of some cores a minute or longer.
+LONG_ON_CPU = 1e13
 
 
 @contextmanager
@@ -197,6 +200,12 @@ def describe(config: PreTrainedConfig, loop: Loop) -> None:
     info(f"model: {quantity(loop.parameters)} parameters, {attention_name(config)}")
     info(f"on {processes}{device_name(accelerator.device)} in {settings.precision}")
     info(f"{counted(windows, 'window')} of {length} = {quantity(windows * length)} tokens a step")
+    operations = windows * length * loop.flops_per_token / accelerator.num_processes
+    if accelerator.device.type == "cpu" and operations > LONG_ON_CPU:
+        warn(
+            f"each of {counted(settings.steps, 'step', ',')} is {operations:.1e} operations, which take a CPU minutes: "
+            "this is work for a GPU; `landmark train --recipe demo/tiny` is work for a CPU"
+        )
     if settings.read is not None:
         info(said_of(settings.read))
     if settings.compile_layers:

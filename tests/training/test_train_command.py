@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from landmark_cli.cli import main
-from landmark_cli.commands import plan
+from landmark_cli.commands import plan, run_loop
 from landmark_cli.commands.train import TrainOptions, run
 from landmark_cli.data import tokenizers
 from landmark_cli.data.pretrained_tokenizers import begin_ids
@@ -185,6 +185,14 @@ def test_without_options_it_takes_the_newest_corpus_and_a_new_directory(corpus, 
     assert "training on data/cats, the newest prepared corpus under data/" in shown
     assert "landmark attention" in shown and "136 tokens a step" in shown
     assert "trained model: runs/cats-landmark-2" in shown
+
+
+def test_work_for_a_gpu_is_told_before_a_cpu_begins_it(corpus, tmp_path, capsys, monkeypatch):
+    train(corpus, tmp_path / "small", steps=1)
+    assert "work for a GPU" not in capsys.readouterr().err
+    monkeypatch.setattr(run_loop, "LONG_ON_CPU", 1)
+    train(corpus, tmp_path / "large", steps=1)
+    assert "warning: each of 1 step is" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_dry_run_trains_nothing(corpus, tmp_path, capsys):
