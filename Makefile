@@ -13,6 +13,7 @@ install: $(INSTALLED)
 # torch comes first and alone: pip then takes a CPU wheel where one lies at hand, and leaves it in place afterwards.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "landmark needs Python 3.10 or newer: make PYTHON=...")'
+	@echo 'Installing into $(VENV), which takes some minutes.'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from landmark_cli import __version__
 from landmark_cli.commands import COMMANDS
 from landmark_cli.options import load_recipe, recipe_names, recipes_folder
 from tests.pages import CALL, TEXTS, lines_of, text_of
@@ -113,6 +114,17 @@ def test_extras_that_pages_name_are_there():
     assert named >= {"lora", "serve"} and named <= set(known)
     listed = re.search(r"^Extras: (.*?)\.$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`([a-z-]+)`", listed[1])) == set(known) - {"dev"}
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation) and citation["version"] == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    paper = citation["preferred-citation"]
+    bibtex = re.search(r"^```bibtex\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    for said in (paper["title"], authors, paper["journal"], str(paper["year"])):
+        assert f"{{{said}}}" in bibtex
 
 
 def test_launcher_is_four_lines():
