@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Steps of Llama's make are fused, unless the user has it otherwise.
-os.environ.setdefault("LANDMARK_FUSED_STEPS", "1")
-
 import torch
 import transformers
 from torch import nn

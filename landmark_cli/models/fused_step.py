@@ -9,7 +9,6 @@ What is not known to be just that is left to the modules (see known_layers.py).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -132,11 +131,7 @@ def join_weights(model: PreTrainedModel) -> None:
 
 
 def why_not_fused(model: PreTrainedModel) -> str | None:
-    """Why a model's steps are left to its modules; None where they are `FusedStep`'s, which is asked for by the
-    environment alone until the tests that compare both with float32 have passed on a GPU
-    (tests/models/test_fused_step.py)."""
-    if os.environ.get("LANDMARK_FUSED_STEPS") != "1":
-        return "LANDMARK_FUSED_STEPS is not 1"
+    """Why a model's steps are left to its modules; None where `FusedStep` gives what these give, within rounding."""
     if torch.is_autocast_enabled(model.device.type):
         return "the model runs in autocast"
     return why_not_known(model, (nn.Linear, QuantizedLinear))

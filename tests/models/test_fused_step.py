@@ -34,11 +34,6 @@ def weights_of(model) -> list[list[nn.Parameter]]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def asked_for(monkeypatch):
-    monkeypatch.setenv("LANDMARK_FUSED_STEPS", "1")
-
-
 @pytest.fixture
 def fused_calls(monkeypatch):
     found, plain = [], FusedStep.__call__
@@ -160,13 +155,10 @@ def test_a_class_that_somebody_changed_keeps_its_modules(monkeypatch):
     assert "MLP" in why_not_fused(model)
 
 
-@pytest.mark.parametrize("value", [None, "0"])
-def test_it_has_to_be_asked_for(value, monkeypatch):
-    monkeypatch.delenv("LANDMARK_FUSED_STEPS")
-    if value is not None:
-        monkeypatch.setenv("LANDMARK_FUSED_STEPS", value)
+def test_it_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("LANDMARK_FUSED_STEPS", "0")
     model = landmark_decoder()
-    assert why_not_fused(model) == "LANDMARK_FUSED_STEPS is not 1"
+    assert why_not_fused(model) == "LANDMARK_FUSED_STEPS is 0"
     join_weights(model)
     assert all(spanned(weights) is None for weights in weights_of(model))
 
