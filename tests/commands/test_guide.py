@@ -1,4 +1,5 @@
-"""The commands of docs/guide.md, one after the other as they stand there, on a model and texts that take seconds."""
+"""The commands of docs/guide.md and of README's first steps, one after the other as they stand there, on models and
+texts that take seconds."""
 
 import re
 import shlex
@@ -13,6 +14,8 @@ MODEL = "HuggingFaceTB/SmolLM2-135M"
 # What makes each command short: options in place of those that the guide gives, or beside them.
 SHORTER = {
     "prepare text": {},
+    "prepare": {"--max-documents": 2},
+    "train": {"--steps": 2, "--batch-size": 1, "--accumulation": 1, "--eval-every": 0},
     "plan": {},
     "finetune": {"--steps": 2, "--batch-size": 1, "--accumulation": 1, "--eval-every": 0, "--eval-ruler": "none"},
     "eval perplexity": {"--eval-length": 700, "--sample-tokens": 1400},
@@ -20,13 +23,16 @@ SHORTER = {
     "eval ruler": {"--lengths": 2000, "--samples": 1, "--tasks": "niah_single_1"},
     "generate": {"--max-new-tokens": 3},
 }
-DEVICES = {"finetune", "eval perplexity", "eval passkey", "eval ruler", "generate"}
+DEVICES = {"train", "finetune", "eval perplexity", "eval passkey", "eval ruler", "generate"}
 
 
-def commands() -> list[list[str]]:
-    """The words of the guide's commands, up to what a CPU does instead; a server does not end."""
-    before, _ = text_of(ROOT / "docs" / "guide.md").split("## Without a GPU")
-    calls = [shlex.split(call) for call in calls_in(lines_of(before))]
+GUIDE, WITHOUT_GPU = text_of(ROOT / "docs" / "guide.md").split("## Without a GPU")
+README = text_of(ROOT / "README.md").split("## From text to text")[1]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of a text's commands; a server does not end."""
+    calls = [shlex.split(call) for call in calls_in(lines_of(text))]
     return [words for words in calls if words[0] != "serve"]
 
 
@@ -59,7 +65,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_the_guide_goes_through(place, fresh_accelerator, capsys):
-    for words in commands():
+    for words in commands(GUIDE):
         with pytest.raises(SystemExit) as exit:
             cli.main(shorter(words))
         out, err = capsys.readouterr()
@@ -71,5 +77,19 @@ def test_the_guide_goes_through(place, fresh_accelerator, capsys):
 
 
 def test_the_guide_has_these_commands():
-    names = [re.match(r"(?:eval |weight-diff )?[\w-]+(?: text)?", " ".join(words))[0] for words in commands()]
-    assert len(names) > 10 and set(names) == set(SHORTER)
+    names = [re.match(r"(?:eval |weight-diff )?[\w-]+(?: text)?", " ".join(words))[0] for words in commands(GUIDE)]
+    assert len(names) > 10 and {*names, "prepare", "train"} == set(SHORTER)
+
+
+@pytest.mark.parametrize("text", [README, pytest.param(WITHOUT_GPU, marks=pytest.mark.slow)], ids=["README", "guide"])
+def test_the_first_steps_go_through(text, tmp_path, monkeypatch, fresh_accelerator, capsys):
+    """From the shipped novels to a text, with what a CPU can do."""
+    monkeypatch.chdir(tmp_path)
+    first = commands(text)[:4]
+    assert [words[0] for words in first] == ["prepare", "train", "eval", "generate"]
+    for words in first:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(shorter(words))
+        out, err = capsys.readouterr()
+        assert exit.value.code == 0, f"{shlex.join(words)}: {err}"
+    assert out.strip()
