@@ -83,8 +83,8 @@ class BlockReader(BaseReader):
     >>> reader = landmark_cli.Reader(model, top_k_blocks=2, batch=2)
     >>> rows = [tokenizer("It was the best of times. " * 20).input_ids, tokenizer("Call me").input_ids]
     >>> *_, last = reader.read(rows, last_only=True)
-    >>> reader.step([262, 262]).shape
-    torch.Size([2, 50304])
+    >>> reader.step([262, 262]).shape == (2, model.config.vocab_size)
+    True
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import pytest
 
 from landmark_cli import cli, console
 from landmark_cli.data.token_file import TokenFileWriter
-from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from tests.gpt2 import small_gpt2
 from tests.tiny import tiny_baseline, tiny_model
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 12
@@ -18,9 +18,10 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 def workplace(tmp_path_factory):
     """runs/landmark is newer than runs/baseline; data/mine holds two documents."""
     root = tmp_path_factory.mktemp("workplace")
-    tokenizer = load_tokenizer("gpt2")
-    common = {"vocab_size": 50304, "eos_token_id": tokenizer.eot_id}
-    models = {"baseline": tiny_baseline(**common), "landmark": tiny_model(landmark_token_id=GPT2_LANDMARK_ID, **common)}
+    tokenizer = small_gpt2(root / "tokenizer")
+    landmark = tokenizer.landmark_id
+    common = {"vocab_size": landmark + 1, "eos_token_id": tokenizer.eot_id}
+    models = {"baseline": tiny_baseline(**common), "landmark": tiny_model(landmark_token_id=landmark, **common)}
     for age, (name, model) in enumerate(models.items()):
         model.save_pretrained(root / "runs" / name)
         tokenizer.save_pretrained(root / "runs" / name)

@@ -136,7 +136,7 @@ def test_passkey_in_a_text_of_ones_own(landmark, workplace):
     (workplace / "hay.txt").write_text("It was a fine day. Nobody came.\n" * 4)
     arguments = ["eval", "passkey", "--lengths", "150", "--prompts", "1", "--chunk", "64", "--json", "-", "--haystack"]
     result = landmark(*arguments, "hay.txt")
-    assert result.code == 0 and "hay.txt has 36 tokens, fewer than the longest prompt: it is repeated" in result.err
+    assert result.code == 0 and "hay.txt has 40 tokens, fewer than the longest prompt: it is repeated" in result.err
     found = json.loads(result.out)
     novels = landmark(*arguments, "sample")
     assert novels.code == 0 and "pass keys in the shipped novels" in novels.err

@@ -13,18 +13,18 @@ import torch
 import landmark_cli
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.commands.finetune_report import asked_samples, rows_of
-from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
 from landmark_cli.evaluation.ruler import brief
 from landmark_cli.evaluation.ruler.brief import Figures, affordable_samples, lengths_of
 from landmark_cli.models import store
 from landmark_cli.models.card import Trained, model_card
 from tests.data.test_mixing import prose
+from tests.gpt2 import small_gpt2
 from tests.models.families import tiny_decoder
 from tests.training.command import records
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
-# In GPT-2's tokens a length of 540 has room for all tasks, and is within the model's positions.
+# In these tokens a length of 590 has room for all tasks, and is within the model's positions.
 SHORT = {"landmark_freq": 31, "sequence_length": 256, "steps": 3, "batch_size": 1, "accumulation": 2, "log_every": 1}
 SHORT |= {"eval_every": 0, "device": "cpu", "teacher": "none", "eval_ruler": "1"}
 
@@ -36,11 +36,10 @@ def place(tmp_path_factory):
         "hidden_size": 8,
         "intermediate_size": 8,
         "num_hidden_layers": 1,
-        "max_position_embeddings": 576,
-        "vocab_size": 50304,
+        "max_position_embeddings": 596,
+        "vocab_size": small_gpt2(root / "base").vocab_size,
     }
     tiny_decoder("llama", **shape, num_attention_heads=2, num_key_value_heads=1).save_pretrained(root / "base")
-    load_tokenizer("gpt2").save_pretrained(root / "base", landmark=False)
     (root / "barges.txt").write_text(prose("barge", 200))
     return root
 
@@ -52,8 +51,8 @@ def in_the_place(place, fresh_accelerator, monkeypatch):
 
 @pytest.fixture
 def short_lengths(monkeypatch):
-    """Asked at 300, 540 and 600 tokens, whatever the trained length; answers are short."""
-    monkeypatch.setattr(brief, "lengths_of", lambda trained: [300, 540, 600])
+    """Asked at 300, 590 and 620 tokens, whatever the trained length; answers are short."""
+    monkeypatch.setattr(brief, "lengths_of", lambda trained: [300, 590, 620])
     made = brief.make_task
 
     def make_task(*args):
@@ -69,7 +68,7 @@ def finetune(output, **changes):
     return Path(output)
 
 
-NAMES = [f"ruler_{task}_{length}" for task in (*brief.TASKS, "mean") for length in (540, 600)]
+NAMES = [f"ruler_{task}_{length}" for task in (*brief.TASKS, "mean") for length in (590, 620)]
 
 
 @pytest.mark.usefixtures("short_lengths")
@@ -78,9 +77,9 @@ NAMES = [f"ruler_{task}_{length}" for task in (*brief.TASKS, "mean") for length 
 )
 def test_a_run_ends_with_figures_beside_the_untouched_models(tmp_path, capfd, changes):
     output = finetune(tmp_path / "run", **changes)
-    (record,) = (r for line in (output / "metrics.jsonl").open() if "ruler_mean_540" in (r := json.loads(line)))
+    (record,) = (r for line in (output / "metrics.jsonl").open() if "ruler_mean_590" in (r := json.loads(line)))
     assert record["step"] == 3 and all(0 <= record[name] <= 1 for name in NAMES)
-    assert "untouched_ruler_mean_540" in record and "untouched_ruler_mean_600" not in record
+    assert "untouched_ruler_mean_590" in record and "untouched_ruler_mean_600" not in record
     shown = capfd.readouterr().err
     assert "RULER, the trained model and the untouched one by full attention, 1 sample each" in shown
     card = (output / "README.md").read_text()
@@ -98,7 +97,7 @@ def test_a_run_ends_with_figures_beside_the_untouched_models(tmp_path, capfd, ch
 @pytest.mark.usefixtures("short_lengths")
 def test_on_the_way_the_model_is_asked_as_it_is_and_the_run_stays_the_same(tmp_path):
     alone = finetune(tmp_path / "alone", eval_ruler="none")
-    assert not records(alone, "ruler_mean_540") and "## Figures" not in (alone / "README.md").read_text()
+    assert not records(alone, "ruler_mean_590") and "## Figures" not in (alone / "README.md").read_text()
     asked = finetune(tmp_path / "asked", eval_ruler_every=1)
     assert [line["step"] for line in map(json.loads, (asked / "metrics.jsonl").open()) if NAMES[0] in line] == [1, 2, 3]
     assert (asked / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()

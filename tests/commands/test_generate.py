@@ -24,7 +24,8 @@ def test_three_ways_to_give_the_prompt(landmark, workplace, monkeypatch):
     assert given.code == 0, given.err
     assert "using runs/landmark" in given.err and "generated 8" in given.err
     data = json.loads((workplace / "out.json").read_text())
-    assert given.out == data["text"] + "\n" == load_tokenizer("gpt2").decode(data["tokens"]) + "\n"
+    tokenizer = load_tokenizer(str(workplace / "tokenizer"))
+    assert given.out == data["text"] + "\n" == tokenizer.decode(data["tokens"]) + "\n"
     assert (data["finish"], len(data["tokens"]), data["prompt_tokens"]) == ("length", 8, 85)
     assert landmark("generate", "--prompt-file", "prompt.txt", *SAMPLING).out == given.out
     # As some editors save it: the mark in front is no part of the text.
@@ -70,9 +71,9 @@ def test_stop_strings_as_a_shell_hands_them_on(typed, strings, told, capsys):
     assert told in err if told else not err
 
 
-def test_generation_ends_at_a_line_break_that_was_typed(landmark, monkeypatch):
+def test_generation_ends_at_a_line_break_that_was_typed(landmark, workplace, monkeypatch):
     # The model, whatever its weights, says these.
-    said = load_tokenizer("gpt2").encode("one line\nand another")
+    said = load_tokenizer(str(workplace / "tokenizer")).encode("one line\nand another")
     monkeypatch.setattr("landmark_cli.inference.generation.NeverGenerated", lambda *_, **__: Says(list(said)))
     result = landmark("generate", "--prompt", "Call me", *SAMPLING, "--stop", r"\n")
     assert result.out == "one line\n" and "ended by stop string" in result.err

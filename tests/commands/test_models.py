@@ -6,9 +6,9 @@ import pytest
 
 from landmark_cli.commands import COMMANDS
 from landmark_cli.commands.models import MachineOptions, open_model, precision_of
-from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.models.quantization import quantization_of
 from landmark_cli.options import build
+from tests.gpt2 import small_gpt2
 from tests.tiny import tiny_model
 
 OPENING = [command for command in COMMANDS if issubclass(command.options_class, MachineOptions)]
@@ -17,9 +17,10 @@ OPENING = [command for command in COMMANDS if issubclass(command.options_class, 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tokens = {"vocab_size": 50304, "landmark_token_id": 50260, "eos_token_id": 50256}
-    tiny_model(n_embd=64, n_layer=1, **tokens).save_pretrained(folder)
-    load_tokenizer("gpt2").save_pretrained(folder)
+    tokenizer = small_gpt2(folder)
+    tokens = {"landmark_token_id": tokenizer.landmark_id, "eos_token_id": tokenizer.eot_id}
+    tiny_model(n_embd=64, n_layer=1, vocab_size=tokenizer.landmark_id + 1, **tokens).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

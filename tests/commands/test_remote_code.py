@@ -11,6 +11,7 @@ import landmark_cli
 from landmark_cli.commands import COMMANDS
 from landmark_cli.errors import UsageError
 from landmark_cli.options import load_recipe, settings_of
+from tests.gpt2 import small_gpt2
 from tests.tiny import tiny_llama
 
 CODE = """
@@ -43,11 +44,9 @@ def canary(tmp_path, monkeypatch):
 @pytest.fixture(params=["model", "tokenizer"])
 def with_code(request, workplace, tmp_path):
     """A model directory whose config.json, or whose tokenizer_config.json, names code beside it."""
-    from landmark_cli.data.tokenizers import load_tokenizer
-
     folder = tmp_path / "stranger"
-    tiny_llama(vocab_size=50304).save_pretrained(folder)
-    load_tokenizer("gpt2").save_pretrained(folder, landmark=False)
+    tokenizer = small_gpt2(folder)
+    tiny_llama(vocab_size=tokenizer.vocab_size).save_pretrained(folder)
     (folder / "own.py").write_text(CODE)
     name, changes = {
         "model": (

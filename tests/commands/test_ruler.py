@@ -97,7 +97,7 @@ def test_a_short_haystack_is_repeated_and_said(landmark, workplace, tmp_path):
     (workplace / "hay.txt").write_text("It was a fine day. Nobody came.\n" * 4)
     arguments = ["eval", "ruler", "--tasks", "niah_single_2", "--lengths", "300", "--samples", "1", "--chunk", "100"]
     result = landmark(*arguments, "--haystack", "hay.txt", "--output", tmp_path)
-    assert result.code == 0 and "hay.txt has 36 tokens, fewer than the longest prompt: it is repeated" in result.err
+    assert result.code == 0 and "hay.txt has 40 tokens, fewer than the longest prompt: it is repeated" in result.err
 
 
 def test_questions_of_a_file(landmark, workplace, tmp_path):
