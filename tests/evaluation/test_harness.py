@@ -17,13 +17,13 @@ from lm_eval.tasks import TaskManager
 from landmark_cli.attention.cache import BlockCache
 from landmark_cli.console import console
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
-from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.evaluation.harness import LandmarkLM
 from landmark_cli.models.generation_config import silence
+from tests.gpt2 import small_gpt2
 from tests.tiny import FREQ, tiny_baseline, tiny_model
 
-GPT2 = load_tokenizer("gpt2")
 QUESTIONS = [
     {"question": "The grass is green and the sky is", "choices": [" blue", " seven"], "answer": 0},
     {"question": "Here we go. There and back again. " * 4 + "Here we", "choices": [" go", " blue"], "answer": 0},
@@ -55,13 +55,14 @@ TASKS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("harness")
-    ids = {"vocab_size": 50304, "eos_token_id": GPT2.eot_id}
-    models = {"landmark": tiny_model(landmark_token_id=GPT2_LANDMARK_ID, **ids), "baseline": tiny_baseline(**ids)}
+    tokenizer = small_gpt2(root / "tokenizer")
+    ids = {"vocab_size": tokenizer.landmark_id + 1, "eos_token_id": tokenizer.eot_id}
+    models = {"landmark": tiny_model(landmark_token_id=tokenizer.landmark_id, **ids), "baseline": tiny_baseline(**ids)}
     models["xl"] = tiny_baseline(memory_length=12, segment_length=12, **ids)
     for name, model in models.items():
-        silence(model, GPT2.as_transformers(landmark=name == "landmark"))
+        silence(model, tokenizer.as_transformers(landmark=name == "landmark"))
         model.save_pretrained(root / name)
-        GPT2.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
     (root / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(root / "questions.jsonl")}}}
     (root / "tasks").mkdir()
@@ -71,12 +72,17 @@ def place(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def tokenizer(place):
+    return load_tokenizer(str(place / "tokenizer"))
+
+
 def log_likelihood(lm: LandmarkLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """By one forward pass over the whole."""
     row = torch.tensor(context + continuation)
     stream, text = row[:-1], slice(None)
     if lm.model.config.landmark_freq:
-        stream = insert_landmarks(stream, FREQ, GPT2_LANDMARK_ID)
+        stream = insert_landmarks(stream, FREQ, lm.model.config.landmark_token_id)
         text = ~landmark_positions(len(stream), FREQ + 1)
     with torch.no_grad():
         logits = lm.model(stream[None].to(lm.device)).logits[0, text][len(context) - 1 :].cpu()
@@ -90,13 +96,13 @@ def instances(kind: str, *arguments: tuple) -> list[Instance]:
 
 @pytest.mark.parametrize("kind", ["landmark", "baseline", "xl"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_requests_equal_one_forward_pass(place, kind, batch_size):
+def test_requests_equal_one_forward_pass(place, tokenizer, kind, batch_size):
     lm = LandmarkLM(str(place / kind), batch_size=batch_size, top_k_blocks=64, chunk=7, device="cpu")
     pairs = [(q["question"], choice) for q in QUESTIONS for choice in q["choices"]] + [("", "The sky")]
     found = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
     for (context, continuation), (loss, likeliest) in zip(pairs, found, strict=True):
-        context = GPT2.encode(context) or [GPT2.eot_id]
-        expected, expected_likeliest = log_likelihood(lm, context, GPT2.encode(continuation))
+        context = tokenizer.encode(context) or [tokenizer.eot_id]
+        expected, expected_likeliest = log_likelihood(lm, context, tokenizer.encode(continuation))
         assert math.isclose(loss, expected, rel_tol=1e-4) and likeliest == expected_likeliest
 
 
@@ -113,16 +119,16 @@ def test_the_harness_own_model_reads_with_memory(place):
     assert theirs.generate_until(asked, disable_tqdm=True) == ours.generate_until(asked, disable_tqdm=True)
 
 
-def test_whole_texts(place):
+def test_whole_texts(place, tokenizer):
     texts = [QUESTIONS[1]["question"] * 2, "The sky"]
     lm = LandmarkLM(str(place / "landmark"), batch_size=2, top_k_blocks=64, chunk=9, device="cpu")
     found = lm.loglikelihood_rolling(instances("loglikelihood_rolling", *((text,) for text in texts)), True)
-    expected = [log_likelihood(lm, [GPT2.eot_id], GPT2.encode(text))[0] for text in texts]
+    expected = [log_likelihood(lm, [tokenizer.eot_id], tokenizer.encode(text))[0] for text in texts]
     assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found, expected, strict=True))
     # Without a memory, windows of the trained length.
     lm = LandmarkLM(str(place / "baseline"), batch_size=2, device="cpu")
     (found,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", (texts[0],)), True)
-    ids = [GPT2.eot_id, *GPT2.encode(texts[0])]
+    ids = [tokenizer.eot_id, *tokenizer.encode(texts[0])]
     assert 41 < len(ids) <= 81
     expected = log_likelihood(lm, ids[:1], ids[1:41])[0] + log_likelihood(lm, ids[len(ids) - 41 : 41], ids[41:])[0]
     assert math.isclose(found, expected, rel_tol=1e-4)
@@ -170,7 +176,7 @@ WITHOUT_DOWNLOADS = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "rul
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", WITHOUT_DOWNLOADS)
-def test_the_harness_s_own_tasks_of_ruler(place, task, monkeypatch):
+def test_the_harness_s_own_tasks_of_ruler(place, tokenizer, task, monkeypatch):
     """They find the tokenizer by our arguments, and a prompt goes whole through the block cache."""
     # The module of the needles asks for it when it is imported, whether sentences are to be told apart or not.
     monkeypatch.setattr("nltk.download", lambda *_, **__: False)
@@ -188,7 +194,7 @@ def test_the_harness_s_own_tasks_of_ruler(place, task, monkeypatch):
     assert found["results"][task]["4096,none"] in [tenths / 10 for tenths in range(11)]
     (sample,) = found["samples"][task]
     (prompt, generation), answer = sample["arguments"][0], sample["resps"][0][0]
-    tokens = len(GPT2.encode(prompt))
+    tokens = len(tokenizer.encode(prompt))
     assert 2000 < tokens <= 4096 and generation["max_gen_toks"] in (30, 50, 120, 128) and answer
     # Landmarks come on top, and so do the tokens of the answer but the last.
     assert sum(read) >= tokens + tokens // FREQ and max(read) == 1000 + 1000 // FREQ

@@ -25,6 +25,7 @@ from landmark_cli.evaluation.score import Score
 from landmark_cli.evaluation.studies import FinishedRows, Row, Study, describe, load_study
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
+from tests.gpt2 import small_gpt2
 
 register()
 STUDY = """
@@ -49,14 +50,22 @@ SHAPES = {
 def place(tmp_path_factory):
     """A study file, a token file and tiny models of every role."""
     folder = tmp_path_factory.mktemp("study")
-    tokenizer = load_tokenizer("gpt2")
+    tokenizer = small_gpt2(folder / "tokenizer")
     (folder / "small.yaml").write_text(STUDY)
     with TokenFileWriter(folder / "validation.bin", tokenizer, source="random ids") as writer:
-        writer.add_document(np.random.default_rng(0).integers(0, 50000, 130))
+        writer.add_document(np.random.default_rng(0).integers(0, 8000, 130))
     for role, shape in SHAPES.items():
-        GPTForCausalLM(GPTConfig(n_layer=1, n_head=2, n_embd=8, **shape)).save_pretrained(folder / role)
-        tokenizer.save_pretrained(folder / role)
+        save(folder, role, **shape)
     return folder
+
+
+def save(place, name, **shape):
+    """A tiny model of the place's, under this name."""
+    tokenizer = load_tokenizer(str(place / "tokenizer"))
+    ids = {"vocab_size": tokenizer.landmark_id + 1, "eos_token_id": tokenizer.eot_id}
+    ids["landmark_token_id"] = tokenizer.landmark_id
+    GPTForCausalLM(GPTConfig(n_layer=1, n_head=2, n_embd=8, **ids | shape)).save_pretrained(place / name)
+    tokenizer.save_pretrained(place / name)
 
 
 def options(place, output, roles=("landmark", "xl", "miss"), **changes):
@@ -118,10 +127,7 @@ rows:
 
 def test_a_study_of_ruler(place, tmp_path, monkeypatch, capsys):
     """Rows as `eval ruler` measures them, every answer kept."""
-    GPTForCausalLM(
-        GPTConfig(n_layer=1, n_head=2, n_embd=8, landmark_freq=None, max_position_embeddings=300)
-    ).save_pretrained(place / "plain")
-    load_tokenizer("gpt2").save_pretrained(place / "plain")
+    save(place, "plain", landmark_freq=None, max_position_embeddings=300)
     (tmp_path / "asked.yaml").write_text(RULER)
     said = iter(range(100))
 
@@ -279,12 +285,9 @@ def test_an_infinite_perplexity_is_told_and_stored_as_json(place, tmp_path, monk
 
 
 def test_a_changed_model_is_measured_anew(place, tmp_path, capsys):
-    folder = tmp_path / "landmark"
     for seed in range(2):
-        model = GPTForCausalLM(GPTConfig(n_layer=1, n_head=2, n_embd=8, initializer_range=0.1, **SHAPES["landmark"]))
-        model.save_pretrained(folder)
-        load_tokenizer("gpt2").save_pretrained(folder)
-        command.run(options(place, tmp_path / "out", roles=(), role=[f"landmark={folder}"]))
+        save(place, "changed", initializer_range=0.1, **SHAPES["landmark"])
+        command.run(options(place, tmp_path / "out", roles=(), role=[f"landmark={place / 'changed'}"]))
         said = capsys.readouterr().err
         assert "kept from an earlier run" not in said, seed
         assert "no model for xl, miss" in said
@@ -377,9 +380,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("kind", "row", "message"), IMPOSSIBLE)
 def test_a_row_that_cannot_be_measured_is_told_before_any_is(place, tmp_path, monkeypatch, kind, row, message):
-    shape = GPTConfig(n_layer=1, n_head=2, n_embd=8, landmark_freq=None, max_position_embeddings=50)
-    GPTForCausalLM(shape).save_pretrained(place / "short")
-    load_tokenizer("gpt2").save_pretrained(place / "short")
+    save(place, "short", landmark_freq=None, max_position_embeddings=50)
     extra = "evaluator: landmark\n" if kind == "longppl" else ""
     (tmp_path / "s.yaml").write_text(f"study: {kind}\n{extra}{ROLE}rows: [{FINE[kind]}, {row}]")
     monkeypatch.setattr(studies, "run_study", lambda *_: pytest.fail("a row was measured"))
