@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _prepare_streams("--quiet" in arguments)
     options = None
     try:
-        with console.quiet("--quiet" in arguments), launch.command(arguments), end_on_signals() as asked:
+        with console.of_one_command("--quiet" in arguments), launch.command(arguments), end_on_signals() as asked:
             launch.hear_of_launchers_end()
             try:
                 run, options = _parse(arguments)

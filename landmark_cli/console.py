@@ -28,6 +28,7 @@ LINE_MOMENT = 2.0
 PLAIN_WIDTH = 4096
 LONGEST_FIGURE = 1e9
 _quiet = False
+_warned: set[str] = set()
 
 
 @functools.cache
@@ -55,11 +56,12 @@ def is_first_on_machine() -> bool:
 
 
 @contextmanager
-def quiet(wanted: bool = True) -> Iterator[None]:
-    """Where it is wanted, say nothing inside the block but results, warnings, errors and how work ends: no messages, no
-    progress."""
+def of_one_command(quiet: bool) -> Iterator[None]:
+    """What is said inside the block is said by one command, which warns of one thing once. quiet: say nothing but
+    results, warnings, errors and how work ends: no messages, no progress."""
     global _quiet
-    before, _quiet = _quiet, wanted
+    before, _quiet = _quiet, quiet
+    _warned.clear()
     try:
         yield
     finally:
@@ -82,6 +84,14 @@ def warn(message: str) -> None:
     """Tell the user about something that goes on but may surprise."""
     if is_main_process():
         console().print(f"warning: {message}", style="yellow")
+
+
+def warn_once(message: str, where: str = "") -> None:
+    """Warn of something that may come up again and again. where: stands in front of it, and does not make it another
+    thing."""
+    if message not in _warned:
+        _warned.add(message)
+        warn(f"{where}{message}")
 
 
 def error(message: str) -> None:

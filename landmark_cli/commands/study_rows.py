@@ -15,6 +15,7 @@ from landmark_cli.commands.evaluate import (
     score_data,
 )
 from landmark_cli.commands.models import open_model, precision_of
+from landmark_cli.console import warn_once
 from landmark_cli.errors import LandmarkError, UsageError
 
 if TYPE_CHECKING:
@@ -45,14 +46,17 @@ class PerplexityRows:
         }
         self.about = {"text": str(self._file.path)}
 
-    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise LandmarkError where a row cannot be measured; model: without weights. name: its, for messages."""
-        from landmark_cli.evaluation.perplexity import window_starts
+    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Raise LandmarkError where a row cannot be measured; model: without weights. name: its, for messages. Returns
+        why the row may mislead, or stay empty; None where nothing is known against it."""
+        from landmark_cli.evaluation.perplexity import default_eval_length, window_starts
         from landmark_cli.inference.readers import open_reader
 
         check_text(self._file, model, tokenizer, name)
-        window_starts(len(self._file.tokens), row.settings.get("eval-length", 1), None, 0)
-        open_reader(model, row.reading(), memory=row.settings.get("memory", True))
+        tokens = len(self._file.tokens)
+        window_starts(tokens, row.settings.get("eval-length", 1), None, 0)
+        reader = open_reader(model, row.reading(), memory=row.settings.get("memory", True))
+        return reader.beyond_training(row.settings.get("eval-length") or default_eval_length(model, tokens))
 
     def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
         """The figures of a row."""
@@ -107,16 +111,18 @@ class RulerRows:
 
         return FinishedRows(self._output / "answers.jsonl")
 
-    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """As of PerplexityRows."""
         from landmark_cli.evaluation.ruler.benchmark import check_lengths
-        from landmark_cli.evaluation.ways import check_ways
+        from landmark_cli.evaluation.ways import beyond_training, check_ways
 
-        asks = self._asks(row)
-        check_ways(model, [self._way(asks, name, model)], reading_alone(row.reading()))
+        asks, reading = self._asks(row), reading_alone(row.reading())
+        way = self._way(asks, name, model)
+        check_ways(model, [way], reading)
         tasks = self._tasks(asks, tokenizer)
         for task in tasks:
             check_lengths(task, [asks.length], self._options.samples)
+        return beyond_training(model, way, reading, asks.length)
 
     def _asks(self, row: Row) -> RulerRow:
         from landmark_cli.evaluation.studies import RulerRow
@@ -212,9 +218,10 @@ class LongPerplexityRows:
 
         return FinishedRows(self._output / "windows.jsonl")
 
-    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """As of PerplexityRows. The evaluator reads every row's windows."""
         from landmark_cli.evaluation.longppl import check_context, check_reading, ways_of_long
+        from landmark_cli.evaluation.ways import beyond_training
         from landmark_cli.inference.settings import ReadingSettings
 
         check_text(self._file, model, tokenizer, name)
@@ -222,9 +229,11 @@ class LongPerplexityRows:
         check_context(text, asks.short_context)
         blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
         check_retrieves(model, name, blocks, "leave it out of its rows")
-        check_reading(model, ways_of_long(model, blocks), reading_alone(row.reading()), text.eval_length)
+        (way,), reading = ways_of_long(model, blocks), reading_alone(row.reading())
+        check_reading(model, [way], reading, text.eval_length)
         evaluator = self._evaluator_outline
         check_reading(evaluator, ways_of_long(evaluator, None), ReadingSettings(), text.eval_length)
+        return beyond_training(model, way, reading, text.eval_length)
 
     @cached_property
     def _evaluator_outline(self) -> PreTrainedModel:
@@ -297,7 +306,8 @@ def check_rows(
     *,
     trust_remote_code: bool,
 ) -> None:
-    """Raise LandmarkError naming the first row that cannot be measured, before hours have gone into those before it."""
+    """Raise LandmarkError naming the first row that cannot be measured, before hours have gone into those before it;
+    warn of rows that may mislead, or stay empty."""
     from landmark_cli.models.store import outline
 
     outlines = {
@@ -305,12 +315,17 @@ def check_rows(
         for role in dict.fromkeys(row.role for row in study.rows)
         if role in models
     }
+    doubts: dict[str, list[str]] = {}
     for number, row in enumerate(study.rows, 1):
         if row.role in outlines:
             try:
-                kind.check(row, models[row.role], *outlines[row.role])
+                said = kind.check(row, models[row.role], *outlines[row.role])
             except LandmarkError as error:
                 raise type(error)(f"study {study.name}, row {number}: {error}") from None
+            if said:
+                doubts.setdefault(said, []).append(str(number))
+    for said, rows in doubts.items():
+        warn_once(said, f"study {study.name}, row{'s' * (len(rows) > 1)} {', '.join(rows)}: ")
 
 
 MEASURES = {"perplexity": PerplexityRows, "longppl": LongPerplexityRows, "ruler": RulerRows}

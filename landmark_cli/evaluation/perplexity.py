@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from landmark_cli.console import counted, progress, warn
+from landmark_cli.console import counted, progress
 from landmark_cli.data.landmarks import next_token_targets
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.score import Score, score
@@ -75,13 +75,10 @@ def evaluate_perplexity(
     """
     reading = reading or ReadingSettings()
     memory = memory and reader_class(model).remembers
-    fitting = trained_text_length(model)
-    eval_length = eval_length or max(1, min(4 * fitting, len(tokens) - 1))
+    eval_length = eval_length or default_eval_length(model, len(tokens))
     starts = window_starts(len(tokens), eval_length, sample_tokens, seed)
     chunk = open_reader(model, reading, memory=memory).chunk
     chunk = chunk if memory else min(chunk, eval_length)
-    if not memory and chunk > fitting:
-        warn(f"chunks of {counted(chunk, 'text token')} are longer than the {fitting} the model was trained on")
     batch_size = batch_size or default_batch(model.device.type, chunk, eval_length if memory else chunk)
 
     sums = torch.zeros(-(-eval_length // chunk), 3, dtype=torch.float64, device=model.device)
@@ -120,6 +117,11 @@ def begun(rows: Tensor, begin: Sequence[int], length: int) -> Tensor:
     for offset, token in enumerate(begin):
         rows[:, offset::length] = token
     return rows
+
+
+def default_eval_length(model: PreTrainedModel, tokens: int) -> int:
+    """Text tokens of a window: 4 times the trained length, or a whole text of so many tokens where that is shorter."""
+    return max(1, min(4 * trained_text_length(model), tokens - 1))
 
 
 def default_batch(device: str, chunk: int, remembered: int) -> int:

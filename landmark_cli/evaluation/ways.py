@@ -38,6 +38,25 @@ def check_ways(model: PreTrainedModel, ways: Sequence[Way], reading: ReadingSett
             open_reader(model, replace(reading, top_k_blocks=way.top_k_blocks))
 
 
+def beyond_training(model: PreTrainedModel, way: Way, reading: ReadingSettings, length: int) -> str | None:
+    """Why reading so many tokens in this way may mislead, or is not done: see `BaseReader.beyond_training`. None where
+    nothing is known against it. reading: as of `check_ways`."""
+    if not way.full:
+        return open_reader(model, replace(reading, top_k_blocks=way.top_k_blocks)).beyond_training(length)
+    return None if fits_positions(model, way, length) else not_asked(model, [length])
+
+
+def fits_positions(model: PreTrainedModel, way: Way, length: int) -> bool:
+    """Whether a way of reading knows as many positions."""
+    return not way.full or length <= model.config.max_position_embeddings
+
+
+def not_asked(model: PreTrainedModel, lengths: Sequence[int]) -> str:
+    """What is said of lengths that full attention does not know."""
+    beyond = ", ".join(map(str, lengths))
+    return f"full attention is not asked at {beyond}: the model knows {model.config.max_position_embeddings} positions"
+
+
 def ways_of(model: PreTrainedModel, top_k_blocks: Sequence[int] | None, full_attention: bool) -> list[Way]:
     """The ways in which a model is read: through the block cache with each of these numbers of blocks (by default its
     config's), by recurrence, or in its own window; and by full attention where that is asked for."""

@@ -6,6 +6,7 @@ back outputs at text positions only. Source: arXiv 2305.16300, section 3.2.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -18,16 +19,17 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Offload, Positions, RetrievalSettings, Selection, Trace
 from landmark_cli.attention.cache.pages import require_host_memory
-from landmark_cli.console import counted
+from landmark_cli.console import counted, warn_once
 from landmark_cli.data.landmarks import insert_landmarks, largest_top_k, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference import memory
 from landmark_cli.inference.graphs import ChunkForward
-from landmark_cli.inference.readers import BaseReader, ReadChunk, layer_token_bytes
+from landmark_cli.inference.readers import BaseReader, ReadChunk, called, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.device import to_device
 from landmark_cli.models.layers import key_heads, landmark_layers
 from landmark_cli.models.rotary import inverse_frequencies
+from landmark_cli.options import LONGEST
 
 # What a layer makes of a passage may take about so much memory of a GPU.
 PASSAGE_BYTES = 1 << 30
@@ -57,6 +59,24 @@ def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, na
             "(--top-k-blocks), or give a chunk length"
         )
     return blocks * landmark_freq
+
+
+def positions_of(tokens: int, chunk: int, settings: RetrievalSettings) -> int:
+    """The most positions that a chunk of a text needs, landmarks included: its own, those of the incomplete block
+    before it and of the blocks that it retrieves, and one block for what is dropped of them.
+
+    tokens: of the text. chunk: text tokens read at a time.
+    """
+    size, freq = settings.block_size, settings.block_size - 1
+    # Chunks begin at multiples of their length, of which the incomplete blocks before them have the greatest common
+    # divisor with a block's.
+    chunks = -(-tokens // chunk)
+    tails = [begin % freq for begin in range(0, min(chunks, freq) * chunk, chunk)]
+    if chunks > freq:
+        tails = [freq - math.gcd(chunk, freq)]
+    retrieved = min(settings.top_k, settings.retrievable, (chunks - 1) * chunk // freq)
+    own = max(stream_length(tail + min(chunk, tokens), freq) for tail in tails)
+    return (retrieved + 1) * size + own
 
 
 def passage_tokens(model: PreTrainedModel) -> int:
@@ -151,12 +171,28 @@ class BlockReader(BaseReader):
         Raises LandmarkError where blocks are to be offloaded and host memory will not hold them all.
         """
         self._steps = steps
+        if said := self.beyond_training(max(map(len, self.texts)) + tokens):
+            warn_once(said)
         size = self.landmark_freq + 1
         read = max(n * size + r for n, r in zip(self.cache.host_blocks, self.cache.host_tail, strict=True))
         stream = read + stream_length(tokens, self.landmark_freq) + 1
         self.cache.expect(stream)
         if self.cache.offload is not None:
             require_host_memory(stream, len(landmark_layers(self.model.config)), self._layer_bytes(stream))
+
+    def beyond_training(self, tokens: int) -> str | None:
+        """As BaseReader.beyond_training. Blocks at their true distance are where they are wanted, and there are models
+        that were trained for that."""
+        settings, trained = self.cache.settings, self.model.config.trained_length
+        if settings.positions == "absolute" or positions_of(tokens, self.chunk, settings) <= trained:
+            return None
+        # The same words for texts of any length.
+        most = positions_of(LONGEST, self.chunk, settings)
+        return (
+            f"chunks of {counted(self.chunk, 'text token')} beside {counted(settings.top_k, 'block')} take up to "
+            f"{most} positions, more than the {trained} that {called(self.model)} was trained at: what it says or "
+            "scores may mislead. Read with a smaller chunk, or fewer blocks"
+        )
 
     def _layer_bytes(self, tokens: int) -> int:
         """What the blocks of a layer take, with `tokens` stream tokens in every row."""

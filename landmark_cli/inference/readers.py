@@ -106,10 +106,15 @@ class BaseReader(ABC):
 
     def expect(self, tokens: int, steps: int = 0) -> None:  # noqa: B027 (most prepare nothing)
         """Say that the longest row goes on for `tokens` text tokens more, and that after what is read next so many
-        `steps` follow, so that both can be prepared.
+        `steps` follow, so that both can be prepared. Warns where what is read may mislead (`beyond_training`).
 
         Raises LandmarkError where it is known by now that there is no room for these tokens.
         """
+
+    def beyond_training(self, tokens: int) -> str | None:
+        """Why what is read of a row of so many text tokens may mislead, in words: it takes more positions than the
+        model was trained at. None where it does not."""
+        return None
 
     def sees(self, tokens: int) -> int:
         """How many of a row's newest tokens can count in the logits after the row, where `tokens` are read in one
@@ -122,8 +127,7 @@ class BaseReader(ABC):
 
         Raises UsageError where a reader reads no blocks.
         """
-        name = self.model.name_or_path or "the model"
-        raise UsageError(f"--trace: {name} has no landmarks, so it reads no blocks")
+        raise UsageError(f"--trace: {called(self.model)} has no landmarks, so it reads no blocks")
 
     def save(self, path: str | Path, row: int = 0, what: str = "") -> None:
         """Write what a row has read to a file, from which `recall` goes on. what: the option that names the file.
@@ -143,8 +147,7 @@ class BaseReader(ABC):
         raise self._no_memory(what or "recall")
 
     def _no_memory(self, what: str) -> UsageError:
-        name = self.model.name_or_path or "the model"
-        return UsageError(f"{what}: {name} has no landmarks, so what it reads leaves no memory to keep")
+        return UsageError(f"{what}: {called(self.model)} has no landmarks, so what it reads leaves no memory to keep")
 
     def require_finite(self, finite: bool) -> None:
         """Raise LandmarkError unless the logits read, or what was summed up of them, were finite: from a model whose
@@ -154,7 +157,7 @@ class BaseReader(ABC):
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         wider = "" if dtype == "float32" else f", or {dtype} is too narrow for it (try --dtype float32)"
         raise LandmarkError(
-            f"{self.model.name_or_path or 'the model'} gives logits that are nan or infinite, so what it says means "
+            f"{called(self.model)} gives logits that are nan or infinite, so what it says means "
             f"nothing: its weights are not finite{wider}"
         )
 
@@ -220,6 +223,11 @@ def are_finite(logits: Tensor) -> Tensor:
 def has_landmarks(model: PreTrainedModel) -> bool:
     """Whether the model was trained with landmarks."""
     return bool(getattr(model.config, "landmark_freq", None))
+
+
+def called(model: PreTrainedModel) -> str:
+    """What messages call a model."""
+    return model.name_or_path or "the model"
 
 
 def trained_text_length(model: PreTrainedModel) -> int:

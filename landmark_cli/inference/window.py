@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from landmark_cli.console import counted, warn_once
 from landmark_cli.data.landmarks import insert_landmarks
-from landmark_cli.inference.readers import BaseReader, ReadChunk, has_landmarks, trained_text_length
+from landmark_cli.inference.readers import BaseReader, ReadChunk, called, has_landmarks, trained_text_length
 from landmark_cli.inference.settings import ReadingSettings
 
 PREFILL = 2048
@@ -30,6 +32,7 @@ class WindowReader(BaseReader):
     """
 
     remembers = False
+    seen_at_once: ClassVar[str] = "windows"
 
     def __init__(
         self,
@@ -65,6 +68,21 @@ class WindowReader(BaseReader):
 
     def expect(self, tokens: int, steps: int = 0) -> None:
         self._expected = tokens
+        if said := self.beyond_training(max(map(len, self.rows)) + tokens):
+            warn_once(said)
+
+    def beyond_training(self, tokens: int) -> str | None:
+        """As BaseReader.beyond_training. By ordinary attention a model with landmarks has the positions that it had
+        before it got them."""
+        model = self.model
+        plain = has_landmarks(model) and not self.landmarks
+        trained = model.config.max_position_embeddings if plain else trained_text_length(model)
+        if min(self.window, tokens) <= trained:
+            return None
+        return (
+            f"{self.seen_at_once} of {counted(self.window, 'text token')} are longer than the {trained} that "
+            f"{called(model)} was trained on: what it says or scores may mislead"
+        )
 
     def sees(self, tokens: int) -> int:
         return tokens if tokens <= self.window else self.kept
@@ -167,6 +185,8 @@ class SeparateChunkReader(WindowReader):
 
     chunk: text tokens, by default what the trained length holds.
     """
+
+    seen_at_once = "chunks"
 
     def __init__(self, model: PreTrainedModel, *, chunk: int | None = None, batch: int = 1):
         super().__init__(model, window=chunk, kept=1, landmarks=has_landmarks(model), batch=batch)

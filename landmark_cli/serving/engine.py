@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from landmark_cli.console import warn
+from landmark_cli.console import warn, warn_once
 from landmark_cli.errors import LandmarkError
 from landmark_cli.failures import describe
 from landmark_cli.inference import memory
@@ -27,6 +27,7 @@ from landmark_cli.inference.readers import has_landmarks, open_reader
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.inference.text import CONTEXT, TextStream
 from landmark_cli.models.device import to_device
+from landmark_cli.options import LONGEST
 from landmark_cli.serving.memories import PrefixMemories
 from landmark_cli.serving.request import End, Request, deliver
 from landmark_cli.serving.sampling import Row, Sampler
@@ -83,6 +84,8 @@ class Engine:
             raise LandmarkError(f"{model.name_or_path} has no landmarks: rows of a server read through a block cache")
         self.model, self.tokenizer, self.memories, self.watch = model, tokenizer, memories, watch
         self.reader = open_reader(model, reading, batch=rows)
+        if said := self.reader.beyond_training(LONGEST):
+            warn_once(said)
         self.reader.forward.steps_alone = True
         if memories is not None:
             memories.find(lambda found: memory.require_fit(self.reader, found))

@@ -35,7 +35,7 @@ class Finder(torch.nn.Module):
     def __init__(self, tokenizer):
         super().__init__()
         self.config = tiny_llama(max_position_embeddings=300, vocab_size=50304, eos_token_id=None).config
-        self.tokenizer, self.device = tokenizer, torch.device("cpu")
+        self.tokenizer, self.device, self.name_or_path = tokenizer, torch.device("cpu"), "a finder"
 
     def forward(self, input_ids, logits_to_keep=None, use_cache=False):
         logits = torch.zeros(len(input_ids), len(logits_to_keep), self.config.vocab_size)

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from landmark_cli.console import info, progress
+from landmark_cli.console import info, progress, warn_once
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.evaluation.prompts import PromptReaders
 from landmark_cli.evaluation.studies import FinishedRows
-from landmark_cli.evaluation.ways import Way
+from landmark_cli.evaluation.ways import Way, fits_positions, not_asked
 from landmark_cli.inference.generation import generate
 from landmark_cli.inference.readers import BaseReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
@@ -139,11 +139,9 @@ def measure(
 
 def _possible(model: PreTrainedModel, lengths: Sequence[int], way: Way) -> list[int]:
     """The lengths that a way of reading can have, the user told of others."""
-    known = model.config.max_position_embeddings
-    possible = [length for length in lengths if not way.full or length <= known]
+    possible = [length for length in lengths if fits_positions(model, way, length)]
     if len(possible) < len(lengths):
-        beyond = ", ".join(str(length) for length in lengths if length not in possible)
-        info(f"full attention is not asked at {beyond}: the model knows {known} positions")
+        warn_once(not_asked(model, [length for length in lengths if length not in possible]))
     return possible
 
 
