@@ -17,6 +17,7 @@ SHORTER = {
     "prepare": {"--max-documents": 2},
     "train": {"--steps": 2, "--batch-size": 1, "--accumulation": 1, "--eval-every": 0},
     "plan": {},
+    "plot": {},
     "finetune": {"--steps": 2, "--batch-size": 1, "--accumulation": 1, "--eval-every": 0, "--eval-ruler": "none"},
     "eval perplexity": {"--eval-length": 700, "--sample-tokens": 1400},
     "eval passkey": {"--lengths": 700, "--prompts": 1},
@@ -73,7 +74,8 @@ def test_the_guide_goes_through(place, fresh_accelerator, capsys):
         if words[0] == "finetune" and "--dry-run" in words:
             assert "nothing is trained" in out and not (place / "runs").exists()
     assert (place / "runs/books/config.json").is_file() and (place / "novel.memory").is_file()
-    assert (place / "reads.json").is_file() and (place / "studies/books").is_dir()
+    assert (place / "reads.html").is_file() and (place / "studies/books").is_dir()
+    assert (place / "course.png").is_file()
 
 
 def test_the_guide_has_these_commands():
