@@ -95,10 +95,11 @@ def open_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     directory = Path(path)
     local = os.path.exists(path) or (os.sep in str(path) and not _looks_like_hub_id(str(path)))
     if local and not os.path.lexists(directory / "config.json"):
-        if os.path.lexists(directory / CHECKPOINT):
-            raise LandmarkError(
-                f"{path} is a checkpoint, the state of a run: `landmark models export {path}` makes a model of it"
-            )
+        of_a_run = "a checkpoint, the state of a run" if os.path.lexists(directory / CHECKPOINT) else ""
+        if next(directory.glob(f"checkpoints/*/{CHECKPOINT}"), None) is not None:
+            of_a_run = "a run that has not come to its end"
+        if of_a_run:
+            raise LandmarkError(f"{path} is {of_a_run}: `landmark models export {path}` makes a model of it")
         found = "is not there" if not os.path.exists(path) else "has no config.json"
         raise LandmarkError(f"cannot open the model {path}: it {found}; name a model directory or a hub id")
     if os.path.lexists(directory / MANIFEST):

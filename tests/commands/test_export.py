@@ -87,8 +87,8 @@ def test_an_earlier_checkpoint_is_what_the_run_would_have_left_there(place, trai
         {"save_dtype": "bfloat16", "teacher": "self"},
         {"lora_rank": 2},
         {"lora_rank": 2, "merge": True},
-        {"train": "landmarks"},
-        {"sequence_length": 48, "read_chunk": 16, "top_k_blocks": 1, "landmarks_in_loss": True},
+        pytest.param({"train": "landmarks"}, marks=pytest.mark.slow),
+        pytest.param({"sequence_length": 48, "read_chunk": 16, "top_k_blocks": 1}, marks=pytest.mark.slow),
     ],
     ids=["whole", "adapters", "merged", "landmarks", "read"],
 )
@@ -103,9 +103,14 @@ def test_what_was_fine_tuned(tmp_path, changes):
     assert model.config.landmark_freq == 7
 
 
-def test_a_checkpoint_named_as_a_model_says_how_to_make_one(trained):
+def test_what_a_run_has_kept_is_no_model_and_says_how_to_make_one(trained, tmp_path):
     with pytest.raises(LandmarkError, match="is a checkpoint.*`landmark models export .*step-00000002` makes a model"):
         store.load(trained / "checkpoints/step-00000002", device="cpu")
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("config.json"))
+    with pytest.raises(
+        LandmarkError, match="run is a run that has not come to its end: `landmark models export .*run`"
+    ):
+        store.load(tmp_path / "run", device="cpu")
 
 
 def no_recipe(directory):
