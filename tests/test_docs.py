@@ -1,5 +1,6 @@
 """The pages that are made from the code are current, and what they say of recipes is true of those that are shipped."""
 
+import importlib
 import json
 import re
 from xml.etree import ElementTree
@@ -119,6 +120,24 @@ def test_headings_that_a_page_links_to_are_there(path):
     for page, anchor in LINK.findall(text_of(path)):
         target = path.parent / page if page else path
         assert target.suffix != ".md" or anchor in headings_of(text_of(target)), f"{page} has no heading #{anchor}"
+
+
+def test_every_page_is_linked_to_from_the_readme():
+    linked = re.findall(r"\]\(([\w./-]+\.md)", text_of(ROOT / "README.md"))
+    assert {(ROOT / page).resolve() for page in linked} >= {*SHOWN} - {ROOT / "README.md"}
+
+
+IMPORTS = {
+    f"{path.name}: {module} {names}": (module, names)
+    for path in SHOWN
+    for module, names in re.findall(r"from (landmark_cli[\w.]*) import ([\w, ]+)", text_of(path))
+}
+
+
+@pytest.mark.parametrize("module, names", IMPORTS.values(), ids=IMPORTS)
+def test_what_a_page_imports_is_there(module, names):
+    found = importlib.import_module(module)
+    assert all(hasattr(found, name) for name in names.split(", "))
 
 
 def test_headings_are_linked_to():
