@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from landmark_cli.attention.cache import RetrievalSettings
 from landmark_cli.attention.cache.blocks import capacity_for
 from landmark_cli.attention.cache.cache import added_blocks
 from landmark_cli.attention.cache.pages import Offload, pinned_bytes
 from landmark_cli.data.landmarks import stream_length
-from landmark_cli.inference.block_reader import default_chunk
+from landmark_cli.inference.block_reader import default_chunk, positions_of
 from landmark_cli.inference.readers import layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.layers import key_heads, landmark_layers
@@ -54,10 +55,11 @@ def plan_reading(model: PreTrainedModel, length: int, settings: ReadingSettings)
     size, freq = config.landmark_freq + 1, config.landmark_freq
     top_k = config.top_k_blocks if settings.top_k_blocks is None else settings.top_k_blocks
     chunk = settings.chunk or default_chunk(config.trained_length, top_k, freq, config.name_or_path)
-    bound = 2**31 - 1 if settings.cache_blocks is None else settings.cache_blocks
+    retrieval = RetrievalSettings(size, top_k, cache_blocks=settings.cache_blocks)
+    bound = retrieval.retrievable
     # As BlockReader.expect tells the cache before the text is read.
     expected = (stream_length(length, freq) + 1) // size + 1
-    capacity = positions = sees = compared = 0
+    capacity = sees = compared = 0
     for begin in range(0, length, chunk):
         blocks, tail = divmod(begin, freq)
         text = min(chunk, length - begin)
@@ -66,11 +68,11 @@ def plan_reading(model: PreTrainedModel, length: int, settings: ReadingSettings)
         if kept + more > capacity:
             capacity = capacity_for(kept + more, expected, capacity, bound, more)
         retrieved = min(top_k, kept)
-        positions = max(positions, (retrieved + 1) * size + tail + stream)
         sees = max(sees, tail + text + retrieved * freq)
         # Of the chunk's last token; the landmark of its own block is no key of it.
         own = tail + stream - ((tail + text) % freq == 0)
         compared = max(compared, (kept if top_k else 0) + retrieved * freq + own)
+    positions = positions_of(length, chunk, retrieval)
     cache, on_gpu = _bytes(model, capacity, settings.offload == "cpu")
     return ReadingPlan(length, top_k, min(chunk, length), positions, sees, compared, cache, on_gpu)
 

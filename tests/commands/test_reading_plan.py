@@ -40,7 +40,7 @@ def test_the_newest_model_is_planned_for_and_blocks_may_be_offloaded(landmark):
 
 def test_chunks_beyond_the_positions_of_training_are_told(landmark):
     done = landmark("plan", "--model", "runs/landmark", "--lengths", 100, "--chunk", 60)
-    assert done.code == 0 and "warning: these chunks stand at up to 80 positions" in done.err
+    assert done.code == 0 and "warning: these chunks stand at up to 90 positions" in done.err
 
 
 def test_settings_that_leave_no_room_are_left_out(landmark):
