@@ -126,7 +126,11 @@ def landmark_attention_forward(
             out = local.attend_window(*_as_autocast(query, key, value), *given, **logits)
         else:
             window = landmark_window.unrotated if kind.turns == "none" else landmark_window
-            out = attend_window(layer, query, key, value, window, first=is_first(module), **logits)
+            first = is_first(module)
+            # Its number is read where it draws by it alone. Else it counts whether it is the first one, so that what
+            # is compiled for a layer serves the others: torch before 2.13 compiles for the number of each.
+            number = module.layer_idx if window.explore else int(not first)
+            out = attend_window(number, query, key, value, window, first=first, **logits)
         return out.transpose(1, 2).contiguous(), None
     layout = landmark_layout or LandmarkLayout()
     block_size = layout.block_size
@@ -144,6 +148,7 @@ def landmark_attention_forward(
     rows = None
     if layout.cu_seqlens is not None and query.shape[0] > 1:
         rows, (query, key, value) = query.shape[0], (_one_row(x) for x in (query, key, value))
+    seed = layout.dropout_seed
     out = landmark_attention(
         query,
         key,
@@ -153,7 +158,7 @@ def landmark_attention_forward(
         start=start,
         cu_seqlens=layout.cu_seqlens,
         dropout_p=layout.dropout_p,
-        dropout_seed=layer_seed(layout.dropout_seed, layer),
+        dropout_seed=None if seed is None else layer_seed(seed, layer),
         context_miss_key=context_miss_key,
         controlled=layout.controlled,
         backend=layout.backend,

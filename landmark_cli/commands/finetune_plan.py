@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from landmark_cli.commands.finetune import FinetuneOptions
     from landmark_cli.models.lora import LoraSettings
     from landmark_cli.training.distillation import Distillation
+    from landmark_cli.training.rehearsal import Rehearsal
 
 # Of a weight in 4 bits, with what scales it.
 FOUR_BIT_BYTES = 0.53
@@ -210,10 +211,10 @@ def plan(options: FinetuneOptions) -> None:
     )
 
 
-def measure(options: FinetuneOptions) -> tuple[float, int]:
+def measure(options: FinetuneOptions) -> Rehearsal:
     """As `show_plan` takes it, with random weights and random text."""
     from landmark_cli.training.loop import Loop
-    from landmark_cli.training.rehearsal import RandomBatches, seconds_per_step
+    from landmark_cli.training.rehearsal import RandomBatches, rehearse
 
     read = reading(options, options.landmark_freq, options.top_k_blocks)
     with tempfile.TemporaryDirectory() as directory:
@@ -222,7 +223,7 @@ def measure(options: FinetuneOptions) -> tuple[float, int]:
         batches = RandomBatches(model.config, options.sequence_length, options.batch_size * options.accumulation)
         settings = loop_settings(options, begun[1], begun[2], options.sequence_length, read=read)
         loop = Loop(begun[0], model, batches, settings, {}, distillation=distilled)
-        return seconds_per_step(loop, compiled=bool(options.compile))
+        return rehearse(loop, compiled=bool(options.compile))
 
 
 def random_models(

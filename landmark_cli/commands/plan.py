@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
     from landmark_cli.attention.window import WindowSettings
     from landmark_cli.commands.run_options import RunOptions
+    from landmark_cli.training.rehearsal import Rehearsal
 
-# Seconds of a step of a run with these options, and on how many steps that was measured.
-Measure = Callable[[Any], tuple[float, int]]
-TIME = "time, about"
+# What steps of a run with these options take.
+Measure = Callable[[Any], "Rehearsal"]
+TIME, MEMORY = "time, about", "memory, about"
 MEASURED_STEPS = 3
 # A micro-batch of more operations than this takes a CPU too long to be measured.
 CPU_OPERATIONS = 1e11
@@ -76,7 +77,7 @@ def show_plan(
         ("tokens a step", f"{windows * length:,} in {counted(windows, 'window')} of {length}"),
         ("tokens in all", f"{quantity(tokens)} in {counted(options.steps, 'step', ',')}"),
         *(("passes over the data", said) for said in passes),
-        ("memory, about", f"{quantity(needs.memory, 'B')} a device in {precision}, eager"),
+        (MEMORY, f"{quantity(needs.memory, 'B')} a device in {precision}, eager"),
         ("of it", f"{quantity(alone.state, 'B')} weights, gradients and optimizer"),
         *([] if teacher is None else [("and", f"{quantity(needs.memory - alone.memory, 'B')} for the teacher")]),
         *([("activations", "computed again in the backward pass")] if checkpointing else []),
@@ -89,7 +90,8 @@ def show_plan(
 def time_rows(
     options: RunOptions, model: nn.Module, read: WindowSettings | None, memory: int, measure: Measure | str
 ) -> list[tuple[str, str]]:
-    """How long the run's steps take, measured, and for how long a device has to be paid; or why that is not known.
+    """How long the run's steps take, measured, for how long a device has to be paid, and on a GPU how much memory they
+    did need; or why that is not known.
 
     memory: bytes that a device needs. The other arguments are those of `show_plan`.
     """
@@ -114,18 +116,21 @@ def time_rows(
             return [(TIME, "not measured: a step takes a CPU long")]
         parts = options.accumulation
     try:
-        seconds, steps = measure(
+        found = measure(
             dataclasses.replace(options, steps=MEASURED_STEPS + 1, accumulation=options.accumulation // parts)
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return [(TIME, "not measured: memory ran out in a step")]
-    seconds *= parts
+    seconds = parts * found.seconds
     of_all = options.steps * seconds
-    measured = counted(steps, "micro-batch" if on_cpu else "step")
+    measured = counted(found.steps, "micro-batch" if on_cpu else "step")
     device = device_name(torch.device("cpu" if on_cpu else "cuda"))
+    # A CPU's process holds much that is none of the run's.
+    memory_row = [] if on_cpu else [("of memory", f"{quantity(found.memory, 'B')} at most in these steps, measured")]
     return [
+        *memory_row,
         (TIME, f"{duration(of_all)}: {seconds:.3g} s a step, by {measured}; preparing and evaluating aside"),
         ("cost, about", f"{of_all / 3600:.3g} hours of one {device}"),
     ]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from landmark_cli.data.training_data import TrainingData
     from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
     from landmark_cli.training.loop import Loop
+    from landmark_cli.training.rehearsal import Rehearsal
 
 
 @dataclass
@@ -270,11 +271,11 @@ def plan(options: TrainOptions, config: GPTConfig, data: TrainingData) -> None:
     show_plan(options, model, read, text=text, filled=filled, measure=partial(measure, config, data))
 
 
-def measure(config: GPTConfig, data: TrainingData, options: TrainOptions) -> tuple[float, int]:
+def measure(config: GPTConfig, data: TrainingData, options: TrainOptions) -> Rehearsal:
     """As `show_plan` takes it: the run's own steps, of which nothing is kept."""
     from landmark_cli.models.gpt import GPTForCausalLM
-    from landmark_cli.training.rehearsal import seconds_per_step
+    from landmark_cli.training.rehearsal import rehearse
 
     with tempfile.TemporaryDirectory() as directory:
         begun = begun_in(options, Path(directory))
-        return seconds_per_step(loop_of(options, begun, GPTForCausalLM(config), data), compiled=options.compile)
+        return rehearse(loop_of(options, begun, GPTForCausalLM(config), data), compiled=options.compile)

@@ -1,8 +1,9 @@
-"""How long a step of a run takes, measured on a few steps."""
+"""What the steps of a run take, measured on a few of them: how long they are, and how much memory they need."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from landmark_cli.data.landmarks import insert_landmarks, next_token_targets, text_length
 from landmark_cli.training.loop import Loop
+from landmark_cli.training.metrics import peak_memory
 
 # A first step that takes so many seconds is measure enough.
 LONG_SECONDS = 30
@@ -34,22 +36,35 @@ class RandomBatches:
         return {"input_ids": stream.contiguous(), "labels": labels}
 
 
-def seconds_per_step(loop: Loop, *, compiled: bool = False) -> tuple[float, int]:
-    """The mean time of the steps of a run behind its first one, and how many they were; that of the first one where it
-    is long.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was measured. seconds: of a step, the mean. steps: how many it is the mean of. memory: bytes of the device
+    at most, optimizer and all; on a CPU of the whole process."""
+
+    seconds: float
+    steps: int
+    memory: int
+
+
+def rehearse(loop: Loop, *, compiled: bool = False) -> Rehearsal:
+    """The steps of a run behind its first one; that one where it is long.
 
     loop: of few steps, which are taken; nothing is written. compiled: whether the first step waits for a compiler.
     """
     loop.module.train()
+    device = loop.accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     parameters = list(loop.module.parameters())
     began, times = time.perf_counter(), []
     for micro_batches in loop.micro_batches():
         loop.train_step(micro_batches, parameters)
         loop.step += 1
-        if loop.accelerator.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
         began = time.perf_counter()
         if times[0] > LONG_SECONDS and not compiled:
-            return times[0], 1
-    return sum(times[1:]) / len(times[1:]), len(times[1:])
+            break
+    measured = times[1:] or times
+    return Rehearsal(sum(measured) / len(measured), len(measured), peak_memory(device))

@@ -223,6 +223,8 @@ def test_a_dry_run_measures_the_steps_of_the_run(corpus, tmp_path, capsys, monke
         r"time, about ([\d:]+): (\S+) s a step, by 3 micro-batches; .* cost, about (\S+) hours of one CPU", shown
     )
     assert float(said[3]) == pytest.approx(2 * float(said[2]), rel=0.02)
+    # A CPU's process holds more than the run.
+    assert "of memory" not in shown
     monkeypatch.setattr(plan, "CPU_OPERATIONS", 1e3)
     train(corpus, tmp_path / "run", **options)
     shown = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Training on an NVIDIA GPU: precisions, torch.compile, FSDP."""
 
+import re
 import shutil
 import subprocess
 
@@ -58,6 +59,16 @@ def test_fsdp_trains_saves_and_resumes_as_one_process_does(corpus, tmp_path, set
     subprocess.run([*command, "--resume"], env=environment(), check=True, timeout=300)
     assert records(sharded) == pytest.approx(records(plain), rel=1e-4)
     assert AutoModelForCausalLM.from_pretrained(sharded).config.n_embd == 32
+
+
+def test_a_dry_run_says_how_much_memory_the_run_takes(corpus, tmp_path, capsys):
+    options = {"precision": "bf16", "steps": 4, "device": "auto"}
+    train(corpus, tmp_path / "run", **options)
+    (record,) = records(tmp_path / "run", "peak_memory")[-1:]
+    capsys.readouterr()
+    train(corpus, tmp_path / "dry", dry_run=True, **options)
+    said = re.search(r"of memory\s+([\d.]+) (\w)B at most in these steps", capsys.readouterr().out)
+    assert float(said[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[said[2]] == pytest.approx(record, rel=0.05)
 
 
 @pytest.mark.parametrize("way", [{}, {"read": True, "checkpointing": True}], ids=["as it is", "read, retrieved kept"])
