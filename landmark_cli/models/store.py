@@ -21,7 +21,7 @@ from .generation_config import silence
 from .gpt import GPTConfig, GPTForCausalLM
 from .import_authors import convert_state
 from .lora import is_adapter, open_adapted
-from .pretrained import open_pretrained, shape_of
+from .pretrained import CHECKPOINT, open_pretrained, shape_of
 from .quantization import Quantization, check_quantization, quantize
 from .size import MOST_MODULES
 
@@ -105,8 +105,15 @@ def newest_model(root: str | Path = "runs") -> Path:
     """The newest finished model or adapter directory under `root`. Raises LandmarkError where there is none."""
     finished = [file.parent for file in Path(root).glob("**/config.json") if _is_finished(file.parent, Path(root))]
     if not finished:
+        states = sorted(Path(root).glob(f"**/checkpoints/*/{CHECKPOINT}"), key=lambda file: file.stat().st_mtime)
+        way_on = "run landmark train"
+        if states:
+            run = states[-1].parents[2]
+            way_on = (
+                f"go on with the run {run} by --resume; `landmark models export {run}` makes a model of what it has"
+            )
         raise LandmarkError(
-            f"no model was named and none is under {root}/; name one with --model, or run landmark train"
+            f"no model was named and none under {root}/ is finished; name one with --model, or {way_on}"
         )
     return max(finished, key=lambda directory: (directory / "config.json").stat().st_mtime)
 

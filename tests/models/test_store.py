@@ -93,6 +93,16 @@ def test_what_is_no_model(tmp_path):
         store.newest_model(tmp_path)
 
 
+def test_a_run_that_is_not_finished_is_named_where_no_model_is(tmp_path):
+    for name in ("step-00000001", "step-00000002"):
+        (tmp_path / "stopped" / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "stopped" / "checkpoints" / name / "training.json").touch()
+    with pytest.raises(LandmarkError, match=f"--resume; `landmark models export {tmp_path}/stopped` makes"):
+        store.newest_model(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "finished")
+    assert store.newest_model(tmp_path) == tmp_path / "finished"
+
+
 def test_newest_model_is_the_last_finished(tmp_path):
     for name in ("a", "b"):
         tiny_model().save_pretrained(tmp_path / name)
