@@ -34,13 +34,15 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from landmark_cli.errors import UsageError, shown
-from landmark_cli.files import check_writable, read_yaml, write_whole, writing
+from landmark_cli.files import check_writable, read_text, read_yaml, write_whole, writing
 
 KINDS = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
 PACKAGE = Path(__file__).parent
 # The bound of a number that declares none of its own: larger ones are mistakes, and their products overflow.
 LARGEST = 10**9
 RECIPE_FORMAT = 2
+# In front of the checksum of what stands above it.
+SEAL = "# sha256 of the lines above, by which a change is known: "
 # Bounds of lengths, in tokens, and of seeds, which numpy takes too.
 LONGEST = 2**24
 LARGEST_SEED = 2**32 - 1
@@ -285,7 +287,8 @@ def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[s
 
 
 def save_recipe(options: Any, path: str | Path, command: str) -> None:
-    """Write options as a recipe, so that `landmark COMMAND --recipe PATH` repeats the run."""
+    """Write options as a recipe, so that `landmark COMMAND --recipe PATH` repeats the run. Its last line is a comment
+    with its checksum, for `check_saved`."""
     import yaml
 
     content: dict[str, Any] = {"command": command, "format": RECIPE_FORMAT}
@@ -294,7 +297,21 @@ def save_recipe(options: Any, path: str | Path, command: str) -> None:
             content[setting.key] = _for_yaml(getattr(options, name))
     text = yaml.safe_dump(content, sort_keys=False, width=120)
     with writing(path):
-        write_whole(Path(path), text)
+        write_whole(Path(path), f"{text}{SEAL}{_checksum(text)}\n")
+
+
+def check_saved(path: Path, to_do: str) -> None:
+    """Raise UsageError where a recipe is not as `save_recipe` wrote it: what goes on from it would be another run. One
+    without a checksum, of an earlier version, is taken as it is. to_do: what the user can do about it."""
+    text, sealed, checksum = read_text(path, "recipe", kind=UsageError).rpartition(SEAL)
+    if sealed and checksum.strip() != _checksum(text):
+        raise UsageError(f"recipe {path} is not as it was written, by the checksum in its last line: {to_do}")
+
+
+def _checksum(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def find_recipe(recipe: str | Path, command: str) -> Path:

@@ -10,7 +10,7 @@ from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import RECIPE
 from landmark_cli.console import info
 from landmark_cli.errors import LandmarkError
-from landmark_cli.options import build, load_recipe, option
+from landmark_cli.options import build, check_saved, load_recipe, option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,6 +120,7 @@ def made_again(
             f"{run_directory} has no {RECIPE}, which says what its model is; a run of an earlier version gets one when "
             "it is resumed with the options that it was started with"
         )
+    check_saved(recipe, "put it back as it was, or resume the run with the right options, which writes it anew")
     command = read_yaml(recipe, "recipe").get("command")
     if command not in MADE_AGAIN:
         raise LandmarkError(f"{recipe} is not of a run: its command is {str(command)[:60]!r}")

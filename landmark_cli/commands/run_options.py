@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.console import counted
 from landmark_cli.errors import UsageError
-from landmark_cli.options import LARGEST_SEED, LONGEST, Options, option
+from landmark_cli.options import LARGEST_SEED, LONGEST, Options, check_saved, option
 
 if TYPE_CHECKING:
     from landmark_cli.attention.window import WindowSettings
@@ -189,7 +189,13 @@ class RunOptions(Options):
     def resumed_recipe(resume: bool, output: str | None) -> Path | None:
         """The recipe of a command line that names none: a run that is resumed goes on as its directory says."""
         recipe = Path(output).expanduser() / RECIPE if resume and output else None
-        return recipe if recipe is not None and recipe.is_file() else None
+        if recipe is None or not recipe.is_file():
+            return None
+        check_saved(
+            recipe,
+            f"if you changed it, give --recipe {recipe} too; if it was damaged, remove it and give the options again",
+        )
+        return recipe
 
 
 def changed(name: str, default: Any, said: str = "") -> Any:

@@ -117,6 +117,11 @@ def no_recipe(directory):
     (directory / "recipe.yaml").unlink()
 
 
+def edited(directory):
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("n-embd: 16", "n-embd: 32"))
+
+
 def changed_recipe(**changes):
     def change(directory):
         recipe = yaml.safe_load((directory / "recipe.yaml").read_text())
@@ -149,6 +154,7 @@ def existing(directory):
     ("spoil", "message"),
     [
         (no_recipe, "has no recipe.yaml, which says what its model is"),
+        (edited, "recipe .*recipe.yaml is not as it was written"),
         (
             changed_recipe(**{"n-embd": 32}),
             r"the weights of another model: .* is \(\d+, 16\) there and \(\d+, 32\)",
@@ -160,7 +166,7 @@ def existing(directory):
         (no_checkpoint, "has no checkpoint; name a run's directory"),
         (existing, "run-step-4 already holds a model"),
     ],
-    ids=["recipe", "width", "depth", "command", "damaged", "sharded", "none", "existing"],
+    ids=["recipe", "edited", "width", "depth", "command", "damaged", "sharded", "none", "existing"],
 )
 def test_what_cannot_be_exported_leaves_nothing(trained, tmp_path, spoil, message):
     directory = tmp_path / "run"

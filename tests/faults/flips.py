@@ -95,6 +95,7 @@ FLIPS = [
     Flip("token files of a training run", jobs.TRAIN, OPENED, names=["tokens/"]),
     Flip("token files of a study", jobs.STUDY, ["tokens/validation.*"], names=["tokens/"], full=40),
     Flip("checkpoints of train", jobs.TRAIN, CHECKPOINT, at=0.75, names=["checkpoints/step-"], full=120),
+    Flip("recipe of a run that is resumed", jobs.TRAIN, [f"{OUTPUT}/recipe.yaml"], at=0.75, refuse=[1, 2]),
     Flip("checkpoints of finetune", jobs.FINETUNE, CHECKPOINT, at=0.8, names=["checkpoints/step-"], quick=1),
     Flip("checkpoints of adapters", jobs.ADAPTERS, CHECKPOINT, at=0.8, names=["checkpoints/step-"], quick=1),
     Flip("token files of a finetuning", jobs.FINETUNE, [f"{OUTPUT}/data/*/*.*"], at=0.8, names=["data/"], full=40),

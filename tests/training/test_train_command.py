@@ -149,6 +149,24 @@ def test_a_run_is_resumed_by_its_directory_alone(corpus, tmp_path, monkeypatch, 
     assert yaml.safe_load((part / "recipe.yaml").read_text()) == yaml.safe_load(saved) | {"steps": 6}
 
 
+def test_a_recipe_that_changed_since_the_run_wrote_it_is_not_gone_on_from(corpus, tmp_path, capsys):
+    output = train(corpus, tmp_path / "run", save_every=2)
+    recipe, resume = output / "recipe.yaml", ["train", f"--output={tmp_path / 'run'}", "--device=cpu", "--resume"]
+    recipe.write_text(recipe.read_text().replace("weight-decay: 0.001", "weight-decay: 0.101"))
+    for given, code in (([], 2), ([f"--recipe={recipe}"], 0)):
+        with pytest.raises(SystemExit) as exit:
+            main([*resume, *given])
+        assert exit.value.code == code
+    said = capsys.readouterr().err
+    assert f"not as it was written, by the checksum in its last line: if you changed it, give --recipe {recipe}" in said
+    assert "weight-decay: 0.101" in recipe.read_text()
+    # Of an earlier version, which wrote no checksum.
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("#")))
+    with pytest.raises(SystemExit) as exit:
+        main(resume)
+    assert exit.value.code == 0
+
+
 def test_a_resumption_of_nothing_and_one_with_a_recipe_take_no_saved_options(corpus, tmp_path, capsys):
     output = train(corpus, tmp_path / "run", save_every=2)
     (tmp_path / "other.yaml").write_text("seed: 3\nn-layer: 4\n")
