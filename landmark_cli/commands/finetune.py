@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from landmark_cli.commands.finetune_data import open_data
-from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT
+from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_model import saving_of, trained_length, untrained, write_rest
 from landmark_cli.commands.finetune_plan import adapter_settings, plan, with_defaults
 from landmark_cli.commands.finetune_report import AUTO, Report, check_report
@@ -182,7 +182,11 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         None,
         f"so many that a step has {STEP_TOKENS} tokens; {PLAIN['accumulation']} with --teacher none",
     )
-    lr: float | None = changed("lr", None, f"{TAUGHT['lr']:g}; {PLAIN['lr']:g} with --teacher none")
+    lr: float | None = changed(
+        "lr",
+        None,
+        f"{TAUGHT['lr']:g}, and times {WIDTH} over its width for a wider model; {PLAIN['lr']:g} with --teacher none",
+    )
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = changed("schedule", "cosine")
     warmup: float = changed("warmup", 0.03)
     final_lr: float = changed("final_lr", 0.1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT
+from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
 from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_loop import begun_in, loop_settings
@@ -98,7 +98,11 @@ def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> Finetu
     from landmark_cli.training.setup import uses_cpu
 
     taught = options.teacher != "none"
-    options = filled(options, TAUGHT if taught else PLAIN)
+    defaults = PLAIN
+    if taught:
+        width = config.get_text_config().hidden_size
+        defaults = TAUGHT | {"lr": float(f"{TAUGHT['lr'] * min(1.0, WIDTH / width):.2g}")}
+    options = filled(options, defaults)
     shapes = shapes_of(options)
     memory = device_memory(options.device)
 

@@ -16,6 +16,7 @@
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
+#   ruler-answers-0               the same, answers weighing no more than other text
 #   made-of                       the same distillation in short, over and over, each time with one thing changed
 #   gemma3-untouched gemma3-distilled    Gemma 3 270M as it is, and distilled from itself: RULER
 #   report                        all that was measured, as Markdown and pictures; needs no GPU
@@ -28,7 +29,7 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled; RULER_WAYS: how it is asked, of k4 k16 long, or none
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled and ruler-answers-0; RULER_WAYS: how it is asked, of k4 k16 long, or none
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
 #   MADE_OF_SAMPLES        of RULER's three tasks; MADE_OF_LENGTH: they are asked at it and at 8 times it, and novels read
 #   MADE_OF_TOKENS         of a step, whatever the windows (the recipe's); MADE_OF_EVAL text of a perplexity
@@ -50,7 +51,7 @@ SMOLLM2_LENGTHS=${SMOLLM2_LENGTHS:-1024,4096,16384,65536,131072}
 SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
 RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMPLES=${RULER_SAMPLES:-20}
 RULER_LONG_LENGTHS=${RULER_LONG_LENGTHS:-131072,1000000} RULER_LONG_SAMPLES=${RULER_LONG_SAMPLES:-5}
-RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-400}
+RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-900}
 RULER_WAYS=${RULER_WAYS:-k4 k16 long}
 MADE_OF=${MADE_OF:-} MADE_OF_STEPS=${MADE_OF_STEPS:-200} MADE_OF_SAMPLES=${MADE_OF_SAMPLES:-10}
 MADE_OF_LENGTH=${MADE_OF_LENGTH:-8192} MADE_OF_EVAL=${MADE_OF_EVAL:-131072} MADE_OF_K=${MADE_OF_K:-2,4,8,16,32}
@@ -63,7 +64,7 @@ SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-answers-0"
 GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
 PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
@@ -245,10 +246,12 @@ ruler() {
             # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
             ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
             ;;
-        distilled)
+        distilled | answers-0)
             smollm2_text
             novels
-            distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS"
+            local weights=()
+            [ "$role" = distilled ] || weights=(--answer-weight 0 --answer-divergence-weight 0)
+            distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS" "${weights[@]}"
             for way in $RULER_WAYS; do
                 case $way in
                     k4) ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4 ;;
@@ -293,7 +296,7 @@ block-32            --landmark-freq 31
 block-64            --landmark-freq 63
 block-128           --landmark-freq 127
 lr-3e-5             --lr 3e-5
-lr-3e-4             --lr 3e-4
+lr-1e-4             --lr 1e-4
 lr-1e-3             --lr 1e-3
 lora-8              --lora-rank 8 --merge
 lora-64             --lora-rank 64 --merge

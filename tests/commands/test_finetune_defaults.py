@@ -41,8 +41,8 @@ def chosen(**given):
 
 
 def test_beside_a_teacher_windows_are_as_long_as_the_models_positions():
-    assert chosen() == (256, 2, 64, 400, 1e-4, False, 128)
-    assert chosen(sequence_length=128, steps=2, batch_size=1, accumulation=3) == (128, 1, 3, 2, 1e-4, False, 8)
+    assert chosen() == (256, 2, 64, 900, 3e-4, False, 128)
+    assert chosen(sequence_length=128, steps=2, batch_size=1, accumulation=3) == (128, 1, 3, 2, 3e-4, False, 8)
 
 
 def test_without_a_teacher_all_is_as_it_was():
@@ -77,7 +77,7 @@ def test_what_was_chosen_is_in_the_recipe(tmp_path):
     run(FinetuneOptions(model="base", data=["barges.txt"], output=tmp_path / "run", **given))
     saved = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     assert {name: saved[name.replace("_", "-")] for name in CHOSEN} == dict(
-        zip(CHOSEN, (256, 1, 1, 1, 1e-4, False, 8), strict=True)
+        zip(CHOSEN, (256, 1, 1, 1, 3e-4, False, 8), strict=True)
     )
     assert open_config(tmp_path / "run").trained_length == 256
 
