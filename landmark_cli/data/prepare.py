@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from landmark_cli.console import counted, info, progress, warn
+from landmark_cli.console import counted, info, progress, quantity, warn
 from landmark_cli.data.corpora import Corpus
 from landmark_cli.data.hashed_file import check_hash
 from landmark_cli.data.left_out import LeftOut
@@ -159,7 +159,7 @@ class _Part:
                 self._write(batch, ids, marks)
                 documents = sum(writer.documents for writer in self.writers.values())
                 tokens = sum(writer.tokens for writer in self.writers.values())
-                shown.advance(batch.read, documents=documents, tokens=f"{tokens / 1e6:.1f}M")
+                shown.advance(batch.read, documents=documents, tokens=quantity(tokens))
                 if batch.whole and (asked or time.monotonic() - saved > CHECKPOINT_SECONDS):
                     self._save()
                     saved = time.monotonic()
