@@ -16,6 +16,7 @@ def test_documents_to_mix_into_training(landmark, workplace):
         assert result.code == 0, result.err
         other = workplace / f"other{number}/train.bin"
         assert (workplace / "tasks/train.bin").read_bytes() != other.read_bytes()
+        assert f"haystack: {more[1] if '--haystack' in more else 'five novels'}" in result.err
     again = landmark(*arguments, "--output", "tasks")
     assert "holds token files made from this very source already" in again.err
 

@@ -162,6 +162,19 @@ def test_arxiv_math_through_datasets(proof_pile):
     assert texts(on_the_hub("arxiv-math", hub, Selection(keep=is_arxiv))) == expected
 
 
+def test_what_is_found_is_said_before_any_of_it_is_read(proof_pile, capsys):
+    folder, _ = proof_pile
+    hub = HubCopy(str(folder), data_files=KINDS["arxiv-math"].hub.data_files)
+    for find, expected in (
+        (lambda: open_corpus("sample"), ["train: emma, ", "validation: persuasion\n"]),
+        (lambda: open_corpus("arxiv-math", [str(folder)]), ["found train: 2 .jsonl.gz files", "left out: 1 "]),
+        (lambda: on_the_hub("arxiv-math", hub, Selection()), ["found the splits train, validation, test\n"]),
+    ):
+        find()
+        said = capsys.readouterr().err
+        assert all(words in said for words in expected), said
+
+
 def test_pg19_through_datasets(tmp_path):
     for split, rows in {"train": ROWS[:3], "validation": ROWS[3:4], "test": ROWS[4:]}.items():
         write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", rows)
