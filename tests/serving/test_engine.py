@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import torch
 
+from landmark_cli.console import of_one_command
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference import memory
 from landmark_cli.inference.block_reader import BlockReader
@@ -223,6 +224,13 @@ def test_logits_that_are_not_finite_are_refused(engine, monkeypatch):
     monkeypatch.setattr(engine.reader, "read", poisoned)
     bad, good = ask(engine, [7], [8])
     assert isinstance(bad, LandmarkError) and "nan or infinite" in str(bad) and isinstance(good[-1], End)
+
+
+def test_chunks_beyond_what_was_trained_are_warned_of_before_anybody_asks(capsys):
+    with of_one_command(quiet=False):
+        for chunk, said in ((8, 0), (100, 1)):
+            Engine(MODEL, TOKENIZER, ReadingSettings(chunk=chunk), rows=1, queue=1)
+            assert capsys.readouterr().err.count("may mislead") == said
 
 
 def test_a_model_without_landmarks_is_refused():
