@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -23,6 +24,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Continuous integration runs on slow and busy machines: an example's time says nothing.
 settings.register_profile("landmark", deadline=None)
 settings.load_profile("landmark")
+
+
+def pytest_collection_finish():
+    """What has been imported stays. The garbage collector, which accelerate calls at the end of every run, would look
+    through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ def run_train(place, output, **changes):
 def run_finetune(place, output, **changes):
     options = {"model": str(place / "base"), "data": [str(place / "cats.txt")], "steps": 1, "batch_size": 1}
     shape = {"landmark_freq": 7, "sequence_length": 32, "accumulation": 1, "eval_every": 0, "device": "cpu"}
+    shape |= {"eval_ruler": "none"}
     finetune.run(finetune.FinetuneOptions(output=output, **options, **shape, **changes))
 
 

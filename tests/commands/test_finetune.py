@@ -35,6 +35,7 @@ SHORT = {
     "landmark_freq": 7,
     "sequence_length": 32,
     "steps": 3,
+    "eval_ruler": "none",
     "batch_size": 2,
     "accumulation": 2,
     "lr": 1e-2,

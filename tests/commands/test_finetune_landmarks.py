@@ -16,7 +16,14 @@ from tests.models.families import tiny_decoder, tiny_tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
 SHORT = {"landmark_freq": 7, "sequence_length": 64, "steps": 4, "batch_size": 2, "accumulation": 2, "lr": 1e-2}
-SHORT |= {"log_every": 1, "eval_every": 0, "device": "cpu", "train": "landmarks", "weight_decay": 0.5}
+SHORT |= {
+    "log_every": 1,
+    "eval_every": 0,
+    "device": "cpu",
+    "train": "landmarks",
+    "weight_decay": 0.5,
+    "eval_ruler": "none",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from tests.training.tiny import write_questions
 
 # Of a tokenizer with a token a byte, tasks take windows of 1041 text tokens.
 LONG = {"landmark_freq": 63, "sequence_length": 1088, "steps": 1, "batch_size": 2, "accumulation": 1, "log_every": 1}
-LONG |= {"eval_every": 0, "device": "cpu"}
+LONG |= {"eval_every": 0, "device": "cpu", "eval_ruler": "none"}
 SHORT = LONG | {"landmark_freq": 7, "sequence_length": 64}
 
 

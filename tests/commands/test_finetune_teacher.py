@@ -29,6 +29,7 @@ SHORT = {
     "landmark_freq": 7,
     "sequence_length": 64,
     "steps": 4,
+    "eval_ruler": "none",
     "batch_size": 2,
     "accumulation": 2,
     "lr": 3e-3,
@@ -123,7 +124,7 @@ def test_resumed_it_is_the_same_run(tmp_path, changes):
         ((option, value),) = other.items()
         # Without a teacher all of its settings differ, and a few are named.
         told = (
-            "answer_weight is 0.1 there and None here.*more"
+            "answer_weight is 0.02 there and None here.*more"
             if value == "none"
             else f"{option} is .* there and|{option}"
         )

@@ -74,7 +74,8 @@ def commands(part, folder, tmp_path):
     yield "eval", "study", study, "--role", f"a={folder}", "--output", tmp_path / "study"
     run = ("--steps", 1, "--device", "cpu", "--batch-size", 1, "--accumulation", 1, "--eval-every", 0)
     length = ("--sequence-length", 27, "--landmark-freq", 7)
-    yield "finetune", "--model", folder, "--data", data, *length, "--output", tmp_path / "finetuned", *run
+    quiet = ("--eval-ruler", "none")
+    yield "finetune", "--model", folder, "--data", data, *length, "--output", tmp_path / "finetuned", *run, *quiet
     if part == "tokenizer":
         yield "prepare", "text", "--source", data, "--tokenizer", folder, "--output", tmp_path / "prepared"
 
@@ -124,7 +125,7 @@ def test_every_call_that_may_run_code_says_whether_it_may():
     assert len(calls) >= 4 and all("code" in given for _, given in calls), calls
 
 
-WITHOUT = {"weight-diff make", "weight-diff recover"}
+WITHOUT = {"plot", "weight-diff make", "weight-diff recover"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.words)

@@ -87,6 +87,8 @@ def test_finetune(landmark, workplace, tmp_path):
             "cpu",
             "--accumulation",
             1,
+            "--eval-ruler",
+            "none",
         ]
         output = tmp_path / f"{base.name}-landmark"
         result = landmark(

@@ -70,7 +70,9 @@ def run_train(data):
 
 
 def run_finetune(data):
-    finetune.run(finetune.FinetuneOptions(model="model", data=[str(directory) for directory in data], **SHORT))
+    finetune.run(
+        finetune.FinetuneOptions(model="model", data=[str(directory) for directory in data], eval_ruler="none", **SHORT)
+    )
 
 
 def run_perplexity(data):

@@ -38,6 +38,7 @@ def place(tmp_path_factory):
 
 def finetune(place, output, **changes):
     options = SHORT | {"model": str(place / "base"), "data": [str(place / "cats.txt")], "device": "cpu"}
+    options |= {"eval_ruler": "none"}
     finetune_command.run(FinetuneOptions(**(options | {"output": output} | changes)))
     return output
 
