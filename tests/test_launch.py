@@ -114,7 +114,7 @@ def test_the_launcher_belongs_to_the_command(script, launcher):
     ("note", "message"), [("all", "the disk is full"), ("alone", "the disk of one machine is full")]
 )
 def test_a_failure_is_said_once(script, note, message):
-    ended = launched("torchrun", "--nproc_per_node=3", script, "greet", "--note", note)
+    ended = launched("torchrun", "--nproc_per_node=2", script, "greet", "--note", note)
     said = [line for line in ended.stderr.splitlines() if "error: " in line]
     assert ended.returncode == 1 and len(said) == 1 and said[0].endswith(f"error: {message}")
 
