@@ -51,8 +51,7 @@ def run(options: ExportOptions) -> Path:
     checkpoint, run_directory = find_checkpoint(options.checkpoint)
     step = step_of(checkpoint)
     output = options.output or run_directory.with_name(f"{run_directory.name}-step-{step}")
-    if (output / "config.json").exists():
-        raise LandmarkError(f"{output} already holds a model: give another --output, or remove it")
+    check_output(output)
     what = damage_of(checkpoint)
     if what is not None:
         raise LandmarkError(f"{checkpoint} is damaged ({what}): take another one of {run_directory}")
@@ -64,6 +63,18 @@ def run(options: ExportOptions) -> Path:
         publication.write(model.state_dict())
     info(f"model of step {step}: {output}")
     return output
+
+
+def check_output(output: Path) -> None:
+    """Raise LandmarkError where a model cannot be written into a directory without writing over something: a model, a
+    checkpoint, or what a run says of itself and will write there."""
+    from landmark_cli.training.checkpoints import RECORD
+
+    if (output / "config.json").exists():
+        raise LandmarkError(f"{output} already holds a model: give another --output, or remove it")
+    if (output / RECORD).exists() or (output / "checkpoints").exists():
+        what = "a checkpoint" if (output / RECORD).exists() else "the directory of a run, which writes its model there"
+        raise LandmarkError(f"{output} is {what}: give another --output")
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

@@ -37,6 +37,7 @@ def open_data(
     from landmark_cli.data.checks import check_token_files
     from landmark_cli.data.pretrained_tokenizers import begin_ids, largest_id, text_ids
     from landmark_cli.data.training_data import TrainingData, token_files
+    from landmark_cli.training.runs import begin_of_windows
 
     accelerator, output, _ = begun
     prepare = partial(
@@ -51,7 +52,8 @@ def open_data(
     accelerator.wait_for_everyone()
     data = TrainingData.open(directories, options.data_weights, validation=options.eval_every > 0)
     check_token_files(data.files, partial(text_ids, tokenizer), largest_id(tokenizer) + 1, options.model)
-    return with_tasks(options, dataclasses.replace(data, begin=tuple(begin_ids(tokenizer))), prepare, begun)
+    begin = begin_of_windows(output, options.resume, begin_ids(tokenizer))
+    return with_tasks(options, dataclasses.replace(data, begin=begin), prepare, begun)
 
 
 def with_tasks(
@@ -71,6 +73,7 @@ def with_tasks(
     from landmark_cli.data.tasks.mixing import prepare_tasks, why_no_tasks
     from landmark_cli.data.tokenizers import load_tokenizer
     from landmark_cli.data.training_data import TrainingData
+    from landmark_cli.training.runs import newest_checkpoint
 
     share = options.tasks_share
     if share is None:
@@ -102,6 +105,7 @@ def with_tasks(
         windows=math.ceil(share * windows),
         seed=options.seed,
         resume=options.resume,
+        trained=options.resume and newest_checkpoint(output) is not None,
         process=Process.from_environment(),
     )
     accelerator.wait_for_everyone()

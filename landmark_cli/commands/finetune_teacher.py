@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from landmark_cli.commands.finetune_defaults import TAUGHT
+from landmark_cli.commands.finetune_defaults import UNASKED
 from landmark_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTraine
         options.distill_temperature,
         options.gate_weight,
         config.landmark_freq + 1,
-        any(getattr(options, name) not in (0, TAUGHT[name]) for name in ("answer_weight", "answer_divergence_weight")),
+        any(getattr(options, name) not in weights for name, weights in UNASKED.items()),
     )
 
 

@@ -58,11 +58,12 @@ def draw_tables(out: Path, files: Sequence[Path]) -> None:
     columns: dict[str, Any] = {}
     tables = [read_ruler(path) for path in files]
     models = {table.model for table in tables}
-    for path, table in zip(files, tables, strict=True):
-        # What tells one column from another: nothing but the way of reading where there is one file.
-        told = Path(table.model).name if len(models) == len(files) and table.model else str(path)
+    names = [Path(table.model).name for table in tables]
+    # What tells one column from another: nothing but the way of reading where there is one file.
+    told = names if len(set(names)) == len(names) and all(names) else list(map(str, files))
+    for name, table in zip(told, tables, strict=True):
         for reading, cells in table.by_reading().items():
-            columns[reading if len(files) == 1 else f"{told}\n{reading}"] = cells
+            columns[reading if len(files) == 1 else f"{name}\n{reading}"] = cells
     model = Path(models.pop()).name if len(models) == 1 else ""
     draw_ruler(out, columns, f"RULER, {model}" if model else "RULER", OUT)
 

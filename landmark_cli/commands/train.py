@@ -135,7 +135,7 @@ def run(options: TrainOptions) -> Path | None:
         plan(options, config, data)
         return None
     tokenizer.check_saved(landmark=not options.baseline)
-    return train(options, config, tokenizer, dataclasses.replace(data, begin=tokenizer.begin))
+    return train(options, config, tokenizer, data)
 
 
 def check(options: TrainOptions) -> None:
@@ -197,9 +197,11 @@ def model_config(options: TrainOptions, tokenizer: TextTokenizer) -> GPTConfig:
 def train(options: TrainOptions, config: GPTConfig, tokenizer: TextTokenizer, data: TrainingData) -> Path:
     """The run itself, in every process. Returns its directory."""
     from landmark_cli.training.publish import Publication
+    from landmark_cli.training.runs import begin_of_windows
 
     with begin(options, run_name(options)) as begun:
         accelerator, output, _ = begun
+        data = dataclasses.replace(data, begin=begin_of_windows(output, options.resume, tokenizer.begin))
         model = untrained(config, tokenizer)
         publication = Publication(model, output, partial(write_rest, options=options, tokenizer=tokenizer))
         loop = loop_of(options, begun, model, data)

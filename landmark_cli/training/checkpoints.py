@@ -94,6 +94,13 @@ class Checkpoints:
         found = self.directory.iterdir() if self.directory.is_dir() else ()
         return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
+    def identity_there(self) -> dict[str, Any] | None:
+        """The identity of the run that the newest checkpoint is of, whose record can be read; None without one."""
+        for path in reversed(self._whole()):
+            with contextlib.suppress(LandmarkError):
+                return read_record(Record, path / RECORD).identity
+        return None
+
     def newest_whole(self) -> Path | None:
         """The newest checkpoint with no damage, the same for all processes, or None where there is none at all. The
         user is told of damaged ones, which are put aside.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from landmark_cli.console import info
 from landmark_cli.data.training_data import TrainingData
 from landmark_cli.data.windows import AnswerWeights
 from landmark_cli.errors import LandmarkError
@@ -53,7 +54,7 @@ def run_directory(output: Path | None, name: str, resume: bool) -> Iterator[Path
 def place_of(output: Path) -> str | None:
     """What a run in this directory keeps where it is stopped outside of its steps, and how to go on; None where it has
     no checkpoint."""
-    checkpoint = _newest(output)
+    checkpoint = newest_checkpoint(output)
     if checkpoint is None:
         return None
     if (output / "config.json").exists():
@@ -61,8 +62,22 @@ def place_of(output: Path) -> str | None:
     return f"stopped with {checkpoint} kept; go on with\n{again('resume', output=output)}"
 
 
-def _newest(output: Path) -> Path | None:
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of the run in a directory, if it has some."""
     return Checkpoints(output / "checkpoints", {}, keep=1).newest()
+
+
+def begin_of_windows(output: Path, resume: bool, begin: Sequence[int]) -> tuple[int, ...]:
+    """What the windows of a run begin with: `begin`, the tokens that its tokenizer puts in front of a text by itself.
+    Nothing where the run in the directory `output` is resumed, and was begun by a version whose windows began with
+    nothing. Every process calls it."""
+    if not resume or not begin:
+        return tuple(begin)
+    identity = by_main_process(Checkpoints(output / "checkpoints", {}, keep=1).identity_there)
+    if identity is None or "begin" in identity:
+        return tuple(begin)
+    info("windows do not begin as the tokenizer begins a text: they did not when this run was begun")
+    return ()
 
 
 def _claim(output: Path | None, name: str, resume: bool, held: ExitStack) -> Path:
@@ -70,7 +85,7 @@ def _claim(output: Path | None, name: str, resume: bool, held: ExitStack) -> Pat
     if output is None:
         output = _last_or_new(name, resume)
     held.enter_context(sole_writer(output))
-    checkpoint = _newest(output)
+    checkpoint = newest_checkpoint(output)
     if not resume and (checkpoint is not None or (output / "config.json").exists()):
         raise LandmarkError(
             f"{output} already holds a {'run' if checkpoint else 'model'}: add --resume to go on with a run, "

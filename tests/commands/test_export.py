@@ -181,3 +181,18 @@ def test_what_cannot_be_exported_leaves_nothing(trained, tmp_path, spoil, messag
 def test_a_checkpoint_that_is_not_there_names_those_that_are(trained):
     with pytest.raises(LandmarkError, match="there is no checkpoint .*; there are step-00000002, step-00000004"):
         export(trained / "checkpoints/step-00000003")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("run", "run is the directory of a run, which writes its model there: give another --output"),
+        ("run/checkpoints/step-00000002", "step-00000002 is a checkpoint: give another --output"),
+    ],
+)
+def test_nothing_of_a_run_is_written_over(trained, tmp_path, output, message):
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("config.json"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(LandmarkError, match=message):
+        export(tmp_path / "run/checkpoints/step-00000002", tmp_path / output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -12,6 +12,7 @@ import torch
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.data import corpora
 from landmark_cli.data.corpora import novels
+from landmark_cli.data.tasks import corpus
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.options import load_recipe
@@ -20,7 +21,7 @@ from tests.awkward_tokenizers import BEGIN, byte_tokenizer
 from tests.closeness import assert_close_norm
 from tests.data.test_mixing import prose
 from tests.models.families import tiny_decoder, tiny_tokenizer
-from tests.training.command import environment, records
+from tests.training.command import as_an_earlier_version_saved, environment, records
 from tests.training.tiny import write_questions
 
 # Of a tokenizer with a token a byte, tasks take windows of 1041 text tokens.
@@ -61,11 +62,15 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path, monkeypatch):
     monkeypatch.setattr(
         LossModel, "forward", lambda self, **batch: seen.append(batch["input_ids"]) or forward(self, **batch)
     )
-    finetune(
-        tmp_path / "run", model=str(tmp_path / "base"), eval_every=1, eval_windows=4, teacher="none", tasks_share=0.5
-    )
+    how = {"model": str(tmp_path / "base"), "eval_every": 1, "eval_windows": 4, "teacher": "none", "tasks_share": 0.5}
+    output = finetune(tmp_path / "run", save_every=1, **how)
     rows = torch.cat(seen)
     assert len(rows) == 6 and (rows[:, 0] == BEGIN).all() and (rows[:, 1:] != BEGIN).all()
+    # A run of a version whose windows began with nothing goes on so.
+    as_an_earlier_version_saved(output / "checkpoints/step-00000001", "begin")
+    seen.clear()
+    finetune(output, steps=2, resume=True, **how)
+    assert len(torch.cat(seen)) == 6 and (torch.cat(seen) != BEGIN).all()
 
 
 def task_text(output, split="train"):
@@ -154,6 +159,21 @@ def test_resumed_it_is_the_same_run(tmp_path):
     assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     with pytest.raises(LandmarkError, match="tasks_share is 0.5 there and 0.25 here"):
         finetune(part, resume=True, tasks_share=0.25, **how)
+
+
+def test_resumed_it_keeps_the_tasks_that_an_earlier_version_made(tmp_path, monkeypatch):
+    how = {"data": ["barges.txt"], "save_every": 1}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(corpus, "CONTENTS", corpus.CONTENTS - 1)
+        output = finetune(tmp_path / "run", **how)
+        file = output / "data/tasks/train.bin"
+        made = file.read_bytes(), file.with_suffix(".json").read_bytes()
+    finetune(output, steps=2, resume=True, **how)
+    assert (file.read_bytes(), file.with_suffix(".json").read_bytes()) == made and len(records(output)) == 2
+    # What is damaged is made again: here of the same text, for it is the same program.
+    file.write_bytes(made[0][:-1] + b"x")
+    finetune(output, steps=3, resume=True, **how)
+    assert file.read_bytes() == made[0] and file.with_suffix(".json").read_bytes() != made[1]
 
 
 def test_a_recipe_that_an_earlier_run_saved_has_no_tasks(tmp_path):

@@ -222,6 +222,13 @@ def test_a_recipe_that_an_earlier_run_saved_has_no_teacher(tmp_path, format):
     assert build(FinetuneOptions, load_recipe(tmp_path / "by-hand.yaml", FinetuneOptions, "finetune")).teacher == "self"
 
 
+def test_what_answers_weighed_unasked_in_earlier_versions_asks_for_none(tmp_path):
+    """Recipes that their runs saved say it, of data without answers too."""
+    earlier = {"answer_weight": 1.0, "answer_divergence_weight": 0.0}
+    output = finetune(tmp_path / "run", steps=1, data=["unmarked"], tasks_share=0.0, **earlier)
+    assert len(records(output)) == 1 and not records(output, "answers_loss")
+
+
 # The setting is what `accelerate launch --use_fsdp` has unless it is told otherwise.
 LAUNCHES = {"processes": {}, "shards": FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}}
 

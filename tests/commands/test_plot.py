@@ -123,6 +123,11 @@ def test_tables_of_several_files_stand_side_by_side(tmp_path, drawn, monkeypatch
     (tmp_path / "short.json").write_text(json.dumps({"cells": short}))
     run(PlotOptions(what=["a.json", "short.json"], out="both.png"))
     assert [title for title, _ in maps(drawn[1])][2] == "short.json\ntop-k 2"
+    # Models of one name in places of their own.
+    saved(tmp_path / "c.json", "elsewhere/a", other)
+    run(PlotOptions(what=["a.json", "c.json"], out="both.png"))
+    titles = [title for title, _ in maps(drawn[2])][:3]
+    assert titles == ["a.json\ntop-k 2", "a.json\nfull attention", "c.json\ntop-k 2"]
 
 
 @pytest.mark.parametrize(

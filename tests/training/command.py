@@ -9,6 +9,7 @@ import torch
 
 import landmark_cli
 from landmark_cli.commands.train import TrainOptions, run
+from landmark_cli.training.checksums import write_checksums
 from landmark_cli.training.loop import Loop
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
@@ -46,6 +47,16 @@ def stop_behind(monkeypatch, step):
         return train_step(loop, *arguments)
 
     monkeypatch.setattr(Loop, "train_step", crashing)
+
+
+def as_an_earlier_version_saved(checkpoint, *lacking):
+    """Make a checkpoint say of its run what one of a version would that did not know these names."""
+    record = Path(checkpoint) / "training.json"
+    content = json.loads(record.read_text())
+    for name in lacking:
+        del content["identity"][name]
+    record.write_text(json.dumps(content))
+    write_checksums(record.parent)
 
 
 def environment(**changes):

@@ -29,7 +29,16 @@ from landmark_cli.models.generation_config import tokens_without_text
 from landmark_cli.training.setup import LossModel
 from tests import awkward_tokenizers
 from tests.forked import Forked
-from tests.training.command import CHECKOUT, SHORT, arguments, environment, records, stop_behind, train
+from tests.training.command import (
+    CHECKOUT,
+    SHORT,
+    arguments,
+    as_an_earlier_version_saved,
+    environment,
+    records,
+    stop_behind,
+    train,
+)
 from tests.training.tiny import byte_tokenizer, write_corpus
 
 
@@ -52,11 +61,16 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path, monkeypatch):
     monkeypatch.setattr(
         LossModel, "forward", lambda self, **batch: seen.append(batch["input_ids"]) or forward(self, **batch)
     )
-    output = train(corpus, tmp_path / "run", steps=1, eval_every=1)
+    output = train(corpus, tmp_path / "run", steps=1, eval_every=1, save_every=1)
     rows = torch.cat(seen)
     assert len(seen) > 1 and (rows[:, 0] == awkward_tokenizers.BEGIN).all()
     assert (rows[:, 1:] != awkward_tokenizers.BEGIN).all()
     assert begin_ids(AutoTokenizer.from_pretrained(output)) == [awkward_tokenizers.BEGIN]
+    # A run of a version whose windows began with nothing goes on so.
+    as_an_earlier_version_saved(output / "checkpoints/step-00000001", "begin")
+    seen.clear()
+    train(corpus, output, steps=2, eval_every=1, resume=True)
+    assert len(seen) > 1 and (torch.cat(seen) != awkward_tokenizers.BEGIN).all()
 
 
 def test_the_directory_holds_a_model_that_opens_anywhere(corpus, tmp_path):

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from landmark_cli.console import info
 from landmark_cli.data.prepare import prepare
+from landmark_cli.data.sources import SPLITS
 from landmark_cli.data.tasks.corpus import LEAST, SENTENCE_END, hidden_in
 from landmark_cli.data.token_file import TokenFile, read_metadata
+from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:
     from landmark_cli.data.merge import Process
@@ -106,16 +109,22 @@ def prepare_tasks(
     windows: int,
     seed: int,
     resume: bool,
+    trained: bool = False,
     process: Process,
 ) -> None:
     """Write token files of tasks into a directory: documents that fill windows of `text_length` text tokens, one each.
 
     train, validation: what they are hidden in, by split; without the latter there are none for validation. windows: how
     many the run will take. seed: document i is a function of it, i and the haystack. resume: make as many documents as
-    the directory has, if it has some. Processes other than the first may return before the files are there.
+    the directory has, if it has some. trained: the run has been trained on what the directory holds, which stays as it
+    is if it is whole, even if this version made other documents of the same. Processes other than the first may return
+    before the files are there.
 
     Raises LandmarkError and Stopped as `prepare` does.
     """
+    if trained and _is_whole(output):
+        info(f"{output} holds the tasks that the run has been trained on")
+        return
     stacks = {
         split: TokenHaystack(files, tokenizer)
         for split, files in (("train", train), ("validation", validation))
@@ -147,7 +156,19 @@ def _shortest(haystack: TokenHaystack) -> int:
 
 def _documents_in(directory: Path) -> int:
     """How many documents the token files of a directory have together; 0 where it is not finished."""
-    files = [directory / f"{split}.bin" for split in ("train", "validation")]
-    if not files[0].with_suffix(".json").exists():
-        return 0
-    return sum(read_metadata(file).documents for file in files if file.with_suffix(".json").exists())
+    return sum(read_metadata(file).documents for file in _files_of(directory))
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a directory has finished token files, without damage."""
+    try:
+        return bool([TokenFile.open(file, verify=True) for file in _files_of(directory)])
+    except LandmarkError:
+        return False
+
+
+def _files_of(directory: Path) -> list[Path]:
+    """The token files of a directory; none where it is not finished."""
+    files = [directory / f"{split}.bin" for split in SPLITS]
+    there = [file for file in files if file.with_suffix(".json").exists()]
+    return there if files[0] in there else []
