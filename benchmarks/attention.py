@@ -27,8 +27,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from landmark_cli.attention.dispatch import landmark_attention
 from landmark_cli.attention.reference import landmark_attention as definition
+from tests.closeness import whole_error
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -253,7 +256,7 @@ def relative_errors(function: Callable, shape: Shape, given: list[Tensor], expec
     out = function(*given[:3], shape.block)
     dq, dk, dv = torch.autograd.grad(out, given[:3], given[3])
     dq, dk, dv, out = cut([dq, dk, dv, out], small)
-    return {name: ((a.float() - b).norm() / b.norm()).item()
+    return {name: whole_error(a, b)
             for name, a, b in zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), expected, strict=True)}  # fmt: skip
 
 
@@ -262,11 +265,21 @@ def measure_eager(shape: Shape, given: list[Tensor]) -> Result:
     small, share = part(shape)
     *leaves, dout = cut(given, small)
     leaves = [x.requires_grad_() for x in leaves]
+    times = times_of_part(eager, shape, given)
+    return Result(times, round(peak_memory(eager, small, [*leaves, dout]) / share))
+
+
+def times_of_part(function: Callable, shape: Shape, given: list[Tensor]) -> dict[str, list[float]]:
+    """Seconds of each phase, three times, of what is as large as the definition, on the part that fits, scaled to the
+    whole. function: of q, k, v and the block size."""
+    small, share = part(shape)
+    *leaves, dout = cut(given, small)
+    leaves = [x.requires_grad_() for x in leaves]
     times = {phase: [] for phase in PHASES}
     for _ in range(3):
         synchronize()
         begin = time.perf_counter()
-        out = eager(*leaves, shape.block)
+        out = function(*leaves, shape.block)
         synchronize()
         middle = time.perf_counter()
         torch.autograd.grad(out, leaves, dout)
@@ -274,7 +287,7 @@ def measure_eager(shape: Shape, given: list[Tensor]) -> Result:
         times["forward"].append((middle - begin) / share)
         times["backward"].append((time.perf_counter() - middle) / share)
         del out
-    return Result(times, round(peak_memory(eager, small, [*leaves, dout]) / share))
+    return times
 
 
 def measure_times(shape: Shape, sets: list[list[Tensor]], rounds: int) -> dict[str, Result]:

@@ -74,22 +74,9 @@ def training_row(name: str, shape: Shape, rounds: int) -> list[list[str]]:
 
 def by_definition(shape: Shape, given: list[Tensor]) -> dict[str, float]:
     """Seconds of the definition with both, on as much as it has memory for."""
-    small, share = attention.part(shape)
-    *leaves, dout = attention.cut(given, small)
-    leaves = [x.requires_grad_() for x in leaves]
+    small, _ = attention.part(shape)
     more = logits_of(small)["both"]
-    times: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    for _ in range(3):
-        synchronize()
-        begin = time.perf_counter()
-        out = definition(*leaves, block_size=small.block, **more)
-        synchronize()
-        middle = time.perf_counter()
-        torch.autograd.grad(out, leaves, dout)
-        synchronize()
-        times["forward"].append((middle - begin) / share)
-        times["backward"].append((time.perf_counter() - middle) / share)
-        del out
+    times = attention.times_of_part(lambda q, k, v, block: definition(q, k, v, block_size=block, **more), shape, given)
     return {phase: statistics.median(found) for phase, found in times.items()}
 
 

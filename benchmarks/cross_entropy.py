@@ -12,16 +12,21 @@ inputs and gradients.
 from __future__ import annotations
 
 import argparse
+import sys
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from landmark_cli.training import fused_cross_entropy
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy, score_and_differentiate
+from tests.closeness import whole_error
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -87,7 +92,7 @@ def compare(rows: int, width: int, vocabulary: int) -> None:
         try:
             some = hidden.detach()[:CHECKED].requires_grad_()
             found = gradients(loss, some, weight, targets[:CHECKED])
-            errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+            errors = [whole_error(a, b) for a, b in zip(found, exact, strict=True)]
             taken = milliseconds(lambda loss=loss: gradients(loss, hidden, weight, targets))
             print(f"| {name} | {taken:.2f} | {memory(loss, hidden, weight, targets):.2f} | ", end="")
             print(", ".join(f"{error:.1e}" for error in errors), "|", flush=True)
@@ -126,7 +131,7 @@ def configurations(rows: int, vocabulary: int) -> None:
 
             room.copy_(logits)
             run()
-            error = (room[:64].float() - expected.float()).norm() / expected.float().norm()
+            error = whole_error(room[:64], expected)
             print(f"  {warps} warps, {depth} deep: {milliseconds(run):.3f} ms, error {error:.1e}", flush=True)
 
 

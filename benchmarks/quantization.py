@@ -41,10 +41,13 @@ from long_context_steps import (
 )
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import landmark_cli
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models import quantization
 from landmark_cli.models.quantization import QuantizedLinear, encode, quantize
+from tests.closeness import whole_error
 
 KINDS = ("none", "int8", "int4")
 # (out, in) features of Llama-3-8B's linear layers.
@@ -78,7 +81,7 @@ def product_cells(name: str, kind: str, run: Run) -> list[str]:
     for rows in ROWS:
         x = torch.randn(rows, in_features, dtype=torch.bfloat16, device=DEVICE)
         expected = x.float() @ weight.T
-        off = ((layers[0](x).float() - expected).norm() / expected.norm()).item()
+        off = whole_error(layers[0](x), expected)
         taken = graph_seconds(lambda x=x: [layer(x) for layer in layers]) / count
         read, done = nbytes / taken / 1e12, 2 * rows * weight.numel() / taken / 1e12
         speed = f"{read:.2f} TB/s" if rows <= 16 else f"{done:.0f} TFLOP/s"

@@ -16,6 +16,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,6 +32,7 @@ from landmark_cli.attention.kernels.reading.call import Call
 from landmark_cli.attention.rotary import default_inverse_frequencies
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
+T = TypeVar("T")
 
 # (batch, heads, key heads, head dim, block size, k, tokens, numbers of cached blocks)
 SHAPES = {
@@ -166,52 +170,50 @@ def stages(call: Call) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def select_alone(call: Call) -> Tensor:
     """The selection with all landmarks scored by one program for each tile of queries."""
-    usual, selection.ENOUGH_PROGRAMS = selection.ENOUGH_PROGRAMS, 0
-    try:
+    with mock.patch.object(selection, "ENOUGH_PROGRAMS", 0):
         return selection.select(call)
-    finally:
-        selection.ENOUGH_PROGRAMS = usual
 
 
 def tune(call: Call, stage: str) -> Iterator[tuple[Configuration, float]]:
     """A stage's time in every configuration that compiles and fits."""
     module, name = (selection, "select_configuration") if stage == "select" else (launch, f"{stage}_configuration")
-    usual = getattr(module, name)
     for choice in CHOICES[stage]:
-        setattr(module, name, lambda *_, choice=choice: choice)
-        try:
-            yield choice, time_of(dict(stages(call))[stage])
-        except Exception as error:
-            print(f"  {stage} {choice}: {type(error).__name__}", file=sys.stderr)
-        finally:
-            setattr(module, name, usual)
+        taken = measured_with(module, lambda: time_of(dict(stages(call))[stage]), stage, choice, **{name: choice})
+        if taken is not None:
+            yield choice, taken
 
 
 def tune_step(call: Call) -> Iterator[tuple[str, float, float]]:
     """(choice, time of scoring the landmarks, time of all) of a step."""
-    usual = selection.step_configuration, selection.MAX_SPLITS, selection.MAX_PROGRAMS
+
+    def times() -> tuple[float, float]:
+        found = dict(stages(call))
+        return time_of(found["select"], rep=5), time_of(found["all"], rep=5)
+
     for choice, programs in STEP_CHOICES if call.query_rows == 1 else GROUPED_CHOICES:
-        selection.step_configuration = lambda *_, choice=choice: choice
-        selection.MAX_SPLITS = selection.MAX_PROGRAMS = programs
-        try:
-            times = dict(stages(call))
-            name = f"{choice.cols} landmarks, {choice.warps} warps, {programs} programs"
-            yield name, time_of(times["select"], rep=5), time_of(times["all"], rep=5)
-        except Exception as error:
-            print(f"  select {choice}: {type(error).__name__}", file=sys.stderr)
-        finally:
-            selection.step_configuration, selection.MAX_SPLITS, selection.MAX_PROGRAMS = usual
-    usual = launch.decode_configuration
+        limits = {"MAX_SPLITS": programs, "MAX_PROGRAMS": programs}
+        found = measured_with(selection, times, "select", choice, step_configuration=choice, **limits)
+        if found is not None:
+            yield f"{choice.cols} landmarks, {choice.warps} warps, {programs} programs", *found
     for choice in DECODE_CHOICES:
-        launch.decode_configuration = lambda *_, choice=choice: choice
+        found = measured_with(launch, times, "decode", choice, decode_configuration=choice)
+        if found is not None:
+            yield f"{choice.cols} keys of a block, {choice.warps} warps", *found
+
+
+def measured_with(
+    module: ModuleType, measure: Callable[[], T], stage: str, choice: Configuration, **instead: Configuration | int
+) -> T | None:
+    """What is measured while a module has other limits, and functions that choose these configurations; None, and a
+    line that says so, where that does not compile or fit."""
+    replaced = {name: (lambda *_, value=value: value) if isinstance(value, Configuration) else value
+                for name, value in instead.items()}  # fmt: skip
+    with mock.patch.multiple(module, **replaced):
         try:
-            times = dict(stages(call))
-            name = f"{choice.cols} keys of a block, {choice.warps} warps"
-            yield name, time_of(times["select"], rep=5), time_of(times["all"], rep=5)
+            return measure()
         except Exception as error:
-            print(f"  decode {choice}: {type(error).__name__}", file=sys.stderr)
-        finally:
-            launch.decode_configuration = usual
+            print(f"  {stage} {choice}: {type(error).__name__}", file=sys.stderr)
+            return None
 
 
 def main() -> None:
