@@ -41,3 +41,15 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def forwards_of(monkeypatch):
+    """Gives, for a module that launches kernels, a list with an entry for each time that they go forward."""
+
+    def count(launches):
+        found, forward = [], launches.forward
+        monkeypatch.setattr(launches, "forward", lambda *given: found.append(given) or forward(*given))
+        return found
+
+    return count

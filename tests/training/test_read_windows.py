@@ -170,10 +170,9 @@ def test_checkpointing_and_the_loss_in_pieces_change_no_gradient(name):
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
-def test_layers_that_keep_what_was_retrieved_do_not_retrieve_again(monkeypatch):
+def test_layers_that_keep_what_was_retrieved_do_not_retrieve_again(monkeypatch, forwards_of):
     monkeypatch.setenv("LANDMARK_ATTENTION", "triton")
-    calls, forward = [], kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *given: calls.append(given) or forward(*given))
+    calls = forwards_of(kernels)
     model, landmark = llama()
     batch, layers = streams([tiny_text(14)], landmark), model.config.num_hidden_layers
     found = []

@@ -31,24 +31,16 @@ def tiles(monkeypatch):
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Counts calls of the forward kernel."""
-    calls, forward = [], launch.forward
-
-    def counting(*arguments):
-        calls.append(arguments)
-        return forward(*arguments)
-
-    monkeypatch.setattr(launch, "forward", counting)
-    return calls
+def forwards(forwards_of):
+    return forwards_of(launch)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_outputs_and_gradients(case, tiles, counted):
+def test_outputs_and_gradients(case, tiles, forwards):
     tiles(32, 32)
     for a, b in agreement(case).values():
         assert_close_norm(a, b)
-    assert len(counted) == 1
+    assert len(forwards) == 1
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(64, 16), (16, 64)])
@@ -65,12 +57,12 @@ def test_16_bit(dtype):
 
 
 @pytest.mark.parametrize("case", READINGS, ids=str)
-def test_chunk_after_chunk(case, counted):
+def test_chunk_after_chunk(case, forwards):
     found, expected = case.read("triton"), case.read("eager")
     for a, b in zip(found[:-3], expected[:-3], strict=True):
         assert_close_norm(a, b)
     assert all(torch.equal(a, b) for a, b in zip(found[-3:], expected[-3:], strict=True))
-    assert len(counted) == len(case.chunks)
+    assert len(forwards) == len(case.chunks)
 
 
 def test_what_is_not_seen_is_not_touched(tiles):
