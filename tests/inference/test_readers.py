@@ -257,9 +257,10 @@ def imported(path: Path) -> set[str]:
 def test_one_place_knows_the_kinds_of_readers():
     modules = {"landmark_cli.inference." + name for name in ("reader", "block_reader", "recurrent", "window")}
     knowing = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imported(path) & modules}
-    # And reader.py, which has a name for programs, the package, which gives it to them, and memory.py, which takes what
-    # a reader through the block cache has read out of it.
-    assert knowing == {"inference/readers.py", "inference/reader.py", "__init__.py", "inference/memory.py"}
+    # And reader.py, which has a name for programs, the package, which gives it to them, and what is of the block cache
+    # alone: memories of what was read through it, the trace of what it read, and the plan of what it will hold.
+    of_the_cache = {f"inference/{name}.py" for name in ("memory", "plan", "trace/contents")}
+    assert knowing == {"inference/readers.py", "inference/reader.py", "__init__.py"} | of_the_cache
     known = imported(PACKAGE / "inference" / "readers.py")
     assert {module.removeprefix("landmark_cli.inference.") for module in known & modules} == {
         "block_reader",
