@@ -46,7 +46,7 @@ def before():
     BEFORE.update(psutil.Process().children())
 
 
-def started():
+def left_behind():
     """The processes that a test started and that are still there."""
     return set(psutil.Process().children()) - BEFORE
 
@@ -61,7 +61,7 @@ def test_a_template_gives_what_transformers_gives(tokenizer):
         for _ in range(200):
             template.render(MESSAGES)
         assert time.monotonic() - started < 5
-    assert not started()
+    assert not left_behind()
 
 
 @pytest.mark.parametrize(("source", "why"), BAD.values(), ids=BAD)
@@ -77,7 +77,7 @@ def test_a_bad_template_is_one_line_in_time(tokenizer, monkeypatch, source, why)
             template.render(MESSAGES)
         assert time.monotonic() - started < 5
     assert "\n" not in str(error.value) and "chat template" in str(error.value)
-    assert not started()
+    assert not left_behind()
 
 
 def test_after_a_chat_that_fails_the_same_process_renders_others(tokenizer):
@@ -97,7 +97,7 @@ def test_after_a_chat_that_has_no_end_another_process_renders_others(tokenizer, 
         said = template.render(MESSAGES)
         with pytest.raises(LandmarkError, match="more than 1 s"):
             template.render(MESSAGES * 2)
-        assert not started()
+        assert not left_behind()
         assert template.render(MESSAGES) == said
 
 
@@ -147,4 +147,4 @@ def test_what_keeps_the_process_from_starting_is_told(tokenizer, monkeypatch):
     monkeypatch.setattr(chat.sys, "executable", "/missing/python")
     with pytest.raises(LandmarkError, match="no process could be started for it .No such file"):
         ChatTemplate(tokenizer).render(MESSAGES)
-    assert not started()
+    assert not left_behind()
