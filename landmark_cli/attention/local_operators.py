@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
-from .kernels.common.tensors import empty_heads_last
-from .operators import LIBRARY, check_scale, check_sinks, check_softcap, refuse_second_derivatives, refuse_transforms
+from .operator_library import define_attention
+from .operators import check_scale, check_sinks, check_softcap, refuse_transforms
 
 
 def attend(
@@ -39,72 +38,10 @@ def attend(
     return local_attention(q, k, v, sinks, first, text, scale, softcap, backend)[0]
 
 
-_SETTINGS = "Tensor first, Tensor text, float scale, float? softcap, str backend"
-LIBRARY.define(
-    f"local_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor out, Tensor lse)",
-    tags=torch.Tag.pt2_compliant_tag,
+local_attention, local_attention_backward = define_attention(
+    "local_attention",
+    "Tensor first, Tensor text, float scale, float? softcap, str backend",
+    "local_forward",
+    "local_backward",
+    differentiable_lse=False,
 )
-LIBRARY.define(
-    "local_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-local_attention = torch.ops.landmark.local_attention.default
-local_attention_backward = torch.ops.landmark.local_attention_backward.default
-
-
-@torch.library.impl(LIBRARY, "local_attention", "CompositeExplicitAutograd")
-def _(q, k, v, sinks, *settings):
-    """(out, lse) of checked arguments."""
-    *settings, backend = settings
-    return BACKENDS[backend].local_forward(q, k, v, sinks, *settings)
-
-
-@torch.library.register_fake("landmark::local_attention", lib=LIBRARY)
-def _(q, k, v, sinks, *settings):
-    return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.impl(LIBRARY, "local_attention_backward", "CompositeExplicitAutograd")
-def _(dout, q, k, v, sinks, out, lse, *settings):
-    """(dq, dk, dv, dsinks) from the gradient of out; the last is empty where there are no sinks."""
-    *settings, backend = settings
-    *found, dsinks = BACKENDS[backend].local_backward(dout, q, k, v, sinks, out, lse, *settings)
-    return *found, q.new_empty(0) if dsinks is None else dsinks
-
-
-@torch.library.register_fake("landmark::local_attention_backward", lib=LIBRARY)
-def _(dout, q, k, v, sinks, out, lse, *settings):
-    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v), dsinks
-
-
-class LocalAttention(torch.autograd.Function):
-    """What autograd keeps between the two operators."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        q, k, v, sinks, first, text, *settings = inputs
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = local_attention(*inputs)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, first, text)
-        ctx.settings = settings
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout, _):
-        q, k, v, sinks, out, lse, first, text = ctx.saved_tensors
-        *found, dsinks = local_attention_backward(dout, q, k, v, sinks, out, lse, first, text, *ctx.settings)
-        return *found, None if sinks is None else dsinks, *(None,) * (2 + len(ctx.settings))
-
-
-@torch.library.impl(LIBRARY, "local_attention", "Autograd")
-def _(*inputs):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
-        return LocalAttention.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return local_attention(*inputs)
-
-
-refuse_second_derivatives(local_attention_backward)

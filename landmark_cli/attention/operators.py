@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .backends import BACKENDS
-from .kernels.common.tensors import empty_heads_last
+from .operator_library import define_attention
 
 
 def attend(
@@ -105,108 +104,14 @@ def _bounds(name: str, bounds: Tensor | None, q: Tensor, shape: tuple[int, ...] 
     return bounds.to(device=q.device, dtype=torch.int32)
 
 
-NO_SECOND_DERIVATIVES = "landmark attention's kernels have no second derivatives: use LANDMARK_ATTENTION=eager"
-
-# Defined by schemas and with autograd's part written out: torch.library.custom_op and register_autograd, which are
-# simpler to write, take the host three times as long for each call.
-LIBRARY = torch.library.Library("landmark", "FRAGMENT")
-_SETTINGS = (
+attention, attention_backward = define_attention(
+    "attention",
     "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed, "
-    "float? softcap, str backend"
+    "float? softcap, str backend",
+    "forward",
+    "backward",
+    differentiable_lse=True,
 )
-LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
-    f"Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-attention = torch.ops.landmark.attention.default
-attention_backward = torch.ops.landmark.attention_backward.default
-
-
-@torch.library.impl(LIBRARY, "attention", "CompositeExplicitAutograd")
-def _(q, k, v, sinks, *settings):
-    """(out, lse) of checked arguments."""
-    *settings, backend = settings
-    return BACKENDS[backend].forward(q, k, v, sinks, *settings)
-
-
-@torch.library.register_fake("landmark::attention", lib=LIBRARY)
-def _(q, k, v, sinks, *settings):
-    return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.impl(LIBRARY, "attention_backward", "CompositeExplicitAutograd")
-def _(dout, dlse, q, k, v, sinks, out, lse, *settings):
-    """(dq, dk, dv, dsinks) from the gradients of out and lse; the last is empty where there are no sinks."""
-    *settings, backend = settings
-    *found, dsinks = BACKENDS[backend].backward(dout, dlse, q, k, v, sinks, out, lse, *settings)
-    return *found, q.new_empty(0) if dsinks is None else dsinks
-
-
-@torch.library.register_fake("landmark::attention_backward", lib=LIBRARY)
-def _(dout, dlse, q, k, v, sinks, out, lse, *settings):
-    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v), dsinks
-
-
-class Attention(torch.autograd.Function):
-    """What autograd keeps between the two operators."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        q, k, v, sinks, block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, softcap, backend = inputs
-        with torch._C._AutoDispatchBelowAutograd():
-            output = attention(*inputs)
-        ctx.save_for_backward(q, k, v, sinks, *output, start, cu_seqlens, dropout_seed)
-        ctx.settings = block_size, scale, dropout_p, softcap, backend
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        q, k, v, sinks, out, lse, start, cu_seqlens, dropout_seed = ctx.saved_tensors
-        block_size, scale, dropout_p, softcap, backend = ctx.settings
-        dout = torch.zeros_like(out) if dout is None else dout
-        settings = block_size, scale, start, cu_seqlens, dropout_p, dropout_seed, softcap, backend
-        *found, dsinks = attention_backward(dout, dlse, q, k, v, sinks, out, lse, *settings)
-        return *found, None if sinks is None else dsinks, *(None,) * len(settings)
-
-
-@torch.library.impl(LIBRARY, "attention", "Autograd")
-def _(*inputs):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
-        return Attention.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention(*inputs)
-
-
-def refuse_second_derivatives(operator: torch._ops.OpOverload) -> None:
-    """Have a backward operator tell who asks for second derivatives that there are none."""
-
-    class Backward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*inputs)
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            raise NotImplementedError(NO_SECOND_DERIVATIVES)
-
-    def differentiated(*inputs):
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return Backward.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
-
-    LIBRARY.impl(operator.name().partition("::")[2], differentiated, "Autograd")
-
-
-refuse_second_derivatives(attention_backward)
 
 
 def refuse_transforms(q: Tensor, k: Tensor, v: Tensor) -> None:

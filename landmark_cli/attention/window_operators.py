@@ -13,14 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from .backends import BACKENDS
 from .kernels.common.tensors import empty_heads_last
-from .operators import (
-    LIBRARY,
-    check_scale,
-    check_softcap,
-    refuse_second_derivatives,
-    refuse_transforms,
-    seed_tensor,
-)
+from .operator_library import below_autograd, define, differentiate, refuse_second_derivatives
+from .operators import check_scale, check_softcap, refuse_transforms, seed_tensor
 from .window import ReadingWindow
 
 
@@ -69,32 +63,16 @@ _WINDOW = (
     "int chunk, int block_size, int top_k, int most_earlier, float explore, bool one_landmark_key, float scale, "
     "float? softcap, str backend"
 )
-LIBRARY.define(
-    f"retrieve(Tensor q, Tensor k, Tensor v, Tensor? own, Tensor? own_lse, {_WINDOW}) -> "
-    "(Tensor out, Tensor lse, Tensor turns, Tensor entries, Tensor bounds)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-LIBRARY.define(
-    "retrieve_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? own, "
-    f"Tensor? own_lse, Tensor turns, Tensor entries, Tensor bounds, {_WINDOW}) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor down, Tensor down_lse)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-retrieved = torch.ops.landmark.retrieve.default
-retrieved_backward = torch.ops.landmark.retrieve_backward.default
 # Where a window's tensors and numbers begin among the operators' arguments, and how many of the first are tensors.
 _FORWARD_TENSORS, _WINDOW_TENSORS = 5, 7
 
 
-@torch.library.impl(LIBRARY, "retrieve", "CompositeExplicitAutograd")
-def _(q, k, v, own, own_lse, *window):
-    """(out, lse, turns, entries, bounds) of checked arguments."""
-    *window, backend = window
-    return BACKENDS[backend].retrieve_forward(q, k, v, own, own_lse, *window)
+def _retrieve(*given):
+    *given, backend = given
+    return BACKENDS[backend].retrieve_forward(*given)
 
 
-@torch.library.register_fake("landmark::retrieve", lib=LIBRARY)
-def _(q, k, v, own, own_lse, *window):
+def _shapes(q, k, v, own, own_lse, *window):
     blocks, top_k, most_earlier = window[1], window[9], window[10]
     batch, heads, tokens, _ = q.shape
     pairs = batch * (heads // k.shape[1]) * tokens * min(top_k, most_earlier)
@@ -107,21 +85,32 @@ def _(q, k, v, own, own_lse, *window):
     )
 
 
-@torch.library.impl(LIBRARY, "retrieve_backward", "CompositeExplicitAutograd")
-def _(dout, dlse, q, k, v, out, lse, own, own_lse, turns, entries, bounds, *window):
-    """(dq, dk, dv, down, down_lse); the last two are empty where there is no own part."""
-    *window, backend = window
-    found = BACKENDS[backend].retrieve_backward(
-        dout, dlse, q, k, v, out, lse, own, own_lse, turns, entries, bounds, *window
-    )
-    return tuple(q.new_empty(0) if x is None else x for x in found)
+def _retrieve_backward(*given):
+    """The last two are empty where there is no own part."""
+    *given, backend = given
+    found = BACKENDS[backend].retrieve_backward(*given)
+    return tuple(given[2].new_empty(0) if x is None else x for x in found)
 
 
-@torch.library.register_fake("landmark::retrieve_backward", lib=LIBRARY)
-def _(dout, dlse, q, k, v, out, lse, own, own_lse, *rest):
+def _backward_shapes(dout, dlse, q, k, v, out, lse, own, own_lse, *rest):
     own_gradients = [empty_heads_last(own), torch.empty_like(lse)] if own is not None else [None, None]
     own_gradients = [q.new_empty(0) if x is None else x for x in own_gradients]
     return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v), *own_gradients
+
+
+retrieved = define(
+    f"retrieve(Tensor q, Tensor k, Tensor v, Tensor? own, Tensor? own_lse, {_WINDOW}) -> "
+    "(Tensor out, Tensor lse, Tensor turns, Tensor entries, Tensor bounds)",
+    _retrieve,
+    _shapes,
+)
+retrieved_backward = define(
+    "retrieve_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? own, "
+    f"Tensor? own_lse, Tensor turns, Tensor entries, Tensor bounds, {_WINDOW}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor down, Tensor down_lse)",
+    _retrieve_backward,
+    _backward_shapes,
+)
 
 
 class Retrieval(torch.autograd.Function):
@@ -129,7 +118,7 @@ class Retrieval(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             out, lse, *routes = retrieved(*inputs)
         tensors = inputs[:_FORWARD_TENSORS]
         window = inputs[_FORWARD_TENSORS:]
@@ -148,14 +137,7 @@ class Retrieval(torch.autograd.Function):
         return *found, *own_gradients, *(None,) * (_WINDOW_TENSORS + len(ctx.settings))
 
 
-@torch.library.impl(LIBRARY, "retrieve", "Autograd")
-def _(*inputs):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:_FORWARD_TENSORS]):
-        return Retrieval.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return retrieved(*inputs)
-
-
+differentiate(retrieved, Retrieval, _FORWARD_TENSORS)
 refuse_second_derivatives(retrieved_backward)
 
 
