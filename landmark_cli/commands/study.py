@@ -98,7 +98,12 @@ def run(options: StudyOptions) -> dict[str, Any]:
         finished = FinishedRows(output / "rows.jsonl")
         with keeping(finished.place):
             measured = run_study(
-                study, models, kind.common, finished, lambda row, asked: kind.measure(row, opened, asked)
+                study,
+                models,
+                kind.common,
+                finished,
+                lambda row, asked: kind.measure(row, opened, asked),
+                kind.depends_on,
             )
         columns, rows = study_table(study, measured, [options.compare] if options.compare else corpora)
         data = {

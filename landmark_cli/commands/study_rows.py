@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,29 @@ if TYPE_CHECKING:
     from landmark_cli.interrupts import Interrupts
 
 
+class Begins:
+    """With what the tokenizers of a study's models begin every text."""
+
+    def __init__(self) -> None:
+        self._by_role: dict[str, tuple[int, ...]] = {}
+
+    def note(self, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The tokenizer of a role's model."""
+        from landmark_cli.data.pretrained_tokenizers import begin_ids
+
+        self._by_role[role] = tuple(begin_ids(tokenizer))
+
+    def of(self, role: str) -> tuple[int, ...]:
+        """The tokens, by a role whose tokenizer was noted."""
+        return self._by_role[role]
+
+    def depends_on(self, *roles: str) -> dict[str, Any]:
+        """What the results of a row depend on that these roles' models read (JSON): nothing where nothing begins their
+        texts, as nothing did in earlier versions."""
+        begins = [list(self.of(role)) for role in roles]
+        return {"begin": begins} if any(begins) else {}
+
+
 class PerplexityRows:
     """Measures the rows of a study of perplexity.
 
@@ -36,7 +60,7 @@ class PerplexityRows:
     """
 
     def __init__(self, options: StudyOptions, study: Study, output: Path, models: dict[str, str]):
-        self._options = options
+        self._options, self._begins = options, Begins()
         self._file = open_text(options.data)
         self.common = {
             "data": self._file.metadata.sha256,
@@ -53,17 +77,21 @@ class PerplexityRows:
         from landmark_cli.inference.readers import open_reader
 
         check_text(self._file, model, tokenizer, name)
+        self._begins.note(row.role, tokenizer)
         tokens = len(self._file.tokens)
         window_starts(tokens, row.settings.get("eval-length", 1), None, 0)
         reader = open_reader(model, row.reading(), memory=row.settings.get("memory", True))
         return reader.beyond_training(row.settings.get("eval-length") or default_eval_length(model, tokens))
 
+    def depends_on(self, row: Row) -> dict[str, Any]:
+        """What else the result of a row depends on that was checked (JSON)."""
+        return self._begins.depends_on(row.role)
+
     def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
-        """The figures of a row."""
-        from landmark_cli.data.pretrained_tokenizers import begin_ids
+        """The figures of a row that was checked."""
         from landmark_cli.evaluation.perplexity import evaluate_perplexity
 
-        options, (model, tokenizer) = self._options, opened(row.role)
+        options, (model, _) = self._options, opened(row.role)
         reading = row.reading()
         result = evaluate_perplexity(
             model,
@@ -75,7 +103,7 @@ class PerplexityRows:
             batch_size=options.batch_size,
             sample_tokens=options.sample_tokens,
             seed=options.seed,
-            begin=begin_ids(tokenizer),
+            begin=self._begins.of(row.role),
         )
         return perplexity_data(result, model, reading)
 
@@ -123,6 +151,10 @@ class RulerRows:
         for task in tasks:
             check_lengths(task, [asks.length], self._options.samples)
         return beyond_training(model, way, reading, asks.length)
+
+    def depends_on(self, row: Row) -> dict[str, Any]:
+        """As of PerplexityRows."""
+        return {}
 
     def _asks(self, row: Row) -> RulerRow:
         from landmark_cli.evaluation.studies import RulerRow
@@ -200,6 +232,7 @@ class LongPerplexityRows:
             role = study.evaluator
             raise UsageError(f"{study.name} finds key tokens with the model of {role}: give --role {role}=MODEL")
         self._options, self._output, self._evaluator, self._models = options, output, study.evaluator, models
+        self._begins = Begins()
         self._file = open_text(options.data)
         self._found: dict[str, list[list[int]]] = {}
         self.common = {
@@ -225,6 +258,7 @@ class LongPerplexityRows:
         from landmark_cli.inference.settings import ReadingSettings
 
         check_text(self._file, model, tokenizer, name)
+        self._begins.note(row.role, tokenizer)
         asks, text = self._text(row)
         check_context(text, asks.short_context)
         blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
@@ -239,7 +273,13 @@ class LongPerplexityRows:
     def _evaluator_outline(self) -> PreTrainedModel:
         from landmark_cli.models.store import outline
 
-        return outline(self._models[self._evaluator], trust_remote_code=self._options.trust_remote_code)[0]
+        model, tokenizer = outline(self._models[self._evaluator], trust_remote_code=self._options.trust_remote_code)
+        self._begins.note(self._evaluator, tokenizer)
+        return model
+
+    def depends_on(self, row: Row) -> dict[str, Any]:
+        """As of PerplexityRows."""
+        return self._begins.depends_on(row.role, self._evaluator)
 
     def _text(self, row: Row) -> tuple[LongPerplexityRow, LongText]:
         """What a row asks for, and the text in its windows."""
@@ -269,7 +309,13 @@ class LongPerplexityRows:
             (way,) = ways_of_long(evaluator, None)
             about_evaluator = {"depends_on": depends_on(self._evaluator), "batch_size": options.batch_size}
             self._found[key] = find_key_tokens(
-                evaluator, way, text, self._windows, asked, **of_windows, **about_evaluator
+                evaluator,
+                way,
+                self._read_by(self._evaluator, text),
+                self._windows,
+                asked,
+                **of_windows,
+                **about_evaluator,
             )
             del evaluator
         model = self._model(opened, row.role)
@@ -277,7 +323,7 @@ class LongPerplexityRows:
         result = measure_long_perplexity(
             model,
             way,
-            text,
+            self._read_by(row.role, text),
             self._found[key],
             self._windows,
             asked,
@@ -291,6 +337,10 @@ class LongPerplexityRows:
             "key_tokens": score_data(result.key),
             "all_tokens": score_data(result.overall),
         }
+
+    def _read_by(self, role: str, text: LongText) -> LongText:
+        """A text as a role's model reads it."""
+        return replace(text, begin=self._begins.of(role))
 
     def _model(self, opened: Opened, role: str) -> PreTrainedModel:
         model, tokenizer = opened(role)

@@ -241,11 +241,17 @@ Measure = Callable[[Row, Interrupts], dict[str, Any]]
 
 
 def run_study(
-    study: Study, models: dict[str, str | Path], common: dict[str, Any], finished: FinishedRows, measure: Measure
+    study: Study,
+    models: dict[str, str | Path],
+    common: dict[str, Any],
+    finished: FinishedRows,
+    measure: Measure,
+    depends_on: Callable[[Row], dict[str, Any]] = lambda row: {},
 ) -> list[dict[str, Any] | None]:
     """Measure the rows whose role has a model and that are not finished yet; None for rows without a model.
 
     models: role to model directory or hub id. common: what else a result depends on (data, sample, seed, dtype).
+    depends_on: what the result of one row depends on besides (JSON).
 
     Raises Stopped after the row under way where SIGTERM or SIGINT came and rows are left.
     """
@@ -256,7 +262,8 @@ def run_study(
                 results.append(None)
                 continue
             # The model as it is now, which may be another than when the study began.
-            key = finished.key({"model": model_identity(models[row.role]), "settings": row.settings, **common})
+            about = {"model": model_identity(models[row.role]), "settings": row.settings}
+            key = finished.key(about | common | depends_on(row))
             label = f"row {number} of {len(study.rows)}, {row.role}"
             if finished.get(key) is not None:
                 info(f"{label}: kept from an earlier run")

@@ -54,26 +54,31 @@ def test_json_on_standard_output_and_no_memory(landmark):
     assert json.loads(landmark(*arguments, "--seed", "2").out)["loss"] != data["loss"]
 
 
-@pytest.mark.parametrize("command", ["perplexity", "longppl", "study"])
+STUDY = "study: {kind}\ntitle: one row\nroles: {{it: a model}}\nrows: [{{role: it, eval-length: 60{more}}}]\n"
+
+
+@pytest.mark.parametrize("command", ["perplexity", "longppl", "study", "study of longppl"])
 def test_texts_are_read_as_the_tokenizer_begins_them(landmark, tmp_path, monkeypatch, command):
-    (tmp_path / "study.yaml").write_text(
-        "study: perplexity\ntitle: one row\nroles: {it: a model}\nrows: [{role: it, eval-length: 60}]\n"
-    )
+    """What was kept of them when they were read otherwise is not taken for it."""
+    of_longppl = {"kind": "longppl\nevaluator: it", "more": ", short-context: 16"}
+    text = STUDY.format(**of_longppl if command == "study of longppl" else {"kind": "perplexity", "more": ""})
+    (tmp_path / "study.yaml").write_text(text)
     arguments = {
         "perplexity": ["--eval-length", "60"],
-        "longppl": ["--eval-length", "60", "--short-context", "16", "--output"],
-        "study": [tmp_path / "study.yaml", "--role", "it=runs/landmark", "--data", "data/mine", "--output"],
-    }[command]
+        "longppl": ["--eval-length", "60", "--short-context", "16", "--output", tmp_path / "kept"],
+        "study": [tmp_path / "study.yaml", "--role", "it=runs/landmark", "--data", "data/mine"],
+    }[command.split()[0]]
+    output = ["--output", tmp_path / "kept"] if command.startswith("study") else []
 
-    def losses(name):
-        output = [tmp_path / name] if arguments[-1] == "--output" else []
-        result = landmark("eval", command, *arguments, *output, "--json", "-")
+    def losses():
+        result = landmark("eval", command.split()[0], *arguments, *output, "--json", "-")
         assert result.code == 0, result.err
         return re.findall(r'"(?:loss|negative_log_likelihood)": ([0-9.]+)', result.out)
 
-    plain = losses("plain")
+    plain = losses()
+    assert losses() == plain
     monkeypatch.setattr(pretrained_tokenizers, "begin_ids", lambda tokenizer: [50])
-    begun = losses("begun")
+    begun = losses()
     assert len(begun) == len(plain) > 0 and begun != plain
 
 
