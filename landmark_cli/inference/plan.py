@@ -14,7 +14,7 @@ from landmark_cli.attention.cache.blocks import capacity_for
 from landmark_cli.attention.cache.cache import added_blocks
 from landmark_cli.attention.cache.pages import Offload, pinned_bytes
 from landmark_cli.data.landmarks import stream_length
-from landmark_cli.inference.block_reader import default_chunk, positions_of
+from landmark_cli.inference.chunk_lengths import default_chunk, positions_of
 from landmark_cli.inference.readers import layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.layers import key_heads, landmark_layers

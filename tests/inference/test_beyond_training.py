@@ -4,7 +4,7 @@ import pytest
 
 from landmark_cli.attention.cache import RetrievalSettings
 from landmark_cli.console import of_one_command
-from landmark_cli.inference.block_reader import positions_of
+from landmark_cli.inference.chunk_lengths import positions_of
 from landmark_cli.inference.plan import plan_reading
 from landmark_cli.inference.readers import open_reader
 from landmark_cli.inference.settings import ReadingSettings

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from landmark_cli.attention.cache import Offload, Positions, Selection
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.block_reader import BlockReader, default_chunk
+from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.chunk_lengths import default_chunk
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models import register
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
