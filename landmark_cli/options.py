@@ -62,6 +62,7 @@ def option(
     saves_memory: str = "",
     in_recipe: bool = True,
     is_output: bool = False,
+    may_replace: str = "",
 ) -> Any:
     """Declare one field of an options dataclass.
 
@@ -73,6 +74,7 @@ def option(
     positional: an argument instead of an option.
     in_recipe: whether a recipe may set the option; False for what only whoever types the command can decide.
     is_output: whether the option names a file that the command writes at its end; "-" is standard output.
+    may_replace: of such an option, the field that names files which are read and may be written over.
     saved: whether `save_recipe` writes the option; False for what belongs to one run only, such as `--resume`.
     saves_memory: how the option is given so that less memory is needed ("a smaller --batch-size"), if it can be.
     """
@@ -88,6 +90,7 @@ def option(
         "saves_memory": saves_memory,
         "in_recipe": in_recipe,
         "is_output": is_output,
+        "may_replace": may_replace,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=functools.partial(list, default), metadata=metadata)
@@ -242,15 +245,31 @@ def naming(setting: Setting) -> Iterator[None]:
 
 def check_outputs(options: Any) -> None:
     """Raise LandmarkError where a file that the options want written cannot be, before any work is done for it, and
-    UsageError where two of them are one file."""
+    UsageError where two of them are one file, or one is a file that another option has the command read."""
     taken: dict[str, str] = {}
-    for name, setting in settings_of(type(options)).items():
+    settings, read = settings_of(type(options)), _files_read(options)
+    for name, setting in settings.items():
         value = getattr(options, name)
         if setting.metadata["is_output"] and value is not None and str(value) != "-":
             check_writable(value, setting.label)
-            other = taken.setdefault(os.path.realpath(value), setting.label)
+            path = os.path.realpath(value)
+            other = taken.setdefault(path, setting.label)
             if other != setting.label:
                 raise UsageError(f"{other} and {setting.label} name the same file, {value}: give each one of its own")
+            if path in read and read[path] != setting.metadata["may_replace"]:
+                other = settings[read[path]].label
+                raise UsageError(f"{setting.label} would write over {value}, which {other} names: give another file")
+
+
+def _files_read(options: Any) -> dict[str, str]:
+    """The files that options name to be read, each with the name of the option's field."""
+    found = {}
+    for name, setting in settings_of(type(options)).items():
+        value = getattr(options, name)
+        if setting.kind is Path and not setting.metadata["is_output"] and value is not None:
+            files = filter(os.path.isfile, value if setting.many else [value])
+            found |= {os.path.realpath(file): name for file in files}
+    return found
 
 
 def load_recipe(recipe: str | Path, options_class: type, command: str) -> dict[str, Any]:

@@ -53,7 +53,9 @@ class MemoryOptions(Options):
         help="A file that --save-memory wrote: the prompt goes on from what was read then. Several are read in order.",
     )
     save_memory: Path | None = file_option(
-        MEMORY, "Write what was read, the prompt at its end, to this file, for any number of later prompts."
+        MEMORY,
+        "Write what was read, the prompt at its end, to this file, for any number of later prompts.",
+        may_replace="memory",
     )
     append: bool = option(False, panel=MEMORY, saved=False, help="Write what was read back to the file of --memory.")
 

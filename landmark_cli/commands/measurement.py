@@ -69,9 +69,9 @@ def haystack_option(
     return option(None, panel=panel, metavar=metavar, help=help)
 
 
-def file_option(panel: str, help: str) -> Any:
-    """A file to write, tried before the work begins: str | None or Path | None."""
-    return option(None, panel=panel, saved=False, is_output=True, help=help)
+def file_option(panel: str, help: str, may_replace: str = "") -> Any:
+    """A file to write, tried before the work begins: str | None or Path | None. may_replace: see `option`."""
+    return option(None, panel=panel, saved=False, is_output=True, may_replace=may_replace, help=help)
 
 
 def json_option(panel: str) -> Any:

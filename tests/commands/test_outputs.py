@@ -5,17 +5,18 @@ import errno
 import io
 import os
 import re
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 
 from landmark_cli import cli, console, files
-from landmark_cli.errors import LandmarkError
+from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.evaluation.pictures import save_picture
 from landmark_cli.evaluation.report import write_tables
 from landmark_cli.evaluation.studies import FinishedRows, Study
 from landmark_cli.inference.trace import GenerationTrace, write_trace
-from landmark_cli.options import save_recipe, settings_of
+from landmark_cli.options import check_outputs, save_recipe, settings_of
 from landmark_cli.training.metrics_file import MetricsFile
 from tests.greet import GreetOptions
 
@@ -98,6 +99,32 @@ def test_two_outputs_are_two_files(landmark, tmp_path, words, other):
     same = [f"--json={tmp_path / 'out.png'}", f"--{other}={tmp_path / 'sub/../out.png'}"]
     result = landmark(*words.split(), *REQUIRED.get(words, []), *same)
     assert result.code == 2 and f"--json and --{other} name the same file" in result.err
+
+
+BESIDE = [
+    (option, other.name)
+    for option, (command, _) in OUTPUTS.items()
+    for other in settings_of(command.options_class).values()
+    if other.kind is Path and not other.metadata["is_output"]
+]
+
+
+@pytest.mark.parametrize(("option", "other"), BESIDE)
+def test_what_is_read_is_not_written_over(tmp_path, option, other):
+    command, setting = OUTPUTS[option]
+    settings = settings_of(command.options_class)
+    given = {name: "x" for name, one in settings.items() if one.default is MISSING}
+    path = tmp_path / "read.html"
+    path.write_text("here before")
+    (tmp_path / "a").mkdir()
+    same = {setting.name: str(tmp_path / "a/../read.html"), other: [path] if settings[other].many else path}
+    options = command.options_class(**given | same)
+    if setting.metadata["may_replace"] == other:
+        check_outputs(options)
+    else:
+        with pytest.raises(UsageError, match=f"{setting.label} would write over .*, which {settings[other].label} na"):
+            check_outputs(options)
+    assert path.read_text() == "here before" and len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("words", ["make", "recover"])
