@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from landmark_cli.attention.dispatch import landmark_attention
+from landmark_cli.attention.functional import landmark_attention
 from landmark_cli.attention.reference import landmark_attention as definition
 from tests.closeness import whole_error
 

@@ -23,7 +23,7 @@ from attention import DEVICE, DTYPE, GPU, PHASES, Shape, synchronize, table, tim
 from torch import Tensor
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.dispatch import attend_chunk, landmark_attention
+from landmark_cli.attention.functional import attend_chunk, landmark_attention
 from landmark_cli.attention.reference import landmark_attention as definition
 from landmark_cli.attention.rotary import default_inverse_frequencies
 

@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 import training
 
-from landmark_cli.attention.dispatch import landmark_attention
+from landmark_cli.attention.functional import landmark_attention
 from landmark_cli.attention.kernels.common.launch import LaunchCache
 from landmark_cli.training.runs import device_name
 

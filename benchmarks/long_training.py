@@ -32,7 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import functional
 from landmark_cli.attention.kernels.common.choices import Choices
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.reading import window as kernels
@@ -98,11 +98,11 @@ def tensors(shape: Shape, tokens: int) -> list[Tensor]:
 def as_it_reads(tokens: int, dim: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     window = window_of(tokens, dim)
     # Not layer 0, whose landmarks have one key: here keys are random.
-    return lambda q, k, v: dispatch.attend_window(1, q, k, v, window)
+    return lambda q, k, v: functional.attend_window(1, q, k, v, window)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return dispatch.landmark_attention(q, k, v, block_size=BLOCK)
+    return functional.landmark_attention(q, k, v, block_size=BLOCK)
 
 
 def plain(backend: SDPBackend, repeat: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -195,7 +195,7 @@ def own_times(given: list[Tensor], rounds: int) -> tuple[float, float]:
     *leaves, dout = folded
     leaves = [x.requires_grad_() for x in leaves]
     forward, backward = [], []
-    attend = functools.partial(dispatch.landmark_attention, *leaves, block_size=BLOCK, return_lse=True)
+    attend = functools.partial(functional.landmark_attention, *leaves, block_size=BLOCK, return_lse=True)
     outputs = attend()
     gradients = [dout, torch.zeros_like(outputs[1])]
     go_back = functools.partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)

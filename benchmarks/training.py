@@ -44,7 +44,7 @@ import triton
 from torch import Tensor, nn
 
 import landmark_cli
-from landmark_cli.attention.dispatch import landmark_attention
+from landmark_cli.attention.functional import landmark_attention
 from landmark_cli.console import info
 from landmark_cli.data.batches import Batches
 from landmark_cli.data.windows import Windows

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from landmark_cli.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from landmark_cli.attention.dispatch import landmark_attention
+    from landmark_cli.attention.functional import landmark_attention
     from landmark_cli.data.landmarks import insert_landmarks
     from landmark_cli.errors import LandmarkError
     from landmark_cli.inference.generation import Generation, generate
@@ -55,7 +55,7 @@ _FROM = {
     "add_landmarks": "models.decoders",
     "generate": "inference.generation",
     "insert_landmarks": "data.landmarks",
-    "landmark_attention": "attention.dispatch",
+    "landmark_attention": "attention.functional",
     "load": "models.store",
 }
 

@@ -216,7 +216,7 @@ def attend_input(
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at consecutive positions. window: text tokens that a query sees,
     itself included. block_size to cu_seqlens: see `text_places`. frequencies: (rotary_dim / 2,) of the layer, None
-    without positions. backend: see dispatch.landmark_attention. logits: scale, softcap and sinks.
+    without positions. backend: see functional.landmark_attention. logits: scale, softcap and sinks.
     """
     batch, length = q.shape[0], operator.index(q.shape[2])
     mask = landmark_mask
@@ -320,8 +320,8 @@ def attend_chunk(
     """Attend from a chunk to the text that the layer still holds and to itself, then store its text: (B, H, T, D).
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids. frequencies: of the layer, None without
-    positions. backend: see dispatch.landmark_attention. Shapes depend on the chunk's width alone, and nothing waits for
-    the device.
+    positions. backend: see functional.landmark_attention. Shapes depend on the chunk's width alone, and nothing waits
+    for the device.
     """
     length, size = held.length, held.block_size
     at = chunk.shared(("local", length, size), lambda: _ChunkPlaces(chunk, length, size))

@@ -1,6 +1,6 @@
 """Landmark attention as operators of PyTorch: to autograd, torch.compile, checkpointing and FSDP they are like any.
 
-An operator takes the name of the backend that dispatch has chosen; backends.py says how each goes forward and backward.
+An operator takes the name of the backend that was chosen; backends.py says how each goes forward and backward.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The twin of `reference.landmark_attention` in the kernels of a backend that can serve: values and gradients.
 
-    q: (B, H, Tq, D), k, v: (B, G, Tk, D); dispatch has checked these three. Any strides, as long as the head dim is
+    q: (B, H, Tq, D), k, v: (B, G, Tk, D); who calls has checked these three. Any strides, as long as the head dim is
     contiguous (other inputs are copied). scale, softcap: positive. The random numbers of group dropout are the
     definition's; a dropout_seed that is a tensor compiles once for all seeds. Products of float32 are as exact as
     PyTorch is told that they have to be.

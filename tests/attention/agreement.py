@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import functional
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.closeness import whole_error
 
-triton_attention = functools.partial(dispatch.landmark_attention, backend="triton")
+triton_attention = functools.partial(functional.landmark_attention, backend="triton")
 
 # Largest relative error of float32 kernels.
 EXACT = 1e-5

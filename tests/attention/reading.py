@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Selection, Trace
-from landmark_cli.attention.dispatch import attend_chunk
+from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 
 

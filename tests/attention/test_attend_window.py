@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import dispatch, functional
 from landmark_cli.attention.cache import Selection
 from landmark_cli.attention.dropout import philox_uniform
 from landmark_cli.attention.reference import landmark_attention
@@ -18,7 +18,7 @@ from tests.closeness import assert_close_norm
 
 def attend(case: Case, q, k, v):
     window = case.window()
-    return dispatch.attend_window(case.layer, *case.rotated(window, q, k), v, window, backend="eager")
+    return functional.attend_window(case.layer, *case.rotated(window, q, k), v, window, backend="eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -36,7 +36,7 @@ def test_all_blocks_and_one_chunk_are_dense_attention(case):
     bounds = {name: getattr(case, name) and torch.tensor(getattr(case, name)) for name in ("start", "cu_seqlens")}
     q, k = case.rotated(window, q, k)
     expected = landmark_attention(q, k, v, block_size=3, **bounds)
-    assert_close_norm(dispatch.attend_window(1, q, k, v, window), expected)
+    assert_close_norm(functional.attend_window(1, q, k, v, window), expected)
 
 
 GRADIENT_CASES = [
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_finite_differences(case):
 
     def both(q, k, v):
         out, lse = retrieve_window(q, k, v, window, layer=case.layer)
-        return out, lse[lse > -torch.inf], dispatch.attend_window(case.layer, q, k, v, window)
+        return out, lse[lse > -torch.inf], functional.attend_window(case.layer, q, k, v, window)
 
     assert torch.autograd.gradcheck(both, (q, k, v), fast_mode=True)
 
@@ -74,7 +74,7 @@ def test_nothing_to_retrieve_gives_zeros_and_no_gradient_that_is_not_a_number():
     assert first.any() and not first.all()
     assert torch.equal(lse == -torch.inf, first[:, None].expand_as(lse))
     assert (out[first[:, None].expand_as(lse)] == 0).all()
-    read = dispatch.attend_window(1, q, k, v, window)
+    read = functional.attend_window(1, q, k, v, window)
     assert (read.transpose(1, 2)[window.chunk_of < 0] == 0).all()
     for gradient in torch.autograd.grad(read.sum(), (q, k, v)):
         assert gradient.isfinite().all()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Selection, pages
 from landmark_cli.attention.cache.pages import Pages, require_host_memory
-from landmark_cli.attention.dispatch import attend_chunk
+from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader

@@ -5,7 +5,8 @@ import torch
 
 from landmark_cli.attention import backends, dispatch
 from landmark_cli.attention.backends import BACKENDS, Problem, choose
-from landmark_cli.attention.dispatch import LandmarkLayout, landmark_attention
+from landmark_cli.attention.dispatch import LandmarkLayout
+from landmark_cli.attention.functional import landmark_attention
 from landmark_cli.attention.kernels.hopper import support
 from landmark_cli.attention.reference import landmark_attention as eager
 from landmark_cli.errors import UsageError

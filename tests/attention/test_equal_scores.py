@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Trace
-from landmark_cli.attention.dispatch import attend_chunk
+from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 from landmark_cli.inference.block_reader import BlockReader

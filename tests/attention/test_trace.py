@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Trace
-from landmark_cli.attention.dispatch import attend_chunk
+from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from tests.closeness import assert_close_norm
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.dispatch import attend_chunk
+from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies, rotate, rotation_table
 from landmark_cli.attention.window import ReadingWindow, WindowSettings
 

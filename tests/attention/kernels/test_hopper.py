@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.experimental import gluon
 
-from landmark_cli.attention import backends, dispatch
+from landmark_cli.attention import backends, functional
 from landmark_cli.attention.backends import Problem
 from landmark_cli.attention.kernels.common import statistics
 from landmark_cli.attention.kernels.hopper import launch, parts, schedule, support
@@ -341,18 +341,18 @@ def test_a_gpu_is_asked_for_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
     support.is_hopper.cache_clear()
     monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
-    monkeypatch.setattr(dispatch, "_definition", lambda *given, **named: None)
-    chosen, choose = {}, dispatch.choose
+    monkeypatch.setattr(functional, "_definition", lambda *given, **named: None)
+    chosen, choose = {}, functional.choose
 
     def remember(problem, requested):
         chosen[problem.device] = choose(problem, requested)
         return "eager"
 
-    monkeypatch.setattr(dispatch, "choose", remember)
+    monkeypatch.setattr(functional, "choose", remember)
     with FakeTensorMode():
         for device in capabilities:
             q = torch.empty(1, 2, 512, 128, dtype=torch.bfloat16, device=device)
-            dispatch.landmark_attention(q, q, q, block_size=64)
+            functional.landmark_attention(q, q, q, block_size=64)
     support.is_hopper.cache_clear()
     assert chosen == {"cuda:0": "hopper", "cuda:1": "triton"}
 
@@ -370,7 +370,7 @@ def test_they_run_where_they_are_asked_for(able, monkeypatch, capsys):
     exact = [x.detach().float().requires_grad_() for x in leaves]
     dout = torch.randn_like(leaves[0])
     monkeypatch.setenv("LANDMARK_ATTENTION", "hopper")
-    out = dispatch.landmark_attention(*leaves, block_size=64)
+    out = functional.landmark_attention(*leaves, block_size=64)
     assert "landmark attention: hopper (as asked for)" in capsys.readouterr().err
     expected = eager(*exact, block_size=64)
     found, wanted = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(expected, exact, dout.float())
@@ -392,7 +392,7 @@ def test_they_run_where_they_are_asked_for(able, monkeypatch, capsys):
 def test_asked_for_what_they_cannot_do_they_say_so(able, queries, arguments, reason):
     q, k, v = Case(64, queries, dim=64).tensors(torch.bfloat16, "cpu")
     with pytest.raises(ValueError, match=f'the backend "hopper" was asked for, but .*{reason}'):
-        dispatch.landmark_attention(q, k, v, **arguments, backend="hopper")
+        functional.landmark_attention(q, k, v, **arguments, backend="hopper")
 
 
 @pytest.mark.parametrize(

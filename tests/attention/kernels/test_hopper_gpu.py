@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from landmark_cli.attention import backends, dispatch
+from landmark_cli.attention import backends, functional
 from landmark_cli.attention.kernels.hopper import launch, parts, support
 from landmark_cli.attention.operators import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
@@ -42,7 +42,7 @@ def limit():
 
 
 def hopper(q, k, v, **arguments):
-    return dispatch.landmark_attention(q, k, v, **arguments, backend="hopper")
+    return functional.landmark_attention(q, k, v, **arguments, backend="hopper")
 
 
 def assert_agrees(case: Case, dtype: torch.dtype) -> None:
@@ -305,7 +305,7 @@ def test_the_triton_kernels_agree():
     given = torch.randn_like(leaves[0]), torch.randn(leaves[0].shape[:3], device=DEVICE)
     found, expected = (
         outputs_and_gradients(
-            dispatch.landmark_attention, *leaves, *given, block_size=64, return_lse=True, backend=name
+            functional.landmark_attention, *leaves, *given, block_size=64, return_lse=True, backend=name
         )
         for name in ("hopper", "triton")
     )

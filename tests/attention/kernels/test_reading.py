@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
-from landmark_cli.attention.dispatch import attend_chunk
+from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.reading import selection
 from landmark_cli.attention.rotary import default_inverse_frequencies

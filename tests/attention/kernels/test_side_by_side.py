@@ -7,7 +7,7 @@ import torch
 
 from landmark_cli.attention.cache import BlockCache, Chunk, Passage, RetrievalSettings
 from landmark_cli.attention.cache import chunk as chunks_of
-from landmark_cli.attention.dispatch import attend_chunk
+from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.inference.block_reader import BlockReader
 from tests.attention.reading import Case
@@ -92,16 +92,16 @@ def test_as_many_are_read_at_a_time_as_have_room(monkeypatch):
 @pytest.mark.parametrize("stores_first, expected", [(True, 2), (False, 9)])
 def test_a_passage_asks_for_few_reads(stores_first, expected, monkeypatch):
     """Of narrow chunks a read takes the host longer than the device: they are what a passage of them took."""
-    from landmark_cli.attention import dispatch
+    from landmark_cli.attention.backends import BACKENDS
 
     monkeypatch.setenv("LANDMARK_ATTENTION", "eager")
-    reads, eager = [], dispatch.BACKENDS["eager"]
+    reads, eager = [], BACKENDS["eager"]
 
     def read(q, k, v, blocks, chunk, *rest, **given):
         reads.append(len(chunk.host_rows))
         return eager.read(q, k, v, blocks, chunk, *rest, **given)
 
-    monkeypatch.setitem(dispatch.BACKENDS, "eager", replace(eager, read=read, stores_first=stores_first))
+    monkeypatch.setitem(BACKENDS, "eager", replace(eager, read=read, stores_first=stores_first))
     monkeypatch.setattr(chunks_of, "MOST_SIDE_BY_SIDE", 5 * 20)
     reader = BlockReader(tiny_model(n_layer=2), chunk=16, top_k_blocks=2, offload="cpu")
     reader.passage_tokens = 10**4

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch.utils.checkpoint import checkpoint
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import functional
 from landmark_cli.attention.kernels.common import choices
 from landmark_cli.attention.kernels.common.statistics import backward_parts
 from landmark_cli.attention.kernels.training import configurations, launch
@@ -392,4 +392,4 @@ def test_bad_input_is_named(words, device, arguments):
     q = torch.randn(1, 1, 8, 16, device=DEVICE)
     k = q.to(device)
     with pytest.raises(ValueError, match=words):
-        dispatch.landmark_attention(q, k, k, **arguments, backend="triton")
+        functional.landmark_attention(q, k, k, **arguments, backend="triton")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import functional
 from landmark_cli.attention.kernels.common.choices import Choices
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.reading import window as kernels
@@ -200,7 +200,7 @@ def test_attention_of_a_window_in_the_kernels(case, sinks):
 
     def attend(backend):
         logits = {"softcap": case.softcap, "sinks": None if sinks is None else leaves[3]}
-        return dispatch.attend_window(case.layer, *leaves[:3], window, backend=backend, **logits)
+        return functional.attend_window(case.layer, *leaves[:3], window, backend=backend, **logits)
 
     found, expected = (attend(backend) for backend in ("triton", "eager"))
     assert_close_norm(found, expected)

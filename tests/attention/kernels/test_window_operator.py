@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from landmark_cli.attention import dispatch
+from landmark_cli.attention import functional
 from landmark_cli.attention.kernels.reading import window as kernels
 from landmark_cli.attention.retrieval_window import select_in_window
 from landmark_cli.attention.window_operators import keep_retrieved, retrieve, retrieved, retrieved_backward
@@ -31,7 +31,7 @@ def leaves_of(case, device="cpu"):
 
 def layer_of(window, backend="triton"):
     """A layer that has work of its own before and after attention."""
-    return lambda q, k, v: dispatch.attend_window(1, q * 2, k, v, window, backend=backend).sin()
+    return lambda q, k, v: functional.attend_window(1, q * 2, k, v, window, backend=backend).sin()
 
 
 def checkpointed(layer, **options):
@@ -156,7 +156,7 @@ class Layer(nn.Module):
     def attend(self, x, window):
         q, k, v = self.project(x).unflatten(-1, (-1, self.case.dim)).transpose(1, 2).split(self.heads, dim=1)
         q, k = self.case.rotated(window, q, k)
-        return self.out(dispatch.attend_window(1, q, k, v, window, backend="triton").transpose(1, 2).flatten(2))
+        return self.out(functional.attend_window(1, q, k, v, window, backend="triton").transpose(1, 2).flatten(2))
 
 
 def step(layer, case, rows):
