@@ -83,8 +83,10 @@ class Windows:
         """
         if self.mask_documents or self.pack == "whole" or any(place.length < self.text_length for place in places):
             return self._cut_documents(places)
-        text = torch.from_numpy(self._text(places, "tokens"))
-        stream = following = text
+        text = self._text(places, "tokens")
+        if self.begin:
+            self._begin(text, self._streams(text))
+        stream = following = torch.from_numpy(text)
         if self.landmark_freq is not None:
             stream = insert_landmarks(stream, self.landmark_freq, self.landmark_token_id)
             following = stream if self.include_landmarks else following
@@ -97,6 +99,7 @@ class Windows:
         """As `cut`, of texts of any length and landmarks that count from documents."""
         text, lengths = self._text(places, "tokens"), np.array([place.length for place in places])
         streams = self._streams(text)
+        self._begin(text, streams)
         rows, last = np.arange(len(places)), lengths - 1
         ends = np.minimum(streams.column[rows, last] + 1 + streams.closes[rows, last], self.sequence_length)
         # One token after the text, which its last position predicts; it may stand behind a landmark that is cut off.
@@ -136,16 +139,16 @@ class Windows:
             if values is not None:
                 values = values[place.start : place.start + place.length + 1]
                 row[: len(values)] = values
-        return self._begun(found) if name == "tokens" and self.begin else found
+        return found
 
-    def _begun(self, text: np.ndarray) -> np.ndarray:
-        """Text with `begin` in it, in place. Ends of text stay, so that documents begin where they did."""
-        begins = self._streams(text).begins
+    def _begin(self, text: np.ndarray, streams: Streams) -> None:
+        """Put `begin` into text, in place, but for ends of text, which stay. streams: of the text as it was, for what
+        begins a text may be what ends one."""
+        ends = text == self.eot_id
         # The last first: where a document is shorter than these, the next one's stand.
         for offset, token in reversed(list(enumerate(self.begin))):
-            places = np.pad(begins, ((0, 0), (offset, 0)))[:, : text.shape[1]]
-            text[places & (text != self.eot_id)] = token
-        return text
+            places = np.pad(streams.begins, ((0, 0), (offset, 0)))[:, : text.shape[1]]
+            text[places & ~ends] = token
 
     def _streams(self, text: np.ndarray) -> Streams:
         return lay_out(text, self.landmark_freq, self.eot_id if self.mask_documents else None)
