@@ -17,7 +17,7 @@ from landmark_cli.data.landmarks import stream_length
 from landmark_cli.inference.chunk_lengths import default_chunk, positions_of
 from landmark_cli.inference.readers import layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
-from landmark_cli.models.layers import key_heads, landmark_layers
+from landmark_cli.models.layers import key_heads, landmark_layers, window_of_all
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,16 @@ def plan_reading(model: PreTrainedModel, length: int, settings: ReadingSettings)
 
 
 def plan_full_attention(model: PreTrainedModel, length: int) -> ReadingPlan:
-    """What reading as many tokens in one piece takes, by the attention that a model has without landmarks, whether or
-    not it has positions for them."""
+    """What reading as many tokens in one piece takes, by the attention that a model has without landmarks, windows of
+    its layers and all, whether or not it has positions for them."""
     config = model.config
     layers = range(config.num_hidden_layers)
-    local = set(layers) - set(landmark_layers(config))
+    everywhere = window_of_all(config)
+    local = layers if everywhere else set(layers) - set(landmark_layers(config))
     window = getattr(config, "sliding_window", None) or length
     held = sum(min(length, window - 1) if layer in local else length for layer in layers)
-    return ReadingPlan(length, None, length, length, length, length, held * layer_token_bytes(model))
+    sees = min(length, everywhere or length)
+    return ReadingPlan(length, None, length, length, sees, sees, held * layer_token_bytes(model))
 
 
 def layers_to_get_landmarks(config: PreTrainedConfig) -> list[int] | None:

@@ -36,6 +36,14 @@ def landmark_layers(config: PreTrainedConfig) -> list[int]:
     return list(range(config.num_hidden_layers)) if layers is None else layers
 
 
+def window_of_all(config: PreTrainedConfig) -> int | None:
+    """The sliding window of a decoder all of whose layers have one, by its config; None where some see everything."""
+    some_see_all = "full_attention" in (getattr(config, "layer_types", None) or ())
+    if some_see_all or not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None) or None
+
+
 def key_heads(config: PreTrainedConfig, layer: int) -> tuple[int, int]:
     """How many key heads a layer has, and the width of its heads. transformers refuses to say for the whole model where
     layers differ in these (Gemma4)."""

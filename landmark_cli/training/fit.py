@@ -84,12 +84,13 @@ def longest_window(config: PreTrainedConfig, device: str) -> int:
 def longest_of(config: PreTrainedConfig) -> int:
     """The tokens of the longest window that a decoder is trained on unasked, wherever there is the memory: its
     positions, or what it sees of them."""
+    from landmark_cli.models.layers import window_of_all
+
     config = config.get_text_config()
     limits = [STEP_TOKENS, getattr(config, "max_position_embeddings", None) or CPU_WINDOW]
     # Layers that have a sliding window keep it where others see everything; where all have one, it is the limit.
-    all_slide = "full_attention" not in (getattr(config, "layer_types", None) or ())
-    if all_slide and getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
-        limits.append(config.sliding_window)
+    if window := window_of_all(config):
+        limits.append(window)
     return min(limits)
 
 

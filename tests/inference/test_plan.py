@@ -97,6 +97,13 @@ def test_numbers_by_hand():
     assert plan_reading(tiny_model(), 16_000_000, ReadingSettings(offload="cpu")).on_gpu > 2 * GIB
 
 
+@pytest.mark.parametrize(("window", "sees", "held"), [(16, 16, 15), (None, 100, 100), (200, 100, 100)])
+def test_full_attention_sees_no_further_than_a_window_that_all_layers_have(window, sees, held):
+    plan = plan_full_attention(tiny_decoder("mistral", sliding_window=window), 100)
+    # Keys and values of two heads of 8 numbers of 4 bytes, in two layers.
+    assert (plan.sees, plan.compared, plan.cache) == (sees, sees, held * 2 * 2 * 2 * 8 * 4)
+
+
 def test_blocks_that_leave_no_room():
     with pytest.raises(LandmarkError, match="retrieve at most 6"):
         plan_reading(tiny_model(), 100, ReadingSettings(top_k_blocks=7))
