@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MADE = "Pass keys and tasks"
 MADE_DOCUMENTS = 2000
 SOURCE_OPTIONS = ("source", "revision", "subset", "text_field")
-TASK_OPTIONS = dict.fromkeys(("haystack", "absent"), "it is for tasks")
+TASK_OPTIONS = dict.fromkeys(("haystack", "absent", "kinds"), "it is for tasks")
 MADE_OPTIONS = dict.fromkeys(("shortest", "longest", "seed"), "it is for passkey and tasks") | TASK_OPTIONS
 # The options that change nothing, by the corpus, and why.
 CHAT_OPTIONS = {"chat": "it is for text"}
@@ -35,6 +35,9 @@ IDLE = {
     "tasks": CHAT_OPTIONS
     | dict.fromkeys(("source", "revision", "subset"), "tasks makes its documents itself, of --haystack"),
 }
+
+
+TaskKind = Literal["look_up", "together", "all_values", "counting", "first_or_last", "chain", "quotation", "completion"]
 
 
 @dataclass
@@ -113,6 +116,12 @@ class PrepareOptions(CodeOptions):
         max=1,
         help="Share of the questions for single facts that ask for what the text does not hold.",
     )
+    kinds: list[TaskKind] | None = option(
+        None,
+        panel=MADE,
+        help="A kind of question that tasks ask (repeatable, all alike often). [default: all but completion, look_up "
+        "in half of the documents]",
+    )
     json: Path | None = option(
         None, saved=False, is_output=True, help="Write the result to this file too; - for standard output."
     )
@@ -176,6 +185,7 @@ def find_corpus(options: PrepareOptions, tokenizer: TextTokenizer) -> Corpus:
             text_field=options.text_field,
             skip_bad_text=options.on_bad_text == "skip",
             absent=options.absent,
+            kinds=options.kinds,
             **made,
         )
     corpus = open_corpus(

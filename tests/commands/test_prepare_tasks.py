@@ -10,7 +10,8 @@ def test_documents_to_mix_into_training(landmark, workplace):
     data = json.loads(result.out)
     assert (data["train"]["documents"], data["validation"]["documents"]) == (27, 3)
     assert 27 * 250 < data["train"]["tokens"] < 27 * 410
-    for number, more in enumerate([["--seed", "1"], ["--absent", "0.9"], ["--haystack", str(workplace / "story.txt")]]):
+    others = [["--seed", "1"], ["--absent", "0.9"], ["--kinds", "chain", "--kinds", "completion"]]
+    for number, more in enumerate([*others, ["--haystack", str(workplace / "story.txt")]]):
         (workplace / "story.txt").write_text("A barge came down the river. It was late. " * 400)
         result = landmark(*arguments, "--output", f"other{number}", *more)
         assert result.code == 0, result.err
@@ -27,4 +28,7 @@ def test_mistakes(landmark):
     assert result.code == 2 and "of 256 to 100 tokens cannot be" in result.err
     result = landmark("prepare", "tasks", "--haystack", "nowhere.txt")
     assert result.code == 1 and "nowhere.txt" in result.err
+    result = landmark("prepare", "tasks", "--kinds", "riddle")
+    assert result.code == 2 and "riddle" in result.err
+    assert "--kinds means nothing for sample: it is for tasks" in landmark("prepare", "--kinds", "chain").err
     assert "--haystack means nothing for text: it is for tasks" in landmark("prepare", "text", "--haystack", "x").err

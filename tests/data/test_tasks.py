@@ -1,14 +1,17 @@
 """Documents in which something must be found: answers are there, wordings are none of a test's, document i is a
 function of seed and i."""
 
+import functools
 import inspect
 import re
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from landmark_cli.commands.prepare import TaskKind
 from landmark_cli.data import passkey
 from landmark_cli.data.corpora import sample
 from landmark_cli.data.merge import Process
@@ -127,6 +130,55 @@ def test_answers_can_be_found(kind):
                 for name in re.split(r"; |, (?=\D)| and (?=[\w])", one.answer.removesuffix(".")):
                     assert name.lower() in hidden.lower(), (name, hidden)
     assert len(answers) > (4 if kind is kinds.counting else 100)
+
+
+def test_kinds_are_drawn_as_they_are_named():
+    counts = Counter()
+    spied = tuple((_spy(kind, counts), share) for kind, share in KINDS)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kinds, "KINDS", spied)
+        for named in ((), ("completion",), ("look_up", "completion")):
+            counts.clear()
+            generator = np.random.default_rng(6)
+            for _ in range(300):
+                kinds.draw_task(Draw(generator, TEXT, 4, 0.0), named)
+            assert set(counts) == set(named or [kind.__name__ for kind, share in KINDS if share])
+            if named:
+                assert max(counts.values()) - min(counts.values()) < 60
+            else:
+                assert counts["look_up"] == max(counts.values())
+
+
+def _spy(kind, counts):
+    """A kind that counts how often it is drawn."""
+
+    @functools.wraps(kind)
+    def counted(draw):
+        counts[kind.__name__] += 1
+        return kind(draw)
+
+    return counted
+
+
+def test_the_command_names_every_kind():
+    assert get_args(TaskKind) == tuple(kind.__name__ for kind, _ in KINDS)
+
+
+def test_completions_are_of_prose_and_end_with_the_value():
+    generator = np.random.default_rng(7)
+    begun = 0
+    for _ in range(50):
+        task = kinds.completion(Draw(generator, TEXT, 5, 1.0))
+        assert len(task.asked) == len(task.hidden)
+        for one in task.asked:
+            lead = one.question if one.cloze else one.begun
+            begun += not one.cloze
+            (relation,) = [r for r in facts.RELATIONS if re.fullmatch(re.escape(r.lead).replace(r"\{s\}", ".+"), lead)]
+            before, after = relation.lead.split("{s}")
+            subject = lead[len(before) : len(lead) - len(after)].lower()
+            (piece,) = [piece for piece in task.hidden if one.answer.removesuffix(".") in piece]
+            assert subject in piece.lower() and "\n" not in piece
+    assert begun > 20
 
 
 def _subject(question):

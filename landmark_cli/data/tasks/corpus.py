@@ -153,11 +153,13 @@ class TaskDocument:
 class TaskDocuments:
     """Makes documents with one tokenizer.
 
-    absent: share of the look-ups that ask for what is not there.
+    absent: share of the look-ups that ask for what is not there. kinds: see `draw_task`.
     """
 
-    def __init__(self, haystack: Slices, tokenizer: TextTokenizer, absent: float) -> None:
-        self._haystack, self._tokenizer, self._absent = haystack, tokenizer, absent
+    def __init__(
+        self, haystack: Slices, tokenizer: TextTokenizer, absent: float, kinds: Sequence[str] | None = None
+    ) -> None:
+        self._haystack, self._tokenizer, self._absent, self._kinds = haystack, tokenizer, absent, kinds or ()
 
     def make(self, length: int, seed: Sequence[int]) -> TaskDocument:
         """The document of a seed: about `length` tokens. A function of both, and of the haystack.
@@ -181,7 +183,7 @@ class TaskDocuments:
             text = self._tokenizer.decode(ids[:room]).lstrip().rstrip("\ufffd")
             text = text[: max(text.rfind(" "), text.rfind("\n"))].rstrip()
             generator = np.random.default_rng(seed)
-            task = draw_task(Draw(generator, text, most, self._absent))
+            task = draw_task(Draw(generator, text, most, self._absent), self._kinds)
             document = TaskDocument(insert(text, task, generator), ending(task.asked, generator))
             added = [*task.hidden, str(document.ending)]
             over = room + sum(len(self._tokenizer.encode(piece)) + SEAM_TOKENS for piece in added) - length
@@ -224,6 +226,7 @@ def tasks_corpus(
     shortest: int = 256,
     longest: int = 4096,
     absent: float = 0.1,
+    kinds: Sequence[str] | None = None,
     validation_share: float = 0.01,
     seed: int = 0,
 ) -> Corpus:
@@ -231,8 +234,8 @@ def tasks_corpus(
     scale from `shortest` to `longest` tokens.
 
     haystack, text_field, skip_bad_text: see `read_haystack`; the haystack's end is kept for validation documents.
-    absent: share of the look-ups that ask for what is not there. Document i is a function of the seed, i and the
-    haystack.
+    absent: share of the look-ups that ask for what is not there. kinds: of questions, see `draw_task`. Document i is a
+    function of the seed, i, the kinds and the haystack.
 
     Raises UsageError for lengths that no document can have, LandmarkError for a haystack without text.
     """
@@ -253,6 +256,7 @@ def tasks_corpus(
         shortest=shortest,
         longest=longest,
         absent=absent,
+        kinds=kinds,
         validation_share=validation_share,
         seed=seed,
     )
@@ -270,11 +274,12 @@ def hidden_in(
     absent: float,
     validation_share: float,
     seed: int,
+    kinds: Sequence[str] | None = None,
 ) -> Corpus:
     """As `tasks_corpus`, hidden in the haystack of each split: "train" and, unless `validation_share` is 0,
     "validation". where: they come from, in words. identity: what has to be the same for them to be the same (JSON)."""
     every = round(1 / validation_share) if validation_share else 0
-    makers = {split: TaskDocuments(stack, tokenizer, absent) for split, stack in stacks.items()}
+    makers = {split: TaskDocuments(stack, tokenizer, absent, kinds) for split, stack in stacks.items()}
     info(f"haystack: {where}")
     for split, stack in stacks.items():
         if longest > stack.tokens:
@@ -298,7 +303,7 @@ def hidden_in(
         f"tasks hidden in {where}",
         all_documents,
         sum(plan) * TOKEN_BYTES,
-        [CONTENTS, identity, documents, shortest, longest, absent, validation_share, seed],
+        [CONTENTS, identity, documents, shortest, longest, absent, validation_share, seed, *(kinds or ())],
         has_answers=True,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,19 +87,39 @@ def look_up(draw: Draw) -> Task:
     """Facts, of which one or several are asked for, beside others that differ in one word. A share of the questions is
     about what is not there."""
     generator = draw.generator
+    facts = _facts(draw)
+    wanted = draw.shuffled(facts)[: draw.count(1, len(facts)) if generator.random() < 0.5 else 1]
+    asked = [_not_there(draw, fact) if generator.random() < draw.absent else _about(draw, fact) for fact in wanted]
+    return Task(draw.hidden(draw.shuffled(facts)), asked)
+
+
+def completion(draw: Draw) -> Task:
+    """The simplest look-up: facts as sentences of the prose, each asked for by the beginning of a sentence that its
+    value ends, half of them with a question in front of it."""
+    facts, generator = _facts(draw), draw.generator
+    asked = []
+    for fact in draw.shuffled(facts):
+        relation, value = fact.relation, sentence(str(fact.value))
+        lead = relation.lead.format(s=fact.subject)
+        if generator.random() < 0.5:
+            asked.append(Asked(lead, value, cloze=True))
+        else:
+            asked.append(Asked(pick(generator, relation.asks).format(s=fact.subject), value, begun=lead))
+    return Task([say(fact.relation.says, fact.subject, fact.value, generator) for fact in draw.shuffled(facts)], asked)
+
+
+def _facts(draw: Draw) -> list[Fact]:
+    """One fact or several, of which half differ in a word from one before and a quarter are of another relation."""
     relation = draw.relation(RELATIONS)
     facts = [draw.fact(relation)]
     for _ in range(draw.count(1, MOST_FACTS) - 1):
-        # Half of the other facts differ from one before in a word, a quarter is of another relation.
-        kind = generator.random()
-        like = facts[int(generator.integers(len(facts)))]
+        kind = draw.generator.random()
+        like = facts[int(draw.generator.integers(len(facts)))]
         if kind < 0.5:
             facts.append(draw.fact(like.relation, like))
         else:
             facts.append(draw.fact(relation if kind < 0.75 else draw.relation(RELATIONS)))
-    wanted = draw.shuffled(facts)[: draw.count(1, len(facts)) if generator.random() < 0.5 else 1]
-    asked = [_not_there(draw, fact) if generator.random() < draw.absent else _about(draw, fact) for fact in wanted]
-    return Task(draw.hidden(draw.shuffled(facts)), asked)
+    return facts
 
 
 def _about(draw: Draw, fact: Fact) -> Asked:
@@ -237,12 +257,18 @@ KINDS: tuple[tuple[Callable[[Draw], Task], float], ...] = (
     (first_or_last, 0.06),
     (chain, 0.1),
     (quotation, 0.1),
+    (completion, 0.0),
 )
-"""The kinds of questions, and how often each is drawn."""
+"""The kinds of questions, and how often each is drawn where none are named. The last is for models that are too small
+for the others."""
 
 
-def draw_task(draw: Draw) -> Task:
-    """A task of any kind."""
-    drawn, kinds = draw.generator.random(), [kind for kind, _ in KINDS]
+def draw_task(draw: Draw, kinds: Sequence[str] = ()) -> Task:
+    """A task. kinds: the names of those to draw from, all alike often; by default all, as often as KINDS says."""
+    named = {kind.__name__: kind for kind, _ in KINDS}
+    if kinds:
+        return named[pick(draw.generator, kinds)](draw)
     edges = np.cumsum([share for _, share in KINDS])
-    return kinds[min(int(np.searchsorted(edges, drawn, side="right")), len(kinds) - 1)](draw)
+    # Sums of shares may end slightly below 1.
+    last = int(np.argmax(edges))
+    return KINDS[min(int(np.searchsorted(edges, draw.generator.random(), side="right")), last)][0](draw)
