@@ -1,11 +1,11 @@
-# make demo and make test do all the set-up they need on a fresh clone.
+# Each target does all the set-up that it needs on a fresh clone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-versions test-pages test-real test-gemma3 test-faults test-faults-quick lint
+.PHONY: install demo demo-train test test-versions test-pages test-real test-gemma3 test-faults test-faults-quick lint
 
 install: $(INSTALLED)
 	@echo 'Installed in $(VENV). To have the command landmark in this shell:  . $(BIN)/activate'
@@ -21,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/run.sh
+
+demo-train: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/train.sh
 
 # Two processes of one thread each do better than one of two: much of the time is starting processes.
 test: $(INSTALLED) lint

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Makes the model of `make demo` again, from nothing but the package, on a GPU in minutes: a vocabulary -> documents in which
+# facts are hidden -> a model -> what the package ships -> how many of its answers are right.
+#
+#   bash recipes/demo/make.sh
+#   OUTPUT=runs/demo-package bash recipes/demo/make.sh --n-layer 6       # further options of landmark train
+#   PROCESSES=16 PART="vocabulary tasks" bash recipes/demo/make.sh
+#
+# It goes on where it was when it is run again. What may be set:
+#   PART        what is done, of vocabulary tasks train ship measure (all)
+#   DATA RUN OUTPUT    where vocabulary and documents, the run, and what is shipped go
+#   DOCUMENTS   documents of tasks; PROCESSES: how many processes make them
+#   FACTS       hidden in the novel when answers are counted; SEEDS: how often, with other facts at other places
+#   DEVICE PYTHON
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+PYTHON=${PYTHON:-python} PART=${PART:-vocabulary tasks train ship measure}
+DATA=${DATA:-data/demo} RUN=${RUN:-runs/demo-shipped} OUTPUT=${OUTPUT:-landmark_cli/assets/demo}
+DOCUMENTS=${DOCUMENTS:-200000} PROCESSES=${PROCESSES:-$(getconf _NPROCESSORS_ONLN)}
+FACTS=${FACTS:-50} SEEDS=${SEEDS:-1 2} DEVICE=${DEVICE:-auto}
+
+step() { printf '\n$ %s\n' "$*"; "$@"; }
+does() { [[ " $PART " == *" $1 "* ]]; }
+
+if does vocabulary; then
+    step "$PYTHON" recipes/demo/vocabulary.py --output "$DATA/tokenizer"
+fi
+if does tasks; then
+    # Half of the documents look facts up in any wording and form, half in the simplest one. What is not there is not asked
+    # for: a model of this size should answer.
+    prepare=(-m landmark_cli prepare tasks --tokenizer "$DATA/tokenizer" --output "$DATA/tasks" --kinds look_up
+        --kinds completion --absent 0 --shortest 256 --longest 1000 --max-documents "$DOCUMENTS" --validation-share 0.002)
+    if [ "$PROCESSES" -gt 1 ]; then
+        # Each process encodes with one thread; together they take all cores.
+        RAYON_NUM_THREADS=1 step "$PYTHON" -m torch.distributed.run --nproc_per_node "$PROCESSES" "${prepare[@]}"
+    else
+        step "$PYTHON" "${prepare[@]}"
+    fi
+fi
+if does train; then
+    step "$PYTHON" -m landmark_cli train --recipe demo/shipped --data "$DATA/tasks" --output "$RUN" --device "$DEVICE" \
+        --resume "$@"
+fi
+if does ship; then
+    step "$PYTHON" recipes/demo/ship.py "$RUN" "$OUTPUT"
+fi
+if does measure; then
+    # Questions with the beginning of the answer, and without it. The first is what `make demo` asks.
+    for seed in $SEEDS; do
+        step "$PYTHON" recipes/demo/ask.py --model "$OUTPUT" --facts "$FACTS" --seed "$seed" --brief --device "$DEVICE" \
+            --json "$RUN/begun-$seed.json"
+        step "$PYTHON" recipes/demo/ask.py --model "$OUTPUT" --facts "$FACTS" --seed "$seed" --brief --device "$DEVICE" \
+            --plain --json "$RUN/plain-$seed.json"
+    done
+fi

@@ -1,0 +1,51 @@
+"""A small vocabulary for the shipped model, learned from the novels that the package holds, without the one held out.
+
+    python recipes/demo/vocabulary.py --output data/demo/tokenizer
+
+Byte-level byte-pair encoding, as GPT-2's is. Every digit is a token of its own, so that a number is copied digit by
+digit and none is rarer than another.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from landmark_cli.data.corpora import SAMPLE_HELD_OUT, novels
+from landmark_cli.data.tokenizers import END_OF_TEXT
+
+# With the landmark's, which a model's tokenizer has besides, 64 rows of 64.
+SIZE = 4095
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory of the tokenizer")
+    parser.add_argument("--size", type=int, default=SIZE, help=f"tokens, the one that ends a text included ({SIZE})")
+    options = parser.parse_args()
+    texts = [text.decode() for title, text in novels().items() if title != SAMPLE_HELD_OUT]
+    learned(texts, options.size).save_pretrained(options.output)
+    print(f"{options.output}: {options.size} tokens, learned from {len(texts)} novels")
+
+
+def learned(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `size` tokens learned from texts: the 256 bytes and the end-of-text token are among them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+if __name__ == "__main__":
+    main()
