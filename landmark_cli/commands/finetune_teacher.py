@@ -103,7 +103,10 @@ def check_teacher(options: FinetuneOptions) -> None:
             "gate-weight": options.gate_weight > 0,
         }
         for name in (name for name, is_given in given.items() if is_given):
-            raise UsageError(f"--{name} is for a teacher, and --teacher none has none: leave one of the two out")
+            raise UsageError(
+                f"--{name} is for a teacher, and --teacher none has none: leave one of the two out, in the recipe too "
+                "if there is one"
+            )
     elif options.answers_only:
         raise UsageError(
             "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.run_options import RECIPE, RunOptions, compiles_layers
 from landmark_cli.console import counted, info, quantity, warn
+from landmark_cli.errors import UsageError
 from landmark_cli.options import save_recipe
 
 if TYPE_CHECKING:
@@ -173,13 +174,18 @@ def make_loop(
 
 def carry_out(options: RunOptions, command: str, config: PreTrainedConfig, loop: Loop) -> None:
     """Say what is about to run, go on from a checkpoint where that is wanted, write the options down, and train to the
-    last step. command: its name, for the recipe."""
+    last step. command: its name, for the recipe. Raises UsageError where more steps are done than are asked for."""
     from landmark_cli.training.setup import by_main_process
 
     describe(config, loop)
     output = loop.settings.output
     if options.resume:
         info(f"going on from step {loop.step}" if loop.resume() else f"{output} has no checkpoint yet: starting")
+        if loop.step > options.steps:
+            raise UsageError(
+                f"--steps {options.steps}: the run in {output} has done {loop.step} already; give so many or more, or "
+                "make a model of an earlier checkpoint with `landmark models export`"
+            )
     # Not before: a resumption that is refused leaves what the directory says of its run as it is.
     by_main_process(lambda: save_recipe(options, output / RECIPE, command))
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(options).items()}

@@ -346,6 +346,14 @@ def test_two_corpora_train_together(corpus, tmp_path):
     assert len(records(output)) == 4 and len(records(output, "validation_loss")) == 2
 
 
+def test_fewer_steps_than_are_done_are_refused(corpus, tmp_path):
+    output = train(corpus, tmp_path / "run", steps=2, save_every=1)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="--steps 1: the run in .*run has done 2 already; .* `landmark models export`"):
+        train(corpus, output, steps=1, save_every=1, resume=True)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_a_finished_run_can_be_resumed_again(corpus, tmp_path):
     output = train(corpus, tmp_path / "run", save_every=2)
     weights = (output / "model.safetensors").read_bytes()
