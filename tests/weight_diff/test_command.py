@@ -14,26 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from landmark_cli.weight_diff.output import FINISHED, MARKER
+from tests.forked import Forked
 from tests.weight_diff.weights import GOLDENS, assert_same_bits, golden, landmark, load, make, recover, save
 
 RECOVER = ["recover", "--path-raw", GOLDENS / "raw", "--path-diff"]
 
-# A run that dies by SIGKILL at its nth change of a file or directory below OUT.
-DYING = """
-import os, signal, sys
-left, below = int(sys.argv.pop(1)), sys.argv.pop(1)
-def count(event, arguments):
-    global left
-    changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
-    changes = changes or event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
-    if changes and str(arguments[0]).startswith(below):
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
-from landmark_cli.cli import main
-main()
-"""
+DYING = Path(__file__).with_name("dying.py")
 
 
 def test_make_and_recover_from_the_command_line(tmp_path):
@@ -66,11 +52,16 @@ def test_hub_ids(tmp_path):
         (tmp_path / f"models--org--{name}" / "refs" / "main").write_text("0123")
     shutil.copy(GOLDENS / "diff" / "checksum_psum.txt", hub["diff"])
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    names = ["recover", "--path-raw", "org/raw", "--path-diff"]
-    done = landmark(*names, "org/diff", "--path-tuned", tmp_path / "out", env=env, cwd=tmp_path)
+
+    def recovering(diff, out):
+        command = [sys.executable, "-m", "landmark_cli", "weight-diff", "recover", "--path-raw", "org/raw"]
+        command += ["--path-diff", diff, "--path-tuned", out]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+
+    done = recovering("org/diff", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert_same_bits(load(tmp_path / "out"), golden("tuned"))
-    done = landmark(*names, "org/nothing", "--path-tuned", tmp_path / "out2", env=env, cwd=tmp_path)
+    done = recovering("org/nothing", tmp_path / "out2")
     assert done.returncode == 1
     assert "--path-diff org/nothing cannot be read: " in done.stderr
 
@@ -93,15 +84,14 @@ def test_killed_at_every_change_of_a_file(tmp_path):
         out = tmp_path / f"out{change}"
         shutil.copytree(old, out)
         command = ["recover", "--path-raw", old, "--path-diff", diff, "--path-tuned", out, "--overwrite"]
-        run = subprocess.run(
-            [sys.executable, "-c", DYING, str(change), str(out), "weight-diff", *map(str, command)], capture_output=True
-        )
+        run = Forked([change, out, "weight-diff", *command], tmp_path / "said.txt", program=DYING)
+        code = run.wait()
         seen.append(state_of(out))
         recover(old, diff, out, overwrite=True)
         assert state_of(out) == "new" and not list(tmp_path.glob(f"out{change}.*"))
-        if run.returncode == 0:
+        if code == 0:
             break
-        assert run.returncode == -signal.SIGKILL, run.stderr
+        assert code == -signal.SIGKILL, run.said.read_text()
     assert change > 10 and set(seen) == {"old", "none", "new"}
     assert seen == sorted(seen, key=["old", "none", "new"].index)
 
@@ -128,13 +118,12 @@ def test_killed_while_it_writes_weights(tmp_path, progress):
         save_file(tensors, tmp_path / name / "model.safetensors")
     diff, out = make(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff"), tmp_path / "out"
     arguments = ["recover", "--path-raw", tmp_path / "raw", "--path-diff", diff, "--path-tuned", out, "--threads", "1"]
-    command = [sys.executable, "-m", "landmark_cli", "weight-diff", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as run:
-        weights = out.with_name("out.unfinished") / "model.safetensors"
-        while run.poll() is None and not (weights.exists() and weights.stat().st_size >= progress * 100_000_000):
-            time.sleep(0.001)
-        run.kill()
-    assert run.returncode == -signal.SIGKILL and not out.exists()
+    run = Forked(["weight-diff", *arguments], tmp_path / "said.txt")
+    weights = out.with_name("out.unfinished") / "model.safetensors"
+    while run.running() and not (weights.exists() and weights.stat().st_size >= progress * 100_000_000):
+        time.sleep(0.001)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and not out.exists()
     assert landmark(*arguments).returncode == 0
     assert_same_bits(load(out), tuned)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["diff", "out", "raw", "tuned"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diff", "out", "raw", "said.txt", "tuned"]

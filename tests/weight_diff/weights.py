@@ -1,15 +1,16 @@
 """Directories of weights for the tests of `landmark weight-diff`, and the command itself."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from landmark_cli.commands.weight_diff import MakeOptions, RecoverOptions, run_make, run_recover
 from landmark_cli.weight_diff import manifest
+from tests.forked import Forked
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "weight_diff"
 
@@ -77,7 +78,8 @@ def write_manifest(diff: Path, content: dict) -> None:
     (diff / manifest.MANIFEST).write_text(json.dumps(content | {"sha256": manifest._digest(content)}))
 
 
-def landmark(*arguments: object, **options) -> subprocess.CompletedProcess:
-    """Run `landmark weight-diff ...` as a user does."""
-    command = [sys.executable, "-m", "landmark_cli", "weight-diff", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+def landmark(*arguments: object) -> SimpleNamespace:
+    """Run `landmark weight-diff ...`: its returncode, and what it says on stderr."""
+    with TemporaryDirectory() as folder:
+        run = Forked(["weight-diff", *arguments], Path(folder) / "said.txt")
+        return SimpleNamespace(returncode=run.wait(), stderr=run.said.read_text())
