@@ -5,10 +5,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from landmark_cli import launch
+from tests.forked import run_ranks
 from tests.training.command import environment
 
 PROGRAM = """
@@ -110,10 +112,22 @@ def test_the_launcher_belongs_to_the_command(script, launcher):
     assert out.strip() == shlex.join([*launcher, script, "greet", "--note", "again", "--resume", "--out", "here"])
 
 
+def test_a_failure_of_all_is_said_once(script, tmp_path):
+    said = tmp_path / "said.txt"
+    assert run_ranks(3, ["greet", "--note", "all"], said, environment(), Path(script)) == [1, 1, 1]
+    (error,) = [line for line in said.read_text().splitlines() if "error: " in line]
+    assert error.endswith("error: the disk is full")
+
+
 @pytest.mark.parametrize(
-    ("note", "message"), [("all", "the disk is full"), ("alone", "the disk of one machine is full")]
+    ("note", "message"),
+    [
+        pytest.param("all", "the disk is full", marks=pytest.mark.slow),
+        ("alone", "the disk of one machine is full"),
+    ],
 )
-def test_a_failure_is_said_once(script, note, message):
+def test_a_failure_under_torchrun_is_said_once(script, note, message):
+    """Which ends the others when one of them has failed."""
     ended = launched("torchrun", "--nproc_per_node=2", script, "greet", "--note", note)
     said = [line for line in ended.stderr.splitlines() if "error: " in line]
     assert ended.returncode == 1 and len(said) == 1 and said[0].endswith(f"error: {message}")
