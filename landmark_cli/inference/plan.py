@@ -85,9 +85,9 @@ def plan_full_attention(model: PreTrainedModel, length: int) -> ReadingPlan:
     everywhere = window_of_all(config)
     local = layers if everywhere else set(layers) - set(landmark_layers(config))
     window = getattr(config, "sliding_window", None) or length
-    held = sum(min(length, window - 1) if layer in local else length for layer in layers)
+    held = (_token_bytes(model, layer) * (min(length, window - 1) if layer in local else length) for layer in layers)
     sees = min(length, everywhere or length)
-    return ReadingPlan(length, None, length, length, sees, sees, held * layer_token_bytes(model))
+    return ReadingPlan(length, None, length, length, sees, sees, sum(held))
 
 
 def layers_to_get_landmarks(config: PreTrainedConfig) -> list[int] | None:
@@ -103,10 +103,8 @@ def _bytes(model: PreTrainedModel, capacity: int, offloaded: bool) -> tuple[int,
     where blocks are offloaded."""
     config, size = model.config, model.config.landmark_freq + 1
     layers, of_token = landmark_layers(config), layer_token_bytes(model)
-    windows = 0
-    for layer in set(range(config.num_hidden_layers)) - set(layers):
-        heads, head_dim = key_heads(config, layer)
-        windows += 2 * (config.sliding_window - 1) * heads * head_dim * model.dtype.itemsize
+    others = set(range(config.num_hidden_layers)) - set(layers)
+    windows = sum((config.sliding_window - 1) * _token_bytes(model, layer) for layer in others)
     # Each block's last key is kept once more, side by side with those of the others.
     landmark_keys = len(layers) * capacity * of_token // 2
     of_layer = capacity * size * of_token
@@ -115,3 +113,9 @@ def _bytes(model: PreTrainedModel, capacity: int, offloaded: bool) -> tuple[int,
     resident = min(Offload(len(layers)).resident_bytes, len(layers) * of_layer)
     on_gpu = landmark_keys + windows + resident
     return len(layers) * pinned_bytes(of_layer) + on_gpu, on_gpu
+
+
+def _token_bytes(model: PreTrainedModel, layer: int) -> int:
+    """Bytes of one token's keys and values in a layer."""
+    heads, head_dim = key_heads(model.config, layer)
+    return 2 * heads * head_dim * model.dtype.itemsize

@@ -104,6 +104,18 @@ def test_full_attention_sees_no_further_than_a_window_that_all_layers_have(windo
     assert (plan.sees, plan.compared, plan.cache) == (sees, sees, held * 2 * 2 * 2 * 8 * 4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4"])
+def test_full_attention_holds_what_its_own_cache_holds(family):
+    """Layers may have other heads, and windows, than others."""
+    model, length = tiny_decoder(family), 60
+    config = model.config
+    if (layers := layers_to_get_landmarks(config)) is not None:
+        config.landmark_layers = layers
+    cache = model(tiny_text(length)[None] % 256, use_cache=True).past_key_values
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert plan_full_attention(model, length).cache == held
+
+
 def test_blocks_that_leave_no_room():
     with pytest.raises(LandmarkError, match="retrieve at most 6"):
         plan_reading(tiny_model(), 100, ReadingSettings(top_k_blocks=7))
