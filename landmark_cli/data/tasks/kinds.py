@@ -87,7 +87,7 @@ def look_up(draw: Draw) -> Task:
     """Facts, of which one or several are asked for, beside others that differ in one word. A share of the questions is
     about what is not there."""
     generator = draw.generator
-    facts = _facts(draw)
+    facts = _facts(draw, min(MOST_FACTS, draw.most))
     wanted = draw.shuffled(facts)[: draw.count(1, len(facts)) if generator.random() < 0.5 else 1]
     asked = [_not_there(draw, fact) if generator.random() < draw.absent else _about(draw, fact) for fact in wanted]
     return Task(draw.hidden(draw.shuffled(facts)), asked)
@@ -96,7 +96,8 @@ def look_up(draw: Draw) -> Task:
 def completion(draw: Draw) -> Task:
     """The simplest look-up: facts as sentences of the prose, each asked for by the beginning of a sentence that its
     value ends, half of them with a question in front of it."""
-    facts, generator = _facts(draw), draw.generator
+    # A sentence and its question take a third of what a fact is reckoned to take at most.
+    facts, generator = _facts(draw, min(MOST_FACTS, 3 * draw.most)), draw.generator
     asked = []
     for fact in draw.shuffled(facts):
         relation, value = fact.relation, sentence(str(fact.value))
@@ -108,11 +109,11 @@ def completion(draw: Draw) -> Task:
     return Task([say(fact.relation.says, fact.subject, fact.value, generator) for fact in draw.shuffled(facts)], asked)
 
 
-def _facts(draw: Draw) -> list[Fact]:
-    """One fact or several, of which half differ in a word from one before and a quarter are of another relation."""
+def _facts(draw: Draw, most: int) -> list[Fact]:
+    """One fact or up to `most`, of which half differ in a word from one before and a quarter are of another relation."""
     relation = draw.relation(RELATIONS)
     facts = [draw.fact(relation)]
-    for _ in range(draw.count(1, MOST_FACTS) - 1):
+    for _ in range(int(draw.generator.integers(1, most + 1)) - 1):
         kind = draw.generator.random()
         like = facts[int(draw.generator.integers(len(facts)))]
         if kind < 0.5:
