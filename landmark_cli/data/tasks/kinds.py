@@ -110,7 +110,8 @@ def completion(draw: Draw) -> Task:
 
 
 def _facts(draw: Draw, most: int) -> list[Fact]:
-    """One fact or up to `most`, of which half differ in a word from one before and a quarter are of another relation."""
+    """One fact or several, at most `most`. Half of the others differ in a word from one before, a quarter is of another
+    relation."""
     relation = draw.relation(RELATIONS)
     facts = [draw.fact(relation)]
     for _ in range(int(draw.generator.integers(1, most + 1)) - 1):
