@@ -37,9 +37,10 @@ def open_data(
     from landmark_cli.data.checks import check_token_files
     from landmark_cli.data.pretrained_tokenizers import begin_ids, largest_id, text_ids
     from landmark_cli.data.training_data import TrainingData, token_files
-    from landmark_cli.training.runs import begin_of_windows
+    from landmark_cli.training.runs import begin_of_windows, newest_checkpoint
 
     accelerator, output, _ = begun
+    trained = options.resume and newest_checkpoint(output) is not None
     prepare = partial(
         token_files,
         directory=output / "data",
@@ -47,13 +48,14 @@ def open_data(
         text_field=options.text_field,
         validation_share=options.validation_share,
         trust_remote_code=options.trust_remote_code,
+        trained=trained,
     )
     directories = prepare(options.data or [SAMPLE])
     accelerator.wait_for_everyone()
     data = TrainingData.open(directories, options.data_weights, validation=options.eval_every > 0)
     check_token_files(data.files, partial(text_ids, tokenizer), largest_id(tokenizer) + 1, options.model)
     begin = begin_of_windows(output, options.resume, begin_ids(tokenizer))
-    return with_tasks(options, dataclasses.replace(data, begin=begin), prepare, begun)
+    return with_tasks(options, dataclasses.replace(data, begin=begin), prepare, begun, trained)
 
 
 def with_tasks(
@@ -61,10 +63,12 @@ def with_tasks(
     data: TrainingData,
     prepare: Callable[[list[str]], list[Path]],
     begun: tuple[Accelerator, Path, str],
+    trained: bool = False,
 ) -> tuple[TrainingData, float]:
     """The data with the tasks mixed in that the options ask for, and the share of windows that these are.
 
-    prepare: makes token files of corpora by name, as the run's data are made.
+    prepare: makes token files of corpora by name, as the run's data are made. trained: whether the run goes on from a
+    checkpoint, and so with the tasks that it has.
 
     Raises UsageError where tasks are asked for, and none can be hidden in windows of this length or by this tokenizer.
     """
@@ -73,7 +77,6 @@ def with_tasks(
     from landmark_cli.data.tasks.mixing import prepare_tasks, why_no_tasks
     from landmark_cli.data.tokenizers import load_tokenizer
     from landmark_cli.data.training_data import TrainingData
-    from landmark_cli.training.runs import newest_checkpoint
 
     share = options.tasks_share
     if share is None:
@@ -105,7 +108,7 @@ def with_tasks(
         windows=math.ceil(share * windows),
         seed=options.seed,
         resume=options.resume,
-        trained=options.resume and newest_checkpoint(output) is not None,
+        trained=trained,
         process=Process.from_environment(),
     )
     accelerator.wait_for_everyone()

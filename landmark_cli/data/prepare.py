@@ -108,6 +108,20 @@ def prepare(
         return _finish(writers, output, corpus, left_out, documents)
 
 
+def finished_files(directory: Path) -> list[Path]:
+    """The token files of a directory; none where it is not finished."""
+    there = [directory / f"{split}.bin" for split in SPLITS if (directory / f"{split}.json").exists()]
+    return there if directory / "train.bin" in there else []
+
+
+def are_whole(directory: Path) -> bool:
+    """Whether a directory has finished token files, without damage, whatever they were made from."""
+    try:
+        return bool([TokenFile.open(file, verify=True) for file in finished_files(directory)])
+    except LandmarkError:
+        return False
+
+
 class _Part:
     """What one process prepares: all documents, or those whose turn is its own."""
 
@@ -301,16 +315,16 @@ def _why_nothing(others: bool, left_out: LeftOut, documents: int) -> str:
 
 def _finished(output: Path, made_from: str, skip_bad_text: bool) -> dict[str, TokenFileMetadata] | None:
     """The token files in a directory, if they are whole, were made from the same, and skipped nothing or may skip."""
-    there = [split for split in SPLITS if (output / f"{split}.json").exists()]
-    if "train" not in there:
+    files = finished_files(output)
+    if not files:
         return None
     try:
-        found = {split: read_metadata(output / f"{split}.bin") for split in there}
+        found = {file.stem: read_metadata(file) for file in files}
         if any(metadata.made_from != made_from for metadata in found.values()):
             return None
         if found["train"].left_out and not skip_bad_text:
             return None
-        return {split: TokenFile.open(output / f"{split}.bin", verify=True).metadata for split in there}
+        return {file.stem: TokenFile.open(file, verify=True).metadata for file in files}
     except LandmarkError as error:
         warn(f"making the token files again: {error}")
         return None

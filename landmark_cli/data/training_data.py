@@ -176,26 +176,33 @@ def token_files(
     text_field: str = "text",
     validation_share: float = 0.01,
     trust_remote_code: bool = False,
+    trained: bool = False,
 ) -> list[Path]:
     """Directories of token files, one for each name: the named one itself where it is such a directory already, or else
     a new one in `directory`, into which all processes of a launch prepare what the name stands for together.
 
     names: prepared corpora, corpora that `open_corpus` knows, or sources of text. tokenizer: a directory or hub id, of
     the tokenizer that text is prepared with. text_field, validation_share: see `open_corpus`. trust_remote_code:
-    whether Python code that comes with the tokenizer may run. Processes other than the first may return before the
-    token files are there.
+    whether Python code that comes with the tokenizer may run. trained: a run has been trained on what `directory` has,
+    which stays as it is where it is whole, though what it was made from may have changed. Processes other than the
+    first may return before the token files are there.
 
     Raises LandmarkError as `prepare` does.
     """
     from landmark_cli.data.corpora import KINDS, open_corpus
     from landmark_cli.data.merge import Process
-    from landmark_cli.data.prepare import prepare
+    from landmark_cli.data.prepare import are_whole, prepare
     from landmark_cli.data.tokenizers import load_tokenizer
 
     directories, opened = [], None
     for number, name in enumerate(names):
         if (Path(name) / "train.json").is_file():
             directories.append(Path(name))
+            continue
+        prepared = directory / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
+        directories.append(prepared)
+        if trained and are_whole(prepared):
+            info(f"{name}: {prepared} holds what the run has been trained on")
             continue
         known = name == "sample" or name in KINDS
         corpus = open_corpus(
@@ -205,8 +212,6 @@ def token_files(
             validation_share=validation_share,
         )
         opened = opened or load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-        prepared = directory / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
         info(f"{name}: {corpus.source} -> {prepared} (tokenizer {opened.name})")
         prepare(corpus, opened, prepared, process=Process.from_environment())
-        directories.append(prepared)
     return directories

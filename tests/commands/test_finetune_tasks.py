@@ -176,6 +176,21 @@ def test_resumed_it_keeps_the_tasks_that_an_earlier_version_made(tmp_path, monke
     assert file.read_bytes() == made[0] and file.with_suffix(".json").read_bytes() != made[1]
 
 
+def test_resumed_it_keeps_the_text_it_was_trained_on(tmp_path):
+    """What it was made from may be another by then, or gone: there is no other way to go on."""
+    text = tmp_path / "text.txt"
+    shutil.copy("barges.txt", text)
+    how = {"data": [str(text)], "save_every": 1, "teacher": "none"}
+    output = finetune(tmp_path / "run", **how)
+    (file,) = (output / "data").glob("*/train.bin")
+    made = file.read_bytes(), file.with_suffix(".json").read_bytes()
+    text.write_text(prose("swan", 300))
+    finetune(output, steps=2, resume=True, **how)
+    text.unlink()
+    finetune(output, steps=3, resume=True, **how)
+    assert (file.read_bytes(), file.with_suffix(".json").read_bytes()) == made and len(records(output)) == 3
+
+
 def test_a_recipe_that_an_earlier_run_saved_has_no_tasks(tmp_path):
     saved = finetune(tmp_path / "run", **SHORT | {"data": ["barges.txt"]}) / "recipe.yaml"
     lines = [line for line in saved.read_text().splitlines() if not line.startswith("tasks-share")]

@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from landmark_cli.console import info
-from landmark_cli.data.prepare import prepare
-from landmark_cli.data.sources import SPLITS
+from landmark_cli.data.prepare import are_whole, finished_files, prepare
 from landmark_cli.data.tasks.corpus import LEAST, SENTENCE_END, hidden_in
 from landmark_cli.data.token_file import TokenFile, read_metadata
-from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:
     from landmark_cli.data.merge import Process
@@ -122,7 +120,7 @@ def prepare_tasks(
 
     Raises LandmarkError and Stopped as `prepare` does.
     """
-    if trained and _is_whole(output):
+    if trained and are_whole(output):
         info(f"{output} holds the tasks that the run has been trained on")
         return
     stacks = {
@@ -156,19 +154,4 @@ def _shortest(haystack: TokenHaystack) -> int:
 
 def _documents_in(directory: Path) -> int:
     """How many documents the token files of a directory have together; 0 where it is not finished."""
-    return sum(read_metadata(file).documents for file in _files_of(directory))
-
-
-def _is_whole(directory: Path) -> bool:
-    """Whether a directory has finished token files, without damage."""
-    try:
-        return bool([TokenFile.open(file, verify=True) for file in _files_of(directory)])
-    except LandmarkError:
-        return False
-
-
-def _files_of(directory: Path) -> list[Path]:
-    """The token files of a directory; none where it is not finished."""
-    files = [directory / f"{split}.bin" for split in SPLITS]
-    there = [file for file in files if file.with_suffix(".json").exists()]
-    return there if files[0] in there else []
+    return sum(read_metadata(file).documents for file in finished_files(directory))
