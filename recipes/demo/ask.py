@@ -32,7 +32,8 @@ from landmark_cli.inference.trace import trace_of, write_trace
 
 # Room for the longest value; an answer ends with its line.
 ANSWER = SamplingSettings(max_new_tokens=32, temperature=0.0, stop=["\n"])
-COLUMNS = 72
+# With the words in front of it, a line of a terminal.
+COLUMNS = 60
 # From nothing to the most that a part of the text got; told apart without colours too.
 LEVELS = " .:-=+*#%@"
 COLOURS = ("grey50", "yellow4", "dark_orange", "red")
@@ -66,8 +67,7 @@ def main() -> None:
             tell(f"  {fact.place / len(text):4.0%}  {fact.sentence}")
     began = time.monotonic()
     reader.expect(len(ids) + ANSWER.max_new_tokens)
-    with torch.inference_mode():
-        read_prompts(reader, [torch.tensor(ids)], show_progress=True)
+    read_prompts(reader, [torch.tensor(ids)], show_progress=True)
     seconds = time.monotonic() - began
     tell(f"read in {seconds:.1f} s: {len(ids) / seconds:,.0f} tokens/s on {machine(model)}")
     answers = []
@@ -176,11 +176,11 @@ def show_answer(answered: Answered) -> None:
         right = "right" if hidden.answered_by(generation.text) else f"wrong: it is {hidden.value}"
         tell(f"  {way:14}  {generation.text.strip()}  ({right})")
     show(heat_map(shares, COLUMNS))
+    place = column(answered.block, len(shares), COLUMNS)
+    tell(f"  {'it stands here':14}  {' ' * place}^")
     # The sentence may go on into the next block.
-    read, place = shares[answered.block : answered.block + 2].sum(), column(answered.block, len(shares), COLUMNS)
-    tell(
-        f"  {'':14}  {' ' * place}^ here it says so: {read / max(shares.sum(), 1e-9):.0%} of what was read of the novel"
-    )
+    read = shares[answered.block : answered.block + 2].sum() / max(shares.sum(), 1e-9)
+    tell(f"  {'':14}  {read:.0%} of what it read of the text was read there")
 
 
 def heat_map(shares: np.ndarray, columns: int) -> Text:
