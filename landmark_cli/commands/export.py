@@ -97,13 +97,17 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 def record_of(checkpoint: Path, run_directory: Path) -> Record:
     """What a checkpoint says of itself. Raises LandmarkError where its weights lie in shards."""
     from landmark_cli.files import read_record
-    from landmark_cli.training.checkpoints import RECORD, WHOLE, Record
+    from landmark_cli.training.checkpoints import RECORD, WHOLE, Record, step_of
+    from landmark_cli.training.runs import newest_checkpoint
 
     record = read_record(Record, checkpoint / RECORD)
     if record.layout not in (None, WHOLE):
+        newest = newest_checkpoint(run_directory)
+        later = newest is not None and step_of(newest) > record.step
+        first = ", once you have moved the later checkpoints away, from which it would go on" if later else ""
         raise LandmarkError(
             f"{checkpoint} was saved as {record.layout}, in shards that the run's own launch reads: launched as it "
-            f"was, with --resume --output {run_directory} --steps {record.step}, the run writes its model"
+            f"was, with --resume --output {run_directory} --steps {record.step}, the run writes its model{first}"
         )
     return record
 

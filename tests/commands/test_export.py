@@ -135,8 +135,8 @@ def damaged(directory):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
 
 
-def sharded(directory):
-    record = directory / "checkpoints/step-00000004/training.json"
+def sharded(directory, step=4):
+    record = directory / f"checkpoints/step-0000000{step}/training.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"layout": "FSDP 2 SHARDED_STATE_DICT"}))
     write_checksums(record.parent)
 
@@ -176,6 +176,13 @@ def test_what_cannot_be_exported_leaves_nothing(trained, tmp_path, spoil, messag
     with pytest.raises(LandmarkError, match=message):
         export(directory)
     assert set(os.listdir(tmp_path)) == before
+
+
+def test_shards_of_an_earlier_step_are_read_where_no_later_ones_are(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    sharded(tmp_path / "run", step=2)
+    with pytest.raises(LandmarkError, match="--steps 2, the run writes its model, once you have moved the later check"):
+        export(tmp_path / "run/checkpoints/step-00000002")
 
 
 def test_a_checkpoint_that_is_not_there_names_those_that_are(trained):
