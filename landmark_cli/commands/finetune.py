@@ -16,6 +16,7 @@ from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, 
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_loop import begin, carry_out, make_loop
 from landmark_cli.commands.run_options import (
+    RECIPE,
     TOP_K_BLOCKS_HELP,
     DataOptions,
     RunOptions,
@@ -25,7 +26,7 @@ from landmark_cli.commands.run_options import (
     check_window,
     reading,
 )
-from landmark_cli.console import counted, info
+from landmark_cli.console import counted, info, warn
 from landmark_cli.errors import UsageError, import_extra
 from landmark_cli.options import LONGEST, Options, option
 from landmark_cli.training.fit import CPU_WINDOW, STEP_TOKENS
@@ -267,7 +268,8 @@ def run(options: FinetuneOptions) -> Path | None:
 
     use_device(options.device)
     config = check_pretrained(options.model, trust_remote_code=options.trust_remote_code)
-    options = with_defaults(options, config)
+    given, options = options, with_defaults(options, config)
+    warn_of_course(given, options)
     check_windows(options)
     check_positions(
         config,
@@ -347,6 +349,22 @@ def check(options: FinetuneOptions) -> None:
         import_extra("peft", "lora")
     if options.four_bit:
         import_extra("bitsandbytes", "qlora")
+
+
+def warn_of_course(given: FinetuneOptions, options: FinetuneOptions) -> None:
+    """Warn where a run goes on that does not say with which options it was begun, and takes today's defaults for what
+    its checkpoints do not tell. given: the options before they were filled up."""
+    from landmark_cli.training.runs import newest_checkpoint
+
+    output = options.output
+    if not options.resume or output is None or (output / RECIPE).exists() or newest_checkpoint(output) is None:
+        return
+    taken = [f"--{name} {getattr(options, name):g}" for name in ("steps", "lr") if getattr(given, name) is None]
+    if taken:
+        warn(
+            f"{output} has no {RECIPE}, in which a run says with which options it was begun: it goes on with "
+            f"{' and '.join(taken)}, today's defaults; give them if they were others"
+        )
 
 
 def check_windows(options: FinetuneOptions) -> None:

@@ -151,11 +151,17 @@ def test_weights_are_for_data_that_is_named(landmark):
     assert result.code == 2 and "--data-weights: 2 given for 0 of --data" in result.err
 
 
-def test_resumed_it_is_the_same_run(tmp_path):
+def test_resumed_it_is_the_same_run(tmp_path, capfd):
     how = {"data": ["barges.txt"], "steps": 2, "save_every": 1}
     whole, part = finetune(tmp_path / "whole", **how), tmp_path / "part"
     shutil.copytree(whole / "checkpoints/step-00000001", part / "checkpoints/step-00000001")
+    capfd.readouterr()
     finetune(part, resume=True, **how)
+    # As it was left by a version that wrote no recipe before its end.
+    said = " ".join(capfd.readouterr().err.split())
+    assert "part has no recipe.yaml" in said and "it goes on with --lr 0.0003, today's defaults; give them if" in said
+    finetune(part, resume=True, **how)
+    assert "recipe.yaml" not in capfd.readouterr().err
     assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     with pytest.raises(LandmarkError, match="tasks_share is 0.5 there and 0.25 here"):
         finetune(part, resume=True, tasks_share=0.25, **how)
