@@ -8,6 +8,7 @@ from torch import nn
 
 from landmark_cli.attention.window import WindowSettings
 from landmark_cli.training.linear_cross_entropy import piece_rows
+from landmark_cli.training.setup import has_plain_head
 
 # Bytes that the backward pass keeps of one token in one layer, for each unit of the width: the residual stream and the
 # norms' inputs in float32; inputs of the four linear layers, queries, keys, values and the MLP's hidden layer, twice.
@@ -67,8 +68,9 @@ def estimate(
     """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows.
 
     Memory is counted for a replica on every device (one process, DDP). fused_attention: attention keeps no (T, T)
-    matrices, as on a GPU. fused_loss: logits are formed piece by piece, and gradients with them. sequence_length:
-    tokens of a window, by default the model's trained length. read: how windows are read chunk by chunk, if they are.
+    matrices, as on a GPU. fused_loss: logits are formed piece by piece, and gradients with them, where the heads of
+    model and teacher are such that they can be. sequence_length: tokens of a window, by default the model's trained
+    length. read: how windows are read chunk by chunk, if they are.
     checkpointing: activations are computed again in the backward pass, one layer after the other. keep_retrieved: then
     all but what was retrieved, if windows are read. frozen_bytes: of a weight that is not trained; by default of the
     run's precision. teacher: the model that is learned from, held beside this one where `teacher_beside`; else it is
@@ -92,7 +94,7 @@ def estimate(
         matrices = EAGER_BYTES * batch_size * config.num_attention_heads * length * (read.chunk if read else length)
     number = 2 if half else 4
     logits_a_row = vocabulary + (teacher.config.get_text_config().vocab_size if teacher is not None else 0)
-    if fused_loss:
+    if fused_loss and all(has_plain_head(one) for one in (model, teacher) if one is not None):
         loss = number * (piece_rows(rows, logits_a_row) * logits_a_row + (rows + vocabulary) * width)
     else:
         loss = rows * logits_a_row * (LOGIT_BYTES_16 if half else LOGIT_BYTES_32)

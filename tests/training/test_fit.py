@@ -71,6 +71,20 @@ def test_processes_share_a_machines_memory_and_a_split_model_is_not_counted(monk
     assert device_memory("cpu") == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("family", "whole"), [("llama", False), ("gemma3", False), ("gemma2", True), ("granite", True), ("cohere2", True)]
+)
+def test_logits_that_a_head_does_more_to_are_counted_whole(family, whole):
+    with torch.device("meta"):
+        model, plain = tiny_decoder(family), tiny_decoder("llama")
+    how = {"sequence_length": 4096}
+    asked, held = (estimate(model, 4, "bf16", fused, **how).memory for fused in (True, False))
+    assert (asked == held) == whole
+    # A teacher's head counts too.
+    beside = [estimate(plain, 4, "bf16", fused, teacher=model, **how).memory for fused in (True, False)]
+    assert (beside[0] == beside[1]) == whole
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_eager_attention_takes_its_matrices(checkpointing):
     with torch.device("meta"):
