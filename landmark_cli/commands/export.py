@@ -79,7 +79,8 @@ def check_output(output: Path) -> None:
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """The checkpoint that a path means, and the directory of its run."""
-    from landmark_cli.training.checkpoints import NAME, Checkpoints
+    from landmark_cli.training.checkpoints import NAME
+    from landmark_cli.training.runs import newest_checkpoint
 
     if NAME.fullmatch(path.name):
         path = path if len(path.parts) > 2 else path.absolute()
@@ -88,7 +89,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
             raise LandmarkError(f"there is no checkpoint {path}; there are {', '.join(there) or 'none'}")
         return path, path.parent.parent
     path = path if path.name not in ("", "..") else path.resolve()
-    newest = Checkpoints(path / "checkpoints", {}, keep=1).newest()
+    newest = newest_checkpoint(path)
     if newest is None:
         raise LandmarkError(f"{path} has no checkpoint; name a run's directory, or a checkpoint in it (step-00001000)")
     return newest, path

@@ -58,8 +58,7 @@ def shapes_of(options: FinetuneOptions) -> Shapes:
     model.config.landmark_freq = options.landmark_freq
     adapters, teacher = adapter_settings(options), None
     if options.teacher != "none":
-        name = options.model if options.teacher == "self" else options.teacher
-        teacher = shape_of(name, trust_remote_code=options.trust_remote_code)
+        teacher = shape_of(teachers_name(options), trust_remote_code=options.trust_remote_code)
     if adapters:
         add_adapters(model, adapters)
     if options.train == "landmarks":

@@ -63,13 +63,13 @@ def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTraine
         teacher,
         options.teacher,
         config.landmark_token_id,
-        options.answer_weight,
-        options.answer_divergence_weight,
-        options.text_weight or 0.0,
-        options.distill_temperature,
-        options.gate_weight,
-        config.landmark_freq + 1,
-        any(getattr(options, name) not in weights for name, weights in UNASKED.items()),
+        answer_weight=options.answer_weight,
+        answer_divergence_weight=options.answer_divergence_weight,
+        text_weight=options.text_weight or 0.0,
+        temperature=options.distill_temperature,
+        gate_weight=options.gate_weight,
+        block_size=config.landmark_freq + 1,
+        needs_answers=any(getattr(options, name) not in weights for name, weights in UNASKED.items()),
     )
 
 

@@ -58,11 +58,10 @@ def draw_tables(out: Path, files: Sequence[Path]) -> None:
     columns: dict[str, Any] = {}
     tables = [read_ruler(path) for path in files]
     models = {table.model for table in tables}
-    names = [Path(table.model).name for table in tables]
-    # What tells one column from another: nothing but the way of reading where there is one file.
-    told = names if len(set(names)) == len(names) and all(names) else list(map(str, files))
-    for name, table in zip(told, tables, strict=True):
+    names = told_apart([Path(table.model).name for table in tables], files)
+    for name, table in zip(names, tables, strict=True):
         for reading, cells in table.by_reading().items():
+            # What tells one column from another: nothing but the way of reading where there is one file.
             columns[reading if len(files) == 1 else f"{name}\n{reading}"] = cells
     model = Path(models.pop()).name if len(models) == 1 else ""
     draw_ruler(out, columns, f"RULER, {model}" if model else "RULER", OUT)
@@ -74,14 +73,17 @@ def draw_runs(out: Path, runs: Sequence[Path]) -> None:
     from landmark_cli.training.metrics_file import read_metrics
 
     files = [metrics_of(path) for path in runs]
-    names = [file.absolute().parent.name for file in files]
-    told = names if len(set(names)) == len(names) else [str(path) for path in runs]
     found = {}
-    for name, file in zip(told, files, strict=True):
+    for name, file in zip(told_apart([file.absolute().parent.name for file in files], runs), files, strict=True):
         found[name] = read_metrics(file)
         if not any(curves.points(found[name], curve.field)[0] for curve in curves.CURVES):
             raise LandmarkError(f"{file} has no figures yet: a run writes them every --log-every steps")
     curves.draw_runs(out, found, OUT)
+
+
+def told_apart(names: Sequence[str], paths: Sequence[Path]) -> Sequence[str]:
+    """What a picture calls several things: their names, or their paths where one has no name or two have the same."""
+    return names if all(names) and len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def metrics_of(path: Path) -> Path:
