@@ -37,7 +37,9 @@ IDLE = {
 }
 
 
-TaskKind = Literal["look_up", "together", "all_values", "counting", "first_or_last", "chain", "quotation", "completion"]
+TaskKind = Literal[
+    "look_up", "inventory", "together", "all_values", "counting", "first_or_last", "chain", "quotation", "completion"
+]
 
 
 @dataclass
@@ -120,7 +122,7 @@ class PrepareOptions(CodeOptions):
         None,
         panel=MADE,
         help="A kind of question that tasks ask (repeatable, all alike often). [default: all but completion, look_up "
-        "in half of the documents]",
+        "and inventory most often]",
     )
     json: Path | None = option(
         None, saved=False, is_output=True, help="Write the result to this file too; - for standard output."

@@ -17,7 +17,7 @@ import numpy as np
 from landmark_cli.console import counted, info, warn
 from landmark_cli.data.corpora import SAMPLE_HELD_OUT, Corpus, novels, open_corpus
 from landmark_cli.data.documents import BadText, Document, Marked, marked_pieces, text_document
-from landmark_cli.data.tasks.kinds import MOST_FACTS, Draw, Task, draw_task
+from landmark_cli.data.tasks.kinds import Draw, Task, draw_task
 from landmark_cli.data.tasks.questions import Ending, ending
 from landmark_cli.data.text_batches import or_skip
 from landmark_cli.errors import LandmarkError, UsageError
@@ -25,7 +25,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 if TYPE_CHECKING:
     from landmark_cli.data.tokenizers import TextTokenizer
 
-CONTENTS = 3
+CONTENTS = 4
 """Counts up when a version of this program gives other documents to the same seed."""
 LEAST = 256
 """Tokens of the shortest document: room for a fact, its question and some text."""
@@ -168,7 +168,7 @@ class TaskDocuments:
         """
         generator = np.random.default_rng(seed)
         ids = self._haystack.slice(generator.random(), length)
-        most = max(1, min(MOST_FACTS, int((1 - LEAST_SHARE_OF_TEXT) * length / FACT_TOKENS)))
+        most = max(1, int((1 - LEAST_SHARE_OF_TEXT) * length / FACT_TOKENS))
         for attempt in range(50):
             made = self._attempt(ids, length, [*seed, attempt], most)
             if made is not None:

@@ -155,6 +155,12 @@ def block(fact: Fact, generator: np.random.Generator, taken: set[str], most: int
     return pick(generator, BLOCKS)(relation.key, [rows[i] for i in order], generator)
 
 
+def rows_of(facts: Sequence[Fact], generator: np.random.Generator) -> str:
+    """Facts of one relation as the rows of a block, in their order. Each is about a subject of its own."""
+    rows = [(str(fact.subject), str(fact.value)) for fact in facts]
+    return pick(generator, BLOCKS)(facts[0].relation.key, rows, generator)
+
+
 def hide(fact: Fact, generator: np.random.Generator, taken: set[str], most: int = MOST_OTHER_ROWS) -> str:
     """A fact in any of these ways. taken, most: see `block`."""
     drawn = generator.random()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from landmark_cli.data.tasks.facts import CHAINS, RELATIONS, REPEATED, Fact, Relation
-from landmark_cli.data.tasks.formats import hide, new, say
+from landmark_cli.data.tasks.formats import hide, new, rows_of, say
 from landmark_cli.data.tasks.questions import NOT_THERE, Asked, enumeration, sentence
 from landmark_cli.data.tasks.vocabulary import pick
 
 MOST_FACTS = 8
 MOST_LINKS = 6
+# Of facts that are all asked for, in a document of 8 thousand tokens.
+MOST_ASKED = 96
+MOST_ROWS = 12
 MOST_VALUES = 6
 QUOTED_WORDS = (8, 80)
 OPENING_WORDS = (5, 10)
@@ -128,7 +131,7 @@ def _about(draw: Draw, fact: Fact) -> Asked:
     """A question for the value of a fact, some with the beginning of a sentence for it to end, or such a sentence
     alone, or a question for its subject."""
     relation, drawn = fact.relation, draw.generator.random()
-    if drawn < 0.15:
+    if drawn < 0.15 and relation.back:
         return Asked(relation.back.format(v=fact.value), sentence(str(fact.subject)))
     lead, value = relation.lead.format(s=fact.subject), sentence(str(fact.value))
     if drawn < 0.4:
@@ -141,6 +144,52 @@ def _not_there(draw: Draw, fact: Fact) -> Asked:
     """A question about somebody whose name differs in one word from one in the text."""
     subject = new(fact.relation.subject, draw.generator, draw.taken, fact.subject)
     return Asked(pick(draw.generator, fact.relation.asks).format(s=subject), pick(draw.generator, NOT_THERE))
+
+
+def inventory(draw: Draw) -> Task:
+    """As many facts as there is room for, all of them asked for, each in a question of its own, in any order: hundreds
+    of tokens of such a document can only be known by looking them up, where others have a handful. They are of three
+    relations at most, so that most resemble others; some subjects have several values, asked for together."""
+    generator = draw.generator
+    relations = [draw.relation(RELATIONS + REPEATED) for _ in range(int(generator.integers(1, 4)))]
+    # All facts of one subject and relation, in their order.
+    groups: list[list[Fact]] = []
+    # A sentence and its question take a third of what a fact is reckoned to take at most.
+    most = min(MOST_ASKED, 3 * draw.most)
+    left = int(generator.integers(max(2, most // 4), most + 1))
+    while left > 0:
+        relation = relations[int(generator.integers(len(relations)))]
+        alike = [group[0] for group in groups if group[0].relation is relation]
+        like = alike[int(generator.integers(len(alike)))] if alike and generator.random() < 0.5 else None
+        group = [draw.fact(relation, like)]
+        while relation in REPEATED and len(group) < min(MOST_VALUES, left) and generator.random() < 0.6:
+            group.append(Fact(relation, group[0].subject, new(relation.value, generator, draw.taken)))
+        groups.append(group)
+        left -= len(group)
+    owners = draw.shuffled([number for number, group in enumerate(groups) for _ in group])
+    after = [iter(group) for group in groups]
+    facts = [next(after[number]) for number in owners]
+    if generator.random() < 0.4:
+        hidden = [rows_of(run, generator) for run in _runs(facts, generator)]
+    else:
+        hidden = [say(fact.relation.says, fact.subject, fact.value, generator) for fact in facts]
+    asked = [_about(draw, group[0]) if len(group) == 1 else _about_all(draw, group) for group in draw.shuffled(groups)]
+    return Task(hidden, asked)
+
+
+def _runs(facts: list[Fact], generator: np.random.Generator) -> Iterator[list[Fact]]:
+    """Facts in their order, cut into runs of one relation, none of which names a subject twice."""
+    run: list[Fact] = []
+    most = 0
+    for fact in facts:
+        subjects = {str(one.subject) for one in run}
+        if run and (len(run) >= most or fact.relation is not run[0].relation or str(fact.subject) in subjects):
+            yield run
+            run = []
+        if not run:
+            most = int(generator.integers(1, MOST_ROWS + 1))
+        run.append(fact)
+    yield run
 
 
 def together(draw: Draw) -> Task:
@@ -181,15 +230,19 @@ def _in_order(draw: Draw, facts: list[Fact], others: list[Fact]) -> list[str]:
 def all_values(draw: Draw) -> Task:
     """A subject with several values, all of them asked for, in their order."""
     facts, others = _repeated(draw)
+    asked = _about_all(draw, facts)
+    return Task(_in_order(draw, facts, others), [asked])
+
+
+def _about_all(draw: Draw, facts: list[Fact]) -> Asked:
+    """A question for all values of a subject, as `_about` asks for one."""
     values = enumeration([str(fact.value) for fact in facts])
     relation, subject = facts[0].relation, facts[0].subject
     lead, drawn = relation.lead.format(s=subject), draw.generator.random()
     if drawn < 0.3:
-        asked = Asked(lead, sentence(values), cloze=True)
-    else:
-        question = pick(draw.generator, relation.asks).format(s=subject) + pick(draw.generator, ALL_VALUES_HINTS)
-        asked = Asked(question, sentence(values), begun=lead if drawn < 0.6 else "")
-    return Task(_in_order(draw, facts, others), [asked])
+        return Asked(lead, sentence(values), cloze=True)
+    question = pick(draw.generator, relation.asks).format(s=subject) + pick(draw.generator, ALL_VALUES_HINTS)
+    return Asked(question, sentence(values), begun=lead if drawn < 0.6 else "")
 
 
 def counting(draw: Draw) -> Task:
@@ -252,12 +305,13 @@ def quotation(draw: Draw) -> Task:
 
 
 KINDS: tuple[tuple[Callable[[Draw], Task], float], ...] = (
-    (look_up, 0.5),
-    (together, 0.08),
-    (all_values, 0.12),
-    (counting, 0.04),
-    (first_or_last, 0.06),
-    (chain, 0.1),
+    (look_up, 0.3),
+    (inventory, 0.3),
+    (together, 0.06),
+    (all_values, 0.1),
+    (counting, 0.02),
+    (first_or_last, 0.04),
+    (chain, 0.08),
     (quotation, 0.1),
     (completion, 0.0),
 )
