@@ -8,7 +8,8 @@ Attention is forward and backward, bf16, 32 query heads on 8 key heads, head dim
 Everything of a row runs in turn, round after round; times are medians of CUDA events. What runs out of memory is left
 out and said. PyTorch's attention gets its keys by enable_gqa where a backend takes it, else repeated heads, in which
 case its name says so. Memory is the peak of a forward and backward pass beside the inputs and their gradients' inputs.
-Rows are printed as soon as they are there. Kernels are compiled first, by processes of their own.
+Rows are printed as soon as they are there, and 1m-step line by line (--seconds: what would take longer is left out of
+it). Kernels are compiled first, by processes of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 import statistics
 import subprocess
 import sys
@@ -58,6 +60,8 @@ class Shape:
 
 LARGE, SMOLLM2 = Shape(32, 8, 128), Shape(9, 3, 64)
 TOKENS = {"32k": 32 << 10, "64k": 64 << 10, "128k": 128 << 10}
+# Of whole steps whose speeds are compared.
+LENGTHS = 32 << 10, 1 << 20
 TARGETS = {"32k": (3.0, 1.6), "64k": (5.0, 2.7), "128k": (8.0, 4.2)}
 OURS, DENSE, FA2, CUDNN = "as it reads", "dense landmark", "FA2", "cuDNN"
 # The most important first: device time may end.
@@ -368,26 +372,52 @@ def step_row(name: str, rounds: int) -> str:
     return "\n".join(lines)
 
 
-def million_step_row(rounds: int) -> str:
-    """Whole training steps of one window of a million tokens, SmolLM2's shape, beside those of 32k."""
+def million_step_row(
+    rounds: int, begun: Callable[[], float], limit: float = math.inf, compiled: Callable[[], None] = lambda: None
+) -> Iterator[str]:
+    """Whole training steps of one window of a million tokens, SmolLM2's shape, beside those of 32k.
+
+    Yields lines, each as soon as it is measured, since device time may end. The first step at a length allocates, and
+    is said apart.
+
+    begun: seconds since the script began; what would take longer than `limit` seconds of these is left out, and said.
+    compiled: waits until the kernels are.
+    """
+    yield "## 1m-step: whole steps of one window, SmolLM2's shape, layers checkpointed, not compiled\n"
     of = training_step("smollm2", None)
-    lines, speeds = ["## 1m-step: whole steps of one window, SmolLM2's shape, layers checkpointed", ""], []
-    for tokens, keep_retrieved in ((32 << 10, True), (1 << 20, True), (1 << 20, False)):
-        said = f"{tokens >> 10}k" + ("" if keep_retrieved else ", blocks chosen and read twice")
+    yield f"the model is there after {begun():.0f} s"
+    compiled()
+    yield f"kernels are compiled after {begun():.0f} s"
+    short, long = LENGTHS
+    speeds: dict[int, list[float]] = {short: [], long: []}
+    taken = 0.0
+    for tokens, keep_retrieved in ((short, True), (long, True), (long, False)):
+        said = named(tokens) + ("" if keep_retrieved else ", blocks chosen and read twice")
+        # A first step and another, which read twice: a third more than those before them, with some room.
+        if not keep_retrieved and begun() + 3 * taken / 1e3 > limit:
+            yield f"{said}: left out, there is no time for it"
+            continue
         try:
             step = of(tokens, keep_retrieved=keep_retrieved)
-            memory = gibibytes(step)
-            taken = statistics.median(milliseconds(step) for _ in range(min(rounds, 3)))
+            first: list[float] = []
+            memory = gibibytes(lambda step=step, first=first: first.append(milliseconds(step)))
+            yield f"{said}: first step {first[0]:.0f} ms, {memory:.1f} GiB ({begun():.0f} s)"
+            taken = statistics.median(milliseconds(step) for _ in range(rounds if tokens == short else 1))
         except torch.cuda.OutOfMemoryError:
-            lines.append(f"{said}: out of memory")
+            yield f"{said}: out of memory"
             continue
-        speeds.append(tokens / taken * 1e3)
-        lines.append(f"{said}: {taken:.0f} ms, {speeds[-1]:.0f} tokens/s, {memory:.1f} GiB")
-        step = None
-        torch.cuda.empty_cache()
-    if len(speeds) > 1:
-        lines.append(f"1M at {max(speeds[1:]) / speeds[0]:.2f} of the speed at 32k (target 0.6)")
-    return "\n".join(lines)
+        finally:
+            step = None
+            torch.cuda.empty_cache()
+        speeds[tokens].append(tokens / taken * 1e3)
+        yield f"{said}: {taken:.0f} ms, {speeds[tokens][-1]:.0f} tokens/s, {memory:.1f} GiB ({begun():.0f} s)"
+        if tokens == long and speeds[short]:
+            ratio = max(speeds[long]) / speeds[short][0]
+            yield f"{named(long)} at {ratio:.2f} of the speed at {named(short)} (target 0.6)"
+
+
+def named(tokens: int) -> str:
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
 
 
 def tune(tokens: int, rounds: int = 3) -> str:
@@ -422,25 +452,31 @@ def chosen(usual: Callable, kernel: str, choice: Configuration | None, name: str
     return Choices([choice]) if choice is not None and name == kernel else usual(name, *given)
 
 
-def compile_first(rows: list[str], tuned: bool) -> None:
-    """Compile what the rows need, each process some of it."""
+def compile_first(rows: list[str], tuned: bool) -> Callable[[], None]:
+    """Begin to compile what the rows need, each process some of it. Returns what waits for them."""
     jobs = [("ours", LARGE), ("own", LARGE), ("dense", LARGE)] if {*rows} & {*TOKENS, "check", "llama-step"} else []
     jobs += [("ours", SMOLLM2), ("own", SMOLLM2)] if {*rows} & {"1m", "1m-step", "smollm2-step", "check"} else []
-    run_all([["--compile", kind, str(shape.dim)] for kind, shape in jobs])
+    jobs += [("loss", SMOLLM2)] if {*rows} & {"1m-step", "smollm2-step", "llama-step"} else []
+    wanted = [["--compile", kind, str(shape.dim)] for kind, shape in jobs]
     if tuned:
         pairs = [(kernel, number) for kernel, found in CANDIDATES.items() for number in range(len(found))]
-        run_all([["--compile", kernel, str(LARGE.dim), str(number)] for kernel, number in pairs])
+        wanted += [["--compile", kernel, str(LARGE.dim), str(number)] for kernel, number in pairs]
+    command = [sys.executable, __file__]
+    processes = [subprocess.Popen([*command, *job], stderr=subprocess.DEVNULL) for job in wanted]
 
+    def wait() -> None:
+        for process in processes:
+            process.wait()
 
-def run_all(jobs: list[list[str]]) -> None:
-    processes = [subprocess.Popen([sys.executable, __file__, *job], stderr=subprocess.DEVNULL) for job in jobs]
-    for process in processes:
-        process.wait()
+    return wait
 
 
 def compile_one(kind: str, dim: str, number: str = "") -> None:
     """What a process of compile_first does: run it once, small."""
     shape = LARGE if int(dim) == LARGE.dim else SMOLLM2
+    if kind == "loss":
+        loss_once()
+        return
     # A window has to be long for the kernels of dense landmark attention that serve long ones.
     tokens = 2 * CHUNK
     given = tensors(shape, tokens)
@@ -455,41 +491,70 @@ def compile_one(kind: str, dim: str, number: str = "") -> None:
         forward_and_backward(as_it_reads(tokens, shape.dim), given)
 
 
+def loss_once() -> None:
+    """The kernel of a step's loss, of as many logits as SmolLM2's vocabulary has."""
+    from benchmarks.long_context_steps import SHAPES
+    from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
+
+    weight = torch.zeros(SHAPES["smollm2"]["vocab_size"], 64, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    hidden = torch.zeros(1, 16, 64, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(1, 16, dtype=torch.long, device=DEVICE)).backward()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     parser.add_argument("--quick", action="store_true", help="one round of each")
     parser.add_argument("--tune", action="store_true", help="try other configurations of the kernels at 64k, first")
     parser.add_argument("--output", type=Path, help="write the rows there, in Markdown")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="leave out of 1m-step what would take longer")
     parser.add_argument("--compile", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
         compile_one(*options.compile)
         return
-    begin, rounds = time.perf_counter(), 1 if options.quick else 5
-    compile_first(options.rows, options.tune)
-    work: dict[str, Callable[[], str]] = {"tune": lambda: tune(TOKENS["64k"])} if options.tune else {}
+    start, rounds = time.perf_counter(), 1 if options.quick else 5
+    compiled = compile_first(options.rows, options.tune)
+
+    def begun() -> float:
+        return time.perf_counter() - start
+
+    work: dict[str, Callable[[], str | Iterator[str]]] = {}
+    if options.tune:
+        work["tune"] = lambda: tune(TOKENS["64k"])
     for row in options.rows:
         work[row] = {
             "check": check_row, "1m": million_row, "smollm2-step": functools.partial(step_row, row),
-            "llama-step": functools.partial(step_row, row), "1m-step": million_step_row,
+            "llama-step": functools.partial(step_row, row),
+            "1m-step": functools.partial(million_step_row, begun=begun, limit=options.seconds, compiled=compiled),
         }.get(row, functools.partial(attention_row, row))  # fmt: skip
         work[row] = functools.partial(work[row], rounds)
     heading = f"# Training at long windows, bf16: {torch.cuda.get_device_name()}\n\n"
     heading += f"torch {torch.__version__}, triton {triton.__version__}; `benchmarks/long_training.py`"
+    print(heading, flush=True)
     report = [heading]
-    print(f"{heading}; compiled after {time.perf_counter() - begin:.0f} s", flush=True)
     for name, row in work.items():
-        try:
-            report.append(row())
-        except Exception as error:
-            # One row that fails loses no other.
-            report.append(f"## {name}: {type(error).__name__}: {str(error)[:300]}")
+        if name != "1m-step":
+            compiled()
+        print(f"\n({begun():.0f} s)\n", flush=True)
+        report.append("")
+        for said in saying(name, row):
+            print(said, flush=True)
+            report[-1] = "\n".join([report[-1], said]).strip("\n")
+            if options.output:
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                options.output.write_text("\n\n".join(report) + "\n", encoding="utf-8")
         torch.cuda.empty_cache()
-        print(f"\n{report[-1]}\n\n({time.perf_counter() - begin:.0f} s)", flush=True)
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text("\n\n".join(report) + "\n", encoding="utf-8")
+    print(f"\n({begun():.0f} s)", flush=True)
+
+
+def saying(name: str, row: Callable[[], str | Iterator[str]]) -> Iterator[str]:
+    """What a row says, piece by piece if it comes so; one that fails loses neither what it said nor another row."""
+    try:
+        found = row()
+        yield from [found] if isinstance(found, str) else found
+    except Exception as error:
+        yield f"## {name}: {type(error).__name__}: {str(error)[:300]}"
 
 
 if __name__ == "__main__":
