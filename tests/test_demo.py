@@ -209,7 +209,7 @@ def test_the_shipped_model(scripts):
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= scripts["ship"].LARGEST
     model, tokenizer = landmark_cli.load(SHIPPED, device="cpu")
     text, (fact,) = scripts["hiding"].hide_facts(scripts["hiding"].held_out_novel()[:40_000], 1, seed=0)
-    reader, ids = BlockReader(model, chunk=693), encode_prompt(tokenizer, text)
+    reader, ids = BlockReader(model), encode_prompt(tokenizer, text)
     list(reader.read([torch.tensor(ids)], last_only=True))
     answered, _ = scripts["ask"].answer(model, tokenizer, reader, ids, fact, block=0)
     assert fact.answered_by(answered.with_memory.text) and not fact.answered_by(answered.without.text)

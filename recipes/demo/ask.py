@@ -98,7 +98,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--facts", type=int, default=3, help="how many are hidden and asked for (3)")
     parser.add_argument("--seed", type=int, default=0, help="other facts at other places for another number (0)")
     parser.add_argument("--plain", action="store_true", help="ask without giving the beginning of the answer")
-    parser.add_argument("--chunk", type=int, default=693, help="text tokens read at a time (693)")
+    parser.add_argument("--chunk", type=int, help="text tokens read at a time (as a window of its training has room)")
     parser.add_argument(
         "--top-k-blocks", type=int, help="blocks retrieved for each token (what the model's config says)"
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from landmark_cli.commands.models import MachineOptions, open_model
 from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError
 from landmark_cli.models.directory import put_in_place, save_model
-from landmark_cli.models.store import load
 
 LARGEST = 12_000_000
 CARD = """# The model of `make demo`
@@ -39,7 +39,7 @@ def ship(run: Path, output: Path) -> int:
 
     Raises LandmarkError where they are more than LARGEST; nothing is written then.
     """
-    model, tokenizer = load(run, device="cpu", dtype=torch.bfloat16)
+    model, tokenizer = open_model(str(run), MachineOptions(device="cpu", dtype="bfloat16"))
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "demo"
         save_model(model, made, model.state_dict(), torch.bfloat16)
