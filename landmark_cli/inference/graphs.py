@@ -82,8 +82,8 @@ class ChunkForward:
     there are blocks to retrieve and, for long chunks, how many, roughly.
 
     steps_alone: set it where chunks of text hardly ever come twice with as many rows of the same width, as those of a
-    server's prompts: recording takes as long as reading dozens of them. fuses_steps: whether steps, with
-    graphs or without, run in fewer kernels where the model's are known (see models/fused_step.py).
+    server's prompts: recording takes as long as reading dozens of them. fuses_steps: whether steps and chunks, with
+    graphs or without, run in fewer kernels where the model's layers are known (see models/fused_step.py).
     """
 
     def __init__(self, model: PreTrainedModel, cache: BlockCache):
@@ -182,8 +182,8 @@ class ChunkForward:
 
     @torch.no_grad()
     def _forward(self, ids: Tensor, chunk: Chunk | Passage, kept: Tensor) -> Tensor:
-        # Steps without a graph too: what they give must not depend on when a graph is recorded.
-        if self.recording and self.fuses_steps and ids.shape[1] <= STEP_WIDTH and why_not_fused(self.model) is None:
+        # Without a graph too: what a step or a chunk gives must not depend on when a graph is recorded.
+        if self.recording and self.fuses_steps and why_not_fused(self.model) is None:
             return FusedStep(self.model)(ids, kept, **self.cache.inputs(chunk))
         return self.model(input_ids=ids, **self.cache.inputs(chunk), logits_to_keep=kept, use_cache=False).logits
 

@@ -1,10 +1,11 @@
-"""A decoding step of decoders whose layers are known part by part, in fewer kernels: what is of the same input is one
+"""The forward pass of decoders whose layers are known part by part, in fewer kernels: what is of the same input is one
 product, and what stands between products one kernel each (see step_operations.py).
 
 A step of one token reads every weight once and does next to nothing with it, so its time is that of the weights and of
-launching kernels, of which transformers' modules have about forty a layer. The modules stay as they are and are asked
-whenever something else than a step on a GPU is run; here their parts are called in the order in which they call them.
-What is not known to be just that is left to the modules (see known_layers.py).
+launching kernels, of which transformers' modules have forty to a hundred a layer. In a chunk of a text these each go
+over the whole chunk, and of a small model, whose products are short, they take most of the time. The modules stay as
+they are and are asked whenever something else is run than reading on a GPU; here their parts are called in the order in
+which they call them. What is not known to be just that is left to the modules (see known_layers.py).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import step_operations
 from .joined import Product, join, parameters_to_join
-from .known_layers import of_same_input, why_not_known
+from .known_layers import Activation, Make, make_of, of_same_input, why_not_known
 from .quantization import QuantizedLinear
 
 
 class FusedStep:
-    """A model's forward pass over the few tokens of a step. Made anew after any change of the model.
+    """A model's forward pass over a step's few tokens, or a chunk. Made anew after any change of the model.
 
     Only where `why_not_fused` gives no reason. streams: whether products of few rows are those of row_products.py.
     """
@@ -33,8 +34,8 @@ class FusedStep:
     streams = False
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.model, self.make = model, make_of(model)
+        self.layers = [_Layer(layer, self.make) for layer in model.model.layers]
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.attend = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, None)
 
@@ -42,24 +43,29 @@ class FusedStep:
     def __call__(self, ids: Tensor, kept: Tensor, position_ids: Tensor, **inputs: Any) -> Tensor:
         """ids, position_ids: (B, T). kept: (n,) tokens of T to give logits for. inputs: what the attention takes beside
         them. Returns (B, n, vocabulary)."""
-        model = self.model.model
-        x, added = self.embedding(ids), None
+        model, x, added, after = self.model.model, self.embedding(ids), None, None
         kernels = _operations(ids.device), _streams() if self.streams else None
-        own = _Own(*kernels, self.attend, model.rotary_emb(x, position_ids), inputs)
-        for layer in self.layers:
-            x, added = layer(x, added, own)
-        _, hidden = own.operations.add_norm(x, added, model.norm.weight, model.norm.variance_epsilon)
-        return self.head(hidden if ids.shape[1] == 1 else hidden[:, kept])
+        kinds = {layer.kind for layer in self.layers}
+        rotations = {kind: model.rotary_emb(x, position_ids, *([] if kind is None else [kind])) for kind in kinds}
+        own = _Own(*kernels, self.attend, rotations, inputs)
+        for number, layer in enumerate(self.layers, 1):
+            # Of the last layer nobody asks for more than is kept.
+            only = kept if number == len(self.layers) and len(kept) < ids.shape[1] else None
+            x, added = layer(x, added, after, own, only)
+            after = layer.after_mlp
+        _, hidden = own.operations.add_norm(x, added, *_norm(model.norm), after, self.make.centered)
+        logits, cap = self.head(hidden), getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _Own(NamedTuple):
     """What is a step's own and the same for all layers. operations: what `_operations` gives. streams: row_products.py,
-    or None. attend, inputs: the attention, and what it takes. rotation: cos and sin (B, T, D)."""
+    or None. attend, inputs: the attention, and what it takes. rotations: by kind of layer, cos and sin (B, T, D)."""
 
     operations: ModuleType
     streams: ModuleType | None
     attend: Callable
-    rotation: tuple[Tensor, Tensor]
+    rotations: dict[str | None, tuple[Tensor, Tensor]]
     inputs: dict[str, Any]
 
     def products(self, x: Tensor, product: Product) -> Sequence[Tensor]:
@@ -68,39 +74,60 @@ class _Own(NamedTuple):
             return product.split(self.streams.products(x, product.weight, product.bias))
         return product(x)
 
-    def gated(self, x: Tensor, product: Product) -> Tensor:
+    def gated(self, x: Tensor, product: Product, activation: Activation) -> Tensor:
         """What of two layers the first gives as the other's gate."""
-        if self.streams is not None and product.bias is None and self.streams.serves(x, product.weight):
+        streams = self.streams is not None and product.bias is None and activation == "silu"
+        if streams and self.streams.serves(x, product.weight):
             return self.streams.gated_products(x, product.weight)
-        return self.operations.gated(*product(x))
+        return self.operations.gated(*product(x), activation)
 
 
 class _Layer:
-    """A decoder's layer, whose last addition is left to who comes next."""
+    """A decoder's layer, whose last addition is left to who comes next. kind: of its rotation, None where all have one.
+    after_mlp: weight and eps of the norm of what it leaves to be added, or None."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, make: Make):
         attention, mlp = layer.self_attn, layer.mlp
-        self.norm, self.mlp_norm, self.attention = layer.input_layernorm, layer.post_attention_layernorm, attention
+        self.make, self.attention = make, attention
+        self.norm, self.mlp_norm = (_norm(getattr(layer, name)) for name in make.norms)
+        after = [_norm(getattr(layer, name)) for name in make.norms_after]
+        self.after_attention, self.after_mlp = after or (None, None)
         self.qkv, self.gate_up = map(Product, of_same_input(layer))
         self.out, self.down = Product([attention.o_proj]), Product([mlp.down_proj])
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.head_norms = () if q_norm is None else (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+        self.head_norms = () if q_norm is None else (q_norm.weight, *_norm(k_norm), make.centered)
         window = getattr(attention.config, "sliding_window", None)
-        self.window = getattr(attention, "sliding_window", window)
+        self.given = {
+            "dropout": 0.0,
+            "scaling": attention.scaling,
+            "sliding_window": getattr(attention, "sliding_window", window),
+        }
+        if make.caps:
+            self.given["softcap"] = attention.attn_logit_softcapping
+        self.kind = attention.layer_type if make.rotates_by_kind else None
 
-    def __call__(self, x: Tensor, added: Tensor | None, own: _Own) -> tuple[Tensor, Tensor]:
-        """The residual stream x + added, (B, T, N), as what it is made of: before the layer, and after it."""
-        attention, operations = self.attention, own.operations
-        x, hidden = operations.add_norm(x, added, self.norm.weight, self.norm.variance_epsilon)
+    def __call__(
+        self, x: Tensor, added: Tensor | None, after: tuple[Tensor, float] | None, own: _Own, only: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x + added, (B, T, N), as what it is made of: before the layer, and after it. after: of
+        the norm of `added`, or None. only: (n,) the tokens of which the result is asked for; None: of all."""
+        attention, operations, centered = self.attention, own.operations, self.make.centered
+        x, hidden = operations.add_norm(x, added, *self.norm, after, centered)
         q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in own.products(hidden, self.qkv))
-        q, k = operations.rotate_heads(q, k, *own.rotation, *self.head_norms)
+        q, k = operations.rotate_heads(q, k, *own.rotations[self.kind], *self.head_norms)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        given = {"dropout": 0.0, "scaling": attention.scaling, "sliding_window": self.window}
-        out, _ = own.attend(attention, q, k, v, None, **given, **own.inputs)
+        out, _ = own.attend(attention, q, k, v, None, **self.given, **own.inputs)
+        if only is not None:
+            x, out = x[:, only], out[:, only]
         (added,) = own.products(out.flatten(2), self.out)
-        x, hidden = operations.add_norm(x, added, self.mlp_norm.weight, self.mlp_norm.variance_epsilon)
-        (added,) = own.products(own.gated(hidden, self.gate_up), self.down)
+        x, hidden = operations.add_norm(x, added, *self.mlp_norm, self.after_attention, centered)
+        (added,) = own.products(own.gated(hidden, self.gate_up, self.make.activation), self.down)
         return x, added
+
+
+def _norm(norm: nn.Module) -> tuple[Tensor, float]:
+    """A norm's weight and eps, which families call by two names."""
+    return norm.weight, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
 
 def _operations(device: torch.device) -> ModuleType:

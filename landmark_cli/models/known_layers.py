@@ -1,26 +1,66 @@
-"""Which decoders have layers of Llama's make, of which all parts are known: another class, a hook, an adapter or a
-replaced forward, and a model's modules are left as they are."""
+"""Which decoders have layers of which all parts are known, and how these are put together: another class, a hook, an
+adapter or a replaced forward, and a model's modules are left as they are."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-# Families whose layers are those of Llama: by name, as their modules are imported with them.
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Make:
+    """How a family's layers are put together of a norm, an attention, another norm and an MLP.
+
+    norms: the names of those in front of attention and MLP. norms_after: of those behind them, before what they give is
+    added; none where it is added as it is. centered: whether norms multiply by 1 + weight, and round once. activation:
+    of the MLP's gate. model, embedding: the names of these modules' classes behind the family's; any embedding, if it
+    has none. rotates_by_kind: whether the rotary embedding is asked for the angles of a layer's kind. caps: whether
+    logits of the attention are soft-capped.
+    """
+
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    norms_after: tuple[str, ...] = ()
+    centered: bool = False
+    activation: Activation = "silu"
+    model: str = "Model"
+    embedding: str | None = None
+    rotates_by_kind: bool = False
+    caps: bool = False
+
+
+LLAMA = Make()
+GEMMA2 = Make(
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
+    centered=True,
+    activation="gelu_tanh",
+    embedding="TextScaledWordEmbedding",
+    caps=True,
+)
+# By name, as their modules are imported with them.
+FAMILIES = {
+    **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3"), LLAMA),
+    "Gemma2": GEMMA2,
+    "Gemma3": replace(GEMMA2, model="TextModel", caps=False, rotates_by_kind=True),
+}
 # What is one product.
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
-# By what a family's class is called behind the family's name, the modules that it has; None where none are looked at.
+# By what a family's class is called behind the family's name, the modules that it has beside norms; None where none are
+# looked at.
 ROLES: dict[str, set[str] | None] = {
     "Model": None,
     "RMSNorm": set(),
-    "DecoderLayer": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "DecoderLayer": {"self_attn", "mlp"},
     "Attention": {*QKV, "o_proj"},
     "MLP": {*GATE_UP, "down_proj", "act_fn"},
 }
@@ -28,12 +68,18 @@ ROLES: dict[str, set[str] | None] = {
 HEAD_NORMS = {"q_norm", "k_norm"}
 # What a layer's modules are by their names; the others are linear.
 PARTS = {
-    **dict.fromkeys(("input_layernorm", "post_attention_layernorm", *HEAD_NORMS), "RMSNorm"),
+    **dict.fromkeys({name for make in FAMILIES.values() for name in (*make.norms, *make.norms_after)}, "RMSNorm"),
+    **dict.fromkeys(HEAD_NORMS, "RMSNorm"),
     "self_attn": "Attention",
     "mlp": "MLP",
     "act_fn": "activation",
 }
-SILU = (nn.SiLU, type(ACT2FN["silu"]))
+ACTIVATIONS = {"silu": (nn.SiLU, type(ACT2FN["silu"])), "gelu_tanh": (type(ACT2FN["gelu_pytorch_tanh"]),)}
+
+
+def make_of(model: PreTrainedModel) -> Make:
+    """How the layers of a model are put together of which `why_not_known` gives no reason."""
+    return FAMILIES[_family(model)]
 
 
 def of_same_input(layer: nn.Module) -> list[list[nn.Module]]:
@@ -46,10 +92,10 @@ def why_not_known(model: PreTrainedModel, linear: tuple[type, ...] = (nn.Linear,
     be of."""
     if os.environ.get("LANDMARK_FUSED_STEPS") == "0":
         return "LANDMARK_FUSED_STEPS is 0"
-    family = next((name for name in FAMILIES if type(model).__name__ == f"{name}ForCausalLM"), None)
-    if family is None or type(model).__module__ != f"transformers.models.{family.lower()}.modeling_{family.lower()}":
+    family = _family(model)
+    if family is None:
         return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
-    file = sys.modules[type(model).__module__]
+    file, make = sys.modules[type(model).__module__], FAMILIES[family]
     if model.training:
         return "the model is training"
     for path, module in model.named_modules():
@@ -57,17 +103,32 @@ def why_not_known(model: PreTrainedModel, linear: tuple[type, ...] = (nn.Linear,
             return f"{path or 'the model'} has a hook, or a forward of its own"
     for path, module, role in _modules(model):
         if role in ROLES:
-            own = getattr(file, f"{family}{role}", None)
+            own = getattr(file, f"{family}{make.model if role == 'Model' else role}", None)
             known = type(module) is own and own.__module__ == own.forward.__module__ == file.__name__
+            norms = {*make.norms, *make.norms_after} if role == "DecoderLayer" else set()
             children = module._modules.keys()
-            known &= ROLES[role] is None or children in (ROLES[role], ROLES[role] | HEAD_NORMS)
+            known &= ROLES[role] is None or children - HEAD_NORMS == ROLES[role] | norms
+            known &= role == "Attention" or not HEAD_NORMS & children
         else:
-            known = type(module) in (linear if role == "linear" else SILU)
+            known = type(module) in (linear if role == "linear" else ACTIVATIONS[make.activation])
         if not known or (role == "RMSNorm" and module.weight.dtype != model.dtype):
             return f"{path} is a {type(module).__name__}"
-    if 2 * len(model.model.rotary_emb.inv_freq) != model.model.layers[0].self_attn.head_dim:
+    embedding = model.get_input_embeddings()
+    if make.embedding is not None and type(embedding) is not getattr(file, f"{family}{make.embedding}", None):
+        return f"the embedding is a {type(embedding).__name__}"
+    if getattr(model.config, "use_bidirectional_attention", False):
+        return "tokens see those behind them"
+    angles = [x for name, x in model.model.rotary_emb.named_buffers() if "original" not in name]
+    if any(2 * len(x) != model.model.layers[0].self_attn.head_dim for x in angles):
         return "a part of each head is rotated"
     return None
+
+
+def _family(model: PreTrainedModel) -> str | None:
+    """The name in FAMILIES that a model's class has in transformers' own file; None where there is none."""
+    family = next((name for name in FAMILIES if type(model).__name__ == f"{name}ForCausalLM"), None)
+    file = None if family is None else f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+    return family if type(model).__module__ == file else None
 
 
 def _modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:

@@ -9,21 +9,33 @@ from torch import Tensor
 
 from landmark_cli.attention.kernels.common.launch import on_device
 
+from .known_layers import Activation
+
 # Of a row of gated: a program's columns.
 COLUMNS = 1024
 
 
 @triton.jit
-def normed(x, weight, eps, width: tl.constexpr, dtype: tl.constexpr):
-    """The norm of a row, x and weight (N_PAD,) with zeros behind its width, rounded where transformers rounds."""
-    x = x.to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    return (weight.to(tl.float32) * x.to(dtype).to(tl.float32)).to(dtype)
+def weighted(x, weight, dtype: tl.constexpr, CENTERED: tl.constexpr):
+    """x, float32 and of the size 1, times a norm's weight, rounded where transformers rounds: in dtype."""
+    if CENTERED:
+        return (x * (1.0 + weight.to(tl.float32))).to(dtype)
+    else:
+        return (weight.to(tl.float32) * x.to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def add_norm_kernel(X, ADDED, WEIGHT, TOTAL, OUT, eps, N: tl.constexpr, N_PAD: tl.constexpr):
-    """Rows (n, N), dense. ADDED and TOTAL: None where nothing is added. Program (row)."""
+def normed(x, weight, eps, width: tl.constexpr, dtype: tl.constexpr, CENTERED: tl.constexpr):
+    """The norm of a row, x and weight (N_PAD,) with zeros behind its width."""
+    x = x.to(tl.float32)
+    return weighted(x * tl.rsqrt(tl.sum(x * x, 0) / width + eps), weight, dtype, CENTERED)
+
+
+@triton.jit
+def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, after_eps, eps, N: tl.constexpr, N_PAD: tl.constexpr,
+                    CENTERED: tl.constexpr):  # fmt: skip
+    """Rows (n, N), dense. ADDED and TOTAL: None where nothing is added. AFTER: (N,) weight of the norm of what is
+    added, or None. Program (row)."""
     column = tl.arange(0, N_PAD)  # (N_PAD,), as all below
     at = tl.program_id(0).to(tl.int64) * N + column
     mask = column < N
@@ -31,14 +43,17 @@ def add_norm_kernel(X, ADDED, WEIGHT, TOTAL, OUT, eps, N: tl.constexpr, N_PAD: t
     weight = tl.load(WEIGHT + column, mask=mask, other=0.0)
     if ADDED is not None:
         added = tl.load(ADDED + at, mask=mask, other=0.0)
+        if AFTER is not None:
+            after = tl.load(AFTER + column, mask=mask, other=0.0)
+            added = normed(added, after, after_eps, N, OUT.dtype.element_ty, CENTERED)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(OUT.dtype.element_ty)
         tl.store(TOTAL + at, x, mask=mask)
-    tl.store(OUT + at, normed(x, weight, eps, N, OUT.dtype.element_ty), mask=mask)
+    tl.store(OUT + at, normed(x, weight, eps, N, OUT.dtype.element_ty, CENTERED), mask=mask)
 
 
 @triton.jit
 def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, q_strides, k_strides, cos_strides, tokens, heads, eps,
-                        D: tl.constexpr, HALF_PAD: tl.constexpr):  # fmt: skip
+                        D: tl.constexpr, HALF_PAD: tl.constexpr, CENTERED: tl.constexpr):  # fmt: skip
     """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, head: those of Q, then those of K)."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -46,14 +61,14 @@ def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, q_strides, k_strides
     angles = batch_row * cos_strides[0] + token * cos_strides[1]
     if head < heads:
         at = batch_row * q_strides[0] + token * q_strides[1] + head * q_strides[2]
-        _rotate_head(Q + at, COS + angles, SIN + angles, Q_WEIGHT, eps, D, HALF_PAD)
+        _rotate_head(Q + at, COS + angles, SIN + angles, Q_WEIGHT, eps, D, HALF_PAD, CENTERED)
     else:
         at = batch_row * k_strides[0] + token * k_strides[1] + (head - heads) * k_strides[2]
-        _rotate_head(K + at, COS + angles, SIN + angles, K_WEIGHT, eps, D, HALF_PAD)
+        _rotate_head(K + at, COS + angles, SIN + angles, K_WEIGHT, eps, D, HALF_PAD, CENTERED)
 
 
 @triton.jit
-def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constexpr):
+def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constexpr, CENTERED: tl.constexpr):
     """A head in place: normed, where WEIGHT is given, and rotated; the products are rounded before they are added."""
     HALF: tl.constexpr = D // 2
     dtype = X.dtype.element_ty
@@ -63,10 +78,10 @@ def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constex
     two = tl.load(X + HALF + dim, mask=mask, other=0.0).to(tl.float32)
     if WEIGHT is not None:
         scale = tl.rsqrt((tl.sum(one * one, 0) + tl.sum(two * two, 0)) / D + eps)
-        weight = tl.load(WEIGHT + dim, mask=mask, other=0.0).to(tl.float32)
-        one = (weight * (one * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        weight = tl.load(WEIGHT + HALF + dim, mask=mask, other=0.0).to(tl.float32)
-        two = (weight * (two * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        weight = tl.load(WEIGHT + dim, mask=mask, other=0.0)
+        one = weighted(one * scale, weight, dtype, CENTERED).to(tl.float32)
+        weight = tl.load(WEIGHT + HALF + dim, mask=mask, other=0.0)
+        two = weighted(two * scale, weight, dtype, CENTERED).to(tl.float32)
     cos = tl.load(COS + dim, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(SIN + dim, mask=mask, other=0.0).to(tl.float32)
     first = (one * cos).to(dtype).to(tl.float32) - (two * sin).to(dtype).to(tl.float32)
@@ -78,25 +93,36 @@ def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constex
 
 
 @triton.jit
-def gated_kernel(GATE, UP, OUT, gate_stride, up_stride, N: tl.constexpr, COLS: tl.constexpr):
-    """Rows (n, N); strides from row to row, OUT dense. Program (row, tile of COLS columns)."""
+def gated_kernel(GATE, UP, OUT, gate_stride, up_stride, N: tl.constexpr, COLS: tl.constexpr, GELU: tl.constexpr):
+    """Rows (n, N); strides from row to row, OUT dense. GELU: that, by tanh, of the gate, instead of silu. Program (row,
+    tile of COLS columns)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLS + tl.arange(0, COLS)  # (COLS,), as all below
     mask = column < N
     gate = tl.load(GATE + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(UP + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(OUT.dtype.element_ty).to(tl.float32)
+    # gelu by tanh is silu of something else: (1 + tanh(x)) / 2 = 1 / (1 + exp(-2 x)).
+    x = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    gate = (gate / (1.0 + tl.exp(-x))).to(OUT.dtype.element_ty).to(tl.float32)
     tl.store(OUT + row * N + column, (gate * up).to(OUT.dtype.element_ty), mask=mask)
 
 
-def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    after: tuple[Tensor, float] | None = None,
+    centered: bool = False,
+) -> tuple[Tensor, Tensor]:
     x, added = x.contiguous(), None if added is None else added.contiguous()
     out, total, width = torch.empty_like(x), None if added is None else torch.empty_like(x), x.shape[-1]
-    pad = triton.next_power_of_2(width)
+    pad, (after, after_eps) = triton.next_power_of_2(width), after or (None, 0.0)
     with on_device(x):
         add_norm_kernel[(x.numel() // width,)](
-            x, added, weight, total, out, eps, N=width, N_PAD=pad, num_warps=max(1, min(16, pad // 512))
-        )
+            x, added, after, weight, total, out, after_eps, eps, N=width, N_PAD=pad, CENTERED=centered,
+            num_warps=max(1, min(16, pad // 512)),
+        )  # fmt: skip
     return x if total is None else total, out
 
 
@@ -108,25 +134,26 @@ def rotate_heads(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    centered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, dim = q.shape
     cos, sin = (x.expand(batch, tokens, dim).contiguous() for x in (cos, sin))
     with on_device(q):
         rotate_heads_kernel[(batch * tokens, heads + k.shape[2])](
             q, k, cos, sin, q_weight, k_weight, q.stride()[:3], k.stride()[:3], cos.stride()[:2], tokens, heads, eps,
-            D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), num_warps=1,
+            D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), CENTERED=centered, num_warps=1,
             # Else a product of 16-bit numbers and the sum it goes into become one instruction, which does not round it.
             enable_fp_fusion=False,
         )  # fmt: skip
     return q, k
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     width = gate.shape[-1]
     gate, up = gate.flatten(0, -2), up.flatten(0, -2)
     with on_device(gate):
         gated_kernel[(gate.shape[0], triton.cdiv(width, COLUMNS))](
-            gate, up, out, gate.stride(0), up.stride(0), N=width, COLS=COLUMNS
+            gate, up, out, gate.stride(0), up.stride(0), N=width, COLS=COLUMNS, GELU=activation == "gelu_tanh"
         )
     return out

@@ -5,13 +5,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from .known_layers import Activation
 
 
-def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    after: tuple[Tensor, float] | None = None,
+    centered: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The residual x + added, (B, T, N), or x where nothing is added; and its root mean square norm times weight (N,),
-    in x's dtype."""
+    in x's dtype. after: weight (N,) and eps of a norm of what is added, before it is. centered: norms multiply by
+    1 + weight, and round once."""
+    if after is not None:
+        added = _norm(added, *after, centered)
     total = x if added is None else x + added
-    return total, _norm(total, weight, eps)
+    return total, _norm(total, weight, eps, centered)
 
 
 def rotate_heads(
@@ -22,26 +35,30 @@ def rotate_heads(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    centered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D) and k (B, T, G, D), with a dense last dimension, rotated by half-split pairs, after a norm of each
-    head where weights (D,) are given. cos, sin: (B, T, D). What q and k held before may be gone."""
+    head where weights (D,) are given. cos, sin: (B, T, D). centered: as in `add_norm`. What q and k held before may be
+    gone."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     rotated = []
     for x, weight in ((q, q_weight), (k, k_weight)):
-        x = x if weight is None else _norm(x, weight, eps)
+        x = x if weight is None else _norm(x, weight, eps, centered)
         one, two = x.chunk(2, dim=-1)
         rotated.append(x * cos + torch.cat((-two, one), dim=-1) * sin)
     return rotated[0], rotated[1]
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, (B, T, N) each with a dense last dimension."""
-    return torch.nn.functional.silu(gate) * up
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+    """silu(gate) * up, or gelu(gate) * up, approximated with tanh; (B, T, N) each with a dense last dimension."""
+    if activation == "silu":
+        return functional.silu(gate) * up
+    return functional.gelu(gate, approximate="tanh") * up
 
 
 def products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (B, T, K) times weight (N, K), and a bias (N,): (B, T, N) in x's dtype, of sums in float32."""
-    return torch.nn.functional.linear(x, weight, bias)
+    return functional.linear(x, weight, bias)
 
 
 def gated_products(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,6 +66,7 @@ def gated_products(x: Tensor, weight: Tensor) -> Tensor:
     return gated(*products(x, weight).chunk(2, dim=-1))
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm(x: Tensor, weight: Tensor, eps: float, centered: bool) -> Tensor:
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * (1.0 + weight.float())).to(x.dtype) if centered else weight * wide.to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from landmark_cli.models import row_products, step_kernels, step_operations
+from landmark_cli.models.known_layers import Activation
 from tests.closeness import relative_error, tolerance
 
 # Errors of a kernel against float32, as a multiple of its definition's in the same dtype; to it an eighth of a unit in
@@ -27,26 +28,29 @@ class Case(NamedTuple):
     inputs: Callable[[], tuple]
 
 
-def _norms(width: int, tokens: int, adds: bool) -> Callable[[], tuple]:
+def _norms(width: int, tokens: int, adds: bool, after: bool = False, centered: bool = False) -> Callable[[], tuple]:
     def inputs() -> tuple:
         x, added = torch.randn(2, 2, tokens, width)
-        return x, added if adds else None, torch.randn(width), 1e-6
+        behind = (torch.randn(width), 1e-5) if after else None
+        return x, 3 * added if adds else None, torch.randn(width), 1e-6, behind, centered
 
     return inputs
 
 
-def _heads(heads: int, key_heads: int, dim: int, tokens: int, normed: bool) -> Callable[[], tuple]:
+def _heads(
+    heads: int, key_heads: int, dim: int, tokens: int, normed: bool, centered: bool = False
+) -> Callable[[], tuple]:
     def inputs() -> tuple:
         joined = torch.randn(2, tokens, (heads + 2 * key_heads) * dim)
         angles = torch.rand(2, tokens, dim // 2).repeat(1, 1, 2) * 7
-        norms = (*torch.randn(2, dim), 1e-6) if normed else ()
+        norms = (*torch.randn(2, dim), 1e-6, centered) if normed else ()
         return Parts(joined, (heads * dim, key_heads * dim), dim), angles.cos(), angles.sin(), *norms
 
     return inputs
 
 
-def _gates(width: int, tokens: int) -> Callable[[], tuple]:
-    return lambda: (Parts(torch.randn(2, tokens, 2 * width) * 4, (width, width)),)
+def _gates(width: int, tokens: int, *activation: Activation) -> Callable[[], tuple]:
+    return lambda: (Parts(torch.randn(2, tokens, 2 * width) * 4, (width, width)), *activation)
 
 
 def _products(out_features: int, in_features: int, rows: tuple[int, int], bias: bool) -> Callable[[], tuple]:
@@ -77,12 +81,16 @@ def _cases(norms: list, heads: list, gates: list, products: list) -> dict[str, C
         for adds in (False, True):
             name = f"add_norm-{width}-T{tokens}{'-added' if adds else ''}"
             found[name] = Case(step_kernels.add_norm, step_operations.add_norm, _norms(width, tokens, adds))
+        both = Case(step_kernels.add_norm, step_operations.add_norm, _norms(width, tokens, True, True, True))
+        found[f"add_norm-{width}-T{tokens}-added-after-centered"] = both
     for given in heads:
-        for normed in (False, True):
-            name = "rotate_heads-H{}on{}-D{}-T{}".format(*given) + ("-normed" if normed else "")
-            found[name] = Case(step_kernels.rotate_heads, step_operations.rotate_heads, _heads(*given, normed))
+        for kind, more in {"": (False,), "-normed": (True,), "-centered-normed": (True, True)}.items():
+            name = "rotate_heads-H{}on{}-D{}-T{}".format(*given) + kind
+            found[name] = Case(step_kernels.rotate_heads, step_operations.rotate_heads, _heads(*given, *more))
     for given in gates:
-        found["gated-{}-T{}".format(*given)] = Case(step_kernels.gated, step_operations.gated, _gates(*given))
+        for kind in ("silu", "gelu_tanh"):
+            name = "gated-{}-T{}".format(*given) + ("" if kind == "silu" else f"-{kind}")
+            found[name] = Case(step_kernels.gated, step_operations.gated, _gates(*given, kind))
     for out_features, in_features, rows in products:
         shape = f"{out_features}x{in_features}-{rows[0]}x{rows[1]}"
         for name, bias in (("products", False), ("products", True), ("gated_products", False)):
@@ -99,11 +107,11 @@ SMALL = _cases(
     gates=[(48, 1), (1024, 2), (2880, 1)],
     products=[],
 )
-# Those of the tests' models, of SmolLM2-135M and of Llama-3-8B.
+# Those of the tests' models, of SmolLM2-135M and of Llama-3-8B, and a chunk of Gemma 3 270M.
 LARGE = _cases(
-    norms=[(128, 1), (128, 2), (576, 1), (4096, 2)],
-    heads=[(2, 1, 64, 1), (2, 1, 64, 2), (9, 3, 64, 1), (32, 8, 128, 2)],
-    gates=[(256, 1), (256, 2), (1536, 1), (14336, 2)],
+    norms=[(128, 1), (128, 2), (576, 1), (640, 1000), (4096, 2)],
+    heads=[(2, 1, 64, 1), (2, 1, 64, 2), (4, 1, 256, 1000), (9, 3, 64, 1), (32, 8, 128, 2)],
+    gates=[(256, 1), (256, 2), (1536, 1), (2048, 1000), (14336, 2)],
     products=[(256, 128, (2, 1)), (960, 576, (1, 2)), (6144, 4096, (2, 2))],
 )
 
@@ -146,6 +154,8 @@ def _arguments(given: tuple, dtype: torch.dtype, to: torch.dtype, device: str) -
     for x in given:
         if isinstance(x, Parts):
             found += x._replace(joined=x.joined.to(dtype)).views(to, device)
+        elif isinstance(x, tuple):
+            found.append(tuple(_arguments(x, dtype, to, device)))
         else:
             found.append(x.to(device, dtype).to(to) if isinstance(x, Tensor) else x)
     return found

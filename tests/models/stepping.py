@@ -19,15 +19,17 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Trace
 from landmark_cli.inference.block_reader import BlockReader
-from landmark_cli.models.layers import settle_layers
+from landmark_cli.models.decoders import attend_with_landmarks
 from landmark_cli.models.quantization import QuantizedLinear, encode, quantize
 from landmark_cli.models.quantized_products import product_class
+from landmark_cli.models.support import check_model
 from tests.inference.test_graphs import Repeated
 from tests.models.families import tiny_decoder
 from tests.tiny import tiny_text
 
 # Families of tests.models.families whose modules are known; see models/known_layers.py.
-KNOWN = ["llama", "llama-tied", "llama-llama3", "mistral", "mistral-wide-window", "qwen2", "qwen3"]
+KNOWN = ["llama", "llama-tied", "llama-llama3", "mistral", "mistral-wide-window", "qwen2", "qwen2-local", "qwen3"]
+KNOWN += ["gemma2", "gemma2-unbounded", "gemma3"]
 LANDMARKS = {"landmark_freq": 4, "landmark_token_id": 299, "trained_length": 40, "top_k_blocks": 2}
 # Wide enough for weights in 4 bits.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 2}
@@ -45,8 +47,7 @@ def landmark_decoder(family: str = "llama", **settings) -> PreTrainedModel:
     model = tiny_decoder(family, **settings)
     for name, value in LANDMARKS.items():
         setattr(model.config, name, value)
-    model.set_attn_implementation("landmark")
-    settle_layers(model)
+    attend_with_landmarks(model, check_model(model, LANDMARKS["trained_length"], family))
     return model
 
 
