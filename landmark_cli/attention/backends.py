@@ -19,7 +19,7 @@ from torch import Tensor
 from ..console import info, warn
 from ..errors import LandmarkError, UsageError
 from . import blockwise, retrieval
-from .cache import Chunk, LayerBlocks
+from .cache import Chunk, LayerBlocks, LayerWindow
 from .context_miss import attend_chunk_with_context_miss
 from .kernels.hopper import support as hopper_support
 from .kernels.training import support as training_support
@@ -76,6 +76,8 @@ class Backend:
     definition, or another one.
     local_forward, local_backward: of the operators of local_operators.py, whose arguments they take; None: the
     definition, or another one.
+    local_read: attention of a chunk in a layer that holds text, (q, k, v, held, *places, scale, softcap, sinks) -> out,
+    see local.attend_chunk; None: the definition.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Backend:
     retrieve_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
     local_forward: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     local_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
+    local_read: Callable[..., Tensor] | None = None
 
 
 # --- eager: the definition
@@ -233,6 +236,13 @@ def _triton_local_backward(dout, q, k, v, sinks, out, lse, *seen) -> tuple[Tenso
     return kernels.backward(dout, q, k, v, out, lse, kernels.Seen(*seen), sinks)
 
 
+def _triton_local_read(q: Tensor, k: Tensor, v: Tensor, held: LayerWindow, *places_and_logits) -> Tensor:
+    from .kernels.local import read
+
+    *places, scale, softcap, sinks = places_and_logits
+    return read.attend_chunk(q, k, v, held, read.Places(*places), scale, softcap, sinks)
+
+
 # --- hopper: kernels in Gluon for compute capability 9.0, for training
 
 # Why they were given up for the rest of the process, once they were.
@@ -339,6 +349,7 @@ BACKENDS = {
             retrieve_backward=_triton_retrieve_backward,
             local_forward=_triton_local,
             local_backward=_triton_local_backward,
+            local_read=_triton_local_read,
         ),
         Backend(
             "blockwise",

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from . import local_operators
 from .backends import BACKENDS, Problem, choose
 from .cache import Chunk, LayerWindow, rolled
+from .operators import check_scale, check_sinks, check_softcap
 from .reference import attention_logits, repeat_heads
 from .rotary import rotate, rotation_table
 from .window import ReadingWindow
@@ -287,6 +288,10 @@ class _ChunkPlaces:
         first = torch.where(count < length, count, within)
         self.first = torch.where(chunk.real, first, itself).int()
 
+    def read_at(self, rows: Tensor, frequencies: Tensor | None) -> tuple:
+        """What a backend that reads is told of them: the fields of kernels/local/read.py's Places."""
+        return rows, self.text, self.first, self.source, *self.tables(frequencies)
+
     def tables(self, frequencies: Tensor | None) -> tuple:
         """The rotations of: queries and keys to their places, held keys to theirs, and keys to what is held of them."""
         if id(frequencies) not in self._tables:
@@ -325,18 +330,16 @@ def attend_chunk(
     """
     length, size = held.length, held.block_size
     at = chunk.shared(("local", length, size), lambda: _ChunkPlaces(chunk, length, size))
+    name = backend_of(q, backend, reading=True)
+    if (read := BACKENDS[name].local_read) is not None:
+        check_sinks(sinks, q)
+        logits = check_scale(scale, q), check_softcap(softcap), sinks
+        return read(q, k, v, held, *at.read_at(chunk.rows, frequencies), *logits)
     back, to_place, to_held = at.tables(frequencies)
     keys, values, real = held.of(chunk.rows)
-    q = turned(q, back)
     both = torch.cat([turned(keys, to_place), turned(k, back)], dim=2), torch.cat([values, v], dim=2)
-    logits = {"scale": scale, "softcap": softcap, "sinks": sinks}
-    name = backend_of(q, backend, reading=True)
-    if BACKENDS[name].local_forward is None:
-        given = {"front": length, "reach": reach(length + 1, size)}
-        out = attend(q, *both, at.places(real), length + 1, **given, **logits)
-    else:
-        text = torch.cat([real, at.text], dim=1)
-        out = local_operators.attend(q, *both, at.first, text, backend=name, **logits)
+    given = {"front": length, "reach": reach(length + 1, size), "scale": scale, "softcap": softcap, "sinks": sinks}
+    out = attend(turned(q, back), *both, at.places(real), length + 1, **given)
     held.append(turned(k, to_held), v, at.text, chunk.rows, at.source)
     return out
 

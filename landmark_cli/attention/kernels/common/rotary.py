@@ -14,8 +14,8 @@ CALLS = LaunchCache()
 
 
 @triton.jit
-def _move(X, OUT, x_stride, out_stride, cos, sin, heads, ROTATED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-          HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+def move_heads(X, OUT, x_stride, out_stride, cos, sin, heads, ROTATED: tl.constexpr, HALF: tl.constexpr,
+               REST: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
     """All heads of a token, the first 2 * HALF dimensions rotated or as they are. Strides: from head to head."""
     dim = tl.arange(0, HALF_PAD)[None, :]  # (1, HALF_PAD)
     for first in range(0, heads, HEADS):
@@ -37,7 +37,7 @@ def _move(X, OUT, x_stride, out_stride, cos, sin, heads, ROTATED: tl.constexpr, 
 
 
 @triton.jit
-def _angles(COS, SIN, strides, row, token, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+def angles_of(COS, SIN, strides, row, token, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
     """cos and sin of a token, (1, HALF_PAD): they serve all its heads."""
     dim = tl.arange(0, HALF_PAD)[None, :]  # (1, HALF_PAD), as at
     at = row * strides[0] + token * strides[2] + dim
@@ -50,10 +50,10 @@ def rotate_kernel(X, COS, SIN, OUT, x_strides, cos_strides, out_strides, heads, 
     """OUT = X rotated, (B, H, T, D). Program (token, batch row)."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
-    cos, sin = _angles(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
+    cos, sin = angles_of(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
     x = X + row * x_strides[0] + token * x_strides[2]
     out = OUT + row * out_strides[0] + token * out_strides[2]
-    _move(x, out, x_strides[1], out_strides[1], cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+    move_heads(x, out, x_strides[1], out_strides[1], cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -62,15 +62,15 @@ def join_kernel(Q, K, V, COS, SIN, OUT, q_strides, k_strides, v_strides, cos_str
     """OUT (B, T, 3, H, D) = Q and K rotated and V as it is, (B, H, T, D) each. Program (token, batch row)."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
-    cos, sin = _angles(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
+    cos, sin = angles_of(COS, SIN, cos_strides, row, token, HALF, HALF_PAD)
     D: tl.constexpr = 2 * HALF + REST
     out = OUT + (row * tl.num_programs(0) + token) * 3 * heads * D
     q = Q + row * q_strides[0] + token * q_strides[2]
     k = K + row * k_strides[0] + token * k_strides[2]
     v = V + row * v_strides[0] + token * v_strides[2]
-    _move(q, out, q_strides[1], D, cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
-    _move(k, out + heads * D, k_strides[1], D, cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
-    _move(v, out + 2 * heads * D, v_strides[1], D, cos, sin, heads, False, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+    move_heads(q, out, q_strides[1], D, cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+    move_heads(k, out + heads * D, k_strides[1], D, cos, sin, heads, True, HALF, REST, HALF_PAD, REST_PAD, HEADS)
+    move_heads(v, out + 2 * heads * D, v_strides[1], D, cos, sin, heads, False, HALF, REST, HALF_PAD, REST_PAD, HEADS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
