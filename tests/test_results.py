@@ -126,12 +126,14 @@ def test_tables_of_ruler(report, measured, tmp_path):
 
 
 def test_variants_stand_in_one_table_and_what_was_not_measured_is_left_open(report, measured, tmp_path):
-    def write(name, options, records, files=()):
+    def write(name, options=None, records=(), files=()):
         folder = measured / "made-of" / name
-        folder.mkdir(parents=True)
-        (folder / "options.txt").write_text(f"{options}\n")
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-        (folder / "log.tsv").write_text(f"90\tlandmark finetune {options}\n5\tlandmark eval perplexity")
+        folder.mkdir(parents=True, exist_ok=True)
+        if options is not None:
+            (folder / "options.txt").write_text(f"{options}\n")
+            (folder / "log.tsv").write_text(f"90\tlandmark finetune {options}\n5\tlandmark eval perplexity")
+        if records:
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
         for file, content in dict(files).items():
             (folder / file).write_text(json.dumps(content))
 
@@ -141,32 +143,65 @@ def test_variants_stand_in_one_table_and_what_was_not_measured_is_left_open(repo
             for n, s in enumerate(speeds, 1)
         ]
 
-    def cells(*scores):
-        return {"cells": [{"reading": r, "tokens": n, "task": t, "score": s} for r, n, t, s in scores]}
+    def ruler(**means):
+        """ "k2_8192": mean."""
+        found = []
+        for name, mean in means.items():
+            way, length = name.split("_")
+            found.append({"reading": f"top-k {way[1:]}", "tokens": int(length), "score": mean, "interval": [0.1, 0.9]})
+        return {"means": found, "cells": [{"task": "niah_single_2", "samples": 10}, {"task": "vt", "samples": 10}]}
+
+    def perplexity(**of):
+        rows = [{"settings": {"eval-length": int(n[1:])}, "result": p and {"perplexity": p}} for n, p in of.items()]
+        return {"study": "perplexity", "rows": rows}
 
     held_out = {"step": 3, "validation_loss": 3.0, "validation_perplexity": 20.0, "validation_divergence": 0.9}
     of_tasks = {"validation_prose_divergence": 0.0625, "validation_answers_loss": 1.5, "validation_answers_right": 0.75}
-    asked = {"step": 3, "ruler_mean_8192": 0.5, "ruler_mean_65536": 0.25, "untouched_ruler_mean_8192": 0.625}
-    perplexity = {"perplexity.json": {"eval_length": 8192, "perplexity": 30.5}}
-    by_blocks = {"ruler-k.json": cells(("top-k 2", 8192, "vt", 0.0), ("top-k 2", 8192, "fwe", 0.5))}
-    write("best", "", [*steps(1, 400, 200), held_out | of_tasks, asked], perplexity | by_blocks)
-    # Trained at another length, it was asked apart at these.
-    apart = {"ruler.json": cells(("top-k 12", 8192, "vt", 0.25), ("top-k 12", 8192, "fwe", 0.5))}
-    write("again", "--sequence-length 1024", [*steps(100), held_out, {"step": 3, "ruler_mean_8192": 0.125}], apart)
-    (measured / "made-of" / "untouched.json").write_text(json.dumps({"eval_length": 8192, "perplexity": 34.0}))
+    both = {"perplexity.json": perplexity(n8192=30.5, n65536=29.0), "ruler.json": ruler(k12_8192=0.5, k12_65536=0.25)}
+    by_blocks = {"ruler-k.json": ruler(k2_8192=0.25)}
+    write("best", "", [*steps(1, 400, 200), held_out | of_tasks], both | by_blocks)
+    write("again", "--sequence-length 1024", [*steps(100), held_out], {"ruler.json": ruler(k12_8192=0.375)})
+    write("not-begun", "--lr 1")
+    write("", files={"perplexity.json": perplexity(n8192=34.0, n65536=None), "ruler.json": ruler(k0_8192=0.625)})
+    (measured / "made-of" / "about.md").write_text("Two at a time.\n")
     page = report.report(report.read_parts(measured), tmp_path / "docs")
     lines = page[page.index("## What distillation") : page.index("## Commands")].splitlines()[4:]
-    assert lines[0].startswith(
-        "| change | steps | divergence | perplexity at 8,192 | RULER at 8,192 | RULER at 65,536 |"
-    )
-    assert lines[2:6] == [
-        "| (untouched, read whole) |  |  | 34.00 | 0.62 |  |  |  |  |  |",
-        "| none: the recipe | 3 | 0.062 | 30.50 | 0.50 | 0.25 | 1.50 | 75.0% | 300 | 90 |",
-        "| `--sequence-length 1024` | 3 | 0.900 |  | 0.38 |  |  |  | 100 | 90 |",
-        "",
+    assert lines[:2] == ["Two at a time.", ""]
+    assert lines[2].split(" | ")[3:7] == [
+        f"{what} at {n}" for what in ("perplexity", "RULER") for n in ("8,192", "65,536")
     ]
-    assert lines[6:9] == ["| the recipe's model, read with | RULER at 8,192 |", "| --- | ---: |", "| top-k 2 | 0.25 |"]
+    assert lines[4:9] == [
+        "| (untouched, read whole) |  |  | 34.00 |  | 0.62 (0.10-0.90) |  |  |  |  |  |",
+        "| none: the recipe | 3 | 0.062 | 30.50 | 29.00 | 0.50 (0.10-0.90) | 0.25 (0.10-0.90) "
+        "| 1.50 | 75.0% | 300 | 90 |",
+        "| `--sequence-length 1024` | 3 | 0.900 |  |  | 0.38 (0.10-0.90) |  |  |  | 100 | 90 |",
+        "",
+        "RULER: niah_single_2, vt, 10 of each.",
+    ]
+    assert lines[10] == "| the recipe's model, read with | RULER at 8,192 |"
+    assert lines[12] == "| top-k 2 | 0.25 (0.10-0.90) |"
     assert page.count("landmark finetune --sequence-length 1024") == 1
+
+
+def test_keys_in_novels_stand_beside_each_other_before_and_after(report, measured, tmp_path):
+    found = {
+        "ruler-untouched/passkey-novels": {1024: 40},
+        "ruler-distilled/passkey-novels": {1024: 41},
+        "ruler-distilled/passkey-novels-long": {1000000: 42},
+        "ruler-distilled-64k/passkey-novels-before": {1024: 43},
+        "ruler-distilled-64k/passkey-novels": {1024: 44},
+        "ruler-distilled-64k/passkey-novels-long": {1000000: 45},
+    }
+    for place, of_lengths in found.items():
+        path = measured / f"{place}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(keys(of_lengths)))
+    page = report.report(report.read_parts(measured), tmp_path / "docs")
+    table = page[page.index("## Pass keys in novels") : page.index("## Commands")].splitlines()[4:]
+    assert [cell.strip() for cell in table[0].split("|")[2:-1]] == [
+        "untouched, full attention", "distilled", "distilled, chunks of 2016", "then in windows of 64k",
+    ]  # fmt: skip
+    assert [re.findall(r"(\d+)/50", line) for line in table[2:4]] == [["40", "41", "43", "44"], ["42", "45"]]
 
 
 def test_windows_of_other_lengths_stand_in_one_table(report, measured, tmp_path):
@@ -197,7 +232,10 @@ def test_what_is_varied_are_options_of_a_run_that_go_together():
         given, flags = {}, iter(words)
         for word in flags:
             name = word.removeprefix("--").replace("-", "_")
-            given[name] = True if name == "merge" else next(flags)
+            if name in ("merge", "no_compile"):
+                given[name.removeprefix("no_")] = name == "merge"
+            else:
+                given[name] = next(flags)
         assert given.keys() <= fields.keys(), line
         of_teacher = {"answer_divergence_weight"} if given.get("teacher") == "none" else set()
         values = {name: value for name, value in recipe.items() if name not in of_teacher}

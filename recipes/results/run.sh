@@ -16,7 +16,9 @@
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
-#   ruler-answers-0               the same, answers weighing no more than other text
+#   ruler-distilled-64k           ruler-distilled's model, after that, going on in windows of 64 thousand tokens, trained as it
+#                                 reads; then asked the same
+#   ruler-answers-0               as ruler-distilled, answers weighing no more than other text
 #   made-of                       the same distillation in short, over and over, each time with one thing changed
 #   gemma3-untouched gemma3-distilled    Gemma 3 270M as it is, and distilled from itself: RULER
 #   report                        all that was measured, as Markdown and pictures; needs no GPU
@@ -29,11 +31,15 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled and ruler-answers-0; RULER_WAYS: how it is asked, of k4 k16 long, or none
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled and ruler-answers-0; DISTILLED_64K_STEPS of ruler-distilled-64k
+#   RULER_WAYS             how models are asked, of k4 k16 long (RULER's tasks) keys long-keys (pass keys in novels), or none
+#   RULER_KEYS RULER_KEY_PROMPTS    lengths and number of these pass keys; the longest are as long and many as long's prompts
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
-#   MADE_OF_SAMPLES        of RULER's three tasks; MADE_OF_LENGTH: they are asked at it and at 8 times it, and novels read
-#   MADE_OF_TOKENS         of a step, whatever the windows (the recipe's); MADE_OF_EVAL text of a perplexity
-#   MADE_OF_K              numbers of blocks that the unchanged recipe's model is read with, by commas
+#   MADE_OF_AT_ONCE        so many of them at a time on one GPU, which share its rate: their tokens/s are no speed then
+#   MADE_OF_LENGTH         novels are read, and RULER's tasks asked, at it and at 8 times it; MADE_OF_EVAL text of a perplexity
+#   MADE_OF_TASKS MADE_OF_SAMPLES    which of RULER's tasks, and how many of each
+#   MADE_OF_TOKENS         of a step, whatever the windows (the recipe's)
+#   MADE_OF_K              numbers of blocks that the unchanged recipe's model is read with, by commas; after all else
 #   GEMMA3                 its directory (tests/real/gemma3.py makes it); GEMMA3_STEPS GEMMA3_LENGTHS GEMMA3_SAMPLES of its parts
 #   DATA RUNS RESULTS DOCS    where token files, models, figures and the report go
 #   DEVICE DTYPE TRAIN FINETUNE    device, dtype of measuring, further options of training; PYTHON
@@ -52,9 +58,12 @@ SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
 RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMPLES=${RULER_SAMPLES:-20}
 RULER_LONG_LENGTHS=${RULER_LONG_LENGTHS:-131072,1000000} RULER_LONG_SAMPLES=${RULER_LONG_SAMPLES:-5}
 RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-900}
-RULER_WAYS=${RULER_WAYS:-k4 k16 long}
-MADE_OF=${MADE_OF:-} MADE_OF_STEPS=${MADE_OF_STEPS:-200} MADE_OF_SAMPLES=${MADE_OF_SAMPLES:-10}
-MADE_OF_LENGTH=${MADE_OF_LENGTH:-8192} MADE_OF_EVAL=${MADE_OF_EVAL:-131072} MADE_OF_K=${MADE_OF_K:-2,4,8,16,32}
+DISTILLED_64K_STEPS=${DISTILLED_64K_STEPS:-120}
+RULER_WAYS=${RULER_WAYS:-k4 k16 long keys long-keys}
+RULER_KEYS=${RULER_KEYS:-1024,4096,8192,16384,65536} RULER_KEY_PROMPTS=${RULER_KEY_PROMPTS:-20}
+MADE_OF=${MADE_OF:-} MADE_OF_STEPS=${MADE_OF_STEPS:-200} MADE_OF_AT_ONCE=${MADE_OF_AT_ONCE:-1}
+MADE_OF_LENGTH=${MADE_OF_LENGTH:-8192} MADE_OF_EVAL=${MADE_OF_EVAL:-262144} MADE_OF_K=${MADE_OF_K-2,4,8,16,32}
+MADE_OF_TASKS=${MADE_OF_TASKS:-niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue} MADE_OF_SAMPLES=${MADE_OF_SAMPLES:-10}
 GEMMA3=${GEMMA3:-data/gemma3} GEMMA3_STEPS=${GEMMA3_STEPS:-400} GEMMA3_SAMPLES=${GEMMA3_SAMPLES:-10}
 GEMMA3_LENGTHS=${GEMMA3_LENGTHS:-4096,8192,16384,32768,65536,131072}
 DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
@@ -64,17 +73,17 @@ SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-answers-0"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-distilled-64k ruler-answers-0"
 GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
 PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
 landmark() { "$PYTHON" -m landmark_cli "$@"; }
 
-# Run a command, say how long it took, and note it in the part's log.
+# Run a command, say how long it took, and note it in the part's log; one that fails is not noted.
 step() {
     local begin=$SECONDS
     printf '\n$ %s\n' "$*"
-    "$@"
+    "$@" || return
     printf '(%s: %d s)\n' "${*:1:3}" $((SECONDS - begin))
     printf '%d\t%s\n' $((SECONDS - begin)) "$*" >> "$results/log.tsv"
 }
@@ -238,9 +247,42 @@ ask() {
         --lengths "$lengths" --samples "$samples" --output "$RUNS/studies/$part/$name" "$@"
 }
 
+# keys_in_novels NAME LENGTHS PROMPTS OPTIONS: pass keys in novels that no training saw, asked for in words that no training of
+# these models saw.
+keys_in_novels() {
+    local name=$1 lengths=$2 prompts=$3
+    shift 3
+    measure "$name" passkey --model "$model" --haystack "${NOVELS:?the folder of the novels, with validation/ in it}/validation" \
+        --lengths "$lengths" --prompts "$prompts" "$@"
+}
+
+# Keys are asked for with as many blocks as the model was trained for, and in its own chunks.
+ask_in_ways() {
+    local way
+    for way in $RULER_WAYS; do
+        case $way in
+            k4) ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4 ;;
+            k16) ask ruler-k16 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 ;;
+            long) ask ruler-long "$model" "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" --top-k-blocks 16 --tasks "$RULER_LONG_TASKS" ;;
+            keys) keys_in_novels passkey-novels "$RULER_KEYS" "$RULER_KEY_PROMPTS" ;;
+            long-keys) keys_in_novels passkey-novels-long "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" ;;
+            none) ;;
+            *) echo "there is no way of asking called $way" >&2; return 2 ;;
+        esac
+    done
+}
+
 ruler() {
     case $role in
-        untouched) ask ruler "$SMOLLM2" "$RULER_LENGTHS" "$RULER_SAMPLES" --full-attention ;;
+        untouched)
+            model=$SMOLLM2
+            if [[ " $RULER_WAYS " == *" k"[0-9]* ]]; then
+                ask ruler "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --full-attention
+            fi
+            if [[ " $RULER_WAYS " == *" keys "* ]]; then
+                keys_in_novels passkey-novels "$RULER_KEYS" "$RULER_KEY_PROMPTS" --full-attention
+            fi
+            ;;
         recipe)
             ask ruler-k4 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4
             # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
@@ -252,113 +294,164 @@ ruler() {
             local weights=()
             [ "$role" = distilled ] || weights=(--answer-weight 0 --answer-divergence-weight 0)
             distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS" "${weights[@]}"
-            for way in $RULER_WAYS; do
-                case $way in
-                    k4) ask ruler-k4 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 4 ;;
-                    k16) ask ruler-k16 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 ;;
-                    long) ask ruler-long "$model" "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" --top-k-blocks 16 --tasks "$RULER_LONG_TASKS" ;;
-                    none) ;;
-                    *) echo "there is no way of asking called $way" >&2; return 2 ;;
-                esac
-            done
+            ask_in_ways
+            ;;
+        distilled-64k)
+            local base=$RUNS/ruler-distilled
+            [ -e "$base/config.json" ] || [ -e "$model/config.json" ] ||
+                { echo "ruler-distilled-64k goes on from the model of ruler-distilled, and $base has none: run that part first" >&2; return 2; }
+            smollm2_text
+            novels
+            distil results/smollm2-distilled-64k "$base" "$DISTILLED_64K_STEPS" --teacher "$SMOLLM2" --eval-ruler none
+            ask_in_ways
+            if [[ " $RULER_WAYS " == *" keys "* ]] && [ -e "$base/config.json" ]; then
+                # The model that it went on from, in the chunks that it was trained in: what these alone change. In text
+                # tokens, of which a block has one less.
+                local blocks=$(($(recipe_value smollm2-distilled-64k read-chunk) / 64))
+                model=$base keys_in_novels passkey-novels-before "$RULER_KEYS" "$RULER_KEY_PROMPTS" --chunk $((63 * blocks))
+            fi
             ;;
     esac
 }
 
-# A value of the recipe that is varied.
-recipe_value() { sed -n "s/^$1: *//p" recipes/results/smollm2-distilled.yaml; }
+# recipe_value RECIPE NAME: a number of a recipe.
+recipe_value() { sed -n "s/^$2: *//p" "recipes/results/$1.yaml"; }
 
-# windows LENGTH: a step of as many tokens in windows of this length.
-windows_of() { echo "--sequence-length $1 --batch-size $((MADE_OF_TOKENS > $1 ? MADE_OF_TOKENS / $1 : 1))"; }
+# windows_of LENGTH: as many tokens in windows of this length: of a step, or, where one window is more, of all steps.
+windows_of() {
+    local rows=$((MADE_OF_TOKENS / $1))
+    if [ "$rows" -gt 0 ]; then
+        echo "--sequence-length $1 --batch-size $rows"
+    else
+        echo "--sequence-length $1 --batch-size 1 --steps $((MADE_OF_STEPS * MADE_OF_TOKENS / $1))"
+    fi
+}
 
-# A name a line, and what differs from recipes/results/smollm2-distilled.yaml.
+# A name a line, and what differs from recipes/results/smollm2-distilled.yaml, the most telling first. All see as many tokens
+# of text. Blocks of another size are read so many at a time that they hold as many. Where a gate is taught, layers are not
+# compiled one by one, and a whole model takes minutes.
 variants() {
-    MADE_OF_TOKENS=${MADE_OF_TOKENS:-$(($(recipe_value sequence-length) * $(recipe_value batch-size) * $(recipe_value accumulation)))}
+    local recipe=smollm2-distilled
+    MADE_OF_TOKENS=${MADE_OF_TOKENS:-$(($(recipe_value $recipe sequence-length) * $(recipe_value $recipe batch-size) * $(recipe_value $recipe accumulation)))}
     cat <<TABLE
 best
 seed-1              --seed 1
 no-teacher          --teacher none --answer-weight 1
-no-teacher-seed-1   --teacher none --answer-weight 1 --seed 1
-no-teacher-answers  --teacher none --answer-weight 30
 no-tasks            --tasks-share 0 --answer-weight 0
-fewer-tasks         --tasks-share 0.3
-answers-0           --answer-weight 0
+answers-0           --answer-weight 0 --answer-divergence-weight 0
+landmarks           --train landmarks
+windows-2k          $(windows_of 2048)
+read-32k            --read-chunk 2048 $(windows_of 32768)
+block-32            --landmark-freq 31 --top-k-blocks 24
+lora-64             --lora-rank 64 --merge
+no-teacher-seed-1   --teacher none --answer-weight 1 --seed 1
+lr-1e-4             --lr 1e-4
+lr-1e-3             --lr 1e-3
+block-16            --landmark-freq 15 --top-k-blocks 48
+block-128           --landmark-freq 127 --top-k-blocks 6
+gate-0.1            --gate-weight 0.1 --no-compile
+read-8k             --read-chunk 2048 $(windows_of 8192)
+read-128k           --read-chunk 2048 $(windows_of 131072)
+windows-1k          $(windows_of 1024)
+windows-4k          $(windows_of 4096)
 answers-1           --answer-weight 1
 answers-by-words    --answer-weight 1 --answer-divergence-weight 0
 answers-by-teacher  --answer-weight 0 --answer-divergence-weight 3
+no-teacher-answers  --teacher none --answer-weight 30
+fewer-tasks         --tasks-share 0.3
 text-1              --text-weight 1
-windows-1k          $(windows_of 1024)
-windows-2k          $(windows_of 2048)
-windows-4k          $(windows_of 4096)
-windows-8k          $(windows_of 8192)
-block-16            --landmark-freq 15
-block-32            --landmark-freq 31
-block-64            --landmark-freq 63
-block-128           --landmark-freq 127
 lr-3e-5             --lr 3e-5
-lr-1e-4             --lr 1e-4
-lr-1e-3             --lr 1e-3
 lora-8              --lora-rank 8 --merge
-lora-64             --lora-rank 64 --merge
 lora-256            --lora-rank 256 --merge
-landmarks           --train landmarks
 landmarks-lr-1e-3   --train landmarks --lr 1e-3
-gate-0.1            --gate-weight 0.1
-gate-1              --gate-weight 1
-read-8k             --read-chunk 2048 $(windows_of 8192)
-read-32k            --read-chunk 2048 $(windows_of 32768)
+gate-1              --gate-weight 1 --no-compile
 TABLE
 }
 
-# brief_ruler NAME OPTIONS: three of RULER's tasks as `finetune` asks them, at the same lengths for all variants.
+# brief_ruler NAME OPTIONS: the same questions for all variants, in the shipped novels.
 brief_ruler() {
     local name=$1
     shift
-    measure "$name" ruler --model "$model" --tasks niah_single_2,niah_multikey_1,vt --samples "$MADE_OF_SAMPLES" \
-        --lengths "$MADE_OF_LENGTH,$((8 * MADE_OF_LENGTH))" --output "$RUNS/studies/$part/$(basename "$model")-$name" "$@"
+    measure "$name" ruler --model "$model" --tasks "$MADE_OF_TASKS" --samples "$MADE_OF_SAMPLES" \
+        --output "$RUNS/studies/$part/$(basename "$model")-$name" "$@"
 }
 
-eight_thousand() {
-    measure "$1" perplexity --model "$2" --data "$DATA/novels$suffix" --eval-length "$MADE_OF_LENGTH" --sample-tokens "$MADE_OF_EVAL"
+in_brief() { brief_ruler ruler --lengths "$MADE_OF_LENGTH,$((8 * MADE_OF_LENGTH))"; }
+
+# Perplexities of both lengths, by one process.
+in_novels() {
+    local study=$RUNS/studies/$part/perplexity.yaml
+    measure perplexity study "$study" --role "model=$model" --data "$DATA/novels$suffix" \
+        --output "$RUNS/studies/$part/$(basename "$model")" --sample-tokens "$MADE_OF_EVAL"
 }
 
-# variant NAME OPTIONS: RULER at the run's end is asked at lengths that go by its windows, else here.
+# variant NAME OPTIONS: what is measured already takes no model.
 variant() {
-    local name=$1 recipe=results/smollm2-distilled metrics=$RUNS/$part/$1/metrics.jsonl
+    local name=$1 recipe=results/smollm2-distilled begin=$SECONDS
     shift
     results=$RESULTS/$part/$name model=$RUNS/$part/$name
     mkdir -p "$results"
     printf '%s\n' "$*" > "$results/options.txt"
+    [ ! -e "$results/perplexity.json" ] || [ ! -e "$results/ruler.json" ] || { echo "$results is measured already"; return; }
     if [[ " $* " == *" --teacher none "* ]]; then
         # What is said of a teacher is refused where there is none.
         recipe=$results/recipe.yaml
         sed '/^answer-divergence-weight/d; /^text-weight/d; /^gate-weight/d; /^distill-temperature/d' \
             recipes/results/smollm2-distilled.yaml > "$recipe"
     fi
-    distil "$recipe" "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler "$MADE_OF_SAMPLES" --eval-every "$MADE_OF_STEPS" "$@" &&
-        eight_thousand perplexity "$model" || return
-    grep -q "\"ruler_mean_$MADE_OF_LENGTH\"" "$metrics" && grep -q "\"ruler_mean_$((8 * MADE_OF_LENGTH))\"" "$metrics" ||
-        brief_ruler ruler || return
-    [ "$name" != best ] || [ -z "$MADE_OF_K" ] || brief_ruler ruler-k --top-k-blocks "$MADE_OF_K"
+    distil "$recipe" "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler none --eval-every "$MADE_OF_STEPS" "$@" || return
+    both in_novels in_brief || return
+    printf '\nvariant %s: %d s\n' "$name" $((SECONDS - begin))
 }
 
-# Where one variant fails, the others are measured.
+# Where one variant fails, the others are measured; a signal stops all.
 made_of() {
     smollm2_text
     novels
-    eight_thousand untouched "$SMOLLM2"
-    local all chosen=0 failed=() name options
+    mkdir -p "$RUNS/studies/$part"
+    cat > "$RUNS/studies/$part/perplexity.yaml" <<STUDY
+study: perplexity
+roles: {model: what is measured}
+rows:
+  - {role: model, eval-length: $MADE_OF_LENGTH}
+  - {role: model, eval-length: $((8 * MADE_OF_LENGTH))}
+STUDY
+    local all chosen=0 failed name options line
+    failed=$(mktemp)
     mapfile -t all < <(variants)
-    for line in "${all[@]}"; do
+    if [ "$MADE_OF_AT_ONCE" -gt 1 ]; then
+        echo "$MADE_OF_AT_ONCE runs at a time shared one GPU: their tokens/s and seconds are no speed." > "$results/about.md"
+    fi
+    for line in "untouched" "${all[@]}"; do
         read -r name options <<< "$line"
-        [ -z "$MADE_OF" ] || [[ " $MADE_OF " == *" $name "* ]] || continue
-        chosen=$((chosen + 1))
-        # Several words each.
-        variant "$name" $options || failed+=("$name")
+        if [ "$name" != untouched ]; then
+            [ -z "$MADE_OF" ] || [[ " $MADE_OF " == *" $name "* ]] || continue
+            chosen=$((chosen + 1))
+        fi
+        while [ "$(jobs -rp | wc -l)" -ge "$MADE_OF_AT_ONCE" ]; do wait -n || true; done
+        # Options are several words each.
+        (one_of_made_of "$name" $options || { status=$?; echo "$name" >> "$failed"; exit "$status"; }) &
+        # Of runs one after the other a signal is to reach the one that runs.
+        [ "$MADE_OF_AT_ONCE" -gt 1 ] || wait $! || [ $? -lt 128 ] || return 130
     done
-    results=$RESULTS/$part
+    wait
     [ "$chosen" -ge "$(wc -w <<< "$MADE_OF")" ] || { echo "of MADE_OF=$MADE_OF some are none of: ${all[*]%% *}" >&2; return 2; }
-    [ "${#failed[@]}" = 0 ] || { echo "these failed: ${failed[*]}" >&2; return 1; }
+    if [ -n "$MADE_OF_K" ] && [ -e "$RUNS/$part/best/config.json" ]; then
+        results=$RESULTS/$part/best model=$RUNS/$part/best
+        brief_ruler ruler-k --lengths "$MADE_OF_LENGTH,$((8 * MADE_OF_LENGTH))" --top-k-blocks "$MADE_OF_K"
+        results=$RESULTS/$part
+    fi
+    [ ! -s "$failed" ] || { echo "these failed:" $(< "$failed") >&2; return 1; }
+}
+
+one_of_made_of() {
+    if [ "$1" != untouched ]; then
+        variant "$@"
+        return
+    fi
+    # In the part's own folder; with full attention its positions end at the first of the lengths.
+    model=$SMOLLM2
+    in_novels && brief_ruler ruler --lengths "$MADE_OF_LENGTH" --full-attention
 }
 
 gemma3() {

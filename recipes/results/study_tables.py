@@ -217,33 +217,37 @@ def last(part: Part, *names: str) -> float | None:
     return next((figures[-1] for figures in found if figures), None)
 
 
-def ruler_mean(part: Part, file: str, length: int, reading: str | None = None) -> float | None:
-    """Of all tasks that a file has at a length; reading: by this way alone."""
-    cells = part.ruler.get(file, {"cells": []})["cells"]
-    scores = [cell["score"] for cell in cells if cell["tokens"] == length and reading in (None, cell["reading"])]
-    return statistics.mean(scores) if scores else None
+def ruler_means(part: Part, file: str) -> dict[tuple[str, int], str]:
+    """(reading, length) -> the mean of the tasks that a file has there, with its bootstrapped 95 % interval."""
+    return {
+        (one["reading"], one["tokens"]): f"{one['score']:.2f} ({one['interval'][0]:.2f}-{one['interval'][1]:.2f})"
+        for one in part.ruler.get(file, {"means": []})["means"]
+    }
 
 
 def variants_table(part: Part) -> list[str]:
     """What became of a recipe with each change, and of the untouched model."""
-    measured = [one.tables["perplexity"] for one in part.variants.values() if "perplexity" in one.tables]
-    if not measured:
+    everyone = [part, *part.variants.values()]
+    perplexities = [
+        {row["settings"]["eval-length"]: (row["result"] or {}).get("perplexity") for row in rows}
+        for rows in (one.tables.get("perplexity", {"rows": []})["rows"] for one in everyone)
+    ]
+    # Of each by its own way of reading, of which it has one here.
+    scores = [{length: mean for (_, length), mean in ruler_means(one, "ruler").items()} for one in everyone]
+    lengths = sorted({length for found in (*perplexities, *scores) for length in found})
+    if not lengths:
         return []
-    length = measured[0]["eval_length"]
-    columns = ["change", "steps", "divergence", f"perplexity at {length:,}"]
-    columns += [f"RULER at {n:,}" for n in (length, 8 * length)]
-    columns += ["answers' loss", "answers right", "tokens/s", "seconds"]
+    columns = ["change", "steps", "divergence", *(f"perplexity at {n:,}" for n in lengths)]
+    columns += [f"RULER at {n:,}" for n in lengths] + ["answers' loss", "answers right", "tokens/s", "seconds"]
     rows = []
-    if "untouched" in part.tables:
-        # Each variant's run asked it anew where that is its own length.
-        asked = (last(one, f"untouched_ruler_mean_{length}") for one in part.variants.values())
-        score = next((score for score in asked if score is not None), None)
-        rows.append(["(untouched, read whole)", None, None, part.tables["untouched"]["perplexity"], score])
-    for one in part.variants.values():
-        scores = []
-        for n in (length, 8 * length):
-            asked = ruler_mean(one, "ruler", n)
-            scores.append(last(one, f"ruler_mean_{n}") if asked is None else asked)
+    for one, perplexity, score in zip(everyone, perplexities, scores, strict=True):
+        figures = [perplexity.get(n) for n in lengths] + [score.get(n) for n in lengths]
+        if one is part:
+            if any(figures):
+                rows.append(["(untouched, read whole)", None, None, *figures, *[None] * 4])
+            continue
+        if not one.training:
+            continue
         right, divergence = (
             last(one, "validation_answers_right"),
             last(one, "validation_prose_divergence", "validation_divergence"),
@@ -253,26 +257,29 @@ def variants_table(part: Part) -> list[str]:
                 f"`{one.options}`" if one.options else "none: the recipe",
                 last(one, "step"),
                 None if divergence is None else f"{divergence:.3f}",
-                one.tables.get("perplexity", {}).get("perplexity"),
-                *scores,
+                *figures,
                 last(one, "validation_answers_loss"),
                 None if right is None else f"{right:.1%}",
                 speed(one),
                 one.training_seconds,
             ]
         )
-    return markdown(columns, [row + [None] * (len(columns) - len(row)) for row in rows])
+    asked = [cell for one in everyone for cell in one.ruler.get("ruler", {"cells": []})["cells"]]
+    tasks = ", ".join(dict.fromkeys(cell["task"] for cell in asked))
+    samples = sorted({cell["samples"] for cell in asked})
+    said = [f"RULER: {tasks}, {' or '.join(map(str, samples))} of each.", ""] if asked else []
+    return [*([part.about, ""] if part.about else []), *markdown(columns, rows), *said]
 
 
 def blocks_table(part: Part) -> list[str]:
     """RULER of the unchanged recipe's model by the blocks that it is read with."""
     unchanged = part.variants.get(UNCHANGED)
-    cells = unchanged.ruler.get("ruler-k", {"cells": []})["cells"] if unchanged else []
-    if not cells:
+    means = ruler_means(unchanged, "ruler-k") if unchanged else {}
+    if not means:
         return []
-    lengths = sorted({cell["tokens"] for cell in cells})
+    lengths = sorted({length for _, length in means})
     rows = [
-        [reading, *(ruler_mean(unchanged, "ruler-k", length, reading) for length in lengths)]
-        for reading in dict.fromkeys(cell["reading"] for cell in cells)
+        [reading, *(means.get((reading, length)) for length in lengths)]
+        for reading in dict.fromkeys(reading for reading, _ in means)
     ]
     return markdown(["the recipe's model, read with", *(f"RULER at {length:,}" for length in lengths)], rows)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import landmark_cli
 from landmark_cli.commands.finetune import FinetuneOptions, check_launch, run
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.options import build, load_recipe
 from landmark_cli.training.distillation import Distillation
 from landmark_cli.training.teachers import Teacher
@@ -130,6 +131,25 @@ def test_resumed_it_is_the_same_run(tmp_path, changes):
         )
         with pytest.raises(LandmarkError, match=told):
             finetune(part, save_every=2, resume=True, **(changes | other))
+
+
+def test_a_model_with_landmarks_goes_on_as_it_reads_beside_the_untouched_one(tmp_path):
+    """Windows are longer than its positions, of which chunks and blocks take a part; that is how it is then read."""
+    first = finetune(tmp_path / "first", steps=8)
+    long = {"sequence_length": 640, "read_chunk": 24, "top_k_blocks": 3, "batch_size": 1, "accumulation": 1, "steps": 1}
+    second = finetune(tmp_path / "second", model=str(first), teacher="base", **long)
+    (before, _), (after, tokenizer) = (landmark_cli.load(path) for path in (first, second))
+    assert after.config.max_position_embeddings == before.config.max_position_embeddings == 512
+    assert (after.config.trained_length, after.config.top_k_blocks) == ((3 + 1) * 8 + 24, 3)
+    assert BlockReader(after).chunk == 3 * 7
+    # No second token for landmarks, and no rows for one.
+    assert tokenizer.get_vocab() == landmark_cli.load(first)[1].get_vocab()
+    assert after.config.landmark_token_id == before.config.landmark_token_id
+    assert after.get_input_embeddings().weight.shape == before.get_input_embeddings().weight.shape
+    # It is beside the untouched model that it begins where the first run ended.
+    beside_itself = finetune(tmp_path / "third", model=str(first), **long)
+    divergences = [records(path, "divergence")[0] for path in (second, beside_itself)]
+    assert divergences[0] > 1.2 * divergences[1] > 0
 
 
 def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
