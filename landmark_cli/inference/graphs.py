@@ -22,7 +22,7 @@ from landmark_cli.attention.cache import BlockCache, Chunk, Passage
 from landmark_cli.console import warn
 from landmark_cli.inference.graph_inputs import GraphInputs
 from landmark_cli.models.device import to_device
-from landmark_cli.models.fused_step import FusedStep, join_weights, why_not_fused
+from landmark_cli.models.fused_step import Fused, join_weights
 from landmark_cli.models.quantization import weight_count
 
 # Tokens times parameters of a chunk, from which on it keeps a GPU busy without a graph.
@@ -90,7 +90,7 @@ class ChunkForward:
         self.model, self.cache, self.record = model, cache, CudaGraph
         self.recording = cache.device.type == "cuda" and len(set(getattr(model, "hf_device_map", {}).values())) < 2
         self._parameters = weight_count(model)
-        self.steps_alone, self.fuses_steps = False, True
+        self.steps_alone, self.fuses_steps, self._fused = False, True, Fused(model)
         if self.recording:
             # Before the first graph, which reads the weights where they are then.
             join_weights(model)
@@ -183,8 +183,9 @@ class ChunkForward:
     @torch.no_grad()
     def _forward(self, ids: Tensor, chunk: Chunk | Passage, kept: Tensor) -> Tensor:
         # Without a graph too: what a step or a chunk gives must not depend on when a graph is recorded.
-        if self.recording and self.fuses_steps and why_not_fused(self.model) is None:
-            return FusedStep(self.model)(ids, kept, **self.cache.inputs(chunk))
+        fused = self._fused() if self.recording and self.fuses_steps else None
+        if fused is not None:
+            return fused(ids, kept, **self.cache.inputs(chunk))
         return self.model(input_ids=ids, **self.cache.inputs(chunk), logits_to_keep=kept, use_cache=False).logits
 
     def _kind(self, ids: Tensor, kept: Tensor, rows: Sequence[int]) -> tuple:

@@ -10,6 +10,7 @@ which they call them. What is not known to be just that is left to the modules (
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import step_operations
 from .joined import Product, join, parameters_to_join
-from .known_layers import Activation, Make, make_of, of_same_input, why_not_known
+from .known_layers import SWITCH, Activation, Make, make_of, of_same_input, why_not_known
 from .quantization import QuantizedLinear
 
 
@@ -56,6 +57,35 @@ class FusedStep:
         _, hidden = own.operations.add_norm(x, added, *_norm(model.norm), after, self.make.centered)
         logits, cap = self.head(hidden), getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class Fused:
+    """The fused forward pass of a model, made anew when the model has changed: finding out whether all its parts are
+    known takes a host as long as launching half a chunk's kernels."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self._state, self._step = model, None, None
+
+    def __call__(self) -> FusedStep | None:
+        """None where the model's modules are to run."""
+        if (state := _state(self.model)) != self._state:
+            self._step = FusedStep(self.model) if why_not_fused(self.model) is None else None
+            self._state = state
+        return self._step
+
+
+def _state(model: PreTrainedModel) -> list:
+    """What `why_not_fused` and `FusedStep` look at, as far as it changes while a model is used: its modules and their
+    parameters, hooks, adapters, whether it is training, settings of the process."""
+    found: list = [os.environ.get(SWITCH), torch.is_autocast_enabled(model.device.type)]
+    modules: list[nn.Module] = [model]
+    for module in modules:
+        hooks = module._forward_hooks, module._forward_pre_hooks
+        found += [module, type(module), module.training, "forward" in vars(module), *map(len, hooks)]
+        for parameter in module._parameters.values():
+            found += [id(parameter), None if parameter is None else parameter.data_ptr()]
+        modules += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 class _Own(NamedTuple):

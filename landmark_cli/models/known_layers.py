@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+# A variable of the environment: 0 leaves all models their modules.
+SWITCH = "LANDMARK_FUSED_STEPS"
 Activation = Literal["silu", "gelu_tanh"]
 
 
@@ -90,8 +92,8 @@ def of_same_input(layer: nn.Module) -> list[list[nn.Module]]:
 def why_not_known(model: PreTrainedModel, linear: tuple[type, ...] = (nn.Linear,)) -> str | None:
     """Why a model's parts may not be called in its layers' place, or None. linear: classes that its linear layers may
     be of."""
-    if os.environ.get("LANDMARK_FUSED_STEPS") == "0":
-        return "LANDMARK_FUSED_STEPS is 0"
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
     family = _family(model)
     if family is None:
         return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"

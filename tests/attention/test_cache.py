@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from landmark_cli.attention.cache import BlockCache, Offload, RetrievalSettings, Selection, pages
+from landmark_cli.attention.cache.layer_window import rolled
 from landmark_cli.attention.cache.pages import Pages, require_host_memory
 from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.rotary import default_inverse_frequencies
@@ -227,3 +228,12 @@ def test_recorded_steps_keep_the_address_of_their_counts():
     assert blocks.arrivals(8).data_ptr() == first.data_ptr()
     with pytest.raises(ValueError, match="rows is 16, was 8"):
         blocks.arrivals(16)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("tokens", "length"), [(1, 0), (1, 4), (12, 5), (12, 12), (7, 30)])
+def test_what_rolls_on_is_the_newest_text(tokens, length, share):
+    text = torch.rand(3, tokens, generator=torch.Generator().manual_seed(tokens)) < share
+    for found, row in zip(rolled(text, length), text.tolist(), strict=True):
+        all_of_it = [*range(length), *(length + token for token, is_text in enumerate(row) if is_text)]
+        assert found.tolist() == all_of_it[len(all_of_it) - length :]

@@ -10,7 +10,7 @@ from torch import nn
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.models import row_products, step_kernels, step_operations
-from landmark_cli.models.fused_step import FusedStep, join_weights, why_not_fused
+from landmark_cli.models.fused_step import Fused, FusedStep, join_weights, why_not_fused
 from landmark_cli.models.joined import Product, join, spanned
 from landmark_cli.models.known_layers import FAMILIES
 from landmark_cli.models.quantization import quantize
@@ -162,10 +162,20 @@ def change(model, what: str) -> None:
 def test_what_is_not_known_keeps_its_modules(what):
     model = landmark_decoder()
     assert why_not_fused(model) is None
+    fused = Fused(model)
+    assert fused() is fused() is not None
     change(model, what)
-    assert why_not_fused(model) is not None
+    assert why_not_fused(model) is not None and fused() is None
     join_weights(model)
     assert all(spanned(weights) is None for weights in weights_of(model))
+
+
+def test_weights_that_moved_are_found_where_they_are():
+    model = landmark_decoder()
+    fused = Fused(model)
+    before = fused()
+    join_weights(model)
+    assert before.layers[0].qkv.weight is None and fused().layers[0].qkv.weight is not None
 
 
 def test_a_class_that_somebody_changed_keeps_its_modules(monkeypatch):
@@ -175,9 +185,11 @@ def test_a_class_that_somebody_changed_keeps_its_modules(monkeypatch):
 
 
 def test_it_can_be_turned_off(monkeypatch):
-    monkeypatch.setenv("LANDMARK_FUSED_STEPS", "0")
     model = landmark_decoder()
-    assert why_not_fused(model) == "LANDMARK_FUSED_STEPS is 0"
+    fused = Fused(model)
+    assert fused() is not None
+    monkeypatch.setenv("LANDMARK_FUSED_STEPS", "0")
+    assert why_not_fused(model) == "LANDMARK_FUSED_STEPS is 0" and fused() is None
     join_weights(model)
     assert all(spanned(weights) is None for weights in weights_of(model))
 

@@ -22,11 +22,13 @@ def rolled(text: Tensor, length: int) -> Tensor:
     """Of `length` tokens that are held and the tokens of a chunk behind them, the last `length` that are held or text:
     (n, length) their numbers, in order. text: (n, T) bool."""
     count = text.sum(-1, keepdim=True)
-    # A row's text in front of all else, in order.
-    order = (~text).long().argsort(dim=-1, stable=True)
-    source = torch.arange(length, device=text.device) + count
-    fresh = order.gather(-1, (source - length).clamp(0, text.shape[1] - 1)) + length
-    return torch.where(source < length, source, fresh)
+    # Where each token of the text goes; what goes nowhere goes behind all that is asked for. No sort: that takes longer
+    # than a layer's attention.
+    slot = text.cumsum(-1) - 1 + length - count
+    slot = torch.where(text & (slot >= 0), slot, length)
+    source = torch.arange(length + 1, device=text.device) + count
+    fresh = torch.arange(length, length + text.shape[1], device=text.device)
+    return source.scatter_(1, slot, fresh.expand_as(slot))[:, :length].contiguous()
 
 
 class LayerWindow:
