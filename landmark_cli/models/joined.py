@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .quantization import QuantizedLinear
+
 
 def join(parameters: Sequence[nn.Parameter]) -> bool:
     """Move parameters (n_i, ...) to one piece of memory, one behind another, where they do not lie so already. Each
@@ -64,6 +66,14 @@ class Product:
         joined = [spanned(parameters) for parameters in parameters_to_join(layers)]
         if joined and all(tensor is not None for tensor in joined):
             self.weight, self.bias = (*joined, None)[:2]
+
+    @property
+    def read(self) -> Tensor | None:
+        """What the product reads first: its weight, that of its first layer, or that one's codes."""
+        if self.weight is not None:
+            return self.weight
+        first = self.layers[0]
+        return first.codes if isinstance(first, QuantizedLinear) else getattr(first, "weight", None)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         if self.weight is None:

@@ -104,6 +104,10 @@ class HummingProduct(nn.Module):
     def scale_dtype(dtype: torch.dtype) -> torch.dtype:
         return dtype
 
+    @property
+    def codes(self) -> Tensor:
+        return self.layer.weight
+
     def forward(self, rows: Tensor) -> Tensor:
         return self.layer(rows.contiguous(), tuning_config=self._kernel(len(rows)))
 
@@ -113,9 +117,11 @@ class HummingProduct(nn.Module):
         if bucket not in self.chosen:
             from humming.tune import get_heuristics_config
 
+            from landmark_cli.attention.kernels.common.dependent import launches_early
+
             device = self.layer.weight.device
             chosen: dict[str, Any] = get_heuristics_config(self.layer.humming_config, shape_m=bucket, device=device)
-            self.chosen[bucket] = json.dumps(chosen)
+            self.chosen[bucket] = json.dumps(chosen | {"use_pdl": launches_early(device)})
         return self.chosen[bucket]
 
 

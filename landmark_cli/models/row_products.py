@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from landmark_cli.attention.kernels.common.dependent import dependent_launch, wait_for_previous
 from landmark_cli.attention.kernels.common.launch import on_device
 
 MOST_ROWS = 4
@@ -30,16 +31,19 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def row_sums(X, WEIGHT, row, ok, x_stride, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-             STAGES: tl.constexpr):  # fmt: skip
+             STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Products of ROWS rows of X (ROWS, K) with rows `row` (TILE,) of WEIGHT (., K), 0 where not ok: a tuple of ROWS
-    sums (TILE,) in float32."""
+    sums (TILE,) in float32. The weight's first tile is on its way before the kernel that makes X has ended."""
     column = tl.arange(0, COLS)  # (COLS,)
     weights = WEIGHT + row.to(tl.int64)[:, None] * K + column[None, :]  # (TILE, COLS), as w and each of sums
     sums = (tl.zeros([row.shape[0], COLS], tl.float32),) * ROWS
+    following = tl.load(weights, mask=ok[:, None] & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
+    wait_for_previous(PDL)
     for begin in tl.range(0, K, COLS, num_stages=STAGES):
         mask = begin + column < K
-        w = tl.load(weights + begin, mask=ok[:, None] & mask[None, :], other=0.0, eviction_policy="evict_first")
-        w = w.to(tl.float32)
+        w = following.to(tl.float32)
+        behind = ok[:, None] & (begin + COLS + column < K)[None, :]
+        following = tl.load(weights + begin + COLS, mask=behind, other=0.0, eviction_policy="evict_first")
         new = ()
         for r in tl.static_range(ROWS):
             x = tl.load(X + r * x_stride + begin + column, mask=mask, other=0.0).to(tl.float32)  # (COLS,)
@@ -53,11 +57,11 @@ def row_sums(X, WEIGHT, row, ok, x_stride, K: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def products_kernel(X, WEIGHT, BIAS, OUT, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                    TILE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    TILE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """OUT (ROWS, N) = X WEIGHT^T + BIAS, unless that is None. Program (tile of TILE rows of WEIGHT)."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (TILE,), as ok
     ok = row < N
-    found = row_sums(X, WEIGHT, row, ok, x_stride, K, ROWS, COLS, STAGES)
+    found = row_sums(X, WEIGHT, row, ok, x_stride, K, ROWS, COLS, STAGES, PDL)
     for r in tl.static_range(ROWS):
         total = found[r]
         if BIAS is not None:
@@ -67,14 +71,15 @@ def products_kernel(X, WEIGHT, BIAS, OUT, x_stride, N: tl.constexpr, K: tl.const
 
 @triton.jit
 def gated_products_kernel(X, WEIGHT, OUT, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                          TILE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                          TILE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+                          PDL: tl.constexpr):  # fmt: skip
     """OUT (ROWS, N) = silu(X GATE^T) * (X UP^T), where GATE (N, K) and UP (N, K) are WEIGHT. Program (tile of TILE rows
     of WEIGHT, those of GATE and of UP by turns)."""
     HALF: tl.constexpr = TILE // 2
     dtype = OUT.dtype.element_ty
     index = tl.arange(0, TILE)  # (TILE,), as row
     row = tl.program_id(0) * HALF + index // 2
-    found = row_sums(X, WEIGHT, row + index % 2 * N, row < N, x_stride, K, ROWS, COLS, STAGES)
+    found = row_sums(X, WEIGHT, row + index % 2 * N, row < N, x_stride, K, ROWS, COLS, STAGES, PDL)
     column = tl.program_id(0) * HALF + tl.arange(0, HALF)  # (HALF,), as gate and up
     for r in tl.static_range(ROWS):
         gate, up = tl.split(tl.reshape(found[r].to(dtype).to(tl.float32), [HALF, 2]))
@@ -117,7 +122,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _constants(weight: Tensor, out_features: int, rows: int, tiles: Tiles) -> dict[str, int]:
-    shape = {"N": out_features, "K": weight.shape[1], "ROWS": rows}
+    shape = {"N": out_features, "K": weight.shape[1], "ROWS": rows} | dependent_launch(weight)
     return shape | {"TILE": tiles.rows, "COLS": tiles.columns, "STAGES": tiles.stages, "num_warps": tiles.warps}
 
 

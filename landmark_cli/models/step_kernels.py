@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from landmark_cli.attention.kernels.common.dependent import dependent_launch, wait_for_previous
 from landmark_cli.attention.kernels.common.launch import on_device
 
 from .known_layers import Activation
 
 # Of a row of gated: a program's columns.
 COLUMNS = 1024
+# Of what is read next: the bytes that are asked for ahead, at most, and those that a program asks for.
+AHEAD, AHEAD_STEP = 24 << 20, 1 << 16
+
+
+@triton.jit
+def ask_ahead(DATA, nbytes, program, STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):
+    """Have STEP bytes of DATA (its first nbytes, a multiple of 16) brought into the GPU's L2 cache, which nothing waits
+    for. LANES: threads of a program. Not before what stands before has ended: of what is asked for while a product
+    reads its weight, little would be left."""
+    wait_for_previous(PDL)
+    SIZE: tl.constexpr = STEP // LANES
+    at = program * STEP + tl.arange(0, LANES) * SIZE  # (LANES,), as size
+    size = tl.minimum(nbytes - at, SIZE)
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}", "=r,l,r",
+        [DATA.to(tl.int64) + at, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -32,15 +52,21 @@ def normed(x, weight, eps, width: tl.constexpr, dtype: tl.constexpr, CENTERED: t
 
 
 @triton.jit
-def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, after_eps, eps, N: tl.constexpr, N_PAD: tl.constexpr,
-                    CENTERED: tl.constexpr):  # fmt: skip
+def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, NEXT, after_eps, eps, rows, ahead, N: tl.constexpr,
+                    N_PAD: tl.constexpr, CENTERED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
     """Rows (n, N), dense. ADDED and TOTAL: None where nothing is added. AFTER: (N,) weight of the norm of what is
-    added, or None. Program (row)."""
+    added, or None. Program (row, and behind the rows those that ask for `ahead` bytes of NEXT, unless it is None)."""
+    if NEXT is not None:
+        if tl.program_id(0) >= rows:
+            ask_ahead(NEXT, ahead, tl.program_id(0) - rows, STEP, LANES, PDL)
+            return
     column = tl.arange(0, N_PAD)  # (N_PAD,), as all below
     at = tl.program_id(0).to(tl.int64) * N + column
     mask = column < N
-    x = tl.load(X + at, mask=mask, other=0.0)
     weight = tl.load(WEIGHT + column, mask=mask, other=0.0)
+    wait_for_previous(PDL)
+    x = tl.load(X + at, mask=mask, other=0.0)
     if ADDED is not None:
         added = tl.load(ADDED + at, mask=mask, other=0.0)
         if AFTER is not None:
@@ -52,9 +78,17 @@ def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, after_eps, eps, N: tl.c
 
 
 @triton.jit
-def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, q_strides, k_strides, cos_strides, tokens, heads, eps,
-                        D: tl.constexpr, HALF_PAD: tl.constexpr, CENTERED: tl.constexpr):  # fmt: skip
-    """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, head: those of Q, then those of K)."""
+def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, NEXT, q_strides, k_strides, cos_strides, rows, tokens,
+                        heads, eps, ahead, D: tl.constexpr, HALF_PAD: tl.constexpr, CENTERED: tl.constexpr,
+                        STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, head: those of Q, then those of K); NEXT and
+    ahead: as in add_norm_kernel, for programs behind the rows."""
+    if NEXT is not None:
+        if tl.program_id(0) >= rows:
+            program = (tl.program_id(0) - rows) * tl.num_programs(1) + tl.program_id(1)
+            ask_ahead(NEXT, ahead, program, STEP, LANES, PDL)
+            return
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     batch_row, token = row // tokens, row % tokens
@@ -93,9 +127,16 @@ def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constex
 
 
 @triton.jit
-def gated_kernel(GATE, UP, OUT, gate_stride, up_stride, N: tl.constexpr, COLS: tl.constexpr, GELU: tl.constexpr):
+def gated_kernel(GATE, UP, OUT, NEXT, gate_stride, up_stride, rows, ahead, N: tl.constexpr, COLS: tl.constexpr,
+                 GELU: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows (n, N); strides from row to row, OUT dense. GELU: that, by tanh, of the gate, instead of silu. Program (row,
-    tile of COLS columns)."""
+    tile of COLS columns); NEXT and ahead: as in add_norm_kernel, for programs behind the rows."""
+    if NEXT is not None:
+        if tl.program_id(0) >= rows:
+            program = (tl.program_id(0) - rows) * tl.num_programs(1) + tl.program_id(1)
+            ask_ahead(NEXT, ahead, program, STEP, LANES, PDL)
+            return
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLS + tl.arange(0, COLS)  # (COLS,), as all below
     mask = column < N
@@ -114,14 +155,17 @@ def add_norm(
     eps: float,
     after: tuple[Tensor, float] | None = None,
     centered: bool = False,
+    following: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     x, added = x.contiguous(), None if added is None else added.contiguous()
     out, total, width = torch.empty_like(x), None if added is None else torch.empty_like(x), x.shape[-1]
     pad, (after, after_eps) = triton.next_power_of_2(width), after or (None, 0.0)
+    rows, warps = x.numel() // width, max(1, min(16, pad // 512))
+    data, ahead, programs, launch = _ahead(x, following, warps)
     with on_device(x):
-        add_norm_kernel[(x.numel() // width,)](
-            x, added, after, weight, total, out, after_eps, eps, N=width, N_PAD=pad, CENTERED=centered,
-            num_warps=max(1, min(16, pad // 512)),
+        add_norm_kernel[(rows + programs,)](
+            x, added, after, weight, total, out, data, after_eps, eps, rows, ahead, N=width, N_PAD=pad,
+            CENTERED=centered, num_warps=warps, **launch,
         )  # fmt: skip
     return x if total is None else total, out
 
@@ -135,25 +179,50 @@ def rotate_heads(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     centered: bool = False,
+    following: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, dim = q.shape
     cos, sin = (x.expand(batch, tokens, dim).contiguous() for x in (cos, sin))
+    rows, all_heads = batch * tokens, heads + k.shape[2]
+    data, ahead, programs, launch = _ahead(q, following, 1)
     with on_device(q):
-        rotate_heads_kernel[(batch * tokens, heads + k.shape[2])](
-            q, k, cos, sin, q_weight, k_weight, q.stride()[:3], k.stride()[:3], cos.stride()[:2], tokens, heads, eps,
-            D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), CENTERED=centered, num_warps=1,
+        rotate_heads_kernel[(rows + triton.cdiv(programs, all_heads), all_heads)](
+            q, k, cos, sin, q_weight, k_weight, data, q.stride()[:3], k.stride()[:3], cos.stride()[:2], rows, tokens,
+            heads, eps, ahead, D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), CENTERED=centered, num_warps=1,
             # Else a product of 16-bit numbers and the sum it goes into become one instruction, which does not round it.
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **launch,
         )  # fmt: skip
     return q, k
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu", following: Tensor | None = None) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    width = gate.shape[-1]
+    width, gelu = gate.shape[-1], activation == "gelu_tanh"
     gate, up = gate.flatten(0, -2), up.flatten(0, -2)
+    rows, tiles = gate.shape[0], triton.cdiv(width, COLUMNS)
+    data, ahead, programs, launch = _ahead(gate, following, 4)
     with on_device(gate):
-        gated_kernel[(gate.shape[0], triton.cdiv(width, COLUMNS))](
-            gate, up, out, gate.stride(0), up.stride(0), N=width, COLS=COLUMNS, GELU=activation == "gelu_tanh"
-        )
+        gated_kernel[(rows + triton.cdiv(programs, tiles), tiles)](
+            gate, up, out, data, gate.stride(0), up.stride(0), rows, ahead, N=width, COLS=COLUMNS, GELU=gelu,
+            num_warps=4, **launch,
+        )  # fmt: skip
     return out
+
+
+class Ahead(NamedTuple):
+    """What a kernel asks for ahead: nbytes of data, by so many programs of its own. launch: its constants for that, and
+    how it is launched."""
+
+    data: Tensor | None
+    nbytes: int
+    programs: int
+    launch: dict[str, int | bool]
+
+
+def _ahead(x: Tensor, following: Tensor | None, warps: int) -> Ahead:
+    """Of what is read next, on GPUs that can be told."""
+    launch = dependent_launch(x) | {"STEP": AHEAD_STEP, "LANES": 32 * warps}
+    if following is None or not launch["PDL"] or following.data_ptr() % 16:
+        return Ahead(None, 0, 0, launch)
+    nbytes = min(AHEAD, following.nbytes) // 16 * 16
+    return Ahead(following, nbytes, triton.cdiv(nbytes, AHEAD_STEP), launch)

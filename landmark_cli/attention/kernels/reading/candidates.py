@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.dependent import wait_for_previous
 from .parts import cache_row, counts_of, query_rows
 from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded
 
@@ -18,7 +19,7 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
                       heads, capacity, retrievable, top_k, one_key, scaling,
                       HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr,
                       ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, ABSOLUTE: tl.constexpr,
-                      EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                      EXACT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """AGES and SCORES (B, H, T, SPLITS, K): of each query and head, the K best blocks among those of each split.
 
     Program (tile of rows, split, key head): rows are the queries of the heads on a key head. The first split has the
@@ -26,6 +27,7 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
     share the rest in tiles of COLS. Splits that have nothing write nothing. batch, heads, capacity, retrievable,
     top_k, one_key: as in select_kernel.
     """
+    wait_for_previous(PDL)
     split = tl.program_id(1)
     key_row = tl.program_id(2)
     batch_row = key_row // heads

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.dependent import wait_for_previous
 from ..common.logits import logits_of
 from ..common.tiles import LOG2E
 from .candidates import best_candidates
@@ -26,7 +27,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                   K_PAD: tl.constexpr, ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr,
                   CANDIDATES: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-                  ABSOLUTE: tl.constexpr):  # fmt: skip
+                  ABSOLUTE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that candidates_kernel left.
 
     Program (item, query of a head). Items: K selected blocks, the query's own block, and, where a step may begin a new
@@ -35,6 +36,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
     selected blocks. COLS: landmarks a tile of candidates_kernel's. KEYS: keys a tile of a block. retrievable: most
     blocks to choose from. SINKS: (H,) natural logits of keys without values, or None. scaling: see common/logits.py.
     """
+    wait_for_previous(PDL)
     item = tl.program_id(0)
     row = tl.program_id(1)
     query_heads = heads * HEADS_PER_KEY

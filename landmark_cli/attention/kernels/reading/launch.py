@@ -84,6 +84,7 @@ def store(call: Call) -> None:
         call.k, call.v, blocks.blocks, blocks.landmark_keys, call.page_table, call.chunk.counters, call.rotations,
         call.stream_rotation, strides(call.k), strides(call.v), call.tokens, *call.ring, PARTS=call.parts,
         D_PAD=call.dim_pad, BLOCK=call.settings.block_size, ROWS=rows, ABSOLUTE=call.absolute, num_warps=1,
+        **call.launch,
     )  # fmt: skip
 
 
@@ -205,6 +206,6 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
         found.scores, outputs, logits, arrived, out, chosen, shares, call.sinks, strides(call.q), strides(out),
         call.tokens, *call.ring, *call.reach, call.scaling, **call.heads_and_parts, D_PAD=call.dim_pad,
         **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
-        KEYS=choice.cols, ABSOLUTE=call.absolute, num_warps=choice.warps,
+        KEYS=choice.cols, ABSOLUTE=call.absolute, num_warps=choice.warps, **call.launch,
     )  # fmt: skip
     return out, chosen, shares

@@ -103,7 +103,7 @@ def candidates(call: Call, choice: Configuration, most: int) -> Candidates:
         call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
         strides(call.q), call.tokens, *call.ring, *call.scoring, call.score_scaling, **call.heads_and_parts,
         K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
-        ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
+        ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(), **call.launch,
     )  # fmt: skip
     constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
     return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})

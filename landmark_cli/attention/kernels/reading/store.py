@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.dependent import wait_for_previous
 from .parts import cache_row, counts_of, load_columns, load_parts, rotate, store_parts
 
 
@@ -12,12 +13,13 @@ from .parts import cache_row, counts_of, load_columns, load_parts, rotate, store
 def store_kernel(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation, k_strides, v_strides,
                  tokens, batch, heads, capacity,
                  PARTS: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-                 ABSOLUTE: tl.constexpr):  # fmt: skip
+                 ABSOLUTE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """K and V (B, G, T, D) into BLOCKS (B, G, capacity, 2, BLOCK, D), keys rotated back to their offset in the block.
 
     Landmarks' keys go to LANDMARK_KEYS (B, G, capacity, D) too. PAGE_TABLE, unless None: blocks begun anew lose their
     frame in the pool. Program (tile of tokens, key head).
     """
+    wait_for_previous(PDL)
     D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
     key_row = tl.program_id(1)
     batch_row = key_row // heads
