@@ -121,9 +121,9 @@ def main(waits: bool) -> None:
     launch.Call.launch = on
     q, k, v = (torch.empty(1, 1, n, 128, dtype=torch.bfloat16) for n in (4, 2, 2))
     angles, x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, 1, 128), (1, 1, 1024), (64, 1024)))
-    step_kernels.add_norm(x, x.clone(), weight[0], 1e-5, weight)
+    step_kernels.add_norm(x, x.clone(), weight[0], 1e-5, following=weight)
     step_kernels.rotate_heads(q, k, angles, angles, following=weight)
-    step_kernels.gated(x, x.clone(), weight)
+    step_kernels.gated(x, x.clone(), following=weight)
     row_products.products(x, weight)
     row_products.gated_products(x, weight)
     cache = BlockCache(RetrievalSettings(64, 8), default_inverse_frequencies(128))
