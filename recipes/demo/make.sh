@@ -9,7 +9,7 @@
 # It goes on where it was when it is run again. What may be set:
 #   PART        what is done, of vocabulary tasks train ship measure (all)
 #   DATA RUN OUTPUT    where vocabulary and documents, the run, and what is shipped go
-#   DOCUMENTS   documents of tasks; PROCESSES: how many processes make them
+#   DOCUMENTS   documents of tasks; KINDS: of which kinds, as often as they are named; PROCESSES: how many make them
 #   FACTS       hidden in the novel when answers are counted; SEEDS: how often, with other facts at other places
 #   DEVICE PYTHON
 set -euo pipefail
@@ -17,8 +17,9 @@ cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-python} PART=${PART:-vocabulary tasks train ship measure}
 DATA=${DATA:-data/demo} RUN=${RUN:-runs/demo-shipped} OUTPUT=${OUTPUT:-landmark_cli/assets/demo}
-DOCUMENTS=${DOCUMENTS:-120000} PROCESSES=${PROCESSES:-$(getconf _NPROCESSORS_ONLN)}
-FACTS=${FACTS:-50} SEEDS=${SEEDS:-1 2} DEVICE=${DEVICE:-auto}
+# Two documents of three ask in the simplest form, one in any.
+DOCUMENTS=${DOCUMENTS:-120000} KINDS=${KINDS:-completion completion look_up}
+PROCESSES=${PROCESSES:-$(getconf _NPROCESSORS_ONLN)} FACTS=${FACTS:-50} SEEDS=${SEEDS:-1 2} DEVICE=${DEVICE:-auto}
 
 step() { printf '\n$ %s\n' "$*"; "$@"; }
 does() { [[ " $PART " == *" $1 "* ]]; }
@@ -27,11 +28,10 @@ if does vocabulary; then
     step "$PYTHON" recipes/demo/vocabulary.py --output "$DATA/tokenizer"
 fi
 if does tasks; then
-    # Two documents of three ask in the simplest form, one in any. What is not there is not asked for: a model of this size
-    # should answer.
-    prepare=(-m landmark_cli prepare tasks --tokenizer "$DATA/tokenizer" --output "$DATA/tasks" --kinds completion
-        --kinds completion --kinds look_up --absent 0 --shortest 256 --longest 1000 --max-documents "$DOCUMENTS"
-        --validation-share 0.002)
+    # What is not there is not asked for: a model of this size should answer.
+    prepare=(-m landmark_cli prepare tasks --tokenizer "$DATA/tokenizer" --output "$DATA/tasks" --absent 0 --shortest 256
+        --longest 1000 --max-documents "$DOCUMENTS" --validation-share 0.002)
+    for kind in $KINDS; do prepare+=(--kinds "$kind"); done
     if [ "$PROCESSES" -gt 1 ]; then
         # Each process encodes with one thread; together they take all cores.
         RAYON_NUM_THREADS=1 step "$PYTHON" -m torch.distributed.run --nproc_per_node "$PROCESSES" "${prepare[@]}"
