@@ -147,6 +147,8 @@ class _Layer:
         if make.caps:
             self.given["softcap"] = attention.attn_logit_softcapping
         self.kind = attention.layer_type if make.rotates_by_kind else None
+        # Some decoders have layers without positions.
+        self.rotates = bool(getattr(attention, "use_rope", True))
 
     def __call__(
         self, x: Tensor, added: Tensor | None, after: tuple[Tensor, float] | None, own: _Own, only: Tensor | None
@@ -157,7 +159,8 @@ class _Layer:
         x, hidden = operations.add_norm(x, added, *self.norm, after, centered, own.following(self.qkv))
         q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in own.products(hidden, self.qkv))
         rotation, following = own.rotations[self.kind], own.following(self.out)
-        q, k = operations.rotate_heads(q, k, *rotation, *self.head_norms, following=following)
+        if self.rotates:
+            q, k = operations.rotate_heads(q, k, *rotation, *self.head_norms, following=following)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         out, _ = own.attend(attention, q, k, v, None, **self.given, **own.inputs)
         if only is not None:

@@ -50,7 +50,7 @@ GEMMA2 = Make(
 )
 # By name, as their modules are imported with them.
 FAMILIES = {
-    **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3"), LLAMA),
+    **dict.fromkeys(("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "SmolLM3"), LLAMA),
     "Gemma2": GEMMA2,
     "Gemma3": replace(GEMMA2, model="TextModel", caps=False, rotates_by_kind=True),
 }

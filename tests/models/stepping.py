@@ -29,7 +29,7 @@ from tests.tiny import tiny_text
 
 # Families of tests.models.families whose modules are known; see models/known_layers.py.
 KNOWN = ["llama", "llama-tied", "llama-llama3", "mistral", "mistral-wide-window", "qwen2", "qwen2-local", "qwen3"]
-KNOWN += ["gemma2", "gemma2-unbounded", "gemma3"]
+KNOWN += ["ministral", "smollm3", "gemma2", "gemma2-unbounded", "gemma3"]
 LANDMARKS = {"landmark_freq": 4, "landmark_token_id": 299, "trained_length": 40, "top_k_blocks": 2}
 # Wide enough for weights in 4 bits.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 2}

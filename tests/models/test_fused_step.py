@@ -63,7 +63,7 @@ def test_a_fused_step_is_the_models_own(family, joined, fused_calls, by_definiti
 
 
 @pytest.mark.parametrize("last_only", [False, True], ids=["all logits", "last logits"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "gemma2", "gemma3"])
 def test_a_fused_chunk_is_the_models_own(family, last_only, fused_calls, by_definition):
     """Rows of unequal length, padded on the left, in chunks that end within blocks."""
     model, rows, found = landmark_decoder(family), [tiny_text(43, 0), tiny_text(30, 1)], []
@@ -195,7 +195,10 @@ def test_it_can_be_turned_off(monkeypatch):
 
 
 def test_other_models_keep_their_modules():
-    assert why_not_fused(tiny_model()) == "GPTForCausalLM is none of Llama, Mistral, Qwen2, Qwen3, Gemma2, Gemma3"
+    assert (
+        why_not_fused(tiny_model())
+        == "GPTForCausalLM is none of Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, Gemma2, Gemma3"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2"])
