@@ -33,6 +33,7 @@ from landmark_cli.training.fit import CPU_WINDOW, STEP_TOKENS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedConfig
 
     from landmark_cli.training.teachers import UntouchedRows
 
@@ -270,6 +271,7 @@ def run(options: FinetuneOptions) -> Path | None:
     config = check_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     given, options = options, with_defaults(options, config)
     warn_of_course(given, options)
+    warn_of_blocks(options, config)
     check_windows(options)
     check_positions(
         config,
@@ -364,6 +366,16 @@ def warn_of_course(given: FinetuneOptions, options: FinetuneOptions) -> None:
         warn(
             f"{output} has no {RECIPE}, in which a run says with which options it was begun: it goes on with "
             f"{' and '.join(taken)}, today's defaults; give them if they were others"
+        )
+
+
+def warn_of_blocks(options: FinetuneOptions, config: PreTrainedConfig) -> None:
+    """Warn where a model that has landmarks already is to get blocks of another size. config: the model's."""
+    found = getattr(config, "landmark_freq", None)
+    if found not in (None, options.landmark_freq):
+        warn(
+            f"{options.model} was trained with a landmark after every {counted(found, 'text token')}, and this run has "
+            f"one after every {options.landmark_freq}: --landmark-freq {found} goes on with what it has learned"
         )
 
 

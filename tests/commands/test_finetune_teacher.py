@@ -133,7 +133,7 @@ def test_resumed_it_is_the_same_run(tmp_path, changes):
             finetune(part, save_every=2, resume=True, **(changes | other))
 
 
-def test_a_model_with_landmarks_goes_on_as_it_reads_beside_the_untouched_one(tmp_path):
+def test_a_model_with_landmarks_goes_on_as_it_reads_beside_the_untouched_one(tmp_path, capsys):
     """Windows are longer than its positions, of which chunks and blocks take a part; that is how it is then read."""
     first = finetune(tmp_path / "first", steps=8)
     long = {"sequence_length": 640, "read_chunk": 24, "top_k_blocks": 3, "batch_size": 1, "accumulation": 1, "steps": 1}
@@ -146,6 +146,10 @@ def test_a_model_with_landmarks_goes_on_as_it_reads_beside_the_untouched_one(tmp
     assert tokenizer.get_vocab() == landmark_cli.load(first)[1].get_vocab()
     assert after.config.landmark_token_id == before.config.landmark_token_id
     assert after.get_input_embeddings().weight.shape == before.get_input_embeddings().weight.shape
+    # Blocks of another size are others than it knows.
+    assert "--landmark-freq" not in capsys.readouterr().err
+    finetune(tmp_path / "others", model=str(first), landmark_freq=15, steps=1)
+    assert "--landmark-freq 7 goes on with what it has learned" in " ".join(capsys.readouterr().err.split())
     # It is beside the untouched model that it begins where the first run ended.
     beside_itself = finetune(tmp_path / "third", model=str(first), **long)
     divergences = [records(path, "divergence")[0] for path in (second, beside_itself)]
