@@ -17,7 +17,7 @@ from ..contents import GenerationTrace
 from ..packed import packed_reads
 
 # In this order they are one script.
-SCRIPTS = ("data", "elements", "virtual_list", "blocks", "overview", "tokens", "heads", "search", "main")
+SCRIPTS = ("data", "elements", "virtual_list", "choice_view", "blocks", "overview", "tokens", "heads", "search", "main")
 
 
 def page_of(trace: GenerationTrace) -> bytes:

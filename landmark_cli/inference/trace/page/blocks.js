@@ -4,22 +4,15 @@ const LINE = 22, PADDING = 15.5, MOST_LINES = 5;
 // Browsers draw nothing that is higher than about 17 million pixels.
 const MOST_PIXELS = 16e6;
 
-class BlocksView {
+class BlocksView extends ChoiceView {
   constructor(trace, {choose, matches}) {
-    Object.assign(this, {trace, choose, matches, shares: new Float64Array(0), most: 0, chosen: null});
-    this.scroller = byId("blocks");
-    const chosen = () => this.chosen;
-    this.list = new VirtualList(this.scroller, {draw: (index) => this.row(index), kept: chosen, opened: chosen});
-    this.scroller.addEventListener("click", (event) => this.clicked(event));
-    this.scroller.addEventListener("keydown", (event) => this.pressed(event));
-    new ResizeObserver(() => this.fit()).observe(this.scroller);
+    super(trace, {id: "blocks", item: "block", choose, opened: () => this.chosen});
+    this.matches = matches;
   }
 
   // Rows as high as three blocks of four need.
-  fit() {
-    const {blocks} = this.trace, width = this.scroller.clientWidth;
-    if (width === this.width || !width) return this.list.show();
-    this.width = width;
+  layOut(width) {
+    const {blocks} = this.trace;
     const texts = blocks.map(oneLine), words = texts.slice(0, 50).join("") || "e";
     const narrow = matchMedia("(max-width: 62rem)").matches;
     const perLine = (width - (narrow ? 76 : 172)) / (ruler(this.scroller)(words) / words.length);
@@ -31,14 +24,6 @@ class BlocksView {
     const top = this.list.range()[0];
     this.list.resize(blocks.length, lines * LINE + PADDING);
     this.scroller.scrollTop = this.list.top(top);
-  }
-
-  // shares of all blocks; chosen: the block that is open, or null.
-  update(shares, chosen) {
-    Object.assign(this, {shares, chosen, most: shares.reduce((a, b) => Math.max(a, b), 0)});
-    if (chosen === null) this.scroller.removeAttribute("aria-activedescendant");
-    else this.scroller.setAttribute("aria-activedescendant", `block-${chosen}`);
-    this.list.refresh();
   }
 
   row(index) {

@@ -2,29 +2,22 @@
 
 const LAYER = 18, NAMES = 39;
 
-class HeadsView {
+class HeadsView extends ChoiceView {
   constructor(trace, {choose}) {
-    Object.assign(this, {trace, choose, shares: new Float64Array(0), most: 0, chosen: null});
-    this.scroller = byId("heads");
+    super(trace, {id: "heads", item: "cell", choose, follows: true});
     this.scroller.setAttribute("aria-rowcount", trace.layers.length);
     this.scroller.setAttribute("aria-colcount", trace.heads);
     this.axis = element("div", {class: "axis", "aria-hidden": "true"});
-    this.scroller.append(this.axis);
-    const kept = () => (this.chosen === null ? null : Math.floor(this.chosen / trace.heads));
-    this.list = new VirtualList(this.scroller, {draw: (index) => this.layer(index), kept});
-    this.scroller.addEventListener("click", (event) => {
-      const cell = event.target.closest(".cell");
-      if (cell) this.choose(Number(cell.dataset.index) === this.chosen ? null : Number(cell.dataset.index));
-    });
-    this.scroller.addEventListener("keydown", (event) => this.pressed(event));
-    new ResizeObserver(() => this.fit()).observe(this.scroller);
+    this.scroller.prepend(this.axis);
     if (!trace.cells) this.scroller.hidden = true;
   }
 
-  fit() {
-    const {layers, heads} = this.trace, width = this.scroller.clientWidth;
-    if (width === this.width || !width || !heads) return this.list.show();
-    this.width = width;
+  rowOf(cell) {
+    return Math.floor(cell / this.trace.heads);
+  }
+
+  layOut(width) {
+    const {layers, heads} = this.trace;
     this.cellWidth = Math.max(9, Math.min(34, Math.floor((width - NAMES) / heads)));
     this.scroller.style.setProperty("--width", `${this.cellWidth}px`);
     this.list.holder.style.width = `${NAMES + heads * this.cellWidth}px`;
@@ -36,15 +29,7 @@ class HeadsView {
     this.list.resize(layers.length, LAYER);
   }
 
-  update(shares, chosen) {
-    Object.assign(this, {shares, chosen, most: shares.reduce((a, b) => Math.max(a, b), 0)});
-    if (chosen === null) this.scroller.removeAttribute("aria-activedescendant");
-    else this.scroller.setAttribute("aria-activedescendant", `cell-${chosen}`);
-    this.list.refresh();
-    if (chosen !== null) this.list.reveal(Math.floor(chosen / this.trace.heads));
-  }
-
-  layer(index) {
+  row(index) {
     const {trace, shares, most} = this;
     const name = trace.layers[index];
     const row = element(
@@ -77,7 +62,7 @@ class HeadsView {
       if (to >= 0 && to < cells) this.choose(to);
       return;
     }
-    const layer = this.chosen === null ? null : Math.floor(this.chosen / heads);
+    const layer = this.chosen === null ? null : this.rowOf(this.chosen);
     const to = stepped(event, layer, 0, layers.length, 8);
     if (to !== undefined) this.choose(to * heads + (this.chosen ?? 0) % heads);
   }

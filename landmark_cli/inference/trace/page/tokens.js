@@ -1,27 +1,21 @@
 // The generated tokens as text, broken into lines here, so that of a long answer too only the lines on screen are there.
 
-const TOKEN_LINE = 30;
+const TOKEN_LINE = 30, EDGES = 26;
 
-class TokensView {
+class TokensView extends ChoiceView {
   constructor(trace, {choose}) {
-    Object.assign(this, {trace, choose, shares: new Float64Array(0), most: 0, chosen: null, lines: [], lineOf: []});
-    this.scroller = byId("tokens");
-    const kept = () => (this.chosen === null ? null : this.lineOf[this.chosen] ?? null);
-    this.list = new VirtualList(this.scroller, {draw: (index) => this.line(index), kept});
-    this.scroller.addEventListener("click", (event) => {
-      const token = event.target.closest(".token");
-      if (token) this.choose(Number(token.dataset.index) === this.chosen ? null : Number(token.dataset.index));
-    });
-    this.scroller.addEventListener("keydown", (event) => this.pressed(event));
-    new ResizeObserver(() => this.fit()).observe(this.scroller);
+    super(trace, {id: "tokens", item: "token", choose, follows: true});
+    Object.assign(this, {lines: [], lineOf: []});
     if (!trace.tokens.length) this.scroller.append(element("p", {}, "Nothing was generated."));
   }
 
+  rowOf(token) {
+    return this.lineOf[token];
+  }
+
   // A line ends after a line break, and before the word that no longer fits.
-  fit() {
-    const width = this.scroller.clientWidth - 26;
-    if (width === this.width || width <= 0) return this.list.show();
-    this.width = width;
+  layOut(width) {
+    const room = width - EDGES;
     const measure = ruler(this.scroller), {tokens} = this.trace;
     const widths = tokens.map((text) => Math.max(7, measure(text.replaceAll("\n", "↵"))));
     this.lines = [];
@@ -31,7 +25,7 @@ class TokensView {
         if (end > begin && tokens[end - 1].includes("\n")) break;
         if (/^\s/.test(tokens[end])) word = end;
         used += widths[end];
-        if (used > width && end > begin) {
+        if (used > room && end > begin) {
           end = word > begin ? word : end;
           break;
         }
@@ -42,15 +36,7 @@ class TokensView {
     this.list.resize(this.lines.length, TOKEN_LINE);
   }
 
-  update(shares, chosen) {
-    Object.assign(this, {shares, chosen, most: shares.reduce((a, b) => Math.max(a, b), 0)});
-    if (chosen === null) this.scroller.removeAttribute("aria-activedescendant");
-    else this.scroller.setAttribute("aria-activedescendant", `token-${chosen}`);
-    this.list.refresh();
-    if (chosen !== null) this.list.reveal(this.lineOf[chosen]);
-  }
-
-  line(index) {
+  row(index) {
     const [begin, end] = this.lines[index];
     const line = element("div", {class: "line", role: "presentation"});
     for (let token = begin; token < end; token++) line.append(this.token(token));
