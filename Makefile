@@ -45,7 +45,8 @@ $(OLDEST)/$(VERSION): $(INSTALLED)
 	  'transformers==$(VERSION)' 'huggingface-hub<2' 'tokenizers<=0.23.0' httpx httpcore
 	touch $@
 
-# Opens the page of `landmark generate --trace` in a headless Chromium: that of the system, or CHROME_BIN.
+# Opens the page of `landmark generate --trace` in a headless Chromium: CHROME_BIN's, the system's or one that Playwright
+# installed. Where there is none a line says that these tests were left out; one that CHROME_BIN names has to be there.
 test-pages: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages -rs tests/inference/test_trace_page.py

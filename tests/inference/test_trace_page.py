@@ -3,30 +3,18 @@ dark. `make test-pages` runs it."""
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from landmark_cli.inference.trace import write_trace
-from tests.inference.browser import chromium, find_chromium, opened
+from tests.inference.browser import chromium, opened
 from tests.inference.test_trace import AWKWARD, trace_with
 from tests.inference.traces import made_trace, novel_blocks
 from tests.modules import load_script
 
-MISSING = next(
-    (
-        why
-        for there, why in (
-            (find_spec("playwright"), "Playwright is not installed: pip install -c constraints.txt playwright"),
-            (find_chromium(), "there is no Chromium: install one, or name it by CHROME_BIN"),
-        )
-        if not there
-    ),
-    "",
-)
-pytestmark = [pytest.mark.pages, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+pytestmark = pytest.mark.pages
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = {"width": 1280, "height": 800}
