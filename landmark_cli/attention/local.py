@@ -288,9 +288,9 @@ class _ChunkPlaces:
         first = torch.where(count < length, count, within)
         self.first = torch.where(chunk.real, first, itself).int()
 
-    def read_at(self, rows: Tensor, frequencies: Tensor | None) -> tuple:
+    def read_at(self, counters: Tensor, frequencies: Tensor | None) -> tuple:
         """What a backend that reads is told of them: the fields of kernels/local/read.py's Places."""
-        return rows, self.text, self.first, self.source, *self.tables(frequencies)
+        return counters, self.text, self.first, self.source, *self.tables(frequencies)
 
     def tables(self, frequencies: Tensor | None) -> tuple:
         """The rotations of: queries and keys to their places, held keys to theirs, and keys to what is held of them."""
@@ -334,7 +334,7 @@ def attend_chunk(
     if (read := BACKENDS[name].local_read) is not None:
         check_sinks(sinks, q)
         logits = check_scale(scale, q), check_softcap(softcap), sinks
-        return read(q, k, v, held, *at.read_at(chunk.rows, frequencies), *logits)
+        return read(q, k, v, held, *at.read_at(chunk.counters, frequencies), *logits)
     back, to_place, to_held = at.tables(frequencies)
     keys, values, real = held.of(chunk.rows)
     both = torch.cat([turned(keys, to_place), turned(k, back)], dim=2), torch.cat([values, v], dim=2)

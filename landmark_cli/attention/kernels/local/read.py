@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.launch import Launch, LaunchCache, launch
+from ..common.launch import Launch, LaunchCache, Operand, launch
 from ..common.tensors import empty_heads_last
 from . import launch as attention
 from .hold import join_kernel, keep_kernel
@@ -29,14 +29,14 @@ class Held(Protocol):
 class Places(NamedTuple):
     """Where a chunk's tokens and the text that a layer holds stand.
 
-    rows: (n,) int32, of all rows those of the chunk. text: (n, T) bool, which of its tokens are text. first: (n, T)
-    int32, of held text and chunk the first token that each may see. source: (n, held) int64, of these the ones to be
-    held next. back, to_place, to_held: cos and sin, (n or 1, 1, T or held, rotary_dim / 2) float32, of the rotations of
-    the chunk to its places, of held keys to theirs, and of the chunk's keys to what is held of them; None without
-    positions.
+    counters: (4, n) int32, of which the last row says which of all rows the chunk's are. text: (n, T) bool, which of
+    its tokens are text. first: (n, T) int32, of held text and chunk the first token that each may see. source: (n,
+    held) int64, of these the ones to be held next. back, to_place, to_held: cos and sin, (n or 1, 1, T or held,
+    rotary_dim / 2) float32, of the rotations of the chunk to its places, of held keys to theirs, and of the chunk's
+    keys to what is held of them; None without positions.
     """
 
-    rows: Tensor
+    counters: Tensor
     text: Tensor
     first: Tensor
     source: Tensor
@@ -69,7 +69,7 @@ def attend_chunk(
     _call(_launch_join, (q, k, v, *here, *places[:2], places.source, *tables, *joined))
     out, _ = attention.forward(turned, keys, values, attention.Seen(places.first, seen, scale, softcap), sinks)
     if length:
-        _call(_launch_keep, (*kept, places.rows, *here))
+        _call(_launch_keep, (*kept, places.counters, *here))
     return out
 
 
@@ -92,15 +92,23 @@ def _launch_join(tensors: Sequence[Tensor | None]) -> Launch | None:
     strides += [(0, 0, 0) if table is None else _strides(table.expand(batch, -1, -1, -1)) for table in tables]
     constants = _constants(held_keys, tables[0]) | {"HEADS": _at_once(heads)}
     arguments, programs = (*strides, length, tokens, key_heads, heads), (2 * length + tokens, batch)
-    return launch(join_kernel, programs, tensors, range(len(tensors)), arguments, constants, {"num_warps": 1})
+    return launch(join_kernel, programs, tensors, _operands(tensors, 6), arguments, constants, {"num_warps": 1})
 
 
 def _launch_keep(tensors: Sequence[Tensor]) -> Launch | None:
-    kept_keys, _, _, rows, held_keys, _, _ = tensors
-    _, key_heads, length, _ = held_keys.shape
-    arguments, programs = (_strides(kept_keys), _strides(held_keys), length, key_heads), (length, len(rows))
+    kept_keys, _, _, _, held_keys, _, _ = tensors
+    batch, key_heads, length, _ = kept_keys.shape
+    arguments, programs = (_strides(kept_keys), _strides(held_keys), length, key_heads), (length, batch)
     constants = _constants(held_keys, None)
-    return launch(keep_kernel, programs, tensors, range(len(tensors)), arguments, constants, {"num_warps": 1})
+    return launch(keep_kernel, programs, tensors, _operands(tensors, 3), arguments, constants, {"num_warps": 1})
+
+
+def _operands(tensors: Sequence[Tensor | None], counters: int) -> list[Operand | int]:
+    """All of them, but of the counters, at that place, what says which rows the chunk's are: a tensor of its own would
+    begin where no launch can be repeated."""
+    places: list[Operand | int] = list(range(len(tensors)))
+    places[counters] = Operand(counters, tensors[counters][3])
+    return places
 
 
 def _constants(keys: Tensor, table: Tensor | None) -> dict[str, int | tuple[int, ...]]:
