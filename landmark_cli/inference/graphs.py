@@ -25,7 +25,7 @@ from landmark_cli.models.device import to_device
 from landmark_cli.models.fused_step import Fused, join_weights
 from landmark_cli.models.quantization import weight_count
 
-# Tokens times parameters of a chunk, from which on it keeps a GPU busy without a graph.
+# Tokens times weights of a chunk (see `_layer_weights`), from which on it keeps a GPU busy without a graph.
 MOST_WORK = 2e12
 MOST_GRAPHS = 12
 # Stream tokens of a row in a step, at most: a token, and the landmark behind it.
@@ -89,7 +89,7 @@ class ChunkForward:
     def __init__(self, model: PreTrainedModel, cache: BlockCache):
         self.model, self.cache, self.record = model, cache, CudaGraph
         self.recording = cache.device.type == "cuda" and len(set(getattr(model, "hf_device_map", {}).values())) < 2
-        self._parameters = weight_count(model)
+        self._weights = _layer_weights(model)
         self.steps_alone, self.fuses_steps, self._fused = False, True, Fused(model)
         if self.recording:
             # Before the first graph, which reads the weights where they are then.
@@ -143,7 +143,7 @@ class ChunkForward:
         """Whether graphs are recorded for chunks of so many rows of so many tokens, padding included."""
         if not self.recording or (self.steps_alone and width > STEP_WIDTH):
             return False
-        return rows * width * self._parameters <= MOST_WORK
+        return rows * width * self._weights <= MOST_WORK
 
     def passage(
         self,
@@ -221,3 +221,12 @@ class ChunkForward:
         traced = {} if self.cache.trace is None else dict(self.cache.trace.layers)
         self._recorded[self._kind(ids, kept, rows)] = Recorded(graph, inputs, traced)
         return True
+
+
+def _layer_weights(model: PreTrainedModel) -> int:
+    """How many weights each token of a chunk is multiplied by: all but those of the embedding, of which it takes a row,
+    and of the head, which gives logits of few tokens. Of small models with many words these are most."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[1] is None or getattr(ends[1], "weight", None) is ends[0].weight:
+        ends.pop()
+    return weight_count(model) - sum(map(weight_count, ends))

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from landmark_cli.attention.cache import Trace
+from landmark_cli.attention.cache import BlockCache, RetrievalSettings, Trace
+from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.inference import graphs
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.serving.engine import Engine
 from tests.closeness import assert_close_norm
+from tests.models.families import tiny_decoder
 from tests.tiny import tiny_llama, tiny_model, tiny_text
 
 
@@ -313,3 +315,16 @@ def test_a_model_that_cannot_be_recorded_is_read_all_the_same(monkeypatch, capsy
     assert "without CUDA graphs" in capsys.readouterr().err
     # A sampled token can still be drawn.
     assert torch.rand(3, device="cuda").unique().numel() == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
+def test_words_do_not_keep_a_gpu_busy(family):
+    """Chunks of a model with a large vocabulary are recorded as those of one with a small one."""
+    found = []
+    for words in (300, 3000):
+        cache = BlockCache(RetrievalSettings(5, 2), default_inverse_frequencies(8))
+        forward = ChunkForward(tiny_decoder(family, vocab_size=words), cache)
+        forward.recording = True
+        # The most tokens, or so, of a chunk that is recorded.
+        found.append(next(width for width in range(0, 1 << 40, 1 << 20) if not forward.records(1, width + 1)))
+    assert found[0] == found[1] > 0
