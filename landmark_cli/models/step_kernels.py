@@ -1,4 +1,4 @@
-"""The twins of step_operations.py, a kernel each: same roundings, no gradients. Rows are a step's tokens, few."""
+"""The twins of step_operations.py, a kernel each: same roundings, no gradients. Rows are tokens, of a step or chunk."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def normed(x, weight, eps, width: tl.constexpr, dtype: tl.constexpr, CENTERED: t
     return weighted(x * tl.rsqrt(tl.sum(x * x, 0) / width + eps), weight, dtype, CENTERED)
 
 
-@triton.jit
+# Chunks of any length are read by kernels that are compiled once.
+@triton.jit(do_not_specialize=["rows", "ahead"])
 def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, NEXT, after_eps, eps, rows, ahead, N: tl.constexpr,
                     N_PAD: tl.constexpr, CENTERED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
@@ -77,7 +78,7 @@ def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, NEXT, after_eps, eps, r
     tl.store(OUT + at, normed(x, weight, eps, N, OUT.dtype.element_ty, CENTERED), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "ahead"])
 def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, NEXT, q_strides, k_strides, cos_strides, rows, tokens,
                         heads, eps, ahead, D: tl.constexpr, HALF_PAD: tl.constexpr, CENTERED: tl.constexpr,
                         STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -126,7 +127,7 @@ def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constex
     tl.store(X + HALF + dim, second.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ahead"])
 def gated_kernel(GATE, UP, OUT, NEXT, gate_stride, up_stride, rows, ahead, N: tl.constexpr, COLS: tl.constexpr,
                  GELU: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows (n, N); strides from row to row, OUT dense. GELU: that, by tanh, of the gate, instead of silu. Program (row,
