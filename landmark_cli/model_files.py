@@ -9,6 +9,7 @@ links into the `blobs` folder beside them, counts as inside too.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import zipfile
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from landmark_cli.console import warn
+from landmark_cli.console import info, warn
 from landmark_cli.errors import LandmarkError, shown
 from landmark_cli.files import read_json, reading
 
@@ -123,6 +124,8 @@ def opening(path: str | Path, what: str, trust_remote_code: bool) -> Iterator[di
     if trust_remote_code:
         _warn_of_code(str(path))
     missing = "" if os.path.exists(path) else "there is no such directory, and the hub gave none"
+    if missing:
+        tell_of_hub(str(path))
     with reading(path, what, to_do=missing):
         try:
             yield {"trust_remote_code": trust_remote_code}
@@ -133,6 +136,24 @@ def opening(path: str | Path, what: str, trust_remote_code: bool) -> Iterator[di
                 f"{what} {path} comes with Python code of its own, which is not run; --trust-remote-code runs it, with "
                 "all your rights"
             ) from error
+
+
+@functools.cache
+def tell_of_hub(name: str) -> None:
+    """Say, once, that a name which is no directory is looked for on the hub: without a network its library goes on
+    trying for half a minute, and the name may be a misspelt path. Nothing is said of what the hub's cache has, of what
+    is no name there, nor where the hub may not be asked."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    if not constants.HF_HUB_OFFLINE and not cached.exists():
+        info(f"there is no directory {name}: asking {constants.ENDPOINT} for a model of that name")
 
 
 def check_no_code(config: dict[str, Any], path: str | Path) -> None:

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from landmark_cli.commands.run_options import RECIPE
 from landmark_cli.console import info, warn
 from landmark_cli.errors import UsageError
+from landmark_cli.options import load_recipe, settings_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 SAMPLE = "sample"
 # Of the windows, beside a teacher.
 TASKS_SHARE = 0.5
+# By which options a run makes token files of its text.
+TEXT_OPTIONS = ("text_field", "validation_share")
 
 
 def open_data(
@@ -32,7 +36,8 @@ def open_data(
 
     tokenizer: the model's, with landmarks. begun: what `begin` gave.
 
-    Raises LandmarkError where data cannot be read or does not fit the model, UsageError as `with_tasks`.
+    Raises LandmarkError where data cannot be read or does not fit the model, UsageError as `check_text_options` and
+    `with_tasks`.
     """
     from landmark_cli.data.checks import check_token_files
     from landmark_cli.data.pretrained_tokenizers import begin_ids, largest_id, text_ids
@@ -41,6 +46,8 @@ def open_data(
 
     accelerator, output, _ = begun
     trained = options.resume and newest_checkpoint(output) is not None
+    if trained:
+        check_text_options(options, output)
     prepare = partial(
         token_files,
         directory=output / "data",
@@ -56,6 +63,26 @@ def open_data(
     check_token_files(data.files, partial(text_ids, tokenizer), largest_id(tokenizer) + 1, options.model)
     begin = begin_of_windows(output, options.resume, begin_ids(tokenizer))
     return with_tasks(options, dataclasses.replace(data, begin=begin), prepare, begun, trained)
+
+
+def check_text_options(options: FinetuneOptions, output: Path) -> None:
+    """Raise UsageError where a run that has been trained on token files of its own is to go on by other options of
+    text: the files stay, and the options would change nothing. Of a run that says nowhere by which they were made,
+    nothing is known."""
+    from landmark_cli.data.training_data import is_prepared
+
+    recipe = output / RECIPE
+    if not recipe.is_file() or all(map(is_prepared, options.data or [SAMPLE])):
+        return
+    made_by = load_recipe(recipe, type(options), "finetune")
+    for name in TEXT_OPTIONS:
+        setting = settings_of(type(options))[name]
+        given = getattr(options, name)
+        if name in made_by and made_by[name] != given:
+            raise UsageError(
+                f"{setting.label} {given}: the run in {output} has been trained on text that was prepared by "
+                f"{setting.label} {made_by[name]}, and goes on with that: give it so, or another --output"
+            )
 
 
 def with_tasks(

@@ -168,6 +168,11 @@ class TrainingData:
         return "whole" if file.path in self.uncut else windows.pack
 
 
+def is_prepared(name: str) -> bool:
+    """Whether what --data names is a directory of token files, and no text that these are still to be made of."""
+    return (Path(name) / "train.json").is_file()
+
+
 def token_files(
     names: Sequence[str],
     directory: Path,
@@ -196,7 +201,7 @@ def token_files(
 
     directories, opened = [], None
     for number, name in enumerate(names):
-        if (Path(name) / "train.json").is_file():
+        if is_prepared(name):
             directories.append(Path(name))
             continue
         prepared = directory / f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from landmark_cli import files
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.model_files import MAX_JSON_BYTES, check_link, inside
+from landmark_cli.model_files import MAX_JSON_BYTES, check_link, inside, tell_of_hub
 from landmark_cli.weight_diff.bits import ITEM_BYTES, pattern
 from landmark_cli.weight_diff.shards import BinShard, SafetensorsShard
 
@@ -139,6 +139,7 @@ def locate(name: str, role: str, *patterns: str) -> Path:
         raise UsageError(f"{role} {name}: there is no such directory")
     from huggingface_hub import snapshot_download
 
+    tell_of_hub(name)
     wanted = ["*.json", "*.model", "*.txt", "*.jinja", *patterns]
     with files.reading(name, role, to_do="it is no directory here, and the hub did not give it"):
         folder = Path(snapshot_download(name, allow_patterns=[*wanted, "model*.safetensors"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from landmark_cli.commands import finetune_data
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.data import corpora
 from landmark_cli.data.corpora import novels
@@ -195,6 +196,23 @@ def test_resumed_it_keeps_the_text_it_was_trained_on(tmp_path):
     text.unlink()
     finetune(output, steps=3, resume=True, **how)
     assert (file.read_bytes(), file.with_suffix(".json").read_bytes()) == made and len(records(output)) == 3
+
+
+def test_resumed_it_refuses_other_options_of_its_text(tmp_path):
+    """They would change nothing: the text is prepared already. Where none of --data is text they do not matter."""
+    how = {"data": ["barges.txt"], "teacher": "none", "save_every": 1}
+    output = finetune(tmp_path / "run", **how)
+    recipe = (output / "recipe.yaml").read_bytes()
+    for name, (first, other) in {"text_field": ("text", "body"), "validation_share": (0.01, 0.125)}.items():
+        label = f"--{name.replace('_', '-')}"
+        with pytest.raises(UsageError, match=f"{label} {other}: .* was prepared by {label} {first}, .*: give it so"):
+            finetune(output, steps=2, resume=True, **how | {name: other})
+        assert (output / "recipe.yaml").read_bytes() == recipe
+    (own,) = (output / "data").glob("*/train.bin")
+    changed = FinetuneOptions(model="base", data=[str(own.parent)], text_field="body")
+    finetune_data.check_text_options(changed, output)
+    (output / "recipe.yaml").unlink()
+    finetune_data.check_text_options(FinetuneOptions(model="base", text_field="body"), output)
 
 
 def test_a_recipe_that_an_earlier_run_saved_has_no_tasks(tmp_path):

@@ -6,14 +6,18 @@ import resource
 import shutil
 import time
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from landmark_cli import model_files
 from landmark_cli.errors import LandmarkError
+from landmark_cli.model_files import opening
 from landmark_cli.models import lora, store
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.pretrained import open_config
+from landmark_cli.weight_diff.checkpoint import locate
 from tests.models.families import tiny_decoder, tiny_tokenizer
 from tests.models.test_store import authors_checkpoint
 
@@ -251,3 +255,33 @@ def test_a_header_of_a_million_tensors_is_not_read(copy):
     (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(LandmarkError, match=r"model.safetensors cannot be read: its header has 5\d,\d+,\d+ bytes"):
         store.load(directory)
+
+
+@pytest.mark.parametrize("where", ["a model or tokenizer", "a weight difference"])
+def test_who_names_no_directory_is_told_that_the_hub_is_asked(where, monkeypatch, tmp_path, capsys):
+    """Before anything is asked, once, and of nothing that the cache has or that is no name on the hub."""
+
+    def ask(name):
+        with pytest.raises(LandmarkError, match="the hub"):
+            if where == "a weight difference":
+                locate(name, "--path-raw")
+            else:
+                with opening(name, "the model", trust_remote_code=False):
+                    raise OSError("there is no network")
+
+    def unreachable(*arguments, **options):
+        raise OSError("there is no network")
+
+    model_files.tell_of_hub.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "models--nobody--cached").mkdir()
+    for name in ("nobody/nothing", "nobody/nothing", "nobody/cached", "a/b..c"):
+        ask(name)
+    said = [line for line in capsys.readouterr().err.splitlines() if "asking" in line]
+    assert len(said) == 1 and said[0].startswith("there is no directory nobody/nothing: asking https://")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    ask("nobody/offline")
+    assert "asking" not in capsys.readouterr().err
+    model_files.tell_of_hub.cache_clear()
