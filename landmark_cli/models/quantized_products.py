@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from landmark_cli.errors import UsageError, import_extra
 
 if TYPE_CHECKING:
+    from .code_products import Packed
     from .quantization import Codes
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -69,7 +70,10 @@ class CpuProduct(nn.Module):
 
 
 class HummingProduct(nn.Module):
-    """On an NVIDIA GPU."""
+    """On an NVIDIA GPU. streams: whether few rows are multiplied by the kernels of code_products.py, where the library
+    keeps codes in the order that these read."""
+
+    streams = False
 
     def __init__(self, codes: Codes, dtype: torch.dtype):
         super().__init__()
@@ -89,6 +93,10 @@ class HummingProduct(nn.Module):
             )
             self.layer.load_from_tensors({"weight": packed(codes), "weight_scale": codes.scales})
             self.layer.transform()
+            self.packed = self._in_known_order(codes)
+            # A program's block of output features each; shapes are padded by less than two of them.
+            arrived = torch.zeros(out_features // 64 + 2, dtype=torch.int32)
+            self.register_buffer("arrived", arrived, persistent=False)
 
     @staticmethod
     def check(device: torch.device, dtype: str | torch.dtype) -> None:
@@ -108,7 +116,26 @@ class HummingProduct(nn.Module):
     def codes(self) -> Tensor:
         return self.layer.weight
 
+    def _in_known_order(self, codes: Codes) -> Packed | None:
+        """The weight as code_products.py reads it, if the library keeps it so: what it has made of the first codes is
+        looked at."""
+        from .code_products import Packed, in_order
+        from .quantization import Codes
+
+        weight, scales = self.layer.weight, self.layer.weight_scale
+        first = Codes(codes.codes[:64, :64].contiguous(), codes.scales[:64, :2], codes.bits)
+        if first.codes.shape != (64, 64) or weight.dtype != torch.int32:
+            return None
+        packed = Packed(weight, scales.view(-1, scales.shape[-1]), codes.bits, *codes.codes.shape)
+        expected = in_order(first)
+        found = packed.codes[:4, : expected.codes.shape[1]], packed.scales[: len(expected.scales), :64]
+        return packed if all(map(torch.equal, found, expected[:2])) else None
+
     def forward(self, rows: Tensor) -> Tensor:
+        from .code_products import MOST_ROWS, products
+
+        if self.streams and self.packed is not None and len(rows) <= MOST_ROWS:
+            return products(rows, self.packed, self.arrived)
         return self.layer(rows.contiguous(), tuning_config=self._kernel(len(rows)))
 
     def _kernel(self, rows: int) -> str:
