@@ -27,6 +27,8 @@ LINE_MOMENT = 2.0
 # In a pipe or a log file a table takes the width it needs.
 PLAIN_WIDTH = 4096
 LONGEST_FIGURE = 1e9
+# Columns that a bar of progress takes.
+LEAST_BAR, WIDEST_BAR = 6, 24
 _quiet = False
 _warned: set[str] = set()
 
@@ -146,8 +148,9 @@ class Progress:
         self.fields.update(fields)
         self._show(final=False)
 
-    def status(self) -> str:
-        """The whole state in one line, without the description."""
+    def status(self, width: int | None = None) -> str:
+        """The whole state in one line, without the description. width: columns that there are for it; where they are
+        too few, fields are left out, the last ones first, and then the rate."""
         elapsed = time.monotonic() - self._started
         rate = (self.done - self._initial) / elapsed if elapsed > 0 else 0.0
         amount = quantity(self.done, self.unit)
@@ -156,21 +159,25 @@ class Progress:
             share = min(self.done / self.total, 1.0)
             of = quantity(self.total, self.unit)
             parts = [f"{share:4.0%}", f"{amount}/{of} {self.unit}" if self.unit != "B" else f"{amount}/{of}"]
+        more = []
         if rate > 0:
-            parts.append(f"{quantity(rate, self.unit)}/s" if self.unit == "B" else f"{quantity(rate)} {self.unit}/s")
-        parts += [f"{name.replace('_', ' ')} {_cell(value)}" for name, value in self.fields.items()]
+            more.append(f"{quantity(rate, self.unit)}/s" if self.unit == "B" else f"{quantity(rate)} {self.unit}/s")
+        more += [f"{name.replace('_', ' ')} {_cell(value)}" for name, value in self.fields.items()]
         if self.total and rate > 0 and self.done < self.total:
-            parts.append(f"{duration((self.total - self.done) / rate)} left")
+            when = f"{duration((self.total - self.done) / rate)} left"
         else:
-            parts.append(duration(elapsed))
-        return "  ".join(parts)
+            when = duration(elapsed)
+        while more and width is not None and len("  ".join([*parts, *more, when])) > width:
+            more.pop()
+        return "  ".join([*parts, *more, when])
 
     def _show(self, *, final: bool) -> None:
         """Draw nothing: what a process does that does not talk."""
 
 
 class _BarProgress(Progress):
-    """A bar with the status beside it, redrawn a few times a second."""
+    """A bar with the status beside it, redrawn a few times a second. The bar has the columns of the terminal that the
+    words leave, or none."""
 
     def __init__(self, description: str, total: float | None, unit: str, initial: float) -> None:
         from rich.progress import BarColumn, TextColumn
@@ -178,8 +185,9 @@ class _BarProgress(Progress):
 
         super().__init__(description, total, unit, initial)
         # A text column reads markup whatever its console does.
-        name, status = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[status]}", markup=False)
-        self.bar = RichProgress(name, BarColumn(bar_width=24), status, console=console())
+        self._words = [TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[status]")]
+        self._drawn = BarColumn(bar_width=WIDEST_BAR)
+        self.bar = RichProgress(self._words[0], self._drawn, self._words[1], console=console())
         self._task = self.bar.add_task(description, total=total, completed=initial, status="")
         self._shown = 0.0
 
@@ -187,7 +195,13 @@ class _BarProgress(Progress):
         now = time.monotonic()
         if final or now - self._shown > 0.1:
             self._shown = now
-            self.bar.update(self._task, completed=self.done, status=self.status())
+            # A column of the terminal stands between a column of the line and the next.
+            room = console().width - len(self.description) - 1
+            status = self.status(room)
+            self._drawn.bar_width = min(WIDEST_BAR, room - len(status) - 1)
+            name, words = self._words
+            self.bar.columns = (name, self._drawn, words) if self._drawn.bar_width >= LEAST_BAR else (name, words)
+            self.bar.update(self._task, completed=self.done, status=status)
 
 
 class _LineProgress(Progress):

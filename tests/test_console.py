@@ -111,10 +111,10 @@ def test_interrupted_work_prints_no_last_line(capsys, clock):
     assert capsys.readouterr().err == ""
 
 
-def on_a_terminal(script: str) -> str:
-    """What a Python script writes to stderr where that is a terminal 300 columns wide."""
+def on_a_terminal(script: str, columns: int = 300) -> str:
+    """What a Python script writes to stderr where that is a terminal so wide."""
     reader, writer = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "300"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
     process = subprocess.Popen([sys.executable, "-c", script], stderr=writer, env=environment)
     os.close(writer)
     shown = b""
@@ -187,6 +187,37 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "100%  10/10 files" in text
     assert "loss 2.5" in text
     assert "in between" in text
+
+
+TRAINING = {"loss": 6.8891, "lr": "1.24e-03", "grad": "0.50", "tok/s": 2242, "peak": "1.2 GB"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said", "bar"),
+    [
+        (140, "loss 6.889  lr 1.24e-03  grad 0.50  tok/s 2242  peak 1.2 GB  0:50", True),
+        (85, "1.2 steps/s  loss 6.889  lr 1.24e-03  grad 0.50  0:50", False),
+        (80, "1.2 steps/s  loss 6.889  lr 1.24e-03  0:50", True),
+        (48, "60/60 steps  1.2 steps/s  0:50", False),
+        (40, "60/60 steps  0:50", True),
+    ],
+)
+def test_a_narrow_terminal_has_less_and_nothing_is_cut(columns, said, bar):
+    """The name of the work, how much of it is done and the time stay."""
+    script = (
+        "from landmark_cli import console\n"
+        "class Clock:\n"
+        "    now = 0.0\n"
+        "    def monotonic(self): return self.now\n"
+        "console.time = Clock()\n"
+        "with console.progress('training', 60) as progress:\n"
+        "    console.time.now = 50.0\n"
+        f"    progress.advance(60, **{TRAINING!r})\n"
+    )
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(script, columns))
+    last = [line for line in re.split(r"[\r\n]+", text) if line.strip()][-1].rstrip()
+    assert last.startswith("training ") and last.endswith(said) and "…" not in last and len(last) <= columns
+    assert ("━" in last) == bar and " 60/60 steps" in last and "100%" in last
 
 
 def test_table_and_json(capsys, tmp_path):

@@ -151,11 +151,11 @@ def run(options: PrepareOptions) -> Path:
         written = prepare(corpus, tokenizer, output, skip_bad_text=options.on_bad_text == "skip", process=process)
     if written:
         rows = [
-            (split, str(output / f"{split}.bin"), m.documents, m.tokens, quantity(m.text_bytes, "B"), m.dtype)
+            (str(output / f"{split}.bin"), m.documents, m.tokens, quantity(m.text_bytes, "B"))
             for split, m in written.items()
         ]
         results(
-            ("split", "file", "documents", "tokens", "text", "ids"),
+            ("file", "documents", "tokens", "text"),
             rows,
             data={split: dataclasses.asdict(metadata) for split, metadata in written.items()},
             json_target=options.json,
