@@ -131,6 +131,7 @@ def main(waits: bool) -> None:
     chunk = cache.begin_chunk([1])
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     launch.attend_chunk(q, k, v, cache.layer(0, k, chunk), chunk)
+    launch.store(launch.Call(q, k, v, cache.layers[0], chunk, None))
     found = {}
     for name, kernel in compiled.items():
         touched = re.findall(r"griddepcontrol\.wait|\b(?:ld|st|atom)\.global", kernel.assembly)

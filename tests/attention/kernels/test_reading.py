@@ -8,7 +8,7 @@ import torch
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
 from landmark_cli.attention.functional import attend_chunk
 from landmark_cli.attention.kernels.common.configuration import Configuration
-from landmark_cli.attention.kernels.reading import selection
+from landmark_cli.attention.kernels.reading import launch, selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
@@ -198,6 +198,16 @@ def test_programs_share_out_the_landmarks_of_few_queries(name, monkeypatch):
     assert max(shares) >= 2
     assert_close_norm(fused, eager, case.dtype)
     assert_same_traces(*caches, tolerance=tolerance(case.dtype))
+
+
+def test_a_step_stores_its_keys_beside_its_choice(monkeypatch):
+    """A kernel less; what has nothing to choose from, and wider chunks, are stored first."""
+    stored, store = [], launch.store
+    monkeypatch.setattr(launch, "store", lambda call: stored.append(call.tokens) or store(call))
+    eager, ours, _ = read(Case([4, 12, 1, 2, 4, 5]))
+    assert stored == [4, 12, 5]
+    for a, b in zip(ours, eager, strict=True):
+        assert_close_norm(a, b)
 
 
 def test_what_the_kernels_do_not_know_is_refused(monkeypatch):

@@ -11,25 +11,36 @@ import triton.language as tl
 
 from ..common.dependent import wait_for_previous
 from .parts import cache_row, counts_of, query_rows
+from .store import store_tokens
 from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
-def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, SCORES, q_strides, tokens, batch,
-                      heads, capacity, retrievable, top_k, one_key, scaling,
+def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AGES, SCORES, KEYS, VALUES, BLOCKS,
+                      PAGE_TABLE, q_strides, k_strides, v_strides, tokens, batch, heads, capacity, retrievable, top_k,
+                      one_key, scaling,
                       HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr,
                       ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, ABSOLUTE: tl.constexpr,
-                      EXACT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      EXACT: tl.constexpr, PRECISION: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+                      TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """AGES and SCORES (B, H, T, SPLITS, K): of each query and head, the K best blocks among those of each split.
 
     Program (tile of rows, split, key head): rows are the queries of the heads on a key head. The first split has the
     newest K blocks (NEAR columns hold them), which are scored at their true distance and are all candidates; the others
     share the rest in tiles of COLS. Splits that have nothing write nothing. batch, heads, capacity, retrievable,
-    top_k, one_key: as in select_kernel.
+    top_k, one_key: as in select_kernel. KEYS, unless None: a split behind the last stores the up to TOKENS tokens of
+    KEYS and VALUES, which are not chosen from yet; see store.py for these and BLOCKS, PAGE_TABLE, D_PAD and BLOCK.
     """
     wait_for_previous(PDL)
     split = tl.program_id(1)
     key_row = tl.program_id(2)
+    if KEYS is not None:
+        if split == SPLITS:
+            if tl.program_id(0) == 0:
+                store_tokens(KEYS, VALUES, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation,
+                             k_strides, v_strides, 0, key_row, tokens, batch, heads, capacity, PARTS, D_PAD, BLOCK,
+                             TOKENS, ABSOLUTE)  # fmt: skip
+            return
     batch_row = key_row // heads
     start, blocks, _ = counts_of(COUNTERS, batch, batch_row)
     cached = tl.minimum(blocks, retrievable)

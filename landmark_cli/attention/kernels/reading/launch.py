@@ -46,14 +46,15 @@ def attend_chunk(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     with on_device(q):
         call = Call(q, k, v, blocks, chunk, scale, softcap, sinks)
-        # The ring has room for the chunk beside all blocks that can still be read.
-        store(call)
-        if min(call.top_k, chunk.most_cached) == 0:
-            return merge(call), None, None
-        if call.is_step and not blocks.fetching:
+        chooses = min(call.top_k, chunk.most_cached) > 0
+        if chooses and call.is_step and not blocks.fetching:
             # Of offloaded blocks too: a step reads so few that finding them room on the GPU takes longer than reading
             # them where they lie, each once.
             return decode(call, traced)
+        # The ring has room for the chunk beside all blocks that can still be read.
+        store(call)
+        if not chooses:
+            return merge(call), None, None
         pairs = find_pairs(call, select(call))
         if blocks.fetching:
             blocks.require(needed_pages(call, pairs))
@@ -189,11 +190,11 @@ def fetch(call: Call, pairs: Pairs) -> None:
 
 
 def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Attention of a step of few tokens, whose keys have been stored: select, then all the rest in one kernel.
+    """Attention of a step of few tokens: its keys are stored while blocks are chosen, all the rest is one kernel.
 
     Returns what attend_chunk does.
     """
-    found, choice = step_candidates(call), decode_configuration(call)
+    found, choice = step_candidates(call, stores=True), decode_configuration(call)
     items, rows = call.top_k + 1 + (call.tokens > 1), call.batch * call.heads * call.tokens
     outputs = call.empty(rows, items, call.dim, dtype=torch.float32)
     logits = call.empty(rows, items, dtype=torch.float32)

@@ -80,9 +80,10 @@ class Candidates:
     constants: dict[str, int]
 
 
-def step_candidates(call: Call) -> Candidates:
-    """A decoding step's candidates; their shapes are the same whatever has been read."""
-    return candidates(call, step_configuration(call), max(1, min(MAX_SPLITS, MAX_PROGRAMS // call.key_rows)))
+def step_candidates(call: Call, stores: bool = False) -> Candidates:
+    """A decoding step's candidates; their shapes are the same whatever has been read. stores: put the step's keys and
+    values into their blocks beside."""
+    return candidates(call, step_configuration(call), max(1, min(MAX_SPLITS, MAX_PROGRAMS // call.key_rows)), stores)
 
 
 def shares_of_landmarks(call: Call, choice: Configuration) -> int:
@@ -93,17 +94,22 @@ def shares_of_landmarks(call: Call, choice: Configuration) -> int:
     return 1 << max(0, wanted.bit_length() - 1) if call.top_k <= PASS else 1
 
 
-def candidates(call: Call, choice: Configuration, most: int) -> Candidates:
-    """The newest blocks, and the best that each of `most` programs (fewer of few landmarks) finds among the others."""
+def candidates(call: Call, choice: Configuration, most: int, stores: bool = False) -> Candidates:
+    """The newest blocks, and the best that each of `most` programs (fewer of few landmarks) finds among the others.
+    stores: as in `step_candidates`."""
     k_pad = triton.next_power_of_2(call.top_k)
     splits = 1 + min(triton.cdiv(call.capacity, choice.cols), most)
     shape = *call.q.shape[:3], splits, call.top_k
     ages, scores = call.empty(*shape), call.empty(*shape, dtype=torch.float32)
-    candidates_kernel[(triton.cdiv(call.query_rows, choice.rows), splits, call.key_rows)](
+    stored = call.k, call.v, call.blocks.blocks, call.page_table
+    candidates_kernel[(triton.cdiv(call.query_rows, choice.rows), splits + stores, call.key_rows)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
-        strides(call.q), call.tokens, *call.ring, *call.scoring, call.score_scaling, **call.heads_and_parts,
+        *(stored if stores else (None,) * 4), *map(strides, (call.q, call.k, call.v)), call.tokens, *call.ring,
+        *call.scoring, call.score_scaling, **call.heads_and_parts,
         K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
-        ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(), **call.launch,
+        ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, D_PAD=call.dim_pad,
+        BLOCK=call.settings.block_size, TOKENS=triton.next_power_of_2(call.tokens) if stores else 1,
+        **choice.launch_options(), **call.launch,
     )  # fmt: skip
     constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
     return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})

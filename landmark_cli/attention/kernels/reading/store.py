@@ -9,22 +9,20 @@ from ..common.dependent import wait_for_previous
 from .parts import cache_row, counts_of, load_columns, load_parts, rotate, store_parts
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity"])
-def store_kernel(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation, k_strides, v_strides,
-                 tokens, batch, heads, capacity,
-                 PARTS: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-                 ABSOLUTE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """K and V (B, G, T, D) into BLOCKS (B, G, capacity, 2, BLOCK, D), keys rotated back to their offset in the block.
+@triton.jit
+def store_tokens(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation, k_strides, v_strides,
+                 tile, key_row, tokens, batch, heads, capacity, PARTS: tl.constexpr, D_PAD: tl.constexpr,
+                 BLOCK: tl.constexpr, ROWS: tl.constexpr, ABSOLUTE: tl.constexpr):  # fmt: skip
+    """A tile of ROWS tokens of K and V (B, G, T, D), of a key head, into BLOCKS (B, G, capacity, 2, BLOCK, D), keys
+    rotated back to their offset in the block.
 
     Landmarks' keys go to LANDMARK_KEYS (B, G, capacity, D) too. PAGE_TABLE, unless None: blocks begun anew lose their
-    frame in the pool. Program (tile of tokens, key head).
+    frame in the pool.
     """
-    wait_for_previous(PDL)
     D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
-    key_row = tl.program_id(1)
     batch_row = key_row // heads
     start, blocks, tail = counts_of(COUNTERS, batch, batch_row)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all down to `page`
+    token = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,), as all down to `page`
     real = (token >= start) & (token < tokens)
     position = tl.maximum(token - start + tail, 0)
     later = position // BLOCK
@@ -50,6 +48,18 @@ def store_kernel(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, s
     store_parts(LANDMARK_KEYS, page * D, real & (offset == BLOCK - 1), rotated, PARTS)
     if PAGE_TABLE is not None:
         tl.store(PAGE_TABLE + page, -1, mask=real & (offset == 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity"])
+def store_kernel(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation, k_strides, v_strides,
+                 tokens, batch, heads, capacity,
+                 PARTS: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+                 ABSOLUTE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Program (tile of tokens, key head) of `store_tokens`."""
+    wait_for_previous(PDL)
+    store_tokens(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation, k_strides, v_strides,
+                 tl.program_id(0), tl.program_id(1), tokens, batch, heads, capacity, PARTS, D_PAD, BLOCK, ROWS,
+                 ABSOLUTE)  # fmt: skip
 
 
 @triton.jit
