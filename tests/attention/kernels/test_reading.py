@@ -46,6 +46,7 @@ GPU_CASES = {
         [900, 700, 1, 40, 1, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, resident=40
     ),
     "as Gemma 2": Case([500, 700, 1, 1], heads=8, key_heads=4, dim=256, block_size=64, top_k=4, softcap=50.0),
+    "as Gemma 3": Case([1900, 4100, 1, 1], heads=4, dim=256, block_size=64, top_k=4),
     "as GPT-OSS": Case([900, 700, 1, 1], heads=64, key_heads=8, dim=64, block_size=64, top_k=4, sinks=True),
     "32 heads on 8, capped, sinks": Case(
         [1000, 700, 1, 1, 3], heads=32, key_heads=8, dim=128, block_size=64, top_k=8, **LOGITS
@@ -78,6 +79,14 @@ def test_agrees_with_the_definition(name):
     eager, fused, caches = read(case)
     assert_close_norm(fused, eager, case.dtype)
     assert_same_traces(*caches, tolerance=tolerance(case.dtype))
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_large_tiles(rows, monkeypatch):
+    """As GPUs have them that multiply by groups of warps."""
+    monkeypatch.setattr(launch, "merge_configuration", lambda call: Configuration(rows, 64))
+    eager, fused, _ = read(Case([150, 140], block_size=64))
+    assert_close_norm(fused, eager)
 
 
 OFFLOADED = {name: case for name, case in {**ALL_CASES, **GPU_CASES}.items() if case.resident is not None}

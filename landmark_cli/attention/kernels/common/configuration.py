@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,3 +40,14 @@ def product_precision(dtype: torch.dtype) -> str:
 def padded(size: int) -> int:
     """The rows or columns of a tile that holds `size`: a power of two, and at least what a matrix unit works on."""
     return max(16, triton.next_power_of_2(size))
+
+
+@functools.cache
+def has_warp_groups(device: torch.device) -> bool:
+    """Whether a GPU multiplies by groups of warps, whose factors stay in shared memory, of which such GPUs have 227
+    KiB: its registers are for sums."""
+    return device.type == "cuda" and _shared_memory(device) >= 227 << 10
+
+
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -13,15 +13,16 @@ from ..common.fitting import candidates
 
 # Keys a tile, at most: a window's edges cut through tiles, of which all is then computed.
 COLS = 64
-# Rows of queries, over all heads, up to which tiles are lower, so that there are programs for all multiprocessors; and
-# queries that a step of decoding has at most.
-FEW_ROWS, STEP = 32768, 16
+# Rows of queries, over all heads, up to which tiles are lower, so that there are programs for all multiprocessors: two
+# on each, or one where heads have more than 128 dimensions; and queries that a step of decoding has at most.
+FEW_ROWS, FEW_WIDE_ROWS, STEP = 32768, 15360, 16
 
 
 def choices(kernel: str, q: Tensor) -> Choices:
     """The choices of a kernel ("forward", "query_gradient" or "key_gradient") for inputs like q, kept between calls."""
     batch, heads, queries, dim = q.shape
-    most = STEP if queries <= STEP else 64 if batch * heads * queries <= FEW_ROWS else 128
+    few = FEW_ROWS if padded(dim) <= 128 else FEW_WIDE_ROWS
+    most = STEP if queries <= STEP else 64 if batch * heads * queries <= few else 128
     if not q.is_cuda:
         return Choices([Configuration(min(most, padded(queries)), COLS)])
     return _choices(kernel, q.device.index, q.element_size(), is_exact(q.dtype), padded(dim), most)
