@@ -1,13 +1,16 @@
 """Takes the pictures of the page of `landmark generate --trace` that docs/trace.md shows.
 
-    python docs/trace.py                # of a made-up trace of 100 thousand tokens
+    python docs/trace.py                # of the first answer of `make demo`
     python docs/trace.py answer.html    # of a page that was written by --trace
 
-Needs Playwright and a Chromium, as `make test-pages` does; see CONTRIBUTING.md.
+Where the package has no model for `make demo`, reads are made up. Needs Playwright and a Chromium, as `make test-pages`
+does; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,20 +22,30 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from landmark_cli.inference.trace import write_trace  # noqa: E402
-from tests.inference.browser import chromium, opened  # noqa: E402
+from tests.inference.browser import NoChromium, chromium, opened  # noqa: E402
 from tests.inference.traces import made_trace  # noqa: E402
 
 FOLDER = ROOT / "docs"
+DEMO = ROOT / "landmark_cli" / "assets" / "demo"
 SIZE = {"width": 1280, "height": 800}
 
 
 def main(page: Path | None = None) -> None:
-    """Write the pictures. page: of what; by default of a made-up trace."""
+    """Write the pictures. page: of what."""
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        if page is None:
-            page = Path(folder) / "trace.html"
-            write_trace(page, made_trace())
-        take(browser, page, FOLDER)
+        take(browser, page or demo_page(Path(folder)), FOLDER)
+
+
+def demo_page(folder: Path, model: Path = DEMO) -> Path:
+    """The page of what `make demo` asks first, written into a folder; of made-up reads where there is no model."""
+    if not (model / "config.json").is_file():
+        write_trace(folder / "trace.html", made_trace())
+        return folder / "trace.html"
+    # The page names the model as it is named here.
+    named = os.path.relpath(model, ROOT)
+    script = [sys.executable, "recipes/demo/ask.py", "--brief", "--pages", folder, "--model", named]
+    subprocess.run(script, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    return folder / "question-1.html"
 
 
 def take(browser: Any, page: Path, folder: Path) -> None:
@@ -51,4 +64,7 @@ def take(browser: Any, page: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    try:
+        main(*map(Path, sys.argv[1:2]))
+    except NoChromium as missing:
+        raise SystemExit(f"error: {missing}") from None
