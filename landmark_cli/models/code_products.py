@@ -106,37 +106,11 @@ def nibble_products(x, words, exponent, NIBBLE: tl.constexpr):
 
 
 @triton.jit
-def put_together(sums, scale, PARTS, ARRIVED, OUT, block, split, width, out_features, SPLITS: tl.constexpr):
-    """Of each row the sums (64,) of a block's split, float32, into OUT (rows, out_features), times scale. The program
-    that comes last adds up what all splits have left in PARTS (SPLITS, rows, width), in their order, and leaves the
-    count in ARRIVED (blocks,) at 0."""
-    ROWS: tl.constexpr = len(sums)
-    index = block * BLOCK + tl.arange(0, BLOCK)  # (64,), as mask
-    mask = index < out_features
-    if SPLITS == 1:
-        for r in tl.static_range(ROWS):
-            tl.store(OUT + r * out_features + index, (sums[r] * scale).to(OUT.dtype.element_ty), mask=mask)
-    else:
-        for r in tl.static_range(ROWS):
-            tl.store(PARTS + (split * ROWS + r) * width + index, sums[r])
-        tl.debug_barrier()
-        if tl.atomic_add(ARRIVED + block, 1, sem="acq_rel") == SPLITS - 1:
-            tl.debug_barrier()
-            for r in tl.static_range(ROWS):
-                total = tl.zeros([BLOCK], tl.float32)
-                for i in tl.static_range(SPLITS):
-                    total += tl.load(PARTS + (i * ROWS + r) * width + index, cache_modifier=".cg")
-                tl.store(OUT + r * out_features + index, (total * scale).to(OUT.dtype.element_ty), mask=mask)
-            tl.store(ARRIVED + block, 0)
-
-
-@triton.jit(do_not_specialize=["exponent"])
-def products_of_4_bits_kernel(X, CODES, SCALES, PARTS, ARRIVED, OUT, x_stride, width, out_features, in_features,
-                              exponent, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
-                              PDL: tl.constexpr):  # fmt: skip
-    """OUT (ROWS, out_features) = X (ROWS, in_features) W^T, W (width, K) as `Packed` says. SCALES: int32, two each.
-    Program (block of 64 output features, split of the input features)."""
-    block, split = tl.program_id(0), tl.program_id(1)
+def sums_of_4_bits(X, CODES, SCALES, block, split, x_stride, width, in_features, exponent, K: tl.constexpr,
+                   ROWS: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Of each of ROWS rows of X (ROWS, in_features) its products with a block of 64 rows of W (width, K), by the input
+    features of a split: (64,) sums in float32. CODES and SCALES: W as `Packed` says, int32 words. The first codes are
+    on their way before the kernel that makes X has ended."""
     COUNT: tl.constexpr = K // 32
     EACH: tl.constexpr = (COUNT + SPLITS - 1) // SPLITS
     lane, word, group = tl.arange(0, 32), tl.arange(0, 4), tl.arange(0, GROUPS)
@@ -156,7 +130,7 @@ def products_of_4_bits_kernel(X, CODES, SCALES, PARTS, ARRIVED, OUT, x_stride, w
     odds = (tl.zeros([GROUPS, 32, 4], tl.float32),) * ROWS
     for begin in range(first, first + EACH, GROUPS):
         halves = (one, two)
-        even_scale, odd_scale = unpacked_pair(pair, OUT.dtype.element_ty)
+        even_scale, odd_scale = unpacked_pair(pair, X.dtype.element_ty)
         codes += GROUPS * 2 * row
         scales += GROUPS * (width // 2)
         ok = (begin + GROUPS + group < stop)[:, None, None]
@@ -180,20 +154,18 @@ def products_of_4_bits_kernel(X, CODES, SCALES, PARTS, ARRIVED, OUT, x_stride, w
             new_odds = new_odds + (odds[r] + odd * odd_scale,)
         evens = new_evens
         odds = new_odds
-    sums = ()
+    found = ()
     for r in tl.static_range(ROWS):
         even = tl.sum(tl.reshape(tl.sum(evens[r], 0), [8, 4, 4]), 1)  # (8, 4), as odd
         odd = tl.sum(tl.reshape(tl.sum(odds[r], 0), [8, 4, 4]), 1)
-        sums = sums + (tl.reshape(tl.permute(tl.join(even, odd), (1, 2, 0)), [BLOCK]),)
-    put_together(sums, 1.0, PARTS, ARRIVED, OUT, block, split, width, out_features, SPLITS)
+        found = found + (tl.reshape(tl.permute(tl.join(even, odd), (1, 2, 0)), [BLOCK]),)
+    return found
 
 
 @triton.jit
-def products_of_8_bits_kernel(X, CODES, SCALES, PARTS, ARRIVED, OUT, x_stride, width, out_features, in_features,
-                              exponent, K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
-                              PDL: tl.constexpr):  # fmt: skip
+def sums_of_8_bits(X, CODES, SCALES, block, split, x_stride, width, in_features, K: tl.constexpr, ROWS: tl.constexpr,
+                   SPLITS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The same in 8 bits; SCALES (width,) as they are."""
-    block, split = tl.program_id(0), tl.program_id(1)
     COUNT: tl.constexpr = K // 16
     EACH: tl.constexpr = (COUNT + SPLITS - 1) // SPLITS
     lane, word, group = tl.arange(0, 32), tl.arange(0, 8), tl.arange(0, GROUPS)
@@ -227,32 +199,107 @@ def products_of_8_bits_kernel(X, CODES, SCALES, PARTS, ARRIVED, OUT, x_stride, w
     found = ()
     for r in tl.static_range(ROWS):
         total = tl.sum(tl.reshape(tl.sum(sums[r], 0), [8, 4, 8]), 1)  # (8, 8)
-        found = found + (tl.reshape(tl.trans(total), [BLOCK]),)
-    put_together(found, scale, PARTS, ARRIVED, OUT, block, split, width, out_features, SPLITS)
+        found = found + (tl.reshape(tl.trans(total), [BLOCK]) * scale,)
+    return found
 
 
-KERNELS = {4: products_of_4_bits_kernel, 8: products_of_8_bits_kernel}
+@triton.jit
+def block_sums(X, CODES, SCALES, block, split, x_stride, width, in_features, exponent, K: tl.constexpr,
+               ROWS: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+               PDL: tl.constexpr):  # fmt: skip
+    """What the two above give."""
+    if BITS == 4:
+        return sums_of_4_bits(X, CODES, SCALES, block, split, x_stride, width, in_features, exponent, K, ROWS, SPLITS,
+                              GROUPS, PDL)  # fmt: skip
+    else:
+        return sums_of_8_bits(X, CODES, SCALES, block, split, x_stride, width, in_features, K, ROWS, SPLITS, GROUPS,
+                              PDL)  # fmt: skip
 
 
-def split_for(packed: Packed) -> Split:
+@triton.jit
+def store_row(OUT, sums, r: tl.constexpr, index, columns, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """A row's sums into OUT (ROWS, columns), or silu of it times the sums that follow those of all rows."""
+    dtype = OUT.dtype.element_ty
+    out = sums[r].to(dtype)
+    if GATED:
+        gate = out.to(tl.float32)
+        gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        out = (gate * sums[ROWS + r].to(dtype).to(tl.float32)).to(dtype)
+    tl.store(OUT + r * columns + index, out, mask=index < columns)
+
+
+@triton.jit(do_not_specialize=["exponent"])
+def code_products_kernel(X, CODES, SCALES, PARTS, ARRIVED, OUT, x_stride, width, columns, in_features, exponent,
+                         K: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
+                         BITS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """OUT (ROWS, columns) = X W^T or, GATED, silu(X GATE^T) * (X UP^T), where W is GATE (columns, K) and UP.
+
+    Program (block of 64 columns, split of the input features). The program of a block that comes last adds up what all
+    splits have left in PARTS (SPLITS, ROWS or twice as many, width), in their order, and leaves the count in ARRIVED
+    (blocks,) at 0. Other arguments: see sums_of_4_bits.
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    sums = block_sums(X, CODES, SCALES, block, split, x_stride, width, in_features, exponent, K, ROWS, SPLITS, GROUPS,
+                      BITS, PDL)  # fmt: skip
+    if GATED:
+        sums = sums + block_sums(X, CODES, SCALES, block + columns // BLOCK, split, x_stride, width, in_features,
+                                 exponent, K, ROWS, SPLITS, GROUPS, BITS, PDL)  # fmt: skip
+    index = block * BLOCK + tl.arange(0, BLOCK)  # (64,)
+    if SPLITS == 1:
+        for r in tl.static_range(ROWS):
+            store_row(OUT, sums, r, index, columns, ROWS, GATED)
+    else:
+        for i in tl.static_range(len(sums)):
+            tl.store(PARTS + (split * len(sums) + i) * width + index, sums[i])
+        tl.debug_barrier()
+        if tl.atomic_add(ARRIVED + block, 1, sem="acq_rel") == SPLITS - 1:
+            tl.debug_barrier()
+            totals = ()
+            for i in tl.static_range(len(sums)):
+                total = tl.zeros([BLOCK], tl.float32)
+                for part in tl.static_range(SPLITS):
+                    total += tl.load(PARTS + (part * len(sums) + i) * width + index, cache_modifier=".cg")
+                totals = totals + (total,)
+            for r in tl.static_range(ROWS):
+                store_row(OUT, totals, r, index, columns, ROWS, GATED)
+            tl.store(ARRIVED + block, 0)
+
+
+def split_for(packed: Packed, gated: bool = False) -> Split:
     """So many programs that a GPU is kept reading, each with a few reads of its own."""
     groups, count = 4, packed.depth // (32 if packed.bits == 4 else 16)
-    splits = triton.next_power_of_2(triton.cdiv(ENOUGH_PROGRAMS, packed.width // 64))
-    return Split(max(1, min(splits, count // groups)), groups)
+    blocks = packed.width // (128 if gated else 64)
+    return Split(max(1, min(triton.next_power_of_2(triton.cdiv(ENOUGH_PROGRAMS, blocks)), count // groups)), groups)
 
 
 def products(rows: Tensor, packed: Packed, arrived: Tensor, split: Split | None = None) -> Tensor:
     """rows (n, in_features), n up to MOST_ROWS, times a weight: (n, out_features) in their dtype, of sums in float32.
     arrived: (N / 64,) int32 zeros, which are that again when all is done."""
+    return _launch(rows, packed, arrived, split, False)
+
+
+def gated_products(rows: Tensor, packed: Packed, arrived: Tensor, split: Split | None = None) -> Tensor:
+    """`gated` (see step_operations.py) of the two halves of the products, (n, out_features / 2); `gates` says of which
+    weights."""
+    return _launch(rows, packed, arrived, split, True)
+
+
+def gates(packed: Packed) -> bool:
+    """Whether both halves of a weight begin where a program's block does."""
+    return packed.out_features % (2 * BLOCK.value) == 0
+
+
+def _launch(rows: Tensor, packed: Packed, arrived: Tensor, split: Split | None, gated: bool) -> Tensor:
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    count, width, split = len(rows), packed.width, split or split_for(packed)
-    out = rows.new_empty(count, packed.out_features)
-    parts = rows.new_empty(split.splits, count, width, dtype=torch.float32) if split.splits > 1 else None
+    split = split or split_for(packed, gated)
+    columns = packed.out_features // 2 if gated else packed.out_features
+    out, sums = rows.new_empty(len(rows), columns), len(rows) * (1 + gated)
+    parts = rows.new_empty(split.splits, sums, packed.width, dtype=torch.float32) if split.splits > 1 else None
     scales = packed.scales.view(torch.int32) if packed.bits == 4 else packed.scales
     with on_device(rows):
-        KERNELS[packed.bits][(width // 64, split.splits)](
-            rows, packed.codes, scales, parts, arrived, out, rows.stride(0), width, packed.out_features,
-            packed.in_features, EXPONENT_23, K=packed.depth, ROWS=count, SPLITS=split.splits, GROUPS=split.groups,
-            num_warps=split.warps, **dependent_launch(rows),
+        code_products_kernel[(triton.cdiv(columns, BLOCK.value), split.splits)](
+            rows, packed.codes, scales, parts, arrived, out, rows.stride(0), packed.width, columns, packed.in_features,
+            EXPONENT_23, K=packed.depth, ROWS=len(rows), SPLITS=split.splits, GROUPS=split.groups, BITS=packed.bits,
+            GATED=gated, num_warps=split.warps, **dependent_launch(rows),
         )  # fmt: skip
     return out

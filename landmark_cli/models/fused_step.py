@@ -121,6 +121,10 @@ class _Own(NamedTuple):
         streams = self.streams is not None and product.bias is None and activation == "silu"
         if streams and self.streams.serves(x, product.weight):
             return self.streams.gated_products(x, product.weight)
+        if activation == "silu" and (quantized := product.quantized) is not None:
+            out = quantized.gated(x)
+            if out is not None:
+                return out
         return self.operations.gated(*product(x), activation, self.following(behind))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .quantization import QuantizedLinear
+from .quantized_products import JoinedProduct
 
 
 def join(parameters: Sequence[nn.Parameter]) -> bool:
@@ -74,6 +75,14 @@ class Product:
             return self.weight
         first = self.layers[0]
         return first.codes if isinstance(first, QuantizedLinear) else getattr(first, "weight", None)
+
+    @property
+    def quantized(self) -> JoinedProduct | None:
+        """The one product, without a bias, of quantized layers."""
+        first = self.layers[0]
+        if not isinstance(first, QuantizedLinear) or any(layer.bias is not None for layer in self.layers):
+            return None
+        return first.product if len(first.product.sizes) == len(self.layers) else None
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         if self.weight is None:

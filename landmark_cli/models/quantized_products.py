@@ -68,6 +68,9 @@ class CpuProduct(nn.Module):
         # The scale of a row of the weight is that of a column of what comes out.
         return F.linear(rows, self.codes.to(rows.dtype)) * self.scales.to(rows.dtype)
 
+    def gated(self, rows: Tensor) -> None:
+        """There is no kernel that does both."""
+
 
 class HummingProduct(nn.Module):
     """On an NVIDIA GPU. streams: whether few rows are multiplied by the kernels of code_products.py, where the library
@@ -132,11 +135,24 @@ class HummingProduct(nn.Module):
         return packed if all(map(torch.equal, found, expected[:2])) else None
 
     def forward(self, rows: Tensor) -> Tensor:
-        from .code_products import MOST_ROWS, products
+        if self._streams(rows):
+            from .code_products import products
 
-        if self.streams and self.packed is not None and len(rows) <= MOST_ROWS:
             return products(rows, self.packed, self.arrived)
         return self.layer(rows.contiguous(), tuning_config=self._kernel(len(rows)))
+
+    def gated(self, rows: Tensor) -> Tensor | None:
+        if self._streams(rows):
+            from .code_products import gated_products, gates
+
+            if gates(self.packed):
+                return gated_products(rows, self.packed, self.arrived)
+        return None
+
+    def _streams(self, rows: Tensor) -> bool:
+        from .code_products import MOST_ROWS
+
+        return self.streams and self.packed is not None and len(rows) <= MOST_ROWS
 
     def _kernel(self, rows: int) -> str:
         """Humming's choice of a kernel for so many rows, or a few more."""
@@ -172,6 +188,12 @@ class JoinedProduct(nn.Module):
         self.product, self.sizes = product, list(sizes)
         # What the layers were asked for last, and what they give.
         self._held: tuple[weakref.ref[Tensor], int, Sequence[Tensor]] | None = None
+
+    def gated(self, x: Tensor) -> Tensor | None:
+        """silu of what the first of two layers gives times what the other gives, as one; None where the product has no
+        kernel for it."""
+        y = self.product.gated(x.reshape(-1, x.shape[-1]))
+        return None if y is None else y.view(*x.shape[:-1], -1)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         y = self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from landmark_cli.models import code_products
+from landmark_cli.models import code_products, step_operations
 from landmark_cli.models.code_products import Split, in_order
 from landmark_cli.models.quantization import encode
 from tests.closeness import assert_close_norm
@@ -27,6 +27,21 @@ def test_the_kernel_of_products_is_the_definition(bits, rows, split, dtype):
     assert found.shape == (rows, 150) and found.dtype == dtype and not arrived.any()
     # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     assert_close_norm(found.float(), expected, within=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", [Split(1, 2), Split(3, 2)], ids=["whole", "in 3"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_kernel_of_gated_products_is_the_definition(bits, rows, split, dtype):
+    codes = encode(torch.randn(256, 96).mul(0.2).to(dtype), bits, dtype)
+    x, arrived = torch.randn(rows, 96).to(dtype), torch.zeros(4, dtype=torch.int32)
+    packed = in_order(codes)
+    assert code_products.gates(packed) and not code_products.gates(packed._replace(out_features=192))
+    found = code_products.gated_products(x, packed, arrived, split)
+    expected = step_operations.gated_products(x.float(), codes.weight())
+    assert found.shape == (rows, 128) and found.dtype == dtype and not arrived.any()
+    assert_close_norm(found.float(), expected, within=0.04 if dtype == torch.bfloat16 else 0.01)
 
 
 @pytest.mark.gpu

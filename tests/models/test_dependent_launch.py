@@ -14,24 +14,27 @@ import torch
 
 from landmark_cli.attention.kernels.common import dependent
 from landmark_cli.attention.kernels.reading import candidates, decode, launch, selection, store
-from landmark_cli.models import row_products, step_kernels
+from landmark_cli.models import code_products, row_products, step_kernels
 from landmark_cli.models.fused_step import FusedStep
 from tests.models.stepping import WIDE, landmark_decoder, steps
 
 # Where a step's kernels are launched, and where each of them is.
-LAUNCHED_FROM = (step_kernels, row_products, launch, selection)
+LAUNCHED_FROM = (step_kernels, row_products, code_products, launch, selection)
 KERNELS = {
     "add_norm_kernel": step_kernels,
     "rotate_heads_kernel": step_kernels,
     "gated_kernel": step_kernels,
     "products_kernel": row_products,
     "gated_products_kernel": row_products,
+    "code_products_kernel": code_products,
     "store_kernel": store,
     "candidates_kernel": candidates,
     "decode_kernel": decode,
 }
 # Those that have a weight, which no kernel writes.
-READ_WEIGHTS = {"add_norm_kernel", "products_kernel", "gated_products_kernel"}
+READ_WEIGHTS = {"add_norm_kernel", "products_kernel", "gated_products_kernel", "code_products_kernel"}
+# What kernels call that waits for them.
+WAITING = (row_products.row_sums, code_products.sums_of_4_bits, code_products.sums_of_8_bits)
 
 
 def launched_early(module: ModuleType) -> set[str]:
@@ -58,8 +61,8 @@ def test_elsewhere_nothing_is(device):
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_waits(name):
     source = inspect.getsource(getattr(KERNELS[name], name).fn)
-    assert "wait_for_previous(PDL)" in source or "row_sums(" in source
-    assert "wait_for_previous(PDL)" in inspect.getsource(row_products.row_sums.fn)
+    assert "wait_for_previous(PDL)" in source or "row_sums(" in source or "block_sums(" in source
+    assert all("wait_for_previous(PDL)" in inspect.getsource(function.fn) for function in WAITING)
 
 
 @pytest.mark.slow
@@ -108,6 +111,7 @@ def main(waits: bool) -> None:
     from landmark_cli.attention.cache import BlockCache
     from landmark_cli.attention.cache.settings import RetrievalSettings
     from landmark_cli.attention.rotary import default_inverse_frequencies
+    from landmark_cli.models.quantization import encode
     from tests.attention.kernels.compiling import H100, Compiled
 
     driver.set_active(H100())
@@ -117,7 +121,8 @@ def main(waits: bool) -> None:
     for name, place in places.items():
         compiled[name] = Compiled(getattr(place, name))
         setattr(place, name, compiled[name])
-    step_kernels.dependent_launch = row_products.dependent_launch = lambda x: on
+    for module in (step_kernels, row_products, code_products):
+        module.dependent_launch = lambda x: on
     launch.Call.launch = on
     q, k, v = (torch.empty(1, 1, n, 128, dtype=torch.bfloat16) for n in (4, 2, 2))
     angles, x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, 1, 128), (1, 1, 1024), (64, 1024)))
@@ -126,6 +131,8 @@ def main(waits: bool) -> None:
     step_kernels.gated(x, x.clone(), following=weight)
     row_products.products(x, weight)
     row_products.gated_products(x, weight)
+    packed = code_products.in_order(encode(torch.zeros(128, 1024), 4))
+    code_products.gated_products(x[0], packed, torch.zeros(2, dtype=torch.int32))
     cache = BlockCache(RetrievalSettings(64, 8), default_inverse_frequencies(128))
     cache.host_blocks = [100]
     chunk = cache.begin_chunk([1])
