@@ -16,6 +16,8 @@ from .known_layers import Activation
 
 # Of a row of gated: a program's columns.
 COLUMNS = 1024
+# Heads that a program rotates, at most, and tokens from which on it rotates more than one.
+MOST_HEADS, CHUNK_ROWS = 4, 512
 # Of what is read next: the bytes that are asked for ahead, at most, and those that a program asks for.
 AHEAD, AHEAD_STEP = 24 << 20, 1 << 16
 
@@ -80,10 +82,11 @@ def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, NEXT, after_eps, eps, r
 
 @triton.jit(do_not_specialize=["rows", "tokens", "ahead"])
 def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, NEXT, q_strides, k_strides, cos_strides, rows, tokens,
-                        heads, eps, ahead, D: tl.constexpr, HALF_PAD: tl.constexpr, CENTERED: tl.constexpr,
-                        STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, head: those of Q, then those of K); NEXT and
-    ahead: as in add_norm_kernel, for programs behind the rows."""
+                        heads, key_heads, eps, ahead, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
+                        CENTERED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
+                        PDL: tl.constexpr):  # fmt: skip
+    """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, HEADS heads: those of Q, then those of K);
+    NEXT and ahead: as in add_norm_kernel, for programs behind the rows."""
     if NEXT is not None:
         if tl.program_id(0) >= rows:
             program = (tl.program_id(0) - rows) * tl.num_programs(1) + tl.program_id(1)
@@ -91,40 +94,48 @@ def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, NEXT, q_strides, k_s
             return
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
     batch_row, token = row // tokens, row % tokens
     angles = batch_row * cos_strides[0] + token * cos_strides[1]
-    if head < heads:
-        at = batch_row * q_strides[0] + token * q_strides[1] + head * q_strides[2]
-        _rotate_head(Q + at, COS + angles, SIN + angles, Q_WEIGHT, eps, D, HALF_PAD, CENTERED)
+    first = tl.program_id(1) * HEADS
+    behind = tl.cdiv(heads, HEADS) * HEADS
+    if first < behind:
+        at = batch_row * q_strides[0] + token * q_strides[1]
+        _rotate_heads(Q + at, q_strides[2], first, heads, COS + angles, SIN + angles, Q_WEIGHT, eps, D, HALF_PAD, HEADS,
+                      CENTERED)  # fmt: skip
     else:
-        at = batch_row * k_strides[0] + token * k_strides[1] + (head - heads) * k_strides[2]
-        _rotate_head(K + at, COS + angles, SIN + angles, K_WEIGHT, eps, D, HALF_PAD, CENTERED)
+        at = batch_row * k_strides[0] + token * k_strides[1]
+        _rotate_heads(K + at, k_strides[2], first - behind, key_heads, COS + angles, SIN + angles, K_WEIGHT, eps, D,
+                      HALF_PAD, HEADS, CENTERED)  # fmt: skip
 
 
 @triton.jit
-def _rotate_head(X, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constexpr, CENTERED: tl.constexpr):
-    """A head in place: normed, where WEIGHT is given, and rotated; the products are rounded before they are added."""
+def _rotate_heads(X, stride, first, heads, COS, SIN, WEIGHT, eps, D: tl.constexpr, HALF_PAD: tl.constexpr,
+                  HEADS: tl.constexpr, CENTERED: tl.constexpr):  # fmt: skip
+    """HEADS heads of a token in place: normed, where WEIGHT is given, and rotated; the products are rounded before they
+    are added. stride: from head to head."""
     HALF: tl.constexpr = D // 2
     dtype = X.dtype.element_ty
-    dim = tl.arange(0, HALF_PAD)  # (HALF_PAD,), as all below
-    mask = dim < HALF
-    one = tl.load(X + dim, mask=mask, other=0.0).to(tl.float32)
-    two = tl.load(X + HALF + dim, mask=mask, other=0.0).to(tl.float32)
+    head = first + tl.arange(0, HEADS)[:, None]  # (HEADS, 1)
+    dim = tl.arange(0, HALF_PAD)[None, :]  # (1, HALF_PAD), as weight, cos and sin
+    of_half = dim < HALF
+    mask = (head < heads) & of_half  # (HEADS, HALF_PAD), as at and what is loaded from there
+    at = X + head.to(tl.int64) * stride + dim
+    one = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    two = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
     if WEIGHT is not None:
-        scale = tl.rsqrt((tl.sum(one * one, 0) + tl.sum(two * two, 0)) / D + eps)
-        weight = tl.load(WEIGHT + dim, mask=mask, other=0.0)
+        scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / D + eps)[:, None]
+        weight = tl.load(WEIGHT + dim, mask=of_half, other=0.0)
         one = weighted(one * scale, weight, dtype, CENTERED).to(tl.float32)
-        weight = tl.load(WEIGHT + HALF + dim, mask=mask, other=0.0)
+        weight = tl.load(WEIGHT + HALF + dim, mask=of_half, other=0.0)
         two = weighted(two * scale, weight, dtype, CENTERED).to(tl.float32)
-    cos = tl.load(COS + dim, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(SIN + dim, mask=mask, other=0.0).to(tl.float32)
-    first = (one * cos).to(dtype).to(tl.float32) - (two * sin).to(dtype).to(tl.float32)
-    cos = tl.load(COS + HALF + dim, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(SIN + HALF + dim, mask=mask, other=0.0).to(tl.float32)
-    second = (two * cos).to(dtype).to(tl.float32) + (one * sin).to(dtype).to(tl.float32)
-    tl.store(X + dim, first.to(dtype), mask=mask)
-    tl.store(X + HALF + dim, second.to(dtype), mask=mask)
+    cos = tl.load(COS + dim, mask=of_half, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + dim, mask=of_half, other=0.0).to(tl.float32)
+    first_half = (one * cos).to(dtype).to(tl.float32) - (two * sin).to(dtype).to(tl.float32)
+    cos = tl.load(COS + HALF + dim, mask=of_half, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + HALF + dim, mask=of_half, other=0.0).to(tl.float32)
+    second_half = (two * cos).to(dtype).to(tl.float32) + (one * sin).to(dtype).to(tl.float32)
+    tl.store(at, first_half.to(dtype), mask=mask)
+    tl.store(at + HALF, second_half.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "ahead"])
@@ -184,12 +195,16 @@ def rotate_heads(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, dim = q.shape
     cos, sin = (x.expand(batch, tokens, dim).contiguous() for x in (cos, sin))
-    rows, all_heads = batch * tokens, heads + k.shape[2]
+    rows, key_heads = batch * tokens, k.shape[2]
+    # In a chunk there are programs enough, and a token's angles are loaded once for some heads.
+    at_once = min(MOST_HEADS, triton.next_power_of_2(heads)) if rows >= CHUNK_ROWS else 1
+    groups = triton.cdiv(heads, at_once) + triton.cdiv(key_heads, at_once)
     data, ahead, programs, launch = _ahead(q, following, 1)
     with on_device(q):
-        rotate_heads_kernel[(rows + triton.cdiv(programs, all_heads), all_heads)](
+        rotate_heads_kernel[(rows + triton.cdiv(programs, groups), groups)](
             q, k, cos, sin, q_weight, k_weight, data, q.stride()[:3], k.stride()[:3], cos.stride()[:2], rows, tokens,
-            heads, eps, ahead, D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), CENTERED=centered, num_warps=1,
+            heads, key_heads, eps, ahead, D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), HEADS=at_once,
+            CENTERED=centered, num_warps=1,
             # Else a product of 16-bit numbers and the sum it goes into become one instruction, which does not round it.
             enable_fp_fusion=False, **launch,
         )  # fmt: skip

@@ -269,6 +269,13 @@ def test_a_kernel_is_as_near_to_float32_as_its_definition(name, dtype, device):
         assert all(map(torch.equal, *found.outputs))
 
 
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("rotate_heads")])
+def test_a_program_rotates_some_heads_of_a_chunk(name, monkeypatch):
+    monkeypatch.setattr(step_kernels, "CHUNK_ROWS", 1)
+    found = measure(SMALL[name], torch.float16, "cpu")
+    assert found.why_not_alike is None, found.why_not_alike
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LARGE)
