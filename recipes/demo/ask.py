@@ -60,8 +60,8 @@ def main() -> None:
     ids = encode_prompt(tokenizer, text)
     freq = model.config.landmark_freq
     reader = BlockReader(model, chunk=options.chunk, top_k_blocks=options.top_k_blocks)
-    named = "Persuasion, which it was not trained on" if options.text is None else str(options.text)
-    tell(f"{named}, with {counted(len(facts), 'fact')} hidden in it: {len(ids):,} tokens, {len(ids) // freq:,} blocks")
+    named = "Persuasion (not trained on)" if options.text is None else str(options.text)
+    tell(f"{named}, with {counted(len(facts), 'fact')} hidden: {len(ids):,} tokens, {len(ids) // freq:,} blocks")
     if not options.brief:
         for fact in facts:
             tell(f"  {fact.place / len(text):4.0%}  {fact.sentence}")
