@@ -306,11 +306,10 @@ class BlockReader(BaseReader):
             # It tells of the rows by their places.
             return list(range(self.batch))
         rows = [row for row, text in enumerate(texts) if len(text)]
-        if self.forward.records(len(rows), stream_length(self.chunk, self.landmark_freq)):
-            step = max(1, self.batch // MOST_BATCHES)
-            resting = [row for row, text in enumerate(texts) if len(text) == 0]
-            rows = sorted(rows + resting[: -len(rows) % step])
-        return rows
+        resting = [row for row, text in enumerate(texts) if len(text) == 0]
+        resting = resting[: -len(rows) % max(1, self.batch // MOST_BATCHES)]
+        recorded = self.forward.records(len(rows) + len(resting), stream_length(self.chunk, self.landmark_freq))
+        return sorted(rows + resting) if recorded else rows
 
     def _place(self, texts: list[Tensor], tails: list[int], last_only: bool, rows: list[int]) -> _Placed:
         """The rows' texts as a chunk, going on with tail blocks of which `tails` text tokens have been read. rows:

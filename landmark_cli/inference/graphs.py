@@ -7,7 +7,7 @@ Nothing in the fused kernels' shapes depends on what has been read, so one graph
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,9 +25,14 @@ from landmark_cli.models.device import to_device
 from landmark_cli.models.fused_step import Fused, join_weights
 from landmark_cli.models.quantization import weight_count
 
-# Tokens times weights of a chunk (see `_layer_weights`), from which on it keeps a GPU busy without a graph.
-MOST_WORK = 2e12
+# Tokens of a chunk times weights of a layer (see `_layer_weights`), from which on a layer keeps a GPU busy for longer
+# than the host takes to launch its kernels without a graph.
+MOST_WORK = 6.4e10
 MOST_GRAPHS = 12
+# Where some of the rows have no text in a chunk, as many chunks like it are read before a graph is recorded for them.
+# As rows of unlike lengths end one after the other, there are few chunks of as many rows, and recording takes as long
+# as reading dozens of them; where it is one row's end that is long, or where the next texts end alike, there are more.
+SEEN_OF_SOME = 8
 # Stream tokens of a row in a step, at most: a token, and the landmark behind it.
 STEP_WIDTH = 2
 # Chunks after which blocks that have not been fetched yet are fetched all at once: until then a short answer is given
@@ -78,8 +83,8 @@ class Recorded:
 class ChunkForward:
     """Reads chunk after chunk into a block cache: the first chunks of a kind as usual, later ones as CUDA graphs.
 
-    A kind is what decides which kernels run on which shapes: the chunk's width, how many positions give logits, whether
-    there are blocks to retrieve and, for long chunks, how many, roughly.
+    A kind is what decides which kernels run on which shapes: the chunk's width, its rows, how many positions give
+    logits, whether there are blocks to retrieve and, for long chunks, how many, roughly.
 
     steps_alone: set it where chunks of text hardly ever come twice with as many rows of the same width, as those of a
     server's prompts: recording takes as long as reading dozens of them. fuses_steps: whether steps and chunks, with
@@ -95,7 +100,7 @@ class ChunkForward:
             # Before the first graph, which reads the weights where they are then.
             join_weights(model)
         self._recorded: OrderedDict[tuple, Recorded] = OrderedDict()
-        self._seen: set[tuple] = set()
+        self._seen: Counter[tuple] = Counter()
         self._fetching = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChunkForward:
@@ -122,8 +127,8 @@ class ChunkForward:
         self.cache.reserve(lengths)
         kind = self._kind(ids, kept, rows)
         if kind not in self._recorded:
-            if kind[:-1] not in self._seen:
-                self._seen.add(kind[:-1])
+            self._seen[kind[:-1]] += 1
+            if self._seen[kind[:-1]] <= (1 if len(rows) == self.cache.batch else SEEN_OF_SOME):
                 return self._read(ids, lengths, kept, rows)
             if not self._record(ids, lengths, kept, rows):
                 return self._read(ids, lengths, kept, rows)
@@ -224,9 +229,10 @@ class ChunkForward:
 
 
 def _layer_weights(model: PreTrainedModel) -> int:
-    """How many weights each token of a chunk is multiplied by: all but those of the embedding, of which it takes a row,
-    and of the head, which gives logits of few tokens. Of small models with many words these are most."""
+    """How many weights of a layer, on the average, each token of a chunk is multiplied by. Those of the embedding, of
+    which it takes a row, and of the head, which gives logits of few tokens, count in no layer; of small models with
+    many words they are most. Nor does the number of layers count: the host launches each of them."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if ends[1] is None or getattr(ends[1], "weight", None) is ends[0].weight:
         ends.pop()
-    return weight_count(model) - sum(map(weight_count, ends))
+    return (weight_count(model) - sum(map(weight_count, ends))) // model.config.get_text_config().num_hidden_layers

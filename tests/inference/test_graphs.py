@@ -317,14 +317,32 @@ def test_a_model_that_cannot_be_recorded_is_read_all_the_same(monkeypatch, capsy
     assert torch.rand(3, device="cuda").unique().numel() == 3
 
 
+def most_tokens(model) -> int:
+    """Of a chunk that is recorded, in millions."""
+    forward = ChunkForward(model, BlockCache(RetrievalSettings(5, 2), default_inverse_frequencies(8)))
+    forward.recording = True
+    return next(millions for millions in range(1 << 20) if not forward.records(1, (millions << 20) + 1))
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
 def test_words_do_not_keep_a_gpu_busy(family):
     """Chunks of a model with a large vocabulary are recorded as those of one with a small one."""
-    found = []
-    for words in (300, 3000):
-        cache = BlockCache(RetrievalSettings(5, 2), default_inverse_frequencies(8))
-        forward = ChunkForward(tiny_decoder(family, vocab_size=words), cache)
-        forward.recording = True
-        # The most tokens, or so, of a chunk that is recorded.
-        found.append(next(width for width in range(0, 1 << 40, 1 << 20) if not forward.records(1, width + 1)))
-    assert found[0] == found[1] > 0
+    few, many = (most_tokens(tiny_decoder(family, vocab_size=words)) for words in (300, 3000))
+    assert few == many > 0
+
+
+def test_more_layers_are_recorded_as_few_are():
+    """Each has its kernels launched while the one before runs: whether the host keeps up is a layer's matter."""
+    few, many = (most_tokens(tiny_decoder("llama", num_hidden_layers=layers)) for layers in (2, 8))
+    assert few == pytest.approx(many, rel=0.02)
+
+
+@pytest.mark.parametrize("seen, recorded", [(1, [3, 4]), (3, [4]), (4, [])])
+def test_chunks_that_few_rows_have_are_recorded_where_there_are_many(seen, recorded, by_definition, monkeypatch):
+    """The row that goes on has two chunks with a number of blocks of three bits, then four with one of four."""
+    monkeypatch.setattr(graphs, "SEEN_OF_SOME", seen)
+    reader = BlockReader(tiny_model(n_layer=1), batch=2, chunk=8)
+    reader.forward.recording, reader.forward.record = True, Repeated
+    reader.expect(64)
+    list(reader.read([tiny_text(16, 1), tiny_text(64, 2)], last_only=True))
+    assert [kind[2] for kind in reader.forward._recorded if kind[3] == 1] == recorded

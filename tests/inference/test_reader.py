@@ -196,5 +196,9 @@ def test_rows_are_rounded_up_where_graphs_are_recorded(monkeypatch):
     assert reader._rows_at_work(texts) == [0, 3, 6, 9, 12, 15, 18]
     monkeypatch.setattr(reader.forward, "recording", True)
     assert reader._rows_at_work(texts) == [0, 1, 3, 6, 9, 12, 15, 18]
+    # Where as many are too much work for a graph, none rests in vain.
+    with monkeypatch.context() as patched:
+        patched.setattr(reader.forward, "records", lambda rows, width: rows <= 7)
+        assert reader._rows_at_work(texts) == [0, 3, 6, 9, 12, 15, 18]
     reader.trace()
     assert reader._rows_at_work(texts) == list(range(20))
