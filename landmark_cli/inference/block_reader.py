@@ -34,8 +34,9 @@ from landmark_cli.options import LONGEST
 # A passage's queries choose so many times the blocks there are, or it is read chunk by chunk: then all blocks would
 # travel for a few.
 CHOSEN = 4
-# Graphs are recorded for so many numbers of rows at most, or a few more: rows that rest fill up what is between.
-MOST_BATCHES = 8
+# Graphs are recorded for numbers of rows of so many binary digits and zeros behind them: rows that rest fill up what is
+# between.
+ROW_DIGITS = 3
 # Fewer steps are done before their graphs would be recorded.
 FEW_STEPS = 8
 # The positions of a step that give logits: made once, for every step needs one.
@@ -307,7 +308,8 @@ class BlockReader(BaseReader):
             return list(range(self.batch))
         rows = [row for row, text in enumerate(texts) if len(text)]
         resting = [row for row, text in enumerate(texts) if len(text) == 0]
-        resting = resting[: -len(rows) % max(1, self.batch // MOST_BATCHES)]
+        step = 1 << max(0, (len(rows) - 1).bit_length() - ROW_DIGITS)
+        resting = resting[: -len(rows) % step]
         recorded = self.forward.records(len(rows) + len(resting), stream_length(self.chunk, self.landmark_freq))
         return sorted(rows + resting) if recorded else rows
 

@@ -223,6 +223,9 @@ class ChunkForward:
         stale = [kind for kind in self._recorded if kind[-1] != generation] + oldest[: 1 - MOST_GRAPHS]
         for kind in stale:
             self._recorded.pop(kind, None)
+            if kind[-1] == generation:
+                # What comes so seldom has to come as often again before it is recorded anew.
+                del self._seen[kind[:-1]]
         traced = {} if self.cache.trace is None else dict(self.cache.trace.layers)
         self._recorded[self._kind(ids, kept, rows)] = Recorded(graph, inputs, traced)
         return True

@@ -346,3 +346,17 @@ def test_chunks_that_few_rows_have_are_recorded_where_there_are_many(seen, recor
     reader.expect(64)
     list(reader.read([tiny_text(16, 1), tiny_text(64, 2)], last_only=True))
     assert [kind[2] for kind in reader.forward._recorded if kind[3] == 1] == recorded
+
+
+def test_what_more_graphs_have_displaced_is_not_recorded_whenever_it_comes(records, by_definition, monkeypatch):
+    """Of a text that is read again and again, with twice as many kinds of chunks as there is room for."""
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    reader = BlockReader(tiny_model(n_layer=1), chunk=8)
+    reader.forward.recording, reader.forward.record = True, Repeated
+    reader.expect(64)
+    counts = []
+    for _ in range(3):
+        list(reader.read([tiny_text(64)], last_only=True))
+        reader.reset()
+        counts.append(len(records))
+    assert counts == [2, 6, 6]

@@ -191,14 +191,19 @@ def test_rows_that_have_ended_are_no_work(last_only, offload, monkeypatch):
 
 
 def test_rows_are_rounded_up_where_graphs_are_recorded(monkeypatch):
-    reader = BlockReader(tiny_model(), batch=20, chunk=8)
-    texts = [torch.tensor([1] * (row % 3 == 0)) for row in range(20)]
-    assert reader._rows_at_work(texts) == [0, 3, 6, 9, 12, 15, 18]
+    reader = BlockReader(tiny_model(), batch=26, chunk=8)
+
+    def at_work(count: int) -> list[int]:
+        """Of rows every third of which has text, so many in all."""
+        return reader._rows_at_work([torch.tensor([1] * (row % 3 == 0 and row < 3 * count)) for row in range(26)])
+
+    assert at_work(9) == list(range(0, 26, 3))
     monkeypatch.setattr(reader.forward, "recording", True)
-    assert reader._rows_at_work(texts) == [0, 1, 3, 6, 9, 12, 15, 18]
+    assert at_work(9) == sorted([*range(0, 26, 3), 1])
+    assert at_work(8) == list(range(0, 24, 3)) and at_work(1) == [0]
     # Where as many are too much work for a graph, none rests in vain.
     with monkeypatch.context() as patched:
-        patched.setattr(reader.forward, "records", lambda rows, width: rows <= 7)
-        assert reader._rows_at_work(texts) == [0, 3, 6, 9, 12, 15, 18]
+        patched.setattr(reader.forward, "records", lambda rows, width: rows <= 9)
+        assert at_work(9) == list(range(0, 26, 3))
     reader.trace()
-    assert reader._rows_at_work(texts) == list(range(20))
+    assert at_work(9) == list(range(26))
