@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ MAX_DEPTH = 64
 READ_BYTES = 16 << 20
 LONGEST_REASON = 300
 CHECKSUM = "checksum"
+OWNER_ALONE = stat.S_IRUSR | stat.S_IWUSR
 
 # torch's writer does not say what the system told it.
 TORCH_WRITER_SIGNS = ("PytorchStreamWriter failed", "] . unexpected pos ")
@@ -399,10 +401,27 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(directory: Path) -> None:
-    """`flush` a directory and everything in it."""
+    """`settle` everything in a directory, and it itself."""
     for path in directory.rglob("*"):
-        flush(path)
+        settle(path)
     flush(directory)
+
+
+def settle(path: Path) -> None:
+    """`flush` a file that is whole, and have it as open to others as the umask says: safetensors leaves its files to
+    their owner alone, also those of a model that a group works with. A file system may know no such modes."""
+    with contextlib.suppress(OSError):
+        if stat.S_IMODE(path.lstat().st_mode) == OWNER_ALONE:
+            path.chmod(_mode_of_new_files())
+    flush(path)
+
+
+@functools.cache
+def _mode_of_new_files() -> int:
+    """By the umask, which a process is told when it sets another one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _lines(path: str | Path, what: str, file: Any, more: dict[str, Any]) -> Iterator[bytes]:

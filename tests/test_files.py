@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from landmark_cli import files
 from landmark_cli.errors import LandmarkError, UsageError
@@ -211,6 +213,30 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         files.write_whole(tmp_path / "file", "after")
     assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_what_stays_is_as_open_to_others_as_the_umask_says(tmp_path, monkeypatch, umask):
+    """safetensors lets nobody else read its files; a file of another mode was given that by somebody."""
+    files._mode_of_new_files.cache_clear()
+    before = os.umask(umask)
+    try:
+        (tmp_path / "folder").mkdir()
+        save_file({"x": torch.zeros(1)}, tmp_path / "folder" / "model.safetensors")
+        for name, mode in (("owner", 0o600), ("public", 0o644), ("readable", 0o400), ("program", 0o700)):
+            (tmp_path / name).touch()
+            (tmp_path / name).chmod(mode)
+        files.flush_tree(tmp_path)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+        files._mode_of_new_files.cache_clear()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    new = 0o666 & ~umask
+    assert modes == {"model.safetensors": new, "owner": new, "public": 0o644, "readable": 0o400, "program": 0o700}
+    monkeypatch.setattr(Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no modes here")))
+    (tmp_path / "again").touch(mode=0o600)
+    files.flush_tree(tmp_path)
 
 
 def test_links_pipes_and_devices_stay_what_they_are(tmp_path):

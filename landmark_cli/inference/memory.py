@@ -38,7 +38,15 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import HeldBlocks, HeldText
 from landmark_cli.errors import LandmarkError, UsageError, shown
-from landmark_cli.files import flush, parse_json, reading, sealed_content, target_and_partial, unsealed_content, writing
+from landmark_cli.files import (
+    parse_json,
+    reading,
+    sealed_content,
+    settle,
+    target_and_partial,
+    unsealed_content,
+    writing,
+)
 from landmark_cli.inference.stored_blocks import THREADS, BlockFile, Span, StoredBlocks, checksums_of, cut
 from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
@@ -149,7 +157,7 @@ class Memory:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 save_file(tensors, unfinished, metadata)
-                flush(unfinished)
+                settle(unfinished)
                 os.replace(unfinished, target)
             except BaseException:
                 with suppress(OSError):

@@ -243,10 +243,15 @@ def open_teacher(
         # These are put in for the student.
         if token in (LANDMARK_TOKEN, PADDING_TOKEN):
             continue
-        if known.get(token) != id or id >= rows:
+        if known.get(token) != id:
             raise LandmarkError(
                 f"--teacher {name} is of another tokenizer: {token!r} is {id} in the model that is trained, and "
                 f"{known.get(token, 'no token')} there; take a teacher of the same family, or --teacher self"
+            )
+        if id >= rows:
+            raise LandmarkError(
+                f"{name} cannot be the teacher: its tokenizer has {token!r} as {id}, and its embedding {rows} rows; "
+                "take a teacher that can read all of its tokens, or --teacher none"
             )
     return Teacher(model)
 

@@ -207,6 +207,13 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path):
         finetune(tmp_path / "run", teacher=str(tmp_path / "stranger"))
 
 
+def test_a_teacher_that_cannot_read_all_of_its_tokens_is_refused(tmp_path):
+    tiny_decoder("llama", vocab_size=200).save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    with pytest.raises(LandmarkError, match="short cannot be the teacher: .* its embedding 200 rows; take"):
+        finetune(tmp_path / "run", teacher=str(tmp_path / "short"))
+
+
 def test_a_teacher_is_opened_before_text_is_tokenized(tmp_path):
     (tmp_path / "cats.txt").write_text("the cats sat on the mats. " * 100)
     with pytest.raises(LandmarkError, match="the model ./nobody: it is not there"):

@@ -65,6 +65,8 @@ def test_a_memory_is_written_in_a_file_as_it_says(tmp_path):
     kept = reader(2, cache_blocks=4)
     list(kept.read([NOVEL[:5], NOVEL]))
     kept.save(tmp_path / "novel", row=1)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "novel").stat().st_mode == (tmp_path / "other").stat().st_mode
     with safe_open(tmp_path / "novel", "pt") as file:
         header = json.loads(file.metadata()["landmark"])
     assert (header["blocks"], header["tail"], header["about"]["cache_blocks"]) == (13, 1, 4)
@@ -243,7 +245,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(memory, "flush", full)
+    monkeypatch.setattr(memory, "settle", full)
     with pytest.raises(LandmarkError, match="novel cannot be written: No space left on device; make room"):
         kept.save(tmp_path / "novel")
     assert (tmp_path / "novel").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
