@@ -76,8 +76,8 @@ class Backend:
     definition, or another one.
     local_forward, local_backward: of the operators of local_operators.py, whose arguments they take; None: the
     definition, or another one.
-    local_read: attention of a chunk in a layer that holds text, (q, k, v, held, *places, scale, softcap, sinks) -> out,
-    see local.attend_chunk; None: the definition.
+    local_read: attention of a chunk in a layer that holds text, (q, k, v, held, chunk, frequencies, scale, softcap,
+    sinks) -> out, see local.attend_chunk; None: the definition.
     """
 
     name: str
@@ -236,11 +236,10 @@ def _triton_local_backward(dout, q, k, v, sinks, out, lse, *seen) -> tuple[Tenso
     return kernels.backward(dout, q, k, v, out, lse, kernels.Seen(*seen), sinks)
 
 
-def _triton_local_read(q: Tensor, k: Tensor, v: Tensor, held: LayerWindow, *places_and_logits) -> Tensor:
+def _triton_local_read(q: Tensor, k: Tensor, v: Tensor, held: LayerWindow, chunk: Chunk, *given) -> Tensor:
     from .kernels.local import read
 
-    *places, scale, softcap, sinks = places_and_logits
-    return read.attend_chunk(q, k, v, held, read.Places(*places), scale, softcap, sinks)
+    return read.attend_chunk(q, k, v, held, chunk, *given)
 
 
 # --- hopper: kernels in Gluon for compute capability 9.0, for training

@@ -288,10 +288,6 @@ class _ChunkPlaces:
         first = torch.where(count < length, count, within)
         self.first = torch.where(chunk.real, first, itself).int()
 
-    def read_at(self, counters: Tensor, frequencies: Tensor | None) -> tuple:
-        """What a backend that reads is told of them: the fields of kernels/local/read.py's Places."""
-        return counters, self.text, self.first, self.source, *self.tables(frequencies)
-
     def tables(self, frequencies: Tensor | None) -> tuple:
         """The rotations of: queries and keys to their places, held keys to theirs, and keys to what is held of them."""
         if id(frequencies) not in self._tables:
@@ -328,13 +324,12 @@ def attend_chunk(
     positions. backend: see functional.landmark_attention. Shapes depend on the chunk's width alone, and nothing waits
     for the device.
     """
-    length, size = held.length, held.block_size
-    at = chunk.shared(("local", length, size), lambda: _ChunkPlaces(chunk, length, size))
     name = backend_of(q, backend, reading=True)
     if (read := BACKENDS[name].local_read) is not None:
         check_sinks(sinks, q)
-        logits = check_scale(scale, q), check_softcap(softcap), sinks
-        return read(q, k, v, held, *at.read_at(chunk.counters, frequencies), *logits)
+        return read(q, k, v, held, chunk, frequencies, check_scale(scale, q), check_softcap(softcap), sinks)
+    length, size = held.length, held.block_size
+    at = chunk.shared(("local", length, size), lambda: _ChunkPlaces(chunk, length, size))
     back, to_place, to_held = at.tables(frequencies)
     keys, values, real = held.of(chunk.rows)
     both = torch.cat([turned(keys, to_place), turned(k, back)], dim=2), torch.cat([values, v], dim=2)

@@ -13,6 +13,7 @@ from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.hopper import support
 from landmark_cli.attention.kernels.local import configurations, launch
 from landmark_cli.attention.kernels.local.configurations import Choices
+from landmark_cli.attention.kernels.local.places import places_of
 from landmark_cli.attention.local_operators import local_attention, local_attention_backward
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from tests.attention.sliding import CASES, READINGS, Case, agreement
@@ -63,6 +64,23 @@ def test_chunk_after_chunk(case, forwards):
         assert_close_norm(a, b)
     assert all(torch.equal(a, b) for a, b in zip(found[-3:], expected[-3:], strict=True))
     assert len(forwards) == len(case.chunks)
+
+
+@pytest.mark.parametrize("block_size", [2, 5, 64])
+@pytest.mark.parametrize("window", [1, 6, 40])
+def test_places_are_those_of_the_definition(window, block_size):
+    """Rows in different phases, padded, resting, and longer than what is held."""
+    frequencies = default_inverse_frequencies(8)
+    cache = BlockCache(RetrievalSettings(block_size, 2), frequencies, batch=3)
+    for lengths in ((12, 4, 0), (1, 9, 3), (1, 0, 1), (70, 2, 30)):
+        chunk = cache.begin_chunk(lengths)
+        found = places_of(chunk, window - 1, block_size, frequencies)
+        expected = local._ChunkPlaces(chunk, window - 1, block_size)
+        for name in ("text", "first", "source"):
+            assert torch.equal(getattr(found, name), getattr(expected, name).to(getattr(found, name).dtype)), name
+        for ours, theirs in zip(found[3:], expected.tables(frequencies), strict=True):
+            assert all(torch.equal(a, b.squeeze(1)) for a, b in zip(ours, theirs, strict=True))
+        cache.end_chunk(chunk)
 
 
 def test_what_is_not_seen_is_not_touched(tiles):

@@ -36,7 +36,7 @@ def join_kernel(Q, K, V, HELD_KEYS, HELD_VALUES, HELD_REAL, ROWS, TEXT, SOURCE, 
 
     Q (n, H, T, D) and K, V (n, G, T, D), rotated at the chunk's positions. HELD_KEYS, HELD_VALUES (B, G, held, D) and
     HELD_REAL (B, held): of all rows, of which the chunk's are ROWS (n,). TEXT (n, T): which of the chunk is text.
-    SOURCE (n, held): see cache.rolled. BACK, PLACE, HOLD: rotations of the chunk to its places, of held keys to theirs,
+    SOURCE (n, held): see places.py. BACK, PLACE, HOLD: rotations of the chunk to its places, of held keys to theirs,
     and of the chunk's keys to what is held of them; None without positions. Strides are those of the first three
     dimensions, in elements; values lie as keys do, but V. Program (number, row): the held tokens, those of the chunk,
     and the slots of what is to be held.
@@ -48,7 +48,7 @@ def join_kernel(Q, K, V, HELD_KEYS, HELD_VALUES, HELD_REAL, ROWS, TEXT, SOURCE, 
     # Which of held text and chunk the token is.
     source = number
     if slot >= 0:
-        source = tl.load(SOURCE + row * held + slot).to(tl.int32)
+        source = tl.load(SOURCE + row * held + slot)
     old = cache_row * held_strides[0] + source.to(tl.int64) * held_strides[2]
     token = (source - held).to(tl.int64)
     k = K + row * k_strides[0] + token * k_strides[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import triton
@@ -13,36 +13,18 @@ from ..common.launch import Launch, LaunchCache, Operand, launch
 from ..common.tensors import empty_heads_last
 from . import launch as attention
 from .hold import join_kernel, keep_kernel
+from .places import Chunk, places_of
 
 CALLS = LaunchCache()
-Table = tuple[Tensor, Tensor]
 
 
 class Held(Protocol):
     """What a layer holds: keys and values, (B, G, held, D) dense, and which of it there is, (B, held) bool."""
 
+    block_size: int
     keys: Tensor
     values: Tensor
     real: Tensor
-
-
-class Places(NamedTuple):
-    """Where a chunk's tokens and the text that a layer holds stand.
-
-    counters: (4, n) int32, of which the last row says which of all rows the chunk's are. text: (n, T) bool, which of
-    its tokens are text. first: (n, T) int32, of held text and chunk the first token that each may see. source: (n,
-    held) int64, of these the ones to be held next. back, to_place, to_held: cos and sin, (n or 1, 1, T or held,
-    rotary_dim / 2) float32, of the rotations of the chunk to its places, of held keys to theirs, and of the chunk's
-    keys to what is held of them; None without positions.
-    """
-
-    counters: Tensor
-    text: Tensor
-    first: Tensor
-    source: Tensor
-    back: Table | None
-    to_place: Table | None
-    to_held: Table | None
 
 
 def attend_chunk(
@@ -50,7 +32,8 @@ def attend_chunk(
     k: Tensor,
     v: Tensor,
     held: Held,
-    places: Places,
+    chunk: Chunk,
+    frequencies: Tensor | None,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -59,17 +42,19 @@ def attend_chunk(
     (n, T, H, D); held goes on. q: (n, H, T, D) and k, v: (n, G, T, D), rotated at the chunk's positions."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (batch, _, tokens, dim), key_heads, length = q.shape, k.shape[1], held.keys.shape[2]
+    key = "places", length, held.block_size, id(frequencies)
+    places = chunk.shared(key, lambda: places_of(chunk, length, held.block_size, frequencies))
     turned = empty_heads_last(q)
     keys, values = (x.new_empty(batch, key_heads, length + tokens, dim) for x in (k, v))
     seen = places.text.new_empty(batch, length + tokens)
     kept = [x.new_empty(batch, *x.shape[1:]) for x in (held.keys, held.values, held.real)]
     here = held.keys, held.values, held.real
-    tables = [x for table in places[4:] for x in table or (None, None)]
+    tables = *places.back, *places.to_place, *places.to_held
     joined = turned, keys, values, seen, *kept
-    _call(_launch_join, (q, k, v, *here, *places[:2], places.source, *tables, *joined))
+    _call(_launch_join, (q, k, v, *here, chunk.counters, places.text, places.source, *tables, *joined))
     out, _ = attention.forward(turned, keys, values, attention.Seen(places.first, seen, scale, softcap), sinks)
     if length:
-        _call(_launch_keep, (*kept, places.counters, *here))
+        _call(_launch_keep, (*kept, chunk.counters, *here))
     return out
 
 
@@ -88,8 +73,8 @@ def _launch_join(tensors: Sequence[Tensor | None]) -> Launch | None:
     batch, heads, tokens, _ = q.shape
     length, key_heads = held_keys.shape[2], k.shape[1]
     strides = [_strides(x) for x in (q, k, v, held_keys, turned, keys, kept_keys)]
-    # The same angles may serve all rows.
-    strides += [(0, 0, 0) if table is None else _strides(table.expand(batch, -1, -1, -1)) for table in tables]
+    # As of a table for a single head: from row to row, head to head, token to token.
+    strides += [(0, 0, 0) if table is None else (table.stride(0), 0, table.stride(1)) for table in tables]
     constants = _constants(held_keys, tables[0]) | {"HEADS": _at_once(heads)}
     arguments, programs = (*strides, length, tokens, key_heads, heads), (2 * length + tokens, batch)
     return launch(join_kernel, programs, tensors, _operands(tensors, 6), arguments, constants, {"num_warps": 1})
