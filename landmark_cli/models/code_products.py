@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from landmark_cli.attention.kernels.common.dependent import dependent_launch, wait_for_previous
+from landmark_cli.attention.kernels.common.dependent import dependent_launch, let_next_begin, wait_for_previous
 from landmark_cli.attention.kernels.common.launch import on_device
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def sums_of_4_bits(X, CODES, SCALES, block, split, x_stride, width, in_features,
     one = tl.load(codes, mask=ok, other=0, eviction_policy="evict_first")
     two = tl.load(codes + row, mask=ok, other=0, eviction_policy="evict_first")
     pair = tl.load(scales, mask=ok, other=0, eviction_policy="evict_first")
+    let_next_begin(PDL)
     wait_for_previous(PDL)
     evens = (tl.zeros([GROUPS, 32, 4], tl.float32),) * ROWS
     odds = (tl.zeros([GROUPS, 32, 4], tl.float32),) * ROWS
@@ -178,6 +179,7 @@ def sums_of_8_bits(X, CODES, SCALES, block, split, x_stride, width, in_features,
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index % 32
     scale = tl.load(SCALES + index - inside + inside % 8 // 2 * 8 + inside // 8 * 2 + inside % 2).to(tl.float32)
+    let_next_begin(PDL)
     wait_for_previous(PDL)
     sums = (tl.zeros([GROUPS, 32, 8], tl.float32),) * ROWS
     for begin in range(first, first + EACH, GROUPS):

@@ -25,24 +25,19 @@ from .joined import Product, join, parameters_to_join
 from .known_layers import SWITCH, Activation, Make, make_of, of_same_input, why_not_known
 from .quantization import QuantizedLinear
 
-# Tokens of all rows up to which weights are asked for ahead: with more, products do not wait for them.
-MOST_ASKING = 64
-
 
 class FusedStep:
     """A model's forward pass over a step's few tokens, or a chunk. Made anew after any change of the model.
 
     Only where `why_not_fused` gives no reason. streams: whether products of few rows are those of row_products.py.
-    asks_ahead: whether a step asks for a product's weight while what stands before the product is still being done.
     """
 
-    streams, asks_ahead = False, False
+    streams = False
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.make = model, make_of(model)
         self.layers = [_Layer(layer, self.make) for layer in model.model.layers]
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.last = Product([self.head])
         self.attend = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, None)
 
     @torch.no_grad()
@@ -53,14 +48,13 @@ class FusedStep:
         kernels = _operations(ids.device), _streams() if self.streams else None
         kinds = {layer.kind for layer in self.layers}
         rotations = {kind: model.rotary_emb(x, position_ids, *([] if kind is None else [kind])) for kind in kinds}
-        own = _Own(*kernels, self.attend, rotations, inputs, self.asks_ahead and ids.numel() <= MOST_ASKING)
+        own = _Own(*kernels, self.attend, rotations, inputs)
         for number, layer in enumerate(self.layers, 1):
             # Of the last layer nobody asks for more than is kept.
             only = kept if number == len(self.layers) and len(kept) < ids.shape[1] else None
             x, added = layer(x, added, after, own, only)
             after = layer.after_mlp
-        following = own.following(self.last)
-        _, hidden = own.operations.add_norm(x, added, *_norm(model.norm), after, self.make.centered, following)
+        _, hidden = own.operations.add_norm(x, added, *_norm(model.norm), after, self.make.centered)
         logits, cap = self.head(hidden), getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -96,19 +90,13 @@ def _state(model: PreTrainedModel) -> list:
 
 class _Own(NamedTuple):
     """What is a step's own and the same for all layers. operations: what `_operations` gives. streams: row_products.py,
-    or None. attend, inputs: the attention, and what it takes. rotations: by kind of layer, cos and sin (B, T, D). asks:
-    whether weights are asked for ahead."""
+    or None. attend, inputs: the attention, and what it takes. rotations: by kind of layer, cos and sin (B, T, D)."""
 
     operations: ModuleType
     streams: ModuleType | None
     attend: Callable
     rotations: dict[str | None, tuple[Tensor, Tensor]]
     inputs: dict[str, Any]
-    asks: bool
-
-    def following(self, product: Product) -> Tensor | None:
-        """What is asked for ahead of a product."""
-        return product.read if self.asks else None
 
     def products(self, x: Tensor, product: Product) -> Sequence[Tensor]:
         """What each of a product's layers gives."""
@@ -116,8 +104,8 @@ class _Own(NamedTuple):
             return product.split(self.streams.products(x, product.weight, product.bias))
         return product(x)
 
-    def gated(self, x: Tensor, product: Product, activation: Activation, behind: Product) -> Tensor:
-        """What of two layers the first gives as the other's gate. behind: the product that takes it."""
+    def gated(self, x: Tensor, product: Product, activation: Activation) -> Tensor:
+        """What of two layers the first gives as the other's gate."""
         streams = self.streams is not None and product.bias is None and activation == "silu"
         if streams and self.streams.serves(x, product.weight):
             return self.streams.gated_products(x, product.weight)
@@ -125,7 +113,7 @@ class _Own(NamedTuple):
             out = quantized.gated(x)
             if out is not None:
                 return out
-        return self.operations.gated(*product(x), activation, self.following(behind))
+        return self.operations.gated(*product(x), activation)
 
 
 class _Layer:
@@ -160,19 +148,17 @@ class _Layer:
         """The residual stream x + added, (B, T, N), as what it is made of: before the layer, and after it. after: of
         the norm of `added`, or None. only: (n,) the tokens of which the result is asked for; None: of all."""
         attention, operations, centered = self.attention, own.operations, self.make.centered
-        x, hidden = operations.add_norm(x, added, *self.norm, after, centered, own.following(self.qkv))
+        x, hidden = operations.add_norm(x, added, *self.norm, after, centered)
         q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in own.products(hidden, self.qkv))
-        rotation, following = own.rotations[self.kind], own.following(self.out)
         if self.rotates:
-            q, k = operations.rotate_heads(q, k, *rotation, *self.head_norms, following=following)
+            q, k = operations.rotate_heads(q, k, *own.rotations[self.kind], *self.head_norms)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         out, _ = own.attend(attention, q, k, v, None, **self.given, **own.inputs)
         if only is not None:
             x, out = x[:, only], out[:, only]
         (added,) = own.products(out.flatten(2), self.out)
-        following = own.following(self.gate_up)
-        x, hidden = operations.add_norm(x, added, *self.mlp_norm, self.after_attention, centered, following)
-        (added,) = own.products(own.gated(hidden, self.gate_up, self.make.activation, self.down), self.down)
+        x, hidden = operations.add_norm(x, added, *self.mlp_norm, self.after_attention, centered)
+        (added,) = own.products(own.gated(hidden, self.gate_up, self.make.activation), self.down)
         return x, added
 
 

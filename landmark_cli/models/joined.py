@@ -69,14 +69,6 @@ class Product:
             self.weight, self.bias = (*joined, None)[:2]
 
     @property
-    def read(self) -> Tensor | None:
-        """What the product reads first: its weight, that of its first layer, or that one's codes."""
-        if self.weight is not None:
-            return self.weight
-        first = self.layers[0]
-        return first.codes if isinstance(first, QuantizedLinear) else getattr(first, "weight", None)
-
-    @property
     def quantized(self) -> JoinedProduct | None:
         """The one product, without a bias, of quantized layers."""
         first = self.layers[0]

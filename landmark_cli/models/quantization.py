@@ -121,11 +121,6 @@ class QuantizedLinear(nn.Module):
         self.product, self.place, self.stored = part or parts_of([linear], bits, device)[0]
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
 
-    @property
-    def codes(self) -> Tensor:
-        """Of all layers that share the product, as its kernels read them."""
-        return self.product.product.codes
-
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise self._refusal("have no gradients")

@@ -115,10 +115,6 @@ class HummingProduct(nn.Module):
     def scale_dtype(dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    @property
-    def codes(self) -> Tensor:
-        return self.layer.weight
-
     def _in_known_order(self, codes: Codes) -> Packed | None:
         """The weight as code_products.py reads it, if the library keeps it so: what it has made of the first codes is
         looked at."""
@@ -160,11 +156,9 @@ class HummingProduct(nn.Module):
         if bucket not in self.chosen:
             from humming.tune import get_heuristics_config
 
-            from landmark_cli.attention.kernels.common.dependent import launches_early
-
             device = self.layer.weight.device
             chosen: dict[str, Any] = get_heuristics_config(self.layer.humming_config, shape_m=bucket, device=device)
-            self.chosen[bucket] = json.dumps(chosen | {"use_pdl": launches_early(device)})
+            self.chosen[bucket] = json.dumps(chosen)
         return self.chosen[bucket]
 
 

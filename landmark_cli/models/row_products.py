@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from landmark_cli.attention.kernels.common.dependent import dependent_launch, wait_for_previous
+from landmark_cli.attention.kernels.common.dependent import dependent_launch, let_next_begin, wait_for_previous
 from landmark_cli.attention.kernels.common.launch import on_device
 
 MOST_ROWS = 4
@@ -38,6 +38,7 @@ def row_sums(X, WEIGHT, row, ok, x_stride, K: tl.constexpr, ROWS: tl.constexpr, 
     weights = WEIGHT + row.to(tl.int64)[:, None] * K + column[None, :]  # (TILE, COLS), as w and each of sums
     sums = (tl.zeros([row.shape[0], COLS], tl.float32),) * ROWS
     following = tl.load(weights, mask=ok[:, None] & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
+    let_next_begin(PDL)
     wait_for_previous(PDL)
     for begin in tl.range(0, K, COLS, num_stages=STAGES):
         mask = begin + column < K

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from landmark_cli.attention.kernels.common.dependent import dependent_launch, wait_for_previous
+from landmark_cli.attention.kernels.common.dependent import announcing, let_next_begin
 from landmark_cli.attention.kernels.common.launch import on_device
 
 from .known_layers import Activation
@@ -18,23 +16,6 @@ from .known_layers import Activation
 COLUMNS = 1024
 # Heads that a program rotates, at most, and tokens from which on it rotates more than one.
 MOST_HEADS, CHUNK_ROWS = 4, 512
-# Of what is read next: the bytes that are asked for ahead, at most, and those that a program asks for.
-AHEAD, AHEAD_STEP = 24 << 20, 1 << 16
-
-
-@triton.jit
-def ask_ahead(DATA, nbytes, program, STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):
-    """Have STEP bytes of DATA (its first nbytes, a multiple of 16) brought into the GPU's L2 cache, which nothing waits
-    for. LANES: threads of a program. Not before what stands before has ended: of what is asked for while a product
-    reads its weight, little would be left."""
-    wait_for_previous(PDL)
-    SIZE: tl.constexpr = STEP // LANES
-    at = program * STEP + tl.arange(0, LANES) * SIZE  # (LANES,), as size
-    size = tl.minimum(nbytes - at, SIZE)
-    tl.inline_asm_elementwise(
-        "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}", "=r,l,r",
-        [DATA.to(tl.int64) + at, size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -54,22 +35,17 @@ def normed(x, weight, eps, width: tl.constexpr, dtype: tl.constexpr, CENTERED: t
 
 
 # Chunks of any length are read by kernels that are compiled once.
-@triton.jit(do_not_specialize=["rows", "ahead"])
-def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, NEXT, after_eps, eps, rows, ahead, N: tl.constexpr,
-                    N_PAD: tl.constexpr, CENTERED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
-                    PDL: tl.constexpr):  # fmt: skip
+@triton.jit
+def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, after_eps, eps, N: tl.constexpr, N_PAD: tl.constexpr,
+                    CENTERED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows (n, N), dense. ADDED and TOTAL: None where nothing is added. AFTER: (N,) weight of the norm of what is
-    added, or None. Program (row, and behind the rows those that ask for `ahead` bytes of NEXT, unless it is None)."""
-    if NEXT is not None:
-        if tl.program_id(0) >= rows:
-            ask_ahead(NEXT, ahead, tl.program_id(0) - rows, STEP, LANES, PDL)
-            return
+    added, or None. Program (row)."""
+    let_next_begin(PDL)
     column = tl.arange(0, N_PAD)  # (N_PAD,), as all below
     at = tl.program_id(0).to(tl.int64) * N + column
     mask = column < N
-    weight = tl.load(WEIGHT + column, mask=mask, other=0.0)
-    wait_for_previous(PDL)
     x = tl.load(X + at, mask=mask, other=0.0)
+    weight = tl.load(WEIGHT + column, mask=mask, other=0.0)
     if ADDED is not None:
         added = tl.load(ADDED + at, mask=mask, other=0.0)
         if AFTER is not None:
@@ -80,19 +56,12 @@ def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, NEXT, after_eps, eps, r
     tl.store(OUT + at, normed(x, weight, eps, N, OUT.dtype.element_ty, CENTERED), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "ahead"])
-def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, NEXT, q_strides, k_strides, cos_strides, rows, tokens,
-                        heads, key_heads, eps, ahead, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
-                        CENTERED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
-                        PDL: tl.constexpr):  # fmt: skip
-    """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, HEADS heads: those of Q, then those of K);
-    NEXT and ahead: as in add_norm_kernel, for programs behind the rows."""
-    if NEXT is not None:
-        if tl.program_id(0) >= rows:
-            program = (tl.program_id(0) - rows) * tl.num_programs(1) + tl.program_id(1)
-            ask_ahead(NEXT, ahead, program, STEP, LANES, PDL)
-            return
-    wait_for_previous(PDL)
+@triton.jit(do_not_specialize=["tokens"])
+def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, q_strides, k_strides, cos_strides, tokens, heads, key_heads,
+                        eps, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
+                        CENTERED: tl.constexpr):  # fmt: skip
+    """Q (B, T, H, D) and K (B, T, G, D) in place. Program (token of a row, HEADS heads: those of Q, then those of
+    K)."""
     row = tl.program_id(0).to(tl.int64)
     batch_row, token = row // tokens, row % tokens
     angles = batch_row * cos_strides[0] + token * cos_strides[1]
@@ -138,17 +107,12 @@ def _rotate_heads(X, stride, first, heads, COS, SIN, WEIGHT, eps, D: tl.constexp
     tl.store(at + HALF, second_half.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "ahead"])
-def gated_kernel(GATE, UP, OUT, NEXT, gate_stride, up_stride, rows, ahead, N: tl.constexpr, COLS: tl.constexpr,
-                 GELU: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+@triton.jit
+def gated_kernel(GATE, UP, OUT, gate_stride, up_stride, N: tl.constexpr, COLS: tl.constexpr, GELU: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
     """Rows (n, N); strides from row to row, OUT dense. GELU: that, by tanh, of the gate, instead of silu. Program (row,
-    tile of COLS columns); NEXT and ahead: as in add_norm_kernel, for programs behind the rows."""
-    if NEXT is not None:
-        if tl.program_id(0) >= rows:
-            program = (tl.program_id(0) - rows) * tl.num_programs(1) + tl.program_id(1)
-            ask_ahead(NEXT, ahead, program, STEP, LANES, PDL)
-            return
-    wait_for_previous(PDL)
+    tile of COLS columns)."""
+    let_next_begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLS + tl.arange(0, COLS)  # (COLS,), as all below
     mask = column < N
@@ -167,17 +131,14 @@ def add_norm(
     eps: float,
     after: tuple[Tensor, float] | None = None,
     centered: bool = False,
-    following: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     x, added = x.contiguous(), None if added is None else added.contiguous()
     out, total, width = torch.empty_like(x), None if added is None else torch.empty_like(x), x.shape[-1]
     pad, (after, after_eps) = triton.next_power_of_2(width), after or (None, 0.0)
-    rows, warps = x.numel() // width, max(1, min(16, pad // 512))
-    data, ahead, programs, launch = _ahead(x, following, warps)
     with on_device(x):
-        add_norm_kernel[(rows + programs,)](
-            x, added, after, weight, total, out, data, after_eps, eps, rows, ahead, N=width, N_PAD=pad,
-            CENTERED=centered, num_warps=warps, **launch,
+        add_norm_kernel[(x.numel() // width,)](
+            x, added, after, weight, total, out, after_eps, eps, N=width, N_PAD=pad, CENTERED=centered,
+            num_warps=max(1, min(16, pad // 512)), **announcing(x),
         )  # fmt: skip
     return x if total is None else total, out
 
@@ -191,7 +152,6 @@ def rotate_heads(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     centered: bool = False,
-    following: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, dim = q.shape
     cos, sin = (x.expand(batch, tokens, dim).contiguous() for x in (cos, sin))
@@ -199,46 +159,24 @@ def rotate_heads(
     # In a chunk there are programs enough, and a token's angles are loaded once for some heads.
     at_once = min(MOST_HEADS, triton.next_power_of_2(heads)) if rows >= CHUNK_ROWS else 1
     groups = triton.cdiv(heads, at_once) + triton.cdiv(key_heads, at_once)
-    data, ahead, programs, launch = _ahead(q, following, 1)
     with on_device(q):
-        rotate_heads_kernel[(rows + triton.cdiv(programs, groups), groups)](
-            q, k, cos, sin, q_weight, k_weight, data, q.stride()[:3], k.stride()[:3], cos.stride()[:2], rows, tokens,
-            heads, key_heads, eps, ahead, D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), HEADS=at_once,
-            CENTERED=centered, num_warps=1,
+        rotate_heads_kernel[(rows, groups)](
+            q, k, cos, sin, q_weight, k_weight, q.stride()[:3], k.stride()[:3], cos.stride()[:2], tokens, heads,
+            key_heads, eps, D=dim, HALF_PAD=triton.next_power_of_2(dim // 2), HEADS=at_once, CENTERED=centered,
+            num_warps=1,
             # Else a product of 16-bit numbers and the sum it goes into become one instruction, which does not round it.
-            enable_fp_fusion=False, **launch,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return q, k
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation = "silu", following: Tensor | None = None) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    width, gelu = gate.shape[-1], activation == "gelu_tanh"
+    width = gate.shape[-1]
     gate, up = gate.flatten(0, -2), up.flatten(0, -2)
-    rows, tiles = gate.shape[0], triton.cdiv(width, COLUMNS)
-    data, ahead, programs, launch = _ahead(gate, following, 4)
     with on_device(gate):
-        gated_kernel[(rows + triton.cdiv(programs, tiles), tiles)](
-            gate, up, out, data, gate.stride(0), up.stride(0), rows, ahead, N=width, COLS=COLUMNS, GELU=gelu,
-            num_warps=4, **launch,
+        gated_kernel[(gate.shape[0], triton.cdiv(width, COLUMNS))](
+            gate, up, out, gate.stride(0), up.stride(0), N=width, COLS=COLUMNS, GELU=activation == "gelu_tanh",
+            **announcing(gate),
         )  # fmt: skip
     return out
-
-
-class Ahead(NamedTuple):
-    """What a kernel asks for ahead: nbytes of data, by so many programs of its own. launch: its constants for that, and
-    how it is launched."""
-
-    data: Tensor | None
-    nbytes: int
-    programs: int
-    launch: dict[str, int | bool]
-
-
-def _ahead(x: Tensor, following: Tensor | None, warps: int) -> Ahead:
-    """Of what is read next, on GPUs that can be told."""
-    launch = dependent_launch(x) | {"STEP": AHEAD_STEP, "LANES": 32 * warps}
-    if following is None or not launch["PDL"] or following.data_ptr() % 16:
-        return Ahead(None, 0, 0, launch)
-    nbytes = min(AHEAD, following.nbytes) // 16 * 16
-    return Ahead(following, nbytes, triton.cdiv(nbytes, AHEAD_STEP), launch)

@@ -1,7 +1,5 @@
 """What a decoder does between its products, each of these as one: the definitions, in the order of roundings that
-transformers' own modules have. step_kernels.py has the same as kernels, which a decoding step on a GPU runs.
-
-following: what the next product reads of its weight, which may be asked for ahead; it changes no value."""
+transformers' own modules have. step_kernels.py has the same as kernels, which a decoding step on a GPU runs."""
 
 from __future__ import annotations
 
@@ -19,7 +17,6 @@ def add_norm(
     eps: float,
     after: tuple[Tensor, float] | None = None,
     centered: bool = False,
-    following: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual x + added, (B, T, N), or x where nothing is added; and its root mean square norm times weight (N,),
     in x's dtype. after: weight (N,) and eps of a norm of what is added, before it is. centered: norms multiply by
@@ -39,7 +36,6 @@ def rotate_heads(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     centered: bool = False,
-    following: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D) and k (B, T, G, D), with a dense last dimension, rotated by half-split pairs, after a norm of each
     head where weights (D,) are given. cos, sin: (B, T, D). centered: as in `add_norm`. What q and k held before may be
@@ -53,7 +49,7 @@ def rotate_heads(
     return rotated[0], rotated[1]
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation = "silu", following: Tensor | None = None) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     """silu(gate) * up, or gelu(gate) * up, approximated with tanh; (B, T, N) each with a dense last dimension."""
     if activation == "silu":
         return functional.silu(gate) * up

@@ -1,4 +1,4 @@
-"""A step's kernels that are brought up early wait before they touch what others write, and change no number by it."""
+"""Products of a step that are brought up early wait before they touch what others write, and change no number by it."""
 
 import ast
 import inspect
@@ -13,89 +13,89 @@ import pytest
 import torch
 
 from landmark_cli.attention.kernels.common import dependent
-from landmark_cli.attention.kernels.reading import candidates, decode, launch, selection, store
+from landmark_cli.attention.kernels.reading import decode, launch
 from landmark_cli.models import code_products, row_products, step_kernels
 from landmark_cli.models.fused_step import FusedStep
+from landmark_cli.models.quantized_products import HummingProduct
 from tests.models.stepping import WIDE, landmark_decoder, steps
 
-# Where a step's kernels are launched, and where each of them is.
-LAUNCHED_FROM = (step_kernels, row_products, code_products, launch, selection)
-KERNELS = {
-    "add_norm_kernel": step_kernels,
-    "rotate_heads_kernel": step_kernels,
-    "gated_kernel": step_kernels,
+# Kernels that are launched before the one before them has ended, and those that let them; where each is made.
+EARLY = {
     "products_kernel": row_products,
     "gated_products_kernel": row_products,
     "code_products_kernel": code_products,
-    "store_kernel": store,
-    "candidates_kernel": candidates,
-    "decode_kernel": decode,
 }
-# Those that have a weight, which no kernel writes.
-READ_WEIGHTS = {"add_norm_kernel", "products_kernel", "gated_products_kernel", "code_products_kernel"}
-# What kernels call that waits for them.
+ANNOUNCING = {"add_norm_kernel": step_kernels, "gated_kernel": step_kernels, "decode_kernel": decode}
+# What the first of these call, which waits for them.
 WAITING = (row_products.row_sums, code_products.sums_of_4_bits, code_products.sums_of_8_bits)
+LAUNCHED_FROM = (step_kernels, row_products, code_products, launch)
 
 
-def launched_early(module: ModuleType) -> set[str]:
-    """Kernels that a module launches in a step's way."""
-    ways, found = ("dependent_launch(", "launch", "call.launch", "_constants("), set()
+def launched(module: ModuleType, way: str) -> set[str]:
+    """Kernels that a module launches with what `way` returns."""
+    found = set()
     for call in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
             given = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None]
-            if any(x == way or (way.endswith("(") and x.startswith(way)) for x in given for way in ways):
+            # row_products puts it among other constants.
+            ways = (f"{way}(", "_constants(") if way == "dependent_launch" else (f"{way}(",)
+            if any(x.startswith(ways) for x in given):
                 found.add(ast.unparse(call.func.value))
     return found
 
 
 def test_these_are_all_that_are_brought_up_early():
-    assert set().union(*map(launched_early, LAUNCHED_FROM)) == KERNELS.keys()
+    assert set().union(*(launched(module, "dependent_launch") for module in LAUNCHED_FROM)) == EARLY.keys()
+    assert set().union(*(launched(module, "announcing") for module in LAUNCHED_FROM)) == ANNOUNCING.keys()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_elsewhere_nothing_is(device):
     x = torch.empty(1, device=device)
-    assert dependent.dependent_launch(x) == {"PDL": False} and not dependent.launches_early(x.device)
+    assert dependent.dependent_launch(x) == dependent.announcing(x) == {"PDL": False}
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_each_waits(name):
-    source = inspect.getsource(getattr(KERNELS[name], name).fn)
-    assert "wait_for_previous(PDL)" in source or "row_sums(" in source or "block_sums(" in source
-    assert all("wait_for_previous(PDL)" in inspect.getsource(function.fn) for function in WAITING)
+def test_each_waits_or_lets_the_next_begin():
+    for name, module in EARLY.items():
+        source = inspect.getsource(getattr(module, name).fn)
+        assert "row_sums(" in source or "block_sums(" in source, name
+    for function in WAITING:
+        source = inspect.getsource(function.fn)
+        assert "let_next_begin(PDL)" in source and "wait_for_previous(PDL)" in source
+    for name, module in ANNOUNCING.items():
+        assert "let_next_begin(PDL)" in inspect.getsource(getattr(module, name).fn), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("waits", [True, False], ids=["as they are", "without waiting"])
-def test_nothing_is_touched_before_the_wait(tmp_path, waits):
+@pytest.mark.parametrize("early", [True, False], ids=["early", "in turn"])
+def test_nothing_but_weights_is_touched_before_the_wait(tmp_path, early):
     settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, *([] if waits else ["without"])]
+    command = [sys.executable, __file__, *(["early"] if early else [])]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert found.keys() == KERNELS.keys()
-    for name, (before, behind) in found.items():
+    assert found.keys() == EARLY.keys() | ANNOUNCING.keys()
+    for name, touched in found.items():
+        waits = early and name in EARLY
+        assert ("wait" in touched) == waits and ("launch_dependents" in touched) == early, name
         if waits:
-            assert "st" not in before and {"ld", "st"} <= set(behind), name
-            assert "ld" not in before or name in READ_WEIGHTS, name
-        else:
-            assert {"ld", "st"} <= set(before) and not behind, name
+            before, behind = touched[: touched.index("wait")], touched[touched.index("wait") :]
+            assert "st" not in before and "atom" not in before and {"ld", "st"} <= set(behind), name
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
-@pytest.mark.parametrize("ahead", [False, True], ids=["", "asked ahead"])
 @pytest.mark.parametrize("kind", ["none", "streams", "int8", "int4"])
-def test_steps_give_the_same_logits(kind, ahead, early, monkeypatch):
+def test_steps_give_the_same_logits(kind, monkeypatch):
     from landmark_cli.models.quantization import quantize
 
     if kind.startswith("int"):
         pytest.importorskip("humming")
     device, found = torch.device("cuda"), []
-    monkeypatch.setattr(FusedStep, "streams", kind == "streams")
-    for as_asked in (False, True):
-        monkeypatch.setattr(dependent, "enabled", as_asked and early)
-        monkeypatch.setattr(FusedStep, "asks_ahead", as_asked and ahead)
+    monkeypatch.setattr(FusedStep, "streams", kind != "none")
+    monkeypatch.setattr(HummingProduct, "streams", True)
+    for early in (False, True):
+        monkeypatch.setattr(dependent, "enabled", early)
+        torch.manual_seed(0)
         model = landmark_decoder(**WIDE).to(device, torch.bfloat16)
         if kind.startswith("int"):
             quantize(model, kind, device)
@@ -103,32 +103,30 @@ def test_steps_give_the_same_logits(kind, ahead, early, monkeypatch):
     assert all(map(torch.equal, *found))
 
 
-def main(waits: bool) -> None:
-    """Print, as JSON, of each kernel the loads and stores of global memory in its assembly, in order: those before it
-    waits, and those behind."""
+def main(early: bool) -> None:
+    """Print, as JSON, of each kernel what its assembly does in order: loads and stores of global memory, and what is
+    said and waited for."""
     from triton.runtime import driver
 
     from landmark_cli.attention.cache import BlockCache
     from landmark_cli.attention.cache.settings import RetrievalSettings
+    from landmark_cli.attention.kernels.reading import selection
     from landmark_cli.attention.rotary import default_inverse_frequencies
     from landmark_cli.models.quantization import encode
     from tests.attention.kernels.compiling import H100, Compiled
 
     driver.set_active(H100())
-    on, compiled = {"PDL": waits, "launch_pdl": True}, {}
+    compiled = {}
     # Where they are looked up when they are launched.
-    places = KERNELS | {"store_kernel": launch, "decode_kernel": launch, "candidates_kernel": selection}
-    for name, place in places.items():
+    for name, place in (EARLY | ANNOUNCING | {"decode_kernel": launch, "candidates_kernel": selection}).items():
         compiled[name] = Compiled(getattr(place, name))
         setattr(place, name, compiled[name])
-    for module in (step_kernels, row_products, code_products):
-        module.dependent_launch = lambda x: on
-    launch.Call.launch = on
-    q, k, v = (torch.empty(1, 1, n, 128, dtype=torch.bfloat16) for n in (4, 2, 2))
-    angles, x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, 1, 128), (1, 1, 1024), (64, 1024)))
-    step_kernels.add_norm(x, x.clone(), weight[0], 1e-5, following=weight)
-    step_kernels.rotate_heads(q, k, angles, angles, following=weight)
-    step_kernels.gated(x, x.clone(), following=weight)
+    for module in LAUNCHED_FROM:
+        module.dependent_launch = lambda x: {"PDL": early, "launch_pdl": early}
+        module.announcing = lambda x: {"PDL": early}
+    x, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, 1, 1024), (64, 1024)))
+    step_kernels.add_norm(x, x.clone(), weight[0], 1e-5)
+    step_kernels.gated(x, x.clone())
     row_products.products(x, weight)
     row_products.gated_products(x, weight)
     packed = code_products.in_order(encode(torch.zeros(128, 1024), 4))
@@ -136,17 +134,14 @@ def main(waits: bool) -> None:
     cache = BlockCache(RetrievalSettings(64, 8), default_inverse_frequencies(128))
     cache.host_blocks = [100]
     chunk = cache.begin_chunk([1])
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    q, k, v = (torch.empty(1, 1, n, 128, dtype=torch.bfloat16).transpose(1, 2) for n in (4, 2, 2))
     launch.attend_chunk(q, k, v, cache.layer(0, k, chunk), chunk)
-    launch.store(launch.Call(q, k, v, cache.layers[0], chunk, None))
     found = {}
-    for name, kernel in compiled.items():
-        touched = re.findall(r"griddepcontrol\.wait|\b(?:ld|st|atom)\.global", kernel.assembly)
-        touched = [what.removesuffix(".global") for what in touched]
-        waited = touched.index("griddepcontrol.wait") if waits else len(touched)
-        found[name] = touched[:waited], touched[waited + 1 :]
+    for name in EARLY | ANNOUNCING:
+        touched = re.findall(r"griddepcontrol\.(\w+)|\b(ld|st|atom)\.global", compiled[name].assembly)
+        found[name] = [said or done for said, done in touched]
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main("without" not in sys.argv)
+    main("early" in sys.argv)

@@ -323,11 +323,11 @@ def wrong_operation(monkeypatch, what: str) -> None:
     name, function = {
         "turned the other way": (
             "rotate_heads",
-            lambda q, k, cos, sin, *norms, **_: plain["rotate_heads"](q, k, cos, -sin),
+            lambda q, k, cos, sin, *norms: plain["rotate_heads"](q, k, cos, -sin),
         ),
         "a head that is another's": (
             "rotate_heads",
-            lambda q, k, *given, **_: plain["rotate_heads"](q.flip(2), k, *given),
+            lambda q, k, *given: plain["rotate_heads"](q.flip(2), k, *given),
         ),
         "a norm without its weight": (
             "add_norm",
@@ -359,7 +359,7 @@ def test_rounding_less_often_is_not_taken_for_a_fault(by_definition, monkeypatch
 
     rotate = step_operations.rotate_heads
     monkeypatch.setattr(
-        step_operations, "rotate_heads", lambda *given, **_: [x.bfloat16() for x in rotate(*(x.float() for x in given))]
+        step_operations, "rotate_heads", lambda *given: [x.bfloat16() for x in rotate(*(x.float() for x in given))]
     )
     plain, fused = compare(models("llama-llama3", "none", torch.device("cpu")), True)
     assert why_not_alike(plain, fused) is None and plain != fused and fused.flipped > 0

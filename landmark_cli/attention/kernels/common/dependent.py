@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel is brought up while the one before it in the stream still runs.
 
-A decoding step is hundreds of kernels of a few microseconds, and between one's end and the next one's begin another
-goes by. On GPUs of compute capability 9 and later a kernel may be launched before: it says itself from where on it
-needs what the kernels before it have done. In a CUDA graph that is recorded of such launches it is the same.
+A product of few rows reads a weight that nothing writes, and can begin to while what it is multiplied with is still
+being made. On GPUs of compute capability 9 and later it is launched before that has ended, and says itself from where
+on it needs it; the kernel before says when. In a CUDA graph that is recorded of such launches it is the same. Kernels
+that have nothing to read before they wait are launched as usual: waiting takes them longer than being launched.
 """
 
 from __future__ import annotations
@@ -20,25 +21,35 @@ enabled = False
 
 
 @triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """Wait until the kernel before has ended and what it wrote can be read; the next one may be brought up meanwhile.
-
-    Every program of a kernel that is launched with `dependent_launch` calls it before it touches what another kernel
-    of a step writes or reads: since each kernel waits for the one before it, all earlier ones have ended then too.
-    What comes before it in the source reads weights at most.
-    """
+def let_next_begin(PDL: tl.constexpr):
+    """The next kernel, if it is launched with `dependent_launch`, is brought up once all programs have come here."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the kernel before has ended and what it wrote can be read.
+
+    Every program of a kernel that is launched with `dependent_launch` calls it before it touches what another kernel
+    of a step writes or reads: since each kernel begins or waits behind the one before it, all earlier ones have ended
+    then too. What comes before it in the source reads weights at most.
+    """
+    if PDL:
         gdc_wait()
 
 
 def dependent_launch(x: Tensor) -> dict[str, bool]:
     """What a kernel with `wait_for_previous` is launched with on x's device, its constant PDL included."""
-    return {"PDL": True, "launch_pdl": True} if launches_early(x.device) else {"PDL": False}
+    return announcing(x) | ({"launch_pdl": True} if _launches_early(x.device) else {})
 
 
-def launches_early(device: torch.device) -> bool:
-    """Whether kernels are launched so on a device."""
+def announcing(x: Tensor) -> dict[str, bool]:
+    """What a kernel with `let_next_begin` is launched with: its constant PDL."""
+    return {"PDL": _launches_early(x.device)}
+
+
+def _launches_early(device: torch.device) -> bool:
     return enabled and device.type == "cuda" and _can(device)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..common.configuration import padded, product_precision
-from ..common.dependent import dependent_launch
 from ..common.logits import scaling_of
 from ..common.tensors import operand
 from ..common.tiles import LOG2E
@@ -140,11 +139,6 @@ class Call:
         """Whether this is a decoding step, for which the step's kernels are made."""
         few = self.tokens <= min(STEP_TOKENS, self.settings.block_size) and self.top_k <= PASS
         return few and self.settings.selection == "per_token_and_head"
-
-    @property
-    def launch(self) -> dict[str, bool]:
-        """How the kernels are launched that a step has: there they are short, and many."""
-        return dependent_launch(self.q) if self.is_step else {"PDL": False}
 
     @property
     def ring(self) -> tuple[int, int, int]:

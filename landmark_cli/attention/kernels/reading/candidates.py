@@ -9,10 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.dependent import wait_for_previous
 from .parts import cache_row, counts_of, query_rows
 from .store import store_tokens
-from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded
+from .top_k import NO_SCORE, best_of_tile, far_query, keep_best, landmark_scores, ordered, rounded
+
+# Below all that stand for a score.
+NO_NUMBER = tl.constexpr(-(2**63))
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
@@ -22,7 +24,7 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
                       HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr,
                       ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, ABSOLUTE: tl.constexpr,
                       EXACT: tl.constexpr, PRECISION: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-                      TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      TOKENS: tl.constexpr):  # fmt: skip
     """AGES and SCORES (B, H, T, SPLITS, K): of each query and head, the K best blocks among those of each split.
 
     Program (tile of rows, split, key head): rows are the queries of the heads on a key head. The first split has the
@@ -31,7 +33,6 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
     top_k, one_key: as in select_kernel. KEYS, unless None: a split behind the last stores the up to TOKENS tokens of
     KEYS and VALUES, which are not chosen from yet; see store.py for these and BLOCKS, PAGE_TABLE, D_PAD and BLOCK.
     """
-    wait_for_previous(PDL)
     split = tl.program_id(1)
     key_row = tl.program_id(2)
     if KEYS is not None:
@@ -68,10 +69,12 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
         tl.store(SCORES + (out[:, None] + newest[None, :]), near_s, mask=mask)
     else:
         column = tl.arange(0, COLS)  # (COLS,)
-        # The running lists: K tiles (ROWS,) each.
-        scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
-        ages = (tl.zeros([ROWS], tl.int32),) * K
-        for tile in range(split - 1, tl.cdiv(cached - near, COLS), SPLITS - 1):
+        first_age = 1 + near + (split - 1) * COLS
+        s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near,
+                            capacity, one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+        # The running lists: K tiles (ROWS,) each. Mostly there is no tile but this one.
+        scores, ages = best_of_tile(s, first_age, column, K, EXACT)
+        for tile in range(split - 2 + SPLITS, tl.cdiv(cached - near, COLS), SPLITS - 1):
             first_age = 1 + near + tile * COLS
             s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near,
                                 capacity, one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
@@ -85,18 +88,22 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
 def best_candidates(AGES, SCORES, row, cached, near, K: tl.constexpr, SPLITS: tl.constexpr, CANDIDATES: tl.constexpr,
                     COLS: tl.constexpr, K_PAD: tl.constexpr):  # fmt: skip
     """The ages of a row's K best of all splits' candidates, (K_PAD,), 0 where there are not so many."""
-    index = tl.arange(0, CANDIDATES)  # (CANDIDATES,), as left, score and age
-    left = (index < SPLITS * K) & ((index // K - 1) * COLS < cached - near)
+    index = tl.arange(0, CANDIDATES)  # (CANDIDATES,), as all down to `number`
     at = tl.cast(row, tl.int64) * (SPLITS * K) + index
-    score = tl.load(SCORES + at, mask=left, other=NO_SCORE)
-    age = tl.load(AGES + at, mask=left, other=0)
+    score = tl.load(SCORES + at, mask=index < SPLITS * K, other=NO_SCORE)
+    age = tl.load(AGES + at, mask=index < SPLITS * K, other=0)
+    left = (index < SPLITS * K) & ((index // K - 1) * COLS < cached - near) & (score > NO_SCORE)
+    # One number, by which the better score comes first, and of equal ones (0 and -0 too) the newer block: what is best
+    # is found in one go.
+    number = (ordered(score + 0.0).to(tl.int64) << 32) | (2147483647 - tl.where(left, age, 0)).to(tl.int64)
+    number = tl.where(left, number, NO_NUMBER)
     rank = tl.arange(0, K_PAD)  # (K_PAD,), as best
     best = tl.zeros([K_PAD], tl.int32)
     for j in tl.static_range(K):
-        top = tl.max(score, 0)
-        found = tl.min(tl.where(score == top, age, 2147483647), 0)
-        best = tl.where(rank == j, tl.where(top > NO_SCORE, found, 0), best)
-        score = tl.where(age == found, NO_SCORE, score)
+        top = tl.max(number, 0)
+        found = 2147483647 - (top & 0xFFFFFFFF).to(tl.int32)
+        best = tl.where(rank == j, tl.where(top > NO_NUMBER, found, 0), best)
+        number = tl.where(number == top, NO_NUMBER, number)
     return best
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.dependent import wait_for_previous
+from ..common.dependent import let_next_begin
 from ..common.logits import logits_of
 from ..common.tiles import LOG2E
 from .candidates import best_candidates
@@ -36,7 +36,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
     selected blocks. COLS: landmarks a tile of candidates_kernel's. KEYS: keys a tile of a block. retrievable: most
     blocks to choose from. SINKS: (H,) natural logits of keys without values, or None. scaling: see common/logits.py.
     """
-    wait_for_previous(PDL)
+    let_next_begin(PDL)
     item = tl.program_id(0)
     row = tl.program_id(1)
     query_heads = heads * HEADS_PER_KEY
@@ -49,6 +49,13 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
     near = tl.minimum(cached, top_k)
     real = token >= start
     position = tl.maximum(token - start + tail, 0)
+
+    # Asked for before all that is waited for first.
+    one = tl.arange(0, 1)  # (1,): the query is a tile of one row, in parts
+    at = tl.cast(batch_row, tl.int64) * q_strides[0] + tl.cast(head, tl.int64) * q_strides[1]
+    at += tl.cast(token, tl.int64) * q_strides[2]
+    q = load_parts(Q, at + one, one == 0, PARTS)
+    key_row = cache_row(COUNTERS, batch, batch_row) * heads + head // HEADS_PER_KEY
 
     # What this item reads: the ring's block `slot`, of which the first `texts` keys are seen, `distance` slots before.
     texts = BLOCK - 1
@@ -73,15 +80,10 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
             slot = blocks % capacity
             ok = real & (position >= BLOCK)
 
-    one = tl.arange(0, 1)  # (1,): the query is a tile of one row, in parts
-    at = tl.cast(batch_row, tl.int64) * q_strides[0] + tl.cast(head, tl.int64) * q_strides[1]
-    at += tl.cast(token, tl.int64) * q_strides[2]
-    q = load_parts(Q, at + one, one == 0, PARTS)
     if distance < 0:
         q = rotate(q, rotations, -distance, PARTS, True)
     else:
         q = rotate(q, rotations, distance, PARTS)
-    key_row = cache_row(COUNTERS, batch, batch_row) * heads + head // HEADS_PER_KEY
     page = tl.cast(key_row, tl.int64) * capacity + slot
     base = BLOCKS + page * (2 * BLOCK * D)
     if item < K:

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..common.configuration import Configuration
+from ..common.dependent import announcing
 from ..common.launch import on_device
 from ..common.tensors import empty_heads_last
 from .attend import attend_kernel
@@ -85,7 +86,6 @@ def store(call: Call) -> None:
         call.k, call.v, blocks.blocks, blocks.landmark_keys, call.page_table, call.chunk.counters, call.rotations,
         call.stream_rotation, strides(call.k), strides(call.v), call.tokens, *call.ring, PARTS=call.parts,
         D_PAD=call.dim_pad, BLOCK=call.settings.block_size, ROWS=rows, ABSOLUTE=call.absolute, num_warps=1,
-        **call.launch,
     )  # fmt: skip
 
 
@@ -207,6 +207,7 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
         found.scores, outputs, logits, arrived, out, chosen, shares, call.sinks, strides(call.q), strides(out),
         call.tokens, *call.ring, *call.reach, call.scaling, **call.heads_and_parts, D_PAD=call.dim_pad,
         **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
-        KEYS=choice.cols, ABSOLUTE=call.absolute, num_warps=choice.warps, **call.launch,
+        KEYS=choice.cols, ABSOLUTE=call.absolute, num_warps=choice.warps,
+        **announcing(call.q),
     )  # fmt: skip
     return out, chosen, shares

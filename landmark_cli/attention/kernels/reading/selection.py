@@ -109,7 +109,7 @@ def candidates(call: Call, choice: Configuration, most: int, stores: bool = Fals
         K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
         ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, D_PAD=call.dim_pad,
         BLOCK=call.settings.block_size, TOKENS=triton.next_power_of_2(call.tokens) if stores else 1,
-        **choice.launch_options(), **call.launch,
+        **choice.launch_options(),
     )  # fmt: skip
     constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
     return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.dependent import wait_for_previous
 from .parts import cache_row, counts_of, load_columns, load_parts, rotate, store_parts
 
 
@@ -54,9 +53,8 @@ def store_tokens(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, s
 def store_kernel(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation, k_strides, v_strides,
                  tokens, batch, heads, capacity,
                  PARTS: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-                 ABSOLUTE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 ABSOLUTE: tl.constexpr):  # fmt: skip
     """Program (tile of tokens, key head) of `store_tokens`."""
-    wait_for_previous(PDL)
     store_tokens(K, V, BLOCKS, LANDMARK_KEYS, PAGE_TABLE, COUNTERS, rotations, stream_rotation, k_strides, v_strides,
                  tl.program_id(0), tl.program_id(1), tokens, batch, heads, capacity, PARTS, D_PAD, BLOCK, ROWS,
                  ABSOLUTE)  # fmt: skip
