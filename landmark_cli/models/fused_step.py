@@ -47,7 +47,7 @@ class FusedStep:
         model, x, added, after = self.model.model, self.embedding(ids), None, None
         kernels = _operations(ids.device), _streams() if self.streams else None
         kinds = {layer.kind for layer in self.layers}
-        rotations = {kind: model.rotary_emb(x, position_ids, *([] if kind is None else [kind])) for kind in kinds}
+        rotations = {kind: kernels[0].angles(position_ids, *rotary_settings(model, kind), x.dtype) for kind in kinds}
         own = _Own(*kernels, self.attend, rotations, inputs)
         for number, layer in enumerate(self.layers, 1):
             # Of the last layer nobody asks for more than is kept.
@@ -160,6 +160,13 @@ class _Layer:
         x, hidden = operations.add_norm(x, added, *self.mlp_norm, self.after_attention, centered)
         (added,) = own.products(own.gated(hidden, self.gate_up, self.make.activation), self.down)
         return x, added
+
+
+def rotary_settings(model: nn.Module, kind: str | None) -> tuple[Tensor, float]:
+    """A decoder's angle for each position and pair of dimensions, and what cosines and sines are multiplied by; of a
+    kind of layers, where each has its own."""
+    prefix = "" if kind is None else f"{kind}_"
+    return tuple(getattr(model.rotary_emb, prefix + name) for name in ("inv_freq", "attention_scaling"))
 
 
 def _norm(norm: nn.Module) -> tuple[Tensor, float]:

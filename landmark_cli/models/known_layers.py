@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from .rotary import changing
+
 # A variable of the environment: 0 leaves all models their modules.
 SWITCH = "LANDMARK_FUSED_STEPS"
 Activation = Literal["silu", "gelu_tanh"]
@@ -61,6 +63,7 @@ GATE_UP = ("gate_proj", "up_proj")
 # looked at.
 ROLES: dict[str, set[str] | None] = {
     "Model": None,
+    "RotaryEmbedding": set(),
     "RMSNorm": set(),
     "DecoderLayer": {"self_attn", "mlp"},
     "Attention": {*QKV, "o_proj"},
@@ -120,7 +123,10 @@ def why_not_known(model: PreTrainedModel, linear: tuple[type, ...] = (nn.Linear,
         return f"the embedding is a {type(embedding).__name__}"
     if getattr(model.config, "use_bidirectional_attention", False):
         return "tokens see those behind them"
-    angles = [x for name, x in model.model.rotary_emb.named_buffers() if "original" not in name]
+    rotary = model.model.rotary_emb
+    if changing(getattr(rotary, "rope_type", None)):
+        return "its angles change with a text's length"
+    angles = [x for name, x in rotary.named_buffers() if "original" not in name]
     if any(2 * len(x) != model.model.layers[0].self_attn.head_dim for x in angles):
         return "a part of each head is rotated"
     return None
@@ -136,6 +142,7 @@ def _family(model: PreTrainedModel) -> str | None:
 def _modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
     """Of each module that is not called but whose parts are, or stands between products: path, module, what it is."""
     yield "model", model.model, "Model"
+    yield "model.rotary_emb", model.model.rotary_emb, "RotaryEmbedding"
     yield "model.norm", model.model.norm, "RMSNorm"
     for index, layer in enumerate(model.model.layers):
         for path, module in layer.named_modules(prefix=f"model.layers.{index}"):

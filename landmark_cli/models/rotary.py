@@ -85,7 +85,7 @@ def settle_angles(model: nn.Module) -> None:
     the trained length is another one."""
     for module in model.modules():
         if not hasattr(module, "landmark_rope_type"):
-            if not _changing(getattr(module, "rope_type", None)):
+            if not changing(getattr(module, "rope_type", None)):
                 continue
             module.landmark_rope_type = copy.copy(module.rope_type)
             module.register_forward_pre_hook(partial(_fix, model.config))
@@ -95,7 +95,7 @@ def settle_angles(model: nn.Module) -> None:
 def fix_angles(module: nn.Module, config: PreTrainedConfig) -> None:
     """Have a rotary embedding keep the angles that transformers gives to inputs as long as config.trained_length: what
     is read stands nowhere beyond it, whatever its length. Of angles that never change nothing has to be kept."""
-    for kind in _changing(getattr(module, "rope_type", None)):
+    for kind in changing(getattr(module, "rope_type", None)):
         buffer = next(module.buffers())
         furthest = torch.tensor([[config.trained_length - 1]], device=buffer.device)
         # Not by a call, which would come back here.
@@ -113,7 +113,7 @@ def _fix(config: PreTrainedConfig, module: nn.Module, inputs: tuple[Any, ...]) -
         fix_angles(module, config)
 
 
-def _changing(rope_type: Any) -> list[str | None]:
+def changing(rope_type: Any) -> list[str | None]:
     """The kinds of layers whose angles change; None stands for all layers."""
     types = rope_type if isinstance(rope_type, dict) else {None: rope_type}
     return [kind for kind, name in types.items() if name in CHANGING]

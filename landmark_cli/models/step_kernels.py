@@ -34,7 +34,22 @@ def normed(x, weight, eps, width: tl.constexpr, dtype: tl.constexpr, CENTERED: t
     return weighted(x * tl.rsqrt(tl.sum(x * x, 0) / width + eps), weight, dtype, CENTERED)
 
 
-# Chunks of any length are read by kernels that are compiled once.
+@triton.jit
+def angles_kernel(POSITIONS, FREQUENCIES, COS, SIN, scaling, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """COS and SIN (rows, 2 * HALF), dense, of POSITIONS (rows,) and FREQUENCIES (HALF,). Program (row)."""
+    row = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, HALF_PAD)  # (HALF_PAD,), as all below
+    mask = dim < HALF
+    angle = tl.load(POSITIONS + row).to(tl.float32) * tl.load(FREQUENCIES + dim, mask=mask, other=0.0).to(tl.float32)
+    dtype = COS.dtype.element_ty
+    cos, sin = (tl.cos(angle) * scaling).to(dtype), (tl.sin(angle) * scaling).to(dtype)
+    at = row * 2 * HALF + dim
+    tl.store(COS + at, cos, mask=mask)
+    tl.store(COS + at + HALF, cos, mask=mask)
+    tl.store(SIN + at, sin, mask=mask)
+    tl.store(SIN + at + HALF, sin, mask=mask)
+
+
 @triton.jit
 def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, after_eps, eps, N: tl.constexpr, N_PAD: tl.constexpr,
                     CENTERED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -56,6 +71,7 @@ def add_norm_kernel(X, ADDED, AFTER, WEIGHT, TOTAL, OUT, after_eps, eps, N: tl.c
     tl.store(OUT + at, normed(x, weight, eps, N, OUT.dtype.element_ty, CENTERED), mask=mask)
 
 
+# Chunks of any length are read by kernels that are compiled once.
 @triton.jit(do_not_specialize=["tokens"])
 def rotate_heads_kernel(Q, K, COS, SIN, Q_WEIGHT, K_WEIGHT, q_strides, k_strides, cos_strides, tokens, heads, key_heads,
                         eps, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
@@ -141,6 +157,17 @@ def add_norm(
             num_warps=max(1, min(16, pad // 512)), **announcing(x),
         )  # fmt: skip
     return x if total is None else total, out
+
+
+def angles(positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    positions, half = positions.contiguous(), len(frequencies)
+    cos, sin = (torch.empty(*positions.shape, 2 * half, dtype=dtype, device=positions.device) for _ in range(2))
+    with on_device(positions):
+        angles_kernel[(positions.numel(),)](
+            positions, frequencies, cos, sin, float(scaling), HALF=half, HALF_PAD=triton.next_power_of_2(half),
+            num_warps=1,
+        )  # fmt: skip
+    return cos, sin
 
 
 def rotate_heads(

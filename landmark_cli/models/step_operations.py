@@ -27,6 +27,13 @@ def add_norm(
     return total, _norm(total, weight, eps, centered)
 
 
+def angles(positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions (B, T) times frequencies (D / 2,), times scaling: (B, T, D) each, both halves alike."""
+    found = positions[..., None].float() * frequencies.float()
+    found = torch.cat((found, found), dim=-1)
+    return (found.cos() * scaling).to(dtype), (found.sin() * scaling).to(dtype)
+
+
 def rotate_heads(
     q: Tensor,
     k: Tensor,

@@ -10,7 +10,7 @@ from torch import nn
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.models import row_products, step_kernels, step_operations
-from landmark_cli.models.fused_step import Fused, FusedStep, join_weights, why_not_fused
+from landmark_cli.models.fused_step import Fused, FusedStep, join_weights, rotary_settings, why_not_fused
 from landmark_cli.models.joined import Product, join, spanned
 from landmark_cli.models.known_layers import FAMILIES
 from landmark_cli.models.quantization import quantize
@@ -267,6 +267,21 @@ def test_a_kernel_is_as_near_to_float32_as_its_definition(name, dtype, device):
     if device == "cuda" and name.startswith("rotate_heads") and not name.endswith("normed"):
         # No sum is made in another order, and nothing is rounded less often either.
         assert all(map(torch.equal, *found.outputs))
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "llama-llama3", "llama-yarn", "smollm3", "gemma2", "gemma3"])
+def test_angles_are_those_of_the_rotary_embedding(family, dtype, device):
+    model = landmark_decoder(family).to(device)
+    positions = torch.tensor([[0, 1, 2, 700], [60, 4097, 32000, 100000]], device=device)
+    for kind in {layer.kind for layer in FusedStep(model).layers}:
+        expected = model.model.rotary_emb(torch.empty(1, dtype=dtype, device=device), positions, *filter(None, [kind]))
+        given = positions, *rotary_settings(model.model, kind), dtype
+        assert all(map(torch.equal, step_operations.angles(*given), expected))
+        for ours, theirs in zip(step_kernels.angles(*given), expected, strict=True):
+            assert ours.dtype == dtype and ours.shape == theirs.shape
+            assert (ours.float() - theirs.float()).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("rotate_heads")])
