@@ -8,9 +8,12 @@ from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.models.decoders import add_landmarks
 from tests.closeness import assert_close_norm
+from tests.inference.test_graphs import by_definition
 from tests.models.families import tiny_decoder, tiny_tokenizer
+from tests.models.stepping import landmark_decoder
 from tests.tiny import tiny_model, tiny_text
 
+__all__ = ["by_definition"]
 ROWS = [tiny_text(101, 1)]
 UNLIKE = [tiny_text(101, 1), tiny_text(38, 2), tiny_text(9, 3)]
 CASES = {
@@ -83,6 +86,21 @@ def test_a_passage_gives_what_its_chunks_give(backend, name, calls, monkeypatch)
     expected, found = read(plain, rows), read(streamed, rows)
     assert calls and max(calls) > 2
     assert streamed.texts == plain.texts and streamed.cache.host_tail == plain.cache.host_tail
+    for ours, theirs in zip([*found, *held(streamed)], [*expected, *held(plain)], strict=True):
+        assert_close_norm(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["one row", "rows of their own lengths"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_passage_is_read_in_fewer_kernels_too(family, name, calls, by_definition, monkeypatch):
+    """Of layers with a sliding window as well, which roll on from chunk to chunk; without graphs."""
+    monkeypatch.setattr(ChunkForward, "records", lambda *given: False)
+    (rows, settings), model = CASES[name], landmark_decoder(family)
+    plain, streamed = (open_reader(model, rows, offload=where, **settings) for where in ("none", "cpu"))
+    streamed.forward.recording = True
+    assert streamed.forward._fused() is not None
+    expected, found = read(plain, rows), read(streamed, rows)
+    assert calls and max(calls) > 2
     for ours, theirs in zip([*found, *held(streamed)], [*expected, *held(plain)], strict=True):
         assert_close_norm(ours, theirs)
 
