@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import local
 from .backends import BACKENDS
-from .cache import BlockCache, Chunk, Passage
+from .cache import BlockCache, Chunk, Passage, most_side_by_side
 from .dropout import layer_seed
 from .functional import as_autocast, attend_chunk, attend_window, in_rows, landmark_attention, one_row, reader_name
 from .layer_kind import is_first, kind_of
@@ -108,12 +108,13 @@ def landmark_attention_forward(
                 return attend_chunk(layer, q, k, v, landmark_cache, chunk, **given)
 
         if isinstance(landmark_chunk, Passage):
-            stores_first = False
+            most = 0
             if not kind.local and landmark_cache.trace is None:
                 reader = reader_name(query, landmark_cache.settings.block_size, context_miss_key, softcap, s_aux)
-                stores_first = BACKENDS[reader].stores_first
+                if BACKENDS[reader].stores_first:
+                    most = most_side_by_side(query, landmark_cache.settings.top_k)
             with landmark_cache.streamed(layer):
-                out = landmark_chunk.read(attend, query, key, value, side_by_side=stores_first)
+                out = landmark_chunk.read(attend, query, key, value, most=most)
         else:
             out = attend(query, key, value, landmark_chunk)
         return out.transpose(1, 2).contiguous(), None

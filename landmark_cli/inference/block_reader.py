@@ -22,7 +22,7 @@ from landmark_cli.console import counted, warn_once
 from landmark_cli.data.landmarks import insert_landmarks, stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference import memory
-from landmark_cli.inference.chunk_lengths import default_chunk, passage_tokens, positions_of
+from landmark_cli.inference.chunk_lengths import chunks_together, default_chunk, passage_tokens, positions_of
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.readers import BaseReader, ReadChunk, called, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
@@ -212,9 +212,9 @@ class BlockReader(BaseReader):
                     "give plain text, landmarks are put in while reading"
                 )
         left = range(0, max(len(row) for row in rows), self.chunk)
+        working = [sum(len(row) > begin for row in rows) for begin in left]
         while left:
-            rows_left = sum(len(row) > left[0] for row in rows)
-            count = self._chunks_at_once(len(left), rows_left) if last_only else 1
+            count = self._chunks_at_once(working[-len(left) :]) if last_only else 1
             texts = [[row[begin : begin + self.chunk] for row in rows] for begin in left[:count]]
             if count == 1:
                 yield self._read_chunk(texts[0], left[0], last_only, transient)
@@ -248,18 +248,31 @@ class BlockReader(BaseReader):
         index = to_device(torch.tensor(columns), logits.device)[:, None, None]
         return logits.gather(1, index.expand(-1, 1, logits.shape[-1]))[:, 0]
 
-    def _chunks_at_once(self, left: int, rows: int) -> int:
-        """How many of the `left` chunks that so many rows have still to read, and of which the last logits alone are
-        asked for, one call of the model reads."""
-        cache, config = self.cache, self.model.config
-        if cache.offload is None or cache.trace is not None or getattr(config, "context_miss_token", False):
+    def _chunks_at_once(self, working: Sequence[int]) -> int:
+        """How many of the chunks that are left, and of which the last logits alone are asked for, one call of the model
+        reads. working: how many rows have text in each of them."""
+        cache, config, rows = self.cache, self.model.config, working[0]
+        if cache.trace is not None or getattr(config, "context_miss_token", False):
             return 1
         stream = stream_length(self.chunk, self.landmark_freq) + 1
-        count = min(left, self.passage_tokens // (rows * stream))
+        count = min(len(working), self.passage_tokens // (rows * stream))
+        if cache.offload is None:
+            return chunks_together(working[:count]) if self._passages_serve(rows, stream) else 1
         heads, _ = key_heads(config, landmark_layers(config)[0])
         chosen = count * self.chunk * cache.settings.top_k * config.get_text_config().num_attention_heads // heads
         few = chosen < CHOSEN * min(max(cache.host_blocks), cache.settings.retrievable)
         return 1 if count < 2 or few or cache.why_not_streamed() is not None else count
+
+    def _passages_serve(self, rows: int, stream: int) -> bool:
+        """Whether chunks of so many rows of `stream` tokens are better read several at a time, with nothing offloaded:
+        where one of them is so little work that it would be recorded.
+
+        Not where a cache is bounded, which would need room for all of a passage, nor where layers have windows, which
+        read chunk by chunk in a passage too.
+        """
+        cache = self.cache
+        known = bool(cache.layers) and not cache.windows and not cache.fetching
+        return known and cache.settings.cache_blocks is None and self.forward.records(rows, stream)
 
     def _record_steps(self, left: Sequence[int]) -> None:
         """Record the graphs of steps that are expected after each row's `left` text tokens more."""

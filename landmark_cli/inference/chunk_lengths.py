@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
@@ -13,6 +14,8 @@ from landmark_cli.errors import LandmarkError
 
 # What a layer makes of a passage may take about so much memory of a GPU.
 PASSAGE_BYTES = 1 << 30
+# Rows that end before a passage does rest in it: of all its work one part in so many, at most.
+MOST_RESTING = 5
 
 
 def default_chunk(trained_length: int, top_k_blocks: int, landmark_freq: int, name: str = "") -> int:
@@ -59,3 +62,16 @@ def passage_tokens(model: PreTrainedModel) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     inner = inner if isinstance(inner, int) else max(inner)
     return PASSAGE_BYTES // ((6 * config.hidden_size + 4 * inner) * next(model.parameters()).dtype.itemsize)
+
+
+def chunks_together(working: Sequence[int]) -> int:
+    """How many chunks, the first at least, are read by one call of a model, all of whose rows are there until the last.
+
+    working: how many rows have text in each, never more than in the one before.
+    """
+    text = 0
+    for number, rows in enumerate(working):
+        text, room = text + rows, (number + 1) * working[0]
+        if MOST_RESTING * (room - text) > room:
+            return number
+    return max(1, len(working))

@@ -1,10 +1,14 @@
 """Chunks that are read by one call of the model, layer by layer, give what they give one after the other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from landmark_cli.attention.cache.streaming import Streaming
+from landmark_cli.inference import graphs
 from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.chunk_lengths import chunks_together
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.models.decoders import add_landmarks
 from tests.closeness import assert_close_norm
@@ -220,6 +224,62 @@ def test_when_chunks_are_read_one_by_one(calls):
     del calls[:]
     list(asked.read([tiny_text(16)], last_only=True))
     assert not calls
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """Readers take the definition's chunks for such as are recorded, as those of a small model are on a GPU."""
+    monkeypatch.setenv("LANDMARK_ATTENTION", "eager")
+    monkeypatch.setitem(graphs.BACKENDS, "eager", replace(graphs.BACKENDS["eager"], recorded=True))
+    # None is: a second chunk of a kind is read as the first.
+    monkeypatch.setattr(ChunkForward, "_record", lambda *_: False)
+
+    def opened(*given, **settings) -> BlockReader:
+        reader = open_reader(*given, **settings)
+        reader.forward.recording = True
+        return reader
+
+    return opened
+
+
+@pytest.mark.parametrize("rows, counts", [(ROWS, [12]), (UNLIKE, [2, 3, 7]), (3 * ROWS, [12])], ids=len)
+def test_chunks_that_are_little_work_are_read_in_passages_with_nothing_offloaded(rows, counts, calls, records):
+    """Behind the first one, from which on layers are known: of rows of unlike lengths as many as few of them end in."""
+    model = tiny_model(n_layer=2)
+    ours = read(records(model, rows), rows)
+    assert calls == counts
+    for found, expected in zip(ours, read(open_reader(model, rows), rows), strict=True):
+        assert_close_norm(found, expected)
+
+
+def test_when_they_are_read_one_by_one_all_the_same(calls, records, tmp_path):
+    """Chunks that keep a GPU busy, a server's, those of a bounded cache, of layers with windows; and what blocks in a
+    file are read by."""
+    text = [tiny_text(120)]
+    reader = records(tiny_model(), text)
+    list(reader.read(text, last_only=True))
+    assert max(calls) > 2
+    del calls[:]
+    list(reader.read(text))
+    reader.save(tmp_path / "novel")
+    asked = records(tiny_model(), text)
+    asked.recall(tmp_path / "novel")
+    list(asked.read(text, last_only=True))
+    busy, serving, bounded = (records(tiny_model(), text, **more) for more in ({}, {}, {"cache_blocks": 3}))
+    busy.forward._weights, serving.forward.steps_alone = 1 << 60, True
+    windows = tiny_decoder("gemma3", num_hidden_layers=2)
+    add_landmarks(windows, tiny_tokenizer(), landmark_freq=5, trained_length=60, top_k_blocks=2)
+    for reader in (busy, serving, bounded, records(windows, text)):
+        list(reader.read(text, last_only=True))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "working, count",
+    [([1] * 9, 9), ([8, 8, 8, 4], 4), ([8, 8, 4, 4], 3), ([8, 1], 1), (range(64, 0, -2), 13), ([], 1)],
+)
+def test_rows_that_end_rest_for_a_fifth_of_a_passage_at_most(working, count):
+    assert chunks_together(working) == count
 
 
 def test_a_passage_that_fails_leaves_the_reader_as_it_was(monkeypatch):

@@ -2,7 +2,7 @@
 
 from .blocks import HeldBlocks, LayerBlocks
 from .cache import BlockCache
-from .chunk import Chunk, Passage
+from .chunk import Chunk, Passage, most_side_by_side
 from .layer_window import HeldText, LayerWindow, rolled
 from .pages import Offload
 from .settings import Positions, RetrievalSettings, Selection
@@ -21,5 +21,6 @@ __all__ = [
     "RetrievalSettings",
     "Selection",
     "Trace",
+    "most_side_by_side",
     "rolled",
 ]

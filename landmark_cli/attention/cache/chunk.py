@@ -16,9 +16,10 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Tokens of chunks that are read side by side, all rows together: about as many as one chunk of a long trained length
-# has, so that what is made on the way takes as much memory.
-MOST_SIDE_BY_SIDE = 4096
+# What kernels make on the way of chunks that they read side by side: an output of every block that a query reads.
+SIDE_BY_SIDE_BYTES = 1 << 28
+# Programs along a grid's second axis, at most: one for each head of each row.
+MOST_PROGRAMS = 65535
 # Narrower chunks are steps to the kernels, which count themselves in memory for the cache's own rows.
 NARROWEST = 16
 
@@ -138,20 +139,19 @@ class Passage:
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self.chunks = list(chunks)
         self.width = max(chunk.width for chunk in self.chunks)
+        self._runs: dict[int, list[tuple[Chunk, int]]] = {}
 
     @cached_property
     def position_ids(self) -> Tensor:
         """(B, T) int64, those of the chunks side by side."""
         return torch.cat([chunk.position_ids for chunk in self.chunks], dim=1)
 
-    def read(
-        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, side_by_side: bool = False
-    ) -> Tensor:
+    def read(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, most: int = 0) -> Tensor:
         """What `attend(q, k, v, chunk)` gives for the chunks, each with its columns of q (B, H, T, D) and of k and v
-        (B, G, T, D), side by side: (B, H, T, D). side_by_side: whether attend stores a chunk before it reads; then
-        chunks come to it as rows of one, many at a time (see `side_by_side`)."""
+        (B, G, T, D), side by side: (B, H, T, D). most: where attend stores a chunk before it reads, chunks come to it
+        as rows of one, up to so many tokens at a time (see `side_by_side`)."""
         found, begin = [], 0
-        for chunk, count in self.runs if side_by_side else [(chunk, 1) for chunk in self.chunks]:
+        for chunk, count in self.runs(most):
             columns = slice(begin, begin + chunk.width * count)
             given = (_as_rows(x[:, :, columns], count) for x in (q, k, v))
             out = attend(*given, chunk).transpose(1, 2)  # (B * count, width, H, D)
@@ -159,18 +159,27 @@ class Passage:
             begin = columns.stop
         return torch.cat(found, dim=1).transpose(1, 2)
 
-    @cached_property
-    def runs(self) -> list[tuple[Chunk, int]]:
-        """The chunks, as many as may be as rows of one, and how many each of these is."""
+    def runs(self, most: int) -> list[tuple[Chunk, int]]:
+        """The chunks, as many as may be as rows of one, of all of which together there are `most` tokens at most, and
+        how many each of these is. The same ones for all layers that ask for as many."""
+        if most in self._runs:
+            return self._runs[most]
         runs: list[list[Chunk]] = []
         for chunk in self.chunks:
             last = runs[-1] if runs else []
             tokens = (len(last) + 1) * chunk.width * len(chunk.host_rows)
-            if last and chunk.width == last[0].width >= NARROWEST and tokens <= MOST_SIDE_BY_SIDE:
+            if last and chunk.width == last[0].width >= NARROWEST and tokens <= most:
                 last.append(chunk)
             else:
                 runs.append([chunk])
-        return [(side_by_side(run), len(run)) for run in runs]
+        return self._runs.setdefault(most, [(side_by_side(run), len(run)) for run in runs])
+
+
+def most_side_by_side(q: Tensor, top_k: int) -> int:
+    """How many tokens, of all rows together, may be read side by side; q: (B, H, T, D), each reading top_k blocks."""
+    _, heads, _, dim = q.shape
+    by_memory = SIDE_BY_SIDE_BYTES // (heads * dim * q.element_size() * max(1, top_k))
+    return min(by_memory, MOST_PROGRAMS // heads * NARROWEST)
 
 
 def side_by_side(chunks: Sequence[Chunk]) -> Chunk:
