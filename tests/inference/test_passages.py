@@ -252,6 +252,17 @@ def test_chunks_that_are_little_work_are_read_in_passages_with_nothing_offloaded
         assert_close_norm(found, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [ROWS, UNLIKE], ids=len)
+def test_a_gpu_reads_in_passages_what_it_reads_chunk_by_chunk(rows, calls):
+    model = tiny_model(n_layer=3, n_head=2, n_embd=32).to("cuda")
+    together, alone = (open_reader(model, rows, tokens) for tokens in (10**4, 0))
+    found = read(together, rows)
+    assert max(calls) > 2
+    for ours, theirs in zip([*found, *held(together)], [*read(alone, rows), *held(alone)], strict=True):
+        assert_close_norm(ours, theirs)
+
+
 def test_when_they_are_read_one_by_one_all_the_same(calls, records, tmp_path):
     """Chunks that keep a GPU busy, a server's, those of a bounded cache, of layers with windows; and what blocks in a
     file are read by."""
