@@ -170,6 +170,35 @@ def test_what_is_not_known_keeps_its_modules(what):
     assert all(spanned(weights) is None for weights in weights_of(model))
 
 
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("embedding", "the embedding is a Embedding"),
+        ("both ways", "tokens see those behind them"),
+        ("rotary", "model.rotary_emb is a"),
+        ("longer", "its angles change"),
+        ("norm", "pre_feedforward_layernorm is a RMSNorm"),
+        ("activation", "act_fn is a SiLU"),
+    ],
+)
+def test_what_is_not_known_of_other_makes_keeps_its_modules(what, words):
+    model = landmark_decoder("gemma3")
+    assert why_not_fused(model) is None
+    if what == "embedding":
+        model.set_input_embeddings(nn.Embedding(300, 32))
+    elif what == "both ways":
+        model.config.use_bidirectional_attention = True
+    elif what == "rotary":
+        model.model.rotary_emb = landmark_decoder("llama").model.rotary_emb
+    elif what == "longer":
+        model.model.rotary_emb.rope_type["full_attention"] = "dynamic"
+    elif what == "norm":
+        model.model.layers[1].pre_feedforward_layernorm = nn.RMSNorm(32)
+    elif what == "activation":
+        model.model.layers[0].mlp.act_fn = nn.SiLU()
+    assert words in why_not_fused(model)
+
+
 def test_weights_that_moved_are_found_where_they_are():
     model = landmark_decoder()
     fused = Fused(model)
