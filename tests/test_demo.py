@@ -190,7 +190,7 @@ def test_make_demo_shows_the_shipped_model_or_trains(tmp_path, shipped):
     for name in ("python", "landmark"):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
-        program.write_text(f'#!/bin/sh\necho "{name} $*"\n')
+        program.write_text(f'#!/bin/sh\necho "{name} $*"\necho "waits: $OMP_WAIT_POLICY"\n')
         program.chmod(0o755)
     (tmp_path / "model").mkdir()
     if shipped:
@@ -201,6 +201,7 @@ def test_make_demo_shows_the_shipped_model_or_trains(tmp_path, shipped):
     asks = f"python recipes/demo/ask.py --model {tmp_path}/model --seed 7 --device cpu" in done.stdout
     trains = "$ landmark train --recipe demo/tiny" in done.stdout
     assert (asks, trains) == (shipped, not shipped)
+    assert set(re.findall(r"waits: (.*)", done.stdout)) == {"passive"}
     assert ("make demo-train" in done.stdout) == shipped
 
 

@@ -4,14 +4,12 @@
 # `make demo` runs it. SEED=1 hides other facts; DEVICE=cuda reads on a GPU. `make demo-train` trains a model.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. recipes/demo/threads.sh
 
 MODEL=${MODEL:-landmark_cli/assets/demo}
 if [ ! -f "$MODEL/config.json" ]; then
     # A checkout without the shipped model (recipes/demo/make.sh makes it): the demo that needs none.
     exec bash recipes/demo/train.sh
 fi
-# A thread that has done its part of an operation sleeps until the others have too. By default it turns in a circle
-# meanwhile: beside other programs the ones it waits for then get a third of the time.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 python recipes/demo/ask.py --model "$MODEL" --seed "${SEED:-0}" --device "${DEVICE:-cpu}" --pages runs/demo-asked "$@"
 printf '\nOther facts: SEED=1 make demo. To train a model yourself: make demo-train\n'

@@ -2,6 +2,7 @@
 # The whole way on a small scale: text -> token files -> a trained model -> perplexity -> a passage. `make demo-train` runs it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. recipes/demo/threads.sh
 
 step() { printf '\n$ %s\n' "$*"; "$@"; }
 
