@@ -26,6 +26,7 @@ from landmark_cli.commands.run_options import (
     check_window,
     reading,
 )
+from landmark_cli.commands.task_kinds import KINDS_HELP, TaskKind
 from landmark_cli.console import counted, info, warn
 from landmark_cli.errors import UsageError, import_extra
 from landmark_cli.options import LONGEST, Options, option
@@ -137,6 +138,9 @@ class TextOptions(DataOptions):
         help="Share of the windows that hold tasks: facts hidden in the text of --data (in the novels where all of it "
         "marks answers), and asked for at the window's end. [default: 0.5; 0 with --teacher none and where --data "
         "marks answers already]",
+    )
+    kinds: list[TaskKind] | None = option(
+        None, panel=DATA, help=f"{KINDS_HELP} [default: as `landmark prepare tasks` draws them]"
     )
     sequence_length: int | None = changed(
         "sequence_length",
@@ -321,7 +325,8 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         read=reading(options, options.landmark_freq, options.top_k_blocks),
         identity={"adapters": str(adapter_settings(options)), "landmarks_in_loss": options.landmarks_in_loss}
         | ({} if options.train == "all" else {"train": options.train})
-        | ({"tasks_share": tasks_share} if tasks_share else {}),
+        | ({"tasks_share": tasks_share} if tasks_share else {})
+        | ({"kinds": options.kinds} if tasks_share and options.kinds else {}),
         distillation=distilled,
     )
     report = Report(options, model, tokenizer, publication, loop)

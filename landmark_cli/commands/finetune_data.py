@@ -109,6 +109,8 @@ def with_tasks(
     if share is None:
         share = 0.0 if options.teacher == "none" or any(data.answers) else TASKS_SHARE
     if not share:
+        if options.kinds:
+            raise UsageError("--kinds is of tasks, and none are mixed in here: give their share too, --tasks-share 0.5")
         return data, 0.0
     accelerator, output, _ = begun
     haystack = data.without_answers()
@@ -134,6 +136,7 @@ def with_tasks(
         text_length=room,
         windows=math.ceil(share * windows),
         seed=options.seed,
+        kinds=options.kinds,
         resume=options.resume,
         trained=trained,
         process=Process.from_environment(),

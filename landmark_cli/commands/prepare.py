@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from landmark_cli.commands.models import CodeOptions
+from landmark_cli.commands.task_kinds import KINDS_HELP, TaskKind
 from landmark_cli.console import info, quantity, results
 from landmark_cli.errors import UsageError
 from landmark_cli.interrupts import keeping
@@ -35,11 +36,6 @@ IDLE = {
     "tasks": CHAT_OPTIONS
     | dict.fromkeys(("source", "revision", "subset"), "tasks makes its documents itself, of --haystack"),
 }
-
-
-TaskKind = Literal[
-    "look_up", "inventory", "together", "all_values", "counting", "first_or_last", "chain", "quotation", "completion"
-]
 
 
 @dataclass
@@ -121,8 +117,7 @@ class PrepareOptions(CodeOptions):
     kinds: list[TaskKind] | None = option(
         None,
         panel=MADE,
-        help="A kind of question that tasks ask (repeatable, all alike often). [default: all but completion, look_up "
-        "and inventory most often]",
+        help=f"{KINDS_HELP} [default: all but inventory and completion, look_up in half of the documents]",
     )
     json: Path | None = option(
         None, saved=False, is_output=True, help="Write the result to this file too; - for standard output."

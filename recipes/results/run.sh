@@ -327,6 +327,8 @@ windows_of() {
     fi
 }
 
+kinds() { printf -- '--kinds %s ' "$@"; }
+
 # A name a line, and what differs from recipes/results/smollm2-distilled.yaml, the most telling first. All see as many tokens
 # of text. Blocks of another size are read so many at a time that they hold as many. Where a gate is taught, layers are not
 # compiled one by one, and a whole model takes minutes.
@@ -359,6 +361,8 @@ answers-by-words    --answer-weight 1 --answer-divergence-weight 0
 answers-by-teacher  --answer-weight 0 --answer-divergence-weight 3
 no-teacher-answers  --teacher none --answer-weight 30
 fewer-tasks         --tasks-share 0.3
+inventories         $(kinds look_up inventory quotation)
+inventories-words   $(kinds look_up inventory quotation) --answer-weight 0.2
 text-1              --text-weight 1
 lr-3e-5             --lr 3e-5
 lora-8              --lora-rank 8 --merge

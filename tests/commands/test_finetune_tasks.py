@@ -1,6 +1,7 @@
 """`landmark finetune` with tasks mixed in: unasked beside a teacher, and what a user hears where they cannot be."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,17 @@ def test_without_data_it_learns_from_the_novels_and_tasks_in_them(tmp_path, capf
         assert pieces(holds, text) > 3 and pieces(lacks, text) == 0
     # Its recipe repeats it.
     assert load_recipe(output / "recipe.yaml", FinetuneOptions, "finetune")["data"] is None
+
+
+def test_kinds_of_tasks_are_those_that_are_named(tmp_path):
+    named = finetune(tmp_path / "named", data=["barges.txt"], kinds=["completion"])
+    others = finetune(tmp_path / "others", data=["barges.txt"])
+    # A completion's facts are in prose alone.
+    blocks = re.compile(r"INSERT INTO|<table|\| entry \||^- .*: |subject\": ", re.MULTILINE)
+    assert not blocks.search(task_text(named)) and blocks.search(task_text(others))
+    assert load_recipe(named / "recipe.yaml", FinetuneOptions, "finetune")["kinds"] == ["completion"]
+    with pytest.raises(UsageError, match="--kinds is of tasks"):
+        finetune(tmp_path / "none", data=["barges.txt"], kinds=["completion"], tasks_share=0.0)
 
 
 def test_tasks_are_hidden_in_the_users_text(tmp_path):

@@ -106,6 +106,7 @@ def prepare_tasks(
     text_length: int,
     windows: int,
     seed: int,
+    kinds: Sequence[str] | None = None,
     resume: bool,
     trained: bool = False,
     process: Process,
@@ -113,10 +114,10 @@ def prepare_tasks(
     """Write token files of tasks into a directory: documents that fill windows of `text_length` text tokens, one each.
 
     train, validation: what they are hidden in, by split; without the latter there are none for validation. windows: how
-    many the run will take. seed: document i is a function of it, i and the haystack. resume: make as many documents as
-    the directory has, if it has some. trained: the run has been trained on what the directory holds, which stays as it
-    is if it is whole, even if this version made other documents of the same. Processes other than the first may return
-    before the files are there.
+    many the run will take. seed: document i is a function of it, i, the kinds and the haystack. kinds: see `draw_task`.
+    resume: make as many documents as the directory has, if it has some. trained: the run has been trained on what the
+    directory holds, which stays as it is if it is whole, even if this version made other documents of the same.
+    Processes other than the first may return before the files are there.
 
     Raises LandmarkError and Stopped as `prepare` does.
     """
@@ -144,6 +145,7 @@ def prepare_tasks(
         absent=ABSENT,
         validation_share=held_out / documents,
         seed=seed,
+        kinds=kinds,
     )
     prepare(corpus, tokenizer, output, process=process)
 
