@@ -119,10 +119,9 @@ class HummingProduct(nn.Module):
         """The weight as code_products.py reads it, if the library keeps it so: what it has made of the first codes is
         looked at."""
         from .code_products import Packed, in_order
-        from .quantization import Codes
 
         weight, scales = self.layer.weight, self.layer.weight_scale
-        first = Codes(codes.codes[:64, :64].contiguous(), codes.scales[:64, :2], codes.bits)
+        first = codes._replace(codes=codes.codes[:64, :64].contiguous(), scales=codes.scales[:64, :2])
         if first.codes.shape != (64, 64) or weight.dtype != torch.int32:
             return None
         packed = Packed(weight, scales.view(-1, scales.shape[-1]), codes.bits, *codes.codes.shape)
