@@ -108,6 +108,13 @@ class TeacherOptions(Options):
         help="Weight of the gate's own loss: how every layer shares its attention out among blocks, beside how the "
         "teacher's layer does.",
     )
+    hidden_weight: float = option(
+        0.0,
+        panel=TEACHER,
+        min=0,
+        max=1e6,
+        help="Weight of the hidden states' loss: how far every layer's output is from that of the teacher's layer.",
+    )
 
 
 @dataclass(kw_only=True)

@@ -44,8 +44,9 @@ def distillation(
         teacher = open_teacher(
             teachers_name(options), tokenizer, dtype=dtype_of(precision), trust_remote_code=options.trust_remote_code
         )
-    if options.gate_weight:
-        check_layers(teacher.model.config, config, options.teacher)
+    for weight, heads in ((options.gate_weight, True), (options.hidden_weight, False)):
+        if weight:
+            check_layers(teacher.model.config, config, options.teacher, heads=heads)
     return distilled_from(teacher.prepare(accelerator), options, config)
 
 
@@ -68,6 +69,7 @@ def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTraine
         text_weight=options.text_weight or 0.0,
         temperature=options.distill_temperature,
         gate_weight=options.gate_weight,
+        hidden_weight=options.hidden_weight,
         block_size=config.landmark_freq + 1,
         needs_answers=any(getattr(options, name) not in weights for name, weights in UNASKED.items()),
     )
@@ -101,6 +103,7 @@ def check_teacher(options: FinetuneOptions) -> None:
             "answer-divergence-weight": options.answer_divergence_weight is not None,
             "distill-temperature": options.distill_temperature != 1,
             "gate-weight": options.gate_weight > 0,
+            "hidden-weight": options.hidden_weight > 0,
         }
         for name in (name for name, is_given in given.items() if is_given):
             raise UsageError(

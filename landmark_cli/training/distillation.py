@@ -3,9 +3,10 @@ teacher says, which reads it without.
 
 The loss is means over the global batch, each times its weight: of the divergence from the teacher over the positions
 where it is asked, of the same over those that predict answers, of the cross entropy over the tokens of answers, of the
-cross entropy over all targets, and of the gate's loss over sampled queries (gate.py). Each has a count of its own, so
-that the few tokens of answers weigh as much as the many of the text. As the loop divides by one number, the first of
-the counts, the other weights come multiplied by what their counts differ.
+cross entropy over all targets, of the gate's loss over sampled queries (gate.py), and, where the divergence is asked,
+of how far the layers' outputs are apart (hidden_states.py). Each has a count of its own, so that the few tokens of
+answers weigh as much as the many of the text. As the loop divides by one number, the first of the counts, the other
+weights come multiplied by what their counts differ.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.models.layers import landmark_layers
+from landmark_cli.training.compiled import decoder_layers
 from landmark_cli.training.gate import Gate, Sample, sample
+from landmark_cli.training.hidden_states import collected, hidden_states_loss
 from landmark_cli.training.linear_distillation import distillation, linear_distillation
 from landmark_cli.training.setup import LossModel, with_score, without_adapters
 from landmark_cli.training.teachers import Observer, Teacher
 
 # What a record of metrics.jsonl says of the parts.
-PARTS = ("divergence", "answers_divergence", "answers_loss", "text_loss", "gate")
+PARTS = ("divergence", "answers_divergence", "answers_loss", "text_loss", "gate", "hidden_states")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Distillation:
     read. answer_weight, text_weight: of the cross entropy of answers, and of all targets, beside the divergence.
     answer_divergence_weight: of the divergence where answers are predicted, beside what it counts among the text.
     temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, which is
-    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out. needs_answers:
+    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out. hidden_weight: of
+    the hidden states' loss; 0: it is not worked out. needs_answers:
     whether some corpus has to mark answers, since somebody chose what they weigh.
     """
 
@@ -49,6 +53,7 @@ class Distillation:
     temperature: float = 1.0
     gate_weight: float = 0.0
     block_size: int = 0
+    hidden_weight: float = 0.0
     needs_answers: bool = False
 
     @property
@@ -60,8 +65,12 @@ class Distillation:
             "text_weight": self.text_weight,
             "distill_temperature": self.temperature,
         }
-        # Runs of earlier versions had neither.
-        later = {"answer_divergence_weight": self.answer_divergence_weight, "gate_weight": self.gate_weight}
+        # Runs of earlier versions had none of them.
+        later = {
+            "answer_divergence_weight": self.answer_divergence_weight,
+            "gate_weight": self.gate_weight,
+            "hidden_weight": self.hidden_weight,
+        }
         return identity | {name: weight for name, weight in later.items() if weight}
 
     def said(self, text_length: int) -> str:
@@ -71,8 +80,9 @@ class Distillation:
         within = length is None or text_length <= length
         reach = "" if within else f", which is asked about the first {length} tokens of each window's text"
         gate = f", the gate {self.gate_weight:g}" if self.gate_weight else ""
+        hidden = f", hidden states {self.hidden_weight:g}" if self.hidden_weight else ""
         answers = f"answers weigh {self.answer_weight:g}, their divergence {self.answer_divergence_weight:g}"
-        return f"teacher: {who}{reach}; {answers}, text {self.text_weight:g}{gate}"
+        return f"teacher: {who}{reach}; {answers}, text {self.text_weight:g}{gate}{hidden}"
 
     def read(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Text:
         """The texts of streams, (B, T), as the teacher reads them: no further than its positions."""
@@ -100,7 +110,7 @@ class Distillation:
         return min(input_ids.shape[1], self.teacher.length or input_ids.shape[1])
 
     def counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Over how many positions of a batch each of the means goes, in the order of PARTS: (5,) float32."""
+        """Over how many positions of a batch each of the means goes, in the order of PARTS: (6,) float32."""
         known = batch["labels"] != IGNORED_TARGET
         answers = known & batch["answers"] if "answers" in batch else torch.zeros_like(known)
         # The teacher is asked where there is text that it has positions for, and something that follows it.
@@ -109,7 +119,8 @@ class Distillation:
         if self.gate_weight:
             cu_seqlens = batch.get("cu_seqlens")
             queries = self.sample(self.read(batch["input_ids"], cu_seqlens), batch["input_ids"], known, cu_seqlens).real
-        masks = (is_text & known, is_text & answers, answers, known, queries)
+        hidden = is_text & known if self.hidden_weight else torch.zeros_like(known)
+        masks = (is_text & known, is_text & answers, answers, known, queries, hidden)
         return torch.stack([mask.sum() for mask in masks]).float()
 
     def sample(self, text: Text, input_ids: Tensor, known: Tensor, cu_seqlens: Tensor | None) -> Sample:
@@ -118,11 +129,11 @@ class Distillation:
         return sample(input_ids, landmark, text.order, text.known & known, self.block_size, cu_seqlens)
 
     def ratios(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """counts: (5,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's
-        divergence, an answer's and any target's cross entropy and a query's gate loss are to be multiplied by before,
-        (4,))."""
-        weights = (self.answer_divergence_weight, self.answer_weight, self.text_weight, self.gate_weight)
-        weights = counts.new_tensor(weights)
+        """counts: (6,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's
+        divergence, an answer's and any target's cross entropy, a query's gate loss and a position's hidden states' are
+        to be multiplied by before, (5,))."""
+        beside = (self.answer_weight, self.text_weight, self.gate_weight, self.hidden_weight)
+        weights = counts.new_tensor((self.answer_divergence_weight, *beside))
         counts = counts.clamp(min=1)
         return counts[0], weights * counts[0] / counts[1:]
 
@@ -146,11 +157,13 @@ class Text:
 
 class Compared(NamedTuple):
     """losses: see `linear_distillation.distillation`. states: the student's, (B, T, E), of which `logits_of` makes
-    logits."""
+    logits. ours, theirs: what `hidden_states.collected` gave of student and teacher; nothing where it was not asked."""
 
     losses: tuple[Tensor, Tensor, Tensor]
     states: Tensor
     logits_of: Callable[[Tensor], Tensor]
+    ours: list[Tensor]
+    theirs: list[Tensor]
 
 
 class DistillationLoss(LossModel):
@@ -171,10 +184,10 @@ class DistillationLoss(LossModel):
         cu_seqlens: Tensor | None = None,
         **others: Tensor,
     ) -> Tensor:
-        """In training (6,) float32: the loss, which alone is differentiable, and the sums of PARTS: of divergences, of
-        those at answers, of answers' and of all targets' cross entropies, and of the gate's loss. In evaluation what
-        `LossModel.forward` gives, (1,) or (4,), and behind it the sum of divergences, at temperature 1, and over how
-        many positions.
+        """In training (7,) float32: the loss, which alone is differentiable, and the sums of PARTS: of divergences, of
+        those at answers, of answers' and of all targets' cross entropies, of the gate's loss, and of the hidden
+        states'. In evaluation what `LossModel.forward` gives, (1,) or (4,), and behind it the sum of divergences, at
+        temperature 1, and over how many positions.
 
         ratios: see `Distillation.ratios`. The rest: see `LossModel.forward`.
         """
@@ -194,12 +207,15 @@ class DistillationLoss(LossModel):
             observer, extra["landmark_observer"] = gate.teach, gate.ask
         compared = self._compare(text, input_ids, labels, weights, target_weights, of.temperature, extra, observer)
         loss, divergences, losses = compared.losses
-        gates = losses.new_zeros(())
+        gates = hidden = losses.new_zeros(())
         if gate is not None:
             gates = gate.loss()
             loss = loss + ratios[3] * gates
+        if of.hidden_weight:
+            hidden = hidden_states_loss(compared.ours, compared.theirs, asked, text.align)
+            loss = loss + ratios[4] * hidden
         of_answers = (values.masked_fill(~answers, 0.0).sum() for values in (divergences, losses))
-        sums = torch.stack([divergences.sum(), *of_answers, losses.sum(), gates.detach()])
+        sums = torch.stack([divergences.sum(), *of_answers, losses.sum(), gates.detach(), hidden.detach()])
         return torch.cat([loss[None], sums])
 
     def _evaluate(
@@ -236,13 +252,23 @@ class DistillationLoss(LossModel):
         """Read a text as student and as teacher. weights, target_weights, (B, T) float32, and temperature: see
         `linear_distillation.distillation`. extra: see `LossModel.extra`. observer: see `Teacher.states`."""
         teacher = self.distillation.teacher
+        # The student's layers in evaluation too would be work for nothing.
+        collects = self.training and self.distillation.hidden_weight
+        ours, theirs = (
+            collected(decoder_layers(model) if collects else ())
+            for model in (without_adapters(self.wrapped), teacher.model)
+        )
         if self.fused_loss and teacher.plain:
-            states = text.align(teacher.states(text.tokens, text.position_ids, observer))
-            hidden, head = self.states(input_ids, extra)
+            with theirs as their_states:
+                states = text.align(teacher.states(text.tokens, text.position_ids, observer))
+            with ours as our_states:
+                hidden, head = self.states(input_ids, extra)
             given = (hidden, head, states, teacher.head)
             losses = linear_distillation(*given, labels, weights, target_weights, temperature)
-            return Compared(losses, hidden, lambda piece: nn.functional.linear(piece, head))
-        teacher_logits = text.align(teacher.logits(text.tokens, text.position_ids, observer))
-        logits = self.wrapped(input_ids=input_ids, use_cache=False, **extra).logits
+            return Compared(losses, hidden, lambda piece: nn.functional.linear(piece, head), our_states, their_states)
+        with theirs as their_states:
+            teacher_logits = text.align(teacher.logits(text.tokens, text.position_ids, observer))
+        with ours as our_states:
+            logits = self.wrapped(input_ids=input_ids, use_cache=False, **extra).logits
         losses = distillation(logits, teacher_logits, labels, weights, target_weights, temperature)
-        return Compared(losses, logits, lambda piece: piece)
+        return Compared(losses, logits, lambda piece: piece, our_states, their_states)

@@ -256,16 +256,21 @@ def open_teacher(
     return Teacher(model)
 
 
-def check_layers(teacher: PreTrainedConfig, student: PreTrainedConfig, name: str) -> None:
-    """Raise LandmarkError where the layers of two models cannot be compared head by head. name: of the teacher."""
-    for what in ("model_type", "num_hidden_layers", "num_attention_heads"):
+def check_layers(teacher: PreTrainedConfig, student: PreTrainedConfig, name: str, *, heads: bool) -> None:
+    """Raise LandmarkError where the layers of two models cannot be compared: their outputs, or with heads their heads'
+    products. name: of the teacher."""
+    option, alike = "--hidden-weight compares layers one by one", ("num_hidden_layers", "hidden_size")
+    if heads:
+        option = "--gate-weight compares layers head by head"
+        alike = ("model_type", "num_hidden_layers", "num_attention_heads")
+    for what in alike:
         theirs, ours = getattr(teacher, what, None), getattr(student, what, None)
         if theirs != ours:
             raise LandmarkError(
-                f"--gate-weight compares layers head by head, and {what} is {theirs} in --teacher {name} and {ours} in "
-                "the model that is trained: leave it out, or take --teacher self"
+                f"{option}, and {what} is {theirs} in --teacher {name} and {ours} in the model that is trained: leave "
+                "it out, or take --teacher self"
             )
-    if plain_attention(teacher) != ATTENTION:
+    if heads and plain_attention(teacher) != ATTENTION:
         raise LandmarkError(
             f"--gate-weight compares plain dot products, and {name} ({teacher.model_type}) soft-caps its logits or has "
             "attention sinks: leave it out"

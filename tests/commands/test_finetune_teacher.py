@@ -63,13 +63,13 @@ def finetune(output, **changes):
     return Path(output)
 
 
-GATE = {"gate_weight": 2.0}
+GATE, HIDDEN = {"gate_weight": 2.0}, {"hidden_weight": 0.5}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, LORA, {"fused_loss": False}, GATE, GATE | LORA | {"gradient_checkpointing": True}],
-    ids=["whole", "adapters", "logits", "gate", "gate, adapters, computed again"],
+    [{}, LORA, {"fused_loss": False}, GATE, GATE | HIDDEN | LORA | {"gradient_checkpointing": True}, HIDDEN],
+    ids=["whole", "adapters", "logits", "gate", "gate, hidden states, adapters, computed again", "hidden states"],
 )
 def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
     output = finetune(
@@ -85,6 +85,11 @@ def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
     if gate:
         assert len(gate) == 12 and gate[-1] < 0.95 * gate[0]
         loss = [rest + 2 * g for rest, g in zip(loss, gate, strict=True)]
+    hidden = records(output, "hidden_states")
+    assert bool(hidden) == ("hidden_weight" in changes)
+    if hidden:
+        assert len(hidden) == 12 and sum(hidden[-4:]) < sum(hidden[:4])
+        loss = [rest + 0.5 * h for rest, h in zip(loss, hidden, strict=True)]
     assert_close_norm(torch.tensor(records(output)), torch.tensor(loss))
 
 
@@ -174,6 +179,8 @@ def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
         ({"teacher": "none", "distill_temperature": 2.0}, UsageError, "--distill-temperature is for a teacher"),
         ({"teacher": "none", "gate_weight": 2.0}, UsageError, "--gate-weight is for a teacher"),
         ({"gate_weight": 2.0, "read_chunk": 16, "top_k_blocks": 2}, UsageError, "--gate-weight is .* --read-chunk"),
+        ({"teacher": "none", "hidden_weight": 2.0}, UsageError, "--hidden-weight is for a teacher"),
+        ({"hidden_weight": 2.0, "teacher": "deeper"}, LandmarkError, "one by one, and num_hidden_layers is 3 in --"),
         ({"gate_weight": 2.0, "teacher": "deeper"}, LandmarkError, "num_hidden_layers is 3 in --teacher deeper and 2"),
         ({"answers_only": True}, UsageError, "--answers-only .* --teacher none"),
         ({"answer_weight": 3.0, "data": ["unmarked"]}, LandmarkError, "no corpus says which of its text is answers"),
@@ -267,10 +274,11 @@ LAUNCHES = {"processes": {}, "shards": FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING":
 CURVES = "loss", "divergence", "answers_loss", "gradient_norm"
 
 
-def launch(output, processes, changes, accumulation, flags=(), curves=(*CURVES, "gate"), **changed):
+def launch(output, processes, changes, accumulation, flags=(), curves=(*CURVES, "gate", "hidden_states"), **changed):
     """The curves of a launch of so many processes."""
     options = SHORT | {"model": "base", "data": "asked", "output": output, "accumulation": accumulation}
-    options |= {"answer_weight": 2.0, "answer_divergence_weight": 1.5, "text_weight": 0.1, "gate_weight": 0.5} | changes
+    options |= {"answer_weight": 2.0, "answer_divergence_weight": 1.5, "text_weight": 0.1, "gate_weight": 0.5}
+    options |= {"hidden_weight": 0.3} | changes
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     program = [FSDP_ON_CPU] if changed else ["-m", "landmark_cli"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *program]
@@ -302,7 +310,8 @@ def test_compiled_they_do_too(tmp_path, place, monkeypatch, changes):
     """Layers that are checkpointed, one copy a process or its share of them."""
     monkeypatch.chdir(place)
     changes, flags = changes | {"gate_weight": 0.0}, ("--compile", "--gradient-checkpointing")
-    one = launch(tmp_path / "one", 1, changes, 4, curves=CURVES)
+    curves = *CURVES, "hidden_states"
+    one = launch(tmp_path / "one", 1, changes, 4, curves=curves)
     for kind, environment in LAUNCHES.items():
-        found = launch(tmp_path / kind, 2, changes, 2, flags, CURVES, **environment)
+        found = launch(tmp_path / kind, 2, changes, 2, flags, curves, **environment)
         assert_close_norm(found, one)

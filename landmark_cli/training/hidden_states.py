@@ -1,0 +1,89 @@
+"""The hidden states' loss: how far what the student's layers give is from what the teacher's give, for the same text.
+
+The divergence of predictions reaches the first layers through all the others. Here each layer is told by itself: the
+squared distance of its output from the teacher's, over the squared length of what the teacher's layer adds to its
+input, so that layers count alike whatever their scale, and a layer that adds nothing counts 1. (Hidden states as what
+is learned from a teacher: TinyBERT, arXiv 1909.10351.) Text is compared alone; a landmark has no hidden state there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOST = 50.0
+"""What a position counts in a layer at most. A first token's hidden state is in some layers thousands of times as long
+as the others', and what is added to it nothing."""
+
+
+@contextmanager
+def collected(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """While the block runs, the list takes what the first of the layers is given and what each of them gives, (B, n, E)
+    each, when a model calls them in their order. A call that comes later (a layer that is computed again in the
+    backward pass) adds nothing."""
+    found: list[Tensor] = []
+    open_ = True
+
+    def tell(inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        if not open_ or len(found) > len(layers):
+            return
+        if not found:
+            found.append(inputs[0] if inputs else options["hidden_states"])
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    try:
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(_told(layer, tell))
+            yield found
+    finally:
+        open_ = False
+
+
+@contextmanager
+def _told(layer: nn.Module, tell: Callable[[tuple[Any, ...], dict[str, Any], Any], None]) -> Iterator[None]:
+    """Have what a layer is given and gives be told, from outside of what is compiled of it: a hook would be compiled
+    with the layer, and anew for each."""
+    compiled = layer._compiled_call_impl
+    if compiled is None:
+        hook = layer.register_forward_hook(lambda layer, *told: tell(*told), with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        return
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        output = compiled(*inputs, **options)
+        tell(inputs, options, output)
+        return output
+
+    layer._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        layer._compiled_call_impl = compiled
+
+
+def hidden_states_loss(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], asked: Tensor, align: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The sum over the positions that are asked for, the mean over layers: a float32 scalar, differentiable in ours.
+
+    ours: (B, T, E) each, what `collected` gave of the student; theirs: (B, n, E) each, of the teacher. asked: (B, T)
+    bool. align: brings what is the teacher's to the student's positions (see `distillation.Text.align`).
+    """
+    total = torch.zeros((), dtype=torch.float32, device=asked.device)
+    for given, found, wanted in zip(theirs, ours[1:], theirs[1:], strict=False):
+        wanted = wanted.detach().float()
+        added = (wanted - given.detach().float()).square().sum(-1, keepdim=True)
+        added = align(added.clamp(min=torch.finfo(torch.float32).tiny))[..., 0]
+        # What is not asked for may be anything, and nothing flows back to it.
+        difference = (found.float() - align(wanted)).masked_fill(~asked[..., None], 0.0)
+        counted = (difference.square().sum(-1) / added).clamp(max=MOST)
+        total = total + counted.masked_fill(~asked, 0.0).sum()
+    return total / (len(theirs) - 1)
