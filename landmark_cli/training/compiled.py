@@ -16,7 +16,9 @@ VARIANTS = 32
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that a model is a stack of, as transformers names them for those who split a model."""
-    return [layer for layer in model.modules() if type(layer).__name__ in (model._no_split_modules or ())]
+    names = model._no_split_modules or ()
+    # FSDP has made of each layer's class one of its own, under another name.
+    return [layer for layer in model.modules() if any(of.__name__ in names for of in type(layer).__mro__)]
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:

@@ -88,9 +88,15 @@ def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
     hidden = records(output, "hidden_states")
     assert bool(hidden) == ("hidden_weight" in changes)
     if hidden:
-        assert len(hidden) == 12 and sum(hidden[-4:]) < sum(hidden[:4])
+        assert len(hidden) == 12
         loss = [rest + 0.5 * h for rest, h in zip(loss, hidden, strict=True)]
     assert_close_norm(torch.tensor(records(output)), torch.tensor(loss))
+
+
+def test_hidden_states_alone_are_learned(tmp_path):
+    weights = dict.fromkeys(("answer_weight", "answer_divergence_weight"), 0.0)
+    found = records(finetune(tmp_path / "run", steps=12, hidden_weight=100.0, **weights), "hidden_states")
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
 
 
 @pytest.mark.parametrize(
