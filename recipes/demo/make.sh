@@ -9,7 +9,8 @@
 # It goes on where it was when it is run again. What may be set:
 #   PART        what is done, of vocabulary tasks train ship measure (all)
 #   DATA RUN OUTPUT    where vocabulary and documents, the run, and what is shipped go
-#   DOCUMENTS   documents of tasks; KINDS: of which kinds, as often as they are named; PROCESSES: how many make them
+#   DOCUMENTS   documents of tasks, of SHORTEST to LONGEST tokens; KINDS: of which kinds, as often as they are named;
+#               PROCESSES: how many make them
 #   FACTS       hidden in the novel when answers are counted; SEEDS: how often, with other facts at other places
 #   DEVICE PYTHON
 set -euo pipefail
@@ -17,8 +18,8 @@ cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-python} PART=${PART:-vocabulary tasks train ship measure}
 DATA=${DATA:-data/demo} RUN=${RUN:-runs/demo-shipped} OUTPUT=${OUTPUT:-landmark_cli/assets/demo}
-# Two documents of three ask in the simplest form, one in any.
-DOCUMENTS=${DOCUMENTS:-120000} KINDS=${KINDS:-completion completion look_up}
+# Three documents of four ask for all that they hide, one for any of it.
+DOCUMENTS=${DOCUMENTS:-80000} KINDS=${KINDS:-completion inventory inventory look_up} SHORTEST=${SHORTEST:-400} LONGEST=${LONGEST:-1950}
 PROCESSES=${PROCESSES:-$(getconf _NPROCESSORS_ONLN)} FACTS=${FACTS:-50} SEEDS=${SEEDS:-1 2} DEVICE=${DEVICE:-auto}
 
 step() { printf '\n$ %s\n' "$*"; "$@"; }
@@ -29,8 +30,8 @@ if does vocabulary; then
 fi
 if does tasks; then
     # What is not there is not asked for: a model of this size should answer.
-    prepare=(-m landmark_cli prepare tasks --tokenizer "$DATA/tokenizer" --output "$DATA/tasks" --absent 0 --shortest 256
-        --longest 1000 --max-documents "$DOCUMENTS" --validation-share 0.002)
+    prepare=(-m landmark_cli prepare tasks --tokenizer "$DATA/tokenizer" --output "$DATA/tasks" --absent 0 --shortest "$SHORTEST"
+        --longest "$LONGEST" --max-documents "$DOCUMENTS" --validation-share 0.002)
     for kind in $KINDS; do prepare+=(--kinds "$kind"); done
     if [ "$PROCESSES" -gt 1 ]; then
         # Each process encodes with one thread; together they take all cores.

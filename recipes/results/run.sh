@@ -338,6 +338,7 @@ variants() {
     cat <<TABLE
 best
 seed-1              --seed 1
+hidden-1            --hidden-weight 1
 no-teacher          --teacher none --answer-weight 1
 no-tasks            --tasks-share 0 --answer-weight 0
 answers-0           --answer-weight 0 --answer-divergence-weight 0
@@ -360,6 +361,8 @@ answers-1           --answer-weight 1
 answers-by-words    --answer-weight 1 --answer-divergence-weight 0
 answers-by-teacher  --answer-weight 0 --answer-divergence-weight 3
 no-teacher-answers  --teacher none --answer-weight 30
+hidden-0.1          --hidden-weight 0.1
+hidden-5            --hidden-weight 5
 fewer-tasks         --tasks-share 0.3
 inventories         $(kinds look_up inventory quotation)
 inventories-words   $(kinds look_up inventory quotation) --answer-weight 0.2
