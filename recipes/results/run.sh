@@ -403,7 +403,7 @@ variant() {
     if [[ " $* " == *" --teacher none "* ]]; then
         # What is said of a teacher is refused where there is none.
         recipe=$results/recipe.yaml
-        sed '/^answer-divergence-weight/d; /^text-weight/d; /^gate-weight/d; /^distill-temperature/d' \
+        sed '/^answer-divergence-weight/d; /^text-weight/d; /^gate-weight/d; /^hidden-weight/d; /^distill-temperature/d' \
             recipes/results/smollm2-distilled.yaml > "$recipe"
     fi
     distil "$recipe" "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler none --eval-every "$MADE_OF_STEPS" "$@" || return
