@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from landmark_cli.commands.finetune_data import open_data
+from landmark_cli.commands.finetune_data import open_data, share_of_tasks
 from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_model import saving_of, trained_length, untrained, write_rest
 from landmark_cli.commands.finetune_plan import adapter_settings, plan, with_defaults
 from landmark_cli.commands.finetune_report import AUTO, Report, check_report
 from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
+from landmark_cli.commands.finetune_warnings import warn_of_blocks, warn_of_course
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_loop import begin, carry_out, make_loop
 from landmark_cli.commands.run_options import (
-    RECIPE,
     TOP_K_BLOCKS_HELP,
     DataOptions,
     RunOptions,
@@ -27,14 +27,13 @@ from landmark_cli.commands.run_options import (
     reading,
 )
 from landmark_cli.commands.task_kinds import KINDS_HELP, TaskKind
-from landmark_cli.console import counted, info, warn
+from landmark_cli.console import counted, info
 from landmark_cli.errors import UsageError, import_extra
 from landmark_cli.options import LONGEST, Options, option
 from landmark_cli.training.fit import CPU_WINDOW, STEP_TOKENS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedConfig
 
     from landmark_cli.training.teachers import UntouchedRows
 
@@ -353,6 +352,8 @@ def check(options: FinetuneOptions) -> None:
         check_windows(options)
     check_weights(options)
     check_teacher(options)
+    # Here for what options say by themselves: text may take hours to tokenize.
+    share_of_tasks(options, marked=False)
     check_report(options)
     given = [name for name in ("merge", "four_bit", "lora_targets", "lora_alpha") if getattr(options, name)]
     if given and options.lora_rank is None:
@@ -363,32 +364,6 @@ def check(options: FinetuneOptions) -> None:
         import_extra("peft", "lora")
     if options.four_bit:
         import_extra("bitsandbytes", "qlora")
-
-
-def warn_of_course(given: FinetuneOptions, options: FinetuneOptions) -> None:
-    """Warn where a run goes on that does not say with which options it was begun, and takes today's defaults for what
-    its checkpoints do not tell. given: the options before they were filled up."""
-    from landmark_cli.training.runs import newest_checkpoint
-
-    output = options.output
-    if not options.resume or output is None or (output / RECIPE).exists() or newest_checkpoint(output) is None:
-        return
-    taken = [f"--{name} {getattr(options, name):g}" for name in ("steps", "lr") if getattr(given, name) is None]
-    if taken:
-        warn(
-            f"{output} has no {RECIPE}, in which a run says with which options it was begun: it goes on with "
-            f"{' and '.join(taken)}, today's defaults; give them if they were others"
-        )
-
-
-def warn_of_blocks(options: FinetuneOptions, config: PreTrainedConfig) -> None:
-    """Warn where a model that has landmarks already is to get blocks of another size. config: the model's."""
-    found = getattr(config, "landmark_freq", None)
-    if found not in (None, options.landmark_freq):
-        warn(
-            f"{options.model} was trained with a landmark after every {counted(found, 'text token')}, and this run has "
-            f"one after every {options.landmark_freq}: --landmark-freq {found} goes on with what it has learned"
-        )
 
 
 def check_windows(options: FinetuneOptions) -> None:

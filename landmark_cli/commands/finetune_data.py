@@ -85,6 +85,19 @@ def check_text_options(options: FinetuneOptions, output: Path) -> None:
             )
 
 
+def share_of_tasks(options: FinetuneOptions, *, marked: bool) -> float:
+    """Which share of the windows is to be tasks. marked: whether the data mark answers.
+
+    Raises UsageError where the options name kinds of tasks, and there are to be none.
+    """
+    share = options.tasks_share
+    if share is None:
+        share = 0.0 if options.teacher == "none" or marked else TASKS_SHARE
+    if options.kinds and not share:
+        raise UsageError("--kinds is of tasks, and none are mixed in here: give their share too, --tasks-share 0.5")
+    return share
+
+
 def with_tasks(
     options: FinetuneOptions,
     data: TrainingData,
@@ -105,12 +118,8 @@ def with_tasks(
     from landmark_cli.data.tokenizers import load_tokenizer
     from landmark_cli.data.training_data import TrainingData
 
-    share = options.tasks_share
-    if share is None:
-        share = 0.0 if options.teacher == "none" or any(data.answers) else TASKS_SHARE
+    share = share_of_tasks(options, marked=any(data.answers))
     if not share:
-        if options.kinds:
-            raise UsageError("--kinds is of tasks, and none are mixed in here: give their share too, --tasks-share 0.5")
         return data, 0.0
     accelerator, output, _ = begun
     haystack = data.without_answers()
@@ -122,8 +131,9 @@ def with_tasks(
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     room = text_length(options.sequence_length, options.landmark_freq)
     if why := why_no_tasks(haystack["train"], tokenizer, room):
-        if options.tasks_share:
-            raise UsageError(f"--tasks-share {share:g}: tasks cannot be mixed in: {why}")
+        if options.tasks_share or options.kinds:
+            asked = f"--tasks-share {share:g}" if options.tasks_share else f"--kinds {options.kinds[0]}"
+            raise UsageError(f"{asked}: tasks cannot be mixed in: {why}")
         warn(f"no tasks are mixed in: {why}. --tasks-share 0 leaves them out without a word")
         return data, 0.0
     directory = output / "data" / "tasks"

@@ -31,6 +31,7 @@ def distillation(
     the teacher is the model itself. tokenizer: the student's. begun: what `begin` gave.
     """
     from landmark_cli.training.finetuning import dtype_of
+    from landmark_cli.training.hidden_states import check_found
     from landmark_cli.training.setup import without_adapters
     from landmark_cli.training.teachers import WithoutAdapters, check_layers, open_teacher
 
@@ -47,6 +48,9 @@ def distillation(
     for weight, heads in ((options.gate_weight, True), (options.hidden_weight, False)):
         if weight:
             check_layers(teacher.model.config, config, options.teacher, heads=heads)
+    if options.hidden_weight:
+        check_found(without_adapters(trained), options.model)
+        check_found(teacher.model, teachers_name(options))
     return distilled_from(teacher.prepare(accelerator), options, config)
 
 

@@ -44,7 +44,7 @@ def positions_of(tokens: int, chunk: int, settings: RetrievalSettings) -> int:
     size, freq = settings.block_size, settings.block_size - 1
     # Chunks begin at multiples of their length, of which the incomplete blocks before them have the greatest common
     # divisor with a block's.
-    chunks = -(-tokens // chunk)
+    chunks = max(1, -(-tokens // chunk))
     tails = [begin % freq for begin in range(0, min(chunks, freq) * chunk, chunk)]
     if chunks > freq:
         tails = [freq - math.gcd(chunk, freq)]

@@ -55,7 +55,7 @@ class FusedStep:
             x, added = layer(x, added, after, own, only)
             after = layer.after_mlp
         _, hidden = own.operations.add_norm(x, added, *_norm(model.norm), after, self.make.centered)
-        logits, cap = self.head(hidden), getattr(self.model.config, "final_logit_softcapping", None)
+        logits, cap = self.head(hidden), self.model.config.final_logit_softcapping if self.make.caps_head else None
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

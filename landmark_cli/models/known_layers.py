@@ -28,7 +28,8 @@ class Make:
     added; none where it is added as it is. centered: whether norms multiply by 1 + weight, and round once. activation:
     of the MLP's gate. model, embedding: the names of these modules' classes behind the family's; any embedding, if it
     has none. rotates_by_kind: whether the rotary embedding is asked for the angles of a layer's kind. caps: whether
-    logits of the attention are soft-capped.
+    logits of the attention are soft-capped. caps_head: whether those of the head are; other families' modules do not
+    look at what a config says of it.
     """
 
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
@@ -39,6 +40,7 @@ class Make:
     embedding: str | None = None
     rotates_by_kind: bool = False
     caps: bool = False
+    caps_head: bool = False
 
 
 LLAMA = Make()
@@ -49,6 +51,7 @@ GEMMA2 = Make(
     activation="gelu_tanh",
     embedding="TextScaledWordEmbedding",
     caps=True,
+    caps_head=True,
 )
 # By name, as their modules are imported with them.
 FAMILIES = {

@@ -14,10 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from landmark_cli.errors import LandmarkError
+from landmark_cli.training.compiled import decoder_layers
 
 MOST = 50.0
 """What a position counts in a layer at most. A first token's hidden state is in some layers thousands of times as long
 as the others', and what is added to it nothing."""
+
+
+def check_found(model: PreTrainedModel, name: str) -> None:
+    """Raise LandmarkError where a model does not say which of its modules its layers are. name: of the model."""
+    found, layers = len(decoder_layers(model)), model.config.get_text_config().num_hidden_layers
+    if found != layers:
+        raise LandmarkError(
+            f"--hidden-weight compares layers one by one, and of the {layers} of {name} ({type(model).__name__}) its "
+            f"_no_split_modules names {found}: leave it out"
+        )
 
 
 @contextmanager
@@ -78,7 +92,7 @@ def hidden_states_loss(
     bool. align: brings what is the teacher's to the student's positions (see `distillation.Text.align`).
     """
     total = torch.zeros((), dtype=torch.float32, device=asked.device)
-    for given, found, wanted in zip(theirs, ours[1:], theirs[1:], strict=False):
+    for given, found, wanted in zip(theirs[:-1], ours[1:], theirs[1:], strict=True):
         wanted = wanted.detach().float()
         added = (wanted - given.detach().float()).square().sum(-1, keepdim=True)
         added = align(added.clamp(min=torch.finfo(torch.float32).tiny))[..., 0]

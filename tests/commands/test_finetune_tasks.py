@@ -113,8 +113,23 @@ def test_kinds_of_tasks_are_those_that_are_named(tmp_path):
     blocks = re.compile(r"INSERT INTO|<table|\| entry \||^- .*: |subject\": ", re.MULTILINE)
     assert not blocks.search(task_text(named)) and blocks.search(task_text(others))
     assert load_recipe(named / "recipe.yaml", FinetuneOptions, "finetune")["kinds"] == ["completion"]
-    with pytest.raises(UsageError, match="--kinds is of tasks"):
-        finetune(tmp_path / "none", data=["barges.txt"], kinds=["completion"], tasks_share=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "begun"),
+    [
+        # Nobody waits for text to be tokenized where options alone say that there will be no tasks.
+        ({"tasks_share": 0.0}, "--kinds is of tasks, and none .* give their share", False),
+        ({"teacher": "none"}, "--kinds is of tasks, and none .* give their share", False),
+        ({"data": ["asked"]}, "--kinds is of tasks, and none .* give their share", True),
+        (SHORT, "--kinds completion: tasks cannot be mixed in: they take windows of at least", True),
+    ],
+    ids=["no share", "no teacher", "answers are marked", "too short"],
+)
+def test_kinds_of_tasks_that_would_not_be_mixed_in_are_refused(tmp_path, changes, words, begun):
+    with pytest.raises(UsageError, match=words):
+        finetune(tmp_path / "run", **{"data": ["barges.txt"], "kinds": ["completion"]} | changes)
+    assert (tmp_path / "run").exists() == begun
 
 
 def test_tasks_are_hidden_in_the_users_text(tmp_path):

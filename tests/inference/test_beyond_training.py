@@ -44,6 +44,14 @@ def test_what_is_beyond_the_trained_length(settings, tokens, beyond):
         assert "text tokens beside" in said and "more than the 40 that the model was trained at" in said
 
 
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_of_a_text_that_has_not_begun_nothing_is_beyond(chunk):
+    reader = open_reader(tiny_model(), ReadingSettings(chunk=chunk))
+    assert reader.beyond_training(0) is None
+    reader.expect(0, steps=20)
+    assert reader.step([7]).isfinite().all()
+
+
 def test_a_window_and_a_chunk_alone_have_bounds_of_their_own():
     baseline, model = tiny_baseline(), tiny_model()
     for reader, longest, what in (

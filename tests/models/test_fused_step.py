@@ -78,6 +78,15 @@ def test_a_fused_chunk_is_the_models_own(family, last_only, fused_calls, by_defi
         assert_close_norm(ours, theirs)
 
 
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_cap_of_the_heads_logits_is_the_modules_matter(family, by_definition):
+    """What a config says of it means something in some families alone."""
+    model = landmark_decoder(family)
+    model.config.final_logit_softcapping = 0.5
+    for a, b in zip(*(steps(model, fused)[0] for fused in (False, True)), strict=True):
+        assert_close_norm(a, b)
+
+
 def test_steps_give_the_same_with_a_graph_and_without(fused_calls, by_definition, monkeypatch):
     """Where a text goes on must not depend on when a graph is recorded."""
     model = landmark_decoder()

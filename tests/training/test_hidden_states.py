@@ -4,8 +4,9 @@ it is off."""
 import pytest
 import torch
 
+from landmark_cli.errors import LandmarkError
 from landmark_cli.training.compiled import compile_layers, decoder_layers
-from landmark_cli.training.hidden_states import MOST, collected, hidden_states_loss
+from landmark_cli.training.hidden_states import MOST, check_found, collected, hidden_states_loss
 from landmark_cli.training.setup import checkpoint_activations
 from tests.closeness import assert_close_norm
 from tests.training.test_distillation import batch_of, pair, some_texts, step
@@ -134,3 +135,17 @@ def test_a_later_call_adds_nothing():
     assert len(found) == 3 and torch.equal(found[0], torch.ones(1, 2, 3)) and found[2] is last
     run(torch.ones(1, 2, 3))
     assert len(found) == 3
+
+
+def test_layers_that_are_not_found_are_no_loss_of_zero(monkeypatch):
+    loss, teacher, how = pair(hidden_weight=0.5)
+    batch = batch_of(some_texts(), how.landmark_token_id)
+    for model in (loss.wrapped, teacher):
+        check_found(model, "base")
+        monkeypatch.setattr(model, "_no_split_modules", None)
+        with pytest.raises(LandmarkError, match=r"one by one, and of the 2 of base \(Llama.*\) its .* names 0: leave"):
+            check_found(model, "base")
+        # Where nobody has asked, nothing is compared that does not belong together.
+        with pytest.raises(ValueError, match="zip"):
+            step(loss, [batch], how)
+        monkeypatch.undo()

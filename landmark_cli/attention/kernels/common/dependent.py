@@ -16,7 +16,8 @@ from torch import Tensor
 from triton import language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Set to False where launches are compared with those that wait for the kernel before to end.
+# While it is False every kernel waits for the one before it to end. Whoever compares the two sets it before a process
+# has launched or recorded anything.
 enabled = False
 
 
