@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 from landmark_cli.errors import LandmarkError
 from landmark_cli.memory import asked_for, is_out_of_memory
 from landmark_cli.schema import check
+from landmark_cli.sealed import CHECKSUM, sealed_content, unsealed_content
 
 T = TypeVar("T")
 
@@ -33,8 +33,6 @@ MAX_YAML_BYTES = 256 << 10
 MAX_DEPTH = 64
 READ_BYTES = 16 << 20
 LONGEST_REASON = 300
-CHECKSUM = "checksum"
-OWNER_ALONE = stat.S_IRUSR | stat.S_IWUSR
 
 # torch's writer does not say what the system told it.
 TORCH_WRITER_SIGNS = ("PytorchStreamWriter failed", "] . unexpected pos ")
@@ -368,60 +366,6 @@ def write_json(path: Path, content: Any) -> None:
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """`write_json` with a checksum of the content beside it, which `read_sealed` checks."""
     write_json(path, sealed_content(content))
-
-
-def sealed_content(content: dict[str, Any]) -> dict[str, Any]:
-    """An object that JSON can hold, with its checksum."""
-    return content | {CHECKSUM: _checksum(content)}
-
-
-def unsealed_content(content: dict[str, Any]) -> dict[str, Any]:
-    """What `sealed_content` was given. Raises KeyError or ValueError where it is not that any more."""
-    found = {key: value for key, value in content.items() if key != CHECKSUM}
-    if content[CHECKSUM] != _checksum(found):
-        raise ValueError("its content is not what was written to it")
-    return found
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    import hashlib
-    import json
-
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Wait until the disk holds what was written to a file, or the names in a directory. OSErrors are left to
-    `writing`."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_tree(directory: Path) -> None:
-    """`settle` everything in a directory, and it itself."""
-    for path in directory.rglob("*"):
-        settle(path)
-    flush(directory)
-
-
-def settle(path: Path) -> None:
-    """`flush` a file that is whole, and have it as open to others as the umask says: safetensors leaves its files to
-    their owner alone, also those of a model that a group works with. A file system may know no such modes."""
-    with contextlib.suppress(OSError):
-        if stat.S_IMODE(path.lstat().st_mode) == OWNER_ALONE:
-            path.chmod(_mode_of_new_files())
-    flush(path)
-
-
-@functools.cache
-def _mode_of_new_files() -> int:
-    """By the umask, which a process is told when it sets another one."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _lines(path: str | Path, what: str, file: Any, more: dict[str, Any]) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from landmark_cli import files
+from landmark_cli import files, on_disk
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.schema import check
 
@@ -218,7 +218,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_what_stays_is_as_open_to_others_as_the_umask_says(tmp_path, monkeypatch, umask):
     """safetensors lets nobody else read its files; a file of another mode was given that by somebody."""
-    files._mode_of_new_files.cache_clear()
+    on_disk._mode_of_new_files.cache_clear()
     before = os.umask(umask)
     try:
         (tmp_path / "folder").mkdir()
@@ -226,17 +226,17 @@ def test_what_stays_is_as_open_to_others_as_the_umask_says(tmp_path, monkeypatch
         for name, mode in (("owner", 0o600), ("public", 0o644), ("readable", 0o400), ("program", 0o700)):
             (tmp_path / name).touch()
             (tmp_path / name).chmod(mode)
-        files.flush_tree(tmp_path)
+        on_disk.flush_tree(tmp_path)
         assert os.umask(umask) == umask
     finally:
         os.umask(before)
-        files._mode_of_new_files.cache_clear()
+        on_disk._mode_of_new_files.cache_clear()
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     new = 0o666 & ~umask
     assert modes == {"model.safetensors": new, "owner": new, "public": 0o644, "readable": 0o400, "program": 0o700}
     monkeypatch.setattr(Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no modes here")))
     (tmp_path / "again").touch(mode=0o600)
-    files.flush_tree(tmp_path)
+    on_disk.flush_tree(tmp_path)
 
 
 def test_links_pipes_and_devices_stay_what_they_are(tmp_path):

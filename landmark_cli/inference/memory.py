@@ -38,22 +38,16 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import HeldBlocks, HeldText
 from landmark_cli.errors import LandmarkError, UsageError, shown
-from landmark_cli.files import (
-    parse_json,
-    reading,
-    sealed_content,
-    settle,
-    target_and_partial,
-    unsealed_content,
-    writing,
-)
+from landmark_cli.files import parse_json, reading, target_and_partial, writing
 from landmark_cli.inference.stored_blocks import THREADS, BlockFile, Span, StoredBlocks, checksums_of, cut
 from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
 from landmark_cli.models.layers import key_heads, landmark_layers
 from landmark_cli.models.quantization import quantization_of, weights_by_name
 from landmark_cli.models.rotary import angles_of, inverse_frequencies
+from landmark_cli.on_disk import settle
 from landmark_cli.schema import check
+from landmark_cli.sealed import sealed_content, unsealed_content
 
 if TYPE_CHECKING:
     from landmark_cli.inference.block_reader import BlockReader

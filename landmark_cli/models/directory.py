@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from landmark_cli.files import flush, flush_tree
+from landmark_cli.on_disk import flush, flush_tree
 
 CONFIG = "config.json"
 # Where a model is written, inside its directory, before its files are put in place.

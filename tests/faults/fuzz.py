@@ -196,7 +196,7 @@ def damaged_memory(chance: random.Random, data: bytes) -> bytes:
     """Damaged, or whole and of another version."""
     if chance.random() < 0.9:
         return mutate.damaged_safetensors(chance, data)
-    from landmark_cli.files import sealed_content
+    from landmark_cli.sealed import sealed_content
 
     length, content = int.from_bytes(data[:8], "little"), _memory_header(data)
     content.pop("checksum")
