@@ -29,7 +29,8 @@ from .quantization import QuantizedLinear
 class FusedStep:
     """A model's forward pass over a step's few tokens, or a chunk. Made anew after any change of the model.
 
-    Only where `why_not_fused` gives no reason. streams: whether products of few rows are those of row_products.py.
+    Only where `why_not_fused` gives no reason. streams: whether products of few rows are those of row_products.py, on
+    GPUs on which these are the faster.
     """
 
     streams = False
@@ -45,7 +46,7 @@ class FusedStep:
         """ids, position_ids: (B, T). kept: (n,) tokens of T to give logits for. inputs: what the attention takes beside
         them. Returns (B, n, vocabulary)."""
         model, x, added, after = self.model.model, self.embedding(ids), None, None
-        kernels = _operations(ids.device), _streams() if self.streams else None
+        kernels = _operations(ids.device), _streams(ids.device) if self.streams else None
         kinds = {layer.kind for layer in self.layers}
         rotations = {kind: kernels[0].angles(position_ids, *rotary_settings(model, kind), x.dtype) for kind in kinds}
         own = _Own(*kernels, self.attend, rotations, inputs)
@@ -183,10 +184,15 @@ def _operations(device: torch.device) -> ModuleType:
     return step_operations
 
 
-def _streams() -> ModuleType:
+def _streams(device: torch.device) -> ModuleType | None:
+    """The products that read a weight as a stream, on GPUs that let them begin to before their input is made."""
+    if device.type != "cuda":
+        return None
+    from landmark_cli.attention.kernels.common.dependent import brings_up_early
+
     from . import row_products
 
-    return row_products
+    return row_products if brings_up_early(device) else None
 
 
 def join_weights(model: PreTrainedModel) -> None:

@@ -1,4 +1,5 @@
-"""Products with quantized weights, by device: torch's own on a CPU, those of Humming (of the vLLM project) on a GPU.
+"""Products with quantized weights, by device: torch's own on a CPU, those of Humming (of the vLLM project) on a GPU,
+and of the few rows of a step those of code_products.py.
 
 A product is made of codes and keeps them in the order that its kernels read. It takes rows (n, K) and gives (n, N),
 both in the model's dtype. Humming compiles a kernel for each shape, and for each of the BUCKETS of rows, when it is
@@ -73,8 +74,8 @@ class CpuProduct(nn.Module):
 
 
 class HummingProduct(nn.Module):
-    """On an NVIDIA GPU. streams: whether few rows are multiplied by the kernels of code_products.py, where the library
-    keeps codes in the order that these read."""
+    """On an NVIDIA GPU. streams: whether few rows are multiplied by the kernels of code_products.py, on GPUs on which
+    these are the faster, where the library keeps codes in the order that they read."""
 
     streams = False
 
@@ -145,9 +146,12 @@ class HummingProduct(nn.Module):
         return None
 
     def _streams(self, rows: Tensor) -> bool:
+        from landmark_cli.attention.kernels.common.dependent import brings_up_early
+
         from .code_products import MOST_ROWS
 
-        return self.streams and self.packed is not None and len(rows) <= MOST_ROWS
+        few = self.streams and self.packed is not None and len(rows) <= MOST_ROWS
+        return few and brings_up_early(rows.device)
 
     def _kernel(self, rows: int) -> str:
         """Humming's choice of a kernel for so many rows, or a few more."""

@@ -57,8 +57,8 @@ def row_sums(X, WEIGHT, row, ok, x_stride, K: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def products_kernel(X, WEIGHT, BIAS, OUT, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                    TILE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def products_kernel(X, WEIGHT, BIAS, OUT, x_stride, N, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+                    COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """OUT (ROWS, N) = X WEIGHT^T + BIAS, unless that is None. Program (tile of TILE rows of WEIGHT)."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (TILE,), as ok
     ok = row < N
@@ -71,8 +71,8 @@ def products_kernel(X, WEIGHT, BIAS, OUT, x_stride, N: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def gated_products_kernel(X, WEIGHT, OUT, x_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                          TILE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+def gated_products_kernel(X, WEIGHT, OUT, x_stride, N, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+                          COLS: tl.constexpr, STAGES: tl.constexpr,
                           PDL: tl.constexpr):  # fmt: skip
     """OUT (ROWS, N) = silu(X GATE^T) * (X UP^T), where GATE (N, K) and UP (N, K) are WEIGHT. Program (tile of TILE rows
     of WEIGHT, those of GATE and of UP by turns)."""
@@ -99,7 +99,7 @@ def products(x: Tensor, weight: Tensor, bias: Tensor | None = None, tiles: Tiles
     tiles = tiles or tiles_for(out_features, in_features, len(rows))
     with on_device(x):
         products_kernel[(triton.cdiv(out_features, tiles.rows),)](
-            rows, weight, bias, out, rows.stride(0), **_constants(weight, out_features, len(rows), tiles)
+            rows, weight, bias, out, rows.stride(0), out_features, **_constants(weight, len(rows), tiles)
         )
     return out
 
@@ -111,7 +111,7 @@ def gated_products(x: Tensor, weight: Tensor, tiles: Tiles | None = None) -> Ten
     tiles = tiles._replace(rows=max(2, tiles.rows))
     with on_device(x):
         gated_products_kernel[(triton.cdiv(2 * out_features, tiles.rows),)](
-            rows, weight, out, rows.stride(0), **_constants(weight, out_features, len(rows), tiles)
+            rows, weight, out, rows.stride(0), out_features, **_constants(weight, len(rows), tiles)
         )
     return out
 
@@ -122,8 +122,8 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _constants(weight: Tensor, out_features: int, rows: int, tiles: Tiles) -> dict[str, int]:
-    shape = {"N": out_features, "K": weight.shape[1], "ROWS": rows} | dependent_launch(weight)
+def _constants(weight: Tensor, rows: int, tiles: Tiles) -> dict[str, int]:
+    shape = {"K": weight.shape[1], "ROWS": rows} | dependent_launch(weight)
     return shape | {"TILE": tiles.rows, "COLS": tiles.columns, "STAGES": tiles.stages, "num_warps": tiles.warps}
 
 

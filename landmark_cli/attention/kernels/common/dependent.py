@@ -42,18 +42,17 @@ def wait_for_previous(PDL: tl.constexpr):
 
 def dependent_launch(x: Tensor) -> dict[str, bool]:
     """What a kernel with `wait_for_previous` is launched with on x's device, its constant PDL included."""
-    return announcing(x) | ({"launch_pdl": True} if _launches_early(x.device) else {})
+    return {"PDL": True, "launch_pdl": True} if enabled and brings_up_early(x.device) else {"PDL": False}
 
 
 def announcing(x: Tensor) -> dict[str, bool]:
     """What a kernel with `let_next_begin` is launched with: its constant PDL."""
-    return {"PDL": _launches_early(x.device)}
-
-
-def _launches_early(device: torch.device) -> bool:
-    return enabled and device.type == "cuda" and _can(device)
+    return {"PDL": enabled and brings_up_early(x.device)}
 
 
 @functools.cache
-def _can(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+def brings_up_early(device: torch.device) -> bool:
+    """Whether a device can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
