@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .parts import cache_row, counts_of, query_rows
 from .store import store_tokens
-from .top_k import NO_SCORE, best_of_tile, far_query, keep_best, landmark_scores, ordered, rounded
+from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded, sortable, take_top
 
 # Below all that stand for a score.
 NO_NUMBER = tl.constexpr(-(2**63))
@@ -72,16 +72,29 @@ def candidates_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, AG
         first_age = 1 + near + (split - 1) * COLS
         s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near,
                             capacity, one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
-        # The running lists: K tiles (ROWS,) each. Mostly there is no tile but this one.
-        scores, ages = best_of_tile(s, first_age, column, K, EXACT)
-        for tile in range(split - 2 + SPLITS, tl.cdiv(cached - near, COLS), SPLITS - 1):
-            first_age = 1 + near + tile * COLS
-            s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near,
-                                capacity, one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+        tiles = tl.cdiv(cached - near, COLS)
+        if split - 2 + SPLITS >= tiles:
+            # There is no tile but this one. Not unrolled: a kernel that short waits for its instructions.
+            left = sortable(s, column, EXACT)
+            for j in range(K):
+                score, found, left = take_top(left, column, EXACT)
+                # What is taken is no number, and no score either.
+                ok = score > NO_SCORE
+                tl.store(AGES + out + j, tl.where(real & ok, first_age + found, 0), mask=in_range)
+                tl.store(SCORES + out + j, tl.where(ok, score, NO_SCORE), mask=in_range)
+        else:
+            # The running lists: K tiles (ROWS,) each.
+            scores = (tl.full([ROWS], NO_SCORE, tl.float32),) * K
+            ages = (tl.zeros([ROWS], tl.int32),) * K
             scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
-        for j in tl.static_range(K):
-            tl.store(AGES + out + j, tl.where(real, ages[j], 0), mask=in_range)
-            tl.store(SCORES + out + j, scores[j], mask=in_range)
+            for tile in range(split - 2 + SPLITS, tiles, SPLITS - 1):
+                first_age = 1 + near + tile * COLS
+                s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near,
+                                    capacity, one_key, scaling, PARTS, False, PRECISION)  # (ROWS, COLS)  # fmt: skip
+                scores, ages = keep_best(scores, ages, s, first_age, column, EXACT)
+            for j in tl.static_range(K):
+                tl.store(AGES + out + j, tl.where(real, ages[j], 0), mask=in_range)
+                tl.store(SCORES + out + j, scores[j], mask=in_range)
 
 
 @triton.jit
@@ -99,7 +112,8 @@ def best_candidates(AGES, SCORES, row, cached, near, K: tl.constexpr, SPLITS: tl
     number = tl.where(left, number, NO_NUMBER)
     rank = tl.arange(0, K_PAD)  # (K_PAD,), as best
     best = tl.zeros([K_PAD], tl.int32)
-    for j in tl.static_range(K):
+    # Not unrolled: a kernel that short waits for its instructions.
+    for j in range(K):
         top = tl.max(number, 0)
         found = 2147483647 - (top & 0xFFFFFFFF).to(tl.int32)
         best = tl.where(rank == j, tl.where(top > NO_NUMBER, found, 0), best)

@@ -81,20 +81,6 @@ def keep_best(scores, ages, tile, first_age, column, EXACT: tl.constexpr):
 
 
 @triton.jit
-def best_of_tile(tile, first_age, column, K: tl.constexpr, EXACT: tl.constexpr):
-    """Running lists of K tiles (ROWS,) of a first tile of scores, as `keep_best` makes them of empty ones."""
-    tile = sortable(tile, column, EXACT)
-    scores = ()
-    ages = ()
-    for _ in tl.static_range(K):
-        score, found, tile = take_top(tile, column, EXACT)
-        # What is no number is no score either.
-        scores = scores + (tl.where(score > NO_SCORE, score, NO_SCORE),)
-        ages = ages + (tl.where(score > NO_SCORE, first_age + found, 0),)
-    return scores, ages
-
-
-@triton.jit
 def after(tile, first_age, column, score, age, EXACT: tl.constexpr):
     """Strike out of a tile of scores, (ROWS, COLS), what an earlier pass kept: all up to a row's last (score, age)."""
     COLS: tl.constexpr = column.shape[0]
