@@ -118,6 +118,7 @@ def test_weights_are_read_as_streams(family, by_definition, monkeypatch):
         monkeypatch.setattr(row_products, name, lambda *given, f=plain, n=name: called.append(n) or f(*given))
     expected, _ = steps(model, True)
     assert not called
+    monkeypatch.setattr(FusedStep, "streams", True)
     monkeypatch.setattr(fused_step, "_streams", lambda device: row_products)
     found, _ = steps(model, True)
     assert called[:4] == ["products", "products", "gated_products", "products"]
