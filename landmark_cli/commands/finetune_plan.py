@@ -196,6 +196,7 @@ def memory_needed(options: FinetuneOptions, shapes: Shapes, checkpointing: bool)
         fused_attention=not uses_cpu(options.device),
         teacher=shapes.teacher,
         teacher_beside=shapes.beside,
+        hidden_states=options.hidden_weight > 0,
     ).memory
 
 
@@ -209,6 +210,7 @@ def plan(options: FinetuneOptions) -> None:
         reading(options, options.landmark_freq, options.top_k_blocks),
         teacher=shapes.teacher,
         teacher_beside=shapes.beside,
+        hidden_states=options.hidden_weight > 0,
         frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
         measure="not measured with --four-bit" if options.four_bit else measure,
     )

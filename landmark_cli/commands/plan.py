@@ -33,6 +33,7 @@ def show_plan(
     text: tuple[int, float] | None = None,
     teacher: nn.Module | None = None,
     teacher_beside: bool = True,
+    hidden_states: bool = False,
     frozen_bytes: float | None = None,
     filled: float | None = None,
     measure: Measure | str,
@@ -42,8 +43,8 @@ def show_plan(
     options: of the run, and of its windows. model: on the meta device, its weights frozen that will be. read: how
     windows are read chunk by chunk, if they are. text: how many text tokens the data has, and the share of text in the
     windows; None where the data is not prepared yet. filled: how much of windows of whole documents is text. teacher,
-    teacher_beside, frozen_bytes: see `estimate`. measure: takes the steps of such options, or says why they are not
-    taken.
+    teacher_beside, hidden_states, frozen_bytes: see `estimate`. measure: takes the steps of such options, or says why
+    they are not taken.
     """
     from landmark_cli.training.estimate import estimate
     from landmark_cli.training.reading import said_of
@@ -62,9 +63,8 @@ def show_plan(
         "frozen_bytes": frozen_bytes,
         "fused_attention": not uses_cpu(options.device),
     }
-    needs = estimate(
-        model, options.batch_size, precision, options.fused_loss, teacher=teacher, teacher_beside=teacher_beside, **how
-    )
+    taught = {"teacher": teacher, "teacher_beside": teacher_beside, "hidden_states": hidden_states}
+    needs = estimate(model, options.batch_size, precision, options.fused_loss, **taught, **how)
     alone = estimate(model, options.batch_size, precision, options.fused_loss, **how)
     tokens = options.steps * windows * length
     passes = [] if text is None else [f"{tokens * text[1] / text[0]:.3g} over {counted(text[0], 'text token', ',')}"]

@@ -26,6 +26,9 @@ LOGIT_BYTES_16, LOGIT_BYTES_32 = 12, 16
 # Where attention is eager, bytes that the backward pass keeps of a layer for each query head, query and key, and as
 # much while the layer is computed: logits, weights, and the block of each key.
 EAGER_BYTES = 20
+# Where hidden states are compared, bytes that the loss keeps of a token in one layer, for each unit of the width: how
+# far it is from the teacher's, in float32; beside what the teacher's layer gave, in the run's precision.
+DISTANCE_BYTES = 4
 # Bytes of one parameter: float32 weight, AdamW's two moments, and in memory the gradient.
 PARAMETER_BYTES, CHECKPOINT_BYTES = 16, 12
 
@@ -64,6 +67,7 @@ def estimate(
     fused_attention: bool = True,
     teacher: nn.Module | None = None,
     teacher_beside: bool = True,
+    hidden_states: bool = False,
 ) -> Estimate:
     """Estimate a run of `model` (on the meta device is enough) on micro-batches of windows.
 
@@ -74,7 +78,8 @@ def estimate(
     checkpointing: activations are computed again in the backward pass, one layer after the other. keep_retrieved: then
     all but what was retrieved, if windows are read. frozen_bytes: of a weight that is not trained; by default of the
     run's precision. teacher: the model that is learned from, held beside this one where `teacher_beside`; else it is
-    this one without its adapters, of which embedding and head alone are held.
+    this one without its adapters, of which embedding and head alone are held. hidden_states: its layers' outputs are
+    compared with this one's.
     """
     config, half = model.config.get_text_config(), precision != "fp32"
     width, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
@@ -106,6 +111,8 @@ def estimate(
         activations = rows * layers * kept + max(rows * layer + 2 * matrices, loss)
     else:
         activations = layers * (rows * layer + matrices) + max(matrices, loss)
+    if hidden_states:
+        activations += layers * rows * width * (DISTANCE_BYTES + number)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     state = PARAMETER_BYTES * trained + round((parameters - trained) * (frozen_bytes or number))

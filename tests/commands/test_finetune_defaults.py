@@ -72,6 +72,15 @@ def test_activations_are_computed_again_where_memory_asks_for_it_which_is_said(m
     assert "are needed, and the device has 1 B for a run" in " ".join(capfd.readouterr().err.split())
 
 
+def test_the_hidden_states_loss_is_reckoned_with():
+    options = FinetuneOptions(model="base", device="cpu", batch_size=2, sequence_length=256, steps=1)
+    compared = dataclasses.replace(options, hidden_weight=0.5)
+    shapes = finetune_plan.shapes_of(options)
+    less, more = (finetune_plan.memory_needed(one, shapes, False) for one in (options, compared))
+    # Two layers of width 32, in float32: what each gave, and how far it is.
+    assert more - less == 2 * 2 * 256 * 32 * (4 + 4)
+
+
 def test_what_was_chosen_is_in_the_recipe(tmp_path):
     given = {"steps": 1, "batch_size": 1, "accumulation": 1, "eval_every": 0, "device": "cpu", "landmark_freq": 31}
     run(FinetuneOptions(model="base", data=["barges.txt"], output=tmp_path / "run", **given))

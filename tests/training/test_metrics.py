@@ -11,6 +11,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training import metrics
 from landmark_cli.training.estimate import estimate
+from landmark_cli.training.hidden_states import hidden_states_loss
 from landmark_cli.training.metrics import Meter, flops_per_token, peak_flops, progress_fields
 from landmark_cli.training.metrics_file import MetricsFile
 from tests.training.tiny import tiny_model
@@ -135,6 +136,29 @@ def test_the_estimate_counts_a_teacher_and_what_is_frozen():
     some = estimate(model, 16, "bf16", frozen_bytes=0.5)
     assert some.trained == rows and some.state == 16 * rows + round((count - rows) / 2)
     assert some.checkpoint == 12 * rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_counts_hidden_states_that_are_compared(checkpointing):
+    """As much as the loss keeps for its gradient, and what it compares with."""
+    layers, rows, width, kept = 6, 512, 64, {}
+    theirs = [torch.randn(1, rows, width) for _ in range(layers + 1)]
+    ours = [torch.randn(1, rows, width, requires_grad=True) for _ in theirs]
+    own = {state.untyped_storage().data_ptr() for state in (*ours, *theirs)}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = hidden_states_loss(ours, theirs, torch.ones(1, rows, dtype=torch.bool), lambda values: values.clone())
+    taken = sum(size for place, size in kept.items() if place not in own) + sum(state.nbytes for state in theirs[1:])
+    with torch.device("meta"):
+        model = GPTForCausalLM(GPTConfig(n_layer=layers, n_embd=width, n_head=2))
+    how = {"sequence_length": rows, "teacher": model, "checkpointing": checkpointing}
+    off, on = (estimate(model, 1, "fp32", hidden_states=compared, **how) for compared in (False, True))
+    assert loss.requires_grad and on.state == off.state
+    assert on.activations - off.activations == pytest.approx(taken, rel=0.1)
 
 
 def test_the_estimate_grows_with_the_window_and_not_with_its_square():
