@@ -327,8 +327,6 @@ windows_of() {
     fi
 }
 
-kinds() { printf -- '--kinds %s ' "$@"; }
-
 # A name a line, and what differs from recipes/results/smollm2-distilled.yaml, the most telling first. All see as many tokens
 # of text. Blocks of another size are read so many at a time that they hold as many. Where a gate is taught, layers are not
 # compiled one by one, and a whole model takes minutes.
@@ -364,8 +362,8 @@ no-teacher-answers  --teacher none --answer-weight 30
 hidden-0.1          --hidden-weight 0.1
 hidden-5            --hidden-weight 5
 fewer-tasks         --tasks-share 0.3
-inventories         $(kinds look_up inventory quotation)
-inventories-words   $(kinds look_up inventory quotation) --answer-weight 0.2
+inventories         --kinds look_up --kinds inventory --kinds quotation
+inventories-words   --kinds look_up --kinds inventory --kinds quotation --answer-weight 0.2
 text-1              --text-weight 1
 lr-3e-5             --lr 3e-5
 lora-8              --lora-rank 8 --merge
