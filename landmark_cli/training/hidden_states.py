@@ -37,25 +37,21 @@ def check_found(model: PreTrainedModel, name: str) -> None:
 @contextmanager
 def collected(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """While the block runs, the list takes what the first of the layers is given and what each of them gives, (B, n, E)
-    each, when a model calls them in their order. A call that comes later (a layer that is computed again in the
-    backward pass) adds nothing."""
+    each, when a model calls them in their order. A second call adds nothing, nor does one behind the block (a layer
+    that is computed again in the backward pass)."""
     found: list[Tensor] = []
-    open_ = True
 
     def tell(inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-        if not open_ or len(found) > len(layers):
+        if len(found) > len(layers):
             return
         if not found:
             found.append(inputs[0] if inputs else options["hidden_states"])
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    try:
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(_told(layer, tell))
-            yield found
-    finally:
-        open_ = False
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_told(layer, tell))
+        yield found
 
 
 @contextmanager

@@ -147,12 +147,11 @@ def speak(relation: Relation, fact: Fact, generator: np.random.Generator) -> str
 def block(fact: Fact, generator: np.random.Generator, taken: set[str], most: int = MOST_OTHER_ROWS) -> str:
     """A fact as a row of a block; other rows are of other subjects. taken: the names that no other row may have, to
     which its own are added."""
-    relation = fact.relation
-    rows = [(str(fact.subject), str(fact.value))]
+    relation, facts = fact.relation, [fact]
     for _ in range(int(generator.integers(most + 1))):
-        rows.append((str(new(relation.subject, generator, taken)), str(new(relation.value, generator, taken))))
-    order = generator.permutation(len(rows))
-    return pick(generator, BLOCKS)(relation.key, [rows[i] for i in order], generator)
+        subject = new(relation.subject, generator, taken)
+        facts.append(Fact(relation, subject, new(relation.value, generator, taken)))
+    return rows_of([facts[i] for i in generator.permutation(len(facts))], generator)
 
 
 def rows_of(facts: Sequence[Fact], generator: np.random.Generator) -> str:

@@ -65,6 +65,12 @@ class Draw:
     absent: float
     taken: set[str] = field(default_factory=set)
 
+    @property
+    def most_sentences(self) -> int:
+        """The most facts where each is a sentence and asked for in one: a third of what a fact is reckoned to take at
+        most."""
+        return 3 * self.most
+
     def count(self, least: int, most: int) -> int:
         """A number from `least` to `most`, or to as many as there may be."""
         return int(self.generator.integers(least, max(least, min(most, self.most)) + 1))
@@ -99,8 +105,7 @@ def look_up(draw: Draw) -> Task:
 def completion(draw: Draw) -> Task:
     """The simplest look-up: facts as sentences of the prose, each asked for by the beginning of a sentence that its
     value ends, half of them with a question in front of it."""
-    # A sentence and its question take a third of what a fact is reckoned to take at most.
-    facts, generator = _facts(draw, min(MOST_FACTS, 3 * draw.most)), draw.generator
+    facts, generator = _facts(draw, min(MOST_FACTS, draw.most_sentences)), draw.generator
     asked = []
     for fact in draw.shuffled(facts):
         relation, value = fact.relation, sentence(str(fact.value))
@@ -154,8 +159,7 @@ def inventory(draw: Draw) -> Task:
     relations = [draw.relation(RELATIONS + REPEATED) for _ in range(int(generator.integers(1, 4)))]
     # All facts of one subject and relation, in their order.
     groups: list[list[Fact]] = []
-    # A sentence and its question take a third of what a fact is reckoned to take at most.
-    most = min(MOST_ASKED, 3 * draw.most)
+    most = min(MOST_ASKED, draw.most_sentences)
     left = int(generator.integers(max(2, most // 4), most + 1))
     while left > 0:
         relation = relations[int(generator.integers(len(relations)))]
