@@ -213,14 +213,16 @@ def read_selected(
     rotations: Rotations,
     scale: float | None = None,
     softcap: float | None = None,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As read_blocks. distance: (B, H or 1, T or 1, k) block slots from each block to the chunk's tail block. gather:
     keys, rotated by their offset in their block, and values of blocks of given ages (B, H, T): (B, H, T, size, D) each.
+    joint: in place of a landmark's logit stands the log-sum-exp of its block's text logits.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # One block a query at a time: all k at once would be k times the memory.
-    landmark_logits, outputs = [], []
+    outer_logits, outputs = [], []
     for j in range(ages.shape[-1]):
         age = ages[..., j].expand(q.shape[:3])
         rotated = rotate(q, *rotations.by(distance[..., j].expand(q.shape[:3]))).to(dtype).unsqueeze(-2)
@@ -230,5 +232,6 @@ def read_selected(
         # Where there is no block, memory may hold anything, and nan times a weight of nothing is nan.
         found = (inner @ v[..., :-1, :].to(dtype)).squeeze(-2)
         outputs.append(found.masked_fill((age == 0)[..., None], 0.0))
-        landmark_logits.append(logits[..., -1].masked_fill(age == 0, MINUS_INFINITY))
-    return torch.stack(landmark_logits, dim=-1), torch.stack(outputs, dim=-2)
+        outer = masked_logsumexp(logits[..., :-1]) if joint else logits[..., -1]
+        outer_logits.append(outer.masked_fill(age == 0, MINUS_INFINITY))
+    return torch.stack(outer_logits, dim=-1), torch.stack(outputs, dim=-2)

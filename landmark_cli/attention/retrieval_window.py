@@ -34,8 +34,10 @@ def retrieve_window(
     softcap: see reference.landmark_attention.
 
     Returns out, (B, H, N, D) in q's dtype, by the outer softmax over the landmarks of the retrieved blocks, and the
-    log-sum-exp of these landmarks' logits, (B, H, N) float32 (float64 if q is). A query with nothing to retrieve gives
-    zeros and minus infinity. Differentiable in q, k and v through both; no gradient passes through the selection.
+    log-sum-exp of these landmarks' logits, (B, H, N) float32 (float64 if q is). With window.joint one softmax over the
+    text of these blocks takes the place of the outer and the inner ones, and the log-sum-exp is of that text's logits.
+    A query with nothing to retrieve gives zeros and minus infinity. Differentiable in q, k and v through both; no
+    gradient passes through the selection.
     """
     heads, tokens = q.shape[1:3]
     out = [q.new_zeros(heads, 1, q.shape[3])]
@@ -86,9 +88,11 @@ def _retrieve(
     earlier = torch.full((1,), len(blocks), device=q.device)
     heads = torch.arange(q.shape[1], device=q.device)[:, None] // (q.shape[1] // k.shape[0])
     distance = bounded_distance(ages, earlier, window.top_k)
-    logits, outputs = read_selected(
-        q, ages, distance, lambda age: (keys[heads, age - 1], values[heads, age - 1]), window, scale, softcap
-    )
+
+    def gather(age: Tensor) -> tuple[Tensor, Tensor]:
+        return keys[heads, age - 1], values[heads, age - 1]
+
+    logits, outputs = read_selected(q, ages, distance, gather, window, scale, softcap, window.joint)
     lse = masked_logsumexp(logits)
     share = torch.exp(logits - lse.unsqueeze(-1))
     return (outputs * share.unsqueeze(-1)).sum(-2)[0], lse[0]

@@ -25,7 +25,8 @@ class WindowSettings:
     chunk: stream tokens (landmarks included) of a chunk, in whole blocks. block_size: tokens a block, landmark
     included. top_k, selection: blocks retrieved per query, and who shares a selection (see RetrievalSettings).
     explore: probability that the last choice of a selection is a random block in place of the k-th best (see
-    `ReadingWindow`).
+    `ReadingWindow`). joint: all text that is read shares one softmax, and landmarks only choose blocks (see
+    reference.landmark_attention).
 
     Raises ValueError naming a setting that cannot be.
     """
@@ -35,6 +36,7 @@ class WindowSettings:
     top_k: int
     selection: Selection = "per_token_and_head"
     explore: float = 0.0
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -217,6 +219,10 @@ class ReadingWindow:
     @property
     def explore(self) -> float:
         return self.settings.explore
+
+    @property
+    def joint(self) -> bool:
+        return self.settings.joint
 
     def by(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotations by so many block slots: slots.shape + (rotary_dim / 2,) each."""

@@ -53,7 +53,7 @@ def retrieve(
     out, lse, *_ = retrieved(
         q, k, v, *(own or (None, None)), window.chunks, window.blocks, window.chunk_of, window.cos, window.sin, ages,
         None if seed is None else seed_tensor(seed, q.device), settings.chunk, settings.block_size, settings.top_k,
-        window.most_earlier, settings.explore, window.one_landmark and first, scale, softcap, backend,
+        window.most_earlier, settings.explore, window.one_landmark and first, scale, softcap, settings.joint, backend,
     )  # fmt: skip
     return out, lse
 
@@ -61,7 +61,7 @@ def retrieve(
 _WINDOW = (
     "Tensor chunks, Tensor blocks, Tensor chunk_of, Tensor cos, Tensor sin, Tensor? ages, Tensor? explore_seed, "
     "int chunk, int block_size, int top_k, int most_earlier, float explore, bool one_landmark_key, float scale, "
-    "float? softcap, str backend"
+    "float? softcap, bool joint, str backend"
 )
 # Where a window's tensors and numbers begin among the operators' arguments, and how many of the first are tensors.
 _FORWARD_TENSORS, _WINDOW_TENSORS = 5, 7

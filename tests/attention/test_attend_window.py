@@ -2,6 +2,7 @@
 finite differences."""
 
 import dataclasses
+import itertools
 from typing import get_args
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 from landmark_cli.attention import dispatch, functional
 from landmark_cli.attention.cache import Selection
 from landmark_cli.attention.dropout import philox_uniform
-from landmark_cli.attention.reference import landmark_attention
+from landmark_cli.attention.reference import (
+    attention_logits,
+    landmark_attention,
+    masked_logsumexp,
+    repeat_heads,
+)
 from landmark_cli.attention.retrieval_window import _explore, retrieve_window, select_in_window
 from tests.attention.windows import CASES, Case
 from tests.closeness import assert_close_norm
@@ -37,6 +43,44 @@ def test_all_blocks_and_one_chunk_are_dense_attention(case):
     q, k = case.rotated(window, q, k)
     expected = landmark_attention(q, k, v, block_size=3, **bounds)
     assert_close_norm(functional.attend_window(1, q, k, v, window), expected)
+
+
+JOINT_CASES = [
+    Case(26, top_k=3, heads=4, key_heads=2),
+    Case(26, top_k=20, softcap=1.5),
+    Case(26, batch=2, start=(0, 7), selection="max_over_heads"),
+    Case(20, batch=2, cu_seqlens=(0, 1, 20, 26, 40), explore=0.5),
+    Case(38, layer=0, equal_landmarks=True),
+]
+
+
+def text_of_blocks(window, ages):
+    """(B, H, N, N) bool: which tokens are text of the blocks that are chosen for each query."""
+    seen = torch.zeros(*ages.shape[:3], ages.shape[2], dtype=torch.bool)
+    for row, begin, length, first, earlier in window.host_chunks:
+        for head, token in itertools.product(range(ages.shape[1]), range(begin, begin + length)):
+            for age in filter(None, ages[row, head, token].tolist()):
+                at = int(window.blocks[first + earlier - age, 1])
+                seen[row, head, token, at : at + window.block_size - 1] = True
+    return seen
+
+
+@pytest.mark.parametrize("case", JOINT_CASES, ids=str)
+def test_joint_text_without_positions_shares_one_ordinary_softmax(case):
+    case = dataclasses.replace(case, joint=True)
+    window = case.window().unrotated
+    q, k, v = leaves = case.tensors(torch.float64)
+    given = {"layer": case.layer, "softcap": case.softcap}
+    ages = select_in_window(q, k, window, **given).expand(*q.shape[:3], -1)
+    logits = attention_logits(q, k, softcap=case.softcap).masked_fill(~text_of_blocks(window, ages), -torch.inf)
+    lse = masked_logsumexp(logits)
+    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    expected = weights @ repeat_heads(v, case.heads), lse.masked_fill(lse == -torch.inf, 0.0)
+    out, lse = retrieve_window(q, k, v, window, **given)
+    found = out, lse.masked_fill(lse == -torch.inf, 0.0)
+    assert_close_norm(found, expected)
+    upstream = [torch.randn_like(x) for x in found]
+    assert_close_norm(*(torch.autograd.grad(x, leaves, upstream) for x in (found, expected)))
 
 
 GRADIENT_CASES = [

@@ -32,13 +32,14 @@ class Case:
     layer: int = 1
     equal_landmarks: bool = False
     softcap: float | None = None
+    joint: bool = False
 
     def __str__(self) -> str:
         said = f"N{self.tokens}-C{self.chunk}-S{self.block_size}-k{self.top_k}-B{self.batch}"
         said += f"-{self.heads}on{self.key_heads}-D{self.dim}" + (
             f"-{self.selection}" if self.selection != "per_token_and_head" else ""
         )
-        for name in ("start", "cu_seqlens", "rotary", "explore", "equal_landmarks", "softcap"):
+        for name in ("start", "cu_seqlens", "rotary", "explore", "equal_landmarks", "softcap", "joint"):
             said += f"-{name}" if getattr(self, name) else ""
         return said + ("-first_layer" if self.layer == 0 else "")
 
@@ -47,7 +48,7 @@ class Case:
             name: None if getattr(self, name) is None else torch.tensor(getattr(self, name), device=device)
             for name in ("start", "cu_seqlens")
         }
-        settings = WindowSettings(self.chunk, self.block_size, self.top_k, self.selection, self.explore)
+        settings = WindowSettings(self.chunk, self.block_size, self.top_k, self.selection, self.explore, self.joint)
         return ReadingWindow.make(
             settings, self.batch, self.tokens, self.frequencies.to(device), explore_seed=2**40 + 7, **bounds
         )

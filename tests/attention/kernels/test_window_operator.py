@@ -49,7 +49,7 @@ def forwards(forwards_of):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("given", ["plain", "own part", "explore", "softcap"])
+@pytest.mark.parametrize("given", ["plain", "own part", "explore", "softcap and joint"])
 def test_opcheck(given, device):
     case = dataclasses.replace(CASE, explore=0.5 if given == "explore" else 0.0)
     leaves, window = leaves_of(case, device), case.window(device)
@@ -59,7 +59,7 @@ def test_opcheck(given, device):
     seed = torch.tensor(5, device=device) if given == "explore" else None
     places = window.chunks, window.blocks, window.chunk_of, window.cos, window.sin
     numbers = 8, 4, 2, window.most_earlier, case.explore, False, 0.3
-    numbers = *numbers, 1.5 if given == "softcap" else None, "triton"
+    numbers = *numbers, *((1.5, True) if given == "softcap and joint" else (None, False)), "triton"
     torch.library.opcheck(retrieved, (*leaves, *own, *places, ages, seed, *numbers))
     leaves, own = ([None if x is None else x.detach() for x in tensors] for tensors in (leaves, own))
     out, lse, *routes = retrieved(*leaves, *own, *places, ages, seed, *numbers)

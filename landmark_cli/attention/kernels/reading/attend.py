@@ -15,9 +15,10 @@ from .parts import cache_row, dot, load_columns, load_parts, page_base, query_ro
 
 @triton.jit
 def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-                COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What queries, in parts, find in a block: its values by its inner softmax, (ROWS, D_PAD), and the landmark's
-    logit, (ROWS,). Strides: from token to token. dim: (D_PAD,). scaling: see common/logits.py."""
+                COLS: tl.constexpr, PRECISION: tl.constexpr, JOINT: tl.constexpr = False):  # fmt: skip
+    """What queries, in parts, find in a block: its values by its inner softmax, (ROWS, D_PAD), and its logit in the
+    outer softmax, (ROWS,), base 2: its landmark's, or, if JOINT, the log-sum-exp of its text's. Strides: from token to
+    token. dim: (D_PAD,). scaling: see common/logits.py."""
     D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
     ROWS: tl.constexpr = q[0].shape[0]
     landmark = tl.full([ROWS], float("-inf"), tl.float32)
@@ -25,7 +26,8 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.c
         column = part * COLS + tl.arange(0, COLS)  # (COLS,)
         k = load_parts(k_base, column * k_stride, column < BLOCK, PARTS)
         s = logits_of(dot(q, k, PRECISION), scaling)  # (ROWS, COLS)
-        landmark = tl.maximum(landmark, tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1))
+        if not JOINT:
+            landmark = tl.maximum(landmark, tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1))
         s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
         v = load_columns(v_base, column * v_stride, column < BLOCK, dim, D)  # (COLS, D_PAD)
         # top, total and rescale: (ROWS,); p: (ROWS, COLS); out: (ROWS, D_PAD).
@@ -41,7 +43,10 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.c
             total = total * rescale + tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
             top = new_top
-    return out / total[:, None], landmark
+    if JOINT:
+        return out / total[:, None], top + tl.log2(total)
+    else:
+        return out / total[:, None], landmark
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])

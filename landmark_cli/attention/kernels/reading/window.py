@@ -37,7 +37,8 @@ class Window(NamedTuple):
 
     ages: (B, H or 1, N, k) int32, a selection that is made already (age a: the a-th newest of a query's earlier blocks,
     0, at the end, for none); None where each query and head chooses for itself. one_landmark_key: all landmarks have
-    one key before rotation. softcap: bound of the logits, or None.
+    one key before rotation. softcap: bound of the logits, or None. joint: a block's logit in the outer softmax is the
+    log-sum-exp of its text's logits in place of its landmark's.
     """
 
     chunks: Tensor
@@ -55,6 +56,7 @@ class Window(NamedTuple):
     one_landmark_key: bool
     scale: float
     softcap: float | None = None
+    joint: bool = False
 
     @property
     def score_scaling(self) -> tuple[float, float | None]:
@@ -283,7 +285,7 @@ def attend(call: WindowCall, routes: Routes, outputs: Tensor, logits: Tensor, fi
             items.first, outputs, logits, strides(call.q), strides(call.k), strides(call.v), call.tokens, first_head,
             call.blocks, items.lists, call.pairs, call.window.scaling, HEADS_PER_KEY=call.heads_per_key,
             PARTS=call.parts, D_PAD=call.dim_pad, K=call.top_k, BLOCK=call.window.block_size, ROWS=choice.rows,
-            COLS=choice.cols, PRECISION=call.precision, **choice.launch_options(),
+            COLS=choice.cols, PRECISION=call.precision, JOINT=call.window.joint, **choice.launch_options(),
         )  # fmt: skip
 
     call.choices("attend").run(launch)
@@ -335,7 +337,7 @@ def key_gradients(call: WindowCall, dout, lse, delta, routes: Routes, dq_pairs, 
             strides(dout), call.tokens, call.heads, first_head, call.blocks, items.lists, call.pairs,
             window.scaling, window.scale, HEADS_PER_KEY=call.heads_per_key, PARTS=call.parts, K=call.top_k,
             BLOCK=window.block_size, ROWS=choice.rows, COLS=choice.cols, SIZE=ITEM, PART=part,
-            PRECISION=call.precision, **choice.launch_options(),
+            PRECISION=call.precision, JOINT=window.joint, **choice.launch_options(),
         )  # fmt: skip
 
     # Two accumulators of a block's size: those of wide blocks and heads do not fit into the registers together.

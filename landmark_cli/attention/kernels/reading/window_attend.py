@@ -15,14 +15,14 @@ from .window_route import listed_block, listed_pairs
 
 @triton.jit(do_not_specialize=["tokens", "first_head", "blocks", "lists", "pairs"])
 def attend_in_window_kernel(Q, K_, V, cos, sin, BLOCKS, ENTRIES, BOUNDS, ITEM_LIST, FIRST_ITEM, PAIR_OUT,
-                            LANDMARK_LOGIT, q_strides, k_strides, v_strides, tokens, first_head, blocks, lists, pairs,
+                            OUTER_LOGIT, q_strides, k_strides, v_strides, tokens, first_head, blocks, lists, pairs,
                             scaling,
                             HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                             BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                            PRECISION: tl.constexpr):  # fmt: skip
-    """PAIR_OUT (key heads, pairs, D): a block's values by its inner softmax; LANDMARK_LOGIT (key heads, pairs): its
-    landmark's logit, base 2. scaling: see common/logits.py. Program (item of ROWS pairs); the last ones have nothing to
-    do."""
+                            PRECISION: tl.constexpr, JOINT: tl.constexpr):  # fmt: skip
+    """PAIR_OUT (key heads, pairs, D): a block's values by its inner softmax; OUTER_LOGIT (key heads, pairs): its logit
+    in the outer softmax, base 2, see attend_rows. scaling: see common/logits.py. Program (item of ROWS pairs); the last
+    ones have nothing to do."""
     item = tl.program_id(0)
     if tl.load(ITEM_LIST + item) >= lists:
         return
@@ -39,12 +39,12 @@ def attend_in_window_kernel(Q, K_, V, cos, sin, BLOCKS, ENTRIES, BOUNDS, ITEM_LI
     k_base = K_ + batch_row * k_strides[0] + head * k_strides[1] + token * k_strides[2]
     v_base = V + batch_row * v_strides[0] + head * v_strides[1] + token * v_strides[2]
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
-    out, landmark = attend_rows(q, k_base, v_base, k_strides[2], v_strides[2], dim, scaling, PARTS, BLOCK, COLS,
-                                PRECISION)  # fmt: skip
+    out, logit = attend_rows(q, k_base, v_base, k_strides[2], v_strides[2], dim, scaling, PARTS, BLOCK, COLS,
+                             PRECISION, JOINT)  # fmt: skip
     at = tl.cast(key_head, tl.int64) * pairs + pair  # (ROWS,)
     pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)
     tl.store(pointers, out.to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
-    tl.store(LANDMARK_LOGIT + at, landmark, mask=ok)
+    tl.store(OUTER_LOGIT + at, logit, mask=ok)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def window_rows(tokens, group_heads, heads, first_head, ROWS: tl.constexpr, HEAD
 
 
 @triton.jit(do_not_specialize=["tokens", "group_heads", "heads", "first_head", "pairs"])
-def merge_in_window_kernel(PAIR_OUT, LANDMARK_LOGIT, OWN, OWN_LSE, OUT, LSE, own_strides, out_strides, tokens,
+def merge_in_window_kernel(PAIR_OUT, OUTER_LOGIT, OWN, OWN_LSE, OUT, LSE, own_strides, out_strides, tokens,
                            group_heads, heads, first_head, pairs,
                            HEADS_PER_KEY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                            ROWS: tl.constexpr):  # fmt: skip
@@ -91,7 +91,7 @@ def merge_in_window_kernel(PAIR_OUT, LANDMARK_LOGIT, OWN, OWN_LSE, OUT, LSE, own
         own = OWN + batch_row * own_strides[0] + head * own_strides[1]
         acc = load_tile(own, first, own_strides[2], rows, real & seen, dim, D, True).to(tl.float32)
     at = tl.cast(key_head, tl.int64) * pairs
-    top, total, acc = add_pairs(PAIR_OUT + at * D, LANDMARK_LOGIT + at, in_list, real, dim, top, total, acc, K, D)
+    top, total, acc = add_pairs(PAIR_OUT + at * D, OUTER_LOGIT + at, in_list, real, dim, top, total, acc, K, D)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out = OUT + batch_row * out_strides[0] + head * out_strides[1]
     store_tile(out, first, out_strides[2], rows, real, dim, acc, D)

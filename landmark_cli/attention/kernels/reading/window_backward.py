@@ -2,6 +2,7 @@
 
 With w = exp(landmark logit - lse) a pair's share, p its inner softmax, dp = dO V^T, and delta = rowsum(dO * O) - dlse:
   pair_delta = sum(p * dp), dS = w p (dp - pair_delta), dS(landmark) = w (pair_delta - delta), dP of a value = w p.
+Where text shares one softmax, p = exp(s - lse) and dS = p (dp - delta), and a landmark has no gradient.
 Where logits are soft-capped, dS is times the cap's slope before it reaches queries and keys. All of that is recomputed
 from a query's row, its lse and its delta: a block is in one tile, so no statistics are kept.
 
@@ -105,12 +106,13 @@ def pair_gradient_kernel(Q, K_, V, DOUT, LSE, DELTA, cos, sin, BLOCKS, ENTRIES, 
                          pairs, scaling, softmax_scale,
                          HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
                          ROWS: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
+                         PRECISION: tl.constexpr, JOINT: tl.constexpr):  # fmt: skip
     """PAIR_DQ (key heads, pairs, D): the gradient of each pair's rotated query. SUMS (items, 2, BLOCK, D) float32: what
     an item's pairs add to dk and to dv of their block.
 
     Program (item of SIZE pairs); the last ones have nothing to do. COLS: at least BLOCK. PART: which part of the
-    dimensions this launch does, where all parts of dk and dv together take too many registers; -1: all.
+    dimensions this launch does, where all parts of dk and dv together take too many registers; -1: all. JOINT: text of
+    all blocks shares one softmax.
     """
     item = tl.program_id(0)
     if tl.load(ITEM_LIST + item) >= lists:
@@ -146,16 +148,20 @@ def pair_gradient_kernel(Q, K_, V, DOUT, LSE, DELTA, cos, sin, BLOCKS, ENTRIES, 
         # products, s, p, dp and ds: (ROWS, COLS).
         products = capped(dot(q, k, PRECISION), scaling)
         s = products * scaling[0]
-        landmark = tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1)
-        s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
-        p = tl.exp2(s - tl.max(s, 1)[:, None])
-        p = p / tl.sum(p, 1)[:, None]
-        dp = dot(dout, v, PRECISION)
-        pair_delta = tl.sum(p * dp, 1)
-        share = tl.exp2(landmark - lse)
-        p = p * share[:, None]
-        ds = p * (dp - pair_delta[:, None])
-        ds = tl.where(column[None, :] == BLOCK - 1, (share * (pair_delta - delta))[:, None], ds)
+        if JOINT:
+            p = tl.exp2(tl.where(column[None, :] < BLOCK - 1, s - lse[:, None], float("-inf")))
+            ds = p * (dot(dout, v, PRECISION) - delta[:, None])
+        else:
+            landmark = tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1)
+            s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
+            p = tl.exp2(s - tl.max(s, 1)[:, None])
+            p = p / tl.sum(p, 1)[:, None]
+            dp = dot(dout, v, PRECISION)
+            pair_delta = tl.sum(p * dp, 1)
+            share = tl.exp2(landmark - lse)
+            p = p * share[:, None]
+            ds = p * (dp - pair_delta[:, None])
+            ds = tl.where(column[None, :] == BLOCK - 1, (share * (pair_delta - delta))[:, None], ds)
         ds = before_cap(ds, products, scaling)
         dv = add_products(dv, tl.trans(p), dout, PART, PRECISION)
         dk = add_products(dk, tl.trans(ds), q, PART, PRECISION)

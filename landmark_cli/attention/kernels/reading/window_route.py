@@ -43,12 +43,12 @@ def explored(age, AGES, at, j, row_number, earlier, real, SEED, threshold, top_k
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "heads", "first_head", "blocks", "top_k", "threshold"])
-def place_kernel(AGES, CHUNKS, CHUNK_OF, BLOCKS, SEED, TURN, KEY, LANDMARK_LOGIT, age_strides, tokens, rows, heads,
+def place_kernel(AGES, CHUNKS, CHUNK_OF, BLOCKS, SEED, TURN, KEY, OUTER_LOGIT, age_strides, tokens, rows, heads,
                  first_head, blocks, top_k, threshold,
                  HEADS_PER_KEY: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
                  BIAS: tl.constexpr, EXPLORE: tl.constexpr):  # fmt: skip
     """For each pair, in time order of a query's blocks: KEY, its block (`blocks`: none), less BIAS, and TURN, the block
-    slots that its query is to be rotated by (-1: no block). LANDMARK_LOGIT becomes minus infinity where there is none.
+    slots that its query is to be rotated by (-1: no block). OUTER_LOGIT becomes minus infinity where there is none.
 
     AGES has strides (key head, batch row, head on the key head, token) and a dense last dimension, 0 (at the end) for
     no block. CHUNKS, CHUNK_OF, BLOCKS: as in attention/window.py. heads: query heads of a batch row. Program (rows, key
@@ -87,7 +87,7 @@ def place_kernel(AGES, CHUNKS, CHUNK_OF, BLOCKS, SEED, TURN, KEY, LANDMARK_LOGIT
     mask = in_range[:, None] & (j < K)[None, :]
     tl.store(KEY + pair, (tl.where(ok, block, blocks) - BIAS).to(KEY.dtype.element_ty), mask=mask)
     tl.store(TURN + pair, tl.where(ok, turn, -1).to(TURN.dtype.element_ty), mask=mask)
-    tl.store(LANDMARK_LOGIT + pair, float("-inf"), mask=mask & (age == 0))
+    tl.store(OUTER_LOGIT + pair, float("-inf"), mask=mask & (age == 0))
 
 
 @triton.jit(do_not_specialize=["pairs"])
