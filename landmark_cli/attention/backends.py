@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     sinks: what else is given beside q, k and v. reading: through the block cache; differentiated: gradients of that are
     asked for. local: in a layer that keeps its sliding window, which has no blocks.
     retrieving: how many blocks the chunks of a training window read of those before them; 0: it is no such window.
+    joint: in one softmax over the text of all blocks that are read, which their landmarks only choose.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Problem(NamedTuple):
     softcap: bool = False
     sinks: bool = False
     local: bool = False
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def _knows_no_other_logits(who: str, problem: Problem) -> str | None:
 def _why_not_triton(problem: Problem) -> str | None:
     if (reason := _needs_the_definition(problem)) is not None:
         return reason
+    if problem.joint and not (problem.reading or problem.retrieving):
+        return "joint asks for one softmax over all text"
     kind = problem.device.partition(":")[0]
     try:
         from .kernels.common.configuration import INTERPRETED
@@ -268,6 +272,8 @@ def _why_not_hopper(problem: Problem) -> str | None:
     reason = _needs_the_definition(problem) or _knows_no_other_logits("the Hopper kernels", problem)
     if reason is not None:
         return reason
+    if problem.joint:
+        return "joint asks for one softmax over all text, and the Hopper kernels know the grouped softmax alone"
     if problem.few_queries:
         return f"q has fewer than {FEW_QUERIES} tokens"
     if problem.padded or problem.packed:

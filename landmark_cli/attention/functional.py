@@ -45,6 +45,7 @@ def landmark_attention(
     controlled: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    joint: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -59,8 +60,9 @@ def landmark_attention(
     landmark_mask: (B, T) bool in place of block_size, for blocks of any size. scale: factor on the logits, 1 / sqrt(D).
     start: (B,) the first real key of each row. cu_seqlens: (n + 1,) documents packed into a single row. dropout_p,
     dropout_seed: group dropout. context_miss_key, controlled: see docs/semantics.md, section 5. softcap: bound of
-    the logits. sinks: (H,) logits of attention sinks. return_lse: also return
-    the log-sum-exp of the outer softmax, (B, H, T) float32. backend: the name of one, instead of what
+    the logits. sinks: (H,) logits of attention sinks. joint: one softmax over the text of all blocks, as if there were
+    no landmarks, in place of the paper's grouped softmax; not with dropout_p or context_miss_key. return_lse: also
+    return the log-sum-exp of the outer softmax, (B, H, T) float32. backend: the name of one, instead of what
     `backends.choose` finds. `reference.landmark_attention` is the definition of all of these.
 
     Under autocast it computes in autocast's dtype, as torch's own attention: rotated queries and keys come in float32,
@@ -90,6 +92,7 @@ def landmark_attention(
         context_miss=context_miss_key is not None,
         softcap=softcap is not None,
         sinks=sinks is not None,
+        joint=joint,
     )
     name = choose(problem, backend)
     arguments = {
@@ -101,6 +104,7 @@ def landmark_attention(
         "dropout_seed": dropout_seed,
         "softcap": softcap,
         "sinks": sinks,
+        "joint": joint,
         "return_lse": return_lse,
     }
     if BACKENDS[name].forward is not None:
@@ -221,7 +225,7 @@ def _attend_within_chunks(
     """(out (B, H, N, D), lse (B, H, N)) of what each token finds in its own chunk: a batch of chunks. given: what makes
     its logits."""
     batch, heads, tokens, dim = q.shape
-    given = given | {"block_size": window.block_size, "backend": backend, "return_lse": True}
+    given = given | {"block_size": window.block_size, "joint": window.joint, "backend": backend, "return_lse": True}
     if not window.even:
         out, lse = landmark_attention(*map(one_row, (q, k, v)), cu_seqlens=window.own_bounds, **given)
         out, lse = in_rows(out, batch), lse.view(heads, batch, tokens).transpose(0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from .operator_library import define_attention
+from .reference import check_joint
 
 
 def attend(
@@ -28,6 +29,7 @@ def attend(
     dropout_seed: int | Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    joint: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The twin of `reference.landmark_attention` in the kernels of a backend that can serve: values and gradients.
@@ -52,6 +54,8 @@ def attend(
         raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_p needs dropout_seed, so that backward can repeat its random numbers")
+    if joint:
+        check_joint(dropout_p, None)
     start = _bounds("start", start, q, (q.shape[0],))
     cu_seqlens = _bounds("cu_seqlens", cu_seqlens, q, None)
     if start is not None and cu_seqlens is not None:
@@ -59,7 +63,7 @@ def attend(
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but q has {q.shape[0]} rows")
     seed = seed_tensor(dropout_seed, q.device) if dropout_p > 0.0 else None
-    out, lse = attention(q, k, v, sinks, block_size, scale, start, cu_seqlens, dropout_p, seed, softcap, backend)
+    out, lse = attention(q, k, v, sinks, block_size, scale, start, cu_seqlens, dropout_p, seed, softcap, joint, backend)
     return (out, lse) if return_lse else out
 
 
@@ -107,7 +111,7 @@ def _bounds(name: str, bounds: Tensor | None, q: Tensor, shape: tuple[int, ...] 
 attention, attention_backward = define_attention(
     "attention",
     "int block_size, float scale, Tensor? start, Tensor? cu_seqlens, float dropout_p, Tensor? dropout_seed, "
-    "float? softcap, str backend",
+    "float? softcap, bool joint, str backend",
     "forward",
     "backward",
     differentiable_lse=True,

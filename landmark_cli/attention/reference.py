@@ -30,6 +30,7 @@ def landmark_attention(
     controlled: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    joint: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which a query reaches an earlier block only through that block's landmark.
@@ -47,10 +48,14 @@ def landmark_attention(
     softcap: bound of the logits, each of which becomes softcap * tanh(logit / softcap) before any softmax.
     sinks: (H,) logits of the heads' attention sinks; a sink joins the outer softmax and has no value: its share is
     lost. Not together with context_miss_key.
+    joint: one softmax over all text in place of the grouped one, see below. Not together with dropout_p or
+    context_miss_key.
     return_lse: also return the log-sum-exp of the outer softmax's logits, (B, H, Tq) float32.
 
     The weight of a text token of an earlier block is outer(its landmark) * inner(token in its block); of a token of the
     query's own block, outer(token). Landmarks' values are never used. Softmaxes are computed in float32.
+    With joint the outer softmax knows an earlier block by the log-sum-exp of its text's logits in place of its
+    landmark's logit: text is weighted as if there were no landmarks, and no landmark's key takes part.
     A query with nothing to attend to gives zeros and a log-sum-exp of minus infinity.
 
     Returns (B, H, Tq, D) in q's dtype. Raises ValueError naming an argument that cannot be.
@@ -62,6 +67,8 @@ def landmark_attention(
         raise ValueError("dropout_p needs dropout_seed, so that backward and other implementations can repeat it")
     if context_miss_key is not None and sinks is not None:
         raise ValueError("context_miss_key and sinks exclude each other")
+    if joint:
+        check_joint(dropout_p, context_miss_key)
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, but q has {q.shape[0]} rows")
 
@@ -82,8 +89,10 @@ def landmark_attention(
     text_lse = _block_logsumexp(logits, text, keys)
     query_block = keys.block[:, -q.shape[2] :, None]
     is_own = (torch.arange(keys.blocks, device=q.device) == query_block)[:, None]
-    group = torch.where(is_own, text_lse, _block_value(logits, landmark, keys))
-    group = group.masked_fill(text_lse == MINUS_INFINITY, MINUS_INFINITY)
+    group = text_lse
+    if not joint:
+        group = torch.where(is_own, text_lse, _block_value(logits, landmark, keys))
+        group = group.masked_fill(text_lse == MINUS_INFINITY, MINUS_INFINITY)
     if context_miss_key is None:
         # A sink is one more logit, whose share nobody gets.
         sink = None if sinks is None else sinks.to(group.dtype)[:, None, None].expand(*group.shape[:3], 1)
@@ -119,6 +128,20 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v are on different devices: {q.device}, {k.device}, {v.device}")
+
+
+def check_joint(dropout_p: float, context_miss_key: Tensor | None) -> None:
+    """Raise ValueError naming what the joint softmax cannot be asked for together with."""
+    if dropout_p > 0.0:
+        raise ValueError(
+            f"joint and dropout_p exclude each other, and dropout_p is {dropout_p}: dropout_p drops blocks' shares of "
+            "the grouped softmax, which joint=True does not have; leave out one of the two"
+        )
+    if context_miss_key is not None:
+        raise ValueError(
+            "joint and context_miss_key exclude each other: a context-miss token competes with landmarks' logits in "
+            "the grouped softmax, which joint=True does not have; leave out one of the two"
+        )
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -101,6 +101,21 @@ def test_arguments_that_only_some_backends_know(backend, reading, who, argument,
     assert choose(problem) == "eager"
 
 
+def test_one_softmax_over_all_text_is_not_for_hopper():
+    problem = PLAIN._replace(joint=True)
+    assert BACKENDS["hopper"].why_not(problem).startswith("joint asks for one softmax over all text")
+    assert choose(problem, "eager") == "eager"
+
+
+@pytest.mark.parametrize("backend", ["eager"])
+@pytest.mark.parametrize("argument", ["dropout_p", "context_miss_key"])
+def test_what_joint_excludes_is_named(argument, backend):
+    q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))
+    given = {"dropout_p": 0.1, "dropout_seed": 1} if argument == "dropout_p" else {argument: torch.randn(1, 2, 1, 16)}
+    with pytest.raises(ValueError, match=argument):
+        landmark_attention(q, k, v, 5, joint=True, backend=backend, **given)
+
+
 @pytest.mark.parametrize("argument", ["landmark_mask", "context_miss_key"])
 def test_arguments_that_only_the_definition_knows(argument):
     q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))

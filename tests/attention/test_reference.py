@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from landmark_cli.attention.dropout import group_dropout_scale, philox_uniform
 from landmark_cli.attention.reference import landmark_attention
@@ -129,6 +130,113 @@ def test_gradients(options):
     assert torch.autograd.gradcheck(lambda *x: landmark_attention(*x, return_lse=False, **options), inputs)
 
 
+def over_text_alone(q, k, v, landmark, document, softcap=None, sinks=None):
+    """(out, lse) of causal attention over text, row by row and head by head, by torch's own: no landmark is a key.
+
+    q: (B, H, Tq, D); k, v: (B, G, T, D); landmark, (B, T), bool, and document, (B, T), -1 on padding. A bound of the
+    logits becomes a bias, a sink a key without a value.
+    """
+    offset, scale, group = k.shape[2] - q.shape[2], q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
+    index = torch.arange(k.shape[2])
+    rows, row_lse = [], []
+    for b in range(len(q)):
+        text = index[~landmark[b]]
+        seen = (text <= index[offset:, None]) & (document[b, text] == document[b, offset:, None])
+        seen &= document[b, text] >= 0
+        heads, head_lse = [], []
+        for h in range(q.shape[1]):
+            keys, values = k[b, h // group, text], v[b, h // group, text]
+            bias = torch.zeros(seen.shape, dtype=q.dtype)
+            if softcap is not None:
+                logits = q[b, h] @ keys.T * scale
+                bias = softcap * torch.tanh(logits / softcap) - logits
+            bias = bias.masked_fill(~seen, -math.inf)
+            if sinks is not None:
+                keys, values = (torch.cat([x, torch.zeros_like(x[:1])]) for x in (keys, values))
+                bias = torch.cat([bias, sinks[h].expand(len(bias), 1)], dim=1)
+            # Rows that see nothing attend to everything, and are left out of what comes of it.
+            blind = (bias == -math.inf).all(1)
+            bias = bias.masked_fill(blind[:, None], 0.0)
+            found = scaled_dot_product_attention(q[b, h][None], keys[None], values[None], bias[None], scale=scale)[0]
+            heads.append(found.masked_fill(blind[:, None], 0.0))
+            lse = torch.logsumexp(q[b, h] @ keys.T * scale + bias, dim=1)
+            head_lse.append(lse.masked_fill(blind, -math.inf))
+        rows.append(torch.stack(heads))
+        row_lse.append(torch.stack(head_lse))
+    return torch.stack(rows), torch.stack(row_lse)
+
+
+def assert_is_over_text_alone(inputs, sinks, options, landmark, document):
+    """Outputs, log-sum-exps and gradients of both."""
+    leaves = [x.clone().requires_grad_() for x in inputs if x is not None]
+    sinks = None if sinks is None else sinks.clone().requires_grad_()
+    found = landmark_attention(*leaves, sinks=sinks, joint=True, return_lse=True, **options)
+    expected = over_text_alone(*leaves, landmark, document, options.get("softcap"), sinks)
+    sees = expected[1] > -math.inf
+    weights = [torch.randn_like(x) for x in expected]
+    leaves += [] if sinks is None else [sinks]
+    gradients = [
+        torch.autograd.grad((out * weights[0]).sum() + (lse[sees] * weights[1][sees]).sum(), leaves)
+        for out, lse in (found, expected)
+    ]
+    assert_close_norm(found, expected)
+    assert_close_norm(*gradients)
+    for gradient in gradients[0][1:3]:
+        assert (gradient.transpose(1, 2)[landmark] == 0).all()
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(2, 9),
+    st.integers(0, 12),
+    st.integers(1, 2),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None)
+def test_joint_is_plain_attention_over_text(length, block_size, padding, group, capped, sunk, seed):
+    """Blocks are even, rows padded or not, and the queries the last so many: text and landmarks."""
+    padding = min(padding, length - 1)
+    torch.manual_seed(seed)
+    inputs = tensors(2, 2, 2 // group, 1 + seed % length, length, 4, seed)
+    start = torch.tensor([0, padding])
+    index = torch.arange(length) - start[:, None]
+    options = {"block_size": block_size, "start": start, "softcap": 0.7 if capped else None}
+    sinks = torch.randn(2, dtype=torch.float64) if sunk else None
+    document = torch.where(index >= 0, 0, -1)
+    assert_is_over_text_alone(inputs, sinks, options, (index >= 0) & (index % block_size == block_size - 1), document)
+
+
+@given(st.integers(1, 25), st.floats(0.1, 0.6), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_joint_with_uneven_landmarks(length, density, seed):
+    torch.manual_seed(seed)
+    landmark = torch.rand(2, length) < density
+    landmark[:, 0] = False
+    inputs = tensors(2, 2, 1, 1 + seed % length, length, 4, seed)
+    options = {"landmark_mask": landmark}
+    assert_is_over_text_alone(inputs, None, options, landmark, torch.zeros(2, length, dtype=torch.long))
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(2, 6), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_joint_in_packed_documents(lengths, block_size, sunk):
+    inputs = tensors(1, 2, 1, sum(lengths), sum(lengths), 4)
+    landmark = torch.cat([torch.arange(n) % block_size == block_size - 1 for n in lengths])[None]
+    document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    options = {"block_size": block_size, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
+    sinks = torch.tensor([-1.0, 2.0], dtype=torch.float64) if sunk else None
+    assert_is_over_text_alone(inputs, sinks, options, landmark, document)
+
+
+def test_joint_is_not_the_grouped_softmax():
+    inputs = tensors(1, 2, 2, 40, 40, 8)
+    grouped, joint = (landmark_attention(*inputs, block_size=7, joint=joint) for joint in (False, True))
+    assert_close_norm(joint[:, :, :7], grouped[:, :, :7])
+    assert relative_error(joint, grouped) > 0.1
+
+
 def test_weights_sum_to_one():
     q, k, v = tensors(1, 2, 2, 40, 40, 8)
     out = landmark_attention(q, k, torch.ones_like(v), block_size=7)
@@ -169,6 +277,8 @@ def test_philox_is_the_published_generator():
         ({"q": torch.zeros(2, 2, 6, 4)}, "differ in batch"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0"),
         ({"dropout_p": 0.5}, "needs dropout_seed"),
+        ({"joint": True, "dropout_p": 0.5, "dropout_seed": 1}, "joint and dropout_p exclude each other"),
+        ({"joint": True, "context_miss_key": torch.zeros(1, 2, 1, 4)}, "joint and context_miss_key exclude each other"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "must rise from 0 to the 6 keys"),
         ({"cu_seqlens": torch.tensor([0, 6]), "start": torch.tensor([0])}, "exclude each other"),
     ],

@@ -20,7 +20,7 @@ from tests.attention.kernels import gluon_emulator
 ROUNDED = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 KERNELS = {name: getattr(launch, name) for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")}
 # Sinks and settings of the operator: blocks of 64, nothing but them.
-PLAIN = None, 64, 0.125, None, None, 0.0, None, None, "hopper"
+PLAIN = None, 64, 0.125, None, None, 0.0, None, None, False, "hopper"
 PAIRS, SINGLES = launch.ForwardConfiguration(2, 3, 4, 2), launch.ForwardConfiguration(2, 4, 4, 1, row_stages=2)
 
 

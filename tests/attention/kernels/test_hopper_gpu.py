@@ -229,7 +229,7 @@ def test_other_configurations(choice):
 def test_opcheck():
     q, k, v = (x.detach() for x in Case(64, 300, dim=64, heads=2, key_heads=1).tensors(torch.bfloat16, DEVICE))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    settings = 64, 0.125, None, None, 0.0, None, None, "hopper"
+    settings = 64, 0.125, None, None, 0.0, None, None, False, "hopper"
     torch.library.opcheck(attention, (*leaves, None, *settings))
     out, lse = attention(q, k, v, None, *settings)
     torch.library.opcheck(attention_backward, (torch.randn_like(out), None, q, k, v, None, out, lse, *settings))

@@ -197,7 +197,7 @@ def test_opcheck(bounds):
     start = torch.tensor([3], dtype=torch.int32) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 20], dtype=torch.int32) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5)) if bounds == "dropout" else (0.0, None)
-    settings = 7, 0.25, start, cu_seqlens, *dropout, softcap, "triton"
+    settings = 7, 0.25, start, cu_seqlens, *dropout, softcap, False, "triton"
     torch.library.opcheck(attention, (q, k, v, sinks, *settings))
     q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
     out, lse = attention(q, k, v, sinks, *settings)

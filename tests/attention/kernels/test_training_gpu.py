@@ -226,7 +226,7 @@ def test_opcheck(bounds):
     start = torch.tensor([3], dtype=torch.int32, device=DEVICE) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 90], dtype=torch.int32, device=DEVICE) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5, device=DEVICE)) if bounds == "dropout" else (0.0, None)
-    settings = 16, 0.25, start, cu_seqlens, *dropout, softcap, "triton"
+    settings = 16, 0.25, start, cu_seqlens, *dropout, softcap, False, "triton"
     torch.library.opcheck(attention, (q, k, v, sinks if sinks is None else sinks.requires_grad_(), *settings))
     q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
     out, lse = attention(q, k, v, sinks, *settings)

@@ -18,7 +18,7 @@ class Layout(NamedTuple):
     """Where blocks are in each row, what makes logits, and what weights them.
 
     start, cu_seqlens: int32 on the device of q, or None; dropout_seed: one int64 there, or None without dropout.
-    softcap: bound of the logits, or None.
+    softcap: bound of the logits, or None. joint: one softmax over all text; then there is no dropout.
     """
 
     block_size: int
@@ -28,6 +28,7 @@ class Layout(NamedTuple):
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
     softcap: float | None = None
+    joint: bool = False
 
     @property
     def scaling(self) -> tuple[float, float | None]:
@@ -55,7 +56,7 @@ class Layout(NamedTuple):
     @property
     def key(self) -> tuple:
         """All that launches depend on."""
-        return self.block_size, self.scale, self.kind, self.documents, self.dropout_p, self.softcap
+        return self.block_size, self.scale, self.kind, self.documents, self.dropout_p, self.softcap, self.joint
 
     def dropout(self) -> tuple[int, float]:
         """(threshold under which a 24-bit random number drops a block, what the others are multiplied by)."""
