@@ -54,15 +54,29 @@ JOINT_CASES = [
 ]
 
 
-def text_of_blocks(window, ages):
-    """(B, H, N, N) bool: which tokens are text of the blocks that are chosen for each query."""
-    seen = torch.zeros(*ages.shape[:3], ages.shape[2], dtype=torch.bool)
+def text_read(window, ages):
+    """Of each query, (B, H, N, N) bool each: which tokens are text of the blocks that are chosen, and which are text of
+    its own chunk up to it."""
+    chosen, own = torch.zeros(2, *ages.shape[:3], ages.shape[2], dtype=torch.bool)
     for row, begin, length, first, earlier in window.host_chunks:
+        text = torch.arange(length) % window.block_size < window.block_size - 1
+        own[row, :, begin : begin + length, begin : begin + length] = text & torch.ones(length, length).tril().bool()
         for head, token in itertools.product(range(ages.shape[1]), range(begin, begin + length)):
             for age in filter(None, ages[row, head, token].tolist()):
                 at = int(window.blocks[first + earlier - age, 1])
-                seen[row, head, token, at : at + window.block_size - 1] = True
-    return seen
+                chosen[row, head, token, at : at + window.block_size - 1] = True
+    return chosen, own
+
+
+def ordinary_attention(q, k, v, seen, softcap, sinks=None):
+    """(out, lse) of one softmax over the keys that are seen, (B, H, N, N) bool, and the sinks; lse is 0 of nothing."""
+    logits = attention_logits(q, k, softcap=softcap).masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
+    lse = masked_logsumexp(logits)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    return torch.exp(logits - lse.unsqueeze(-1)) @ repeat_heads(v, q.shape[1]), lse
 
 
 @pytest.mark.parametrize("case", JOINT_CASES, ids=str)
@@ -70,17 +84,21 @@ def test_joint_text_without_positions_shares_one_ordinary_softmax(case):
     case = dataclasses.replace(case, joint=True)
     window = case.window().unrotated
     q, k, v = leaves = case.tensors(torch.float64)
+    sinks = torch.linspace(-1, 2, case.heads).double().requires_grad_()
     given = {"layer": case.layer, "softcap": case.softcap}
-    ages = select_in_window(q, k, window, **given).expand(*q.shape[:3], -1)
-    logits = attention_logits(q, k, softcap=case.softcap).masked_fill(~text_of_blocks(window, ages), -torch.inf)
-    lse = masked_logsumexp(logits)
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    expected = weights @ repeat_heads(v, case.heads), lse.masked_fill(lse == -torch.inf, 0.0)
+    chosen, own = text_read(window, select_in_window(q, k, window, **given).expand(*q.shape[:3], -1))
+
     out, lse = retrieve_window(q, k, v, window, **given)
     found = out, lse.masked_fill(lse == -torch.inf, 0.0)
+    expected = ordinary_attention(q, k, v, chosen, case.softcap)
     assert_close_norm(found, expected)
     upstream = [torch.randn_like(x) for x in found]
     assert_close_norm(*(torch.autograd.grad(x, leaves, upstream) for x in (found, expected)))
+
+    found = functional.attend_window(case.layer, q, k, v, window, softcap=case.softcap, sinks=sinks)
+    expected, _ = ordinary_attention(q, k, v, chosen | own, case.softcap, sinks)
+    assert_close_norm(found, expected)
+    assert_close_norm(*(torch.autograd.grad(x, [*leaves, sinks], upstream[0]) for x in (found, expected)))
 
 
 GRADIENT_CASES = [
@@ -93,6 +111,8 @@ GRADIENT_CASES = [
     Case(14, dim=4, selection="max_over_query_heads", heads=4, key_heads=2),
     Case(15, dim=4, selection="max_over_tokens"),
     Case(18, dim=4, chunk=3, explore=0.5, heads=1),
+    Case(15, dim=4, joint=True),
+    Case(14, dim=4, batch=2, start=(5, 0), selection="max_over_heads", joint=True),
 ]
 
 
