@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import Chunk, LayerBlocks
-from .reference import attention_logits, landmark_attention
+from .reference import attention_logits, check_joint, landmark_attention
 from .retrieval import Read, read_blocks, select_blocks
 
 
@@ -26,8 +26,12 @@ def attend_chunk_with_context_miss(
 
     Retrieved blocks do not compete in the outer softmax: they share out, by a softmax among their landmarks, what the
     context-miss token got there. A share under settings.context_miss_cutoff counts as 0, and its blocks as dropped.
+
+    Raises ValueError where the blocks are read with joint.
     """
     settings = blocks.settings
+    if settings.joint:
+        check_joint(0.0, context_miss_key)
     window_k, window_v, first = blocks.window(k, v, chunk)
     out, lse = landmark_attention(
         q,

@@ -29,8 +29,8 @@ class Read(NamedTuple):
 
     out: (B, H, T, D), zeros on padding. Where there were blocks to retrieve, ages: (B, H or 1, T or 1, k), in any
     order, which blocks each query and head read (age a: the a-th newest complete one; 0: none), and shares: (B, H, T,
-    k) float, what of the outer softmax each of them got. dropped: (B, H, T, k) bool, of a model with a context-miss
-    token, blocks that were chosen and not read.
+    k) float, what of the outer softmax, or with joint of the one softmax, each of them got. dropped: (B, H, T, k) bool,
+    of a model with a context-miss token, blocks that were chosen and not read.
     """
 
     out: Tensor
@@ -52,7 +52,7 @@ def attend_chunk(
     """Attend from a chunk to the retrieved blocks and to what stands directly before, then store the chunk.
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at chunk.position_ids. scale: factor on the logits, 1 / sqrt(D).
-    softcap, sinks: see reference.landmark_attention.
+    softcap, sinks: see reference.landmark_attention, and for `joint` of the blocks' settings too.
     """
     window_k, window_v, first = blocks.window(k, v, chunk)
     # A sink is a key of the outer softmax once, here: lse has its share in it.
@@ -65,6 +65,7 @@ def attend_chunk(
         start=first,
         softcap=softcap,
         sinks=sinks,
+        joint=blocks.settings.joint,
         return_lse=True,
     )
     # A row that rests has its tail block in its padding's place, which sees it.
@@ -192,8 +193,10 @@ def read_blocks(
 ) -> tuple[Tensor, Tensor]:
     """What each query finds in each of its selected blocks; ages as select_blocks gives.
 
-    Returns the landmark logits, (B, H, T, k), minus infinity where there is no block, and the blocks' outputs by their
-    inner softmax, (B, H, T, k, D), both float32 (float64 if q is).
+    Returns the blocks' logits in the outer softmax, (B, H, T, k), minus infinity where there is no block, and their
+    outputs by their inner softmax, (B, H, T, k, D), both float32 (float64 if q is). A block's logit is its landmark's,
+    or with joint the log-sum-exp of its text's logits: then the outer softmax gives every text token what one softmax
+    over all of them would.
     """
     heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // blocks.keys.shape[1])
 
@@ -202,7 +205,7 @@ def read_blocks(
         return blocks.gather((chunk.rows[:, None, None], heads[None, :, None], slot))
 
     distance = block_distance(ages, chunk, blocks.settings)
-    return read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap)
+    return read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap, blocks.settings.joint)
 
 
 def read_selected(

@@ -94,6 +94,21 @@ LOGITS_CASES = {
     "offloaded, capped, sinks": Case([12, 9, 1, 16], top_k=3, resident=3, **LOGITS),
     "nothing to retrieve, capped, sinks": Case([12, 9, 1], top_k=0, **LOGITS),
 }
+# Landmarks choose blocks and no more.
+JOINT = {"joint": True}
+JOINT_CASES = {
+    "joint, rows of their own lengths, steps": Case(
+        [[22, 13], [3, 16], [2, 1], [0, 2]], batch=2, heads=4, key_heads=2, top_k=3, settings=JOINT
+    ),
+    "joint, capped, sinks": Case([12, 7, 19, 1], dim=24, rotary=8, settings=JOINT, **LOGITS),
+    "joint, blocks wider than a tile": Case([150, 75, 1], block_size=70, heads=1, settings=JOINT),
+    "joint, numbers of 16 bits, shared by heads": Case(
+        [12, 16, 1], dtype=torch.float16, settings={**JOINT, "selection": "max_over_heads"}
+    ),
+    "joint, true distances, offloaded": Case(
+        [12, 9, 1, 16], top_k=3, resident=3, settings={**JOINT, "positions": "absolute"}
+    ),
+}
 
 # In chunks rows come and go, and single rows do steps.
 _COMING_AND_GOING = [[12, 17, 9], [0, 16, 3], [7, 0, 0], [0, 8, 0], [0, 1, 2], [1, 0, 1]]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Chunk, LayerBlocks
-from ..reference import attention_logits
+from ..reference import attention_logits, check_joint
 from ..retrieval import Read
 from .retrieve import Found, read_blocks
 from .select import select_blocks
@@ -27,8 +27,11 @@ def attend_chunk(
     `context_miss.attend_chunk_with_context_miss`: same values, no gradients.
 
     q: (B, H, T, D) and k, v: (B, G, T, D), rotated at the chunk's positions. Ages and shares are returned if traced,
-    and what was dropped wherever there is a context-miss token. Computes in float32.
+    and what was dropped wherever there is a context-miss token. Computes in float32. Raises ValueError where there is
+    one and the blocks are read with joint.
     """
+    if blocks.settings.joint:
+        check_joint(0.0, context_miss_key)
     # Under autocast products would be in 16 bits.
     with torch.autocast(q.device.type, enabled=False):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -76,11 +79,11 @@ def _attend_before(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, T, D), lse (B, H, T)), float32, of a chunk's attention to itself and the tail block; on padding
     numbers without meaning."""
-    size = blocks.settings.block_size
+    size, joint = blocks.settings.block_size, blocks.settings.joint
     lengths, tails = chunk.host_lengths, chunk.host_tail
     alike = len(set(tails)) == 1 and min(lengths) == chunk.width
     if alike and tails[0] == 0:
-        return attend_window(q, k, v, size, scale)
+        return attend_window(q, k, v, size, scale, joint=joint)
     # Every row from its tail block on, in whole blocks: nothing sees what stands behind its last token.
     first, last = min(tails), max(tail + length for tail, length in zip(tails, lengths, strict=True))
     stored = blocks.blocks[chunk.shared(("tail", blocks.capacity), lambda: _tail_blocks(blocks, chunk))].to(k.device)
@@ -95,7 +98,7 @@ def _attend_before(
         window[row, :, 1, tail : tail + length] = v[row, :, k.shape[2] - length :]
         if not alike:
             queries[row, :, tail - first : tail - first + length] = q[row, :, q.shape[2] - length :]
-    out, lse = attend_window(queries, window[:, :, 0], window[:, :, 1], size, scale, last)
+    out, lse = attend_window(queries, window[:, :, 0], window[:, :, 1], size, scale, last, joint)
     if alike:
         return out, lse
     placed, placed_lse = out.new_zeros(q.shape), lse.new_zeros(q.shape[:3])

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..cache import Chunk, LayerBlocks
 from ..retrieval import block_distance
 from .pieces import pieces
+from .window import softmax_and_lse
 
 MINUS_INFINITY = float("-inf")
 # The most queries of a tile. Its blocks' keys and values then take little of the time that products with them take.
@@ -39,8 +40,9 @@ class Tiles(NamedTuple):
 class Found(NamedTuple):
     """What queries find in their blocks, the k chosen blocks in front.
 
-    logits: (k, B, H, T) float32 of the landmarks, minus infinity where there is no block or the query is padding.
-    outputs: (places + 1, D) float32, by the inner softmax. place: (k, B * H * T), which of these is a query's.
+    logits: (k, B, H, T) float32 in the outer softmax, as `retrieval.read_blocks` gives them, minus infinity where there
+    is no block or the query is padding. outputs: (places + 1, D) float32, by the inner softmax. place: (k, B * H * T),
+    which of these is a query's.
     """
 
     logits: Tensor
@@ -56,7 +58,7 @@ class Found(NamedTuple):
 def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float) -> Found:
     """The twin of `retrieval.read_blocks`."""
     batch, heads, tokens, dim = q.shape
-    size, top_k = blocks.settings.block_size, ages.shape[-1]
+    size, top_k, joint = blocks.settings.block_size, ages.shape[-1], blocks.settings.joint
     shape = top_k, batch, heads, tokens
     distance = block_distance(ages, chunk, blocks.settings).permute(3, 0, 1, 2).expand(shape).flatten()
     absolute = blocks.settings.positions == "absolute"
@@ -83,9 +85,14 @@ def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scal
         fetched = stored.index_select(0, tiles.pages[at].to(stored.device)).to(q.device, torch.float32)
         keys, values = fetched.unbind(1)
         products = rotated.view(-1, places, dim) @ keys.transpose(1, 2)
-        by_tile[0][at] = products[..., -1]
+        if not joint:
+            by_tile[0][at] = products[..., -1]
         products[..., -1] = MINUS_INFINITY
-        torch.bmm(torch.softmax(products, dim=-1, out=products), values, out=by_tile[1][at])
+        if joint:
+            _, by_tile[0][at] = softmax_and_lse(products, out=products)
+        else:
+            torch.softmax(products, dim=-1, out=products)
+        torch.bmm(products, values, out=by_tile[1][at])
     return Found(logits.index_select(0, tiles.place).view(shape), outputs, tiles.place.view(top_k, -1))
 
 

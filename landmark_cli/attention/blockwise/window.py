@@ -4,6 +4,9 @@ The definition's weights, outer(landmark) * inner(token), are those of a softmax
 softmax puts together. So every block is a small attention of its own, and the blocks before it are rows of its length.
 (A block at a time by PyTorch's fused attention, which tells log-sum-exps too, is as fast with blocks of 64 tokens, and
 three times as slow with blocks of 16: what it finds in each has to be written and added up.)
+
+With joint, where landmarks are no keys, the text of all earlier blocks has one softmax, which is then put together with
+the own block's.
 """
 
 from __future__ import annotations
@@ -21,13 +24,19 @@ MINUS_INFINITY = float("-inf")
 
 
 def attend_window(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, tokens: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    scale: float,
+    tokens: int | None = None,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What `reference.landmark_attention` gives for tokens without padding: the output, (B, H, Tq, D), and the
     log-sum-exp of the outer softmax, (B, H, Tq), both float32.
 
     q: (B, H, Tq, D), the last Tq of the keys' tokens. k, v: (B, G, Tk, D); the first key begins a block. tokens: how
-    many of the keys there are, Tk by default; behind them stands what is no key, nor nan.
+    many of the keys there are, Tk by default; behind them stands what is no key, nor nan. joint: as there.
     """
     batch, heads, queries, dim = q.shape
     key_heads, tokens = k.shape[1], k.shape[2] if tokens is None else tokens
@@ -40,7 +49,7 @@ def attend_window(
     for begin, end in _runs(first, tokens, block_size):
         _attend_to_own_blocks(q, k, v, out, lse, begin, end, first, block_size)
     for begin, end, at in _tiles(first, tokens, block_size, rows, each):
-        _add_earlier_blocks(q[at], k[at], v[at], out[at], lse[at], begin, end, first, block_size)
+        _add_earlier_blocks(q[at], k[at], v[at], out[at], lse[at], begin, end, first, block_size, joint)
     return out.view(batch, heads, queries, dim), lse.view(batch, heads, queries)
 
 
@@ -112,7 +121,16 @@ def _tiles(first: int, last: int, block_size: int, rows: int, each: int) -> Iter
 
 
 def _add_earlier_blocks(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, begin: int, end: int, first: int, block_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    begin: int,
+    end: int,
+    first: int,
+    block_size: int,
+    joint: bool,
 ) -> None:
     """Put together what tokens begin .. end - 1 have found in their own blocks, in out and lse, and what they find in
     those before."""
@@ -121,25 +139,38 @@ def _add_earlier_blocks(
     at, width = slice(begin - first, end - first), end - begin
     logits = q[:, :, at].reshape(rows, each * width, dim) @ k[:, : blocks * block_size].transpose(1, 2)
     logits = logits.view(rows, each, width, blocks, block_size)
-    # (rows, each, width, blocks + 1): the landmarks' logits, and the own block's.
-    outer = torch.cat([logits[..., -1], lse[:, :, at].unsqueeze(-1)], dim=-1)
-    if begin // block_size < blocks:
-        outer[..., :-1].masked_fill_(_not_before(begin, end, block_size, q.device), MINUS_INFINITY)
-    share, total = softmax_and_lse(outer)
-    logits[..., -1] = MINUS_INFINITY
-    # In place, for what is written elsewhere pushes what is read out of the cache.
-    weights = torch.softmax(logits, dim=-1, out=logits).mul_(share[..., :-1, None])
-    own = (out[:, :, at] * share[..., -1:]).view(rows, each * width, dim)
-    found = torch.baddbmm(own, weights.view(rows, each * width, -1), v[:, : blocks * block_size])
-    out[:, :, at] = found.view(rows, each, width, dim)
-    lse[:, :, at] = total
+    unseen = _not_before(begin, end, block_size, q.device) if begin // block_size < blocks else None
+    own, own_lse, values = out[:, :, at], lse[:, :, at], v[:, : blocks * block_size]
+    # Softmaxes in place, for what is written elsewhere pushes what is read out of the cache.
+    if joint:
+        logits[..., -1] = MINUS_INFINITY
+        if unseen is not None:
+            logits.masked_fill_(unseen.unsqueeze(-1), MINUS_INFINITY)
+        logits = logits.flatten(-2)
+        weights, earlier = softmax_and_lse(logits, out=logits)
+        found = (weights.view(rows, each * width, -1) @ values).view(own.shape)
+        total = torch.logaddexp(earlier, own_lse)
+        own.mul_(torch.exp(own_lse - total).unsqueeze(-1)).addcmul_(found, torch.exp(earlier - total).unsqueeze(-1))
+    else:
+        # (rows, each, width, blocks + 1): the landmarks' logits, and the own block's.
+        outer = torch.cat([logits[..., -1], own_lse.unsqueeze(-1)], dim=-1)
+        if unseen is not None:
+            outer[..., :-1].masked_fill_(unseen, MINUS_INFINITY)
+        share, total = softmax_and_lse(outer)
+        logits[..., -1] = MINUS_INFINITY
+        weights = torch.softmax(logits, dim=-1, out=logits).mul_(share[..., :-1, None])
+        shared = (own * share[..., -1:]).view(rows, each * width, dim)
+        own.copy_(torch.baddbmm(shared, weights.view(rows, each * width, -1), values).view(own.shape))
+    own_lse.copy_(total)
 
 
-def softmax_and_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_and_lse(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The softmax over the last dimension, (.., n), and the log-sum-exp, (..), of logits of which one at least is
-    finite: the largest weight is exp(its logit - log-sum-exp), and no smaller than 1 / n."""
-    weights = torch.softmax(logits, dim=-1)
-    return weights, logits.amax(dim=-1) - weights.amax(dim=-1).log()
+    finite: the largest weight is exp(its logit - log-sum-exp), and no smaller than 1 / n. out: where the softmax goes,
+    which may be the logits themselves."""
+    top = logits.amax(dim=-1)
+    weights = torch.softmax(logits, dim=-1, out=out)
+    return weights, top - weights.amax(dim=-1).log()
 
 
 def _not_before(begin: int, end: int, block_size: int, device: torch.device) -> Tensor:

@@ -21,6 +21,8 @@ class RetrievalSettings:
     context_miss_cutoff: share of a context-miss token under which a query retrieves nothing (models that have one).
     positions: "bounded" places retrieved blocks in the window in front of the chunk, so no distance exceeds the trained
     length; "absolute" leaves every block at its true distance.
+    joint: whether landmarks only choose blocks, and the text of all that is read shares one softmax, as of
+    reference.landmark_attention; not together with a context-miss token.
 
     Raises ValueError naming a setting that cannot be.
     """
@@ -31,6 +33,7 @@ class RetrievalSettings:
     cache_blocks: int | None = None
     positions: Positions = "bounded"
     context_miss_cutoff: float = 0.0
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 2:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.attention.blockwise import pieces, retrieve, select, window
 from landmark_cli.attention.cache import Selection
-from tests.attention.reading import CASES, LEAVING_OUT, Case, assert_same_traces, read
+from tests.attention.reading import CASES, JOINT_CASES, LEAVING_OUT, Case, assert_same_traces, read
 from tests.closeness import assert_close_norm, tolerance
 
 # What takes more than one piece, tile or group, and what only the definition did before.
@@ -33,7 +33,8 @@ LARGER = {
         [[40, 5], [3, 9], [0, 14]], batch=2, top_k=3, context_miss=True, settings={"context_miss_cutoff": 0.1}
     ),
 }  # fmt: skip
-ALL = CASES | LARGER | LEAVING_OUT
+# What bounds logits or has company is not read block by block.
+ALL = CASES | LARGER | LEAVING_OUT | {name: case for name, case in JOINT_CASES.items() if not case.sinks}
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +85,13 @@ def test_pieces_change_nothing(name, monkeypatch):
     st.sampled_from(get_args(Selection)),
     st.sampled_from([None, 0, 3]),
     st.sampled_from(["bounded", "absolute"]),
-    st.booleans(),
+    st.sampled_from(["grouped", "joint", "with a context-miss token"]),
 )
 @settings(max_examples=40)
-def test_any_chunks_are_read_as_defined(chunks, heads, block_size, top_k, selection, cache_blocks, positions, miss):
-    more = {"selection": selection, "cache_blocks": cache_blocks, "positions": positions}
-    case = Case(chunks, 2, *heads, dim=8, block_size=block_size, top_k=top_k, settings=more, context_miss=miss)
-    assert_reads_as_defined(case)
+def test_any_chunks_are_read_as_defined(chunks, heads, block_size, top_k, selection, cache_blocks, positions, how):
+    more = {"selection": selection, "cache_blocks": cache_blocks, "positions": positions, "joint": how == "joint"}
+    given = {"context_miss": how == "with a context-miss token", "settings": more}
+    assert_reads_as_defined(Case(chunks, 2, *heads, dim=8, block_size=block_size, top_k=top_k, **given))
 
 
 @given(st.integers(1, 5), st.integers(1, 90), st.integers(1, 9), st.integers(1, 4))

@@ -28,6 +28,7 @@ class Settings(Protocol):
     top_k: int
     selection: str
     positions: str
+    joint: bool
     retrievable: int
 
 

@@ -73,6 +73,8 @@ def why_not(settings: Settings, scale: float | None = None, softcap: float | Non
         return f"top_k is {settings.top_k}; the Triton kernels retrieve at most {MAX_TOP_K} blocks"
     if settings.selection not in SELECTIONS:
         return f"selection is {settings.selection}; the Triton kernels know {', '.join(SELECTIONS)}"
+    if settings.joint:
+        return "joint is True; the Triton kernels know the grouped softmax alone"
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and not 0.0 < value < math.inf:
             return f"{name} is {value}; the Triton kernels need a positive one"
