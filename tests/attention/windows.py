@@ -88,7 +88,7 @@ class Case:
         (B, H, N, D), zeros on padding."""
         out = torch.zeros_like(q)
         for row, begin, length in self.documents():
-            settings = RetrievalSettings(self.block_size, self.top_k, self.selection)
+            settings = RetrievalSettings(self.block_size, self.top_k, self.selection, joint=self.joint)
             cache = BlockCache(settings, self.frequencies, one_landmark=True)
             for first in range(begin, begin + length, self.chunk):
                 tokens = slice(first, min(first + self.chunk, begin + length))
@@ -123,4 +123,8 @@ CASES = [
     Case(38, batch=3, start=(0, 7, 37), selection="max_over_tokens"),
     Case(40, batch=2, cu_seqlens=(0, 1, 1, 40, 63, 80)),
     Case(50, cu_seqlens=(0, 17, 50), layer=0, equal_landmarks=True),
+    Case(26, joint=True),
+    Case(26, top_k=20, heads=4, key_heads=2, joint=True),
+    Case(26, batch=3, start=(0, 7, 25), selection="max_over_tokens", joint=True),
+    Case(20, batch=2, cu_seqlens=(0, 1, 1, 20, 27, 40), layer=0, equal_landmarks=True, joint=True),
 ]
