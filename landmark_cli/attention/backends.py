@@ -144,8 +144,6 @@ def _knows_no_other_logits(who: str, problem: Problem) -> str | None:
 def _why_not_triton(problem: Problem) -> str | None:
     if (reason := _needs_the_definition(problem)) is not None:
         return reason
-    if problem.joint and not (problem.reading or problem.retrieving):
-        return "joint asks for one softmax over all text"
     kind = problem.device.partition(":")[0]
     try:
         from .kernels.common.configuration import INTERPRETED

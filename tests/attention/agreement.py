@@ -20,7 +20,7 @@ EXACT = 1e-5
 @dataclass(frozen=True)
 class Case:
     """Sizes as in landmark_attention; keys None: as many as queries; start and cu_seqlens as tuples; sinks: whether
-    every head has one."""
+    every head has one; joint: one softmax over all text."""
 
     block_size: int
     queries: int
@@ -36,6 +36,7 @@ class Case:
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
+    joint: bool = False
 
     def __str__(self) -> str:
         said = f"block{self.block_size}-T{self.queries}"
@@ -44,7 +45,8 @@ class Case:
         for name in ("start", "cu_seqlens"):
             said += f"-{name}{'_'.join(map(str, getattr(self, name)))}" if getattr(self, name) else ""
         said += f"-dropout{self.dropout_p}" if self.dropout_p else ""
-        return said + (f"-softcap{self.softcap}" if self.softcap else "") + ("-sinks" if self.sinks else "")
+        said += (f"-softcap{self.softcap}" if self.softcap else "") + ("-sinks" if self.sinks else "")
+        return said + ("-joint" if self.joint else "")
 
     def tensors(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Fresh q, k, v as a model has them: (B, T, H, D) in memory."""
@@ -62,7 +64,7 @@ class Case:
             name: None if getattr(self, name) is None else torch.tensor(getattr(self, name), device=device)
             for name in ("start", "cu_seqlens")
         }
-        names = "block_size", "dropout_p", "dropout_seed", "scale", "softcap"
+        names = "block_size", "dropout_p", "dropout_seed", "scale", "softcap", "joint"
         more = {name: getattr(self, name) for name in names}
         # In any precision the same numbers.
         sinks = torch.linspace(-1, 2, self.heads, device=device).bfloat16().float() if self.sinks else None
@@ -101,6 +103,17 @@ CASES = [
     Case(7, 30, keys=50, batch=3, heads=2, start=(0, 27, 49), softcap=2.0, sinks=True),
     Case(16, 90, cu_seqlens=(0, 1, 35, 35, 80, 90), heads=2, key_heads=1, softcap=2.0, sinks=True),
     Case(7, 40, dropout_p=0.2, dropout_seed=-5, heads=2, softcap=2.0, sinks=True),
+    Case(2, 21, joint=True),
+    Case(16, 70, heads=4, key_heads=2, batch=2, joint=True),
+    Case(64, 130, dim=64, joint=True),
+    Case(64, 20, dim=24, joint=True),
+    Case(16, 1, keys=33, joint=True),
+    Case(51, 40, keys=75, scale=0.7, joint=True),
+    Case(7, 30, keys=50, batch=3, start=(0, 27, 49), joint=True),
+    Case(16, 90, cu_seqlens=(0, 1, 35, 35, 80, 90), heads=2, key_heads=1, joint=True),
+    Case(16, 33, keys=97, heads=2, softcap=2.0, sinks=True, joint=True),
+    Case(7, 30, keys=50, batch=3, heads=2, start=(0, 27, 49), softcap=2.0, sinks=True, joint=True),
+    Case(7, 30, keys=80, cu_seqlens=(0, 33, 61, 80), heads=2, softcap=2.0, sinks=True, joint=True),
 ]
 
 

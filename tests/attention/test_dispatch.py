@@ -104,10 +104,10 @@ def test_arguments_that_only_some_backends_know(backend, reading, who, argument,
 def test_one_softmax_over_all_text_is_not_for_hopper():
     problem = PLAIN._replace(joint=True)
     assert BACKENDS["hopper"].why_not(problem).startswith("joint asks for one softmax over all text")
-    assert choose(problem, "eager") == "eager"
+    assert choose(problem) == "triton"
 
 
-@pytest.mark.parametrize("backend", ["eager"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("argument", ["dropout_p", "context_miss_key"])
 def test_what_joint_excludes_is_named(argument, backend):
     q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))

@@ -37,7 +37,9 @@ def test_outputs_and_gradients(case, tiles):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("logits", [{}, {"softcap": 2.0, "sinks": True}], ids=["", "capped, sinks"])
+@pytest.mark.parametrize(
+    "logits", [{}, {"softcap": 2.0, "sinks": True}, {"joint": True}], ids=["", "capped, sinks", "joint"]
+)
 def test_16_bit(logits, dtype):
     assert_agrees(Case(16, 50, dim=32, heads=2, **logits), 1e-2, dtype)
 
@@ -49,6 +51,9 @@ def test_16_bit(logits, dtype):
         Case(51, 60, keys=75, dropout_p=0.3, dropout_seed=1),
         Case(40, 70, cu_seqlens=(0, 9, 70)),
         Case(64, 100, heads=2, softcap=2.0, sinks=True),
+        Case(51, 60, keys=115, joint=True),
+        Case(40, 90, cu_seqlens=(0, 9, 90), softcap=2.0, sinks=True, heads=2, joint=True),
+        Case(40, 70, keys=90, batch=2, start=(0, 30), joint=True),
     ],
     ids=str,
 )
@@ -72,6 +77,8 @@ def test_tiles_of_other_heights(rows, tiles):
         (Case(7, 90, cu_seqlens=(0, 41, 90), dropout_p=0.3, dropout_seed=9), 1.0, False),
         (Case(7, 60, batch=2, heads=2, key_heads=2, softcap=2.0, sinks=True), 0.7, True),
         (Case(7, 90, heads=2, key_heads=1, softcap=2.0, sinks=True), 0.9, False),
+        (Case(7, 60, batch=2, heads=2, key_heads=2, joint=True), 0.7, True),
+        (Case(7, 90, cu_seqlens=(0, 41, 90), sinks=True, joint=True), 1.0, False),
     ],
     ids=[
         "groups of heads",
@@ -80,6 +87,8 @@ def test_tiles_of_other_heights(rows, tiles):
         "ranges of rows, packed",
         "groups of heads, sinks",
         "ranges of rows, sinks",
+        "groups of heads, joint",
+        "ranges of rows, packed, joint",
     ],  # fmt: skip
 )
 def test_backward_in_parts(case, share, whole_heads, tiles, monkeypatch):
@@ -161,6 +170,26 @@ def test_landmarks_have_no_value():
     assert (dv[:, :, 4::5] == 0).all()
 
 
+@pytest.mark.parametrize("cols", [16, 64])
+def test_where_text_is_weighted_jointly_landmarks_have_no_key_either(cols, tiles):
+    """Keys whose logits overflow change nothing, not even where whole tiles need no mask."""
+    tiles(16, cols)
+    q, k, v = Case(40, 130, heads=2, key_heads=1).tensors(torch.float32, "cpu")
+    dout = torch.randn_like(q)
+    found = []
+    for size in (1.0, 1e6):
+        loud = torch.where((torch.arange(130) % 40 == 39)[:, None], size, 1.0)
+        given = q, (k * loud).detach().requires_grad_(), (v * loud).detach().requires_grad_()
+        out = landmark_attention(*given, block_size=40, joint=True)
+        gradients = torch.autograd.grad(out, given, dout)
+        for gradient in gradients[1:]:
+            assert (gradient[:, :, 39::40] == 0).all()
+        found.append([out, *gradients])
+    # The product of a landmark's own query with the other keys is what it was.
+    for quiet, loud in zip(*found, strict=True):
+        torch.testing.assert_close(loud, quiet, rtol=0, atol=0)
+
+
 def test_the_output_lies_as_the_next_layer_wants_it():
     q, k, v = Case(7, 20, heads=2).tensors(torch.float32, "cpu")
     out = landmark_attention(q, k, v, block_size=7)
@@ -190,14 +219,14 @@ def test_without_a_gradient_of_sinks_or_of_anything_else():
     assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout", "softcap and sinks"])
+@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout", "softcap and sinks", "joint"])
 def test_opcheck(bounds):
     q, k, v = Case(7, 20).tensors(torch.float32, "cpu")
     softcap, sinks = (2.0, torch.tensor([0.5]).requires_grad_()) if bounds == "softcap and sinks" else (None, None)
     start = torch.tensor([3], dtype=torch.int32) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 20], dtype=torch.int32) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5)) if bounds == "dropout" else (0.0, None)
-    settings = 7, 0.25, start, cu_seqlens, *dropout, softcap, False, "triton"
+    settings = 7, 0.25, start, cu_seqlens, *dropout, softcap, bounds == "joint", "triton"
     torch.library.opcheck(attention, (q, k, v, sinks, *settings))
     q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
     out, lse = attention(q, k, v, sinks, *settings)
@@ -288,6 +317,12 @@ def ones(*shape, dtype=torch.float32):
         ("sinks is on meta", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"sinks": torch.ones(1, device="meta")}),
         ("dropout_p is 1", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"dropout_p": 1.0, "dropout_seed": 0}),
         ("dropout_seed", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"dropout_p": 0.5}),
+        (
+            "joint and dropout_p exclude",
+            ones(1, 1, 4, 16),
+            ones(1, 1, 4, 16),
+            {"dropout_p": 0.5, "dropout_seed": 0, "joint": True},
+        ),
         ("start is a row", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"start": torch.tensor([[1]])}),
         ("start has shape", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"start": torch.tensor([1, 2])}),
         ("cu_seqlens is a row", ones(1, 1, 4, 16), ones(1, 1, 4, 16), {"cu_seqlens": torch.tensor([0.0, 4.0])}),

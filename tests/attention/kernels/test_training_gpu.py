@@ -59,6 +59,10 @@ LARGE_CASES = [
     Case(51, 2293, dim=128, heads=4, key_heads=2, softcap=2.0, sinks=True),
     Case(51, 2300, dim=64, heads=4, key_heads=2, cu_seqlens=(0, 1, 700, 700, 1999, 2300), softcap=2.0, sinks=True),
     Case(128, 1500, dim=40, heads=2, softcap=2.0, sinks=True),
+    Case(64, 1900, dim=128, heads=4, key_heads=2, joint=True),
+    Case(256, 1400, dim=256, heads=2, joint=True),
+    Case(51, 2300, dim=64, heads=4, key_heads=2, cu_seqlens=(0, 1, 700, 700, 1999, 2300), sinks=True, joint=True),
+    Case(64, 700, keys=2717, dim=128, batch=3, heads=2, start=(0, 333, 2400), softcap=2.0, joint=True),
     Case(64, 700, keys=2717, dim=128, batch=3, heads=2, key_heads=2, start=(0, 333, 2400), softcap=2.0, sinks=True),
 ]
 
@@ -73,6 +77,8 @@ LARGE_EXACT_CASES = [
     Case(64, 300, keys=700, dim=64, batch=2, heads=2, start=(100, 450), dropout_p=0.3, dropout_seed=5),
     Case(64, 900, dim=128, heads=4, key_heads=2, softcap=50.0, sinks=True),
     Case(100, 700, dim=256, heads=2, softcap=2.0, sinks=True),
+    Case(128, 700, dim=40, heads=2, joint=True),
+    Case(100, 700, dim=256, heads=2, softcap=2.0, sinks=True, joint=True),
 ]
 
 
@@ -218,7 +224,7 @@ def test_backward_in_ranges_of_rows(case):
     assert_agrees(case, ROUNDED, torch.bfloat16, DEVICE)
 
 
-@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout", "softcap and sinks"])
+@pytest.mark.parametrize("bounds", ["plain", "start", "cu_seqlens", "dropout", "softcap and sinks", "joint"])
 def test_opcheck(bounds):
     case = Case(16, 90, dim=32, heads=2, key_heads=1, sinks=bounds == "softcap and sinks")
     q, k, v = case.tensors(torch.float32, DEVICE)
@@ -226,7 +232,7 @@ def test_opcheck(bounds):
     start = torch.tensor([3], dtype=torch.int32, device=DEVICE) if bounds == "start" else None
     cu_seqlens = torch.tensor([0, 9, 90], dtype=torch.int32, device=DEVICE) if bounds == "cu_seqlens" else None
     dropout = (0.3, torch.tensor(5, device=DEVICE)) if bounds == "dropout" else (0.0, None)
-    settings = 16, 0.25, start, cu_seqlens, *dropout, softcap, False, "triton"
+    settings = 16, 0.25, start, cu_seqlens, *dropout, softcap, bounds == "joint", "triton"
     torch.library.opcheck(attention, (q, k, v, sinks if sinks is None else sinks.requires_grad_(), *settings))
     q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
     out, lse = attention(q, k, v, sinks, *settings)

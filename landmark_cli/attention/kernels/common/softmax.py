@@ -3,7 +3,8 @@
 Two observations make it one function. An in-block softmax is complete inside a block's tile of keys, so only the outer
 softmax runs online. And with g = the landmark logit for an earlier block, g = log-sum-exp of the visible text for the
 own one, the output is the sum over blocks of softmax(g) * in-block softmax * V, whichever kind a block is: so rows of
-one tile may stand in different blocks, and a block need not be a power of two.
+one tile may stand in different blocks, and a block need not be a power of two. In the joint softmax every block is as
+the own one.
 
 Source: arXiv 2305.16300, section 3.1. Logits are kept times log2(e): exp2 is what the hardware has.
 """
@@ -54,12 +55,13 @@ def before_blocks(SINKS, head, ROWS: tl.constexpr):
 @triton.jit
 def attend_block(q, top, total, acc, keys, block, position, row_number, scaling, dropout, BLOCK: tl.constexpr,
                  D: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr, DROPOUT: tl.constexpr,
-                 MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 JOINT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add one block to the online outer softmax of a tile of queries: (top, total, acc) are its maximum, sum, output.
 
     q, acc: (ROWS, DIM); top, total, position, row_number: (ROWS,). keys: where keys and values are, their strides, keys
     that are left, and the numbers of a tile's keys, (COLS,), and dimensions, (DIM,). scaling: see logits.py. KEY_TILES:
-    tiles of COLS keys that a block fills. MASKED: rows may stand in this block or before it, and the block may be
+    tiles of COLS keys that a block fills. JOINT: the outer softmax is over the text of all blocks, top is the maximum
+    of its logits; there is no dropout then. MASKED: rows may stand in this block or before it, and the block may be
     incomplete.
     """
     k_base, v_base, k_stride, v_stride, keys_left, col, dim = keys
@@ -92,15 +94,22 @@ def attend_block(q, top, total, acc, keys, block, position, row_number, scaling,
     # The block's logit in the outer softmax, and its share of that over the sum of its in-block softmax: (ROWS,) each.
     earlier = position >= start + BLOCK
     logit = landmark
-    if MASKED:
+    if JOINT:
+        # Each text token joins the outer softmax itself, so what is added up is the sum as it is.
+        logit = inner_top
+    elif MASKED:
         logit = tl.where(earlier, landmark, inner_top + tl.log2(inner))
         inner = tl.where(inner > 0, inner, 1.0)
     new_top = tl.maximum(top, logit)
     rescale = tl.exp2(top - new_top)
     outer = tl.exp2(logit - new_top)
-    total = total * rescale + outer
+    if JOINT:
+        share = outer
+        total = total * rescale + outer * inner
+    else:
+        share = outer / inner
+        total = total * rescale + outer
     acc = acc * rescale[:, None]
-    share = outer / inner
     if DROPOUT:
         share = tl.where(earlier, share * dropout_factor(dropout, row_number, block), share)
 

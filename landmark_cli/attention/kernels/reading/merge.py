@@ -92,14 +92,14 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LSE, OUT, 
         stored = BLOCKS + page * (2 * BLOCK * D)
         stored_keys = (stored, stored + BLOCK * D, D, D, tl.minimum(keys_left, BLOCK), col, dim)
         top, total, acc = attend_block(q, top, total, acc, stored_keys, 0, position, row, scaling, dropout, BLOCK,
-                                       D, COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
+                                       D, COLS, KEY_TILES, False, False, True, PRECISION)  # fmt: skip
         first_block = 1
     for block in tl.range(first_block, whole):
         top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
-                                       COLS, KEY_TILES, False, False, PRECISION)  # fmt: skip
+                                       COLS, KEY_TILES, False, False, False, PRECISION)  # fmt: skip
     for block in tl.range(tl.maximum(whole, first_block), touched, num_stages=1):
         top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
-                                       COLS, KEY_TILES, False, True, PRECISION)  # fmt: skip
+                                       COLS, KEY_TILES, False, False, True, PRECISION)  # fmt: skip
 
     # Padding has seen nothing: 0.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]

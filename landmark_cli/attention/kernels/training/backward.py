@@ -11,6 +11,7 @@ With dP = dO V^T, delta = rowsum(dO * O) - dLSE, w = outer(landmark), f = dropou
                  dS(landmark) = w (f block_delta - delta)
   own block:     dS = outer (dP - delta), dS(landmark) = 0;
   sink:          dS = -outer delta, for it has no value; the others know of it by LSE.
+In the joint softmax every block is as the own one: landmarks get no gradient.
 Where logits are soft-capped, dS is times the cap's slope before it reaches queries and keys.
 """
 
@@ -29,11 +30,12 @@ from .tiles import PACKED, block_tile, launch_order, query_blocks, query_rows, q
 @triton.jit
 def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block, position, row_ok, row_number, scaling,
                          dropout, BLOCK: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr,
-                         DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                         DROPOUT: tl.constexpr, JOINT: tl.constexpr, MASKED: tl.constexpr,
+                         PRECISION: tl.constexpr):  # fmt: skip
     """One block's part of dq for a tile of rows, and its three statistics per row.
 
     q, dout, dq: (ROWS, DIM); lse (base 2), delta, position, row_ok, row_number, and STATISTICS, pointers to a block's
-    first number of each row: (ROWS,). keys: as in attend_block.
+    first number of each row: (ROWS,). keys, JOINT: as in attend_block.
     """
     k_base, v_base, k_stride, v_stride, keys_left, col, dim = keys
     scale = scaling[0]
@@ -45,12 +47,16 @@ def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block
         s, k = tile_logits(q, k_base, k_stride, start, keys_left, col, dim, D, MASKED, PRECISION)  # and (COLS, DIM)
         products = capped(s, scaling)  # (ROWS, COLS)
         s, landmark = text_and_landmark(products, start, col, position, scale, BLOCK, MASKED)  # (ROWS, COLS), (ROWS,)
-        top = tl.max(s, 1) * scale  # (ROWS,)
-        if MASKED:
-            top = tl.where(earlier, tl.maximum(top, FLOOR), lse)
+        top = lse  # (ROWS,)
+        if not JOINT:
+            top = tl.max(s, 1) * scale
+            if MASKED:
+                top = tl.where(earlier, tl.maximum(top, FLOOR), lse)
         p = tl.exp2(s * scale - top[:, None])  # (ROWS, COLS)
         inner = tl.sum(p, 1)  # (ROWS,), as block_delta
         block_delta = tl.sum(p * dp, 1)
+    elif JOINT:
+        top = lse
     else:
         top = tl.zeros_like(lse) + FLOOR  # (ROWS,), as the next three
         inner = tl.zeros_like(lse)
@@ -74,23 +80,30 @@ def query_gradient_block(q, dout, lse, delta, dq, keys, STATISTICS, plane, block
             top = tl.where(earlier, top, lse)
 
     # All of these are (ROWS,).
+    if JOINT:
+        block_delta = delta
+        shift = -lse
+        share = tl.zeros_like(lse) + 1.0
+        dlandmark = tl.zeros_like(lse)
+    else:
+        if MASKED:
+            inner = tl.where(earlier, inner, 1.0)
+        block_delta = block_delta / inner
+        shift = landmark - lse - top - tl.log2(inner)
+        outer = tl.exp2(landmark - lse)
+        share = outer / inner
+        dlandmark = outer * (block_delta - delta)
+        if DROPOUT:
+            factor = dropout_factor(dropout, row_number, block)
+            shift += tl.log2(factor)
+            share *= factor
+            dlandmark = outer * (factor * block_delta - delta)
+        if MASKED:
+            block_delta = tl.where(earlier, block_delta, delta)
+            shift = tl.where(earlier, shift, -lse)
+            share = tl.where(earlier, share, 1.0)
+            dlandmark = tl.where(earlier, dlandmark, 0.0)
     if MASKED:
-        inner = tl.where(earlier, inner, 1.0)
-    block_delta = block_delta / inner
-    shift = landmark - lse - top - tl.log2(inner)
-    outer = tl.exp2(landmark - lse)
-    share = outer / inner
-    dlandmark = outer * (block_delta - delta)
-    if DROPOUT:
-        factor = dropout_factor(dropout, row_number, block)
-        shift += tl.log2(factor)
-        share *= factor
-        dlandmark = outer * (factor * block_delta - delta)
-    if MASKED:
-        block_delta = tl.where(earlier, block_delta, delta)
-        shift = tl.where(earlier, shift, -lse)
-        share = tl.where(earlier, share, 1.0)
-        dlandmark = tl.where(earlier, dlandmark, 0.0)
         row_ok = row_ok & (position >= start)
     # One store of all three, for a store of a row's numbers makes the warps wait for each other.
     numbers = tl.join(tl.join(shift, dlandmark), tl.join(block_delta, block_delta))  # (ROWS, 2, 2)
@@ -126,7 +139,7 @@ def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS,
                           threshold, keep_scale,
                           HEADS_PER_KEY: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
                           ROWS: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr, LAYOUT: tl.constexpr,
-                          DROPOUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                          DROPOUT: tl.constexpr, JOINT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dq of rows first_row..last_row of `heads` heads from first_head on, and STATISTICS (heads, 3, 4 * plane).
 
     DELTA (B, H, queries), unless None, becomes these rows' delta."""
@@ -173,11 +186,13 @@ def query_gradient_kernel(Q, K, V, OUT, DOUT, LSE, DLSE, DQ, STATISTICS, BOUNDS,
     for block in tl.range(0, whole):
         at = statistics + statistics_index(block, count, before, BLOCK)
         dq = query_gradient_block(q, dout, lse, delta, dq, keys, at, plane, block, position, row_ok, row_number,
-                                  scaling, dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, False, PRECISION)  # fmt: skip
+                                  scaling, dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, JOINT, False,
+                                  PRECISION)  # fmt: skip
     for block in tl.range(whole, touched, num_stages=1):
         at = statistics + statistics_index(block, count, before, BLOCK)
         dq = query_gradient_block(q, dout, lse, delta, dq, keys, at, plane, block, position, row_ok, row_number,
-                                  scaling, dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, True, PRECISION)  # fmt: skip
+                                  scaling, dropout, BLOCK, D, COLS, KEY_TILES, DROPOUT, JOINT, True,
+                                  PRECISION)  # fmt: skip
 
     dq_base = DQ + batch * dq_strides[0] + query_head * dq_strides[1]
     store_tile(dq_base, row, dq_strides[2], rows, row_ok, dim, dq * softmax_scale, D)

@@ -19,7 +19,7 @@ def forward_kernel(Q, K, V, OUT, LSE, BOUNDS, SEED, SINKS, q_strides, k_strides,
                    queries, offset, documents, tiles, heads, query_heads, heads_in_flight, threshold, keep_scale,
                    HEADS_PER_KEY: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
                    ROWS: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr, LAYOUT: tl.constexpr,
-                   DROPOUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   DROPOUT: tl.constexpr, JOINT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """OUT (B, H, queries, D) and LSE (B, H, queries), natural, of the queries behind `offset` keys.
 
     SINKS: (H,) natural logits of keys without values, one in each head's outer softmax; None: no such keys. scaling:
@@ -51,10 +51,10 @@ def forward_kernel(Q, K, V, OUT, LSE, BOUNDS, SEED, SINKS, q_strides, k_strides,
     whole, touched = query_blocks(row + offset - begin, last, queries + offset - begin, BLOCK, COLS * KEY_TILES)
     for block in tl.range(0, whole):
         top, total, acc = attend_block(q, top, total, acc, keys, block, position, row_number, scaling, dropout,
-                                       BLOCK, D, COLS, KEY_TILES, DROPOUT, False, PRECISION)  # fmt: skip
+                                       BLOCK, D, COLS, KEY_TILES, DROPOUT, JOINT, False, PRECISION)  # fmt: skip
     for block in tl.range(whole, touched, num_stages=1):
         top, total, acc = attend_block(q, top, total, acc, keys, block, position, row_number, scaling, dropout,
-                                       BLOCK, D, COLS, KEY_TILES, DROPOUT, True, PRECISION)  # fmt: skip
+                                       BLOCK, D, COLS, KEY_TILES, DROPOUT, JOINT, True, PRECISION)  # fmt: skip
 
     # A row of padding has seen nothing: 0 and minus infinity, or with a sink its logit.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -104,7 +104,7 @@ def launch_forward(tensors: tuple, layout: Layout, choice: Configuration) -> Lau
         k.shape[2] - queries, layout.documents, tiles, batch * heads, heads,
         _heads_in_flight(queries, batch * heads, group), *layout.dropout(),
     )  # fmt: skip
-    constants = _constants(q, group, layout, choice) | {"DROPOUT": layout.dropout_seed is not None}
+    constants = _constants(q, group, layout, choice) | _weighting(layout)
     return launch(
         forward_kernel, tiles * batch * heads, tensors, range(8), arguments, constants, choice.launch_options()
     )
@@ -122,7 +122,7 @@ def launch_query_gradient(tensors: tuple, layout: Layout, part: Part, choice: Co
         layout.scale, queries, k.shape[2] - queries, first_row, last_row, layout.documents, tiles, first_head * group,
         key_heads * group, q.shape[1], _heads_in_flight(queries, key_heads * group, group), plane, *layout.dropout(),
     )  # fmt: skip
-    constants = _constants(q, group, layout, choice) | {"DROPOUT": layout.dropout_seed is not None}
+    constants = _constants(q, group, layout, choice) | _weighting(layout)
     which = 0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13
     programs = tiles * key_heads * group
     return launch(query_gradient_kernel, programs, tensors, which, arguments, constants, choice.launch_options())
@@ -160,6 +160,11 @@ def _constants(q: Tensor, group: int, layout: Layout, choice: Configuration) -> 
         "LAYOUT": layout.kind,
         "PRECISION": product_precision(q.dtype),
     }
+
+
+def _weighting(layout: Layout) -> dict:
+    """What the kernels that go by rows have to know of softmaxes; by keys all are the same."""
+    return {"DROPOUT": layout.dropout_seed is not None, "JOINT": layout.joint}
 
 
 def _heads_in_flight(queries: int, query_heads: int, group: int) -> int:
