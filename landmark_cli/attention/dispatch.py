@@ -14,6 +14,7 @@ from .functional import as_autocast, attend_chunk, attend_window, in_rows, landm
 from .layer_kind import is_first, kind_of
 from .masks import no_mask, padding_mask
 from .recurrent import recurrent_attention_forward
+from .softmax import is_joint
 from .window import ReadingWindow
 
 
@@ -59,7 +60,7 @@ def landmark_attention_forward(
     landmark_chunk: Chunk | Passage | None = None,
     landmark_layout: LandmarkLayout | None = None,
     landmark_window: ReadingWindow | None = None,
-    landmark_observer: Callable[[int, Tensor, Tensor, float | None], None] | None = None,
+    landmark_observer: Callable[[nn.Module, Tensor, Tensor, float | None], None] | None = None,
     context_miss_key: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -74,8 +75,9 @@ def landmark_attention_forward(
     every (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T)
     bool where some row is padded on the left, from which its blocks then count. softcap, s_aux: of the logits, and the
     heads' sinks (see reference.landmark_attention). sliding_window: what a layer that keeps its window sees.
-    landmark_observer: is called with the number, query, key and scaling of a layer that has landmarks. Returns
-    (B, T, H, D) and None: attention weights are never formed.
+    landmark_observer: is called with the module, query, key and scaling of a layer that has landmarks. Returns
+    (B, T, H, D) and None: attention weights are never formed. module.config says whether landmarks share attention out
+    or only choose (see softmax.py); what reads on through a cache or by a window has to have been made for the same.
 
     Of these arguments, what is not a tensor comes to every layer as it is, and so is of a plain class: dataclasses,
     named tuples, lists and dicts among a layer's arguments are made anew for every layer by FSDP, with their floating
@@ -92,7 +94,7 @@ def landmark_attention_forward(
         raise ValueError(f"config.landmark_layers leaves layer {layer} its sliding window, and it has none")
     _check_arguments(reach, attention_mask, None if kind.local else sliding_window)
     if landmark_observer is not None and not kind.local:
-        landmark_observer(layer, query, key, scaling)
+        landmark_observer(module, query, key, scaling)
     query, key = kind.half_split(query, key)
     logits = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if landmark_chunk is not None:
@@ -161,6 +163,7 @@ def landmark_attention_forward(
         context_miss_key=context_miss_key,
         controlled=layout.controlled,
         backend=layout.backend,
+        joint=is_joint(module.config),
         **logits,
     )
     return (out if rows is None else in_rows(out, rows)).transpose(1, 2).contiguous(), None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from landmark_cli.attention.softmax import Softmax
 from landmark_cli.commands.finetune_data import open_data, share_of_tasks
-from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT, WIDTH
+from landmark_cli.commands.finetune_defaults import GATE, PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_model import saving_of, trained_length, untrained, write_rest
 from landmark_cli.commands.finetune_plan import adapter_settings, plan, with_defaults
 from landmark_cli.commands.finetune_report import AUTO, Report, check_report
@@ -99,13 +100,13 @@ class TeacherOptions(Options):
     distill_temperature: float = option(
         1.0, panel=TEACHER, min=0.01, max=100, help="Temperature of both predictions where they are compared."
     )
-    gate_weight: float = option(
-        0.0,
+    gate_weight: float | None = option(
+        None,
         panel=TEACHER,
         min=0,
         max=1e6,
         help="Weight of the gate's own loss: how every layer shares its attention out among blocks, beside how the "
-        "teacher's layer does.",
+        f"teacher's layer does. [default: {GATE:g} with --softmax joint, whose landmarks learn by it alone; else 0]",
     )
     hidden_weight: float = option(
         0.0,
@@ -123,6 +124,14 @@ class PretrainedOptions(CodeOptions):
     model: str = option(panel=MODEL, help="The model to fine-tune: a directory or a hub id.")
     landmark_freq: int = option(63, panel=MODEL, min=1, max=LONGEST, help="Text tokens between landmarks.")
     top_k_blocks: int | None = option(None, panel=MODEL, min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
+    softmax: Softmax | None = option(
+        None,
+        panel=MODEL,
+        help="What landmarks do. joint: they choose the blocks that are read, and all text that is read shares one "
+        "softmax, so that the model keeps what it knows. grouped: they also share attention out among blocks, as in "
+        "the paper. [default: joint, where a teacher can show which blocks matter; grouped with --teacher none, with "
+        "--read-chunk, and for models with soft-capped logits or attention sinks; that of a model with landmarks]",
+    )
 
 
 @dataclass(kw_only=True)
@@ -252,7 +261,7 @@ class FinetuneOptions(RunOptions, TeacherOptions, LoraOptions, PretrainedOptions
         """
         if not NAMED_BY_EARLIER_RUNS <= values.keys():
             return values
-        values = {"teacher": "none", "tasks_share": 0.0} | values
+        values = {"teacher": "none", "tasks_share": 0.0, "softmax": "grouped"} | values
         if values["teacher"] != "none":
             values = {"answer_divergence_weight": 0.0} | values
         if format is not None:
@@ -331,6 +340,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
         read=reading(options, options.landmark_freq, options.top_k_blocks),
         identity={"adapters": str(adapter_settings(options)), "landmarks_in_loss": options.landmarks_in_loss}
         | ({} if options.train == "all" else {"train": options.train})
+        | ({} if options.softmax == "grouped" else {"softmax": options.softmax})
         | ({"tasks_share": tasks_share} if tasks_share else {})
         | ({"kinds": options.kinds} if tasks_share and options.kinds else {}),
         distillation=distilled,

@@ -20,6 +20,8 @@ TAUGHT = {
     "answer_weight": 0.02,
     "answer_divergence_weight": 0.05,
 }
+# Of the gate's loss, where landmarks learn by it alone.
+GATE = 1.0
 # What answers weigh where nobody has said so, in recipes that runs of earlier versions saved too.
 UNASKED = {
     "answer_weight": (0.0, 1.0, TAUGHT["answer_weight"]),

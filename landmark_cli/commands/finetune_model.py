@@ -44,6 +44,7 @@ def untrained(
         trained_length=trained_length(options),
         top_k_blocks=options.top_k_blocks if read is None else read.top_k,
         precision=precision,
+        softmax=options.softmax,
         frozen=adapters is not None,
         four_bit_on=four_bit_on,
         trust_remote_code=options.trust_remote_code,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.commands.finetune_defaults import PLAIN, TAUGHT, WIDTH
+from landmark_cli.commands.finetune_defaults import GATE, PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
 from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_loop import begun_in, loop_settings
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from landmark_cli.attention.softmax import Softmax
     from landmark_cli.commands.finetune import FinetuneOptions
     from landmark_cli.models.lora import LoraSettings
     from landmark_cli.training.distillation import Distillation
@@ -101,7 +102,8 @@ def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> Finetu
     if taught:
         width = config.get_text_config().hidden_size
         defaults = TAUGHT | {"lr": float(f"{TAUGHT['lr'] * min(1.0, WIDTH / width):.2g}")}
-    options = filled(options, defaults)
+    options = filled(options, defaults | {"softmax": usual_softmax(options, config)})
+    options = filled(options, {"gate_weight": GATE if options.softmax == "joint" else 0.0})
     shapes = shapes_of(options)
     memory = device_memory(options.device)
 
@@ -142,6 +144,18 @@ def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> Finetu
     rows = options.steps * options.batch_size * options.accumulation
     windows = min(PLAIN["eval_windows"], max(8, EVALUATED_TOKENS // found.sequence_length), max(8, rows))
     return filled(options, {"eval_windows": windows})
+
+
+def usual_softmax(options: FinetuneOptions, config: PreTrainedConfig) -> Softmax:
+    """What landmarks do where nobody says it: what they did in a model that has some; else they only choose, where a
+    teacher's attention can teach them to. config: the model's."""
+    from landmark_cli.attention.softmax import softmax_of
+    from landmark_cli.models.pretrained import plain_attention
+
+    if getattr(config, "landmark_freq", None):
+        return softmax_of(config)
+    can_be_taught = options.teacher != "none" and options.read_chunk is None and plain_attention(config) == "sdpa"
+    return "joint" if can_be_taught else "grouped"
 
 
 def worth_compiling(options: FinetuneOptions, model: nn.Module) -> bool:
@@ -238,6 +252,7 @@ def random_models(
     weights. begun: what `begin` gives."""
     import torch
 
+    from landmark_cli.attention.softmax import keep_softmax
     from landmark_cli.models.decoders import attend_with_landmarks
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.models.pretrained import random_model
@@ -256,6 +271,7 @@ def random_models(
     config = model.config
     config.landmark_freq, config.landmark_token_id = options.landmark_freq, config.vocab_size - 1
     config.trained_length = options.sequence_length if read is None else read.positions
+    keep_softmax(config, options.softmax)
     attend_with_landmarks(model, check_model(model, config.trained_length, options.model))
     trained = add_adapters(model, adapters) if adapters else model
     if options.train == "landmarks":

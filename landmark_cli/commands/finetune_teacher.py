@@ -62,6 +62,7 @@ def teachers_name(options: FinetuneOptions) -> str:
 def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTrainedConfig) -> Distillation:
     """How the options have a student learn from a teacher, which is ready to be asked. config: the student's, with
     landmarks."""
+    from landmark_cli.attention.softmax import is_joint
     from landmark_cli.training.distillation import Distillation
 
     return Distillation(
@@ -75,6 +76,7 @@ def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTraine
         gate_weight=options.gate_weight,
         hidden_weight=options.hidden_weight,
         block_size=config.landmark_freq + 1,
+        joint=is_joint(config),
         needs_answers=any(getattr(options, name) not in weights for name, weights in UNASKED.items()),
     )
 
@@ -106,7 +108,7 @@ def check_teacher(options: FinetuneOptions) -> None:
             "text-weight": options.text_weight is not None,
             "answer-divergence-weight": options.answer_divergence_weight is not None,
             "distill-temperature": options.distill_temperature != 1,
-            "gate-weight": options.gate_weight > 0,
+            "gate-weight": bool(options.gate_weight),
             "hidden-weight": options.hidden_weight > 0,
         }
         for name in (name for name, is_given in given.items() if is_given):
@@ -118,8 +120,26 @@ def check_teacher(options: FinetuneOptions) -> None:
         raise UsageError(
             "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"
         )
+    if options.softmax == "joint":
+        check_joint(options)
     if options.gate_weight and options.read_chunk is not None:
         raise UsageError(
             "--gate-weight is for windows that are attended to as a whole, and --read-chunk reads them in chunks: "
             "leave one of the two out"
+        )
+
+
+def check_joint(options: FinetuneOptions) -> None:
+    """Raise UsageError where landmarks that only choose blocks would learn nothing."""
+    why = None
+    if options.teacher == "none":
+        why = "--teacher none has no attention to show them"
+    elif options.read_chunk is not None:
+        why = "with --read-chunk that is not taught"
+    elif options.gate_weight == 0:
+        why = "--gate-weight 0 leaves that out"
+    if why is not None:
+        raise UsageError(
+            f"--softmax joint: landmarks only choose blocks there, which they learn by the gate's loss, and {why}; "
+            "leave one of the two out, or take --softmax grouped"
         )

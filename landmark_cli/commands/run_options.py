@@ -267,6 +267,6 @@ def check_window(sequence_length: int, landmark_freq: int, top_k_blocks: int | N
 
 def compiles_layers(options: RunOptions) -> bool:
     """Whether what is compiled are single layers, not the whole model: where steps are few, and layers alike. Those
-    that draw random blocks, or whose gate is taught, are told their numbers, and one's code is not another's."""
+    that draw random blocks are told their numbers, and one's code is not another's."""
     few = hasattr(options, "teacher")
-    return bool(options.compile) and few and not options.explore and not options.gate_weight
+    return bool(options.compile) and few and not options.explore

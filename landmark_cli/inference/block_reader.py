@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Offload, Positions, RetrievalSettings, Selection, Trace
 from landmark_cli.attention.cache.pages import require_host_memory
+from landmark_cli.attention.softmax import is_joint
 from landmark_cli.console import counted, warn_once
 from landmark_cli.data.landmarks import insert_landmarks, stream_length
 from landmark_cli.errors import LandmarkError
@@ -91,7 +92,13 @@ class BlockReader(BaseReader):
         )
         self.cache = BlockCache(
             RetrievalSettings(
-                self.landmark_freq + 1, top_k_blocks, selection, cache_blocks, positions, context_miss_cutoff
+                self.landmark_freq + 1,
+                top_k_blocks,
+                selection,
+                cache_blocks,
+                positions,
+                context_miss_cutoff,
+                joint=is_joint(config),
             ),
             inverse_frequencies(model),
             batch=batch,

@@ -1,8 +1,8 @@
 """Landmark attention for any rotary decoder of the transformers library.
 
 The model's code is transformers' own. The model gets a landmark token, "landmark" as its attention implementation, and
-four settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks (and two more where its
-layers are of several kinds, see layers.py). A config with a
+four settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks (and more where its layers
+are of several kinds, see layers.py, or landmarks only choose, see attention/softmax.py). A config with a
 landmark_freq opens with landmark attention wherever this package is imported; `attn_implementation="sdpa"` opens the
 plain decoder.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.attention.softmax import Softmax, keep_softmax
 from landmark_cli.console import counted, warn
 from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id, pad_on_the_left
@@ -40,6 +41,7 @@ def add_landmarks(
     landmark_freq: int = 63,
     trained_length: int | None = None,
     top_k_blocks: int | None = None,
+    softmax: Softmax = "grouped",
 ) -> None:
     """Give a pretrained decoder and its tokenizer landmarks, in place.
 
@@ -50,7 +52,8 @@ def add_landmarks(
 
     landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows that
     the model will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks
-    retrieved by default at inference; 4, or fewer where the windows leave no room beside them.
+    retrieved by default at inference; 4, or fewer where the windows leave no room beside them. softmax: "grouped", the
+    paper's, or "joint", in which landmarks only choose blocks (see attention/softmax.py).
 
     Raises LandmarkError where landmark attention does not fit the model (see support.py), or the windows do not fit its
     positions.
@@ -92,6 +95,7 @@ def add_landmarks(
     config.landmark_token_id = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
     config.trained_length = trained_length
     config.top_k_blocks = top_k_blocks
+    keep_softmax(config, softmax)
     silence(model, tokenizer)
     attend_with_landmarks(model, kinds)
     lead_forward(model)

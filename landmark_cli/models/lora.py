@@ -38,7 +38,7 @@ PAIRED = 2
 # What the landmark model's config has that its base has not.
 SETTINGS = (
     *("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks", "pad_token_id"),
-    *("landmark_layers", "landmark_rotary"),
+    *("landmark_layers", "landmark_rotary", "landmark_softmax"),
 )
 
 

@@ -39,9 +39,9 @@ class Distillation:
     read. answer_weight, text_weight: of the cross entropy of answers, and of all targets, beside the divergence.
     answer_divergence_weight: of the divergence where answers are predicted, beside what it counts among the text.
     temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, which is
-    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out. hidden_weight: of
-    the hidden states' loss; 0: it is not worked out. needs_answers:
-    whether some corpus has to mark answers, since somebody chose what they weigh.
+    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out. joint: whether
+    the student's landmarks only choose blocks (attention/softmax.py). hidden_weight: of the hidden states' loss; 0: it
+    is not worked out. needs_answers: whether some corpus has to mark answers, since somebody chose what they weigh.
     """
 
     teacher: Teacher
@@ -53,6 +53,7 @@ class Distillation:
     temperature: float = 1.0
     gate_weight: float = 0.0
     block_size: int = 0
+    joint: bool = False
     hidden_weight: float = 0.0
     needs_answers: bool = False
 
@@ -118,15 +119,20 @@ class Distillation:
         queries = torch.zeros_like(known)
         if self.gate_weight:
             cu_seqlens = batch.get("cu_seqlens")
-            queries = self.sample(self.read(batch["input_ids"], cu_seqlens), batch["input_ids"], known, cu_seqlens).real
+            text = self.read(batch["input_ids"], cu_seqlens)
+            queries = self.sample(text, batch["input_ids"], known, answers, cu_seqlens).real
         hidden = is_text & known if self.hidden_weight else torch.zeros_like(known)
         masks = (is_text & known, is_text & answers, answers, known, queries, hidden)
         return torch.stack([mask.sum() for mask in masks]).float()
 
-    def sample(self, text: Text, input_ids: Tensor, known: Tensor, cu_seqlens: Tensor | None) -> Sample:
-        """The queries of the gate's loss. known: (B, T) bool, where there are targets. The rest: see `read`."""
+    def sample(
+        self, text: Text, input_ids: Tensor, known: Tensor, answers: Tensor, cu_seqlens: Tensor | None
+    ) -> Sample:
+        """The queries of the gate's loss. known, answers: (B, T) bool, where there are targets, and which of these are
+        of answers. The rest: see `read`."""
         landmark = input_ids == self.landmark_token_id
-        return sample(input_ids, landmark, text.order, text.known & known, self.block_size, cu_seqlens)
+        given = input_ids, landmark, text.order, text.known & known, self.block_size, cu_seqlens
+        return sample(*given, answers, self.joint)
 
     def ratios(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """counts: (6,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's
@@ -203,7 +209,7 @@ class DistillationLoss(LossModel):
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
         gate = observer = None
         if of.gate_weight:
-            gate = Gate(of.sample(text, input_ids, known, cu_seqlens), self._landmark_layers)
+            gate = Gate(of.sample(text, input_ids, known, answers, cu_seqlens), self._landmark_layers)
             observer, extra["landmark_observer"] = gate.teach, gate.ask
         compared = self._compare(text, input_ids, labels, weights, target_weights, of.temperature, extra, observer)
         loss, divergences, losses = compared.losses

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from landmark_cli.attention.softmax import Softmax
 from landmark_cli.attention.window import WindowSettings
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, check_read_back, special_ids, text_ids
 from landmark_cli.errors import LandmarkError
@@ -63,16 +64,17 @@ def open_with_landmarks(
     top_k_blocks: int | None,
     precision: str,
     frozen: bool = False,
+    softmax: Softmax = "grouped",
     four_bit_on: torch.device | None = None,
     trust_remote_code: bool = False,
     opened: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained model and its tokenizer, with landmarks.
 
-    landmark_freq, trained_length, top_k_blocks: see `add_landmarks`. precision: the run's, "bf16", "fp16" or "fp32".
-    frozen: the weights will not be trained: they are kept in that precision, and in float32 otherwise. four_bit_on: the
-    device on which they are kept in 4 bits; None for none. name, trust_remote_code: see `check_pretrained`. opened: is
-    called with the model before it gets landmarks.
+    landmark_freq, trained_length, top_k_blocks, softmax: see `add_landmarks`. precision: the run's, "bf16", "fp16" or
+    "fp32". frozen: the weights will not be trained: they are kept in that precision, and in float32 otherwise.
+    four_bit_on: the device on which they are kept in 4 bits; None for none. name, trust_remote_code: see
+    `check_pretrained`. opened: is called with the model before it gets landmarks.
 
     Raises LandmarkError where landmark attention does not fit the model, and where its tokenizer would not come back
     the same from what is saved.
@@ -93,7 +95,12 @@ def open_with_landmarks(
         model, tokenizer = open_pretrained(name, trust_remote_code=trust_remote_code, **loading)
     opened(model)
     add_landmarks(
-        model, tokenizer, landmark_freq=landmark_freq, trained_length=trained_length, top_k_blocks=top_k_blocks
+        model,
+        tokenizer,
+        landmark_freq=landmark_freq,
+        trained_length=trained_length,
+        top_k_blocks=top_k_blocks,
+        softmax=softmax,
     )
     check_read_back(
         tokenizer.save_pretrained,

@@ -5,6 +5,11 @@ softmax then gives each earlier block what full attention gives all of its token
 divergence of the student's outer softmax, the query's own block taken as one, from the teacher's attention summed by
 blocks: for a sample of queries, the mean over heads and layers.
 
+Where landmarks only choose blocks (attention/softmax.py), it is all that they learn by. What they have to get right is
+how earlier blocks compare: the divergence is among these alone, and the own block, which is always read, has no part in
+it. There half of the queries are of answers and of the questions before them, where a text has any: prose seldom needs
+a block that is far away, and a question does.
+
 Nothing of queries x keys is formed but for the sampled queries: in each layer, for a row, heads x `SAMPLED` x tokens
 float32 of the teacher, without gradients, and of the student heads x `SAMPLED` x (blocks + tokens of a block). With
 windows of 8192 that is 64 / 4096 of the products of full attention, once more.
@@ -16,12 +21,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLED = 64
-"""Queries of a row, at most."""
+"""Queries of a row, at most; where landmarks only choose, so many of the text and as many of answers."""
+QUESTION = 32
+"""Tokens before an answer that are asked with it."""
 # A prime: rows that differ have, as good as always, another remainder.
 OFFSETS = 65_521
+# What puts places in an order that looks drawn (Park and Miller's generator, one step of it).
+MULTIPLIER, MODULUS = 48_271, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Sample:
     real: whether it counts. own: the number of its block in the row. first: that of its document's first block. begin:
     where its own block begins in the stream. text_blocks: (B, n), the block of every text token. landmarks: (B, M),
     where the landmark of each block stands in the stream, some place where it has none. block_size: tokens of a block.
+    joint: whether landmarks only choose blocks.
     """
 
     text: Tensor
@@ -43,17 +53,27 @@ class Sample:
     text_blocks: Tensor
     landmarks: Tensor
     block_size: int
+    joint: bool = False
 
 
 def sample(
-    input_ids: Tensor, landmark: Tensor, order: Tensor, known: Tensor, block_size: int, cu_seqlens: Tensor | None = None
+    input_ids: Tensor,
+    landmark: Tensor,
+    order: Tensor,
+    known: Tensor,
+    block_size: int,
+    cu_seqlens: Tensor | None = None,
+    answers: Tensor | None = None,
+    joint: bool = False,
 ) -> Sample:
     """Sample queries behind the first block of every row, at most `SAMPLED` and evenly spaced from an offset that the
-    row's own tokens draw: how rows are split into processes makes no difference.
+    row's own tokens draw: how rows are split into processes makes no difference. Where landmarks only choose, as many
+    again of the `answers`.
 
     input_ids: (B, T) stream. landmark: (B, T) bool, where its landmarks are. order: (B, n), where in the stream each
     text token that the teacher reads stands. known: (B, T) bool, queries that may count. cu_seqlens: as LossModel has
-    it.
+    it. answers: (B, T) bool, those that predict answers; None where nobody marks them. joint: whether landmarks only
+    choose blocks.
     """
     batch, tokens = input_ids.shape
     device, width, freq = input_ids.device, order.shape[1], block_size - 1
@@ -82,8 +102,15 @@ def sample(
     offset = (input_ids.sum(1, keepdim=True) % OFFSETS).double() / OFFSETS
     text = freq + ((torch.arange(number, device=device) + offset) * behind / number).long()
     text = text.clamp(max=width - 1)
+    asked = torch.ones_like(text, dtype=torch.bool)
+    if joint and answers is not None:
+        of_answers, some = _near_answers((answers & known).gather(1, order))
+        text, asked = torch.cat([text, of_answers], 1), torch.cat([asked, some], 1)
     stream = order.gather(1, text)
-    real = (text < (~landmark).sum(1, keepdim=True)) & known.gather(1, stream)
+    real = asked & (text < (~landmark).sum(1, keepdim=True)) & known.gather(1, stream)
+    if joint:
+        # A query of the first block has nothing to choose.
+        real = real & (block.gather(1, stream) > first.gather(1, stream))
     return Sample(
         text,
         stream,
@@ -94,13 +121,28 @@ def sample(
         block.gather(1, order),
         landmarks[:, :most],
         block_size,
+        joint,
     )
+
+
+def _near_answers(answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that predict answers, and the QUESTION tokens before them, at most `SAMPLED` of a row, as if drawn: their
+    places, (B, S) int64, and whether there is such a token (else the place is 0). answers: (B, n) bool."""
+    width = answers.shape[1]
+    ahead = torch.nn.functional.pad(answers.float(), (0, QUESTION))
+    near = torch.nn.functional.max_pool1d(ahead[:, None], QUESTION + 1, stride=1)[:, 0] > 0
+    # No two places have the same rank, for the modulus is a prime.
+    rank = (torch.arange(width, device=answers.device) * MULTIPLIER % MODULUS + 1).double()
+    best = torch.topk(rank * near, min(SAMPLED, width), dim=1)
+    some = best.values > 0
+    return best.indices.masked_fill(~some, 0), some
 
 
 @torch.no_grad()
 def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
     """What full attention gives every block: (B, H, S, M + 1) float32 (float64 if q is), of the sampled queries. The
-    last column is their own block's; that and later ones' have 0 in their own columns.
+    last column is their own block's; that and later ones' have 0 in their own columns. Where landmarks only choose,
+    (B, H, S, M): what earlier blocks get, of all that these get.
 
     q: (B, H, n, D) and k: (B, G, n, D), the teacher's, rotated.
     """
@@ -116,7 +158,12 @@ def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
         shares = weights.new_zeros(*weights.shape[:3], chosen.landmarks.shape[1])
         shares.scatter_add_(-1, blocks.expand(weights.shape), weights)
         own = chosen.own[row : row + 1, None, :, None].expand(*shares.shape[:3], 1)
-        found.append(torch.cat([shares.scatter(-1, own, 0.0), shares.gather(-1, own)], -1))
+        earlier = shares.scatter(-1, own, 0.0)
+        if chosen.joint:
+            tiny = torch.finfo(shares.dtype).tiny
+            found.append(earlier / earlier.sum(-1, keepdim=True).clamp(min=tiny))
+        else:
+            found.append(torch.cat([earlier, shares.gather(-1, own)], -1))
     return torch.cat(found)
 
 
@@ -130,6 +177,10 @@ def outer_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
     blocks = torch.arange(chosen.landmarks.shape[1], device=k.device)
     earlier = (blocks >= chosen.first[..., None]) & (blocks < chosen.own[..., None])
     logits = _logits(queries, _widened(_taken(k, chosen.landmarks)), scale)
+    if chosen.joint:
+        # Where there is no earlier block nothing is asked, and no number may be nan.
+        earlier = earlier | (chosen.own == chosen.first)[..., None]
+        return torch.log_softmax(logits.masked_fill(~earlier[:, None], -torch.inf), dim=-1)
     logits = logits.masked_fill(~earlier[:, None], -torch.inf)
     # (B, S, block_size): the places of a query's own block, up to itself.
     places = chosen.begin[..., None] + torch.arange(chosen.block_size, device=k.device)
@@ -142,7 +193,8 @@ def outer_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
 
 
 def divergence(shares: Tensor, outer: Tensor) -> Tensor:
-    """KL(shares || outer), the mean over heads: (B, S). shares: (B, H, S, M + 1); outer: its logarithms."""
+    """KL(shares || outer), the mean over heads: (B, S). shares: (B, H, S, M + 1), or (B, H, S, M) where landmarks only
+    choose; outer: its logarithms."""
     # Where the teacher gives nothing, nothing is asked, whatever the student gives; and nothing flows back.
     given = shares > 0
     outer = outer.masked_fill(~given, 0.0)
@@ -166,14 +218,19 @@ class Gate:
         self._shares: dict[int, Tensor] = {}
         self._found: dict[int, Tensor] | None = {}
 
-    def teach(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> None:
+    # They are told of a layer by its module, and run as they are: what is compiled of one layer serves all others.
+    @torch.compiler.disable
+    def teach(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
         """Of a layer of the teacher's: see `block_shares`. Nothing where the student has no landmarks."""
+        layer = module.layer_idx
         if layer not in self.layers:
             return
         self._shares[layer] = block_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale)
 
-    def ask(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> None:
+    @torch.compiler.disable
+    def ask(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
         """Of a layer of the student's: see `outer_shares`."""
+        layer = module.layer_idx
         # Autocast would make the products in half precision.
         with torch.autocast(q.device.type, enabled=False):
             outer = outer_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale)

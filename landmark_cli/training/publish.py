@@ -152,7 +152,7 @@ def second_names(model: nn.Module) -> set[str]:
 def _check_settings(model: nn.Module, directory: Path) -> None:
     """ValueError where a saved config does not come back with the landmark settings that it was saved with."""
     found = type(model.config).from_pretrained(directory)
-    for name in ("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks"):
+    for name in ("landmark_freq", "landmark_token_id", "trained_length", "top_k_blocks", "landmark_softmax"):
         expected = getattr(model.config, name, None)
         if getattr(found, name, None) != expected:
             raise ValueError(f"its config.json comes back with {name} {getattr(found, name, None)}, not {expected}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from landmark_cli.attention.softmax import is_joint
 from landmark_cli.console import info
 from landmark_cli.data.training_data import TrainingData
 from landmark_cli.data.windows import AnswerWeights
@@ -113,7 +114,8 @@ def _last_or_new(name: str, resume: bool) -> Path:
 def attention_name(config: Any) -> str:
     """Which attention a model has. Which backend computes landmark attention is said when it first runs."""
     if getattr(config, "landmark_freq", None):
-        return f"landmark attention, blocks of {config.landmark_freq} + 1 tokens"
+        joint = ", which landmarks only choose" if is_joint(config) else ""
+        return f"landmark attention, blocks of {config.landmark_freq} + 1 tokens{joint}"
     return f"ordinary attention ({config._attn_implementation})"
 
 

@@ -31,9 +31,9 @@ from landmark_cli.training.compiled import compile_layers, decoder_layers
 from landmark_cli.training.setup import has_plain_head, quiet_transformers, without_adapters
 
 ATTENTION, OBSERVED = "sdpa", "observed_sdpa"
-# Is called in every layer with its number, queries (B, H, T, D) and keys (B, G, T, D), both rotated, and the scale of
+# Is called in every layer with its module, queries (B, H, T, D) and keys (B, G, T, D), both rotated, and the scale of
 # their products, None for 1 / sqrt(D).
-Observer = Callable[[int, Tensor, Tensor, float | None], None]
+Observer = Callable[[nn.Module, Tensor, Tensor, float | None], None]
 
 
 def observed_attention(
@@ -47,7 +47,7 @@ def observed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa`, before which an observer is told what it is given."""
-    landmark_observer(module.layer_idx, query, key, scaling)
+    landmark_observer(module, query, key, scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
 
 

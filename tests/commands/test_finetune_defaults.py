@@ -127,7 +127,7 @@ def on_a_gpu(monkeypatch):
         ({"steps": 2}, False),
         ({"steps": 2, "compile": True}, True),
         ({"compile": False}, False),
-        ({"gate_weight": 1.0}, False),
+        ({"gate_weight": 1.0}, True),
         ({"lora_rank": 4}, True),
         ({"lora_rank": 4, "four_bit": True}, False),
         ({"read_chunk": 128, "top_k_blocks": 1}, True),
@@ -150,7 +150,7 @@ def test_on_a_cpu_none_is():
 
 @pytest.mark.parametrize(
     ("given", "layers"),
-    [({}, True), ({"compile": False}, False), ({"gate_weight": 1.0}, False), ({"explore": 0.1}, False)],
+    [({}, True), ({"compile": False}, False), ({"gate_weight": 1.0}, True), ({"explore": 0.1}, False)],
     ids=str,
 )
 def test_what_is_compiled_are_layers_where_they_are_alike(given, layers):

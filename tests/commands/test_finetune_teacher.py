@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 import landmark_cli
 from landmark_cli.commands.finetune import FinetuneOptions, check_launch, run
+from landmark_cli.commands.finetune_defaults import GATE as GATE_WEIGHT
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.options import build, load_recipe
 from landmark_cli.training.distillation import Distillation
 from landmark_cli.training.teachers import Teacher
@@ -27,6 +29,7 @@ from tests.training.tiny import write_questions
 
 CHECKOUT = Path(landmark_cli.__file__).parent.parent
 SHORT = {
+    "softmax": "grouped",
     "landmark_freq": 7,
     "sequence_length": 64,
     "steps": 4,
@@ -91,6 +94,43 @@ def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
         assert len(hidden) == 12
         loss = [rest + 0.5 * h for rest, h in zip(loss, hidden, strict=True)]
     assert_close_norm(torch.tensor(records(output)), torch.tensor(loss))
+
+
+@pytest.mark.parametrize("changes", [{}, LORA, {"train": "landmarks"}], ids=["whole", "adapters", "landmarks"])
+def test_landmarks_that_only_choose_learn_by_the_gate_and_the_model_stays_what_it_was(tmp_path, changes):
+    output = finetune(tmp_path / "run", softmax=None, steps=12, answer_weight=0.0, **changes)
+    gate, divergence = records(output, "gate"), records(output, "divergence")
+    assert load_recipe(output / "recipe.yaml", FinetuneOptions, "finetune")["softmax"] == "joint"
+    assert load_recipe(output / "recipe.yaml", FinetuneOptions, "finetune")["gate_weight"] == GATE_WEIGHT
+    assert len(gate) == 12 and gate[-1] < gate[0]
+    # Read whole it is the untouched model, but for the positions that landmarks take.
+    grouped = records(finetune(tmp_path / "grouped", steps=1, answer_weight=0.0, **changes), "divergence")
+    assert divergence[0] < 0.2 * grouped[0]
+    model, _ = landmark_cli.load(output)
+    assert model.config.landmark_softmax == "joint"
+    assert BlockReader.open(model, ReadingSettings(top_k_blocks=1), 1).cache.settings.joint
+    # One that chooses goes on choosing.
+    if not changes:
+        again = finetune(tmp_path / "again", softmax=None, steps=1, model=str(output), teacher="base")
+        assert landmark_cli.load(again)[0].config.landmark_softmax == "joint"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"teacher": "none"}, "--teacher none"),
+        ({"gate_weight": 0.0}, "--gate-weight 0"),
+        ({"read_chunk": 16, "top_k_blocks": 1}, "--read-chunk"),
+    ],
+    ids=["no teacher", "no gate", "read in chunks"],
+)
+def test_landmarks_that_only_choose_have_to_be_taught(tmp_path, changes, why):
+    with pytest.raises(UsageError, match=f"--softmax joint: .*{why}"):
+        finetune(tmp_path / "run", softmax="joint", **changes)
+    # Unasked they do more.
+    if "gate_weight" not in changes:
+        finetune(tmp_path / "run", softmax=None, steps=1, **changes)
+        assert getattr(landmark_cli.load(tmp_path / "run")[0].config, "landmark_softmax", "grouped") == "grouped"
 
 
 def test_hidden_states_alone_are_learned(tmp_path):
