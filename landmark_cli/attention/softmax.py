@@ -2,7 +2,7 @@
 
 grouped: the paper's. Landmarks share a query's attention out among earlier blocks, and within each block its tokens
 share what it got. joint: landmarks choose which blocks are read and do no more; all text that is read shares one
-softmax, so that a layer that reads everything attends as it did without landmarks. docs/semantics.md, section 9.
+softmax, so that a layer that reads everything attends as it did without landmarks. docs/semantics.md, section 10.
 """
 
 from __future__ import annotations
