@@ -12,7 +12,16 @@ from landmark_cli.attention.kernels.reading import launch, selection
 from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference.block_reader import BlockReader
-from tests.attention.reading import CASES, LEAVING_OUT, LOGITS, LOGITS_CASES, Case, assert_same_traces, read
+from tests.attention.reading import (
+    CASES,
+    JOINT_CASES,
+    LEAVING_OUT,
+    LOGITS,
+    LOGITS_CASES,
+    Case,
+    assert_same_traces,
+    read,
+)
 from tests.closeness import assert_close_norm, tolerance
 from tests.tiny import tiny_model, tiny_text
 
@@ -61,8 +70,17 @@ GPU_CASES = {
     "offloaded and evicting frames, capped, sinks": Case(
         [900, 700, 1, 40, 1, 1], heads=8, key_heads=4, dim=128, block_size=51, top_k=4, resident=40, **LOGITS
     ),
+    "joint, 32 heads on 8": Case(
+        [1000, 1000, 700, 1, 1, 3], heads=32, key_heads=8, dim=128, block_size=64, top_k=8, settings={"joint": True}
+    ),
+    "joint, as Gemma 2": Case(
+        [500, 700, 1, 1], heads=8, key_heads=4, dim=256, block_size=64, top_k=4, softcap=50.0, settings={"joint": True}
+    ),
+    "joint, as GPT-OSS": Case(
+        [900, 700, 1, 1], heads=64, key_heads=8, dim=64, block_size=64, top_k=4, sinks=True, settings={"joint": True}
+    ),
 }  # fmt: skip
-ALL_CASES = {**CASES, **LOGITS_CASES}
+ALL_CASES = {**CASES, **LOGITS_CASES, **JOINT_CASES}
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Attention to the selected blocks, block by block: each is read once, for all queries that chose it.
 
-Nothing is gathered per query: what a pair of query and block gives, an output and the landmark logit, is all that is
-written. Logits are kept times log2(e): exp2 is what the hardware has. Source: arXiv 2305.16300, section 3.
+Nothing is gathered per query: what a pair of query and block gives, an output and the block's logit in the outer
+softmax, is all that is written. Logits are kept times log2(e): exp2 is what the hardware has. Source: arXiv 2305.16300,
+section 3.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .parts import cache_row, dot, load_columns, load_parts, page_base, query_ro
 
 @triton.jit
 def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-                COLS: tl.constexpr, PRECISION: tl.constexpr, JOINT: tl.constexpr = False):  # fmt: skip
+                COLS: tl.constexpr, PRECISION: tl.constexpr, JOINT: tl.constexpr):  # fmt: skip
     """What queries, in parts, find in a block: its values by its inner softmax, (ROWS, D_PAD), and its logit in the
     outer softmax, (ROWS,), base 2: its landmark's, or, if JOINT, the log-sum-exp of its text's. Strides: from token to
     token. dim: (D_PAD,). scaling: see common/logits.py."""
@@ -51,10 +52,11 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.c
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])
 def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, COUNT, FIRST, TILES, TOTAL, LIST, PAIR_OUT,
-                  LANDMARK_LOGIT, q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scaling,
+                  OUTER_LOGIT, q_strides, tokens, batch, heads, capacity, pairs, most_tiles, scaling,
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
-                  BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """PAIR_OUT (B, H, T, K, D): a block's values by its inner softmax; LANDMARK_LOGIT (B, H, T, K): its landmark's.
+                  BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+                  JOINT: tl.constexpr):  # fmt: skip
+    """PAIR_OUT (B, H, T, K, D) and OUTER_LOGIT (B, H, T, K): of each query and block what attend_rows gives.
 
     Program (tile of a block's list, key head); programs beyond the last tile have nothing to
     do.
@@ -81,9 +83,9 @@ def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, COUNT, FIRST
     page = tl.cast(cache_key_row, tl.int64) * capacity + slot
     base = page_base(BLOCKS, POOL, PAGE_TABLE, page, 2 * BLOCK * D)
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
-    out, landmark = attend_rows(q, base, base + BLOCK * D, D, D, dim, scaling, PARTS, BLOCK, COLS, PRECISION)
+    out, logit = attend_rows(q, base, base + BLOCK * D, D, D, dim, scaling, PARTS, BLOCK, COLS, PRECISION, JOINT)
 
     at = tl.cast(key_row, tl.int64) * pairs + pair  # (ROWS,)
     pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)
     tl.store(pointers, out.to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
-    tl.store(LANDMARK_LOGIT + at, landmark, mask=ok)
+    tl.store(OUTER_LOGIT + at, logit, mask=ok)

@@ -27,14 +27,15 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                   K_PAD: tl.constexpr, ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr,
                   CANDIDATES: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-                  ABSOLUTE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  ABSOLUTE: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that candidates_kernel left.
 
     Program (item, query of a head). Items: K selected blocks, the query's own block, and, where a step may begin a new
     block, the one before. ITEM_OUT (B, H, T, ITEMS, D) and ITEM_LOGIT hold what they find; ARRIVED (B, H, T) counts
     programs that are through, from 0 and back to 0. CHOSEN and SHARES (B, H, T, K), unless None: ages and shares of the
     selected blocks. COLS: landmarks a tile of candidates_kernel's. KEYS: keys a tile of a block. retrievable: most
-    blocks to choose from. SINKS: (H,) natural logits of keys without values, or None. scaling: see common/logits.py.
+    blocks to choose from. JOINT: see attend_rows. SINKS: (H,) natural logits of keys without values, or None. scaling:
+    see common/logits.py.
     """
     let_next_begin(PDL)
     item = tl.program_id(0)
@@ -100,7 +101,8 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         k = load_parts(base, column * D, seen, PARTS)
         v = load_columns(base + BLOCK * D, column * D, seen & (column < texts), dim, D)  # (KEYS, D_PAD)
         s = logits_of(sum_products(q, k), scaling)
-        landmark = tl.maximum(landmark, tl.max(tl.where(column == BLOCK - 1, s, NOTHING), 0))
+        if not JOINT:
+            landmark = tl.maximum(landmark, tl.max(tl.where(column == BLOCK - 1, s, NOTHING), 0))
         s = tl.where(column < texts, s, NOTHING)
         new_top = tl.maximum(top, tl.max(s, 0))
         rescale = tl.exp2(top - new_top)
@@ -108,7 +110,9 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         total = total * rescale + tl.sum(p, 0)
         out = out * rescale + tl.sum(p[:, None] * v.to(tl.float32), 0)
         top = new_top
-    logit = tl.where(item == K, top + tl.log2(total), landmark)
+    logit = top + tl.log2(total)
+    if not JOINT:
+        logit = tl.where(item == K, logit, landmark)
     logit = tl.where(ok, logit, NOTHING)
     at = tl.cast(row, tl.int64) * ITEMS
     tl.store(ITEM_OUT + (at + item) * D + dim, out / total, mask=dim < D)

@@ -73,8 +73,6 @@ def why_not(settings: Settings, scale: float | None = None, softcap: float | Non
         return f"top_k is {settings.top_k}; the Triton kernels retrieve at most {MAX_TOP_K} blocks"
     if settings.selection not in SELECTIONS:
         return f"selection is {settings.selection}; the Triton kernels know {', '.join(SELECTIONS)}"
-    if settings.joint:
-        return "joint is True; the Triton kernels know the grouped softmax alone"
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and not 0.0 < value < math.inf:
             return f"{name} is {value}; the Triton kernels need a positive one"
@@ -95,7 +93,7 @@ def store(call: Call) -> None:
 class Pairs:
     """Which queries read which blocks, block by block; the kernels of route.py say what each tensor is.
 
-    ages: (B, H, T, k), expanded. logits: (B, H, T, k) float32, base 2. outputs: (B, H, T, k, D).
+    ages: (B, H, T, k), expanded. logits: (B, H, T, k) float32, base 2, in the outer softmax. outputs: (B, H, T, k, D).
     """
 
     ages: Tensor
@@ -160,7 +158,8 @@ def attend(call: Call, pairs: Pairs) -> None:
         pairs.first, pairs.tiles, pairs.total, pairs.entries, pairs.outputs, pairs.logits, strides(call.q), call.tokens,
         *call.ring, pairs.entries.shape[1], pairs.tiles.shape[1], call.scaling, **call.heads_and_parts,
         D_PAD=call.dim_pad, K=call.top_k, BLOCK=call.settings.block_size, ROWS=pairs.choice.rows,
-        COLS=pairs.choice.cols, PRECISION=call.precision, **pairs.choice.launch_options(),
+        COLS=pairs.choice.cols, PRECISION=call.precision, JOINT=call.settings.joint,
+        **pairs.choice.launch_options(),
     )  # fmt: skip
 
 
@@ -175,7 +174,8 @@ def merge(call: Call, pairs: Pairs | None = None, lse: Tensor | None = None) -> 
         call.sinks, *map(strides, (call.q, call.k, call.v, out)), call.tokens, *call.ring, call.scaling,
         HEADS_PER_KEY=call.heads_per_key, D=call.dim, D_PAD=call.dim_pad, BLOCK=block_size,
         RETRIEVED=0 if pairs is None else call.top_k, ROWS=choice.rows, COLS=choice.cols,
-        KEY_TILES=triton.cdiv(block_size, choice.cols), PRECISION=call.precision, **choice.launch_options(),
+        KEY_TILES=triton.cdiv(block_size, choice.cols), PRECISION=call.precision, JOINT=call.settings.joint,
+        **choice.launch_options(),
     )  # fmt: skip
     return out
 
@@ -209,7 +209,7 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
         found.scores, outputs, logits, arrived, out, chosen, shares, call.sinks, strides(call.q), strides(out),
         call.tokens, *call.ring, *call.reach, call.scaling, **call.heads_and_parts, D_PAD=call.dim_pad,
         **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
-        KEYS=choice.cols, ABSOLUTE=call.absolute, num_warps=choice.warps,
+        KEYS=choice.cols, ABSOLUTE=call.absolute, JOINT=call.settings.joint, num_warps=choice.warps,
         **announcing(call.q),
     )  # fmt: skip
     return out, chosen, shares

@@ -1,8 +1,7 @@
 """Attention of a chunk to its tail block and to itself, and merging the retrieved blocks into it.
 
-The online outer softmax that walks over the chunk's own blocks begins with the retrieved ones, each with its landmark
-logit: so the local part is never written. Source: arXiv 2305.16300, section 3; common/softmax.py has what is done with
-a block.
+The online outer softmax that walks over the chunk's own blocks begins with the retrieved ones, each with its logit: so
+the local part is never written. Source: arXiv 2305.16300, section 3; common/softmax.py has what is done with a block.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from .parts import cache_row, counts_of
 
 
 @triton.jit
-def add_pairs(PAIR_OUT, LANDMARK_LOGIT, rows, real, dim, top, total, acc, RETRIEVED: tl.constexpr, D: tl.constexpr):
+def add_pairs(PAIR_OUT, OUTER_LOGIT, rows, real, dim, top, total, acc, RETRIEVED: tl.constexpr, D: tl.constexpr):
     """Add RETRIEVED pairs of each query to the online outer softmax of a tile: (top, total, acc) are its maximum, sum,
     (ROWS,) each, and output, (ROWS, D_PAD). rows: (ROWS,), where the queries stand in PAIR_OUT (.., RETRIEVED, D) and
-    LANDMARK_LOGIT (.., RETRIEVED); the logit is minus infinity where there is no pair."""
+    OUTER_LOGIT (.., RETRIEVED); the logit is minus infinity where there is no pair."""
     for j in tl.range(RETRIEVED, num_stages=3):
-        logit = tl.load(LANDMARK_LOGIT + rows * RETRIEVED + j, mask=real, other=float("-inf"))  # (ROWS,)
+        logit = tl.load(OUTER_LOGIT + rows * RETRIEVED + j, mask=real, other=float("-inf"))  # (ROWS,)
         pointers = PAIR_OUT + (rows * RETRIEVED + j)[:, None] * D + dim[None, :]  # (ROWS, D_PAD), as pair
         pair = tl.load(pointers, mask=real[:, None] & (dim < D)[None, :], other=0.0)
         pair = tl.where((logit > float("-inf"))[:, None], pair, 0.0).to(tl.float32)
@@ -35,16 +34,16 @@ def add_pairs(PAIR_OUT, LANDMARK_LOGIT, rows, real, dim, top, total, acc, RETRIE
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity"])
-def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LSE, OUT, SINKS, q_strides, k_strides,
+def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, OUTER_LOGIT, LSE, OUT, SINKS, q_strides, k_strides,
                  v_strides, out_strides, tokens, batch, heads, capacity, scaling,
                  HEADS_PER_KEY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, RETRIEVED: tl.constexpr,
                  BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEY_TILES: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 PRECISION: tl.constexpr, JOINT: tl.constexpr):  # fmt: skip
     """OUT (B, H, T, D) and, unless None, LSE (B, H, T), the log-sum-exp (base 2) of the outer softmax.
 
-    BLOCKS holds the tail block already. RETRIEVED: pairs a query in PAIR_OUT (B, H, T, RETRIEVED, D) and
-    LANDMARK_LOGIT. A block's keys fill KEY_TILES tiles of COLS. SINKS: (H,) natural logits of keys without values, or
-    None. scaling: see common/logits.py. Program (tile of rows, head).
+    BLOCKS holds the tail block already. RETRIEVED: pairs a query in PAIR_OUT (B, H, T, RETRIEVED, D) and OUTER_LOGIT.
+    A block's keys fill KEY_TILES tiles of COLS. SINKS: (H,) natural logits of keys without values, or None. scaling:
+    see common/logits.py, JOINT: common/softmax.py. Program (tile of rows, head).
     """
     # The last rows have most to do: they go first.
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -67,7 +66,7 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LSE, OUT, 
 
     if RETRIEVED > 0:
         # Before the chunk's own blocks: here nothing is multiplied yet, so the output lies as it is best loaded.
-        top, total, acc = add_pairs(PAIR_OUT, LANDMARK_LOGIT, stats, real, dim, top, total, acc, RETRIEVED, D)
+        top, total, acc = add_pairs(PAIR_OUT, OUTER_LOGIT, stats, real, dim, top, total, acc, RETRIEVED, D)
 
     col = tl.arange(0, COLS)  # (COLS,)
     position = tl.where(real, row + shift, -1)  # (ROWS,)
@@ -92,14 +91,14 @@ def merge_kernel(Q, K, V, BLOCKS, COUNTERS, PAIR_OUT, LANDMARK_LOGIT, LSE, OUT, 
         stored = BLOCKS + page * (2 * BLOCK * D)
         stored_keys = (stored, stored + BLOCK * D, D, D, tl.minimum(keys_left, BLOCK), col, dim)
         top, total, acc = attend_block(q, top, total, acc, stored_keys, 0, position, row, scaling, dropout, BLOCK,
-                                       D, COLS, KEY_TILES, False, False, True, PRECISION)  # fmt: skip
+                                       D, COLS, KEY_TILES, False, JOINT, True, PRECISION)  # fmt: skip
         first_block = 1
     for block in tl.range(first_block, whole):
         top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
-                                       COLS, KEY_TILES, False, False, False, PRECISION)  # fmt: skip
+                                       COLS, KEY_TILES, False, JOINT, False, PRECISION)  # fmt: skip
     for block in tl.range(tl.maximum(whole, first_block), touched, num_stages=1):
         top, total, acc = attend_block(q, top, total, acc, keys, block, position, row, scaling, dropout, BLOCK, D,
-                                       COLS, KEY_TILES, False, False, True, PRECISION)  # fmt: skip
+                                       COLS, KEY_TILES, False, JOINT, True, PRECISION)  # fmt: skip
 
     # Padding has seen nothing: 0.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -22,13 +22,13 @@ def distance_of(age, rank, near, ABSOLUTE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
-def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, LANDMARK_LOGIT, age_strides, tokens, batch, heads,
+def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, OUTER_LOGIT, age_strides, tokens, batch, heads,
                  capacity, retrievable, top_k,
                  HEADS_PER_KEY: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
                  ABSOLUTE: tl.constexpr):  # fmt: skip
     """For each pair: SLOT of its block in the ring (-1: none), its NUMBER in the block's list, DISTANCE to the block.
 
-    COUNT (B, G, capacity) rises from 0 by each block's pairs. LANDMARK_LOGIT (B, H, T, K) becomes minus infinity where
+    COUNT (B, G, capacity) rises from 0 by each block's pairs. OUTER_LOGIT (B, H, T, K) becomes minus infinity where
     there is no block. AGES has strides (batch, head, token), its last dimension is dense.
     retrievable: most blocks to choose from. Program (rows, key head).
     """
@@ -59,7 +59,7 @@ def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, LANDMARK_LOGIT, 
     tl.store(SLOT + first_pair + pair, slot, mask=mask)
     tl.store(NUMBER + first_pair + pair, number, mask=ok)
     tl.store(DISTANCE + first_pair + pair, distance_of(age, rank, near, ABSOLUTE), mask=ok)
-    tl.store(LANDMARK_LOGIT + first_pair + pair, float("-inf"), mask=mask & (age == 0))
+    tl.store(OUTER_LOGIT + first_pair + pair, float("-inf"), mask=mask & (age == 0))
 
 
 @triton.jit(do_not_specialize=["capacity", "most_tiles"])
