@@ -193,6 +193,8 @@ def test_strides_and_gradients_that_are_missing():
         (Case(20, cu_seqlens=(0, 6, 20), layer=0, equal_landmarks=True), None),
         (Case(14, heads=4, key_heads=2, softcap=1.5), (-1.0, 2.0, 0.0, 1.0)),
         (Case(16, batch=2, start=(0, 3), softcap=1.5), (-1.0, 2.0)),
+        (Case(16, batch=2, start=(0, 3), joint=True), (-1.0, 2.0)),
+        (Case(20, cu_seqlens=(0, 6, 20), heads=4, key_heads=2, softcap=1.5, joint=True), None),
         # What is selected together depends on how far the cap presses the scores of each head.
         (Case(20, selection="max_over_heads", softcap=0.3), None),
     ],
