@@ -60,7 +60,7 @@ def attend_block(q, top, total, acc, keys, block, position, row_number, scaling,
 
     q, acc: (ROWS, DIM); top, total, position, row_number: (ROWS,). keys: where keys and values are, their strides, keys
     that are left, and the numbers of a tile's keys, (COLS,), and dimensions, (DIM,). scaling: see logits.py. KEY_TILES:
-    tiles of COLS keys that a block fills. JOINT: the outer softmax is over the text of all blocks, top is the maximum
+    tiles of COLS keys that a block fills. JOINT: the outer softmax is over all blocks' text, and top is the maximum
     of its logits; there is no dropout then. MASKED: rows may stand in this block or before it, and the block may be
     incomplete.
     """
@@ -103,13 +103,9 @@ def attend_block(q, top, total, acc, keys, block, position, row_number, scaling,
     new_top = tl.maximum(top, logit)
     rescale = tl.exp2(top - new_top)
     outer = tl.exp2(logit - new_top)
-    if JOINT:
-        share = outer
-        total = total * rescale + outer * inner
-    else:
-        share = outer / inner
-        total = total * rescale + outer
+    total = total * rescale + (outer * inner if JOINT else outer)
     acc = acc * rescale[:, None]
+    share = outer if JOINT else outer / inner
     if DROPOUT:
         share = tl.where(earlier, share * dropout_factor(dropout, row_number, block), share)
 
