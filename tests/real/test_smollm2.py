@@ -32,10 +32,21 @@ def pretrained():
 
 @pytest.fixture(scope="module")
 def tuned(pretrained, tmp_path_factory):
-    """The output of a short run that learns from the model as it was: windows of 252 text tokens and 4 landmarks."""
-    output = tmp_path_factory.mktemp("real") / "tuned"
+    """The output of a short run that learns from the model as it was: windows of 252 text tokens and 4 landmarks, which
+    choose and do no more."""
+    return tune(pretrained, tmp_path_factory.mktemp("real") / "tuned")
+
+
+@pytest.fixture(scope="module")
+def grouped(pretrained, tmp_path_factory):
+    """The same with the paper's softmax."""
+    return tune(pretrained, tmp_path_factory.mktemp("real") / "grouped", "--softmax grouped")
+
+
+def tune(pretrained: Path, output: Path, further: str = "") -> Path:
     command = f"finetune --model {pretrained} --data sample --output {output} --device cpu --sequence-length 256"
-    run(f"{command} --steps 8 --batch-size 1 --accumulation 2 --lr 2e-4 --warmup 0.2 --log-every 1 --eval-every 0")
+    how = "--steps 8 --batch-size 1 --accumulation 2 --lr 2e-4 --warmup 0.2 --log-every 1 --eval-every 0"
+    run(f"{command} {how} {further}")
     return output
 
 
@@ -67,12 +78,22 @@ def test_with_landmarks_off_it_is_the_untouched_model(pretrained, tmp_path):
             assert_close_norm(logits, expected)
 
 
-def test_a_few_steps_teach_it_what_landmarks_are(tuned):
-    records = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
-    divergence, text = ([record[name] for record in records] for name in ("divergence", "text_loss"))
-    assert len(divergence) == 8
+def recorded(output: Path, *names: str) -> list[list[float]]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    return [[record[name] for record in records] for name in names]
+
+
+def test_a_few_steps_teach_it_what_landmarks_are(grouped):
+    divergence, text = recorded(grouped, "divergence", "text_loss")
     assert sum(divergence[-2:]) / 2 < 0.6 * divergence[0], divergence
     assert sum(text[-2:]) / 2 < text[0] - 0.5, text
+
+
+def test_landmarks_that_choose_begin_to_learn_which_blocks_matter_and_the_model_is_what_it_was(tuned, grouped):
+    gate, divergence = recorded(tuned, "gate", "divergence")
+    assert sum(gate[-2:]) < 0.8 * sum(gate[:2]), gate
+    assert max(divergence) < 0.5 * recorded(grouped, "divergence")[0][0], divergence
 
 
 FACTS = [
@@ -82,16 +103,23 @@ FACTS = [
 ]
 
 
-def test_what_it_could_find_in_a_text_it_still_finds(tuned):
-    """With landmarks off: to find facts through landmarks takes some hundred steps, to forget how it was done, few."""
-    model, tokenizer = store.load(tuned, attention="sdpa", device="cpu")
+@pytest.mark.parametrize("attention", [None, "sdpa"], ids=["with landmarks", "without"])
+def test_what_it_could_find_in_a_text_it_still_finds(tuned, attention):
+    model, tokenizer = store.load(tuned, attention=attention, device="cpu")
     model = model.float()
     novel = tokenizer.decode(TokenFile.open(tuned / "data/0-sample/validation.bin").tokens[:240].astype("int64"))
     for fact, question, answer in FACTS:
         asked = tokenizer(f"{novel[:200]}\n{fact}\n{novel[200:]}\n\n{question}", return_tensors="pt").input_ids
         wanted = tokenizer(answer, return_tensors="pt").input_ids
+        text = torch.cat([asked, wanted], 1)
         with torch.no_grad():
-            logits = model(torch.cat([asked, wanted], 1)).logits[0, -wanted.shape[1] - 1 : -1]
+            if attention is None:
+                # In chunks of two blocks, each with all blocks before it.
+                reader = BlockReader(model, top_k_blocks=text.shape[1] // 63, chunk=126)
+                logits = torch.cat([chunk.logits for chunk in reader.read(list(text))], 1)
+            else:
+                logits = model(text).logits
+        logits = logits[0, -wanted.shape[1] - 1 : -1]
         assert tokenizer.decode(logits.argmax(-1)) == answer
 
 
