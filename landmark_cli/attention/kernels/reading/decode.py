@@ -110,9 +110,10 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         total = total * rescale + tl.sum(p, 0)
         out = out * rescale + tl.sum(p[:, None] * v.to(tl.float32), 0)
         top = new_top
-    logit = top + tl.log2(total)
-    if not JOINT:
-        logit = tl.where(item == K, logit, landmark)
+    if JOINT:
+        logit = top + tl.log2(total)
+    else:
+        logit = tl.where(item == K, top + tl.log2(total), landmark)
     logit = tl.where(ok, logit, NOTHING)
     at = tl.cast(row, tl.int64) * ITEMS
     tl.store(ITEM_OUT + (at + item) * D + dim, out / total, mask=dim < D)
