@@ -9,8 +9,8 @@
 # It goes on where it was when it is run again. What may be set:
 #   PART        what is done, of vocabulary tasks train ship measure (all)
 #   DATA RUN OUTPUT    where vocabulary and documents, the run, and what is shipped go
-#   DOCUMENTS   documents of tasks, of SHORTEST to LONGEST tokens; KINDS: of which kinds, as often as they are named;
-#               PROCESSES: how many make them
+#   CORPORA     of tasks: shortest and longest document in tokens and how many there are; KINDS: of which kinds, as often as
+#               they are named; PROCESSES: how many make them
 #   FACTS       hidden in the novel when answers are counted; SEEDS: how often, with other facts at other places
 #   DEVICE PYTHON
 set -euo pipefail
@@ -18,8 +18,8 @@ cd "$(dirname "$0")/../.."
 
 PYTHON=${PYTHON:-python} PART=${PART:-vocabulary tasks train ship measure}
 DATA=${DATA:-data/demo} RUN=${RUN:-runs/demo-shipped} OUTPUT=${OUTPUT:-landmark_cli/assets/demo}
-# Three documents of four ask for all that they hide, one for any of it.
-DOCUMENTS=${DOCUMENTS:-80000} KINDS=${KINDS:-completion inventory inventory look_up} SHORTEST=${SHORTEST:-400} LONGEST=${LONGEST:-1950}
+# All ask for everything that they hide. Three of four are what `make demo` is: sentences in the prose.
+CORPORA=${CORPORA:-256-700:100000 700-1950:40000} KINDS=${KINDS:-completion completion completion inventory}
 PROCESSES=${PROCESSES:-$(getconf _NPROCESSORS_ONLN)} FACTS=${FACTS:-50} SEEDS=${SEEDS:-1 2} DEVICE=${DEVICE:-auto}
 
 step() { printf '\n$ %s\n' "$*"; "$@"; }
@@ -29,20 +29,21 @@ if does vocabulary; then
     step "$PYTHON" recipes/demo/vocabulary.py --output "$DATA/tokenizer"
 fi
 if does tasks; then
-    # What is not there is not asked for: a model of this size should answer.
-    prepare=(-m landmark_cli prepare tasks --tokenizer "$DATA/tokenizer" --output "$DATA/tasks" --absent 0 --shortest "$SHORTEST"
-        --longest "$LONGEST" --max-documents "$DOCUMENTS" --validation-share 0.002)
-    for kind in $KINDS; do prepare+=(--kinds "$kind"); done
-    if [ "$PROCESSES" -gt 1 ]; then
-        # Each process encodes with one thread; together they take all cores.
-        RAYON_NUM_THREADS=1 step "$PYTHON" -m torch.distributed.run --nproc_per_node "$PROCESSES" "${prepare[@]}"
-    else
-        step "$PYTHON" "${prepare[@]}"
-    fi
+    # Each process encodes with one thread; together they take all cores.
+    if [ "$PROCESSES" -gt 1 ]; then export RAYON_NUM_THREADS=1; run=(-m torch.distributed.run --nproc_per_node "$PROCESSES"); fi
+    for corpus in $CORPORA; do
+        lengths=${corpus%:*}
+        # What is not there is not asked for: a model of this size should answer.
+        prepare=(-m landmark_cli prepare tasks --tokenizer "$DATA/tokenizer" --output "$DATA/tasks-$lengths" --absent 0
+            --shortest "${lengths%-*}" --longest "${lengths#*-}" --max-documents "${corpus#*:}" --validation-share 0.01)
+        for kind in $KINDS; do prepare+=(--kinds "$kind"); done
+        step "$PYTHON" ${run[@]+"${run[@]}"} "${prepare[@]}"
+    done
 fi
 if does train; then
-    step "$PYTHON" -m landmark_cli train --recipe demo/shipped --data "$DATA/tasks" --output "$RUN" --device "$DEVICE" \
-        --resume "$@"
+    data=()
+    for corpus in $CORPORA; do data+=(--data "$DATA/tasks-${corpus%:*}"); done
+    step "$PYTHON" -m landmark_cli train --recipe demo/shipped "${data[@]}" --output "$RUN" --device "$DEVICE" --resume "$@"
 fi
 if does ship; then
     step "$PYTHON" recipes/demo/ship.py "$RUN" "$OUTPUT"
