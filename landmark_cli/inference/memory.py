@@ -63,8 +63,8 @@ OTHER_VERSION = {
 class About:
     """What a memory depends on: reading on from it is as if nothing had come between only where all of these agree.
 
-    version: of the file. model: see `model_hash`. dtype: of keys and values. quantization: of the weights. The others
-    are the reader's settings, by the names of its options.
+    version: of the file. model: see `model_hash`. dtype: of keys and values. quantization: of the weights.
+    landmark_softmax: of the model's config. The others are the reader's settings, by the names of its options.
     """
 
     version: int
@@ -78,6 +78,7 @@ class About:
     positions: str
     context_miss_cutoff: float
     quantization: str = "none"
+    landmark_softmax: str = "grouped"
 
 
 @dataclass
@@ -334,6 +335,7 @@ def about(reader: BlockReader) -> About:
             settings.positions,
             settings.context_miss_cutoff,
             quantization_of(reader.model),
+            "joint" if settings.joint else "grouped",
         )
     return reader.about
 
@@ -381,6 +383,11 @@ def require_fit(reader: BlockReader, memory: Memory) -> None:
             raise UsageError(
                 f"{named} was read by another model, {shown(memory.model_name)}: its weights are not those of "
                 f"{reader.model.name_or_path or 'this one'}; open that model, or read the text anew"
+            )
+        if part.name == "landmark_softmax":
+            raise UsageError(
+                f"{named} was read by a model whose landmark_softmax is {theirs}, and that of "
+                f"{reader.model.name_or_path or 'this one'} is {ours}: open the model as it was, or read the text anew"
             )
         option = f"--{part.name.replace('_', '-')}"
         raise UsageError(

@@ -35,6 +35,10 @@ OTHER = {
     "landmark_freq": ({"model": tiny_model(landmark_freq=5)}, "--landmark-freq 4|another model"),
     "model": ({"model": tiny_model(seed=1)}, "was read by another model, 'GPTForCausalLM'"),
     "quantization": ({"model": quantized_model()}, "--quantization none, and this is to be read with int8: give"),
+    "landmark_softmax": (
+        {"model": tiny_model(landmark_softmax="joint")},
+        "whose landmark_softmax is grouped, and that of this one is joint: open the model as it was, or read",
+    ),
     "dtype": (
         {"model": tiny_model().double()},
         "--dtype float32, and this is to be read with float64: give --dtype float32",

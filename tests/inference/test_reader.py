@@ -22,7 +22,7 @@ register()
 FREQ, VOCABULARY, LANDMARK = 4, 40, 39
 
 
-def tiny_model(seed: int = 0) -> GPTForCausalLM:
+def tiny_model(seed: int = 0, **more) -> GPTForCausalLM:
     torch.manual_seed(seed)
     config = GPTConfig(
         vocab_size=VOCABULARY,
@@ -35,30 +35,31 @@ def tiny_model(seed: int = 0) -> GPTForCausalLM:
         top_k_blocks=2,
         initializer_range=0.5,
         eos_token_id=None,
+        **more,
     )
     return GPTForCausalLM(config).eval()
 
 
-MODEL = tiny_model()
+MODEL, JOINT_MODEL = tiny_model(), tiny_model(landmark_softmax="joint")
 
 
 def text(length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, LANDMARK, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def read_all(rows, **options) -> list[torch.Tensor]:
+def read_all(rows, model=MODEL, **options) -> list[torch.Tensor]:
     """Logits of every text token of each row."""
     parts = [[] for _ in rows]
-    for chunk in BlockReader(MODEL, batch=len(rows), **options).read(rows):
+    for chunk in BlockReader(model, batch=len(rows), **options).read(rows):
         for row, length in enumerate(chunk.lengths):
             parts[row].append(chunk.logits[row, chunk.logits.shape[1] - length :])
     return [torch.cat(part) for part in parts]
 
 
-def full_forward(row: torch.Tensor) -> torch.Tensor:
+def full_forward(row: torch.Tensor, model=MODEL) -> torch.Tensor:
     stream = insert_landmarks(row, FREQ, LANDMARK)
     with torch.no_grad():
-        logits = MODEL(stream[None]).logits[0]
+        logits = model(stream[None]).logits[0]
     return logits[~landmark_positions(len(stream), FREQ + 1)]
 
 
@@ -78,15 +79,15 @@ def test_a_batch_gives_what_its_rows_give_alone(lengths, top_k, selection, cache
         assert_close_norm(logits, read_all([row], **options)[0])
 
 
-@given(st.integers(2, 50), st.integers(1, 30))
+@given(st.integers(2, 50), st.integers(1, 30), st.sampled_from([MODEL, JOINT_MODEL]))
 @settings(max_examples=25, deadline=None)
-def test_with_all_blocks_retrieved_any_split_equals_one_forward(length, chunk):
+def test_with_all_blocks_retrieved_any_split_equals_one_forward(length, chunk, model):
     row = text(length)
-    read = read_all([row], top_k_blocks=64, chunk=chunk, positions="absolute")[0]
-    assert_close_norm(read, full_forward(row))
+    read = read_all([row], model, top_k_blocks=64, chunk=chunk, positions="absolute")[0]
+    assert_close_norm(read, full_forward(row, model))
     # All blocks are near ones then, so the bounded placement is the true one too.
-    read = read_all([row], top_k_blocks=64, chunk=chunk)[0]
-    assert_close_norm(read, full_forward(row))
+    read = read_all([row], model, top_k_blocks=64, chunk=chunk)[0]
+    assert_close_norm(read, full_forward(row, model))
 
 
 def test_steps_equal_reading_token_by_token():
