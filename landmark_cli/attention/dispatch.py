@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from landmark_cli.softmax import is_joint
+
 from . import local
 from .backends import BACKENDS
 from .cache import BlockCache, Chunk, Passage, most_side_by_side
@@ -14,7 +16,6 @@ from .functional import as_autocast, attend_chunk, attend_window, in_rows, landm
 from .layer_kind import is_first, kind_of
 from .masks import no_mask, padding_mask
 from .recurrent import recurrent_attention_forward
-from .softmax import is_joint
 from .window import ReadingWindow
 
 

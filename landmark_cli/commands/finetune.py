@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from landmark_cli.attention.softmax import Softmax
 from landmark_cli.commands.finetune_data import open_data, share_of_tasks
 from landmark_cli.commands.finetune_defaults import GATE, PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_model import saving_of, trained_length, untrained, write_rest
@@ -31,6 +30,7 @@ from landmark_cli.commands.task_kinds import KINDS_HELP, TaskKind
 from landmark_cli.console import counted, info
 from landmark_cli.errors import UsageError, import_extra
 from landmark_cli.options import LONGEST, Options, option
+from landmark_cli.softmax import Softmax
 from landmark_cli.training.fit import CPU_WINDOW, STEP_TOKENS
 
 if TYPE_CHECKING:

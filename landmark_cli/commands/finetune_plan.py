@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from landmark_cli.attention.softmax import Softmax
     from landmark_cli.commands.finetune import FinetuneOptions
     from landmark_cli.models.lora import LoraSettings
+    from landmark_cli.softmax import Softmax
     from landmark_cli.training.distillation import Distillation
     from landmark_cli.training.rehearsal import Rehearsal
 
@@ -149,8 +149,8 @@ def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> Finetu
 def usual_softmax(options: FinetuneOptions, config: PreTrainedConfig) -> Softmax:
     """What landmarks do where nobody says it: what they did in a model that has some; else they only choose, where a
     teacher's attention can teach them to. config: the model's."""
-    from landmark_cli.attention.softmax import softmax_of
     from landmark_cli.models.pretrained import plain_attention
+    from landmark_cli.softmax import softmax_of
 
     if getattr(config, "landmark_freq", None):
         return softmax_of(config)
@@ -252,11 +252,11 @@ def random_models(
     weights. begun: what `begin` gives."""
     import torch
 
-    from landmark_cli.attention.softmax import keep_softmax
     from landmark_cli.models.decoders import attend_with_landmarks
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.models.pretrained import random_model
     from landmark_cli.models.support import check_model
+    from landmark_cli.softmax import keep_softmax
     from landmark_cli.training.finetuning import dtype_of
     from landmark_cli.training.setup import checkpoint_activations, without_adapters
     from landmark_cli.training.teachers import ATTENTION, Teacher, UntouchedRows, WithoutAdapters

@@ -62,7 +62,7 @@ def teachers_name(options: FinetuneOptions) -> str:
 def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTrainedConfig) -> Distillation:
     """How the options have a student learn from a teacher, which is ready to be asked. config: the student's, with
     landmarks."""
-    from landmark_cli.attention.softmax import is_joint
+    from landmark_cli.softmax import is_joint
     from landmark_cli.training.distillation import Distillation
 
     return Distillation(

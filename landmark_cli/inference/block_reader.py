@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import BlockCache, Offload, Positions, RetrievalSettings, Selection, Trace
 from landmark_cli.attention.cache.pages import require_host_memory
-from landmark_cli.attention.softmax import is_joint
 from landmark_cli.console import counted, warn_once
 from landmark_cli.data.landmarks import insert_landmarks, stream_length
 from landmark_cli.errors import LandmarkError
@@ -31,6 +30,7 @@ from landmark_cli.models.device import to_device
 from landmark_cli.models.layers import key_heads, landmark_layers
 from landmark_cli.models.rotary import inverse_frequencies
 from landmark_cli.options import LONGEST
+from landmark_cli.softmax import is_joint
 
 # A passage's queries choose so many times the blocks there are, or it is read chunk by chunk: then all blocks would
 # travel for a few.

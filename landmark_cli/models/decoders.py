@@ -2,7 +2,7 @@
 
 The model's code is transformers' own. The model gets a landmark token, "landmark" as its attention implementation, and
 four settings in its config: landmark_freq, landmark_token_id, trained_length, top_k_blocks (and more where its layers
-are of several kinds, see layers.py, or landmarks only choose, see attention/softmax.py). A config with a
+are of several kinds, see layers.py, or landmarks only choose, see softmax.py). A config with a
 landmark_freq opens with landmark attention wherever this package is imported; `attn_implementation="sdpa"` opens the
 plain decoder.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from landmark_cli.attention.softmax import Softmax, keep_softmax
 from landmark_cli.console import counted, warn
 from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id, pad_on_the_left
 from landmark_cli.errors import LandmarkError
 from landmark_cli.families import is_ours
+from landmark_cli.softmax import Softmax, keep_softmax
 
 from .calls import lead_forward
 from .generation_config import settle_sampling, silence
@@ -53,7 +53,7 @@ def add_landmarks(
     landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows that
     the model will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks
     retrieved by default at inference; 4, or fewer where the windows leave no room beside them. softmax: "grouped", the
-    paper's, or "joint", in which landmarks only choose blocks (see attention/softmax.py).
+    paper's, or "joint", in which landmarks only choose blocks (see softmax.py).
 
     Raises LandmarkError where landmark attention does not fit the model (see support.py), or the windows do not fit its
     positions.

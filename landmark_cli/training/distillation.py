@@ -40,7 +40,7 @@ class Distillation:
     answer_divergence_weight: of the divergence where answers are predicted, beside what it counts among the text.
     temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, which is
     of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out. joint: whether
-    the student's landmarks only choose blocks (attention/softmax.py). hidden_weight: of the hidden states' loss; 0: it
+    the student's landmarks only choose blocks (softmax.py). hidden_weight: of the hidden states' loss; 0: it
     is not worked out. needs_answers: whether some corpus has to mark answers, since somebody chose what they weigh.
     """
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from landmark_cli.attention.softmax import Softmax
 from landmark_cli.attention.window import WindowSettings
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, check_read_back, special_ids, text_ids
 from landmark_cli.errors import LandmarkError
@@ -18,6 +17,7 @@ from landmark_cli.models.decoders import add_landmarks, check_length
 from landmark_cli.models.directory import save_model
 from landmark_cli.models.pretrained import open_config, open_pretrained, stored_dtype
 from landmark_cli.models.support import check_config
+from landmark_cli.softmax import Softmax
 from landmark_cli.training.publish import SaveModel
 from landmark_cli.training.setup import quiet_transformers
 

@@ -5,7 +5,7 @@ softmax then gives each earlier block what full attention gives all of its token
 divergence of the student's outer softmax, the query's own block taken as one, from the teacher's attention summed by
 blocks: for a sample of queries, the mean over heads and layers.
 
-Where landmarks only choose blocks (attention/softmax.py), it is all that they learn by. What they have to get right is
+Where landmarks only choose blocks (softmax.py), it is all that they learn by. What they have to get right is
 how earlier blocks compare: the divergence is among these alone, and the own block, which is always read, has no part in
 it. There half of the queries are of answers and of the questions before them, where a text has any: prose seldom needs
 a block that is far away, and a question does.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from landmark_cli.attention.softmax import is_joint
 from landmark_cli.console import info
 from landmark_cli.data.training_data import TrainingData
 from landmark_cli.data.windows import AnswerWeights
@@ -20,6 +19,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
 from landmark_cli.launch import again
 from landmark_cli.locks import sole_writer
+from landmark_cli.softmax import is_joint
 from landmark_cli.training.checkpoints import Checkpoints
 from landmark_cli.training.setup import by_main_process, uses_cpu
 
