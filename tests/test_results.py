@@ -188,6 +188,7 @@ def test_keys_in_novels_stand_beside_each_other_before_and_after(report, measure
         "ruler-untouched/passkey-novels": {1024: 40},
         "ruler-distilled/passkey-novels": {1024: 41},
         "ruler-distilled/passkey-novels-long": {1000000: 42},
+        "ruler-grouped/passkey-novels": {1024: 46},
         "ruler-distilled-64k/passkey-novels-before": {1024: 43},
         "ruler-distilled-64k/passkey-novels": {1024: 44},
         "ruler-distilled-64k/passkey-novels-long": {1000000: 45},
@@ -199,9 +200,10 @@ def test_keys_in_novels_stand_beside_each_other_before_and_after(report, measure
     page = report.report(report.read_parts(measured), tmp_path / "docs")
     table = page[page.index("## Pass keys in novels") : page.index("## Commands")].splitlines()[4:]
     assert [cell.strip() for cell in table[0].split("|")[2:-1]] == [
-        "untouched, full attention", "distilled", "distilled, chunks of 2016", "then in windows of 64k",
+        "untouched, full attention", "distilled", "distilled, k = 16", "grouped", "grouped, chunks of 2016",
+        "then in windows of 64k", "then in windows of 64k, k = 16",
     ]  # fmt: skip
-    assert [re.findall(r"(\d+)/50", line) for line in table[2:4]] == [["40", "41", "43", "44"], ["42", "45"]]
+    assert [re.findall(r"(\d+)/50", line) for line in table[2:4]] == [["40", "41", "46", "43", "44"], ["42", "45"]]
 
 
 def test_windows_of_other_lengths_stand_in_one_table(report, measured, tmp_path):
@@ -237,7 +239,7 @@ def test_what_is_varied_are_options_of_a_run_that_go_together():
             else:
                 given[name] = next(flags)
         assert given.keys() <= fields.keys(), line
-        of_teacher = {"answer_divergence_weight"} if given.get("teacher") == "none" else set()
+        of_teacher = {"answer_divergence_weight", "softmax"} if given.get("teacher") == "none" else set()
         values = {name: value for name, value in recipe.items() if name not in of_teacher}
         check(build(FinetuneOptions, values | {"model": "it"} | given))
 

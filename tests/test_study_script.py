@@ -95,14 +95,15 @@ def test_a_change_that_there_is_none_of_is_refused(study):
     assert status == 2 and "of MADE_OF=best nothing some are none of: best " in said
 
 
-def test_windows_of_64k_go_on_from_the_distilled_model_and_learn_from_the_untouched_one(study):
+def test_windows_of_64k_go_on_from_the_grouped_model_and_learn_from_the_untouched_one(study):
     status, calls, said = study(PART="ruler-distilled-64k")
     assert status == 2 and calls == [] and "run that part first" in said
-    status, calls, _ = study(PART="ruler-distilled ruler-distilled-64k", RULER_WAYS="keys long-keys")
+    status, calls, _ = study(PART="ruler-grouped ruler-distilled-64k", RULER_WAYS="keys long-keys")
     assert status == 0
     (first, second), runs = of(calls, "finetune"), study.folder / "runs"
-    assert f"--model {runs}/ruler-distilled " in second and "--teacher base" in second and "--model base " in first
-    keys = {str(runs / name): [] for name in ("ruler-distilled", "ruler-distilled-64k")}
+    assert f"--model {runs}/ruler-grouped " in second and "--softmax grouped" in first
+    assert "--teacher base" in second and "--model base " in first
+    keys = {str(runs / name): [] for name in ("ruler-grouped", "ruler-distilled-64k")}
     for call in of(calls, "passkey"):
         keys[call.split("--model ")[1].split()[0]].append(call)
     before, after = keys.values()

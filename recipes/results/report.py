@@ -139,16 +139,22 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
     )
     sources = {
         "untouched, full attention": ("ruler-untouched/passkey-novels",),
-        "distilled": ("ruler-distilled/passkey-novels", "ruler-distilled/passkey-novels-long"),
-        "distilled, chunks of 2016": ("ruler-distilled-64k/passkey-novels-before",),
-        "then in windows of 64k": ("ruler-distilled-64k/passkey-novels", "ruler-distilled-64k/passkey-novels-long"),
-        "distilled, answers weighing 0": ("ruler-answers-0/passkey-novels", "ruler-answers-0/passkey-novels-long"),
     }
+    for name, part in {
+        "distilled": "ruler-distilled",
+        "grouped": "ruler-grouped",
+        "then in windows of 64k": "ruler-distilled-64k",
+        "grouped, answers weighing 0": "ruler-answers-0",
+    }.items():
+        if part == "ruler-distilled-64k":
+            sources["grouped, chunks of 2016"] = (f"{part}/passkey-novels-before",)
+        sources[name] = (f"{part}/passkey-novels",)
+        sources[f"{name}, k = 16"] = (f"{part}/passkey-novels-k16", f"{part}/passkey-novels-long")
     of_ruler = key_lines(parts, sources)
     section(
         "Pass keys in novels",
         "Keys that lie in novels of the validation split, asked of the models above in a wording that none of their "
-        "training had. Each reads with 12 blocks and by its own chunk where no other is named: 7245 text tokens, "
+        "training had. Each reads with 12 blocks and by its own chunk where nothing else is said: 7245 text tokens, "
         "distilled in windows of 8192 positions, and 2016, trained as it reads.",
         key_table(of_ruler) if of_ruler else [],
     )

@@ -16,9 +16,10 @@
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
-#   ruler-distilled-64k           ruler-distilled's model, after that, going on in windows of 64 thousand tokens, trained as it
+#   ruler-grouped                 the same distillation with the paper's softmax
+#   ruler-distilled-64k           ruler-grouped's model, after that, going on in windows of 64 thousand tokens, trained as it
 #                                 reads; then asked the same
-#   ruler-answers-0               as ruler-distilled, answers weighing no more than other text
+#   ruler-answers-0               as ruler-grouped, answers weighing no more than other text
 #   made-of                       the same distillation in short, over and over, each time with one thing changed
 #   gemma3-untouched gemma3-distilled    Gemma 3 270M as it is, and distilled from itself: RULER
 #   report                        all that was measured, as Markdown and pictures; needs no GPU
@@ -31,8 +32,8 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled and ruler-answers-0; DISTILLED_64K_STEPS of ruler-distilled-64k
-#   RULER_WAYS             how models are asked, of k4 k16 long (RULER's tasks) keys long-keys (pass keys in novels), or none
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -grouped and -answers-0; DISTILLED_64K_STEPS of ruler-distilled-64k
+#   RULER_WAYS             how models are asked, of k4 k16 long (RULER) keys keys16 long-keys (pass keys in novels), or none
 #   RULER_KEYS RULER_KEY_PROMPTS    lengths and number of these pass keys; the longest are as long and many as long's prompts
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
 #   MADE_OF_AT_ONCE        so many of them at a time on one GPU, which share its rate: their tokens/s are no speed then
@@ -59,7 +60,7 @@ RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMP
 RULER_LONG_LENGTHS=${RULER_LONG_LENGTHS:-131072,1000000} RULER_LONG_SAMPLES=${RULER_LONG_SAMPLES:-5}
 RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-900}
 DISTILLED_64K_STEPS=${DISTILLED_64K_STEPS:-120}
-RULER_WAYS=${RULER_WAYS:-k4 k16 long keys long-keys}
+RULER_WAYS=${RULER_WAYS:-k4 k16 long keys keys16 long-keys}
 RULER_KEYS=${RULER_KEYS:-1024,4096,8192,16384,65536} RULER_KEY_PROMPTS=${RULER_KEY_PROMPTS:-20}
 MADE_OF=${MADE_OF:-} MADE_OF_STEPS=${MADE_OF_STEPS:-200} MADE_OF_AT_ONCE=${MADE_OF_AT_ONCE:-1}
 MADE_OF_LENGTH=${MADE_OF_LENGTH:-8192} MADE_OF_EVAL=${MADE_OF_EVAL:-262144} MADE_OF_K=${MADE_OF_K-2,4,8,16,32}
@@ -73,7 +74,7 @@ SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-distilled-64k ruler-answers-0"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-grouped ruler-distilled-64k ruler-answers-0"
 GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
 PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
@@ -256,7 +257,7 @@ keys_in_novels() {
         --lengths "$lengths" --prompts "$prompts" "$@"
 }
 
-# Keys are asked for with as many blocks as the model was trained for, and in its own chunks.
+# Keys are asked for with as many blocks as the model was trained for, or 16, and in its own chunks.
 ask_in_ways() {
     local way
     for way in $RULER_WAYS; do
@@ -265,7 +266,8 @@ ask_in_ways() {
             k16) ask ruler-k16 "$model" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 ;;
             long) ask ruler-long "$model" "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" --top-k-blocks 16 --tasks "$RULER_LONG_TASKS" ;;
             keys) keys_in_novels passkey-novels "$RULER_KEYS" "$RULER_KEY_PROMPTS" ;;
-            long-keys) keys_in_novels passkey-novels-long "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" ;;
+            keys16) keys_in_novels passkey-novels-k16 "$RULER_KEYS" "$RULER_KEY_PROMPTS" --top-k-blocks 16 ;;
+            long-keys) keys_in_novels passkey-novels-long "$RULER_LONG_LENGTHS" "$RULER_LONG_SAMPLES" --top-k-blocks 16 ;;
             none) ;;
             *) echo "there is no way of asking called $way" >&2; return 2 ;;
         esac
@@ -288,18 +290,19 @@ ruler() {
             # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
             ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
             ;;
-        distilled | answers-0)
+        distilled | grouped | answers-0)
             smollm2_text
             novels
-            local weights=()
-            [ "$role" = distilled ] || weights=(--answer-weight 0 --answer-divergence-weight 0)
-            distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS" "${weights[@]}"
+            local changes=()
+            [ "$role" = distilled ] || changes=(--softmax grouped --gate-weight 0)
+            [ "$role" != answers-0 ] || changes+=(--answer-weight 0 --answer-divergence-weight 0)
+            distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS" "${changes[@]}"
             ask_in_ways
             ;;
         distilled-64k)
-            local base=$RUNS/ruler-distilled
+            local base=$RUNS/ruler-grouped
             [ -e "$base/config.json" ] || [ -e "$model/config.json" ] ||
-                { echo "ruler-distilled-64k goes on from the model of ruler-distilled, and $base has none: run that part first" >&2; return 2; }
+                { echo "ruler-distilled-64k goes on from the model of ruler-grouped, and $base has none: run that part first" >&2; return 2; }
             smollm2_text
             novels
             distil results/smollm2-distilled-64k "$base" "$DISTILLED_64K_STEPS" --teacher "$SMOLLM2" --eval-ruler none
@@ -328,13 +331,14 @@ windows_of() {
 }
 
 # A name a line, and what differs from recipes/results/smollm2-distilled.yaml, the most telling first. All see as many tokens
-# of text. Blocks of another size are read so many at a time that they hold as many. Where a gate is taught, layers are not
-# compiled one by one, and a whole model takes minutes.
+# of text. Blocks of another size are read so many at a time that they hold as many. What is read in chunks, or has no teacher,
+# has the grouped softmax.
 variants() {
     local recipe=smollm2-distilled
     MADE_OF_TOKENS=${MADE_OF_TOKENS:-$(($(recipe_value $recipe sequence-length) * $(recipe_value $recipe batch-size) * $(recipe_value $recipe accumulation)))}
     cat <<TABLE
 best
+grouped             --softmax grouped --gate-weight 0
 seed-1              --seed 1
 hidden-1            --hidden-weight 1
 no-teacher          --teacher none --answer-weight 1
@@ -342,7 +346,7 @@ no-tasks            --tasks-share 0 --answer-weight 0
 answers-0           --answer-weight 0 --answer-divergence-weight 0
 landmarks           --train landmarks
 windows-2k          $(windows_of 2048)
-read-32k            --read-chunk 2048 $(windows_of 32768)
+read-32k            --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 32768)
 block-32            --landmark-freq 31 --top-k-blocks 24
 lora-64             --lora-rank 64 --merge
 no-teacher-seed-1   --teacher none --answer-weight 1 --seed 1
@@ -350,9 +354,11 @@ lr-1e-4             --lr 1e-4
 lr-1e-3             --lr 1e-3
 block-16            --landmark-freq 15 --top-k-blocks 48
 block-128           --landmark-freq 127 --top-k-blocks 6
-gate-0.1            --gate-weight 0.1 --no-compile
-read-8k             --read-chunk 2048 $(windows_of 8192)
-read-128k           --read-chunk 2048 $(windows_of 131072)
+gate-0.3            --gate-weight 0.3
+gate-3              --gate-weight 3
+grouped-gate-0.1    --softmax grouped --gate-weight 0.1
+read-8k             --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 8192)
+read-128k           --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 131072)
 windows-1k          $(windows_of 1024)
 windows-4k          $(windows_of 4096)
 answers-1           --answer-weight 1
@@ -369,7 +375,7 @@ lr-3e-5             --lr 3e-5
 lora-8              --lora-rank 8 --merge
 lora-256            --lora-rank 256 --merge
 landmarks-lr-1e-3   --train landmarks --lr 1e-3
-gate-1              --gate-weight 1 --no-compile
+grouped-gate-1      --softmax grouped --gate-weight 1
 TABLE
 }
 
@@ -399,9 +405,9 @@ variant() {
     printf '%s\n' "$*" > "$results/options.txt"
     [ ! -e "$results/perplexity.json" ] || [ ! -e "$results/ruler.json" ] || { echo "$results is measured already"; return; }
     if [[ " $* " == *" --teacher none "* ]]; then
-        # What is said of a teacher is refused where there is none.
+        # What is said of a teacher is refused where there is none, and what only a teacher can show.
         recipe=$results/recipe.yaml
-        sed '/^answer-divergence-weight/d; /^text-weight/d; /^gate-weight/d; /^hidden-weight/d; /^distill-temperature/d' \
+        sed '/^\(answer-divergence\|text\|gate\|hidden\)-weight/d; /^distill-temperature/d; /^softmax/d' \
             recipes/results/smollm2-distilled.yaml > "$recipe"
     fi
     distil "$recipe" "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler none --eval-every "$MADE_OF_STEPS" "$@" || return
