@@ -152,7 +152,7 @@ def decode_8b(run: Run) -> Iterator[Row]:
         fill(reader, 131072)
         step, loop = step_times(reader, run, 60)
         plain = other_step(reader, run, fused=False)
-        libraries, streams = (other_step(reader, run, True, on) for on in (False, True))
+        libraries = other_step(reader, run, fused=True)
         eager = eager_step(reader, run)
         memory = gibibytes()
         reader = None
@@ -163,7 +163,7 @@ def decode_8b(run: Run) -> Iterator[Row]:
     yield Row(
         "decode, Llama-3-8B's shape, k 8, 128k tokens",
         f"{step * 1e3:.2f} ms ({plain * 1e3:.2f} by the model's own modules; fused {libraries * 1e3:.2f} with a "
-        f"library's products, {streams * 1e3:.2f} with our streams), loop {loop * 1e3:.2f} ms, {memory:.0f} GiB",
+        f"library's products), loop {loop * 1e3:.2f} ms, {memory:.0f} GiB",
         f"{dynamic * 1e3:.1f} ms ({dynamic / loop:.1f} x), best {preallocated * 1e3:.1f} ms "
         f"({preallocated / step:.1f} x), {full_memory:.0f} GiB",
         f"{eager * 1e3:.0f} ms",

@@ -168,11 +168,11 @@ def step_times(reader: BlockReader, run: Run, steps: int = 150) -> tuple[float, 
     return seconds(graphs[-1].replay, run.times(100)), loop
 
 
-def other_step(reader: BlockReader, run: Run, fused: bool, streams: bool = False) -> float:
+def other_step(reader: BlockReader, run: Run, fused: bool) -> float:
     """Seconds of a step's graph recorded otherwise: by the model's own modules or `fused` (see
-    landmark_cli/models/fused_step.py), there with products as `streams` or a library's."""
+    landmark_cli/models/fused_step.py), all products a library's."""
     forward, kept = reader.forward, FusedStep.streams
-    forward.fuses_steps, FusedStep.streams = fused, streams
+    forward.fuses_steps, FusedStep.streams = fused, False
     forward._recorded.clear()
     forward.record_steps([(1, [0])])
     (recorded,) = forward._recorded.values()

@@ -29,11 +29,11 @@ from .quantization import QuantizedLinear
 class FusedStep:
     """A model's forward pass over a step's few tokens, or a chunk. Made anew after any change of the model.
 
-    Only where `why_not_fused` gives no reason. streams: whether products of few rows are those of row_products.py, on
-    GPUs on which these are the faster.
+    Only where `why_not_fused` gives no reason. streams: whether products of few rows are those of row_products.py where
+    these are the faster; a benchmark that compares both sets it before it records a step.
     """
 
-    streams = False
+    streams = True
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.make = model, make_of(model)
@@ -110,10 +110,6 @@ class _Own(NamedTuple):
         streams = self.streams is not None and product.bias is None and activation == "silu"
         if streams and self.streams.serves(x, product.weight):
             return self.streams.gated_products(x, product.weight)
-        if activation == "silu" and (quantized := product.quantized) is not None:
-            out = quantized.gated(x)
-            if out is not None:
-                return out
         return self.operations.gated(*product(x), activation)
 
 
@@ -185,7 +181,8 @@ def _operations(device: torch.device) -> ModuleType:
 
 
 def _streams(device: torch.device) -> ModuleType | None:
-    """The products that read a weight as a stream, on GPUs that let them begin to before their input is made."""
+    """The products that read a weight as a stream, on GPUs that let them begin to before their input is made: on others
+    they have not been timed."""
     if device.type != "cuda":
         return None
     from landmark_cli.attention.kernels.common.dependent import brings_up_early

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quantization import QuantizedLinear
-from .quantized_products import JoinedProduct
-
 
 def join(parameters: Sequence[nn.Parameter]) -> bool:
     """Move parameters (n_i, ...) to one piece of memory, one behind another, where they do not lie so already. Each
@@ -67,14 +64,6 @@ class Product:
         joined = [spanned(parameters) for parameters in parameters_to_join(layers)]
         if joined and all(tensor is not None for tensor in joined):
             self.weight, self.bias = (*joined, None)[:2]
-
-    @property
-    def quantized(self) -> JoinedProduct | None:
-        """The one product, without a bias, of quantized layers."""
-        first = self.layers[0]
-        if not isinstance(first, QuantizedLinear) or any(layer.bias is not None for layer in self.layers):
-            return None
-        return first.product if len(first.product.sizes) == len(self.layers) else None
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         if self.weight is None:

@@ -1,5 +1,4 @@
-"""Products with quantized weights, by device: torch's own on a CPU, those of Humming (of the vLLM project) on a GPU,
-and of the few rows of a step those of code_products.py.
+"""Products with quantized weights, by device: torch's own on a CPU, those of Humming (of the vLLM project) on a GPU.
 
 A product is made of codes and keeps them in the order that its kernels read. It takes rows (n, K) and gives (n, N),
 both in the model's dtype. Humming compiles a kernel for each shape, and for each of the BUCKETS of rows, when it is
@@ -22,7 +21,6 @@ from torch.nn import functional as F
 from landmark_cli.errors import UsageError, import_extra
 
 if TYPE_CHECKING:
-    from .code_products import Packed
     from .quantization import Codes
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -69,15 +67,9 @@ class CpuProduct(nn.Module):
         # The scale of a row of the weight is that of a column of what comes out.
         return F.linear(rows, self.codes.to(rows.dtype)) * self.scales.to(rows.dtype)
 
-    def gated(self, rows: Tensor) -> None:
-        """There is no kernel that does both."""
-
 
 class HummingProduct(nn.Module):
-    """On an NVIDIA GPU. streams: whether few rows are multiplied by the kernels of code_products.py, on GPUs on which
-    these are the faster, where the library keeps codes in the order that they read."""
-
-    streams = False
+    """On an NVIDIA GPU."""
 
     def __init__(self, codes: Codes, dtype: torch.dtype):
         super().__init__()
@@ -97,10 +89,6 @@ class HummingProduct(nn.Module):
             )
             self.layer.load_from_tensors({"weight": packed(codes), "weight_scale": codes.scales})
             self.layer.transform()
-            self.packed = self._in_known_order(codes)
-            # A program's block of output features each; shapes are padded by less than two of them.
-            arrived = torch.zeros(out_features // 64 + 2, dtype=torch.int32)
-            self.register_buffer("arrived", arrived, persistent=False)
 
     @staticmethod
     def check(device: torch.device, dtype: str | torch.dtype) -> None:
@@ -116,42 +104,8 @@ class HummingProduct(nn.Module):
     def scale_dtype(dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def _in_known_order(self, codes: Codes) -> Packed | None:
-        """The weight as code_products.py reads it, if the library keeps it so: what it has made of the first codes is
-        looked at."""
-        from .code_products import Packed, in_order
-
-        weight, scales = self.layer.weight, self.layer.weight_scale
-        first = codes._replace(codes=codes.codes[:64, :64].contiguous(), scales=codes.scales[:64, :2])
-        if first.codes.shape != (64, 64) or weight.dtype != torch.int32:
-            return None
-        packed = Packed(weight, scales.view(-1, scales.shape[-1]), codes.bits, *codes.codes.shape)
-        expected = in_order(first)
-        found = packed.codes[:4, : expected.codes.shape[1]], packed.scales[: len(expected.scales), :64]
-        return packed if all(map(torch.equal, found, expected[:2])) else None
-
     def forward(self, rows: Tensor) -> Tensor:
-        if self._streams(rows):
-            from .code_products import products
-
-            return products(rows, self.packed, self.arrived)
         return self.layer(rows.contiguous(), tuning_config=self._kernel(len(rows)))
-
-    def gated(self, rows: Tensor) -> Tensor | None:
-        if self._streams(rows):
-            from .code_products import gated_products, gates
-
-            if gates(self.packed):
-                return gated_products(rows, self.packed, self.arrived)
-        return None
-
-    def _streams(self, rows: Tensor) -> bool:
-        from landmark_cli.attention.kernels.common.dependent import brings_up_early
-
-        from .code_products import MOST_ROWS
-
-        few = self.streams and self.packed is not None and len(rows) <= MOST_ROWS
-        return few and brings_up_early(rows.device)
 
     def _kernel(self, rows: int) -> str:
         """Humming's choice of a kernel for so many rows, or a few more."""
@@ -185,12 +139,6 @@ class JoinedProduct(nn.Module):
         self.product, self.sizes = product, list(sizes)
         # What the layers were asked for last, and what they give.
         self._held: tuple[weakref.ref[Tensor], int, Sequence[Tensor]] | None = None
-
-    def gated(self, x: Tensor) -> Tensor | None:
-        """silu of what the first of two layers gives times what the other gives, as one; None where the product has no
-        kernel for it."""
-        y = self.product.gated(x.reshape(-1, x.shape[-1]))
-        return None if y is None else y.view(*x.shape[:-1], -1)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         y = self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)

@@ -16,7 +16,10 @@ from torch import Tensor
 from landmark_cli.attention.kernels.common.dependent import dependent_launch, let_next_begin, wait_for_previous
 from landmark_cli.attention.kernels.common.launch import on_device
 
-MOST_ROWS = 4
+# More rows have been compared with the definition, and not been timed beside a library's products in a step.
+MOST_ROWS = 1
+# Output and input features of the smallest weights that have been. A row is read in whole loads of a warp.
+LEAST_FEATURES, WHOLE = 4096, 256
 
 
 class Tiles(NamedTuple):
@@ -128,8 +131,9 @@ def _constants(weight: Tensor, rows: int, tiles: Tiles) -> dict[str, int]:
 
 
 def serves(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the kernels have products of x (..., K) with a weight."""
-    if weight is None:
+    """Whether products of x (..., K) with a weight are faster by these kernels than by a library's: where that has been
+    measured (benchmarks/results/quantization-h200.md), and nowhere else."""
+    if weight is None or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
     few = x.numel() <= MOST_ROWS * x.shape[-1]
-    return few and x.dtype == weight.dtype and x.dtype != torch.float64 and weight.is_contiguous()
+    return few and min(weight.shape) >= LEAST_FEATURES and weight.shape[1] % WHOLE == 0 and weight.is_contiguous()

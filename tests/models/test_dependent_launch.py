@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from types import ModuleType
 
 import pytest
@@ -14,21 +15,14 @@ import torch
 
 from landmark_cli.attention.kernels.common import dependent
 from landmark_cli.attention.kernels.reading import decode, launch
-from landmark_cli.models import code_products, row_products, step_kernels
+from landmark_cli.models import fused_step, row_products, step_kernels
 from landmark_cli.models.fused_step import FusedStep
-from landmark_cli.models.quantized_products import HummingProduct
 from tests.models.stepping import WIDE, landmark_decoder, steps
 
 # Kernels that are launched before the one before them has ended, and those that let them; where each is made.
-EARLY = {
-    "products_kernel": row_products,
-    "gated_products_kernel": row_products,
-    "code_products_kernel": code_products,
-}
+EARLY = {"products_kernel": row_products, "gated_products_kernel": row_products}
 ANNOUNCING = {"add_norm_kernel": step_kernels, "gated_kernel": step_kernels, "decode_kernel": decode}
-# What the first of these call, which waits for them.
-WAITING = (row_products.row_sums, code_products.sums_of_4_bits, code_products.sums_of_8_bits)
-LAUNCHED_FROM = (step_kernels, row_products, code_products, launch)
+LAUNCHED_FROM = (step_kernels, row_products, launch)
 
 
 def launched(module: ModuleType, way: str) -> set[str]:
@@ -52,16 +46,38 @@ def test_these_are_all_that_are_brought_up_early():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_elsewhere_nothing_is(device):
     x = torch.empty(1, device=device)
-    assert dependent.dependent_launch(x) == dependent.announcing(x) == {"PDL": False}
+    assert dependent.enabled and dependent.dependent_launch(x) == dependent.announcing(x) == {"PDL": False}
+
+
+@pytest.mark.parametrize(
+    "lacks, early",
+    [({}, True), ({"gdc_wait": None}, False), ({"gdc_launch_dependents": None}, False), ({"capability": (8, 0)}, False),
+     ({"capability": (12, 0)}, False), ({"cuda": None}, False), ({"enabled": False}, False)],
+    ids=str,
+)  # fmt: skip
+def test_only_gpus_and_versions_on_which_it_was_found_faster_launch_early(lacks, early, monkeypatch):
+    """All others launch their kernels as they did, with nothing that a version of Triton may not know."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: lacks.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.version, "cuda", lacks.get("cuda", "13.0"))
+    for name in ("gdc_wait", "gdc_launch_dependents", "enabled"):
+        monkeypatch.setattr(dependent, name, lacks.get(name, True))
+    x = types.SimpleNamespace(device=torch.device("cuda"))
+    dependent.brings_up_early.cache_clear()
+    try:
+        assert dependent.dependent_launch(x) == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
+        assert dependent.announcing(x) == {"PDL": early}
+        # Without early launches products may still be streams, where both were timed.
+        assert (fused_step._streams(x.device) is row_products) == (early or "enabled" in lacks)
+    finally:
+        dependent.brings_up_early.cache_clear()
 
 
 def test_each_waits_or_lets_the_next_begin():
     for name, module in EARLY.items():
-        source = inspect.getsource(getattr(module, name).fn)
-        assert "row_sums(" in source or "block_sums(" in source, name
-    for function in WAITING:
-        source = inspect.getsource(function.fn)
-        assert "let_next_begin(PDL)" in source and "wait_for_previous(PDL)" in source
+        # Which waits for them.
+        assert "row_sums(" in inspect.getsource(getattr(module, name).fn), name
+    source = inspect.getsource(row_products.row_sums.fn)
+    assert "let_next_begin(PDL)" in source and "wait_for_previous(PDL)" in source
     for name, module in ANNOUNCING.items():
         assert "let_next_begin(PDL)" in inspect.getsource(getattr(module, name).fn), name
 
@@ -91,8 +107,8 @@ def test_steps_give_the_same_logits(kind, monkeypatch):
     if kind.startswith("int"):
         pytest.importorskip("humming")
     device, found = torch.device("cuda"), []
-    monkeypatch.setattr(FusedStep, "streams", kind != "none")
-    monkeypatch.setattr(HummingProduct, "streams", True)
+    monkeypatch.setattr(FusedStep, "streams", kind == "streams")
+    monkeypatch.setattr(row_products, "serves", lambda x, weight: weight is not None and x.numel() <= 4 * x.shape[-1])
     for early in (False, True):
         monkeypatch.setattr(dependent, "enabled", early)
         torch.manual_seed(0)
@@ -112,7 +128,6 @@ def main(early: bool) -> None:
     from landmark_cli.attention.cache.settings import RetrievalSettings
     from landmark_cli.attention.kernels.reading import selection
     from landmark_cli.attention.rotary import default_inverse_frequencies
-    from landmark_cli.models.quantization import encode
     from tests.attention.kernels.compiling import H100, Compiled
 
     driver.set_active(H100())
@@ -129,8 +144,6 @@ def main(early: bool) -> None:
     step_kernels.gated(x, x.clone())
     row_products.products(x, weight)
     row_products.gated_products(x, weight)
-    packed = code_products.in_order(encode(torch.zeros(128, 1024), 4))
-    code_products.gated_products(x[0], packed, torch.zeros(2, dtype=torch.int32))
     cache = BlockCache(RetrievalSettings(64, 8), default_inverse_frequencies(128))
     cache.host_blocks = [100]
     chunk = cache.begin_chunk([1])

@@ -39,3 +39,26 @@ def test_the_kernel_of_products_is_the_definition(shape, bias, tiles, dtype, dev
 def test_the_kernel_of_gated_products_is_the_definition(shape, tiles, dtype, device):
     x, weight = torch.randn(*shape, 80).to(device, dtype), torch.randn(36, 80).mul(0.2).to(device, dtype)
     assert_alike(row_products.gated_products(x, weight, tiles=tiles), step_operations.gated_products(x, weight))
+
+
+@pytest.mark.parametrize(
+    "rows, weight, dtype, serves",
+    [
+        ((1, 1), (6144, 4096), torch.bfloat16, True),
+        ((1, 1), (4096, 14336), torch.bfloat16, True),
+        ((1, 1), (22016, 4096), torch.bfloat16, True),
+        ((1, 2), (6144, 4096), torch.bfloat16, False),
+        ((2, 1), (6144, 4096), torch.bfloat16, False),
+        ((1, 1), (6144, 4096), torch.float16, False),
+        ((1, 1), (6144, 4096), torch.float32, False),
+        ((1, 1), (6144, 2048), torch.bfloat16, False),
+        ((1, 1), (1024, 4096), torch.bfloat16, False),
+        ((1, 1), (4096, 4100), torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_only_products_that_were_timed_are_left_to_the_kernels(rows, weight, dtype, serves):
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((*rows, weight[1]), weight))
+    assert row_products.serves(x, weight) == serves
+    assert not row_products.serves(x, None) and not row_products.serves(x, weight.t().contiguous().t())
+    assert not row_products.serves(x.to(torch.float32), weight)

@@ -1,9 +1,10 @@
 """Programmatic dependent launch: a kernel is brought up while the one before it in the stream still runs.
 
 A product of few rows reads a weight that nothing writes, and can begin to while what it is multiplied with is still
-being made. On GPUs of compute capability 9 and later it is launched before that has ended, and says itself from where
-on it needs it; the kernel before says when. In a CUDA graph that is recorded of such launches it is the same. Kernels
-that have nothing to read before they wait are launched as usual: waiting takes them longer than being launched.
+being made. It is launched before that has ended, and says itself from where on it needs it; the kernel before says
+when. In a CUDA graph that is recorded of such launches it is the same. Kernels that have nothing to read before they
+wait are launched as usual: waiting takes them longer than being launched. What is gained is in
+benchmarks/results/quantization-h200.md.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import torch
 import triton
 from torch import Tensor
 from triton import language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra import cuda
+
+# Not every build of Triton has them: where one is None, no kernel is launched that would call it.
+gdc_launch_dependents, gdc_wait = (getattr(cuda, f"gdc_{name}", None) for name in ("launch_dependents", "wait"))
 
 # While it is False every kernel waits for the one before it to end. Whoever compares the two sets it before a process
 # has launched or recorded anything.
-enabled = False
+enabled = True
 
 
 @triton.jit
@@ -52,7 +56,8 @@ def announcing(x: Tensor) -> dict[str, bool]:
 
 @functools.cache
 def brings_up_early(device: torch.device) -> bool:
-    """Whether a device can."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    """Whether a device can, and has been found the faster for it: later ones than of compute capability 9 can too, and
+    have not been tried."""
+    if device.type != "cuda" or torch.version.cuda is None or None in (gdc_launch_dependents, gdc_wait):
         return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return torch.cuda.get_device_capability(device)[0] == 9
