@@ -12,7 +12,7 @@ from landmark_cli.commands.finetune_defaults import GATE, PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_model import saving_of, trained_length, untrained, write_rest
 from landmark_cli.commands.finetune_plan import adapter_settings, plan, with_defaults
 from landmark_cli.commands.finetune_report import AUTO, Report, check_report
-from landmark_cli.commands.finetune_teacher import check_launch, check_teacher, distillation
+from landmark_cli.commands.finetune_teacher import check_gate, check_launch, check_teacher, distillation
 from landmark_cli.commands.finetune_warnings import warn_of_blocks, warn_of_course
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_loop import begin, carry_out, make_loop
@@ -129,8 +129,8 @@ class PretrainedOptions(CodeOptions):
         panel=MODEL,
         help="What landmarks do. joint: they choose the blocks that are read, and all text that is read shares one "
         "softmax, so that the model keeps what it knows. grouped: they also share attention out among blocks, as in "
-        "the paper. [default: joint, where a teacher can show which blocks matter; grouped with --teacher none, with "
-        "--read-chunk, and for models with soft-capped logits or attention sinks; that of a model with landmarks]",
+        "the paper. [default: joint, where a teacher can show which blocks matter; grouped with --teacher none and "
+        "for models with soft-capped logits or attention sinks; that of a model with landmarks]",
     )
 
 
@@ -289,6 +289,7 @@ def run(options: FinetuneOptions) -> Path | None:
     use_device(options.device)
     config = check_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     given, options = options, with_defaults(options, config)
+    check_gate(options)
     warn_of_course(given, options)
     warn_of_blocks(options, config)
     check_windows(options)

@@ -154,8 +154,7 @@ def usual_softmax(options: FinetuneOptions, config: PreTrainedConfig) -> Softmax
 
     if getattr(config, "landmark_freq", None):
         return softmax_of(config)
-    can_be_taught = options.teacher != "none" and options.read_chunk is None and plain_attention(config) == "sdpa"
-    return "joint" if can_be_taught else "grouped"
+    return "joint" if options.teacher != "none" and plain_attention(config) == "sdpa" else "grouped"
 
 
 def worth_compiling(options: FinetuneOptions, model: nn.Module) -> bool:

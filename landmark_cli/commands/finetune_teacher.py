@@ -77,6 +77,7 @@ def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTraine
         hidden_weight=options.hidden_weight,
         block_size=config.landmark_freq + 1,
         joint=is_joint(config),
+        chunk=options.read_chunk,
         needs_answers=any(getattr(options, name) not in weights for name, weights in UNASKED.items()),
     )
 
@@ -120,26 +121,22 @@ def check_teacher(options: FinetuneOptions) -> None:
         raise UsageError(
             "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"
         )
-    if options.softmax == "joint":
-        check_joint(options)
-    if options.gate_weight and options.read_chunk is not None:
-        raise UsageError(
-            "--gate-weight is for windows that are attended to as a whole, and --read-chunk reads them in chunks: "
-            "leave one of the two out"
-        )
+    if options.softmax is not None:
+        check_gate(options)
 
 
-def check_joint(options: FinetuneOptions) -> None:
-    """Raise UsageError where landmarks that only choose blocks would learn nothing."""
-    why = None
-    if options.teacher == "none":
-        why = "--teacher none has no attention to show them"
-    elif options.read_chunk is not None:
-        why = "with --read-chunk that is not taught"
-    elif options.gate_weight == 0:
-        why = "--gate-weight 0 leaves that out"
-    if why is not None:
+def check_gate(options: FinetuneOptions) -> None:
+    """Raise UsageError where landmarks that only choose blocks would learn nothing, and where the gate's loss of others
+    is asked for and not known."""
+    if options.softmax == "joint" and (options.teacher == "none" or options.gate_weight == 0):
+        none = options.teacher == "none"
+        why = "--teacher none has no attention to show them" if none else "--gate-weight 0 leaves that out"
         raise UsageError(
             f"--softmax joint: landmarks only choose blocks there, which they learn by the gate's loss, and {why}; "
             "leave one of the two out, or take --softmax grouped"
+        )
+    if options.softmax == "grouped" and options.gate_weight and options.read_chunk is not None:
+        raise UsageError(
+            "--gate-weight with --softmax grouped is for windows that are attended to as a whole, and --read-chunk "
+            "reads them in chunks: leave one of the two out"
         )

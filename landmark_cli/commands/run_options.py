@@ -243,7 +243,12 @@ def reading(options: DataOptions, landmark_freq: int, top_k_blocks: int | None) 
     if options.read_chunk is None:
         return None
     return window_settings(
-        options.read_chunk, options.sequence_length, landmark_freq, top_k_blocks, explore=options.explore
+        options.read_chunk,
+        options.sequence_length,
+        landmark_freq,
+        top_k_blocks,
+        explore=options.explore,
+        joint=getattr(options, "softmax", None) == "joint",
     )
 
 

@@ -38,10 +38,11 @@ class Distillation:
     name: what the user calls the teacher. landmark_token_id: what the student's streams hold and the teacher does not
     read. answer_weight, text_weight: of the cross entropy of answers, and of all targets, beside the divergence.
     answer_divergence_weight: of the divergence where answers are predicted, beside what it counts among the text.
-    temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, which is
-    of windows attended to as a whole, in blocks of block_size stream tokens; 0: it is not worked out. joint: whether
-    the student's landmarks only choose blocks (softmax.py). hidden_weight: of the hidden states' loss; 0: it
-    is not worked out. needs_answers: whether some corpus has to mark answers, since somebody chose what they weigh.
+    temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, in blocks
+    of block_size stream tokens; 0: it is not worked out. joint: whether the student's landmarks only choose blocks
+    (softmax.py). chunk: stream tokens of a chunk, where windows are read chunk by chunk, which with a gate's loss only
+    joint ones are. hidden_weight: of the hidden states' loss; 0: it is not worked out. needs_answers: whether some
+    corpus has to mark answers, since somebody chose what they weigh.
     """
 
     teacher: Teacher
@@ -54,6 +55,7 @@ class Distillation:
     gate_weight: float = 0.0
     block_size: int = 0
     joint: bool = False
+    chunk: int | None = None
     hidden_weight: float = 0.0
     needs_answers: bool = False
 
@@ -132,7 +134,7 @@ class Distillation:
         of answers. The rest: see `read`."""
         landmark = input_ids == self.landmark_token_id
         given = input_ids, landmark, text.order, text.known & known, self.block_size, cu_seqlens
-        return sample(*given, answers, self.joint)
+        return sample(*given, answers, self.joint, self.chunk)
 
     def ratios(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """counts: (6,), of the global batch. Returns (what the summed loss is to be divided by, what an answer's
@@ -209,7 +211,8 @@ class DistillationLoss(LossModel):
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
         gate = observer = None
         if of.gate_weight:
-            gate = Gate(of.sample(text, input_ids, known, answers, cu_seqlens), self._landmark_layers)
+            sampled = of.sample(text, input_ids, known, answers, cu_seqlens)
+            gate = Gate(sampled, self._landmark_layers, extra.get("landmark_window"))
             observer, extra["landmark_observer"] = gate.teach, gate.ask
         compared = self._compare(text, input_ids, labels, weights, target_weights, of.temperature, extra, observer)
         loss, divergences, losses = compared.losses

@@ -23,6 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from landmark_cli.attention.layer_kind import kind_of
+from landmark_cli.attention.rotary import rotate
+from landmark_cli.attention.window import ReadingWindow
+
 SAMPLED = 64
 """Queries of a row, at most; where landmarks only choose, so many of the text and as many of answers."""
 QUESTION = 32
@@ -41,7 +45,8 @@ class Sample:
     real: whether it counts. own: the number of its block in the row. first: that of its document's first block. begin:
     where its own block begins in the stream. text_blocks: (B, n), the block of every text token. landmarks: (B, M),
     where the landmark of each block stands in the stream, some place where it has none. block_size: tokens of a block.
-    joint: whether landmarks only choose blocks.
+    joint: whether landmarks only choose blocks. end: behind the blocks that it can choose from: its own block, or the
+    first one of its chunk. numbers: (B, M), of each block in its chunk; None where windows are no chunks.
     """
 
     text: Tensor
@@ -53,7 +58,9 @@ class Sample:
     text_blocks: Tensor
     landmarks: Tensor
     block_size: int
-    joint: bool = False
+    joint: bool
+    end: Tensor
+    numbers: Tensor | None = None
 
 
 def sample(
@@ -65,6 +72,7 @@ def sample(
     cu_seqlens: Tensor | None = None,
     answers: Tensor | None = None,
     joint: bool = False,
+    chunk: int | None = None,
 ) -> Sample:
     """Sample queries behind the first block of every row, at most `SAMPLED` and evenly spaced from an offset that the
     row's own tokens draw: how rows are split into processes makes no difference. Where landmarks only choose, as many
@@ -73,7 +81,7 @@ def sample(
     input_ids: (B, T) stream. landmark: (B, T) bool, where its landmarks are. order: (B, n), where in the stream each
     text token that the teacher reads stands. known: (B, T) bool, queries that may count. cu_seqlens: as LossModel has
     it. answers: (B, T) bool, those that predict answers; None where nobody marks them. joint: whether landmarks only
-    choose blocks.
+    choose blocks. chunk: stream tokens of a chunk, where windows are read chunk by chunk.
     """
     batch, tokens = input_ids.shape
     device, width, freq = input_ids.device, order.shape[1], block_size - 1
@@ -91,16 +99,23 @@ def sample(
     block = begins.cumsum(1) - 1
     first = torch.where(new_document, block, 0).cummax(1).values
     begin = torch.where(begins, place, 0).cummax(1).values
-    # What is no landmark writes behind the last block, which is left out.
-    landmarks = place.new_zeros(batch, most + 1)
-    landmarks.scatter_(1, torch.where(landmark, block, most), place.expand(batch, tokens))
+
+    def of_blocks(values: Tensor) -> Tensor:
+        """(B, M) of values that landmarks have, (B, T)."""
+        # What is no landmark writes behind the last block, which is left out.
+        found = place.new_zeros(batch, most + 1)
+        return found.scatter_(1, torch.where(landmark, block, most), values)[:, :most]
+
+    # Blocks of a chunk; a window that is read whole is one, and its queries choose from what is before their own block.
+    together = 1 if chunk is None else chunk // block_size
+    number = (block - first) % together
 
     # At most one in each block, so that in the backward pass no two queries add to one key in an order of their own. A
     # row has this much text at least.
     behind = max(min(width, tokens - tokens // block_size) - freq, 1)
-    number = min(SAMPLED, max(behind // freq, 1))
+    queries = min(SAMPLED, max(behind // freq, 1))
     offset = (input_ids.sum(1, keepdim=True) % OFFSETS).double() / OFFSETS
-    text = freq + ((torch.arange(number, device=device) + offset) * behind / number).long()
+    text = freq + ((torch.arange(queries, device=device) + offset) * behind / queries).long()
     text = text.clamp(max=width - 1)
     asked = torch.ones_like(text, dtype=torch.bool)
     if joint and answers is not None:
@@ -108,20 +123,24 @@ def sample(
         text, asked = torch.cat([text, of_answers], 1), torch.cat([asked, some], 1)
     stream = order.gather(1, text)
     real = asked & (text < (~landmark).sum(1, keepdim=True)) & known.gather(1, stream)
+    own, begins_at = block.gather(1, stream), first.gather(1, stream)
+    end = own - number.gather(1, stream)
     if joint:
-        # A query of the first block has nothing to choose.
-        real = real & (block.gather(1, stream) > first.gather(1, stream))
+        # A query of the first block, or chunk, has nothing to choose.
+        real = real & (end > begins_at)
     return Sample(
         text,
         stream,
         real,
-        block.gather(1, stream),
-        first.gather(1, stream),
+        own,
+        begins_at,
         begin.gather(1, stream),
         block.gather(1, order),
-        landmarks[:, :most],
+        of_blocks(place.expand(batch, tokens)),
         block_size,
         joint,
+        end,
+        None if chunk is None else of_blocks(number),
     )
 
 
@@ -158,28 +177,30 @@ def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
         shares = weights.new_zeros(*weights.shape[:3], chosen.landmarks.shape[1])
         shares.scatter_add_(-1, blocks.expand(weights.shape), weights)
         own = chosen.own[row : row + 1, None, :, None].expand(*shares.shape[:3], 1)
-        earlier = shares.scatter(-1, own, 0.0)
         if chosen.joint:
-            tiny = torch.finfo(shares.dtype).tiny
-            found.append(earlier / earlier.sum(-1, keepdim=True).clamp(min=tiny))
+            earlier = torch.arange(shares.shape[-1], device=k.device) < chosen.end[row, :, None]
+            shares = torch.where(earlier, shares, 0.0)
+            found.append(shares / shares.sum(-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny))
         else:
-            found.append(torch.cat([earlier, shares.gather(-1, own)], -1))
+            found.append(torch.cat([shares.scatter(-1, own, 0.0), shares.gather(-1, own)], -1))
     return torch.cat(found)
 
 
-def outer_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
+def outer_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float, window: ReadingWindow | None = None) -> Tensor:
     """Logarithms of what landmark attention's outer softmax gives every block, in the columns of `block_shares`; minus
     infinity where nothing is. Differentiable in q and k.
 
-    q: (B, H, T, D) and k: (B, G, T, D), the student's, rotated.
+    q: (B, H, T, D) and k: (B, G, T, D), the student's, rotated. window: how windows are read chunk by chunk, where they
+    are; q and k are then rotated at its position_ids, half-split.
     """
     queries = _sampled(q, chosen.stream)
     blocks = torch.arange(chosen.landmarks.shape[1], device=k.device)
-    earlier = (blocks >= chosen.first[..., None]) & (blocks < chosen.own[..., None])
-    logits = _logits(queries, _widened(_taken(k, chosen.landmarks)), scale)
+    earlier = (blocks >= chosen.first[..., None]) & (blocks < chosen.end[..., None])
+    keys = _widened(_taken(k, chosen.landmarks))
+    logits = _logits(queries, keys, scale) if window is None else _scored(queries, keys, chosen, scale, window)
     if chosen.joint:
         # Where there is no earlier block nothing is asked, and no number may be nan.
-        earlier = earlier | (chosen.own == chosen.first)[..., None]
+        earlier = earlier | (chosen.end == chosen.first)[..., None]
         return torch.log_softmax(logits.masked_fill(~earlier[:, None], -torch.inf), dim=-1)
     logits = logits.masked_fill(~earlier[:, None], -torch.inf)
     # (B, S, block_size): the places of a query's own block, up to itself.
@@ -190,6 +211,24 @@ def outer_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
     own = torch.einsum("bgrsd,bgsjd->bgrsj", queries.unflatten(1, (groups, -1)), _widened(keys)).flatten(1, 2) * scale
     own = own.masked_fill(~within[:, None], -torch.inf).logsumexp(-1, keepdim=True)
     return torch.log_softmax(torch.cat([logits, own], -1), dim=-1)
+
+
+def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window: ReadingWindow) -> Tensor:
+    """Logits of the blocks' landmarks where reading scores them (retrieval.score_bounded): the last top_k before a
+    chunk at their true distance, all older ones just behind. (B, H, S, M) of queries (B, H, S, D), rotated in their
+    chunk, and landmark keys (B, G, M, D), rotated in theirs.
+
+    All of them for each distance, of which one is taken: no key is gathered for several queries, whose gradients would
+    be added up in an order of their own.
+    """
+    cos, sin = window.by(-chosen.numbers)
+    keys = rotate(keys, cos[:, None], sin[:, None])
+    age = chosen.end[..., None] - torch.arange(keys.shape[2], device=keys.device)
+    logits = None
+    for slots in range(window.top_k + 1, 0, -1):
+        found = _logits(rotate(queries, *window.by(torch.tensor(slots, device=keys.device))), keys, scale)
+        logits = found if logits is None else torch.where((age == slots)[:, None], found, logits)
+    return logits
 
 
 def divergence(shares: Tensor, outer: Tensor) -> Tensor:
@@ -209,12 +248,14 @@ class Gate:
     """The gate's loss of one forward pass. The teacher's layers tell it of their queries and keys (`teach`), then the
     student's (`ask`): each is what `landmark_observer` takes in a model's call.
 
-    layers: those of the student that have landmarks, which alone ask.
+    layers: those of the student that have landmarks, which alone ask. window: how the student reads chunk by chunk,
+    where it does.
     """
 
-    def __init__(self, chosen: Sample, layers: Collection[int]) -> None:
+    def __init__(self, chosen: Sample, layers: Collection[int], window: ReadingWindow | None = None) -> None:
         self.chosen = chosen
         self.layers = layers
+        self.window = window
         self._shares: dict[int, Tensor] = {}
         self._found: dict[int, Tensor] | None = {}
 
@@ -230,10 +271,13 @@ class Gate:
     @torch.compiler.disable
     def ask(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
         """Of a layer of the student's: see `outer_shares`."""
-        layer = module.layer_idx
+        layer, kind, window = module.layer_idx, kind_of(module), self.window
+        if window is not None:
+            q, k = kind.half_split(q, k)
+            window = window.unrotated if kind.turns == "none" else window
         # Autocast would make the products in half precision.
         with torch.autocast(q.device.type, enabled=False):
-            outer = outer_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale)
+            outer = outer_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, window)
         found = (divergence(self._shares[layer], outer) * self.chosen.real).sum()
         # A layer that is computed again in the backward pass says nothing new.
         if self._found is not None:

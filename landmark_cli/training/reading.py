@@ -12,12 +12,17 @@ from landmark_cli.errors import UsageError
 
 
 def window_settings(
-    chunk: int, sequence_length: int, landmark_freq: int, top_k_blocks: int | None, explore: float = 0.0
+    chunk: int,
+    sequence_length: int,
+    landmark_freq: int,
+    top_k_blocks: int | None,
+    explore: float = 0.0,
+    joint: bool = False,
 ) -> WindowSettings:
     """How windows are read, for chunks of `chunk` stream tokens.
 
     sequence_length: stream tokens of a window. landmark_freq: text tokens between landmarks. top_k_blocks: None for as
-    many as a model retrieves where nobody sets a number.
+    many as a model retrieves where nobody sets a number. joint: landmarks only choose blocks (softmax.py).
 
     Raises UsageError where the chunks do not fit the blocks or the windows.
     """
@@ -35,7 +40,8 @@ def window_settings(
         )
     if explore and top_k_blocks == 0:
         raise UsageError("--explore draws the last of --top-k-blocks, and 0 leaves none: take 1 or more")
-    return WindowSettings(chunk, size, DEFAULT_TOP_K if top_k_blocks is None else top_k_blocks, explore=explore)
+    top_k = DEFAULT_TOP_K if top_k_blocks is None else top_k_blocks
+    return WindowSettings(chunk, size, top_k, explore=explore, joint=joint)
 
 
 def said_of(read: WindowSettings) -> str:

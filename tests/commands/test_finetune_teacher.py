@@ -109,10 +109,15 @@ def test_landmarks_that_only_choose_learn_by_the_gate_and_the_model_stays_what_i
     model, _ = landmark_cli.load(output)
     assert model.config.landmark_softmax == "joint"
     assert BlockReader.open(model, ReadingSettings(top_k_blocks=1), 1).cache.settings.joint
-    # One that chooses goes on choosing.
+    # One that chooses goes on choosing, in longer windows that are read in chunks too.
     if not changes:
-        again = finetune(tmp_path / "again", softmax=None, steps=1, model=str(output), teacher="base")
+        longer = {"sequence_length": 128, "read_chunk": 32, "top_k_blocks": 2, "batch_size": 1}
+        again = finetune(
+            tmp_path / "again", softmax=None, steps=6, model=str(output), teacher="base", gate_weight=5.0, **longer
+        )
         assert landmark_cli.load(again)[0].config.landmark_softmax == "joint"
+        gate = records(again, "gate")
+        assert len(gate) == 6 and min(gate) > 0
 
 
 @pytest.mark.parametrize(
@@ -120,9 +125,8 @@ def test_landmarks_that_only_choose_learn_by_the_gate_and_the_model_stays_what_i
     [
         ({"teacher": "none"}, "--teacher none"),
         ({"gate_weight": 0.0}, "--gate-weight 0"),
-        ({"read_chunk": 16, "top_k_blocks": 1}, "--read-chunk"),
     ],
-    ids=["no teacher", "no gate", "read in chunks"],
+    ids=["no teacher", "no gate"],
 )
 def test_landmarks_that_only_choose_have_to_be_taught(tmp_path, changes, why):
     with pytest.raises(UsageError, match=f"--softmax joint: .*{why}"):
@@ -224,7 +228,11 @@ def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
         ),
         ({"teacher": "none", "distill_temperature": 2.0}, UsageError, "--distill-temperature is for a teacher"),
         ({"teacher": "none", "gate_weight": 2.0}, UsageError, "--gate-weight is for a teacher"),
-        ({"gate_weight": 2.0, "read_chunk": 16, "top_k_blocks": 2}, UsageError, "--gate-weight is .* --read-chunk"),
+        (
+            {"gate_weight": 2.0, "read_chunk": 16, "top_k_blocks": 2},
+            UsageError,
+            "--gate-weight with --softmax grouped is .* --read-chunk",
+        ),
         ({"teacher": "none", "hidden_weight": 2.0}, UsageError, "--hidden-weight is for a teacher"),
         ({"hidden_weight": 2.0, "teacher": "deeper"}, LandmarkError, "one by one, and num_hidden_layers is 3 in --"),
         ({"gate_weight": 2.0, "teacher": "deeper"}, LandmarkError, "num_hidden_layers is 3 in --teacher deeper and 2"),

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from landmark_cli.attention.retrieval import score_bounded
+from landmark_cli.attention.rotary import default_inverse_frequencies, rotate
+from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks
 from landmark_cli.training import gate as gate_module
 from landmark_cli.training.distillation import Distillation
@@ -37,10 +40,10 @@ def some_streams(documents=False):
     return torch.stack(padded), nn.functional.pad(torch.tensor(ends).cumsum(0), (1, 0)).int()
 
 
-def sampled(stream, cu_seqlens=None, length=None, joint=False, answers=None):
+def sampled(stream, cu_seqlens=None, length=None, joint=False, answers=None, chunk=None):
     """(what the teacher reads, the sampled queries)."""
     how = Distillation(
-        SimpleNamespace(length=length), "self", LANDMARK, gate_weight=1.0, block_size=FREQ + 1, joint=joint
+        SimpleNamespace(length=length), "self", LANDMARK, gate_weight=1.0, block_size=FREQ + 1, joint=joint, chunk=chunk
     )
     text = how.read(stream, cu_seqlens)
     known = stream != LANDMARK
@@ -127,6 +130,45 @@ def test_it_is_the_divergence_of_whole_matrices(documents, length, joint):
         assert len({(row, place // (FREQ + 1)) for row, place in places}) == len(places)
     torch.testing.assert_close(found, torch.stack([wanted[place].mean() for place in places]))
     assert (found > 0.01).sum() > 3
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+def test_of_a_window_that_is_read_in_chunks_it_asks_what_reading_scores(documents):
+    stream, cu_seqlens = some_streams(documents)
+    size, top_k, dim = FREQ + 1, 2, 8
+    chunk = 2 * size
+    text, chosen = sampled(stream, cu_seqlens, joint=True, chunk=chunk)
+    tq, tk, sq, sk = random_layers(stream, text, dim=dim)
+    settings = WindowSettings(chunk, size, top_k, joint=True)
+    frequencies = default_inverse_frequencies(dim).double()
+    window = ReadingWindow.make(settings, *stream.shape, frequencies, cu_seqlens=cu_seqlens)
+    shares, outer = block_shares(tq, tk, chosen, 0.3), outer_shares(sq, sk, chosen, 0.3, window)
+    is_text = stream != LANDMARK
+    asked = 0
+    for row, s in chosen.real.nonzero().tolist():
+        place, end = int(chosen.stream[row, s]), int(chosen.end[row, s])
+        of_chunk = window.chunks[window.chunk_of[row, place]].tolist()
+        # The blocks before the chunk, the newest first.
+        blocks = window.blocks[of_chunk[3] : of_chunk[3] + of_chunk[4]].flip(0).long()
+        keys = rotate(sk[row, :, blocks[:, 1] + size - 1], *window.by(-blocks[:, 2]))
+        earlier = torch.tensor([len(blocks)])
+        scores = score_bounded(sq[row : row + 1, :, place : place + 1], keys[None], earlier, top_k, window, False, 0.3)
+        wanted = scores[0, :, 0].flip(-1).log_softmax(-1)
+        columns = slice(end - len(blocks), end)
+        torch.testing.assert_close(outer[row, :, s, columns], wanted)
+        assert torch.isinf(outer[row, :, s]).sum() == 4 * (outer.shape[-1] - len(blocks))
+        # And of the teacher's attention what these blocks' text gets.
+        begin, behind = int(blocks[-1, 1]), int(blocks[0, 1]) + size
+        places = [at for at in range(begin, behind) if is_text[row, at]]
+        index = text.index[row, places]
+        heads = torch.arange(4) // 2
+        query = tq[row, :, int(text.index[row, place])]
+        weights = torch.softmax((tk[row, heads][:, index] @ query[..., None]).squeeze(-1) * 0.3, -1)
+        torch.testing.assert_close(shares[row, :, s, columns], weights.unflatten(-1, (-1, FREQ)).sum(-1))
+        asked += 1
+    assert asked >= 5
+    found = divergence(shares, outer)
+    assert torch.isfinite(found).all() and (found[chosen.real] > 0).all()
 
 
 def test_where_landmarks_only_choose_half_of_the_queries_are_of_answers_and_their_questions():
