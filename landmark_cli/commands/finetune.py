@@ -123,7 +123,9 @@ class PretrainedOptions(CodeOptions):
 
     model: str = option(panel=MODEL, help="The model to fine-tune: a directory or a hub id.")
     landmark_freq: int = option(63, panel=MODEL, min=1, max=LONGEST, help="Text tokens between landmarks.")
-    top_k_blocks: int | None = option(None, panel=MODEL, min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
+    top_k_blocks: int | None = option(
+        None, panel=MODEL, min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP.format(further="; up to 16 with --softmax joint")
+    )
     softmax: Softmax | None = option(
         None,
         panel=MODEL,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 TOP_K_BLOCKS_HELP = (
     "Blocks that the model is to retrieve for each token, as its config will say. "
-    "[default: 4, or as many as the window has room for]"
+    "[default: 4, or as many as the window has room for{further}]"
 )
 
 

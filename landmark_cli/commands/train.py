@@ -52,7 +52,9 @@ class CorpusAndShape(DataOptions, CodeOptions):
     )
     bias: bool = option(False, panel="Model", help="Give linear layers and norms biases.")
     dropout: float = option(0.0, panel="Model", min=0, max=0.99, help="Dropout after embedding, attention and MLP.")
-    top_k_blocks: int | None = option(None, panel="Model", min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP)
+    top_k_blocks: int | None = option(
+        None, panel="Model", min=0, max=LONGEST, help=TOP_K_BLOCKS_HELP.format(further="")
+    )
 
     memory_length: int | None = option(
         None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 IGNORED_TARGET = -100
 """The target of a position that predicts nothing: transformers' and PyTorch's cross entropy skip it."""
-DEFAULT_TOP_K = 4
+DEFAULT_TOP_K, CHOSEN_TOP_K = 4, 16
 
 
 def stream_length(text_length: int, landmark_freq: int) -> int:
@@ -41,9 +41,11 @@ def largest_top_k(trained_length: int, landmark_freq: int) -> int:
     return trained_length // (landmark_freq + 1) - 2
 
 
-def default_top_k(trained_length: int, landmark_freq: int) -> int:
-    """Blocks that a model retrieves where nobody sets a number: 4, or as many as there is room for."""
-    return max(0, min(DEFAULT_TOP_K, largest_top_k(trained_length, landmark_freq)))
+def default_top_k(trained_length: int, landmark_freq: int, joint: bool = False) -> int:
+    """Blocks that a model retrieves where nobody sets a number: 4, or as many as there is room for. joint: where
+    landmarks only choose (softmax.py), up to 16 in a quarter of its positions."""
+    most = max(DEFAULT_TOP_K, min(CHOSEN_TOP_K, trained_length // 4 // (landmark_freq + 1) - 1) if joint else 0)
+    return max(0, min(most, largest_top_k(trained_length, landmark_freq)))
 
 
 def landmark_positions(length: int, block_size: int, *, device: torch.device | str | None = None) -> Tensor:

@@ -52,8 +52,8 @@ def add_landmarks(
 
     landmark_freq: text tokens between landmarks. trained_length: stream tokens (landmarks included) of the windows that
     the model will be trained on; by default what the model's positions hold, at most 2048. top_k_blocks: blocks
-    retrieved by default at inference; 4, or fewer where the windows leave no room beside them. softmax: "grouped", the
-    paper's, or "joint", in which landmarks only choose blocks (see softmax.py).
+    retrieved by default at inference; 4, or fewer where the windows leave no room beside them, and up to 16 with a
+    joint softmax. softmax: "grouped", the paper's, or "joint", in which landmarks only choose blocks (see softmax.py).
 
     Raises LandmarkError where landmark attention does not fit the model (see support.py), or the windows do not fit its
     positions.
@@ -74,7 +74,7 @@ def add_landmarks(
     trained_length = trained_length or min(limit or 2048, 2048)
     check_length(trained_length, limit, landmark_freq, name)
     if top_k_blocks is None:
-        top_k_blocks = default_top_k(trained_length, landmark_freq)
+        top_k_blocks = default_top_k(trained_length, landmark_freq, softmax == "joint")
     elif not 0 <= top_k_blocks <= largest_top_k(trained_length, landmark_freq):
         raise LandmarkError(
             f"retrieving {counted(top_k_blocks, 'block')} leaves no room for a chunk in a window of "

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.landmarks import (
     IGNORED_TARGET,
+    default_top_k,
     insert_landmarks,
     landmark_positions,
+    largest_top_k,
     next_token_targets,
     remove_landmarks,
     stream_length,
@@ -115,3 +117,12 @@ def test_following_tokens_belong_to_rows():
 def test_wrong_arguments_are_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+@pytest.mark.parametrize(
+    ("length", "freq", "grouped", "joint"),
+    [(8192, 63, 4, 16), (2048, 63, 4, 7), (1024, 63, 4, 4), (256, 63, 2, 2), (64, 63, 0, 0), (8192, 15, 4, 16)],
+)
+def test_a_model_retrieves_what_there_is_room_for_unless_told(length, freq, grouped, joint):
+    assert (default_top_k(length, freq), default_top_k(length, freq, joint=True)) == (grouped, joint)
+    assert default_top_k(length, freq, joint=True) <= max(0, largest_top_k(length, freq))
