@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.models.layers import landmark_layers
 from landmark_cli.training.compiled import decoder_layers
-from landmark_cli.training.gate import Gate, Sample, sample
+from landmark_cli.training.gate import Gate
+from landmark_cli.training.gate_queries import Sample, sample
 from landmark_cli.training.hidden_states import collected, hidden_states_loss
 from landmark_cli.training.linear_distillation import distillation, linear_distillation
 from landmark_cli.training.setup import LossModel, with_score, without_adapters

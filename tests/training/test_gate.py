@@ -13,7 +13,8 @@ from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks
 from landmark_cli.training import gate as gate_module
 from landmark_cli.training.distillation import Distillation
-from landmark_cli.training.gate import QUESTION, SAMPLED, Gate, block_shares, divergence, outer_shares
+from landmark_cli.training.gate import Gate, block_shares, divergence, outer_shares
+from landmark_cli.training.gate_queries import QUESTION, SAMPLED
 from landmark_cli.training.setup import checkpoint_activations
 from tests.closeness import assert_close_norm
 from tests.training.test_distillation import FAMILIES, assert_compiled_it_is_the_same, batch_of, pair, some_texts, step
