@@ -115,7 +115,13 @@ def dot(q, k, PRECISION: tl.constexpr):
 @triton.jit
 def sum_products(q, k):
     """Products of one query with rows of keys, both in parts, (rows of k,) in float32."""
-    s = k[0].to(tl.float32) * q[0].to(tl.float32) + k[1].to(tl.float32) * q[1].to(tl.float32)  # (rows of k, HALF_PAD)
+    # s: (rows of k, HALF_PAD).
+    if k[0].dtype == tl.float32:
+        # Which of the two products is rounded: the compiler would choose otherwise in kernels with a page table than in
+        # those without one. Products of 16-bit numbers are exact.
+        s = tl.fma(k[0], q[0], k[1] * q[1])
+    else:
+        s = k[0].to(tl.float32) * q[0].to(tl.float32) + k[1].to(tl.float32) * q[1].to(tl.float32)
     s = tl.sum(s, 1)
     if len(q) == 3:
         s += tl.sum(k[2].to(tl.float32) * q[2].to(tl.float32), 1)
