@@ -33,6 +33,12 @@ def is_joint(config: Any) -> bool:
     return softmax_of(config) == "joint"
 
 
+def check_softmax(softmax: Softmax) -> None:
+    """Raise ValueError for an argument that names none."""
+    if softmax not in get_args(Softmax):
+        raise ValueError(f"softmax is {softmax!r}; take {' or '.join(map(repr, get_args(Softmax)))}")
+
+
 def keep_softmax(config: Any, softmax: Softmax) -> None:
     """Write it into a config, as far as it is not as usual."""
     if softmax != "grouped":

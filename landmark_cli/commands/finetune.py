@@ -291,7 +291,7 @@ def run(options: FinetuneOptions) -> Path | None:
     use_device(options.device)
     config = check_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     given, options = options, with_defaults(options, config)
-    check_gate(options)
+    check_gate(options, asked=given.softmax is not None)
     warn_of_course(given, options)
     warn_of_blocks(options, config)
     check_windows(options)

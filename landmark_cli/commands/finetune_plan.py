@@ -14,6 +14,7 @@ from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_loop import begun_in, loop_settings
 from landmark_cli.commands.run_options import compiles_layers, reading
 from landmark_cli.console import info, quantity, warn
+from landmark_cli.errors import LandmarkError
 from landmark_cli.launch import is_launched
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ def shapes_of(options: FinetuneOptions) -> Shapes:
     """The models that the options name; the few rows that landmarks add are left out."""
     from landmark_cli.models.lora import add_adapters
     from landmark_cli.models.pretrained import shape_of
+    from landmark_cli.softmax import keep_softmax
     from landmark_cli.training.trained import train_landmarks
 
     model = shape_of(options.model, trust_remote_code=options.trust_remote_code)
     model.config.landmark_freq = options.landmark_freq
+    keep_softmax(model.config, options.softmax or "grouped")
     adapters, teacher = adapter_settings(options), None
     if options.teacher != "none":
         teacher = shape_of(teachers_name(options), trust_remote_code=options.trust_remote_code)
@@ -148,13 +151,23 @@ def _with_defaults(options: FinetuneOptions, config: PreTrainedConfig) -> Finetu
 
 def usual_softmax(options: FinetuneOptions, config: PreTrainedConfig) -> Softmax:
     """What landmarks do where nobody says it: what they did in a model that has some; else they only choose, where a
-    teacher's attention can teach them to. config: the model's."""
-    from landmark_cli.models.pretrained import plain_attention
+    teacher's attention can teach them to, and is to. config: the model's."""
+    from landmark_cli.models.pretrained import open_config
     from landmark_cli.softmax import softmax_of
+    from landmark_cli.training.teachers import check_layers
 
     if getattr(config, "landmark_freq", None):
         return softmax_of(config)
-    return "joint" if options.teacher != "none" and plain_attention(config) == "sdpa" else "grouped"
+    if options.teacher == "none" or options.gate_weight == 0:
+        return "grouped"
+    teacher = config
+    if options.teacher != "self":
+        teacher = open_config(options.teacher, trust_remote_code=options.trust_remote_code)
+    try:
+        check_layers(teacher, config, options.teacher, heads=True)
+    except LandmarkError:
+        return "grouped"
+    return "joint"
 
 
 def worth_compiling(options: FinetuneOptions, model: nn.Module) -> bool:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 ANSWERS, COPY = "ruler.jsonl", "ruler.partial"
 AUTO, NONE = "auto", "none"
+LANDMARKS_DO = {
+    "joint": "choose blocks and do no more: all text that is read shares one softmax",
+    "grouped": "choose blocks, and share attention out among them",
+}
 DOING = "finishing the prompts under way"
 
 
@@ -74,6 +78,7 @@ def card_of(options: FinetuneOptions, processes: int, figures: str = "") -> Trai
             {"self": "the base itself, with full attention", "none": "none"}.get(options.teacher, options.teacher),
         ),
         ("trained", f"{what}, highest learning rate {options.lr:g}"),
+        ("landmarks", LANDMARKS_DO[options.softmax]),
     ]
     if options.read_chunk is not None:
         facts.append(("windows", f"read in chunks of {counted(options.read_chunk, 'token')}"))

@@ -47,7 +47,7 @@ def distillation(
         )
     for weight, heads in ((options.gate_weight, True), (options.hidden_weight, False)):
         if weight:
-            check_layers(teacher.model.config, config, options.teacher, heads=heads)
+            check_layers(teacher.model.config, config, options.teacher, heads=heads, joint=options.softmax == "joint")
     if options.hidden_weight:
         check_found(without_adapters(trained), options.model)
         check_found(teacher.model, teachers_name(options))
@@ -122,19 +122,19 @@ def check_teacher(options: FinetuneOptions) -> None:
             "--answers-only leaves out the text's own loss, as a teacher does: leave it out, or give --teacher none"
         )
     if options.softmax is not None:
-        check_gate(options)
+        check_gate(options, asked=True)
 
 
-def check_gate(options: FinetuneOptions) -> None:
+def check_gate(options: FinetuneOptions, *, asked: bool) -> None:
     """Raise UsageError where landmarks that only choose blocks would learn nothing, and where the gate's loss of others
-    is asked for and not known."""
+    is asked for and not known. asked: whether the user said what landmarks do; else the model says it."""
     if options.softmax == "joint" and (options.teacher == "none" or options.gate_weight == 0):
         none = options.teacher == "none"
         why = "--teacher none has no attention to show them" if none else "--gate-weight 0 leaves that out"
-        raise UsageError(
-            f"--softmax joint: landmarks only choose blocks there, which they learn by the gate's loss, and {why}; "
-            "leave one of the two out, or take --softmax grouped"
-        )
+        who, leave = "--softmax joint: landmarks only choose blocks there", "leave one of the two out"
+        if not asked:
+            who, leave = f"{options.model} has landmarks that only choose blocks", "leave that out"
+        raise UsageError(f"{who}, which they learn by the gate's loss, and {why}; {leave}, or take --softmax grouped")
     if options.softmax == "grouped" and options.gate_weight and options.read_chunk is not None:
         raise UsageError(
             "--gate-weight with --softmax grouped is for windows that are attended to as a whole, and --read-chunk "

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from landmark_cli.families import is_ours
 from landmark_cli.files import write_whole, writing
+from landmark_cli.softmax import is_joint
 
 CARD = "README.md"
 TAG = "landmark-attention"
@@ -41,6 +42,11 @@ UNKNOWN = "transformers does not know the model type `{model_type}` and opens no
 ORDINARY = """\
 transformers opens it as an ordinary `{model_type}`, without a warning: it then attends to all tokens as no model with
 landmarks was trained to, reads no further than its positions, and predicts text less well.
+"""
+# Of a model whose landmarks only choose blocks.
+ORDINARY_JOINT = """\
+transformers opens it as an ordinary `{model_type}`, without a warning: it then attends to all tokens, as its layers do
+here to all that is read, and reads no further than its positions.
 """
 
 
@@ -121,7 +127,8 @@ def model_card(model: PreTrainedModel, trained: Trained | None = None) -> str:
     has_landmarks = settings["landmark_freq"] is not None
     ours = is_ours(config.model_type)
     about = (LANDMARKS if has_landmarks else PLAIN).format(**settings)
-    without = (UNKNOWN if ours else ORDINARY).format(model_type=config.model_type)
+    ordinary = ORDINARY_JOINT if is_joint(config) else ORDINARY
+    without = (UNKNOWN if ours else ordinary).format(model_type=config.model_type)
     usage = ADAPTERS if trained is not None and trained.adapters else WITH_PACKAGE
     if trained is None:
         title = (

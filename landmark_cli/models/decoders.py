@@ -19,7 +19,7 @@ from landmark_cli.data.landmarks import default_top_k, largest_top_k
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN, add_tokens, largest_id, pad_on_the_left
 from landmark_cli.errors import LandmarkError
 from landmark_cli.families import is_ours
-from landmark_cli.softmax import Softmax, keep_softmax
+from landmark_cli.softmax import Softmax, check_softmax, keep_softmax
 
 from .calls import lead_forward
 from .generation_config import settle_sampling, silence
@@ -70,6 +70,7 @@ def add_landmarks(
     name = model.config._name_or_path or type(model).__name__
     if landmark_freq < 1:
         raise ValueError(f"landmark_freq is {landmark_freq}; a block needs at least one text token")
+    check_softmax(softmax)
     limit = getattr(model.config, "max_position_embeddings", None)
     trained_length = trained_length or min(limit or 2048, 2048)
     check_length(trained_length, limit, landmark_freq, name)

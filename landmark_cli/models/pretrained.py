@@ -28,6 +28,7 @@ from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reading
 from landmark_cli.model_files import check_directory, check_no_code, opening
 from landmark_cli.schema import check
+from landmark_cli.softmax import Softmax
 from landmark_cli.weight_diff.manifest import MANIFEST
 
 from .size import check_size
@@ -171,6 +172,7 @@ class LandmarkSettings:
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     context_miss_token: bool = False
+    landmark_softmax: Softmax | None = None
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -188,6 +190,11 @@ class LandmarkSettings:
         for name in ("landmark_token_id", "trained_length", "top_k_blocks"):
             if getattr(self, name) is None:
                 raise ValueError(f"it has landmarks (landmark_freq {self.landmark_freq}) but lacks {name}")
+        if self.landmark_softmax == "joint" and self.context_miss_token:
+            raise ValueError(
+                "landmark_softmax is joint, where landmarks' logits have no part in the softmax, and a "
+                "context_miss_token competes with them"
+            )
         layers = range(self.num_hidden_layers or 0)
         if self.landmark_layers is not None and not set(self.landmark_layers) & set(layers) >= set(
             self.landmark_layers

@@ -256,22 +256,28 @@ def open_teacher(
     return Teacher(model)
 
 
-def check_layers(teacher: PreTrainedConfig, student: PreTrainedConfig, name: str, *, heads: bool) -> None:
+def check_layers(
+    teacher: PreTrainedConfig, student: PreTrainedConfig, name: str, *, heads: bool, joint: bool = False
+) -> None:
     """Raise LandmarkError where the layers of two models cannot be compared: their outputs, or with heads their heads'
-    products. name: of the teacher."""
+    products. name: of the teacher. joint: whether the student's landmarks only choose blocks, and so learn by these
+    products alone."""
     option, alike = "--hidden-weight compares layers one by one", ("num_hidden_layers", "hidden_size")
+    instead = "leave it out"
     if heads:
-        option = "--gate-weight compares layers head by head"
+        option = "--gate-weight compares dot products head by head"
         alike = ("model_type", "num_hidden_layers", "num_attention_heads")
+    if heads and joint:
+        option = "--softmax joint has landmarks learn from the teacher's dot products, head by head"
+        instead = "take --softmax grouped"
     for what in alike:
         theirs, ours = getattr(teacher, what, None), getattr(student, what, None)
         if theirs != ours:
             raise LandmarkError(
-                f"{option}, and {what} is {theirs} in --teacher {name} and {ours} in the model that is trained: leave "
-                "it out, or take --teacher self"
+                f"{option}, and {what} is {theirs} in --teacher {name} and {ours} in the model that is trained: "
+                f"{instead}, or take --teacher self"
             )
     if heads and plain_attention(teacher) != ATTENTION:
         raise LandmarkError(
-            f"--gate-weight compares plain dot products, and {name} ({teacher.model_type}) soft-caps its logits or has "
-            "attention sinks: leave it out"
+            f"{option}, and {name} ({teacher.model_type}) soft-caps its logits or has attention sinks: {instead}"
         )

@@ -51,6 +51,8 @@ def place(tmp_path_factory):
     for name, changes in (("base", {}), ("other", {"initializer_range": 0.2}), ("deeper", {"num_hidden_layers": 3})):
         tiny_decoder("llama", **({"initializer_range": 0.1} | changes)).save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)
+    tiny_decoder("gemma2").save_pretrained(root / "capped")
+    tiny_tokenizer().save_pretrained(root / "capped")
     write_questions(root / "asked", root / "base")
     write_questions(root / "unmarked", root / "base", answers=False)
     return root
@@ -108,6 +110,10 @@ def test_landmarks_that_only_choose_learn_by_the_gate_and_the_model_stays_what_i
     assert divergence[0] < 0.2 * grouped[0]
     model, _ = landmark_cli.load(output)
     assert model.config.landmark_softmax == "joint"
+    card = (output / "README.md").read_text()
+    assert "| landmarks | choose blocks and do no more" in card and "predicts text less well" not in card
+    card = (tmp_path / "grouped" / "README.md").read_text()
+    assert "| landmarks | choose blocks, and share attention out" in card and "predicts text less well" in card
     assert BlockReader.open(model, ReadingSettings(top_k_blocks=1), 1).cache.settings.joint
     # One that chooses goes on choosing, in longer windows that are read in chunks too.
     if not changes:
@@ -131,10 +137,20 @@ def test_landmarks_that_only_choose_learn_by_the_gate_and_the_model_stays_what_i
 def test_landmarks_that_only_choose_have_to_be_taught(tmp_path, changes, why):
     with pytest.raises(UsageError, match=f"--softmax joint: .*{why}"):
         finetune(tmp_path / "run", softmax="joint", **changes)
-    # Unasked they do more.
-    if "gate_weight" not in changes:
-        finetune(tmp_path / "run", softmax=None, steps=1, **changes)
-        assert getattr(landmark_cli.load(tmp_path / "run")[0].config, "landmark_softmax", "grouped") == "grouped"
+    # A model in which they only choose says so, not whoever runs it.
+    again = {"model": str(finetune(tmp_path / "joint", softmax=None, steps=1)), "softmax": None}
+    with pytest.raises(UsageError, match=f"joint has landmarks that only choose .*{why}.*; leave that out, or"):
+        finetune(tmp_path / "run", **again, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"teacher": "none"}, {"gate_weight": 0.0}, {"teacher": "deeper"}, {"model": "capped"}],
+    ids=["no teacher", "no gate", "another depth", "soft caps"],
+)
+def test_unasked_landmarks_do_more_where_no_teacher_can_show_which_blocks_matter(tmp_path, changes):
+    finetune(tmp_path / "run", softmax=None, steps=1, **changes)
+    assert getattr(landmark_cli.load(tmp_path / "run")[0].config, "landmark_softmax", "grouped") == "grouped"
 
 
 def test_hidden_states_alone_are_learned(tmp_path):
@@ -236,6 +252,16 @@ def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
         ({"teacher": "none", "hidden_weight": 2.0}, UsageError, "--hidden-weight is for a teacher"),
         ({"hidden_weight": 2.0, "teacher": "deeper"}, LandmarkError, "one by one, and num_hidden_layers is 3 in --"),
         ({"gate_weight": 2.0, "teacher": "deeper"}, LandmarkError, "num_hidden_layers is 3 in --teacher deeper and 2"),
+        (
+            {"softmax": "joint", "teacher": "deeper"},
+            LandmarkError,
+            "--softmax joint .*, and num_hidden_layers is 3 in --teacher deeper and 2 .*: take --softmax grouped, or",
+        ),
+        (
+            {"softmax": "joint", "model": "capped"},
+            LandmarkError,
+            "--softmax joint .* self .gemma2. soft-caps its logits or has attention sinks: take --softmax grouped",
+        ),
         ({"answers_only": True}, UsageError, "--answers-only .* --teacher none"),
         ({"answer_weight": 3.0, "data": ["unmarked"]}, LandmarkError, "no corpus says which of its text is answers"),
         ({"answer_divergence_weight": 3.0, "data": ["unmarked"]}, LandmarkError, "no corpus says which of its text"),
@@ -248,13 +274,16 @@ def test_what_does_not_go_together(tmp_path, changes, error, message):
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, LORA, {"teacher": "none"}], ids=["whole", "adapters", "none"])
-def test_a_dry_run_says_what_the_teacher_takes(tmp_path, capsys, changes):
+@pytest.mark.parametrize(
+    "changes", [{}, LORA, {"teacher": "none"}, {"softmax": "joint"}], ids=["whole", "adapters", "none", "joint"]
+)
+def test_a_dry_run_says_what_landmarks_and_teacher_take(tmp_path, capsys, changes):
     assert (
         run(FinetuneOptions(model="base", data=["asked"], output=tmp_path / "run", dry_run=True, **SHORT | changes))
         is None
     )
     shown = " ".join(capsys.readouterr().out.split())
+    assert ("7 + 1 tokens, which landmarks only choose" in shown) == ("softmax" in changes)
     assert "tokens a step 256 in 4 windows of 64" in shown and "landmark attention, blocks of 7 + 1" in shown
     assert ("for the teacher" in shown) == (changes != {"teacher": "none"}) and "memory, about" in shown
     assert ("of them trained" in shown) == (changes == LORA)

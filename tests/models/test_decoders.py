@@ -188,6 +188,13 @@ def test_landmarks_added_twice_are_added_once():
     assert (model.config.landmark_freq, model.config.trained_length) == (15, 2 * LENGTH)
 
 
+def test_a_softmax_that_nobody_knows_changes_nothing():
+    model, tokenizer = tiny_decoder("llama"), tiny_tokenizer()
+    with pytest.raises(ValueError, match="softmax is 'newest'; take 'grouped' or 'joint'"):
+        add_landmarks(model, tokenizer, landmark_freq=FREQ, trained_length=LENGTH, softmax="newest")
+    assert "<landmark>" not in tokenizer.get_vocab() and not hasattr(model.config, "landmark_softmax")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma3", "gpt-oss"])
 def test_padding_changes_nothing(family):
     model, _ = landmark_decoder(family)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -353,13 +354,16 @@ def test_kinds_are_kept_in_the_config_where_they_are_unusual(tmp_path):
         ({"landmark_layers": [1, 2]}, "landmark_layers is .1, 2., and there are layers 0 to 1"),
         ({"landmark_rotary": ["halves"]}, "landmark_rotary is of 1 layers, and there are 2"),
         ({"landmark_rotary": ["halves", "thirds"]}, "landmark_rotary"),
+        ({"landmark_softmax": "newest"}, "landmark_softmax should be 'grouped' or 'joint'.*newest"),
+        ({"landmark_softmax": "joint", "context_miss_token": True}, "landmark_softmax is joint.* context_miss_token"),
     ],
 )
 def test_a_config_that_cannot_be(wrong, said, tmp_path):
     model, tokenizer = landmark_decoder("gemma3")
-    model.config.update(wrong)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | wrong))
     with pytest.raises(LandmarkError, match=said):
         store.load(tmp_path, device="cpu")
 
