@@ -35,6 +35,9 @@ from landmark_cli.softmax import is_joint
 # A passage's queries choose so many times the blocks there are, or it is read chunk by chunk: then all blocks would
 # travel for a few.
 CHOSEN = 4
+# Text tokens of a chunk, of all its rows: of up to 2016 several chunks at a time were 1.37 times as fast and more, of
+# 4000 and more 0.94 to 1.03 times (benchmarks/results/long_context-offload-h200.md).
+LITTLE_TEXT = 2048
 # Graphs are recorded for numbers of rows of so many binary digits and zeros behind them: rows that rest fill up what is
 # between.
 ROW_DIGITS = 3
@@ -272,14 +275,15 @@ class BlockReader(BaseReader):
 
     def _passages_serve(self, rows: int, stream: int) -> bool:
         """Whether chunks of so many rows of `stream` tokens are better read several at a time, with nothing offloaded:
-        where one of them is so little work that it would be recorded.
+        where one of them is so little text, and so little work that it would be recorded.
 
         Not where a cache is bounded, which would need room for all of a passage, nor where layers have windows, which
         read chunk by chunk in a passage too.
         """
         cache = self.cache
         known = bool(cache.layers) and not cache.windows and not cache.fetching
-        return known and cache.settings.cache_blocks is None and self.forward.records(rows, stream)
+        little = rows * self.chunk <= LITTLE_TEXT and self.forward.records(rows, stream)
+        return known and cache.settings.cache_blocks is None and little
 
     def _record_steps(self, left: Sequence[int]) -> None:
         """Record the graphs of steps that are expected after each row's `left` text tokens more."""

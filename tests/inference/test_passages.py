@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from landmark_cli.attention.cache.streaming import Streaming
-from landmark_cli.inference import graphs
+from landmark_cli.inference import block_reader, graphs
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.chunk_lengths import chunks_together
 from landmark_cli.inference.graphs import ChunkForward
@@ -250,6 +250,14 @@ def test_chunks_that_are_little_work_are_read_in_passages_with_nothing_offloaded
     assert calls == counts
     for found, expected in zip(ours, read(open_reader(model, rows), rows), strict=True):
         assert_close_norm(found, expected)
+
+
+@pytest.mark.parametrize("most, together", [(24, True), (23, False)])
+def test_chunks_of_much_text_are_read_one_by_one_with_nothing_offloaded(most, together, calls, records, monkeypatch):
+    """Of all rows together: 3 of 8 tokens."""
+    monkeypatch.setattr(block_reader, "LITTLE_TEXT", most)
+    list(records(tiny_model(), 3 * ROWS).read(3 * ROWS, last_only=True))
+    assert bool(calls) == together
 
 
 @pytest.mark.gpu
