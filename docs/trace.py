@@ -3,8 +3,7 @@
     python docs/trace.py                # of the first answer of `make demo`
     python docs/trace.py answer.html    # of a page that was written by --trace
 
-Where the package has no model for `make demo`, reads are made up. Needs Playwright and a Chromium, as `make test-pages`
-does; see CONTRIBUTING.md.
+Needs Playwright and a Chromium, as `make test-pages` does; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from landmark_cli.inference.trace import write_trace  # noqa: E402
 from tests.inference.browser import NoChromium, chromium, opened  # noqa: E402
-from tests.inference.traces import made_trace  # noqa: E402
 
 FOLDER = ROOT / "docs"
-DEMO = ROOT / "landmark_cli" / "assets" / "demo"
+# The page names the model as it is named here.
+DEMO = "landmark_cli/assets/demo"
 SIZE = {"width": 1280, "height": 800}
 
 
@@ -36,14 +34,9 @@ def main(page: Path | None = None) -> None:
         take(browser, page or demo_page(Path(folder)), FOLDER)
 
 
-def demo_page(folder: Path, model: Path = DEMO) -> Path:
-    """The page of what `make demo` asks first, written into a folder; of made-up reads where there is no model."""
-    if not (model / "config.json").is_file():
-        write_trace(folder / "trace.html", made_trace())
-        return folder / "trace.html"
-    # The page names the model as it is named here.
-    named = os.path.relpath(model, ROOT)
-    script = [sys.executable, "recipes/demo/ask.py", "--brief", "--pages", folder, "--model", named]
+def demo_page(folder: Path) -> Path:
+    """The page of what `make demo` asks first, written into a folder."""
+    script = [sys.executable, "recipes/demo/ask.py", "--brief", "--pages", folder, "--model", DEMO]
     subprocess.run(script, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     return folder / "question-1.html"
 

@@ -42,7 +42,7 @@ COLOURS = ("grey50", "yellow4", "dark_orange", "red")
 @dataclass(frozen=True)
 class Answered:
     """A fact with what the model answered. block: that in which its sentence begins, of the text's. shares: (blocks,),
-    what each block got of the attention by which the answer was written, mean of all layers and heads."""
+    what each block got of the last layer's attention while the answer was written, mean of its heads."""
 
     hidden: Hidden
     block: int
@@ -149,10 +149,13 @@ def ask(
 
 def block_shares(generation: Generation, blocks: int) -> np.ndarray:
     """What each of so many blocks of a text got of the attention that wrote an answer, (blocks,) float64: the mean of
-    its shares over the answer's tokens, and over all layers and heads that read blocks."""
+    its shares over the answer's tokens, and over the heads of the last layer, whose reads go into the answer as they
+    are."""
     reads = [entry for of_token in generation.reads for entry in of_token]
+    last = max((entry["layer"] for entry in reads), default=0)
+    reads = [entry for entry in reads if entry["layer"] == last]
     shares = np.zeros(blocks)
-    readers = len({(entry["layer"], entry["head"]) for entry in reads}) * len(generation.reads)
+    readers = len({entry["head"] for entry in reads}) * len(generation.reads)
     for entry in reads:
         # What is read of the question itself is no block of the text.
         if entry["block"] < blocks:
@@ -180,7 +183,7 @@ def show_answer(answered: Answered) -> None:
     tell(f"  {'it stands here':14}  {' ' * place}^")
     # The sentence may go on into the next block.
     read = shares[answered.block : answered.block + 2].sum() / max(shares.sum(), 1e-9)
-    tell(f"  {'':14}  {read:.0%} of what it read of the text was read there")
+    tell(f"  {'':14}  {read:.0%} of what its last layer read of the text was read there")
 
 
 def heat_map(shares: np.ndarray, columns: int) -> Text:

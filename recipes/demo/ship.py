@@ -1,6 +1,6 @@
 """Puts a trained model into the package, in bfloat16, with its tokenizer and a card.
 
-python recipes/demo/ship.py runs/demo-shipped landmark_cli/assets/demo
+python recipes/demo/ship.py runs/demo-shipped-3 landmark_cli/assets/demo
 """
 
 import argparse
@@ -21,7 +21,7 @@ CARD = """# The model of `make demo`
 {millions:.1f} million parameters, landmark attention in blocks of {freq} + 1 tokens, trained in windows of {length:,}
 tokens by `recipes/demo/make.sh` from nothing but what the package holds: five novels of Jane Austen (Persuasion is
 held out) and questions about facts that are hidden in them. It answers such questions and does little else.
-`recipe.yaml` has the options of its training.
+`recipe.yaml` has the options of its training's last stage.
 """
 
 
