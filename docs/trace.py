@@ -31,7 +31,7 @@ SIZE = {"width": 1280, "height": 800}
 def main(page: Path | None = None) -> None:
     """Write the pictures. page: of what."""
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        take(browser, page or demo_page(Path(folder)), FOLDER)
+        take(browser, page.resolve() if page else demo_page(Path(folder)), FOLDER)
 
 
 def demo_page(folder: Path) -> Path:
@@ -45,8 +45,9 @@ def take(browser: Any, page: Path, folder: Path) -> None:
     """Write a picture of each theme into a folder."""
     for theme in ("light", "dark"):
         with opened(browser, page, color_scheme=theme, viewport=SIZE) as shown:
-            # As somebody asks: where was the answer's second token read, and by which heads?
+            # As somebody asks: where was the answer's second token read by the head that reads last?
             shown.locator("#token-1").click()
+            shown.locator(".cell").last.click()
             shown.locator("#most button").first.click()
             shown.mouse.move(0, 0)
             path = folder / f"trace-{theme}.png"
