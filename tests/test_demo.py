@@ -234,7 +234,7 @@ def test_the_shipped_model_finds_three_of_three_in_the_beginning_of_the_novel(sc
 
 @pytest.mark.slow
 def test_make_demo_finds_what_is_hidden_in_the_whole_novel(tmp_path):
-    """What `make demo` runs, as it runs it, and within the minute that README promises of two quiet cores."""
+    """What `make demo` runs, as it runs it, and within twice the minute of a processor that README says."""
     found = tmp_path / "found.json"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("OMP_NUM_THREADS", None)
