@@ -82,6 +82,11 @@ def add_landmarks(
             f"{counted(trained_length, 'token')}; take at most {largest_top_k(trained_length, landmark_freq)}"
         )
     check_config(model.config, name)
+    if softmax == "joint" and getattr(model.config, "context_miss_token", False):
+        raise LandmarkError(
+            f"{name} has a context-miss token, which competes with landmarks' logits in the grouped softmax, and "
+            "landmarks that only choose blocks have no part in one: take softmax grouped"
+        )
     kinds = check_model(model, trained_length, name)
     if dropped := attention_dropout(model):
         warn(

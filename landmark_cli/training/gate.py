@@ -29,12 +29,13 @@ from landmark_cli.training.gate_queries import Sample
 
 
 @torch.no_grad()
-def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
+def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float, reach: int | None = None) -> Tensor:
     """What full attention gives every block: (B, H, S, M + 1) float32 (float64 if q is), of the sampled queries. The
     last column is their own block's; that and later ones' have 0 in their own columns. Where landmarks only choose,
     (B, H, S, M): what earlier blocks get, of all that these get.
 
-    q: (B, H, n, D) and k: (B, G, n, D), the teacher's, rotated.
+    q: (B, H, n, D) and k: (B, G, n, D), the teacher's, rotated. reach: how many tokens, itself the last, a query
+    sees, where the teacher's layer has a sliding window.
     """
     place = torch.arange(k.shape[2], device=k.device)
     found = []
@@ -44,6 +45,8 @@ def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float) -> Tensor:
         logits = _logits(queries, _widened(k[row : row + 1]), scale)
         blocks, text = chosen.text_blocks[row], chosen.text[row, :, None]
         seen = (place <= text) & (blocks >= chosen.first[row, :, None])
+        if reach is not None:
+            seen &= place > text - reach
         weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), dim=-1)
         shares = weights.new_zeros(*weights.shape[:3], chosen.landmarks.shape[1])
         shares.scatter_add_(-1, blocks.expand(weights.shape), weights)
@@ -132,12 +135,12 @@ class Gate:
 
     # They are told of a layer by its module, and run as they are: what is compiled of one layer serves all others.
     @torch.compiler.disable
-    def teach(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
+    def teach(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None, reach: int | None = None) -> None:
         """Of a layer of the teacher's: see `block_shares`. Nothing where the student has no landmarks."""
         layer = module.layer_idx
         if layer not in self.layers:
             return
-        self._shares[layer] = block_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale)
+        self._shares[layer] = block_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, reach)
 
     @torch.compiler.disable
     def ask(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:

@@ -31,9 +31,9 @@ from landmark_cli.training.compiled import compile_layers, decoder_layers
 from landmark_cli.training.setup import has_plain_head, quiet_transformers, without_adapters
 
 ATTENTION, OBSERVED = "sdpa", "observed_sdpa"
-# Is called in every layer with its module, queries (B, H, T, D) and keys (B, G, T, D), both rotated, and the scale of
-# their products, None for 1 / sqrt(D).
-Observer = Callable[[nn.Module, Tensor, Tensor, float | None], None]
+# Is called in every layer with its module, queries (B, H, T, D) and keys (B, G, T, D), both rotated, the scale of their
+# products, None for 1 / sqrt(D), and how many of the last tokens a query sees, None for all.
+Observer = Callable[[nn.Module, Tensor, Tensor, float | None, int | None], None]
 
 
 def observed_attention(
@@ -44,10 +44,11 @@ def observed_attention(
     attention_mask: Tensor | None,
     landmark_observer: Observer,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, before which an observer is told what it is given."""
-    landmark_observer(module, query, key, scaling)
+    """transformers' `sdpa`, before which an observer is told what it is given. The mask has the window already."""
+    landmark_observer(module, query, key, scaling, sliding_window)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
 
 

@@ -195,6 +195,12 @@ def test_a_softmax_that_nobody_knows_changes_nothing():
     assert "<landmark>" not in tokenizer.get_vocab() and not hasattr(model.config, "landmark_softmax")
 
 
+def test_landmarks_that_only_choose_have_no_context_miss_token_beside_them():
+    model = tiny_model(context_miss_token=True, vocab_size=VOCABULARY)
+    with pytest.raises(LandmarkError, match="has a context-miss token, .*: take softmax grouped"):
+        add_landmarks(model, tiny_tokenizer(), landmark_freq=4, trained_length=40, softmax="joint")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma3", "gpt-oss"])
 def test_padding_changes_nothing(family):
     model, _ = landmark_decoder(family)

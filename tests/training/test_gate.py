@@ -16,7 +16,9 @@ from landmark_cli.training.distillation import Distillation
 from landmark_cli.training.gate import Gate, block_shares, divergence, outer_shares
 from landmark_cli.training.gate_queries import QUESTION, SAMPLED
 from landmark_cli.training.setup import checkpoint_activations
+from landmark_cli.training.teachers import Teacher
 from tests.closeness import assert_close_norm
+from tests.models.families import tiny_decoder
 from tests.training.test_distillation import FAMILIES, assert_compiled_it_is_the_same, batch_of, pair, some_texts, step
 
 FREQ, LANDMARK = 4, 999
@@ -265,6 +267,26 @@ def test_the_teachers_shares_are_those_of_its_attention_weights(family):
                     block = u // FREQ if u // FREQ != t // FREQ else -1
                     wanted[row, :, s, block] += weights[row, :, t, u]
         assert_close_norm(gate._shares[layer], wanted)
+
+
+def test_what_the_teachers_sliding_window_hides_gets_nothing():
+    """Windows that are read in chunks go beyond it, though no chunk with its blocks does."""
+    reach, tokens = 11, 38
+    teacher = tiny_decoder("mistral-wide-window", sliding_window=reach)
+    stream = insert_landmarks(some_texts(1, tokens), FREQ, LANDMARK)
+    text, chosen = sampled(stream, joint=True, chunk=FREQ + 1)
+    gate = Gate(chosen, [0, 1])
+    Teacher(teacher).logits(text.tokens % 257, None, gate.teach)
+    teacher.set_attn_implementation("eager")
+    attentions = teacher(text.tokens % 257, output_attentions=True).attentions
+    for layer, weights in enumerate(attentions):
+        wanted = torch.zeros_like(gate._shares[layer])
+        for s, t in enumerate(chosen.text[0].tolist()):
+            for u in range(t // FREQ * FREQ):
+                wanted[0, :, s, u // FREQ] += weights[0, :, t, u]
+        wanted /= wanted.sum(-1, keepdim=True).clamp(min=1e-30)
+        assert (wanted == 0).any() and (chosen.text > reach + FREQ).any()
+        assert_close_norm(gate._shares[layer][:, :, chosen.real[0]], wanted[:, :, chosen.real[0]])
 
 
 def test_all_else_is_the_same_to_the_bit():
