@@ -349,7 +349,8 @@ def test_deepspeed_that_is_not_installed_is_named_with_its_extra(tmp_path, monke
 
 def test_the_recipe_of_the_authors_and_the_config_for_accelerate():
     distilled = ["results/gemma3-distilled", "results/smollm2-distilled-64k", "results/smollm2-distilled"]
-    assert recipe_names("finetune") == ["llama/finetune_7b", *distilled, "results/smollm2"]
+    demo = ["demo/shipped-2", "demo/shipped-3"]
+    assert recipe_names("finetune") == [*demo, "llama/finetune_7b", *distilled, "results/smollm2"]
     values = load_recipe("llama/finetune_7b", FinetuneOptions, "finetune")
     assert (values["sequence_length"], values["landmark_freq"], values["lr"], values["steps"]) == (
         512,
