@@ -48,6 +48,7 @@ from landmark_cli.models.rotary import angles_of, inverse_frequencies
 from landmark_cli.on_disk import settle
 from landmark_cli.schema import check
 from landmark_cli.sealed import sealed_content, unsealed_content
+from landmark_cli.softmax import softmax_of
 
 if TYPE_CHECKING:
     from landmark_cli.inference.block_reader import BlockReader
@@ -335,7 +336,7 @@ def about(reader: BlockReader) -> About:
             settings.positions,
             settings.context_miss_cutoff,
             quantization_of(reader.model),
-            "joint" if settings.joint else "grouped",
+            softmax_of(reader.model.config),
         )
     return reader.about
 

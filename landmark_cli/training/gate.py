@@ -10,9 +10,10 @@ how earlier blocks compare: the divergence is among these alone, and the own blo
 it. There half of the queries are of answers and of the questions before them, where a text has any: prose seldom needs
 a block that is far away, and a question does.
 
-Nothing of queries x keys is formed but for the sampled queries: in each layer, for a row, heads x `SAMPLED` x tokens
-float32 of the teacher, without gradients, and of the student heads x `SAMPLED` x (blocks + tokens of a block). With
-windows of 8192 that is 64 / 4096 of the products of full attention, once more.
+Nothing of queries x keys is formed but for the sampled queries: in each layer, for a row, heads x S x tokens float32 of
+the teacher, without gradients, and of the student heads x S x (blocks + tokens of a block), S being `SAMPLED` of
+gate_queries.py, or twice that where landmarks only choose. With windows of 8192 that is 64 or 128 / 4096 of the
+products of full attention, once more; in windows that are read chunk by chunk the student's are made for each distance.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window:
     age = chosen.end[..., None] - torch.arange(keys.shape[2], device=keys.device)
     logits = None
     for slots in range(window.top_k + 1, 0, -1):
-        found = _logits(rotate(queries, *window.by(torch.tensor(slots, device=keys.device))), keys, scale)
+        found = _logits(rotate(queries, window.cos[slots], window.sin[slots]), keys, scale)
         logits = found if logits is None else torch.where((age == slots)[:, None], found, logits)
     return logits
 

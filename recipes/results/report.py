@@ -137,19 +137,19 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         "[evaluation.md](evaluation.md#ruler) says what the tasks are.",
         ruler_tables(parts, RULER),
     )
+
+    def asked(name: str, part: str) -> dict[str, tuple[str, ...]]:
+        further = f"{part}/passkey-novels-k16", f"{part}/passkey-novels-long"
+        return {name: (f"{part}/passkey-novels",), f"{name}, k = 16": further}
+
     sources = {
         "untouched, full attention": ("ruler-untouched/passkey-novels",),
+        **asked("distilled", "ruler-distilled"),
+        **asked("grouped", "ruler-grouped"),
+        "grouped, chunks of 2016": ("ruler-distilled-64k/passkey-novels-before",),
+        **asked("then in windows of 64k", "ruler-distilled-64k"),
+        **asked("grouped, answers weighing 0", "ruler-answers-0"),
     }
-    for name, part in {
-        "distilled": "ruler-distilled",
-        "grouped": "ruler-grouped",
-        "then in windows of 64k": "ruler-distilled-64k",
-        "grouped, answers weighing 0": "ruler-answers-0",
-    }.items():
-        if part == "ruler-distilled-64k":
-            sources["grouped, chunks of 2016"] = (f"{part}/passkey-novels-before",)
-        sources[name] = (f"{part}/passkey-novels",)
-        sources[f"{name}, k = 16"] = (f"{part}/passkey-novels-k16", f"{part}/passkey-novels-long")
     of_ruler = key_lines(parts, sources)
     section(
         "Pass keys in novels",
