@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..console import info, warn
 from ..errors import LandmarkError, UsageError
-from . import blockwise, retrieval
+from . import blockwise, retrieval, sdpa
 from .cache import Chunk, LayerBlocks, LayerWindow
 from .context_miss import attend_chunk_with_context_miss
 from .kernels.hopper import support as hopper_support
@@ -34,10 +34,11 @@ class Problem(NamedTuple):
 
     device: "cuda:1", say. block_size: None where a mask makes blocks of any size. few_queries: under FEW_QUERIES; the
     length itself is not here, lest every length be compiled anew. padded, packed, dropout, context_miss, softcap,
-    sinks: what else is given beside q, k and v. reading: through the block cache; differentiated: gradients of that are
-    asked for. local: in a layer that keeps its sliding window, which has no blocks.
+    sinks: what else is given beside q, k and v. reading: through the block cache; differentiated: gradients are asked
+    for. local: in a layer that keeps its sliding window, which has no blocks.
     retrieving: how many blocks the chunks of a training window read of those before them; 0: it is no such window.
     joint: in one softmax over the text of all blocks that are read, which their landmarks only choose.
+    earlier_keys: k has more tokens than q. lse: the log-sum-exp is wanted too.
     """
 
     device: str
@@ -56,6 +57,8 @@ class Problem(NamedTuple):
     sinks: bool = False
     local: bool = False
     joint: bool = False
+    earlier_keys: bool = False
+    lse: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Backend:
     definition, or another one.
     local_read: attention of a chunk in a layer that holds text, (q, k, v, held, chunk, frequencies, scale, softcap,
     sinks) -> out, see local.attend_chunk; None: the definition.
+    tried: whether it is tried unasked for a problem, on the devices it is meant for.
     """
 
     name: str
@@ -96,6 +100,7 @@ class Backend:
     local_forward: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     local_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
     local_read: Callable[..., Tensor] | None = None
+    tried: Callable[[Problem], bool] = lambda problem: True
 
 
 # --- eager: the definition
@@ -315,6 +320,79 @@ def _unless_given_up(name: str, *arguments) -> tuple[Tensor, ...] | None:
         return None
 
 
+# --- sdpa: PyTorch's own attention, whose kernels are a library's, for training
+
+# Why it was given up on GPUs for the rest of the process, once it was.
+_library_given_up: str | None = None
+
+
+def _why_not_sdpa(problem: Problem) -> str | None:
+    if problem.reading or problem.retrieving:
+        return "PyTorch's attention retrieves no blocks"
+    if problem.local:
+        return "PyTorch's attention is not used in layers with a sliding window"
+    reason = _needs_the_definition(problem) or _knows_no_other_logits("PyTorch's attention", problem)
+    if reason is not None:
+        return reason
+    if not problem.joint:
+        return "joint is not asked for, and PyTorch's attention knows no grouped softmax"
+    if problem.padded or problem.packed:
+        return "PyTorch's attention is used with neither padding nor packed documents"
+    if problem.dropout:
+        return "dropout_p is of the grouped softmax"
+    if problem.earlier_keys:
+        return "k has more tokens than q"
+    if problem.lse:
+        return "return_lse asks for what PyTorch's attention does not differentiate"
+    kind = problem.device.partition(":")[0]
+    reason = sdpa.why_not(kind, problem.dtype, problem.head_dim, problem.block_size)
+    if reason is not None or kind == "cpu":
+        return reason
+    if problem.few_queries:
+        return f"q has fewer than {FEW_QUERIES} tokens"
+    # These attend for landmarks, and for all where the library cannot.
+    return _why_not_triton(problem) or _library_given_up
+
+
+def _sdpa_forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: None, block_size: int, scale: float, *rest
+) -> tuple[Tensor, Tensor]:
+    found = _unless_library_fails(sdpa.forward, q, k, v, block_size, scale)
+    return _triton_forward(q, k, v, sinks, block_size, scale, *rest) if found is None else found
+
+
+def _sdpa_backward(
+    dout, dlse: None, q, k, v, sinks: None, out, lse, block_size, scale, *rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    # cuDNN adds up queries' gradients in any order, and has PyTorch know no other way.
+    repeats = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    found = None
+    if not (repeats and q.is_cuda):
+        found = _unless_library_fails(sdpa.backward, dout, q, k, v, out, lse, block_size, scale)
+    if found is None:
+        return _triton_backward(dout, dlse, q, k, v, sinks, out, lse, block_size, scale, *rest)
+    return *found, None
+
+
+def _unless_library_fails(function: Callable, q: Tensor, *arguments) -> tuple[Tensor, ...] | None:
+    """What a function of sdpa.py gives; None where the library cannot on this GPU, now and for the rest of the
+    process."""
+    global _library_given_up
+    if _library_given_up is not None and q.is_cuda:
+        return None
+    try:
+        return function(q, *arguments)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except RuntimeError as error:
+        if not q.is_cuda:
+            raise
+        words = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        _library_given_up = f"cuDNN {torch.backends.cudnn.version()} does not attend here ({words})"
+        warn(f"{_library_given_up}; the Triton kernels run instead")
+        return None
+
+
 # --- blockwise: plain PyTorch, made for a CPU, for reading
 
 
@@ -337,7 +415,25 @@ def _why_not_blockwise(problem: Problem) -> str | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("hopper", _is_hopper, _why_not_hopper, "triton", _hopper_forward, _hopper_backward),
+        Backend(
+            "sdpa",
+            _is_hopper,
+            _why_not_sdpa,
+            "triton",
+            _sdpa_forward,
+            _sdpa_backward,
+            # Only by its name, as long as it was measured on no GPU.
+            tried=lambda problem: False,
+        ),
+        Backend(
+            "hopper",
+            _is_hopper,
+            _why_not_hopper,
+            "triton",
+            _hopper_forward,
+            _hopper_backward,
+            tried=lambda problem: not problem.joint,
+        ),
         Backend(
             "triton",
             lambda device: device.startswith("cuda"),
@@ -415,7 +511,7 @@ def _first_that_can(problem: Problem) -> str:
     kind = problem.device.partition(":")[0]
     obstacle = None
     for backend in BACKENDS.values():
-        if not backend.meant_for(problem.device):
+        if not (backend.meant_for(problem.device) and backend.tried(problem)):
             continue
         before, obstacle = obstacle, backend.why_not(problem)
         # A model's layers with landmarks say who runs; who is chosen for the others hangs together with that.

@@ -79,6 +79,7 @@ def landmark_attention(
     # Numbers also where a compiled model's lengths are symbols, for a choice is made of constants.
     block_size = None if block_size is None else operator.index(block_size)
     few_queries = True if q.shape[2] < FEW_QUERIES else False
+    earlier_keys = True if k.shape[2] > q.shape[2] else False
     dropout = True if dropout_p > 0.0 else False
     problem = Problem(
         str(q.device),
@@ -93,6 +94,9 @@ def landmark_attention(
         softcap=softcap is not None,
         sinks=sinks is not None,
         joint=joint,
+        earlier_keys=earlier_keys,
+        lse=return_lse,
+        differentiated=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
     )
     name = choose(problem, backend)
     arguments = {

@@ -41,7 +41,8 @@ def attend(
 
     The output (B, H, Tq, D) lies in memory as (B, Tq, H, D). The log-sum-exp can be differentiated too, and sinks have
     a gradient. Gradients repeat bit by bit; their workspace is at most 1.6 times the memory of q, in the Hopper kernels
-    or 128 MiB if that is more.
+    or 128 MiB if that is more. Those of "sdpa" on a GPU repeat so where torch.use_deterministic_algorithms(True) asks
+    for it, for which they are left to the Triton kernels, and take some ten times the memory of q.
 
     Raises ValueError naming an argument that cannot be.
     """
