@@ -10,15 +10,17 @@ how earlier blocks compare: the divergence is among these alone, and the own blo
 it. There half of the queries are of answers and of the questions before them, where a text has any: prose seldom needs
 a block that is far away, and a question does.
 
-Nothing of queries x keys is formed but for the sampled queries: in each layer, for a row, heads x S x tokens float32 of
-the teacher, without gradients, and of the student heads x S x (blocks + tokens of a block), S being `SAMPLED` of
-gate_queries.py, or twice that where landmarks only choose. With windows of 8192 that is 64 or 128 / 4096 of the
-products of full attention, once more; in windows that are read chunk by chunk the student's are made for each distance.
+Nothing of queries x keys is formed but for the sampled queries (gate_queries.py), S of a row: in each layer of the
+teacher, without gradients, their logits with all text, of which on a GPU one number a block is ever written, and of the
+student heads x S x (blocks + tokens of a block) float32. In windows that are read chunk by chunk the student's are made
+for each distance.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -30,62 +32,84 @@ from landmark_cli.training.gate_queries import Sample
 
 
 @torch.no_grad()
-def block_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float, reach: int | None = None) -> Tensor:
-    """What full attention gives every block: (B, H, S, M + 1) float32 (float64 if q is), of the sampled queries. The
-    last column is their own block's; that and later ones' have 0 in their own columns. Where landmarks only choose,
-    (B, H, S, M): what earlier blocks get, of all that these get.
+def block_logits(q: Tensor, k: Tensor, chosen: Sample, scale: float, reach: int | None = None) -> Tensor:
+    """The log-sum-exp of full attention's logits over every block's text, (B, H, S, M) float32 (float64 if q is), of
+    the sampled queries; minus infinity where a query sees nothing of a block. Their softmax over blocks is what these
+    get of the attention.
 
     q: (B, H, n, D) and k: (B, G, n, D), the teacher's, rotated. reach: how many tokens, itself the last, a query
-    sees, where the teacher's layer has a sliding window.
+    sees, where the teacher's layer has a sliding window. On a GPU `fused_gate.block_logits` does it in one kernel.
     """
+    fused = _fused() if q.is_cuda and q.dtype != torch.float64 else None
+    if fused is not None:
+        return fused.block_logits(q, k, chosen.text, chosen.spans, scale, reach)
     place = torch.arange(k.shape[2], device=k.device)
     found = []
     # A row at a time, as many logits as S x n are.
     for row in range(q.shape[0]):
         queries = _sampled(q[row : row + 1], chosen.text[row : row + 1])
         logits = _logits(queries, _widened(k[row : row + 1]), scale)
-        blocks, text = chosen.text_blocks[row], chosen.text[row, :, None]
-        seen = (place <= text) & (blocks >= chosen.first[row, :, None])
+        text = chosen.text[row, :, None]
+        seen = place <= text
         if reach is not None:
             seen &= place > text - reach
-        weights = torch.softmax(logits.masked_fill(~seen, -torch.inf), dim=-1)
-        shares = weights.new_zeros(*weights.shape[:3], chosen.landmarks.shape[1])
-        shares.scatter_add_(-1, blocks.expand(weights.shape), weights)
-        own = chosen.own[row : row + 1, None, :, None].expand(*shares.shape[:3], 1)
-        if chosen.joint:
-            earlier = torch.arange(shares.shape[-1], device=k.device) < chosen.end[row, :, None]
-            shares = torch.where(earlier, shares, 0.0)
-            found.append(shares / shares.sum(-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny))
-        else:
-            found.append(torch.cat([shares.scatter(-1, own, 0.0), shares.gather(-1, own)], -1))
+        logits = logits.masked_fill(~seen, -torch.inf)
+        blocks = chosen.text_blocks[row].expand(logits.shape)
+        shape = (*logits.shape[:3], chosen.landmarks.shape[1])
+        largest = logits.new_full(shape, -torch.inf).scatter_reduce(-1, blocks, logits, "amax")
+        largest = largest.masked_fill(largest == -torch.inf, 0.0)
+        weights = torch.exp(logits - largest.gather(-1, blocks))
+        found.append(logits.new_zeros(shape).scatter_add(-1, blocks, weights).log() + largest)
     return torch.cat(found)
 
 
-def outer_shares(q: Tensor, k: Tensor, chosen: Sample, scale: float, window: ReadingWindow | None = None) -> Tensor:
-    """Logarithms of what landmark attention's outer softmax gives every block, in the columns of `block_shares`; minus
-    infinity where nothing is. Differentiable in q and k.
+def block_shares(logits: Tensor, chosen: Sample) -> Tensor:
+    """What full attention gives every block, of logits (..., B, H, S, M) as `block_logits` has them: as many columns,
+    and one for the query's own block behind them; that and later ones' have 0 in their own columns. Where landmarks
+    only choose no column more: what earlier blocks get, of all that these get."""
+    blocks = torch.arange(logits.shape[-1], device=logits.device)
+    begun = blocks >= chosen.first[..., None]
+    if chosen.joint:
+        earlier = begun & (blocks < chosen.end[..., None])
+        # A query that sees nothing of any has nothing to give, and no number may be nan.
+        return torch.softmax(logits.masked_fill(~earlier[:, None], -torch.inf), dim=-1).nan_to_num(nan=0.0)
+    shares = torch.softmax(logits.masked_fill(~begun[:, None], -torch.inf), dim=-1)
+    own = chosen.own[:, None, :, None].expand(*shares.shape[:-1], 1)
+    return torch.cat([shares.scatter(-1, own, 0.0), shares.gather(-1, own)], -1)
+
+
+def landmark_logits(q: Tensor, k: Tensor, chosen: Sample, scale: float, window: ReadingWindow | None = None) -> Tensor:
+    """Logits of the sampled queries with every block's landmark, (B, H, S, M), and, unless landmarks only choose, a
+    column more with the log-sum-exp of those with the tokens of their own block. Differentiable in q and k.
 
     q: (B, H, T, D) and k: (B, G, T, D), the student's, rotated. window: how windows are read chunk by chunk, where they
     are; q and k are then rotated at its position_ids, half-split.
     """
     queries = _sampled(q, chosen.stream)
-    blocks = torch.arange(chosen.landmarks.shape[1], device=k.device)
-    earlier = (blocks >= chosen.first[..., None]) & (blocks < chosen.end[..., None])
     keys = _widened(_taken(k, chosen.landmarks))
     logits = _logits(queries, keys, scale) if window is None else _scored(queries, keys, chosen, scale, window)
     if chosen.joint:
-        # Where there is no earlier block nothing is asked, and no number may be nan.
-        earlier = earlier | (chosen.end == chosen.first)[..., None]
-        return torch.log_softmax(logits.masked_fill(~earlier[:, None], -torch.inf), dim=-1)
-    logits = logits.masked_fill(~earlier[:, None], -torch.inf)
+        return logits
     # (B, S, block_size): the places of a query's own block, up to itself.
     places = chosen.begin[..., None] + torch.arange(chosen.block_size, device=k.device)
     within = places <= chosen.stream[..., None]
     batch, groups, _, dim = k.shape
     keys = _taken(k, places.clamp(max=k.shape[2] - 1).flatten(1)).view(batch, groups, *places.shape[1:], dim)
     own = torch.einsum("bgrsd,bgsjd->bgrsj", queries.unflatten(1, (groups, -1)), _widened(keys)).flatten(1, 2) * scale
-    own = own.masked_fill(~within[:, None], -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.log_softmax(torch.cat([logits, own], -1), dim=-1)
+    return torch.cat([logits, own.masked_fill(~within[:, None], -torch.inf).logsumexp(-1, keepdim=True)], -1)
+
+
+def outer_shares(logits: Tensor, chosen: Sample) -> Tensor:
+    """Logarithms of what landmark attention's outer softmax gives every block, in the columns of `block_shares`; minus
+    infinity where nothing is. logits: (..., B, H, S, M) or one column more, as `landmark_logits` has them."""
+    blocks = torch.arange(chosen.landmarks.shape[1], device=logits.device)
+    earlier = (blocks >= chosen.first[..., None]) & (blocks < chosen.end[..., None])
+    # Where there is no earlier block nothing is asked, and no number may be nan.
+    if chosen.joint:
+        asked = earlier | (chosen.end == chosen.first)[..., None]
+    else:
+        asked = nn.functional.pad(earlier, (0, 1), value=True)
+    return torch.log_softmax(logits.masked_fill(~asked[:, None], -torch.inf), dim=-1)
 
 
 def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window: ReadingWindow) -> Tensor:
@@ -98,30 +122,29 @@ def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window:
     """
     cos, sin = window.by(-chosen.numbers)
     keys = rotate(keys, cos[:, None], sin[:, None])
+    slots = torch.arange(1, window.top_k + 2, device=keys.device)
+    cos, sin = (table[slots, None, None, None] for table in (window.cos, window.sin))
+    # (k + 1, B, H, S, D), and as many times (B, H, S, M).
+    logits = _logits(rotate(queries, cos, sin), keys, scale)
     age = chosen.end[..., None] - torch.arange(keys.shape[2], device=keys.device)
-    logits = None
-    for slots in range(window.top_k + 1, 0, -1):
-        found = _logits(rotate(queries, window.cos[slots], window.sin[slots]), keys, scale)
-        logits = found if logits is None else torch.where((age == slots)[:, None], found, logits)
-    return logits
+    slot = age.clamp(1, window.top_k + 1)[None, :, None] - 1
+    return logits.gather(0, slot.expand(1, *logits.shape[1:])).squeeze(0)
 
 
 def divergence(shares: Tensor, outer: Tensor) -> Tensor:
-    """KL(shares || outer), the mean over heads: (B, S). shares: (B, H, S, M + 1), or (B, H, S, M) where landmarks only
-    choose; outer: its logarithms."""
+    """KL(shares || outer), the mean over heads: (..., S). shares: (..., H, S, M + 1), or (..., H, S, M) where landmarks
+    only choose; outer: its logarithms."""
     # Where the teacher gives nothing, nothing is asked, whatever the student gives; and nothing flows back.
     given = shares > 0
     outer = outer.masked_fill(~given, 0.0)
-    return (
-        torch.where(given, shares * (shares.clamp(min=torch.finfo(shares.dtype).tiny).log() - outer), 0.0)
-        .sum(-1)
-        .mean(1)
-    )
+    tiny = torch.finfo(shares.dtype).tiny
+    return torch.where(given, shares * (shares.clamp(min=tiny).log() - outer), 0.0).sum(-1).mean(-2)
 
 
 class Gate:
     """The gate's loss of one forward pass. The teacher's layers tell it of their queries and keys (`teach`), then the
-    student's (`ask`): each is what `landmark_observer` takes in a model's call.
+    student's (`ask`): each is what `landmark_observer` takes in a model's call. A layer is asked for logits alone; what
+    becomes of them is worked out for all layers at once, as each alone would be many small kernels.
 
     layers: those of the student that have landmarks, which alone ask. window: how the student reads chunk by chunk,
     where it does.
@@ -131,37 +154,43 @@ class Gate:
         self.chosen = chosen
         self.layers = layers
         self.window = window
-        self._shares: dict[int, Tensor] = {}
-        self._found: dict[int, Tensor] | None = {}
+        self._taught: dict[int, Tensor] = {}
+        self._asked: dict[int, Tensor] | None = {}
 
     # They are told of a layer by its module, and run as they are: what is compiled of one layer serves all others.
     @torch.compiler.disable
     def teach(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None, reach: int | None = None) -> None:
-        """Of a layer of the teacher's: see `block_shares`. Nothing where the student has no landmarks."""
+        """Of a layer of the teacher's: see `block_logits`. Nothing where the student has no landmarks."""
         layer = module.layer_idx
         if layer not in self.layers:
             return
-        self._shares[layer] = block_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, reach)
+        self._taught[layer] = block_logits(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, reach)
 
     @torch.compiler.disable
     def ask(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
-        """Of a layer of the student's: see `outer_shares`."""
-        layer, kind, window = module.layer_idx, kind_of(module), self.window
+        """Of a layer of the student's: see `landmark_logits`."""
+        kind, window = kind_of(module), self.window
         if window is not None:
             q, k = kind.half_split(q, k)
             window = window.unrotated if kind.turns == "none" else window
         # Autocast would make the products in half precision.
         with torch.autocast(q.device.type, enabled=False):
-            outer = outer_shares(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, window)
-        found = (divergence(self._shares[layer], outer) * self.chosen.real).sum()
+            found = landmark_logits(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, window)
         # A layer that is computed again in the backward pass says nothing new.
-        if self._found is not None:
-            self._found[layer] = found
+        if self._asked is not None:
+            self._asked[module.layer_idx] = found
 
     def loss(self) -> Tensor:
         """The sum over the sampled queries that count, the mean over heads and layers. It is asked for once."""
-        found, self._found = self._found, None
-        return torch.stack(list(found.values())).mean()
+        asked, self._asked = self._asked, None
+        found = []
+        # Layers of as many heads together.
+        for heads in sorted({logits.shape[1] for logits in asked.values()}):
+            layers = [layer for layer, logits in asked.items() if logits.shape[1] == heads]
+            shares = block_shares(torch.stack([self._taught.pop(layer) for layer in layers]), self.chosen)
+            outer = outer_shares(torch.stack([asked.pop(layer) for layer in layers]), self.chosen)
+            found.append((divergence(shares, outer) * self.chosen.real).sum((1, 2)))
+        return torch.cat(found).mean()
 
 
 def _taken(x: Tensor, places: Tensor) -> Tensor:
@@ -178,6 +207,16 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """q: (B, H, S, D); k: (B, G, M, D). Returns (B, H, S, M)."""
+    """q: (..., B, H, S, D); k: (B, G, M, D). Returns (..., B, H, S, M)."""
     groups = k.shape[1]
-    return (q.unflatten(1, (groups, -1)) @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale
+    return (q.unflatten(-3, (groups, -1)) @ k.unsqueeze(2).transpose(-1, -2)).flatten(-4, -3) * scale
+
+
+@functools.cache
+def _fused() -> ModuleType | None:
+    """The kernels, where Triton is there."""
+    try:
+        from landmark_cli.training import fused_gate
+    except ImportError:
+        return None
+    return fused_gate

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLED = 64
-"""Queries of a row, at most; where landmarks only choose, so many of the text and as many of answers."""
+"""Queries of a row, at most."""
+TEXT_SAMPLED, ANSWERS_SAMPLED = 64, 64
+"""The same where landmarks only choose blocks: of the text, and of answers and their questions."""
 QUESTION = 32
 """Tokens before an answer that are asked with it."""
 # A prime: rows that differ have, as good as always, another remainder.
@@ -23,8 +25,9 @@ class Sample:
 
     text: each query's place among the n text tokens that the teacher reads. stream: its place in the student's stream.
     real: whether it counts. own: the number of its block in the row. first: that of its document's first block. begin:
-    where its own block begins in the stream. text_blocks: (B, n), the block of every text token. landmarks: (B, M),
-    where the landmark of each block stands in the stream, some place where it has none. block_size: tokens of a block.
+    where its own block begins in the stream. text_blocks: (B, n), the block of every text token. spans: (B, M, 2),
+    which of the n text tokens are a block's: the first, and what is behind the last. landmarks: (B, M), where the
+    landmark of each block stands in the stream, some place where it has none. block_size: tokens of a block.
     joint: whether landmarks only choose blocks. end: behind the blocks that it can choose from: its own block, or the
     first one of its chunk. numbers: (B, M), of each block in its chunk; None where windows are no chunks.
     """
@@ -36,6 +39,7 @@ class Sample:
     first: Tensor
     begin: Tensor
     text_blocks: Tensor
+    spans: Tensor
     landmarks: Tensor
     block_size: int
     joint: bool
@@ -55,8 +59,8 @@ def sample(
     chunk: int | None = None,
 ) -> Sample:
     """Sample queries behind the first block of every row, at most `SAMPLED` and evenly spaced from an offset that the
-    row's own tokens draw: how rows are split into processes makes no difference. Where landmarks only choose, as many
-    again of the `answers`.
+    row's own tokens draw: how rows are split into processes makes no difference. Where landmarks only choose,
+    `TEXT_SAMPLED` of them, and `ANSWERS_SAMPLED` of the `answers` besides.
 
     input_ids: (B, T) stream. landmark: (B, T) bool, where its landmarks are. order: (B, n), where in the stream each
     text token that the teacher reads stands. known: (B, T) bool, queries that may count. cu_seqlens: as LossModel has
@@ -90,10 +94,14 @@ def sample(
     together = 1 if chunk is None else chunk // block_size
     number = (block - first) % together
 
-    # At most one in each block, so that in the backward pass no two queries add to one key in an order of their own. A
-    # row has this much text at least.
+    # A row has this much text at least.
     behind = max(min(width, tokens - tokens // block_size) - freq, 1)
-    queries = min(SAMPLED, max(behind // freq, 1))
+    if joint:
+        queries = min(TEXT_SAMPLED, behind)
+    else:
+        # At most one in each block, so that in the backward pass no two queries add to one key of it in an order of
+        # their own.
+        queries = min(SAMPLED, max(behind // freq, 1))
     offset = (input_ids.sum(1, keepdim=True) % OFFSETS).double() / OFFSETS
     text = freq + ((torch.arange(queries, device=device) + offset) * behind / queries).long()
     text = text.clamp(max=width - 1)
@@ -105,6 +113,10 @@ def sample(
     real = asked & (text < (~landmark).sum(1, keepdim=True)) & known.gather(1, stream)
     own, begins_at = block.gather(1, stream), first.gather(1, stream)
     end = own - number.gather(1, stream)
+    text_blocks = block.gather(1, order)
+    is_text = torch.arange(width, device=device) < (~landmark).sum(1, keepdim=True)
+    ends = place.new_zeros(batch, most).scatter_add_(1, text_blocks, is_text.long()).cumsum(1)
+    spans = torch.stack([nn.functional.pad(ends[:, :-1], (1, 0)), ends], -1)
     if joint:
         # A query of the first block, or chunk, has nothing to choose.
         real = real & (end > begins_at)
@@ -115,7 +127,8 @@ def sample(
         own,
         begins_at,
         begin.gather(1, stream),
-        block.gather(1, order),
+        text_blocks,
+        spans,
         of_blocks(place.expand(batch, tokens)),
         block_size,
         joint,
@@ -125,13 +138,13 @@ def sample(
 
 
 def _near_answers(answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that predict answers, and the QUESTION tokens before them, at most `SAMPLED` of a row, as if drawn: their
-    places, (B, S) int64, and whether there is such a token (else the place is 0). answers: (B, n) bool."""
+    """Tokens that predict answers, and the QUESTION tokens before them, at most `ANSWERS_SAMPLED` of a row, as if
+    drawn: their places, (B, S) int64, and whether there is such a token (else the place is 0). answers: (B, n) bool."""
     width = answers.shape[1]
-    ahead = torch.nn.functional.pad(answers.float(), (0, QUESTION))
-    near = torch.nn.functional.max_pool1d(ahead[:, None], QUESTION + 1, stride=1)[:, 0] > 0
+    ahead = nn.functional.pad(answers.float(), (0, QUESTION))
+    near = nn.functional.max_pool1d(ahead[:, None], QUESTION + 1, stride=1)[:, 0] > 0
     # No two places have the same rank, for the modulus is a prime.
     rank = (torch.arange(width, device=answers.device) * MULTIPLIER % MODULUS + 1).double()
-    best = torch.topk(rank * near, min(SAMPLED, width), dim=1)
+    best = torch.topk(rank * near, min(ANSWERS_SAMPLED, width), dim=1)
     some = best.values > 0
     return best.indices.masked_fill(~some, 0), some

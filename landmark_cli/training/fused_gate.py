@@ -1,0 +1,68 @@
+"""The log-sum-exps of gate.block_logits in one kernel: no logit of a query and a token is ever written."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tiles of queries, those of all heads of a key head side by side, and of a block's tokens.
+QUERIES, TOKENS = 64, 64
+
+
+@triton.jit
+def block_logits_kernel(Q, K, TEXT, SPANS, OUT, q_row, q_head, q_token, k_row, k_head, k_token, scale, reach, groups,
+                        sampled, blocks, REPEATS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+                        QUERIES: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """Program (block, tile of queries, row and key head). WINDOW: a query sees the last `reach` tokens alone."""
+    block = tl.program_id(0)
+    pair = tl.program_id(2)
+    row, group = (pair // groups).to(tl.int64), pair % groups
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    real = query < REPEATS * sampled
+    head, number = group * REPEATS + query // sampled, query % sampled
+    text = tl.load(TEXT + row * sampled + number, mask=real, other=-1)
+    begin = tl.load(SPANS + 2 * (row * blocks + block))
+    end = tl.load(SPANS + 2 * (row * blocks + block) + 1)
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    if (begin < end) & (begin <= tl.max(text, 0)):
+        lane = tl.arange(0, PADDED)
+        place = Q + row * q_row + head[:, None] * q_head + text[:, None] * q_token + lane[None, :]
+        q = tl.load(place, mask=real[:, None] & (lane < DIM)[None, :], other=0.0)
+        for first in range(begin, end, TOKENS):
+            token = first + tl.arange(0, TOKENS)
+            place = K + row * k_row + group * k_head + token[None, :] * k_token + lane[:, None]
+            k = tl.load(place, mask=(token < end)[None, :] & (lane < DIM)[:, None], other=0.0)
+            logits = tl.dot(q, k, input_precision="ieee") * scale
+            seen = (token < end)[None, :] & (token[None, :] <= text[:, None])
+            if WINDOW:
+                seen = seen & (token[None, :] > text[:, None] - reach)
+            logits = tl.where(seen, logits, float("-inf"))
+            top = tl.maximum(largest, tl.max(logits, 1))
+            finite = tl.where(top == float("-inf"), 0.0, top)
+            total = total * tl.exp(largest - finite) + tl.sum(tl.exp(logits - finite[:, None]), 1)
+            largest = top
+    found = tl.where(total > 0.0, largest + tl.log(total), float("-inf"))
+    place = OUT + ((row * groups * REPEATS + head) * sampled + number) * blocks + block
+    tl.store(place, found, mask=real)
+
+
+def block_logits(q: Tensor, k: Tensor, text: Tensor, spans: Tensor, scale: float, reach: int | None = None) -> Tensor:
+    """As `gate.block_logits`: (B, H, S, M) float32. text: (B, S) int64, the queries' places among the n tokens. spans:
+    (B, M, 2) int64, each block's tokens. q: (B, H, n, D) and k: (B, G, n, D), whose last dimension is dense."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    batch, heads, _, dim = q.shape
+    groups, sampled, blocks = k.shape[1], text.shape[1], spans.shape[1]
+    out = q.new_empty(batch, heads, sampled, blocks, dtype=torch.float32)
+    grid = blocks, triton.cdiv(heads // groups * sampled, QUERIES), batch * groups
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        block_logits_kernel[grid](
+            q, k, text.contiguous(), spans.contiguous(), out, *q.stride()[:3], *k.stride()[:3], float(scale),
+            reach or 0, groups, sampled, blocks, REPEATS=heads // groups, DIM=dim,
+            PADDED=max(16, triton.next_power_of_2(dim)), QUERIES=QUERIES, TOKENS=TOKENS, WINDOW=reach is not None,
+        )  # fmt: skip
+    return out

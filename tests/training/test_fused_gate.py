@@ -1,0 +1,76 @@
+"""The kernel that sums a teacher's logits up by blocks: against its definition, on random inputs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from landmark_cli.data.landmarks import insert_landmarks
+from landmark_cli.training.distillation import Distillation
+from landmark_cli.training.fused_gate import block_logits as fused_block_logits
+from landmark_cli.training.gate import block_logits
+from tests.closeness import assert_close_norm
+from tests.training.test_distillation import some_texts
+
+LANDMARK = 999
+
+
+def some_sample(freq, tokens, documents, joint=True):
+    """Queries of two rows: (n text tokens, the sample)."""
+    stream = insert_landmarks(some_texts(2, tokens), freq, LANDMARK)
+    width = stream.shape[1]
+    ends = sorted({0, width, 2 * width} | ({width // 3, width // 3 + 1, width + width // 2} if documents else set()))
+    cu_seqlens = torch.tensor(ends).int() if documents else None
+    how = Distillation(
+        SimpleNamespace(length=None), "self", LANDMARK, gate_weight=1.0, block_size=freq + 1, joint=joint
+    )
+    text, known = how.read(stream, cu_seqlens), stream != LANDMARK
+    answers = known & (torch.arange(width) > width * 0.8)
+    return text.tokens.shape[1], how.sample(text, stream, known, answers, cu_seqlens)
+
+
+def poisoned(shape, dtype, device, generator):
+    """Random numbers in the middle of memory that is otherwise nan, the head dimension dense."""
+    whole = torch.full((*shape[:-1], shape[-1] + 5), torch.nan, dtype=dtype, device=device)
+    whole[..., : shape[-1]] = (2 * torch.randn(shape, generator=generator)).to(dtype)
+    return whole[..., : shape[-1]]
+
+
+DEVICES = [pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("freq", "tokens", "heads", "groups", "dim", "documents", "reach", "dtype"),
+    [
+        (4, 38, 4, 2, 8, False, None, torch.float32),
+        (15, 100, 3, 1, 24, True, None, torch.float32),
+        (7, 60, 2, 2, 16, False, 13, torch.float32),
+        (70, 220, 6, 2, 16, False, None, torch.float32),
+    ],
+)
+def test_it_gives_what_its_definition_does(device, freq, tokens, heads, groups, dim, documents, reach, dtype):
+    read, chosen = some_sample(freq, tokens, documents)
+    generator = torch.Generator().manual_seed(freq)
+    q, k = (poisoned((2, number, read, dim), dtype, device, generator) for number in (heads, groups))
+    wanted = block_logits(q.cpu(), k.cpu(), chosen, 0.3, reach)
+    found = fused_block_logits(q, k, chosen.text.to(device), chosen.spans.to(device), 0.3, reach).cpu()
+    assert chosen.real.sum() > 10 and found.dtype == torch.float32
+    # A query that does not count may be told anything.
+    found, wanted = (x.transpose(1, 2)[chosen.real] for x in (found, wanted))
+    assert torch.equal(found == -torch.inf, wanted == -torch.inf)
+    seen = wanted > -torch.inf
+    assert 0 < seen.sum() < seen.numel()
+    assert_close_norm(found[seen], wanted[seen])
+
+
+@pytest.mark.gpu
+def test_of_a_models_shape_it_gives_what_its_definition_does():
+    read, chosen = some_sample(63, 8064, False)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, number, read, 64, generator=generator).cuda().bfloat16() for number in (9, 3))
+    wanted = block_logits(q.cpu(), k.cpu(), chosen, 0.125)
+    found = fused_block_logits(q, k, chosen.text.cuda(), chosen.spans.cuda(), 0.125).cpu()
+    found, wanted = (x.transpose(1, 2)[chosen.real] for x in (found, wanted))
+    assert torch.equal(found == -torch.inf, wanted == -torch.inf)
+    assert_close_norm(found[wanted > -torch.inf], wanted[wanted > -torch.inf])
