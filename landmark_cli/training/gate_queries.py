@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 SAMPLED = 64
 """Queries of a row, at most."""
-TEXT_SAMPLED, ANSWERS_SAMPLED = 64, 64
-"""The same where landmarks only choose blocks: of the text, and of answers and their questions."""
+TEXT_SAMPLED, REPEATED_SAMPLED, ANSWERS_SAMPLED = 64, 64, 64
+"""The same where landmarks only choose blocks: of the text, of what it repeats, and of answers and their questions."""
 QUESTION = 32
 """Tokens before an answer that are asked with it."""
 # A prime: rows that differ have, as good as always, another remainder.
@@ -60,7 +60,8 @@ def sample(
 ) -> Sample:
     """Sample queries behind the first block of every row, at most `SAMPLED` and evenly spaced from an offset that the
     row's own tokens draw: how rows are split into processes makes no difference. Where landmarks only choose,
-    `TEXT_SAMPLED` of them, and `ANSWERS_SAMPLED` of the `answers` besides.
+    `TEXT_SAMPLED` of them, and besides `REPEATED_SAMPLED` of the tokens that with the two before them stood in an
+    earlier block already, and `ANSWERS_SAMPLED` of the `answers`.
 
     input_ids: (B, T) stream. landmark: (B, T) bool, where its landmarks are. order: (B, n), where in the stream each
     text token that the teacher reads stands. known: (B, T) bool, queries that may count. cu_seqlens: as LossModel has
@@ -106,15 +107,19 @@ def sample(
     text = freq + ((torch.arange(queries, device=device) + offset) * behind / queries).long()
     text = text.clamp(max=width - 1)
     asked = torch.ones_like(text, dtype=torch.bool)
-    if joint and answers is not None:
-        of_answers, some = _near_answers((answers & known).gather(1, order))
-        text, asked = torch.cat([text, of_answers], 1), torch.cat([asked, some], 1)
+    text_blocks = block.gather(1, order)
+    is_text = torch.arange(width, device=device) < (~landmark).sum(1, keepdim=True)
+    if joint:
+        draw = input_ids.sum(1, keepdim=True)
+        drawn = [_drawn(_repeated(input_ids.gather(1, order), text_blocks, is_text), REPEATED_SAMPLED, draw)]
+        if answers is not None:
+            drawn.append(_drawn(_near_answers((answers & known).gather(1, order)), ANSWERS_SAMPLED, draw))
+        text = torch.cat([text, *(places for places, _ in drawn)], 1)
+        asked = torch.cat([asked, *(some for _, some in drawn)], 1)
     stream = order.gather(1, text)
     real = asked & (text < (~landmark).sum(1, keepdim=True)) & known.gather(1, stream)
     own, begins_at = block.gather(1, stream), first.gather(1, stream)
     end = own - number.gather(1, stream)
-    text_blocks = block.gather(1, order)
-    is_text = torch.arange(width, device=device) < (~landmark).sum(1, keepdim=True)
     ends = place.new_zeros(batch, most).scatter_add_(1, text_blocks, is_text.long()).cumsum(1)
     spans = torch.stack([nn.functional.pad(ends[:, :-1], (1, 0)), ends], -1)
     if joint:
@@ -137,14 +142,35 @@ def sample(
     )
 
 
-def _near_answers(answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that predict answers, and the QUESTION tokens before them, at most `ANSWERS_SAMPLED` of a row, as if
-    drawn: their places, (B, S) int64, and whether there is such a token (else the place is 0). answers: (B, n) bool."""
-    width = answers.shape[1]
+def _near_answers(answers: Tensor) -> Tensor:
+    """Which tokens predict answers, or are among the QUESTION tokens before such; answers and they (B, n) bool."""
     ahead = nn.functional.pad(answers.float(), (0, QUESTION))
-    near = nn.functional.max_pool1d(ahead[:, None], QUESTION + 1, stride=1)[:, 0] > 0
+    return nn.functional.max_pool1d(ahead[:, None], QUESTION + 1, stride=1)[:, 0] > 0
+
+
+def _repeated(ids: Tensor, blocks: Tensor, is_text: Tensor) -> Tensor:
+    """Which tokens stood before, in an earlier block, behind the same two tokens: (B, n) bool. Where a text repeats
+    itself is where a model looks far back. ids, blocks: (B, n) int64; is_text: (B, n) bool, what is none repeats
+    nothing."""
+    before, two_before = (nn.functional.pad(ids[:, :-n], (n, 0)) for n in (1, 2))
+    # No vocabulary has 2 ** 21 tokens: three are one number.
+    three = ((two_before << 21 | before) << 21 | ids).masked_fill(~is_text, -1)
+    three[:, :2] = -1
+    ordered, place = three.sort(dim=1, stable=True)
+    number = torch.arange(ids.shape[1], device=ids.device)
+    begins = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    # Of those that are alike, the one that stands first.
+    first = place.gather(1, torch.where(begins, number, 0).cummax(1).values)
+    earlier = (blocks.gather(1, first) < blocks.gather(1, place)) & (ordered >= 0)
+    return torch.zeros_like(is_text).scatter_(1, place, earlier)
+
+
+def _drawn(among: Tensor, most: int, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """At most so many of each row, as if drawn by the row's number: their places, (B, S) int64, and whether there is
+    such a token (else the place is 0). among: (B, n) bool; draw: (B, 1) int64."""
+    width = among.shape[1]
     # No two places have the same rank, for the modulus is a prime.
-    rank = (torch.arange(width, device=answers.device) * MULTIPLIER % MODULUS + 1).double()
-    best = torch.topk(rank * near, min(ANSWERS_SAMPLED, width), dim=1)
+    rank = ((torch.arange(width, device=among.device) + draw) % MODULUS * MULTIPLIER % MODULUS + 1).double()
+    best = torch.topk(rank * among, min(most, width), dim=1)
     some = best.values > 0
     return best.indices.masked_fill(~some, 0), some

@@ -21,7 +21,7 @@ from landmark_cli.training.gate import (
     landmark_logits,
     outer_shares,
 )
-from landmark_cli.training.gate_queries import ANSWERS_SAMPLED, QUESTION, SAMPLED, TEXT_SAMPLED
+from landmark_cli.training.gate_queries import ANSWERS_SAMPLED, QUESTION, REPEATED_SAMPLED, SAMPLED, TEXT_SAMPLED
 from landmark_cli.training.setup import checkpoint_activations
 from landmark_cli.training.teachers import Teacher
 from tests.closeness import assert_close_norm
@@ -208,6 +208,22 @@ def test_where_landmarks_only_choose_half_of_the_queries_are_of_answers_and_thei
     # Blocks to choose from there have to be, and grouped nothing changes.
     assert (chosen.own > chosen.first)[chosen.real].all()
     assert torch.equal(sampled(stream, answers=answers)[1].text, sampled(stream)[1].text)
+
+
+def test_where_landmarks_only_choose_some_queries_are_of_what_the_text_repeats():
+    texts = torch.randint(10, 14, (2, 100), generator=torch.Generator().manual_seed(0))
+    stream = insert_landmarks(texts, FREQ, LANDMARK)
+    _, chosen = sampled(stream, joint=True)
+    even = min(TEXT_SAMPLED, texts.shape[1] - FREQ)
+    for row in range(2):
+        text = texts[row].tolist()
+        places = {
+            t
+            for t in range(2, len(text))
+            if any(text[u - 2 : u + 1] == text[t - 2 : t + 1] for u in range(2, t // FREQ * FREQ))
+        }
+        found = chosen.text[row, even:][chosen.real[row, even:]].tolist()
+        assert 20 < len(found) == len(set(found)) == min(REPEATED_SAMPLED, len(places)) and set(found) <= places
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["grouped", "joint"])
