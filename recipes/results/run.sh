@@ -331,8 +331,8 @@ windows_of() {
 }
 
 # A name a line, and what differs from recipes/results/smollm2-distilled.yaml, the most telling first. All see as many tokens
-# of text. Blocks of another size are read so many at a time that they hold as many. What is read in chunks, or has no teacher,
-# has the grouped softmax.
+# of text. Blocks of another size are read so many at a time that they hold as many. What has no teacher has the grouped
+# softmax.
 variants() {
     local recipe=smollm2-distilled
     MADE_OF_TOKENS=${MADE_OF_TOKENS:-$(($(recipe_value $recipe sequence-length) * $(recipe_value $recipe batch-size) * $(recipe_value $recipe accumulation)))}
@@ -346,7 +346,7 @@ no-tasks            --tasks-share 0 --answer-weight 0
 answers-0           --answer-weight 0 --answer-divergence-weight 0
 landmarks           --train landmarks
 windows-2k          $(windows_of 2048)
-read-32k            --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 32768)
+read-8k             --read-chunk 2048 $(windows_of 8192)
 block-32            --landmark-freq 31 --top-k-blocks 24
 lora-64             --lora-rank 64 --merge
 no-teacher-seed-1   --teacher none --answer-weight 1 --seed 1
@@ -357,8 +357,9 @@ block-128           --landmark-freq 127 --top-k-blocks 6
 gate-0.3            --gate-weight 0.3
 gate-3              --gate-weight 3
 grouped-gate-0.1    --softmax grouped --gate-weight 0.1
-read-8k             --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 8192)
-read-128k           --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 131072)
+read-32k            --read-chunk 2048 $(windows_of 32768)
+read-128k           --read-chunk 2048 $(windows_of 131072)
+grouped-read-32k    --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 32768)
 windows-1k          $(windows_of 1024)
 windows-4k          $(windows_of 4096)
 answers-1           --answer-weight 1
