@@ -14,7 +14,6 @@ from .forward import forward_kernel
 
 # Landmarks and keys a tile. There are few landmarks, so tiles of them are small, to fill the GPU.
 ROWS, COLS = 64, 64
-OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, text: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -25,7 +24,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, text: int, scale: float) -> tuple[T
     out, lse = empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     with on_device(q):
         forward_kernel[triton.cdiv(landmarks, ROWS), batch * heads](
-            q, k, v, out, lse, *_strides(q, k, v, out), scale, landmarks, heads, **_constants(q, k, text), **OPTIONS
+            q, k, v, out, lse, *_strides(q, k, v, out), scale, landmarks, heads, **_constants(q, k, text)
         )
     return out.to(dtype), lse
 
@@ -43,16 +42,17 @@ def backward(
     given, constants = (q, k, v, dout), _constants(q, k, text)
     with on_device(q):
         query_gradient_kernel[triton.cdiv(landmarks, ROWS), batch * heads](
-            *given, lse, delta, dq, *_strides(*given, dq), scale, landmarks, heads, **constants, **OPTIONS
+            *given, lse, delta, dq, *_strides(*given, dq), scale, landmarks, heads, **constants
         )
         key_gradient_kernel[triton.cdiv(landmarks * text, COLS), batch * k.shape[1]](
             *given, lse, delta, dk, dv, *_strides(*given, dk, dv), scale, landmarks, heads, k.shape[1],
-            **constants, **OPTIONS,
+            **constants,
         )  # fmt: skip
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def _constants(q: Tensor, k: Tensor, text: int) -> dict:
+    """What the kernels are compiled for, and how they run: in more warps where the registers of four do not suffice."""
     dim = q.shape[-1]
     return {
         "HEADS_PER_KEY": q.shape[1] // k.shape[1],
@@ -62,6 +62,8 @@ def _constants(q: Tensor, k: Tensor, text: int) -> dict:
         "ROWS": ROWS,
         "COLS": COLS,
         "PRECISION": product_precision(q.dtype),
+        "num_warps": 4 if dim <= 64 else 8,
+        "num_stages": 3,
     }
 
 
