@@ -417,13 +417,14 @@ BACKENDS = {
     for backend in (
         Backend(
             "sdpa",
+            # It was measured on no other GPU.
             _is_hopper,
             _why_not_sdpa,
             "triton",
             _sdpa_forward,
             _sdpa_backward,
-            # Only by its name, as long as it was measured on no GPU.
-            tried=lambda problem: False,
+            # A library takes long before its first call with a new length. Those of training windows are alike.
+            tried=lambda problem: problem.joint and problem.differentiated,
         ),
         Backend(
             "hopper",

@@ -182,9 +182,11 @@ def on_hopper(monkeypatch):
     backends._announce.cache_clear()
 
 
-def test_a_gpu_runs_it_where_it_is_asked_for(on_hopper, capsys):
-    assert choose(TRAINED) == "triton" and choose(TRAINED, "sdpa") == "sdpa"
-    assert "landmark attention: sdpa (as asked for)" in capsys.readouterr().err
+def test_training_on_a_hopper_gpu_runs_it_unasked(on_hopper, capsys):
+    assert choose(TRAINED) == "sdpa"
+    assert "landmark attention: sdpa (on cuda)" in capsys.readouterr().err
+    # Lengths that are read once would each have the library begin anew.
+    assert choose(TRAINED._replace(differentiated=False)) == "triton"
     assert choose(TRAINED._replace(joint=False)) == "hopper"
 
 
@@ -204,8 +206,10 @@ def test_a_gpu_runs_it_where_it_is_asked_for(on_hopper, capsys):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_it_cannot_serve_is_named(given, reason, on_hopper):
+def test_what_it_cannot_serve_runs_triton_or_the_definition_and_says_why(given, reason, on_hopper, capsys):
     problem = TRAINED._replace(**given)
+    assert choose(problem) == ("eager" if "block_size" in given else "triton")
+    assert reason in capsys.readouterr().err
     with pytest.raises(ValueError, match=reason):
         choose(problem, "sdpa")
 
@@ -224,6 +228,7 @@ def test_what_it_cannot_serve_anywhere_is_named(given, reason):
 
 def test_an_old_library_is_not_taken(on_hopper, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert choose(TRAINED) == "triton"
     assert "cuDNN is 91002" in BACKENDS["sdpa"].why_not(TRAINED)
 
 
@@ -242,10 +247,10 @@ def test_a_library_that_fails_is_given_up(on_hopper, capsys):
         fail(torch.OutOfMemoryError("no room"))
     with pytest.raises(ValueError, match="ours"):
         fail(ValueError("ours"))
-    assert choose(TRAINED, "sdpa") == "sdpa"
+    assert choose(TRAINED) == "sdpa"
     assert fail(RuntimeError("no plan\nhere")) is None and fail(RuntimeError("again")) is None
     assert len(asked) == 3 and "(no plan); the Triton kernels run instead" in capsys.readouterr().err
-    assert "no plan" in BACKENDS["sdpa"].why_not(TRAINED)
+    assert choose(TRAINED) == "triton"
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["forward too", "backward alone"])

@@ -86,6 +86,17 @@ def test_kernels_of_landmarks(text):
     within(found, sdpa.attend_landmarks_backward(dout.float(), *exact, *expected, text, 0.2))
 
 
+def test_runs_unasked_where_gradients_are_asked_for(monkeypatch):
+    monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
+    called = []
+    monkeypatch.setattr(sdpa, "forward", lambda *given, real=sdpa.forward: called.append(1) or real(*given))
+    leaves = Case(64, 512, dim=64, heads=2).tensors(torch.bfloat16, DEVICE)
+    out = landmark_attention(*leaves, 64, joint=True)
+    with torch.no_grad():
+        within([landmark_attention(*leaves, 64, joint=True)], [out])
+    assert len(called) == 1
+
+
 def test_where_it_is_asked_for_gradients_repeat_bit_by_bit():
     torch.use_deterministic_algorithms(True)
     case = Case(64, 2048, dim=64, batch=2, heads=9, key_heads=3)
