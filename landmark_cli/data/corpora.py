@@ -49,6 +49,8 @@ class Corpus:
         has_fields: whether documents are rows with a field of text.
         has_validation: whether the corpus comes with a validation split of its own.
         has_answers: whether documents say which of their text is answers (see `documents.Marked`).
+        is_made: whether documents are made, which is more work than to read them: the corpus can be pickled, and
+            processes beside this one make them.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Corpus:
     has_fields: bool = False
     has_validation: bool = False
     has_answers: bool = False
+    is_made: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ class BadText(Exception):
         super().__init__(message)
         self.file, self.documents = str(file), documents
 
+    def __reduce__(self) -> tuple[type[BadText], tuple[str, str, int | None]]:
+        return type(self), (str(self), self.file, self.documents)
+
 
 class Marked(bytes):
     """A piece of text as UTF-8 that says which of it is answers.

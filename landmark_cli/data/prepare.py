@@ -1,6 +1,7 @@
 """Documents -> token files: read, encode and write at the same time, and go on after an interruption.
 
 One thread reads batches of text ahead, one encodes (with as many threads as the tokenizer uses), the caller's writes.
+Documents that this program makes come from processes beside this one where there is much to make (workers.py).
 Every few seconds everything written is put on the disk and the place reached is noted, so that a run that was killed
 goes on there. Several processes (torchrun, `accelerate launch`) take turns of a few documents each and write parts,
 which the first one puts together: the token files are the same as one process's.
@@ -28,7 +29,7 @@ from landmark_cli.data.merge import GO_ON, Process, merge
 from landmark_cli.data.place import Place
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.sources import SPLITS
-from landmark_cli.data.text_batches import Batch, or_skip, text_batches
+from landmark_cli.data.text_batches import Batch, Encoded, encoded, or_skip, taken, text_batches
 from landmark_cli.data.token_file import (
     TokenFile,
     TokenFileMetadata,
@@ -38,6 +39,7 @@ from landmark_cli.data.token_file import (
     remove_token_file,
 )
 from landmark_cli.data.tokenizers import TextTokenizer
+from landmark_cli.data.workers import encoded_by_workers, handed, how_many
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
 from landmark_cli.interrupts import Interrupts, interrupts
@@ -166,7 +168,7 @@ class _Part:
         total = self._corpus.total_bytes and self._corpus.total_bytes / self._process.count
         saved = time.monotonic()
         with (
-            contextlib.closing(prefetched(self._encoded(skip_bad_text), 1)) as encoded,
+            contextlib.closing(prefetched(self._encoded(total, skip_bad_text), 1)) as encoded,
             progress(f"preparing {self._corpus.name}", total, "B", initial=self._read) as shown,
         ):
             for batch, ids, marks in encoded:
@@ -188,23 +190,22 @@ class _Part:
         for file in [*self.writers.values(), *([self._turns] if self._turns else [])]:
             file.close()
 
-    def _encoded(self, skip_bad_text: bool) -> Iterator[tuple[Batch, list[np.ndarray], list[np.ndarray | None]]]:
-        """Batches, the ids of their pieces, and which of these are of answers."""
+    def _encoded(self, total: float | None, skip_bad_text: bool) -> Iterator[Encoded]:
+        """What is left to write. total: bytes of all documents of this process."""
+        first, left = self.next_document, int(total or 0) - self._read
+        data, workers = handed(self._corpus, self._tokenizer, how_many(self._corpus, left))
+        if workers:
+            yield from encoded_by_workers(data, workers, self._process, first, skip_bad_text=skip_bad_text)
+            return
         batches = text_batches(
-            self._corpus,
-            self._process,
-            self.next_document,
+            taken(self._corpus, self._process, first),
             piece_bytes=self._tokenizer.piece_bytes,
             batch_bytes=self._tokenizer.batch_bytes,
             batch_documents=BATCH_DOCUMENTS,
             skip_bad_text=skip_bad_text,
         )
         with contextlib.closing(prefetched(batches, 1)) as ahead:
-            for batch in ahead:
-                if self._corpus.has_answers:
-                    yield batch, *self._tokenizer.encode_marked(batch.pieces)
-                else:
-                    yield batch, self._tokenizer.encode_documents(batch.pieces), [None] * len(batch.pieces)
+            yield from encoded(ahead, self._tokenizer, marked=self._corpus.has_answers)
 
     def _write(self, batch: Batch, encoded: list[np.ndarray], marked: list[np.ndarray | None]) -> None:
         for bad in batch.bad:

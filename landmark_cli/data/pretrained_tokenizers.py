@@ -59,6 +59,14 @@ def open_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
+def decodes_by_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer decodes as its backend of the tokenizers library does, with no Python of its own."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    plain = (PreTrainedTokenizerBase.decode, PreTrainedTokenizerFast._decode)
+    return (type(tokenizer).decode, getattr(type(tokenizer), "_decode", None)) == plain
+
+
 def encoding_by(name: str) -> AbstractContextManager[None]:
     """Stand around a library's call that encodes text by the tokenizer of this name: what is wrong with a tokenizer may
     show only in some text, such as an expression that would try a word in every way there is. Raises LandmarkError."""

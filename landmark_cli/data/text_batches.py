@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from landmark_cli.data.corpora import Corpus
-from landmark_cli.data.documents import BadText
+from landmark_cli.data.documents import BadText, Document
 from landmark_cli.data.merge import Process
 from landmark_cli.errors import LandmarkError
+
+if TYPE_CHECKING:
+    from landmark_cli.data.tokenizers import TextTokenizer
 
 
 @dataclass
@@ -39,28 +45,44 @@ class Batch:
         self.text_bytes += len(piece)
 
 
+Encoded = tuple[Batch, list[np.ndarray], list[np.ndarray | None]]
+"""A batch, the ids of its pieces, and which of these are of answers (see `TextTokenizer.encode_marked`)."""
+
+
+def taken(corpus: Corpus, process: Process, first: int) -> Iterator[tuple[int, str, Document]]:
+    """The documents from number `first` on that are for this process: number, split and document."""
+    for number, (split, document) in enumerate(corpus.documents()):
+        if number >= first and process.takes(number):
+            yield number, split, document
+
+
+def encoded(batches: Iterable[Batch], tokenizer: TextTokenizer, *, marked: bool) -> Iterator[Encoded]:
+    """Batches with the ids of their pieces. marked: whether documents say which of their text is answers."""
+    for batch in batches:
+        if marked:
+            yield batch, *tokenizer.encode_marked(batch.pieces)
+        else:
+            yield batch, tokenizer.encode_documents(batch.pieces), [None] * len(batch.pieces)
+
+
 def text_batches(
-    corpus: Corpus,
-    process: Process,
-    first: int,
+    documents: Iterable[tuple[int, str, Document]],
     *,
     piece_bytes: int,
     batch_bytes: int,
     batch_documents: int,
     skip_bad_text: bool,
 ) -> Iterator[Batch]:
-    """The documents from number `first` on that are for this process, in batches.
+    """Documents in batches.
 
-    piece_bytes: longer documents are cut. batch_bytes, batch_documents: a batch with this much text, or this many
-    documents, is full.
+    documents: number, split and document of each. piece_bytes: longer ones are cut. batch_bytes, batch_documents: a
+    batch with this much text, or this many documents, is full.
 
     Raises:
         LandmarkError: a document is no text and is not to be skipped.
     """
     batch = Batch()
-    for number, (split, document) in enumerate(corpus.documents()):
-        if number < first or not process.takes(number):
-            continue
+    for number, split, document in documents:
         last, counted = b"", 0
         try:
             for count, piece in enumerate(document.pieces(piece_bytes)):

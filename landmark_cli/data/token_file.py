@@ -119,6 +119,15 @@ class TokenFile:
     metadata: TokenFileMetadata
     answers: np.ndarray | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the file as this one does, and takes its contents as checked."""
+        return TokenFile._mapped, (self.path, self.metadata)
+
+    @classmethod
+    def _mapped(cls, path: Path, metadata: TokenFileMetadata) -> TokenFile:
+        marks = None if metadata.answers is None else map_values(answers_path(path), "uint8", metadata.tokens)
+        return cls(path, map_values(path, metadata.dtype, metadata.tokens), metadata, marks)
+
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> TokenFile:
         """Open `<name>.bin` (the ending may be left out) and check that it is the file that was written.
@@ -135,15 +144,14 @@ class TokenFile:
         size = metadata.tokens * np.dtype(metadata.dtype).itemsize
         written = _checked(path, size, metadata.sha256, metadata.modified_ns[:1], verify)
         found = dataclasses.replace(metadata, modified_ns=[written])
-        marks, answers = None, metadata.answers
+        answers = metadata.answers
         if answers is not None:
             beside = answers_path(path)
             written = _checked(beside, metadata.tokens, answers.sha256, [answers.modified_ns], verify)
             found = dataclasses.replace(found, answers=dataclasses.replace(answers, modified_ns=written))
-            marks = map_values(beside, "uint8", metadata.tokens)
         if (found.modified_ns, found.answers) != (metadata.modified_ns[:1], answers):
             _remember_modified(path, found)
-        return cls(path, map_values(path, metadata.dtype, metadata.tokens), metadata, marks)
+        return cls._mapped(path, metadata)
 
 
 class TokenFileWriter:

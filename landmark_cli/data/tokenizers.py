@@ -16,6 +16,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from landmark_cli.data.pretrained_tokenizers import (
     add_tokens,
     begin_ids,
     check_read_back,
+    decodes_by_backend,
     encoding_by,
     largest_id,
     open_tokenizer,
@@ -168,6 +170,10 @@ class GPT2Tokenizer(TextTokenizer):
     landmark_id = GPT2_LANDMARK_ID
     piece_bytes = batch_bytes = 8 << 20
 
+    def __reduce__(self) -> tuple[type[GPT2Tokenizer], tuple[()]]:
+        """Another process opens it anew."""
+        return type(self), ()
+
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
         """tiktoken's encoding, which defines the ids."""
@@ -271,9 +277,24 @@ class TransformersTokenizer(TextTokenizer):
         self.vocab_size = largest_id(self._tokenizer) + 1
         self.landmark_id = self._tokenizer.get_vocab().get(LANDMARK_TOKEN, self.vocab_size)
         self._fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._decodes_alone = self._fast is not None and decodes_by_backend(self._tokenizer)
+        self._read_special()
+
+    def _read_special(self) -> None:
         if self._fast is not None:
             # A document that spells a special token must not end it.
-            self._fast.encode_special_tokens = not reads_special
+            self._fast.encode_special_tokens = not self._reads_special
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which needs no transformers to encode and decode as this one does. Raises TypeError for
+        a tokenizer that has Python in it."""
+        if not self._decodes_alone:
+            raise TypeError(f"the tokenizer {self.name} cannot be handed to another process: it has Python in it")
+        return self.__dict__ | {"_tokenizer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._read_special()
 
     def _open(self) -> PreTrainedTokenizerBase:
         return open_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
@@ -295,13 +316,10 @@ class TransformersTokenizer(TextTokenizer):
         with encoding_by(self.name):
             encodings = self._fast.encode_batch(texts, add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
-            # Where each character's bytes begin.
-            begins = np.cumsum([0, *(len(character.encode()) for character in text)])
-            if text.isascii():
-                begins = np.arange(len(text) + 1)
-            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            numbers = chain.from_iterable(encoding.offsets)
+            offsets = np.fromiter(numbers, dtype=np.int64, count=2 * len(encoding)).reshape(-1, 2)
             # A tokenizer may give a token of white space, or one without text, a place of no width anywhere near it.
-            starts, ends = np.maximum.accumulate(begins[offsets], axis=0).T
+            starts, ends = np.maximum.accumulate(byte_places(text)[offsets], axis=0).T
             yield np.asarray(encoding.ids, dtype=np.uint32), starts, ends
 
     def encode_marked(self, documents: Sequence[bytes]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -317,7 +335,11 @@ class TransformersTokenizer(TextTokenizer):
         return encoded, marks
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
+        ids = np.asarray(ids).tolist()
+        if self._decodes_alone:
+            # As transformers does, which looks at the type of each id before.
+            return self._fast.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def as_transformers(self, landmark: bool = True) -> PreTrainedTokenizerBase:
         # A second copy, so that the tokenizer here keeps encoding as before.
@@ -328,6 +350,17 @@ class TransformersTokenizer(TextTokenizer):
             tokenizer.pad_token = tokenizer.eos_token
         pad_on_the_left(tokenizer)
         return tokenizer
+
+
+def byte_places(text: str) -> np.ndarray:
+    """Where the UTF-8 bytes of each character of a text begin, and behind the last one its end: (characters + 1,)
+    int64."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    places = np.zeros(len(codes) + 1, dtype=np.int64)
+    (1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)).cumsum(out=places[1:])
+    return places
 
 
 class BulkGPT2:

@@ -42,9 +42,10 @@ SEAM_TOKENS = 3
 """What empty lines around a hidden piece take, and the word of the text that it parts."""
 TOKEN_BYTES = 4
 # A sentence ends at a full stop that belongs to no title, with its closing quotation mark, before white space and a
-# capital letter or a quotation mark; a paragraph at an empty line.
-SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"”’')]?(?=\s+[\"“‘'A-Z])")
-_PARAGRAPH_END = re.compile(r"\S(?=\n\s*\n)")
+# capital letter or a quotation mark; a paragraph at an empty line. Each begins with the characters that it looks for,
+# and only then looks back: what looks back first is tried at every character, several times slower.
+SENTENCE_END = re.compile(r"[.!?](?<!\bMr.)(?<!\bMrs.)(?<!\bDr.)(?<!\bSt.)[\"”’')]?(?=\s+[\"“‘'A-Z])")
+_PARAGRAPH_END = re.compile(r"\n(?<=\S\n)(?=\s*\n)")
 
 
 def read_haystack(
@@ -184,11 +185,12 @@ class TaskDocuments:
             text = text[: max(text.rfind(" "), text.rfind("\n"))].rstrip()
             generator = np.random.default_rng(seed)
             task = draw_task(Draw(generator, text, most, self._absent), self._kinds)
-            document = TaskDocument(insert(text, task, generator), ending(task.asked, generator))
-            added = [*task.hidden, str(document.ending)]
+            places = _places(task, generator)
+            asked = ending(task.asked, generator)
+            added = [*task.hidden, str(asked)]
             over = room + sum(len(self._tokenizer.encode(piece)) + SEAM_TOKENS for piece in added) - length
             if over <= 0:
-                return document
+                return TaskDocument(_insert_at(text, task, places), asked)
             room -= over
         return None
 
@@ -196,11 +198,23 @@ class TaskDocuments:
 def insert(text: str, task: Task, generator: np.random.Generator) -> str:
     """A text with the pieces of a task put in, in their order, at places that are spread evenly over it: sentences
     between its sentences, what has lines of its own between its paragraphs."""
+    return _insert_at(text, task, _places(task, generator))
+
+
+def _places(task: Task, generator: np.random.Generator) -> list[tuple[float, bool]]:
+    """At which share of a text each piece of a task goes in, in order, and whether it has lines of its own."""
+    shares = np.sort(generator.random(len(task.hidden))).tolist()
+    return [
+        (share, "\n" in piece or generator.random() < 0.3) for share, piece in zip(shares, task.hidden, strict=True)
+    ]
+
+
+def _insert_at(text: str, task: Task, places: list[tuple[float, bool]]) -> str:
+    """See `insert`. places: of `_places`."""
     sentences = [match.end() for match in SENTENCE_END.finditer(text)]
-    paragraphs = [match.end() for match in _PARAGRAPH_END.finditer(text)]
+    paragraphs = [match.start() for match in _PARAGRAPH_END.finditer(text)]
     parts, done = [], 0
-    for place, piece in zip(np.sort(generator.random(len(task.hidden))), task.hidden, strict=True):
-        own_lines = "\n" in piece or generator.random() < 0.3
+    for (place, own_lines), piece in zip(places, task.hidden, strict=True):
         at = _next(paragraphs if own_lines and paragraphs else sentences, int(place * len(text)), done, len(text))
         parts += [text[done:at], f"\n\n{piece}" if own_lines else f" {piece}"]
         if own_lines and not text.startswith("\n\n", at) and at < len(text):
@@ -278,7 +292,6 @@ def hidden_in(
 ) -> Corpus:
     """As `tasks_corpus`, hidden in the haystack of each split: "train" and, unless `validation_share` is 0,
     "validation". where: they come from, in words. identity: what has to be the same for them to be the same (JSON)."""
-    every = round(1 / validation_share) if validation_share else 0
     makers = {split: TaskDocuments(stack, tokenizer, absent, kinds) for split, stack in stacks.items()}
     info(f"haystack: {where}")
     for split, stack in stacks.items():
@@ -286,26 +299,40 @@ def hidden_in(
             held = counted(stack.tokens, "token")
             warn(f"the haystack for {split} has about {held}, and is repeated in documents that are longer")
     plan = [_length(np.random.default_rng([seed, index]), shortest, longest) for index in range(documents)]
-
-    def split_of(index: int) -> str:
-        return "validation" if every and index % every == every // 2 else "train"
-
-    def pieces(index: int, limit: int) -> Iterator[Marked]:
-        made = makers[split_of(index)].make(plan[index], [seed, index, 1])
-        yield from marked_pieces(f"task {index}", made.parts, limit)
-
-    def all_documents() -> Iterator[tuple[str, Document]]:
-        for index, length in enumerate(plan):
-            yield split_of(index), Document(f"task {index}", length * TOKEN_BYTES, partial(pieces, index))
-
     return Corpus(
         "tasks",
         f"tasks hidden in {where}",
-        all_documents,
+        _AllTasks(makers, plan, round(1 / validation_share) if validation_share else 0, seed),
         sum(plan) * TOKEN_BYTES,
         [CONTENTS, identity, documents, shortest, longest, absent, validation_share, seed, *(kinds or ())],
         has_answers=True,
+        is_made=True,
     )
+
+
+@dataclass(frozen=True)
+class _AllTasks:
+    """Called, yields all documents of a corpus, each with its split.
+
+    makers: by split. plan: tokens of each document. every: so many documents have one for validation among them; none
+    where it is 0.
+    """
+
+    makers: Mapping[str, TaskDocuments]
+    plan: list[int]
+    every: int
+    seed: int
+
+    def __call__(self) -> Iterator[tuple[str, Document]]:
+        for index, length in enumerate(self.plan):
+            yield self._split(index), Document(f"task {index}", length * TOKEN_BYTES, partial(self._pieces, index))
+
+    def _split(self, index: int) -> str:
+        return "validation" if self.every and index % self.every == self.every // 2 else "train"
+
+    def _pieces(self, index: int, limit: int) -> Iterator[Marked]:
+        made = self.makers[self._split(index)].make(self.plan[index], [self.seed, index, 1])
+        yield from marked_pieces(f"task {index}", made.parts, limit)
 
 
 def _cut(text: str) -> int:
