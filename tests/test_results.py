@@ -125,6 +125,33 @@ def test_tables_of_ruler(report, measured, tmp_path):
     assert page.count("### ") == 1
 
 
+def test_prompts_that_were_all_made_of_one_text_are_said_to_be(report, measured, tmp_path):
+    """Prompts whose stretches of the haystack were drawn say where they begin; earlier ones do not."""
+
+    def said(old_keys, new_keys, old_ruler, new_ruler):
+        for name, old in (("untouched", old_keys), ("distilled", new_keys)):
+            trials = [{"length": 512} | ({} if old else {"begin": 7})]
+            write(f"ruler-{name}/passkey-novels", keys({512: 50}) | {"haystack": "novels", "trials": trials})
+        for name, old in (("untouched", old_ruler), ("recipe", new_ruler)):
+            cell = {"reading": "own window", "tokens": 512, "task": "niah_single_2", "score": 1.0, "samples": 1}
+            write(f"ruler-{name}/ruler", {"cells": [cell | ({} if old else {"begins": [7]})]})
+        page = report.report(report.read_parts(measured), tmp_path / "docs")
+        return re.findall(r" All prompts( of .*?)? in prose that have one length have the same text", page)
+
+    def write(place, content):
+        path = measured / f"{place}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+
+    # RULER's section comes first. The pass keys of the other parts lie in filler.
+    assert said(False, False, False, False) == []
+    assert said(True, True, True, True) == ["", ""]
+    assert said(True, False, False, True) == [
+        " of SmolLM2-135M with landmarks, novels and pass keys",
+        " of untouched, full attention",
+    ]
+
+
 def test_variants_stand_in_one_table_and_what_was_not_measured_is_left_open(report, measured, tmp_path):
     def write(name, options=None, records=(), files=()):
         folder = measured / "made-of" / name

@@ -103,7 +103,9 @@ class PassKeyOptions(EvaluationOptions):
     batch_size: int | None = batch_size_option(
         MEASUREMENT, "Prompts read at a time. [default: by their length and the memory]"
     )
-    seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing keys and depths.")
+    seed: int = option(
+        0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing keys, depths and stretches of --haystack."
+    )
     json: str | None = json_option(OUTPUT)
     plot: Path | None = file_option(OUTPUT, "Write the heat map to this file as a picture. Needs the extra plot.")
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from landmark_cli.commands.study import StudyOptions
     from landmark_cli.evaluation.longppl import LongText
+    from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+    from landmark_cli.evaluation.ruler.haystacks import Prose
     from landmark_cli.evaluation.ruler.task import Task
     from landmark_cli.evaluation.studies import FinishedRows, LongPerplexityRow, Row, RulerRow, Study
     from landmark_cli.evaluation.ways import Way
@@ -132,6 +134,7 @@ class RulerRows:
             **precision_of(options),
         }
         self.about = {"text": str(options.haystack or NOVELS)}
+        self._encoded: dict[tuple[str, bool], tuple[PromptEncoder, Prose]] = {}
 
     @cached_property
     def _answers(self) -> FinishedRows:
@@ -147,7 +150,7 @@ class RulerRows:
         asks, reading = self._asks(row), reading_alone(row.reading())
         way = self._way(asks, name, model)
         check_ways(model, [way], reading)
-        tasks = self._tasks(asks, tokenizer)
+        tasks = self._tasks(asks, name, tokenizer)
         for task in tasks:
             check_lengths(task, [asks.length], self._options.samples)
         return beyond_training(model, way, reading, asks.length)
@@ -169,13 +172,16 @@ class RulerRows:
         # Where ordinary attention is asked for, it is the last way.
         return ways_of(model, blocks, asks.full_attention)[-1]
 
-    def _tasks(self, asks: RulerRow, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+    def _tasks(self, asks: RulerRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
         from landmark_cli.evaluation.ruler.benchmark import make_task, task_names
         from landmark_cli.evaluation.ruler.encoding import PromptEncoder
         from landmark_cli.evaluation.ruler.haystacks import Prose
 
-        encoder = PromptEncoder(tokenizer, chat=asks.chat)
-        prose = Prose(encoder, self._options.haystack)
+        if (name, asks.chat) not in self._encoded:
+            # Encoding a long haystack takes seconds, which all rows of a model share.
+            encoder = PromptEncoder(tokenizer, chat=asks.chat)
+            self._encoded[name, asks.chat] = encoder, Prose(encoder, self._options.haystack)
+        encoder, prose = self._encoded[name, asks.chat]
         names = task_names(asks.tasks, has_documents=False)
         return [make_task(one, encoder, prose, self._options.seed) for one in names]
 
@@ -187,7 +193,7 @@ class RulerRows:
 
         options, name, asks = self._options, opened.name(row.role), self._asks(row)
         model, tokenizer = opened(row.role, "sdpa" if asks.full_attention else None)
-        way, tasks = self._way(asks, name, model), self._tasks(asks, tokenizer)
+        way, tasks = self._way(asks, name, model), self._tasks(asks, name, tokenizer)
         cells = measure(
             model,
             tokenizer,

@@ -43,27 +43,29 @@ class PassKey:
     """One prompt.
 
     tokens: (length,) int64, ends with the question. key: the number hidden. depth: share of the text around it that was
-    asked for in front of it.
+    asked for in front of it. begin: the haystack's token at which that text begins; None where that was not asked for.
     """
 
     tokens: np.ndarray
     key: int
     depth: float
+    begin: int | None = None
 
 
 class PassKeyPrompts:
     """Makes prompts with one tokenizer, from pieces that are encoded once.
 
     encode: text -> ids, without special tokens. begin: tokens in front of every prompt, such as a begin-of-text token.
-    haystack: n -> the first n tokens of a text that keys are hidden in, (n,), and where in them sentences begin, (m,),
-    of which the first is 0; None hides them in the paper's filler, at any token.
+    haystack: (b, n) -> n tokens of a text that keys are hidden in, (n,), from the sentence on that begins at its token
+    b, and where in them sentences begin, (m,), of which the first is 0; None hides them in the paper's filler, at any
+    token.
     """
 
     def __init__(
         self,
         encode: Callable[[str], Sequence[int]],
         begin: Sequence[int] = (),
-        haystack: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
+        haystack: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = None,
     ):
         self._encode, self._haystack = encode, haystack
         self._task = [*begin, *encode(f"{TASK}\n")]
@@ -75,9 +77,10 @@ class PassKeyPrompts:
         """Tokens of a prompt without filler, enough for any key."""
         return len(self._task) + len(self._key_line(LARGEST_KEY)) + len(self._question)
 
-    def make(self, length: int, key: int, depth: float) -> PassKey:
+    def make(self, length: int, key: int, depth: float, begin: int | None = None) -> PassKey:
         """A prompt of exactly `length` tokens, the line with the key behind a share `depth` (0 to 1) of the text around
         it: of a haystack in front of the nearest sentence, or at its end, where that is near (NEAR_TOKENS, NEAR_SHARE).
+        begin: the haystack's token from which on that text is taken; None, and for the filler, its first.
 
         Raises LandmarkError where the length leaves no room for the line and the question.
         """
@@ -88,16 +91,16 @@ class PassKeyPrompts:
                 f"a pass-key prompt of {counted(length, 'token')} cannot be: without any filler it takes "
                 f"{length - filler}; ask for a longer one"
             )
-        before, after = self._around(filler, depth)
+        before, after = self._around(filler, depth, begin or 0)
         parts = [self._task, before, key_line, after, self._question]
-        return PassKey(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]), key, depth)
+        return PassKey(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]), key, depth, begin)
 
-    def _around(self, length: int, depth: float) -> tuple[np.ndarray, np.ndarray]:
+    def _around(self, length: int, depth: float, begin: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` tokens, those in front of the key's line and those behind it."""
         place = round(depth * length)
         if self._haystack is None:
             return self._filler(place), self._filler(length - place)
-        text, sentences = self._haystack(length)
+        text, sentences = self._haystack(begin, length)
         places = np.append(sentences, length)
         nearest = places[np.abs(places - place).argmin()]
         if abs(nearest - place) <= max(NEAR_TOKENS, NEAR_SHARE * length):

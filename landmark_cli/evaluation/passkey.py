@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,12 +27,14 @@ DEPTH_BINS = 10
 
 @dataclass(frozen=True)
 class Trial:
-    """One prompt and what the model answered. length: of the prompt, in text tokens. depth: of the key, 0 to 1."""
+    """One prompt and what the model answered. length: of the prompt, in text tokens. depth: of the key, 0 to 1. begin:
+    the token of the prose at which its stretch begins; None in the paper's filler."""
 
     length: int
     depth: float
     key: int
     answer: str
+    begin: int | None = None
 
     @property
     def found(self) -> bool:
@@ -108,7 +110,8 @@ def evaluate_passkey(
     prompts: how many of each length, their depths drawn evenly from 0 to 1; with `depths`, how many of each length at
     each of that many depths, evenly from 0 to 1. full_attention: read without landmarks and retrieval, by the attention
     and key/value cache that the model has of itself; the trained length is no bound then. batch_size: prompts read at a
-    time. prose: what keys are hidden in, from its beginning at every length, in place of the paper's filler.
+    time. prose: what keys are hidden in, in place of the paper's filler; every prompt has a stretch of its own, from a
+    sentence on that is drawn.
 
     A trial depends only on the seed, its length and its number, and on the prose.
 
@@ -116,7 +119,7 @@ def evaluate_passkey(
     """
     maker = prompt_maker(tokenizer, prose)
     grid = None if depths is None else np.linspace(0.0, 1.0, depths).tolist() if depths > 1 else [0.5]
-    plan = {length: list(_plan(maker, length, prompts, grid, seed)) for length in sorted(set(lengths))}
+    plan = {length: list(_plan(maker, length, prompts, grid, seed, prose)) for length in sorted(set(lengths))}
     readers = PromptReaders(model, reading or ReadingSettings(), full_attention)
     trials: list[Trial] = []
     with progress("pass keys", sum(length * len(keys) for length, keys in plan.items()), "tokens") as shown:
@@ -124,7 +127,7 @@ def evaluate_passkey(
             whole = length + ANSWER.max_new_tokens
             size = batch_size or readers.fitting(whole)
             for first in range(0, len(keys), size):
-                batch = [maker.make(length, key, depth) for key, depth in keys[first : first + size]]
+                batch = [maker.make(length, *drawn) for drawn in keys[first : first + size]]
                 trials += _ask(model, tokenizer, batch, readers.of(len(batch), whole))
                 accuracy = sum(trial.found for trial in trials) / len(trials)
                 shown.advance(length * len(batch), length=length, found=accuracy)
@@ -134,7 +137,7 @@ def evaluate_passkey(
 def prompt_maker(tokenizer: PreTrainedTokenizerBase, prose: Prose | None = None) -> PassKeyPrompts:
     """Makes prompts that begin with what the tokenizer puts in front of a text by itself, such as a begin-of-text
     token. prose: see `evaluate_passkey`."""
-    haystack = None if prose is None else lambda tokens: prose.units().take(tokens)
+    haystack = None if prose is None else lambda begin, tokens: prose.units(begin).take(tokens)
     return PassKeyPrompts(partial(text_ids, tokenizer), begin_ids(tokenizer), haystack)
 
 
@@ -152,14 +155,18 @@ def wilson_interval(found: int, trials: int, z: float = 1.959964) -> tuple[float
     return (centre - half if found else 0.0), (centre + half if found < trials else 1.0)
 
 
-def _plan(maker: PassKeyPrompts, length: int, prompts: int, grid: list[float] | None, seed: int):
-    """Keys and depths of the prompts of one length."""
+def _plan(
+    maker: PassKeyPrompts, length: int, prompts: int, grid: list[float] | None, seed: int, prose: Prose | None
+) -> Iterator[tuple[int, float, int | None]]:
+    """Key, depth and, in prose, the beginning of its stretch, of each prompt of one length."""
     # A prompt is made here, so that the user hears of a length that is too short before any work.
     maker.make(length, 1, 0.0)
     for number in range(prompts * len(grid or [0.0])):
         generator = np.random.default_rng([seed, length, number])
         key, depth = random_key(generator), float(generator.random())
-        yield key, depth if grid is None else grid[number // prompts]
+        # Last, so that keys and depths are the same in every haystack.
+        begin = None if prose is None else prose.draw(generator)
+        yield key, depth if grid is None else grid[number // prompts], begin
 
 
 def _ask(
@@ -167,4 +174,4 @@ def _ask(
 ) -> list[Trial]:
     answers = generate(model, tokenizer, [prompt.tokens for prompt in batch], ANSWER, reader=reader)
     pairs = zip(batch, answers, strict=True)
-    return [Trial(len(prompt.tokens), prompt.depth, prompt.key, answer.text) for prompt, answer in pairs]
+    return [Trial(len(prompt.tokens), prompt.depth, prompt.key, answer.text, prompt.begin) for prompt, answer in pairs]

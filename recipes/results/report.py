@@ -20,6 +20,8 @@ from study_tables import (
     key_lines,
     key_section,
     key_table,
+    one_text_of_keys,
+    one_text_of_ruler,
     order_table,
     perplexity_table,
     ruler_tables,
@@ -111,7 +113,7 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         "By the recipe of the landmark model above: trained dense in windows of 512 tokens, and on as many tokens in "
         "windows of 16 and 64 thousand, read in chunks of 1000 that retrieve 4 blocks. Each is read by its default "
         "chunk, where no other is named. Keys are asked for in the wording that a quarter of the training was, but lie "
-        "in novels of the validation split, which no training saw.",
+        f"in novels of the validation split, which no training saw.{one_text_of_keys(parts, novel_keys)}",
         perplexity_table(windows, None) if windows else [],
         key_table(in_novels) if in_novels else [],
     )
@@ -134,7 +136,7 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         "Mean scores of `landmark eval ruler`, by way of reading and tokens of prompt and answer. No training saw a "
         "task's wording; the filler of niah_single_1 and vt is the pass key's. Prose is the validation split of the "
         "novels, not RULER's essays, so figures of tasks with prose are near published ones, not equal to them. "
-        "[evaluation.md](evaluation.md#ruler) says what the tasks are.",
+        f"[evaluation.md](evaluation.md#ruler) says what the tasks are.{one_text_of_ruler(parts, RULER)}",
         ruler_tables(parts, RULER),
     )
 
@@ -155,7 +157,7 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         "Pass keys in novels",
         "Keys that lie in novels of the validation split, asked of the models above in a wording that none of their "
         "training had. Each reads with 12 blocks and by its own chunk where nothing else is said: 7245 text tokens, "
-        "distilled in windows of 8192 positions, and 2016, trained as it reads.",
+        f"distilled in windows of 8192 positions, and 2016, trained as it reads.{one_text_of_keys(parts, sources)}",
         key_table(of_ruler) if of_ruler else [],
     )
     section(
@@ -166,14 +168,16 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         "other windows it does not compare. Perplexity is of the same novels and RULER the mean of some tasks in the "
         "shipped ones, with its bootstrapped 95 % interval, both read by the default chunk and the blocks that were "
         "trained for. Answers are those of tasks of the run's own kind, in text that is held out. Where the windows "
-        "are longer than the untouched model's positions, it is asked about their beginning alone.",
+        "are longer than the untouched model's positions, it is asked about their beginning alone."
+        f"{one_text_of_ruler(parts, [MADE_OF])}",
         variants_table(parts[MADE_OF]) if MADE_OF in parts else [],
         blocks_table(parts[MADE_OF]) if MADE_OF in parts else [],
     )
     section(
         "Gemma 3 270M",
         "A model whose layers see 512 tokens but for every sixth, which sees everything and has the landmarks. RULER "
-        "as above; untouched it reads with full attention, up to its 32,768 positions.",
+        "as above; untouched it reads with full attention, up to its 32,768 positions."
+        f"{one_text_of_ruler(parts, GEMMA3)}",
         ruler_tables(parts, GEMMA3),
     )
     section("Commands", "What ran in every part, and its seconds; some ran at the same time.", commands(parts))

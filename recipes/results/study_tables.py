@@ -135,6 +135,45 @@ def key_lines(parts: Parts, sources: dict[str, Sequence[str]]) -> dict[str, dict
     return found
 
 
+def one_text_of_keys(parts: Parts, sources: dict[str, Sequence[str]]) -> str:
+    """What is to be said where prompts of a length were made of one text, as they once were: their trials have no
+    beginning. Arguments: as of `key_lines`."""
+
+    def is_one(place: str) -> bool:
+        name, _, file = place.partition("/")
+        keys = parts[name].keys.get(file, {}) if name in parts else {}
+        return bool(keys.get("haystack")) and any(trial.get("begin") is None for trial in keys["trials"])
+
+    measured = [label for label, line in key_lines(parts, sources).items() if line]
+    return _one_text([label for label in measured if any(map(is_one, sources[label]))], measured)
+
+
+def one_text_of_ruler(parts: Parts, names: Sequence[str]) -> str:
+    """The same of these parts' tasks with prose."""
+    cells = {
+        PARTS[name].removeprefix("RULER, "): [
+            cell
+            for one in (parts[name], *parts[name].variants.values())
+            for file in one.ruler.values()
+            for cell in file.get("cells", ())
+        ]
+        for name in names
+        if name in parts
+    }
+    measured = [label for label, some in cells.items() if some]
+    return _one_text([label for label in measured if any("begins" not in cell for cell in cells[label])], measured)
+
+
+def _one_text(labels: list[str], measured: list[str]) -> str:
+    if not labels:
+        return ""
+    whose = "" if labels == measured else f" of {'; '.join(labels)}"
+    return (
+        f" All prompts{whose} in prose that have one length have the same text, its beginning: figures and intervals "
+        "tell of other questions and depths in that text, not of other texts."
+    )
+
+
 def key_table(lines: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """Keys found by length, with Wilson's 95 % interval."""
 

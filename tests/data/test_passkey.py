@@ -44,7 +44,7 @@ def test_in_a_haystack_a_key_stands_between_sentences():
     head, line, tail = map(
         GPT2.encode, (f"{TASK}\n", "\nThe pass key is 7. Remember it. 7 is the pass key.\n", f"\n{QUESTION}")
     )
-    prompts = PassKeyPrompts(GPT2.encode, haystack=lambda tokens: (text[:tokens], starts[starts < tokens]))
+    prompts = PassKeyPrompts(GPT2.encode, haystack=lambda begin, tokens: (text[:tokens], starts[starts < tokens]))
     for depth, place in ((0.0, 0), (0.25, 50), (0.28, 57), (0.6, 117), (0.9, 200), (1.0, 200)):
         whole = prompts.make(len(head) + 200 + len(line) + len(tail), 7, depth).tokens.tolist()
         assert whole == [*head, *text[:place], *line, *text[place:200], *tail]
@@ -55,11 +55,21 @@ def test_in_text_without_sentences_a_key_stands_where_it_was_asked_for(depth, pl
     """And in front of one that begins within a twentieth of the text."""
     # Numbers that are tokens of nothing else here.
     text, starts = 10_000 + np.arange(2000), np.array([0, 1000])
-    prompts = PassKeyPrompts(lambda piece: [ord(letter) for letter in piece], haystack=lambda tokens: (text, starts))
+    prompts = PassKeyPrompts(lambda piece: [ord(letter) for letter in piece], haystack=lambda *_: (text, starts))
     line = len("\nThe pass key is 7. Remember it. 7 is the pass key.\n")
     whole = prompts.make(len(f"{TASK}\n\n{QUESTION}") + line + 2000, 7, depth).tokens
     at = np.flatnonzero(whole >= 10_000) - len(f"{TASK}\n")
     assert at.tolist() == [*range(place), *range(place + line, 2000 + line)]
+
+
+def test_the_haystack_is_taken_from_where_it_is_asked_for():
+    prompts = PassKeyPrompts(
+        GPT2.encode, haystack=lambda begin, tokens: (np.arange(begin, begin + tokens), np.array([0]))
+    )
+    at = len(GPT2.encode(f"{TASK}\n")) + len(GPT2.encode("\nThe pass key is 7. Remember it. 7 is the pass key.\n"))
+    for asked, begin in (({}, 0), ({"begin": 9000}, 9000)):
+        prompt = prompts.make(300, 7, 0.0, **asked)
+        assert prompt.tokens[at] == begin and len(prompt.tokens) == 300 and prompt.begin == asked.get("begin")
 
 
 def test_a_million_tokens():

@@ -10,11 +10,14 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from landmark_cli.data.passkey import QUESTION, TASK
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation import passkey
 from landmark_cli.evaluation.heat_map import COLOURS, colour, draw_heat_map, terminal_heat_map
 from landmark_cli.evaluation.passkey import Cell, PassKeyResult, Trial, evaluate_passkey, prompt_maker, wilson_interval
+from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+from landmark_cli.evaluation.ruler.haystacks import Prose
 from landmark_cli.inference.settings import ReadingSettings
 from tests.awkward_tokenizers import BEGIN, byte_tokenizer
 from tests.tiny import tiny_baseline, tiny_llama, tiny_model
@@ -76,6 +79,64 @@ def test_batches_change_nothing(tokenizer, kind):
     assert [trial.length for trial in whole.trials] == [140] * 2 + [150] * 2
     other = evaluate_passkey(model, tokenizer, [140], **settings, seed=1)
     assert [t.key for t in other.trials] != [t.key for t in whole.trials[:2]]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that are asked, none of which is answered."""
+    prompts = []
+
+    def ask(model, tokenizer, batch, reader):
+        prompts.extend(batch)
+        return [Trial(len(one.tokens), one.depth, one.key, "", one.begin) for one in batch]
+
+    monkeypatch.setattr(passkey, "_ask", ask)
+    monkeypatch.setattr(passkey.PromptReaders, "of", lambda *_: None)
+    return prompts
+
+
+def ask_in(prose, lengths, **settings):
+    return evaluate_passkey(tiny_model(), GPT2.as_transformers(), lengths, prose=prose, batch_size=3, **settings).trials
+
+
+def test_prompts_of_a_length_have_texts_of_their_own(asked):
+    """Prompts that all end in the same words are one sample, however many they are."""
+    prose = Prose(PromptEncoder(GPT2.as_transformers()))
+    trials = ask_in(prose, [400, 900], prompts=12)
+    assert [len(prompt.tokens) for prompt in asked] == [400] * 12 + [900] * 12
+    for length in (400, 900):
+        ends = [tuple(prompt.tokens[-60:].tolist()) for prompt in asked if len(prompt.tokens) == length]
+        assert len(set(ends)) == 12
+    assert [trial.begin for trial in trials] == [prompt.begin for prompt in asked]
+    # The text around the key's line is the haystack's, from that token on.
+    prompt = asked[-1]
+    hay, starts = prose.units(prompt.begin).take(900)
+    text, key = (
+        GPT2.decode(prompt.tokens),
+        f"\nThe pass key is {prompt.key}. Remember it. {prompt.key} is the pass key.\n",
+    )
+    before, after = text.removeprefix(f"{TASK}\n").removesuffix(f"\n{QUESTION}").split(key)
+    assert GPT2.decode(hay).startswith(before + after) and len(before + after) > 2000
+
+
+def test_a_trial_depends_on_seed_length_and_number_alone(asked):
+    encoder = PromptEncoder(GPT2.as_transformers())
+
+    def prompts(lengths, prose=None, **settings):
+        asked.clear()
+        ask_in(prose or Prose(encoder), lengths, **settings)
+        return [(prompt.key, prompt.depth, prompt.begin, prompt.tokens.tolist()) for prompt in asked]
+
+    few = prompts([400], prompts=2)
+    read = Prose(encoder)
+    read.tokens(300_000)
+    assert prompts([300, 400, 20_000], read, prompts=5)[5:7] == few
+    assert not {begin for _, _, begin, _ in few} & {one[2] for one in prompts([400], prompts=2, seed=1)}
+    # Keys and depths are those of every other haystack, and of the filler.
+    asked.clear()
+    evaluate_passkey(tiny_model(), GPT2.as_transformers(), [400], prompts=2)
+    assert [(one.key, one.depth) for one in asked] == [one[:2] for one in few]
+    assert {one.begin for one in asked} == {None}
 
 
 def test_a_length_that_is_too_short_is_known_before_any_work(tokenizer, monkeypatch):

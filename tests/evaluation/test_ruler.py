@@ -1,6 +1,7 @@
 """RULER's tasks against their definitions: counts, wordings, exact lengths, where things are hidden, bad input."""
 
 import ast
+import functools
 import json
 import re
 import string
@@ -13,15 +14,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import landmark_cli
+from landmark_cli.data import corpora
 from landmark_cli.data.passkey import FILLER
 from landmark_cli.data.pretrained_tokenizers import text_ids
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.evaluation.ruler import words
+from landmark_cli.evaluation.ruler import haystacks, words
 from landmark_cli.evaluation.ruler.benchmark import ALL, GENERATED, check_lengths, task_names
 from landmark_cli.evaluation.ruler.encoding import PromptEncoder
 from landmark_cli.evaluation.ruler.haystacks import Prose, TooShort, sentences_of
 from landmark_cli.evaluation.ruler.lists import zeta_counts
-from landmark_cli.evaluation.ruler.needles import NEEDLE_TASKS
+from landmark_cli.evaluation.ruler.needles import NEEDLE_TASKS, NeedleTask
 from tests.awkward_tokenizers import BEGIN, byte_tokenizer
 from tests.evaluation.ruler import GPT2, LENGTHS, LENGTHS_OF_CWE, tasks_of, tokenizer_of
 
@@ -95,7 +97,84 @@ def test_needles(tasks, name):
             assert text.count(value) == 1 and re.fullmatch(NUMBER if kind == "numbers" else UUID, value)
         assert all(re.fullmatch(WORDS if hidden.key_kind == "words" else UUID, query) for query in queries)
         assert (FILLER in text) == (hidden.haystack == "filler")
-        assert ("Sir Walter Elliot" in text) == (hidden.haystack == "prose")
+        # Around the needles, novels.
+        parts = re.split(r" ?One of the special magic \w+ for .*? is: .*?\.", text.split("\n")[1])
+        longest = max(parts, key=len).strip()
+        assert (len(longest) > 200 and longest in novels()) == (hidden.haystack == "prose")
+        assert (prompt.begin is not None) == (hidden.haystack == "prose")
+
+
+@functools.cache
+def novels():
+    """The text of the shipped novels in which short prompts are made, as prose has it."""
+    return GPT2.decode(Prose(PromptEncoder(GPT2)).units().take(150_000)[0])
+
+
+@pytest.mark.parametrize("name", [name for name, hidden in NEEDLE_TASKS.items() if hidden.haystack == "prose"])
+def test_samples_have_stretches_of_their_own(tasks, name):
+    """Samples that all end in the same words are one sample, however many they are."""
+    prompts = [tasks[name].make(sample, 1200) for sample in range(10)]
+    begins = [prompt.begin for prompt in prompts]
+    assert len(set(begins)) == 10
+    question = GPT2.decode(prompts[0].tokens).rindex("\nWhat")
+    ends = {GPT2.decode(prompt.tokens).rsplit("\nWhat", 1)[0][-200:] for prompt in prompts}
+    assert len(ends) == 10 and question > 2000
+    # The same at every length, and whatever was read before.
+    fresh = NeedleTask(name, PromptEncoder(GPT2), 0, Prose(PromptEncoder(GPT2)))
+    assert [fresh.make(sample, 700).begin for sample in (3, 0)] == [begins[3], begins[0]]
+    assert [tasks[name].make(sample, 2500).begin for sample in (3, 0)] == [begins[3], begins[0]]
+    assert tasks_of(GPT2, [name], seed=1)[name].make(3, 1200).begin != begins[3]
+
+
+def test_novels_begin_in_the_one_that_is_held_out():
+    prose, generator = Prose(PromptEncoder(GPT2)), np.random.default_rng(0)
+    begins = [prose.draw(generator) for _ in range(400)]
+    held_out = len(text_ids(GPT2, " ".join(corpora.novels()[corpora.SAMPLE_HELD_OUT].decode().split())))
+    assert max(begins) < 1.02 * held_out
+    share = np.histogram(begins, bins=4, range=(0, held_out))[0] / len(begins)
+    # 400 draws of a quarter: four standard deviations; sentences are longer in some parts.
+    assert (abs(share - 0.25) < 0.087).all(), share
+    # No more is encoded than that takes.
+    assert prose.tokens(0) < 1.5 * held_out
+
+
+def test_stretches_begin_at_sentences_and_wrap_around(tmp_path):
+    sentences = [f"Here sentence {number} says what it says." for number in range(7)]
+    for number, few in enumerate((sentences[:3], sentences[3:])):
+        (tmp_path / f"{number}.txt").write_text(" ".join(few))
+    prose = Prose(PromptEncoder(GPT2), tmp_path)
+    ends = np.cumsum([len(text_ids(GPT2, f" {sentence}")) for sentence in sentences])
+    generator = np.random.default_rng(0)
+    begins = {prose.draw(generator) for _ in range(200)}
+    assert begins == {0, *ends[:-1].tolist()}
+    for number, begin in enumerate(sorted(begins)):
+        taken, starts = prose.units(begin).take(3 * ends[-1] + 5)
+        turned = [*sentences[number:], *sentences[:number]]
+        text = GPT2.decode(taken)
+        assert text.startswith(" ".join(turned * 3)) and len(taken) == 3 * ends[-1] + 5
+        assert GPT2.decode(taken[: starts[1]]) == turned[0] and len(starts) == 22
+
+
+def test_text_without_end_is_not_read_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(haystacks, "DRAWN_FROM", 20_000)
+    (tmp_path / "long.txt").write_text("It was a fine day. Nobody came. " * 12_000)
+    prose, generator = Prose(PromptEncoder(GPT2), tmp_path), np.random.default_rng(0)
+    begins = [prose.draw(generator) for _ in range(200)]
+    assert 15_000 < max(begins) < 20_000 <= prose.tokens(0) < 30_000
+    # Reading on changes nothing.
+    prose.tokens(60_000)
+    generator = np.random.default_rng(0)
+    assert [prose.draw(generator) for _ in range(200)] == begins
+
+
+@pytest.mark.parametrize("text", ["a line of code;\n" * 3000, "这是一个没有空格的句子。" * 3000])
+def test_text_without_sentences_has_stretches_too(tmp_path, text):
+    (tmp_path / "hay.txt").write_text(text, encoding="utf-8")
+    prose, generator = Prose(PromptEncoder(GPT2), tmp_path), np.random.default_rng(0)
+    assert len({prose.draw(generator) for _ in range(50)}) > 5
+    joined = " ".join(text.split())
+    parts = list(sentences_of(joined))
+    assert max(map(len, parts)) <= 4000 and (" " if " " in joined else "").join(parts) == joined
 
 
 def test_no_other_needle_has_the_key_that_is_asked_for(tasks, monkeypatch):

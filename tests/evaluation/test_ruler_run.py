@@ -178,6 +178,7 @@ def cells():
 
 
 def test_tables_data_and_pictures(tmp_path):
+    answer = cells()[0].answers[0]
     columns, rows = ruler_table(cells(), [100, 200])
     assert columns == ["reading", "task", "100", "200"]
     assert rows == [
@@ -186,6 +187,8 @@ def test_tables_data_and_pictures(tmp_path):
         ["top-k 2", "mean", "0.750 (0.75-0.75)", "0.500 (0.50-0.50)"],
         ["full attention", "niah_multiquery", "0.500 (0.50-0.50)", "-"],
     ]
+    begun = Cell(Way(2), "niah_single_2", 100, [replace(answer, begin=begin) for begin in (70, 0)])
+    assert [one["begins"] for one in ruler_data([*cells()[:1], begun])] == [None, [70, 0]]
     data = ruler_data(cells())
     assert data[0]["answers"][0]["answer"] == "a" and data[0]["interval"] == (0.5, 0.5)
     assert mean_data(cells())[0] == {

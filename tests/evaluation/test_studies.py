@@ -21,6 +21,7 @@ from landmark_cli.errors import LandmarkError, Stopped, UsageError
 from landmark_cli.evaluation import longppl, studies
 from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
+from landmark_cli.evaluation.ruler import haystacks
 from landmark_cli.evaluation.ruler import run as ruler_run
 from landmark_cli.evaluation.score import Score
 from landmark_cli.evaluation.studies import FinishedRows, Row, Study, describe, load_study
@@ -140,10 +141,20 @@ def test_a_study_of_ruler(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ruler_run, "generate", generate)
     # Every third answer is right.
     monkeypatch.setattr(ruler_run, "found_in", lambda answer, references: [answer.endswith(("0", "3", "6"))])
+    haystacks_made = []
+
+    class Counted(haystacks.Prose):
+        def __init__(self, *arguments):
+            haystacks_made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(haystacks, "Prose", Counted)
     chosen = {"study": str(tmp_path / "asked.yaml"), "roles": ("landmark", "plain"), "samples": 2, "plot": True}
     command.run(options(place, tmp_path, **chosen))
     data = json.loads((tmp_path / "asked.json").read_text())
     results = [row["result"] for row in data["rows"]]
+    # A text is encoded once for all rows of a model.
+    assert len(haystacks_made) == 2
     assert (data["samples"], data["text"]) == (2, "the shipped novels")
     # Answers of the first row: 0 and 1; the second: 2 and 3, 4 and 5; the third: 6 and 7; none beyond the positions.
     assert [result["score"] for result in results] == [0.5, 0.25, 0.5, None]

@@ -1,16 +1,19 @@
 """Haystacks, and how prompts of an exact number of tokens are put together of them.
 
-One rule for every task: a haystack is a stream of units (sentences, lines, documents) that begins the same at every
-length, and is cut at the very token where the prompt has its length. What is hidden in it is never cut.
+One rule for every task: a haystack is a stream of units (sentences, lines, documents) that is cut at the very token
+where the prompt has its length. What is hidden in it is never cut. Of prose every prompt has a stretch of its own: were
+all prompts of a length its beginning, they would end in the same words, and be one sample however many they are.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +29,12 @@ from .encoding import LINE, PromptEncoder
 
 # A sentence ends behind these, where a capital follows; not behind the usual titles.
 _END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)[.!?]+[\"'”’)\]_]*\s+(?=[\"'“‘(\[_]*[A-Z])")
+# Text whose sentences end otherwise is cut after so many characters, or there would be one place in it alone.
+LONGEST_SENTENCE = 4000
 ENCODED_AT_ONCE = 1000
 PIECE_BYTES = 1 << 20
+# Stretches begin among so many tokens of a text: of one without end no more has to be encoded before the first prompt.
+DRAWN_FROM = 1 << 22
 NOVELS = "the shipped novels"
 
 
@@ -46,12 +53,14 @@ class Prompt:
     """One prompt.
 
     tokens: (n,) int64, ends where the answer begins. references: what the answer should say. depths: for each of them,
-    the share of the haystack's tokens in front of it, 0 to 1; None where it stands at no one place.
+    the share of the haystack's tokens in front of it, 0 to 1; None where it stands at no one place. begin: the token of
+    the prose at which the haystack begins; None where it is made of something else.
     """
 
     tokens: np.ndarray
     references: list[str]
     depths: list[float] | None = None
+    begin: int | None = None
 
 
 class TooShort(LandmarkError):
@@ -114,34 +123,42 @@ def filler_lines(encoder: PromptEncoder) -> Units:
     return Units(repeat(encoder.text(f"{FILLER}\n", after=LINE)))
 
 
+class Sentence(NamedTuple):
+    """A sentence of prose. ids: inside of a text, (n,) int64. start: tokens in front of it. document: its number."""
+
+    text: str
+    ids: np.ndarray
+    start: int
+    document: int
+
+
 class Prose:
-    """Sentences of documents, encoded as far as they are needed; after the last document the first one comes again.
+    """Sentences of documents, encoded once, as far as they are needed; after the last document the first one comes
+    again.
 
     source: a file or folder of text; None for the shipped novels. name: of the source, for messages. identity: what has
-    to be the same for the text to be the same (JSON).
+    to be the same for its stretches to be the same (JSON).
 
     Raises LandmarkError for a source that is not there and, when it is read, one that holds no text or cannot be read.
     """
 
     def __init__(self, encoder: PromptEncoder, source: Path | None = None):
-        self._encoder = encoder
+        self._encoder, self._is_novels = encoder, source is None
         self.name = str(source or NOVELS)
         self.identity = haystack_identity(source)
         self._new = self._encoded(_novels() if source is None else _documents(source))
-        self._units: list[np.ndarray] = []
-        self._opening: np.ndarray | None = None
+        self._sentences: list[Sentence] = []
 
     @property
     def is_read(self) -> bool:
         """Whether any of it has been read."""
-        return bool(self._units)
+        return bool(self._sentences)
 
     def tokens(self, most: int) -> int:
         """How many tokens it has, if it has fewer than `most`; else some number not below it."""
-        have = sum(map(len, self._units))
-        while have < most and (more := self._more()):
-            have += sum(map(len, more))
-        return have
+        while self._held() < most and self._more():
+            pass
+        return self._held()
 
     def check_tokens(self, longest: int) -> None:
         """Tell the user where it is repeated in a prompt of so many tokens. Raises LandmarkError where it holds no
@@ -151,47 +168,85 @@ class Prose:
         if held < longest:
             info(f"{self.name} has {counted(held, 'token')}, fewer than the longest prompt: it is repeated")
 
-    def units(self) -> Units:
-        """The haystack from its beginning."""
+    def draw(self, generator: np.random.Generator) -> int:
+        """The token at which a stretch begins: one of the sentences' beginnings among the first DRAWN_FROM tokens, all
+        alike likely; of the shipped novels those of the one that is held out, as a model may know the others.
+
+        It depends on the generator and the text alone, not on how much of the text was read before.
+        """
         self._check_text()
-        return Units(self._repeated(), self._opening)
+        while self._may_begin(self._sentences[-1]) and self._more():
+            pass
+        beginnings = bisect_left(self._sentences, True, key=lambda sentence: not self._may_begin(sentence))
+        return self._sentences[int(generator.integers(beginnings))].start
+
+    def units(self, begin: int = 0) -> Units:
+        """The haystack from one of its sentences on. begin: the token at which that begins, as `draw` has it."""
+        self._check_text()
+        self.tokens(begin + 1)
+        first = bisect_left(self._sentences, begin, key=lambda sentence: sentence.start)
+        return Units(self._repeated(first), self._encoder.text(self._sentences[first].text, after=LINE))
+
+    def _may_begin(self, sentence: Sentence) -> bool:
+        return sentence.start < DRAWN_FROM and (sentence.document == 0 or not self._is_novels)
 
     def _check_text(self) -> None:
-        if not self._units and not self._more():
+        if not self._sentences and not self._more():
             raise LandmarkError(f"--haystack {self.name} holds no text to hide anything in; name another")
 
-    def _repeated(self) -> Iterator[np.ndarray]:
-        number = 0
+    def _held(self) -> int:
+        """Tokens that are encoded."""
+        return self._sentences[-1].start + len(self._sentences[-1].ids) if self._sentences else 0
+
+    def _repeated(self, first: int) -> Iterator[np.ndarray]:
+        number = first
         while True:
-            if number == len(self._units) and not self._more():
+            if number == len(self._sentences) and not self._more():
                 number = 0
-            yield self._units[number]
+            yield self._sentences[number].ids
             number += 1
 
-    def _more(self) -> list[np.ndarray]:
-        """The next sentences, from now on among those that are encoded; none after the last document."""
-        more = list(islice(self._new, ENCODED_AT_ONCE))
-        self._units += more
-        return more
+    def _more(self) -> bool:
+        """Whether there were further sentences, which are among those that are encoded from now on."""
+        before = len(self._sentences)
+        self._sentences += islice(self._new, ENCODED_AT_ONCE)
+        return len(self._sentences) > before
 
-    def _encoded(self, documents: Iterator[Document]) -> Iterator[np.ndarray]:
-        sentences = (sentence for document in documents for sentence in sentences_of(_text(document)))
+    def _encoded(self, documents: Iterator[Document]) -> Iterator[Sentence]:
+        sentences = (
+            (number, sentence)
+            for number, document in enumerate(documents)
+            for sentence in sentences_of(_text(document))
+        )
+        start = 0
         while batch := list(islice(sentences, ENCODED_AT_ONCE)):
-            if self._opening is None:
-                self._opening = self._encoder.text(batch[0], after=LINE)
-            encoded = self._encoder.inner([f" {sentence}" for sentence in batch])
-            yield from (ids for ids in encoded if len(ids))
+            encoded = self._encoder.inner([f" {sentence}" for _, sentence in batch])
+            for (number, sentence), ids in zip(batch, encoded, strict=True):
+                if len(ids):
+                    yield Sentence(sentence, ids, start, number)
+                    start += len(ids)
 
 
 def sentences_of(text: str) -> Iterator[str]:
-    """The sentences of a text, whose white space is made single spaces."""
+    """The sentences of a text, whose white space is made single spaces; parts of one, at a space where there is one,
+    that has more than LONGEST_SENTENCE characters."""
     text = " ".join(text.split())
     start = 0
     for match in _END.finditer(text):
-        yield text[start : match.end() - 1]
+        yield from _parts(text[start : match.end() - 1])
         start = match.end()
     if start < len(text):
-        yield text[start:]
+        yield from _parts(text[start:])
+
+
+def _parts(sentence: str) -> Iterator[str]:
+    start = 0
+    while len(sentence) - start > LONGEST_SENTENCE:
+        space = sentence.rfind(" ", start + 1, start + LONGEST_SENTENCE + 1)
+        stop = space if space > 0 else start + LONGEST_SENTENCE
+        yield sentence[start:stop]
+        start = stop + (space > 0)
+    yield sentence[start:]
 
 
 def _text(document: Document) -> str:
@@ -213,9 +268,11 @@ def _documents(source: Path) -> Iterator[Document]:
         yield from read_documents(file.path, "text", None)
 
 
-def haystack_identity(source: Path | None) -> str | list:
-    """What has to be the same for a haystack to be the same (JSON). source: as of Prose. Raises LandmarkError for a
-    source that is not there."""
-    if source is None:
-        return NOVELS
-    return [[str(file.path), file.size, file.modified_ns] for file in find_sources([source], ENDINGS).files]
+def haystack_identity(source: Path | None) -> dict[str, Any]:
+    """What has to be the same for a haystack's stretches to be the same (JSON). source: as of Prose. Raises
+    LandmarkError for a source that is not there."""
+    text: str | list = NOVELS
+    if source is not None:
+        text = [[str(file.path), file.size, file.modified_ns] for file in find_sources([source], ENDINGS).files]
+    # What was answered when every prompt was the beginning of the text was asked in other prompts.
+    return {"text": text, "begin": "drawn"}

@@ -84,16 +84,18 @@ class NeedleTask(Task):
             template.tail.format(kind=kind, query=query), template.answer.format(kind=kind, query=query)
         )
         head = self.encoder.head(template.head.format(kind=kind), before="One")
-        prompt, depths = hide(
-            head, self._haystack(sample, set(keys)), self._needles(pairs, generator), tail, length, self.new_tokens
-        )
+        needles = self._needles(pairs, generator)
+        # From numbers of its own, so that needles are what they are in other haystacks, and the same at every length.
+        begin = self._prose.draw(self.generator(sample, 2)) if hidden.haystack == "prose" else None
+        haystack = self._haystack(sample, set(keys), begin)
+        prompt, depths = hide(head, haystack, needles, tail, length, self.new_tokens)
         found = [
             (value, depth)
             for query in queries
             for (key, value), depth in zip(pairs, depths, strict=True)
             if key == query
         ]
-        return Prompt(prompt, [value for value, _ in found], [depth for _, depth in found])
+        return Prompt(prompt, [value for value, _ in found], [depth for _, depth in found], begin)
 
     def _needles(self, pairs: list[tuple[str, str]], generator: np.random.Generator) -> list[Needle]:
         """The sentences of the pairs of key and value, at depths of their own."""
@@ -108,11 +110,11 @@ class NeedleTask(Task):
             inner = opening = self.encoder.inner([f"{sentence}\n" for sentence in sentences], after=LINE)
         return [Needle(float(share), *ids) for share, *ids in zip(shares, inner, opening, strict=True)]
 
-    def _haystack(self, sample: int, taken: set[str]) -> Units:
+    def _haystack(self, sample: int, taken: set[str], begin: int | None) -> Units:
         if self.hidden.haystack == "filler":
             return filler_lines(self.encoder)
-        if self.hidden.haystack == "prose":
-            return self._prose.units()
+        if begin is not None:
+            return self._prose.units(begin)
         return Units(self._other_needles(sample, taken))
 
     def _other_needles(self, sample: int, taken: set[str]) -> Iterator[np.ndarray]:

@@ -48,7 +48,8 @@ def ruler_table(cells: Sequence[Cell], lengths: Sequence[int]) -> tuple[list[str
 
 
 def ruler_data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Every cell with every answer, as plain data."""
+    """Every cell with every answer, as plain data. "begins": the tokens of the prose at which the samples' stretches
+    begin; None where there is none."""
     return [
         {
             "reading": cell.way.name,
@@ -59,6 +60,7 @@ def ruler_data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "samples": len(cell.answers),
             "score": cell.mean,
             "interval": cell.interval,
+            "begins": begins if None not in (begins := [answer.begin for answer in cell.answers]) else None,
             "answers": [asdict(answer) for answer in cell.answers],
         }
         for cell in cells

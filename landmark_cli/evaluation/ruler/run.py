@@ -31,13 +31,14 @@ LONGEST_ANSWER = 2000
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one sample. found: whether each reference stands in it. depths: as in Prompt."""
+    """What a model said to one sample. found: whether each reference stands in it. depths, begin: as in Prompt."""
 
     references: list[str]
     found: list[bool]
     depths: list[float] | None
     answer: str
     score: float
+    begin: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _ask(
 def judge(task: Task, prompt: Prompt, answer: str) -> Answer:
     """An answer and what it is worth."""
     found = found_in(answer, prompt.references)
-    return Answer(prompt.references, found, prompt.depths, answer[:LONGEST_ANSWER], score(found, task.any_of))
+    worth = score(found, task.any_of)
+    return Answer(prompt.references, found, prompt.depths, answer[:LONGEST_ANSWER], worth, prompt.begin)
 
 
 def _batches(samples: list[int], size: int) -> Iterator[list[int]]:
