@@ -31,12 +31,12 @@ def block_logits_kernel(Q, K, TEXT, SPANS, OUT, q_row, q_head, q_token, k_row, k
     total = tl.zeros([QUERIES], tl.float32)
     if (begin < end) & (begin <= tl.max(text, 0)):
         lane = tl.arange(0, PADDED)
-        place = Q + row * q_row + head[:, None] * q_head + text[:, None] * q_token + lane[None, :]
-        q = tl.load(place, mask=real[:, None] & (lane < DIM)[None, :], other=0.0)
+        queries = Q + row * q_row + head[:, None] * q_head + text[:, None] * q_token + lane[None, :]
+        q = tl.load(queries, mask=real[:, None] & (lane < DIM)[None, :], other=0.0)
         for first in range(begin, end, TOKENS):
             token = first + tl.arange(0, TOKENS)
-            place = K + row * k_row + group * k_head + token[None, :] * k_token + lane[:, None]
-            k = tl.load(place, mask=(token < end)[None, :] & (lane < DIM)[:, None], other=0.0)
+            keys = K + row * k_row + group * k_head + token[None, :] * k_token + lane[:, None]
+            k = tl.load(keys, mask=(token < end)[None, :] & (lane < DIM)[:, None], other=0.0)
             logits = tl.dot(q, k, input_precision="ieee") * scale
             seen = (token < end)[None, :] & (token[None, :] <= text[:, None])
             if WINDOW:

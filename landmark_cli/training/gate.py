@@ -7,8 +7,8 @@ blocks: for a sample of queries, the mean over heads and layers.
 
 Where landmarks only choose blocks (softmax.py), it is all that they learn by. What they have to get right is
 how earlier blocks compare: the divergence is among these alone, and the own block, which is always read, has no part in
-it. There half of the queries are of answers and of the questions before them, where a text has any: prose seldom needs
-a block that is far away, and a question does.
+it. Of queries that are spaced evenly few need a block that is far away, so there others are asked besides: of what a
+text repeats, and of answers and the questions before them.
 
 Nothing of queries x keys is formed but for the sampled queries (gate_queries.py), S of a row: in each layer of the
 teacher, without gradients, their logits with all text, of which on a GPU one number a block is ever written, and of the

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 SAMPLED = 64
 """Queries of a row, at most."""
-TEXT_SAMPLED, REPEATED_SAMPLED, ANSWERS_SAMPLED = 64, 64, 64
+TEXT_SAMPLED, REPEATED_SAMPLED, ANSWERS_SAMPLED = 128, 128, 256
 """The same where landmarks only choose blocks: of the text, of what it repeats, and of answers and their questions."""
 QUESTION = 32
 """Tokens before an answer that are asked with it."""
 # A prime: rows that differ have, as good as always, another remainder.
 OFFSETS = 65_521
-# What puts places in an order that looks drawn (Park and Miller's generator, one step of it).
-MULTIPLIER, MODULUS = 48_271, 2**31 - 1
+# What puts places in an order that looks drawn, neighbours far apart: an odd number near 2 ** 32 divided by the golden
+# ratio, so that no two places below 2 ** 32 have one rank (Knuth, The Art of Computer Programming, volume 3, 6.4).
+MULTIPLIER, MODULUS = 2_654_435_769, 2**32
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ def _drawn(among: Tensor, most: int, draw: Tensor) -> tuple[Tensor, Tensor]:
     """At most so many of each row, as if drawn by the row's number: their places, (B, S) int64, and whether there is
     such a token (else the place is 0). among: (B, n) bool; draw: (B, 1) int64."""
     width = among.shape[1]
-    # No two places have the same rank, for the modulus is a prime.
-    rank = ((torch.arange(width, device=among.device) + draw) % MODULUS * MULTIPLIER % MODULUS + 1).double()
+    place = torch.arange(width, device=among.device) + draw % (MODULUS // 4)
+    rank = (place * MULTIPLIER % MODULUS + 1).double()
     best = torch.topk(rank * among, min(most, width), dim=1)
     some = best.values > 0
     return best.indices.masked_fill(~some, 0), some

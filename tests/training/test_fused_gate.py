@@ -1,13 +1,16 @@
 """The kernel that sums a teacher's logits up by blocks: against its definition, on random inputs."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from landmark_cli.data.landmarks import insert_landmarks
+from landmark_cli.training import fused_gate
 from landmark_cli.training.distillation import Distillation
-from landmark_cli.training.fused_gate import block_logits as fused_block_logits
 from landmark_cli.training.gate import block_logits
 from tests.closeness import assert_close_norm
 from tests.training.test_distillation import some_texts
@@ -54,7 +57,7 @@ def test_it_gives_what_its_definition_does(device, freq, tokens, heads, groups, 
     generator = torch.Generator().manual_seed(freq)
     q, k = (poisoned((2, number, read, dim), dtype, device, generator) for number in (heads, groups))
     wanted = block_logits(q.cpu(), k.cpu(), chosen, 0.3, reach)
-    found = fused_block_logits(q, k, chosen.text.to(device), chosen.spans.to(device), 0.3, reach).cpu()
+    found = fused_gate.block_logits(q, k, chosen.text.to(device), chosen.spans.to(device), 0.3, reach).cpu()
     assert chosen.real.sum() > 10 and found.dtype == torch.float32
     # A query that does not count may be told anything.
     found, wanted = (x.transpose(1, 2)[chosen.real] for x in (found, wanted))
@@ -70,7 +73,34 @@ def test_of_a_models_shape_it_gives_what_its_definition_does():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, number, read, 64, generator=generator).cuda().bfloat16() for number in (9, 3))
     wanted = block_logits(q.cpu(), k.cpu(), chosen, 0.125)
-    found = fused_block_logits(q, k, chosen.text.cuda(), chosen.spans.cuda(), 0.125).cpu()
+    found = fused_gate.block_logits(q, k, chosen.text.cuda(), chosen.spans.cuda(), 0.125).cpu()
     found, wanted = (x.transpose(1, 2)[chosen.real] for x in (found, wanted))
     assert torch.equal(found == -torch.inf, wanted == -torch.inf)
     assert_close_norm(found[wanted > -torch.inf], wanted[wanted > -torch.inf])
+
+
+def test_it_compiles_for_a_gpu(tmp_path):
+    """By a script, since tests have Triton interpret kernels."""
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=os.environ | settings)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["8", "24", "64"]
+
+
+def main() -> None:
+    """Compile it for an H100, for heads of several sizes, which are printed."""
+    from triton.runtime import driver
+
+    from tests.attention.kernels.compiling import H100, Compiled
+
+    driver.set_active(H100())
+    fused_gate.block_logits_kernel = Compiled(fused_gate.block_logits_kernel)
+    text, spans = torch.zeros(2, 20, dtype=torch.int64), torch.zeros(2, 5, 2, dtype=torch.int64)
+    for dim, dtype, reach in ((8, torch.float32, None), (24, torch.bfloat16, 13), (64, torch.bfloat16, None)):
+        q, k = (torch.empty(2, heads, 80, dim, dtype=dtype) for heads in (6, 2))
+        fused_gate.block_logits(q, k, text, spans, 0.125, reach)
+        print(dim)
+
+
+if __name__ == "__main__":
+    main()

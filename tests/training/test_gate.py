@@ -191,7 +191,7 @@ def test_of_a_window_that_is_read_in_chunks_it_asks_what_reading_scores(document
     assert torch.isfinite(found).all() and (found[chosen.real] > 0).all()
 
 
-def test_where_landmarks_only_choose_half_of_the_queries_are_of_answers_and_their_questions():
+def test_where_landmarks_only_choose_some_queries_are_of_answers_and_their_questions():
     stream = insert_landmarks(some_texts(2, 400), FREQ, LANDMARK)
     answers = torch.zeros(stream.shape, dtype=torch.bool)
     answers[0, 300:304] = answers[0, 450:452] = True
@@ -202,12 +202,22 @@ def test_where_landmarks_only_choose_half_of_the_queries_are_of_answers_and_thei
     assert torch.equal(chosen.text[:, :count], without.text) and not chosen.real[1, count:].any()
     assert not without.real[:, TEXT_SAMPLED:].any()
     places = chosen.stream[0, count:][chosen.real[0, count:]]
-    assert len(places) == len(places.unique()) == ANSWERS_SAMPLED
-    ahead = [any(answers[0, place : place + 2 * QUESTION]) for place in places.tolist()]
-    assert all(ahead) and (places > 400).sum() > 10 < (places < 310).sum()
+    of_text = answers[0][stream[0] != LANDMARK]
+    near = [t for t in range(len(of_text)) if of_text[t : t + QUESTION + 1].any()]
+    assert len(near) < ANSWERS_SAMPLED and sorted(chosen.text[0, count:][chosen.real[0, count:]].tolist()) == near
+    assert (places > 400).sum() > 10 < (places < 310).sum()
     # Blocks to choose from there have to be, and grouped nothing changes.
     assert (chosen.own > chosen.first)[chosen.real].all()
     assert torch.equal(sampled(stream, answers=answers)[1].text, sampled(stream)[1].text)
+
+
+def test_no_more_answers_are_asked_than_so_many():
+    stream = insert_landmarks(some_texts(1, 2 * ANSWERS_SAMPLED), FREQ, LANDMARK)
+    known = stream != LANDMARK
+    _, chosen = sampled(stream, joint=True, answers=known)
+    places = chosen.stream[0, -ANSWERS_SAMPLED:]
+    assert len(places.unique()) == ANSWERS_SAMPLED and known[0, places].all()
+    assert ANSWERS_SAMPLED / 4 < (places > len(stream[0]) / 2).sum() < ANSWERS_SAMPLED * 3 / 4
 
 
 def test_where_landmarks_only_choose_some_queries_are_of_what_the_text_repeats():
