@@ -371,6 +371,7 @@ hidden-5            --hidden-weight 5
 fewer-tasks         --tasks-share 0.3
 inventories         --kinds look_up --kinds inventory --kinds quotation
 inventories-words   --kinds look_up --kinds inventory --kinds quotation --answer-weight 0.2
+text-0              --text-weight 0
 text-1              --text-weight 1
 lr-3e-5             --lr 3e-5
 lora-8              --lora-rank 8 --merge
