@@ -61,8 +61,8 @@ def sample(
 ) -> Sample:
     """Sample queries behind the first block of every row, at most `SAMPLED` and evenly spaced from an offset that the
     row's own tokens draw: how rows are split into processes makes no difference. Where landmarks only choose,
-    `TEXT_SAMPLED` of them, and besides `REPEATED_SAMPLED` of the tokens that with the two before them stood in an
-    earlier block already, and `ANSWERS_SAMPLED` of the `answers`.
+    `TEXT_SAMPLED` of them, and besides, of those that count and are not among them, `REPEATED_SAMPLED` of the tokens
+    that with the two before them stood already in a block that they can choose, and `ANSWERS_SAMPLED` of the `answers`.
 
     input_ids: (B, T) stream. landmark: (B, T) bool, where its landmarks are. order: (B, n), where in the stream each
     text token that the teacher reads stands. known: (B, T) bool, queries that may count. cu_seqlens: as LossModel has
@@ -95,6 +95,7 @@ def sample(
     # Blocks of a chunk; a window that is read whole is one, and its queries choose from what is before their own block.
     together = 1 if chunk is None else chunk // block_size
     number = (block - first) % together
+    end = block - number
 
     # A row has this much text at least.
     behind = max(min(width, tokens - tokens // block_size) - freq, 1)
@@ -108,37 +109,38 @@ def sample(
     text = freq + ((torch.arange(queries, device=device) + offset) * behind / queries).long()
     text = text.clamp(max=width - 1)
     asked = torch.ones_like(text, dtype=torch.bool)
-    text_blocks = block.gather(1, order)
+    text_blocks, text_first, text_end = (values.gather(1, order) for values in (block, first, end))
     is_text = torch.arange(width, device=device) < (~landmark).sum(1, keepdim=True)
-    if joint:
-        draw = input_ids.sum(1, keepdim=True)
-        drawn = [_drawn(_repeated(input_ids.gather(1, order), text_blocks, is_text), REPEATED_SAMPLED, draw)]
-        if answers is not None:
-            drawn.append(_drawn(_near_answers((answers & known).gather(1, order)), ANSWERS_SAMPLED, draw))
-        text = torch.cat([text, *(places for places, _ in drawn)], 1)
-        asked = torch.cat([asked, *(some for _, some in drawn)], 1)
-    stream = order.gather(1, text)
-    real = asked & (text < (~landmark).sum(1, keepdim=True)) & known.gather(1, stream)
-    own, begins_at = block.gather(1, stream), first.gather(1, stream)
-    end = own - number.gather(1, stream)
-    ends = place.new_zeros(batch, most).scatter_add_(1, text_blocks, is_text.long()).cumsum(1)
-    spans = torch.stack([nn.functional.pad(ends[:, :-1], (1, 0)), ends], -1)
+    counts = is_text & known.gather(1, order)
     if joint:
         # A query of the first block, or chunk, has nothing to choose.
-        real = real & (end > begins_at)
+        counts = counts & (text_end > text_first)
+        kinds = [(_repeated(input_ids.gather(1, order), text_first, text_blocks, text_end), REPEATED_SAMPLED)]
+        if answers is not None:
+            kinds.append((_near_answers((answers & known).gather(1, order)), ANSWERS_SAMPLED))
+        draw = input_ids.sum(1, keepdim=True)
+        for among, most_of_them in kinds:
+            # None is asked twice, which says nothing new; gradients of one query would be added up in any order.
+            left = counts.scatter(1, text, False)
+            places, some = _drawn(among & left, most_of_them, draw)
+            text, asked = torch.cat([text, places], 1), torch.cat([asked, some], 1)
+    stream = order.gather(1, text)
+    real = asked & counts.gather(1, text)
+    ends = place.new_zeros(batch, most).scatter_add_(1, text_blocks, is_text.long()).cumsum(1)
+    spans = torch.stack([nn.functional.pad(ends[:, :-1], (1, 0)), ends], -1)
     return Sample(
         text,
         stream,
         real,
-        own,
-        begins_at,
+        block.gather(1, stream),
+        first.gather(1, stream),
         begin.gather(1, stream),
         text_blocks,
         spans,
         of_blocks(place.expand(batch, tokens)),
         block_size,
         joint,
-        end,
+        end.gather(1, stream),
         None if chunk is None else of_blocks(number),
     )
 
@@ -149,21 +151,24 @@ def _near_answers(answers: Tensor) -> Tensor:
     return nn.functional.max_pool1d(ahead[:, None], QUESTION + 1, stride=1)[:, 0] > 0
 
 
-def _repeated(ids: Tensor, blocks: Tensor, is_text: Tensor) -> Tensor:
-    """Which tokens stood before, in an earlier block, behind the same two tokens: (B, n) bool. Where a text repeats
-    itself is where a model looks far back. ids, blocks: (B, n) int64; is_text: (B, n) bool, what is none repeats
-    nothing."""
-    before, two_before = (nn.functional.pad(ids[:, :-n], (n, 0)) for n in (1, 2))
+def _repeated(ids: Tensor, first: Tensor, blocks: Tensor, end: Tensor) -> Tensor:
+    """Which tokens stood before behind the same two tokens, in their document and in a block that they can choose:
+    (B, n) bool. Where a text repeats itself is where a model looks far back. All (B, n) int64: ids; of each token its
+    document's first block, its own block, and what is behind those that it can choose."""
+    before, two_before = (nn.functional.pad(ids, (n, 0))[:, : ids.shape[1]] for n in (1, 2))
     # No vocabulary has 2 ** 21 tokens: three are one number.
-    three = ((two_before << 21 | before) << 21 | ids).masked_fill(~is_text, -1)
+    three = (two_before << 21 | before) << 21 | ids
     three[:, :2] = -1
+    # Of those that are alike, each document's stand together, in their order.
     ordered, place = three.sort(dim=1, stable=True)
+    document = first.gather(1, place)
     number = torch.arange(ids.shape[1], device=ids.device)
-    begins = nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
-    # Of those that are alike, the one that stands first.
-    first = place.gather(1, torch.where(begins, number, 0).cummax(1).values)
-    earlier = (blocks.gather(1, first) < blocks.gather(1, place)) & (ordered >= 0)
-    return torch.zeros_like(is_text).scatter_(1, place, earlier)
+    others = (ordered[:, 1:] != ordered[:, :-1]) | (document[:, 1:] != document[:, :-1])
+    begins = nn.functional.pad(others, (1, 0), value=True)
+    # The one that stands first.
+    foremost = place.gather(1, torch.where(begins, number, 0).cummax(1).values)
+    earlier = (blocks.gather(1, foremost) < end.gather(1, place)) & (ordered >= 0)
+    return torch.zeros_like(earlier).scatter_(1, place, earlier)
 
 
 def _drawn(among: Tensor, most: int, draw: Tensor) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,9 @@ def test_where_landmarks_only_choose_some_queries_are_of_answers_and_their_quest
     assert not without.real[:, TEXT_SAMPLED:].any()
     places = chosen.stream[0, count:][chosen.real[0, count:]]
     of_text = answers[0][stream[0] != LANDMARK]
-    near = [t for t in range(len(of_text)) if of_text[t : t + QUESTION + 1].any()]
+    # Those that are asked already are not asked again.
+    before = chosen.text[0, :count].tolist()
+    near = [t for t in range(len(of_text)) if of_text[t : t + QUESTION + 1].any() and t not in before]
     assert len(near) < ANSWERS_SAMPLED and sorted(chosen.text[0, count:][chosen.real[0, count:]].tolist()) == near
     assert (places > 400).sum() > 10 < (places < 310).sum()
     # Blocks to choose from there have to be, and grouped nothing changes.
@@ -220,20 +222,55 @@ def test_no_more_answers_are_asked_than_so_many():
     assert ANSWERS_SAMPLED / 4 < (places > len(stream[0]) / 2).sum() < ANSWERS_SAMPLED * 3 / 4
 
 
-def test_where_landmarks_only_choose_some_queries_are_of_what_the_text_repeats():
-    texts = torch.randint(10, 14, (2, 100), generator=torch.Generator().manual_seed(0))
-    stream = insert_landmarks(texts, FREQ, LANDMARK)
-    _, chosen = sampled(stream, joint=True)
-    even = min(TEXT_SAMPLED, texts.shape[1] - FREQ)
+@pytest.mark.parametrize("chunk", [None, 4 * (FREQ + 1)], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("lengths", [[400], [230, 170]], ids=["one document", "two"])
+def test_where_landmarks_only_choose_some_queries_are_of_what_the_text_repeats(lengths, chunk):
+    """Of what it repeats of a block that can be chosen: of the same document, and of a chunk before."""
+    texts = torch.randint(10, 22, (2, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    stream = torch.cat([insert_landmarks(part, FREQ, LANDMARK) for part in texts.split(lengths, 1)], 1)
+    ends = [length + length // FREQ for length in lengths]
+    cu_seqlens = nn.functional.pad(torch.tensor(ends * 2).cumsum(0), (1, 0)).int() if len(lengths) > 1 else None
+    _, chosen = sampled(stream, cu_seqlens, joint=True, chunk=chunk)
+    together = FREQ if chunk is None else chunk // (FREQ + 1) * FREQ
     for row in range(2):
-        text = texts[row].tolist()
-        places = {
-            t
-            for t in range(2, len(text))
-            if any(text[u - 2 : u + 1] == text[t - 2 : t + 1] for u in range(2, t // FREQ * FREQ))
-        }
-        found = chosen.text[row, even:][chosen.real[row, even:]].tolist()
-        assert 20 < len(found) == len(set(found)) == min(REPEATED_SAMPLED, len(places)) and set(found) <= places
+        places, done = set(), 0
+        for length in lengths:
+            text = texts[row, done : done + length].tolist()
+            places |= {
+                done + t
+                for t in range(2, length)
+                if any(text[u - 2 : u + 1] == text[t - 2 : t + 1] for u in range(2, t // together * together))
+            }
+            done += length
+        evenly = chosen.text[row, :TEXT_SAMPLED].tolist()
+        found = chosen.text[row, TEXT_SAMPLED:][chosen.real[row, TEXT_SAMPLED:]].tolist()
+        assert 10 < len(found) == len(set(found)) == min(REPEATED_SAMPLED, len(places - set(evenly)))
+        assert set(found) <= places - set(evenly)
+
+
+@pytest.mark.parametrize("chunk", [None, 4 * (FREQ + 1)], ids=["whole", "in chunks"])
+def test_no_query_is_asked_twice_and_none_is_drawn_that_does_not_count(chunk):
+    # All of it repeats itself, and half of it is answers, of which some do not count.
+    texts = torch.randint(10, 13, (2, 700), generator=torch.Generator().manual_seed(0))
+    stream = insert_landmarks(texts, FREQ, LANDMARK)
+    answers = torch.zeros(stream.shape, dtype=torch.bool)
+    answers[:, :500] = stream[:, :500] != LANDMARK
+    _, chosen = sampled(stream, joint=True, answers=answers, chunk=chunk)
+    for row in range(2):
+        places = chosen.stream[row][chosen.real[row]].tolist()
+        assert len(places) == len(set(places)) and min(places) >= (chunk or FREQ + 1)
+        drawn = chosen.real[row, TEXT_SAMPLED:]
+        assert drawn[:REPEATED_SAMPLED].all() and drawn[REPEATED_SAMPLED:].sum() > 180
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_teacher_of_few_positions_is_asked_nothing(length):
+    stream, _ = some_streams()
+    text, chosen = sampled(stream, length=length, joint=True)
+    assert text.tokens.shape[1] == length and not chosen.real.any()
+    tq, tk, sq, sk = random_layers(stream, text)
+    found = divergence(taught(tq, tk, chosen, 1.0), asked(sq, sk, chosen, 1.0))
+    assert torch.isfinite(found).all()
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["grouped", "joint"])
