@@ -39,7 +39,7 @@ from landmark_cli.data.token_file import (
     remove_token_file,
 )
 from landmark_cli.data.tokenizers import TextTokenizer
-from landmark_cli.data.workers import encoded_by_workers, handed, how_many
+from landmark_cli.data.workers import made_by, started
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing
 from landmark_cli.interrupts import Interrupts, interrupts
@@ -193,10 +193,11 @@ class _Part:
     def _encoded(self, total: float | None, skip_bad_text: bool) -> Iterator[Encoded]:
         """What is left to write. total: bytes of all documents of this process."""
         first, left = self.next_document, int(total or 0) - self._read
-        data, workers = handed(self._corpus, self._tokenizer, how_many(self._corpus, left))
-        if workers:
-            yield from encoded_by_workers(data, workers, self._process, first, skip_bad_text=skip_bad_text)
-            return
+        given = self._corpus, self._tokenizer, self._process, first
+        with started(*given, left, skip_bad_text=skip_bad_text) as workers:
+            if workers:
+                yield from made_by(workers, self._process, first)
+                return
         batches = text_batches(
             taken(self._corpus, self._process, first),
             piece_bytes=self._tokenizer.piece_bytes,

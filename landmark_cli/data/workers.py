@@ -4,7 +4,7 @@ same order as one process's, whatever their number.
 Workers take turns of a few documents each, as processes of a launch do (see merge.py), and this process reads what they
 write in that order. Each is a fresh interpreter that imports neither torch nor transformers, since a fork of a process
 that has threads and a GPU may hang or crash. A worker waits where nobody reads what it has made, so little is ever held
-in memory, and ends when this process does.
+in memory, and ends when this process does. Where workers cannot begin, documents are made without them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from landmark_cli.console import warn
 from landmark_cli.data.merge import TURN, Process
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.text_batches import Encoded, encoded, taken, text_batches
@@ -71,14 +72,12 @@ def how_many(corpus: Corpus, left: int) -> int:
 
 
 def handed(corpus: Corpus, tokenizer: TextTokenizer, workers: int) -> tuple[bytes, int]:
-    """What workers are given to make documents of, and how many of them it can be given to: 0 where the tokenizer does
-    not work in another process as it does here."""
+    """What workers are given to make documents of, and how many of them it can be given to: 0 where it cannot be handed
+    to another process."""
     if not workers:
         return b"", 0
     try:
         data = pickle.dumps((corpus, tokenizer))
-        if tokenizer_fingerprint(pickle.loads(pickle.dumps(tokenizer)).encode) != tokenizer.fingerprint:
-            return b"", 0
     except Exception:
         # Of tokenizers that have Python in them, each fails in a way of its own.
         return b"", 0
@@ -86,34 +85,51 @@ def handed(corpus: Corpus, tokenizer: TextTokenizer, workers: int) -> tuple[byte
     return (data, workers) if workers > 1 else (b"", 0)
 
 
-def encoded_by_workers(
-    data: bytes, workers: int, process: Process, first: int, *, skip_bad_text: bool
-) -> Iterator[Encoded]:
-    """The documents from number `first` on that are for this process, in batches and encoded.
+@contextlib.contextmanager
+def started(
+    corpus: Corpus, tokenizer: TextTokenizer, process: Process, first: int, left: int, *, skip_bad_text: bool
+) -> Iterator[list[_Worker]]:
+    """Workers that make the documents from number `first` on that are for this process, and end with the block. None
+    where they are not worth their start (left: see `how_many`) or cannot begin, of which the user is told."""
+    data, workers = handed(corpus, tokenizer, how_many(corpus, left))
+    begun: list[_Worker] = []
+    try:
+        try:
+            environment = _environment(workers)
+            for _ in range(workers):
+                begun.append(_Worker(environment))
+            for number, worker in enumerate(begun):
+                part = Process(process.rank + process.count * number, process.count * workers)
+                worker.begin(Share(part, first, skip_bad_text), data)
+            for worker in begun:
+                worker.check(tokenizer)
+        except _CannotBegin as error:
+            _close(begun)
+            begun.clear()
+            warn(f"this process alone makes the documents, one after the other: {error}")
+        yield begun
+    finally:
+        _close(begun)
 
-    data, workers: of `handed`. Closing the generator ends the workers.
+
+def made_by(workers: list[_Worker], process: Process, first: int) -> Iterator[Encoded]:
+    """What the workers make, in the order of the documents. process, first: as of `started`.
 
     Raises LandmarkError where a worker does, in the place of the document that it could not make, or where one ends
     before its work.
     """
-    begun: list[_Worker] = []
-    try:
-        environment = _environment(workers)
-        begun.extend(_Worker(environment) for _ in range(workers))
-        for number, worker in enumerate(begun):
-            part = Process(process.rank + process.count * number, process.count * workers)
-            worker.begin(Share(part, first, skip_bad_text), data)
-        turn = first // TURN
-        while not process.takes(turn * TURN):
-            turn += 1
-        for number in count(turn // process.count):
-            for kind, value in begun[number % workers].turn():
-                if kind == "end":
-                    return
-                yield value
-    finally:
-        for worker in begun:
-            worker.close()
+    turn = first // TURN
+    while not process.takes(turn * TURN):
+        turn += 1
+    for number in count(turn // process.count):
+        for kind, value in workers[number % len(workers)].turn():
+            if kind == "end":
+                return
+            yield value
+
+
+class _CannotBegin(Exception):
+    """Why a worker does not do what it is for."""
 
 
 class _Worker:
@@ -131,7 +147,7 @@ class _Worker:
                 env=environment,
             )
         except OSError as error:
-            raise LandmarkError(f"no process could be started to make documents ({reason(error)})") from None
+            raise _CannotBegin(f"none could be started beside it ({reason(error)})") from None
 
     def begin(self, share: Share, data: bytes) -> None:
         # One that has ended is noticed when it is to be read from.
@@ -139,18 +155,25 @@ class _Worker:
             for part in (pickle.dumps([str(path) for path in sys.path]), pickle.dumps(share), data):
                 to.write(part)
 
+    def check(self, tokenizer: TextTokenizer) -> None:
+        """Wait until it has begun. Raises _CannotBegin where it does not, or reads text otherwise than we do."""
+        kind, value = self._hear()
+        if kind == "ended":
+            raise _CannotBegin(f"one beside it ended at once ({value})")
+        if kind != "begun":
+            raise _CannotBegin(f"one beside it cannot read what it is handed ({str(value).strip().splitlines()[-1]})")
+        if value != tokenizer.fingerprint:
+            raise _CannotBegin(f"the tokenizer {tokenizer.name} gives other ids in one beside it")
+
     def turn(self) -> Iterator[tuple[str, Any]]:
         """What comes until its turn is over: ("made", a batch), or ("end", None) where it has no turns any more."""
         while True:
-            try:
-                kind, value = pickle.load(self._process.stdout)
-            except (EOFError, pickle.UnpicklingError):
-                code = self._process.wait()
-                how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            kind, value = self._hear()
+            if kind == "ended":
                 raise LandmarkError(
-                    f"a process that makes documents ended in the middle of it ({how}), as it does where memory is "
+                    f"a process that makes documents ended in the middle of it ({value}), as it does where memory is "
                     "short; run the same command again to go on from the place that was noted last"
-                ) from None
+                )
             if kind == "failed":
                 raise value
             if kind == "broken":
@@ -159,12 +182,25 @@ class _Worker:
                 return
             yield kind, value
 
+    def _hear(self) -> tuple[str, Any]:
+        """What it says next: ("ended", how) where it says nothing any more."""
+        try:
+            return pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            code = self._process.wait()
+            return "ended", f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
+
+
+def _close(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.close()
 
 
 def _environment(workers: int) -> dict[str, str]:
@@ -184,6 +220,7 @@ def serve() -> None:
         try:
             share = pickle.load(sys.stdin.buffer)
             corpus, tokenizer = pickle.load(sys.stdin.buffer)
+            _say(to, "begun", tokenizer_fingerprint(tokenizer.encode))
             with contextlib.closing(prefetched(_turns(corpus, tokenizer, share), BATCHES_AHEAD)) as turns:
                 for made in turns:
                     _say(to, *(("made", made) if made else ("turn",)))

@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import pickle
+import re
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,13 +139,53 @@ def test_a_tokenizer_with_python_in_it_works_here(whole, tmp_path, monkeypatch):
     assert not shares and contents(tmp_path) == whole
 
 
-def test_a_tokenizer_that_would_read_otherwise_in_a_worker_works_here(tmp_path, monkeypatch):
+class OfTheMainScript(type(GPT2)):
+    """A worker knows nothing of who defined it, as of what stands in a script or a notebook."""
+
+    def __reduce__(self):
+        return OfTheMainScript, ()
+
+
+OfTheMainScript.__module__ = "__main__"
+
+
+@pytest.mark.parametrize(
+    ("executable", "why"),
+    [
+        ("/not/there/python", r"none could be started beside it \(No such file"),
+        ("/bin/true", r"one beside it ended at once \(exit code 0\)"),
+        (None, r"cannot read what it is handed \(AttributeError: .*OfTheMainScript"),
+    ],
+)
+def test_where_workers_cannot_begin_documents_are_made_here(
+    whole, tmp_path, monkeypatch, capsys, children, executable, why
+):
+    tokenizer = GPT2
+    if executable is None:
+        tokenizer = OfTheMainScript()
+        monkeypatch.setattr(sys.modules["__main__"], "OfTheMainScript", OfTheMainScript, raising=False)
+    else:
+        monkeypatch.setattr(sys, "executable", executable)
+    use(monkeypatch, 2)
+    prepare(tasks(tokenizer), tokenizer, tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert contents(tmp_path) == whole and ended(children)
+    assert re.search(f"this process alone makes the documents, one after the other: .*{why}", said)
+
+
+def test_a_tokenizer_that_reads_otherwise_in_a_worker_works_here(tmp_path, monkeypatch, capsys, children):
     byte_tokenizer().save_pretrained(tmp_path / "bytes")
     tokenizer = load_tokenizer(str(tmp_path / "bytes"))
-    corpus = tasks(tokenizer)
-    assert workers.handed(corpus, tokenizer, 2)[1] == 2
-    tokenizer.__dict__["fingerprint"] = "another"
-    assert workers.handed(corpus, tokenizer, 2) == (b"", 0)
+    prepare(tasks(tokenizer), tokenizer, tmp_path / "here")
+    plain = pickle.dumps
+    shares = use(monkeypatch, 2)
+    # What a worker is handed has another tokenizer in it.
+    monkeypatch.setattr(
+        workers.pickle, "dumps", lambda value: plain((value[0], GPT2) if isinstance(value, tuple) else value)
+    )
+    prepare(tasks(tokenizer), tokenizer, tmp_path / "workers")
+    assert len(shares) == 2 and contents(tmp_path / "workers") == contents(tmp_path / "here") and ended(children)
+    assert "gives other ids in one beside it" in " ".join(capsys.readouterr().err.split())
 
 
 def test_little_work_takes_no_workers(whole, tmp_path, monkeypatch):
