@@ -125,7 +125,7 @@ def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window:
     slots = torch.arange(1, window.top_k + 2, device=keys.device)
     cos, sin = (table[slots, None, None, None] for table in (window.cos, window.sin))
     # (k + 1, B, H, S, D), and as many times (B, H, S, M).
-    logits = _logits(rotate(queries, cos, sin), keys, scale)
+    logits = _logits(rotate(queries.expand(len(slots), *queries.shape), cos, sin), keys, scale)
     age = chosen.end[..., None] - torch.arange(keys.shape[2], device=keys.device)
     slot = age.clamp(1, window.top_k + 1)[None, :, None] - 1
     return logits.gather(0, slot.expand(1, *logits.shape[1:])).squeeze(0)

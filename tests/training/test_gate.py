@@ -152,15 +152,16 @@ def test_it_is_the_divergence_of_whole_matrices(documents, length, joint):
     assert (found > 0.01).sum() > 3
 
 
+@pytest.mark.parametrize("rotary_dim", [8, 4], ids=["all of a head rotated", "half of it"])
 @pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
-def test_of_a_window_that_is_read_in_chunks_it_asks_what_reading_scores(documents):
+def test_of_a_window_that_is_read_in_chunks_it_asks_what_reading_scores(documents, rotary_dim):
     stream, cu_seqlens = some_streams(documents)
     size, top_k, dim = FREQ + 1, 2, 8
     chunk = 2 * size
     text, chosen = sampled(stream, cu_seqlens, joint=True, chunk=chunk)
     tq, tk, sq, sk = random_layers(stream, text, dim=dim)
     settings = WindowSettings(chunk, size, top_k, joint=True)
-    frequencies = default_inverse_frequencies(dim).double()
+    frequencies = default_inverse_frequencies(rotary_dim).double()
     window = ReadingWindow.make(settings, *stream.shape, frequencies, cu_seqlens=cu_seqlens)
     shares, outer = taught(tq, tk, chosen, 0.3), asked(sq, sk, chosen, 0.3, window)
     is_text = stream != LANDMARK
