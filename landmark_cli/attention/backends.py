@@ -418,13 +418,13 @@ BACKENDS = {
         Backend(
             "sdpa",
             # It was measured on no other GPU.
-            _is_hopper,
+            lambda device: device.startswith("cpu") or _is_hopper(device),
             _why_not_sdpa,
             "triton",
             _sdpa_forward,
             _sdpa_backward,
-            # A library takes long before its first call with a new length. Those of training windows are alike.
-            tried=lambda problem: problem.joint and problem.differentiated,
+            # On a GPU a library takes long before its first call with a new length; training windows are alike.
+            tried=lambda problem: problem.joint and (problem.differentiated or problem.device.startswith("cpu")),
         ),
         Backend(
             "hopper",

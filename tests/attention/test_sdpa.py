@@ -221,9 +221,15 @@ def test_what_it_cannot_serve_runs_triton_or_the_definition_and_says_why(given, 
 )
 def test_what_it_cannot_serve_anywhere_is_named(given, reason):
     problem = TRAINED._replace(device="cpu")
-    assert choose(problem) == "eager" and choose(problem, "sdpa") == "sdpa"
     with pytest.raises(ValueError, match=reason):
         choose(problem._replace(**given), "sdpa")
+
+
+@pytest.mark.parametrize("given", [{}, {"dtype": torch.float32}, {"differentiated": False}, {"few_queries": True}])
+def test_on_a_cpu_it_runs_unasked(given):
+    problem = TRAINED._replace(device="cpu", **given)
+    assert choose(problem) == "sdpa"
+    assert choose(problem._replace(packed=True)) == choose(problem._replace(joint=False)) == "eager"
 
 
 def test_an_old_library_is_not_taken(on_hopper, monkeypatch):
