@@ -134,9 +134,10 @@ def test_prompts_that_were_all_made_of_one_text_are_said_to_be(report, measured,
             write(f"ruler-{name}/passkey-novels", keys({512: 50}) | {"haystack": "novels", "trials": trials})
         for name, old in (("untouched", old_ruler), ("recipe", new_ruler)):
             cell = {"reading": "own window", "tokens": 512, "task": "niah_single_2", "score": 1.0, "samples": 1}
-            write(f"ruler-{name}/ruler", {"cells": [cell | ({} if old else {"begins": [7]})]})
+            filler = cell | {"task": "niah_single_1"}
+            write(f"ruler-{name}/ruler", {"cells": [filler, cell | ({} if old else {"begins": [7]})]})
         page = report.report(report.read_parts(measured), tmp_path / "docs")
-        return re.findall(r" All prompts( of .*?)? in prose that have one length have the same text", page)
+        return re.findall(r" All prompts in prose( \(.*?\))? that have one length have the same text", page)
 
     def write(place, content):
         path = measured / f"{place}.json"
@@ -147,8 +148,8 @@ def test_prompts_that_were_all_made_of_one_text_are_said_to_be(report, measured,
     assert said(False, False, False, False) == []
     assert said(True, True, True, True) == ["", ""]
     assert said(True, False, False, True) == [
-        " of SmolLM2-135M with landmarks, novels and pass keys",
-        " of untouched, full attention",
+        " (SmolLM2-135M with landmarks, novels and pass keys)",
+        " (untouched, full attention)",
     ]
 
 
@@ -266,7 +267,7 @@ def test_what_is_varied_are_options_of_a_run_that_go_together():
             else:
                 given[name] = next(flags)
         assert given.keys() <= fields.keys(), line
-        of_teacher = {"answer_divergence_weight", "softmax"} if given.get("teacher") == "none" else set()
+        of_teacher = {"answer_divergence_weight", "text_weight", "softmax"} if given.get("teacher") == "none" else set()
         values = {name: value for name, value in recipe.items() if name not in of_teacher}
         check(build(FinetuneOptions, values | {"model": "it"} | given))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.finetune_defaults import GATE, PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
-from landmark_cli.commands.plan import show_plan
+from landmark_cli.commands.plan import attention_is_fused, show_plan
 from landmark_cli.commands.run_loop import begun_in, loop_settings
 from landmark_cli.commands.run_options import compiles_layers, reading
 from landmark_cli.console import info, quantity, warn
@@ -207,19 +207,19 @@ def memory_needed(options: FinetuneOptions, shapes: Shapes, checkpointing: bool)
     """Bytes that a device needs for a run, about."""
     from landmark_cli.training.estimate import estimate
     from landmark_cli.training.runs import resolve_precision
-    from landmark_cli.training.setup import uses_cpu
 
+    read = reading(options, options.landmark_freq, options.top_k_blocks)
     return estimate(
         shapes.model,
         options.batch_size,
         resolve_precision(options.precision, options.device),
         options.fused_loss,
         sequence_length=options.sequence_length,
-        read=reading(options, options.landmark_freq, options.top_k_blocks),
+        read=read,
         checkpointing=checkpointing,
         keep_retrieved=options.keep_retrieved,
         frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
-        fused_attention=not uses_cpu(options.device),
+        fused_attention=attention_is_fused(options, shapes.model, read),
         teacher=shapes.teacher,
         teacher_beside=shapes.beside,
         hidden_states=options.hidden_weight > 0,

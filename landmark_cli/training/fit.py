@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Of a step on each device, where nobody says how many windows it has; and so of the longest window.
 STEP_TOKENS = 32_768
-# On a CPU attention keeps (T, T) matrices, and takes time in proportion.
+# On a CPU attention takes long, and keeps (T, T) matrices where landmarks do more than choose.
 CPU_WINDOW = 2048
 # A CPU is no faster with more windows at a time.
 CPU_BATCH = 2

@@ -147,6 +147,7 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
     sources = {
         "untouched, full attention": ("ruler-untouched/passkey-novels",),
         **asked("distilled", "ruler-distilled"),
+        **asked("without the ordinary loss", "ruler-text-0"),
         **asked("grouped", "ruler-grouped"),
         "grouped, chunks of 2016": ("ruler-distilled-64k/passkey-novels-before",),
         **asked("then in windows of 64k", "ruler-distilled-64k"),

@@ -16,7 +16,8 @@
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
-#   ruler-grouped                 the same distillation with the paper's softmax
+#   ruler-text-0                  the same without the ordinary loss
+#   ruler-grouped                 and that with the paper's softmax
 #   ruler-distilled-64k           ruler-grouped's model, after that, going on in windows of 64 thousand tokens, trained as it
 #                                 reads; then asked the same
 #   ruler-answers-0               as ruler-grouped, answers weighing no more than other text
@@ -32,7 +33,7 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -grouped and -answers-0; DISTILLED_64K_STEPS of ruler-distilled-64k
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -text-0, -grouped and -answers-0; DISTILLED_64K_STEPS of -distilled-64k
 #   RULER_WAYS             how models are asked, of k4 k16 long (RULER) keys keys16 long-keys (pass keys in novels), or none
 #   RULER_KEYS RULER_KEY_PROMPTS    lengths and number of these pass keys; the longest are as long and many as long's prompts
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
@@ -74,7 +75,7 @@ SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-grouped ruler-distilled-64k ruler-answers-0"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-text-0 ruler-grouped ruler-distilled-64k ruler-answers-0"
 GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
 PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
@@ -290,11 +291,12 @@ ruler() {
             # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
             ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
             ;;
-        distilled | grouped | answers-0)
+        distilled | text-0 | grouped | answers-0)
             smollm2_text
             novels
             local changes=()
-            [ "$role" = distilled ] || changes=(--softmax grouped --gate-weight 0)
+            [ "$role" = distilled ] || changes=(--text-weight 0)
+            [[ $role != grouped && $role != answers-0 ]] || changes+=(--softmax grouped --gate-weight 0)
             [ "$role" != answers-0 ] || changes+=(--answer-weight 0 --answer-divergence-weight 0)
             distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS" "${changes[@]}"
             ask_in_ways

@@ -25,7 +25,8 @@ PARTS = {
     "ruler-untouched": "RULER, SmolLM2-135M as it is",
     "ruler-recipe": "RULER, SmolLM2-135M with landmarks, novels and pass keys",
     "ruler-distilled": "RULER, SmolLM2-135M with landmarks by distillation from itself",
-    "ruler-grouped": "RULER, the same distillation with the grouped softmax",
+    "ruler-text-0": "RULER, the same distillation without the ordinary loss",
+    "ruler-grouped": "RULER, that distillation with the grouped softmax",
     "ruler-distilled-64k": "RULER, the grouped model going on in windows of 64k, trained as it reads",
     "ruler-answers-0": "RULER, the grouped one with answers weighing no more than other text",
     "made-of": "that distillation in short, one change at a time",
@@ -37,7 +38,10 @@ NOVELS, WINDOWS, MATH, SMOLLM2, RULER, GEMMA3 = (
     ("windows-dense", "windows-16k", "windows-64k"),
     ("math-landmark", "math-baseline", "math-xl"),
     ("smollm2-untouched", "smollm2-novels", "smollm2-passkey"),
-    ("ruler-untouched", "ruler-recipe", "ruler-distilled", "ruler-grouped", "ruler-distilled-64k", "ruler-answers-0"),
+    (
+        *("ruler-untouched", "ruler-recipe", "ruler-distilled", "ruler-text-0", "ruler-grouped"),
+        *("ruler-distilled-64k", "ruler-answers-0"),
+    ),
     ("gemma3-untouched", "gemma3-distilled"),
 )
 MADE_OF, UNCHANGED = "made-of", "best"

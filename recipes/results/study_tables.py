@@ -123,6 +123,10 @@ def order_table(rows: list[dict[str, Any]], corpus: str) -> list[str]:
     return markdown(["perplexity of", "paper", "here", "same order"], lines) if lines else []
 
 
+# RULER's tasks that hide what they ask for in prose.
+PROSE_TASKS = "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery"
+
+
 def key_lines(parts: Parts, sources: dict[str, Sequence[str]]) -> dict[str, dict[int, dict[str, Any]]]:
     """Label -> length -> cell (prompts, found, accuracy, interval). sources: label -> the "part/file"s to look in."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -161,15 +165,19 @@ def one_text_of_ruler(parts: Parts, names: Sequence[str]) -> str:
         if name in parts
     }
     measured = [label for label, some in cells.items() if some]
-    return _one_text([label for label in measured if any("begins" not in cell for cell in cells[label])], measured)
+    return _one_text([label for label in measured if any(map(_is_one_text, cells[label]))], measured)
+
+
+def _is_one_text(cell: dict[str, Any]) -> bool:
+    return cell["task"] in PROSE_TASKS and "begins" not in cell
 
 
 def _one_text(labels: list[str], measured: list[str]) -> str:
     if not labels:
         return ""
-    whose = "" if labels == measured else f" of {'; '.join(labels)}"
+    whose = "" if labels == measured else f" ({'; '.join(labels)})"
     return (
-        f" All prompts{whose} in prose that have one length have the same text, its beginning: figures and intervals "
+        f" All prompts in prose{whose} that have one length have the same text, its beginning: figures and intervals "
         "tell of other questions and depths in that text, not of other texts."
     )
 

@@ -56,7 +56,7 @@ def test_recipes_that_say_all_are_not_touched():
 
 
 def test_activations_are_computed_again_where_memory_asks_for_it_which_is_said(monkeypatch, capfd):
-    options = FinetuneOptions(model="base", device="cpu", batch_size=2)
+    options = FinetuneOptions(model="base", device="cpu", batch_size=2, softmax="joint")
     shapes = finetune_plan.shapes_of(options)
     sized = dataclasses.replace(options, sequence_length=256)
     least, most = (finetune_plan.memory_needed(sized, shapes, again) for again in (True, False))
@@ -70,6 +70,16 @@ def test_activations_are_computed_again_where_memory_asks_for_it_which_is_said(m
     capfd.readouterr()
     assert chosen(batch_size=2)[0] == 128
     assert "are needed, and the device has 1 B for a run" in " ".join(capfd.readouterr().err.split())
+
+
+def test_on_a_cpu_matrices_of_all_pairs_are_kept_where_landmarks_do_more_than_choose():
+    def needed(**given):
+        options = FinetuneOptions(model="base", device="cpu", batch_size=2, sequence_length=256, **given)
+        return finetune_plan.memory_needed(options, finetune_plan.shapes_of(options), False)
+
+    plain = needed(softmax="joint")
+    assert needed(softmax="grouped") > plain
+    assert needed(softmax="joint", mask_documents=True) == needed(softmax="grouped")
 
 
 def test_the_hidden_states_loss_is_reckoned_with():
