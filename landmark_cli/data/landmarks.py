@@ -13,6 +13,7 @@ from torch import Tensor
 IGNORED_TARGET = -100
 """The target of a position that predicts nothing: transformers' and PyTorch's cross entropy skip it."""
 DEFAULT_TOP_K, CHOSEN_TOP_K = 4, 16
+"""Blocks that are retrieved where nobody sets a number, and the most of these where landmarks only choose."""
 
 
 def stream_length(text_length: int, landmark_freq: int) -> int:
@@ -44,8 +45,14 @@ def largest_top_k(trained_length: int, landmark_freq: int) -> int:
 def default_top_k(trained_length: int, landmark_freq: int, joint: bool = False) -> int:
     """Blocks that a model retrieves where nobody sets a number: 4, or as many as there is room for. joint: where
     landmarks only choose (softmax.py), up to 16 in a quarter of its positions."""
-    most = max(DEFAULT_TOP_K, min(CHOSEN_TOP_K, trained_length // 4 // (landmark_freq + 1) - 1) if joint else 0)
-    return max(0, min(most, largest_top_k(trained_length, landmark_freq)))
+    usual = usual_top_k(trained_length // 4 // (landmark_freq + 1) - 1, joint)
+    return max(0, min(usual, largest_top_k(trained_length, landmark_freq)))
+
+
+def usual_top_k(room: int, joint: bool) -> int:
+    """Blocks retrieved where nobody sets a number: 4; where landmarks only choose (joint), which costs a model nothing
+    that it has learned, as many as `room`, from 4 to 16."""
+    return max(DEFAULT_TOP_K, min(CHOSEN_TOP_K, room)) if joint else DEFAULT_TOP_K
 
 
 def landmark_positions(length: int, block_size: int, *, device: torch.device | str | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from landmark_cli.attention.window import WindowSettings
 from landmark_cli.console import counted
-from landmark_cli.data.landmarks import CHOSEN_TOP_K, DEFAULT_TOP_K
+from landmark_cli.data.landmarks import usual_top_k
 from landmark_cli.data.windows import Windows
 from landmark_cli.errors import UsageError
 
@@ -40,9 +40,8 @@ def window_settings(
         )
     if explore and top_k_blocks == 0:
         raise UsageError("--explore draws the last of --top-k-blocks, and 0 leaves none: take 1 or more")
-    # Where landmarks only choose, as many as a chunk has, and no fewer than else.
-    usual = max(DEFAULT_TOP_K, min(CHOSEN_TOP_K, chunk // size)) if joint else DEFAULT_TOP_K
-    top_k = usual if top_k_blocks is None else top_k_blocks
+    # No more than a chunk has itself.
+    top_k = usual_top_k(chunk // size, joint) if top_k_blocks is None else top_k_blocks
     return WindowSettings(chunk, size, top_k, explore=explore, joint=joint)
 
 
