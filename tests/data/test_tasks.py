@@ -300,6 +300,24 @@ def test_pieces_are_spread_and_keep_their_order():
     assert abs(np.mean(places) - 0.5) < 0.05 and np.histogram(places, 5, (0, 1.1))[0].min() > 100
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join("".join(f"第{n}天，我们在河边看见了{n}只船。" for n in range(m, m + 60)) for m in range(0, 3000, 60)),
+        " ".join(f"Баржа номер {n} шла вниз по реке." for n in range(3000)),
+    ],
+    ids=["Chinese", "Russian"],
+)
+def test_tasks_are_hidden_all_over_text_of_other_scripts(text):
+    made = TaskDocuments(Haystack(text, GPT2), GPT2, 0.0, ["look_up"])
+    documents = [made.make(2000, [3, i]) for i in range(30)]
+    assert len({document.text[:30] for document in documents}) > 20
+    assert min(len(GPT2.encode(str(document))) for document in documents) > 1700
+    # Whatever of English stands in them is hidden.
+    places = [m.start() / len(d.text) for d in documents for m in re.finditer(r"[a-z]{4,}[^a-z]*[.\n]", d.text)]
+    assert np.histogram(places, bins=4, range=(0, 1))[0].min() > len(places) / 12
+
+
 @pytest.mark.parametrize("length", [256, 300, 1000, 5000])
 def test_lengths(length):
     made = TaskDocuments(Haystack(NOVELS[0], GPT2), GPT2, 0.1)

@@ -167,14 +167,14 @@ def test_text_without_end_is_not_read_to_it(tmp_path, monkeypatch):
     assert [prose.draw(generator) for _ in range(200)] == begins
 
 
-@pytest.mark.parametrize("text", ["a line of code;\n" * 3000, "这是一个没有空格的句子。" * 3000])
+@pytest.mark.parametrize("text", ["a line of code;\n" * 3000, "这是没有空格也没有句号的文字，" * 3000])
 def test_text_without_sentences_has_stretches_too(tmp_path, text):
     (tmp_path / "hay.txt").write_text(text, encoding="utf-8")
     prose, generator = Prose(PromptEncoder(GPT2), tmp_path), np.random.default_rng(0)
     assert len({prose.draw(generator) for _ in range(50)}) > 5
     joined = " ".join(text.split())
     parts = list(sentences_of(joined))
-    assert max(map(len, parts)) <= 4000 and (" " if " " in joined else "").join(parts) == joined
+    assert max(map(len, parts)) <= haystacks.LONGEST_SENTENCE and (" " if " " in joined else "").join(parts) == joined
 
 
 def test_no_other_needle_has_the_key_that_is_asked_for(tasks, monkeypatch):
@@ -398,6 +398,34 @@ def test_sentences():
         "(He left.)",
         "_So._ it ended",
     ]
+
+
+# A sentence each, and what stands between two of them.
+SCRIPTS = {
+    "Chinese": ("我们在河边看见了一只船。", ""),
+    "Japanese": ("「どこへ行くの？」", ""),
+    "Russian": ("Баржа шла вниз по реке, и т. д.", " "),
+    "French": ("«Ému?»", " "),
+    "Spanish": ("¿Quién vive allí?", " "),
+    "Arabic": ("هل رأيت السفينة؟", " "),
+    "Hindi": ("वह नदी के पास गया।", " "),
+    "Korean": ("우리는 강가에서 배를 보았다.", " "),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sentences_of_other_scripts(script):
+    sentence, between = SCRIPTS[script]
+    assert list(sentences_of(between.join([sentence] * 4))) == [sentence] * 4
+
+
+@pytest.mark.parametrize("script", ["Chinese", "Russian", "Arabic"])
+def test_needles_lie_everywhere_in_text_of_other_scripts(tmp_path, script):
+    sentence, between = SCRIPTS[script]
+    (tmp_path / "hay.txt").write_text(between.join([sentence] * 2000), encoding="utf-8")
+    task = tasks_of(GPT2, ["niah_single_2"], haystack=tmp_path)["niah_single_2"]
+    depths = [depth for sample in range(40) for depth in task.make(sample, 2000).depths]
+    assert np.histogram(depths, bins=4, range=(0, 1))[0].min() >= 3
 
 
 def test_names():

@@ -17,6 +17,7 @@ import numpy as np
 from landmark_cli.console import counted, info, warn
 from landmark_cli.data.corpora import SAMPLE_HELD_OUT, Corpus, novels, open_corpus
 from landmark_cli.data.documents import BadText, Document, Marked, marked_pieces, text_document
+from landmark_cli.data.sentences import ENDS, FIRST_LETTER, FULL_WIDTH_ENDS
 from landmark_cli.data.tasks.kinds import Draw, Task, draw_task
 from landmark_cli.data.tasks.questions import Ending, ending
 from landmark_cli.data.text_batches import or_skip
@@ -25,7 +26,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 if TYPE_CHECKING:
     from landmark_cli.data.tokenizers import TextTokenizer
 
-CONTENTS = 4
+CONTENTS = 5
 """Counts up when a version of this program gives other documents to the same seed."""
 LEAST = 256
 """Tokens of the shortest document: room for a fact, its question and some text."""
@@ -41,10 +42,15 @@ MEASURED_CHARACTERS = 1 << 16
 SEAM_TOKENS = 3
 """What empty lines around a hidden piece take, and the word of the text that it parts."""
 TOKEN_BYTES = 4
+LONGEST_WORD = 100
 # A sentence ends at a full stop that belongs to no title, with its closing quotation mark, before white space and a
-# capital letter or a quotation mark; a paragraph at an empty line. Each begins with the characters that it looks for,
-# and only then looks back: what looks back first is tried at every character, several times slower.
-SENTENCE_END = re.compile(r"[.!?](?<!\bMr.)(?<!\bMrs.)(?<!\bDr.)(?<!\bSt.)[\"”’')]?(?=\s+[\"“‘'A-Z])")
+# capital letter or a quotation mark, at a full-width one wherever it stands; a paragraph at an empty line. Each begins
+# with the characters that it looks for, and only then looks back: what looks back first is tried at every character,
+# several times slower.
+SENTENCE_END = re.compile(
+    rf"[{ENDS}{FULL_WIDTH_ENDS}](?:(?<=[{FULL_WIDTH_ENDS}])[”’」』）]?"
+    rf"|(?<!\bMr.)(?<!\bMrs.)(?<!\bDr.)(?<!\bSt.)[\"”’»')]?(?=\s+(?:[\"“‘«'¿¡]|{FIRST_LETTER})))"
+)
 _PARAGRAPH_END = re.compile(r"\n(?<=\S\n)(?=\s*\n)")
 
 
@@ -119,7 +125,7 @@ class Haystack:
     @cached_property
     def _starts(self) -> list[int]:
         """Where sentences begin."""
-        return [0] + [match.end() + 1 for match in SENTENCE_END.finditer(self.text)]
+        return [0] + [_following(self.text, match) for match in SENTENCE_END.finditer(self.text)]
 
     def slice(self, share: float, tokens: int) -> list[int]:
         """See `Slices`."""
@@ -182,7 +188,9 @@ class TaskDocuments:
         room, kept = len(ids), int(LEAST_SHARE_OF_TEXT * length)
         while room >= kept:
             text = self._tokenizer.decode(ids[:room]).lstrip().rstrip("\ufffd")
-            text = text[: max(text.rfind(" "), text.rfind("\n"))].rstrip()
+            # No word is cut, of text that has spaces between them.
+            word = max(text.rfind(" "), text.rfind("\n"))
+            text = text[: word if len(text) - word < LONGEST_WORD else None].rstrip()
             generator = np.random.default_rng(seed)
             task = draw_task(Draw(generator, text, most, self._absent), self._kinds)
             places = _places(task, generator)
@@ -220,6 +228,8 @@ def _insert_at(text: str, task: Task, places: list[tuple[float, bool]]) -> str:
         if own_lines and not text.startswith("\n\n", at) and at < len(text):
             parts.append("\n\n")
             at += len(text) - at - len(text[at:].lstrip())
+        elif at < len(text) and not text[at].isspace():
+            parts.append(" ")
         done = at
     return "".join([*parts, text[done:]])
 
@@ -335,11 +345,16 @@ class _AllTasks:
         yield from marked_pieces(f"task {index}", made.parts, limit)
 
 
+def _following(text: str, end: re.Match[str]) -> int:
+    """Where the sentence behind the end of another begins, whose white space is one character at most."""
+    return end.end() + text[end.end() : end.end() + 1].isspace()
+
+
 def _cut(text: str) -> int:
     """Where the end of a text that is held out begins: with a sentence, if it has some."""
     wanted = len(text) - int(HELD_OUT_TEXT * len(text))
     found = SENTENCE_END.search(text, wanted)
-    return found.end() + 1 if found else wanted
+    return _following(text, found) if found else wanted
 
 
 def _length(generator: np.random.Generator, shortest: int, longest: int) -> int:

@@ -22,15 +22,19 @@ from landmark_cli.data.corpora import SAMPLE_HELD_OUT, novels
 from landmark_cli.data.documents import BadText, Document, text_document
 from landmark_cli.data.passkey import FILLER
 from landmark_cli.data.readers import ENDINGS, read_documents
+from landmark_cli.data.sentences import ENDS, FIRST_LETTER, FULL_WIDTH_ENDS
 from landmark_cli.data.sources import find_sources
 from landmark_cli.errors import LandmarkError
 
 from .encoding import LINE, PromptEncoder
 
-# A sentence ends behind these, where a capital follows; not behind the usual titles.
-_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)[.!?]+[\"'”’)\]_]*\s+(?=[\"'“‘(\[_]*[A-Z])")
+# A sentence ends behind these, where a capital follows; not behind the usual titles. Full-width ones need none.
+_END = re.compile(
+    rf"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)[{ENDS}]+[\"'”’»)\]_]*\s+(?=[\"'“‘«(\[_¿¡]*{FIRST_LETTER})"
+    rf"|[{FULL_WIDTH_ENDS}]+[”’」』）]*\s*"
+)
 # Text whose sentences end otherwise is cut after so many characters, or there would be one place in it alone.
-LONGEST_SENTENCE = 4000
+LONGEST_SENTENCE = 1500
 ENCODED_AT_ONCE = 1000
 PIECE_BYTES = 1 << 20
 # Stretches begin among so many tokens of a text: of one without end no more has to be encoded before the first prompt.
@@ -233,7 +237,7 @@ def sentences_of(text: str) -> Iterator[str]:
     text = " ".join(text.split())
     start = 0
     for match in _END.finditer(text):
-        yield from _parts(text[start : match.end() - 1])
+        yield from _parts(text[start : match.end()].rstrip())
         start = match.end()
     if start < len(text):
         yield from _parts(text[start:])
@@ -274,5 +278,6 @@ def haystack_identity(source: Path | None) -> dict[str, Any]:
     text: str | list = NOVELS
     if source is not None:
         text = [[str(file.path), file.size, file.modified_ns] for file in find_sources([source], ENDINGS).files]
-    # What was answered when every prompt was the beginning of the text was asked in other prompts.
-    return {"text": text, "begin": "drawn"}
+    # What was answered when every prompt was the beginning of the text was asked in other prompts; and so what was when
+    # sentences were those of English alone, of which the novels are.
+    return {"text": text, "begin": "drawn"} | ({} if source is None else {"sentences": "of any script"})
