@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles of queries, those of all heads of a key head side by side, and of a block's tokens.
-QUERIES, TOKENS = 64, 64
+from landmark_cli.attention.kernels.common.configuration import has_warp_groups, padded
+
+# Tiles of queries, those of all heads of a key head side by side, and of a block's tokens: so many at most, and so many
+# bytes, twice as many on a Hopper GPU. One of queries and three of keys are held in shared memory, of which older GPUs
+# may have 64 KiB.
+TILE, TILE_BYTES = 64, 16 << 10
 
 
 @triton.jit
@@ -57,12 +61,15 @@ def block_logits(q: Tensor, k: Tensor, text: Tensor, spans: Tensor, scale: float
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, heads, _, dim = q.shape
     groups, sampled, blocks = k.shape[1], text.shape[1], spans.shape[1]
+    wide = padded(dim)
+    room = TILE_BYTES << has_warp_groups(q.device)
+    tile = max(16, min(TILE, room // (wide * q.element_size())))
     out = q.new_empty(batch, heads, sampled, blocks, dtype=torch.float32)
-    grid = blocks, triton.cdiv(heads // groups * sampled, QUERIES), batch * groups
+    grid = blocks, triton.cdiv(heads // groups * sampled, tile), batch * groups
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         block_logits_kernel[grid](
             q, k, text.contiguous(), spans.contiguous(), out, *q.stride()[:3], *k.stride()[:3], float(scale),
-            reach or 0, groups, sampled, blocks, REPEATS=heads // groups, DIM=dim,
-            PADDED=max(16, triton.next_power_of_2(dim)), QUERIES=QUERIES, TOKENS=TOKENS, WINDOW=reach is not None,
+            reach or 0, groups, sampled, blocks, REPEATS=heads // groups, DIM=dim, PADDED=wide, QUERIES=tile,
+            TOKENS=tile, WINDOW=reach is not None,
         )  # fmt: skip
     return out

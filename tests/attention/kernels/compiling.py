@@ -21,13 +21,14 @@ class H100:
 
 
 class Compiled:
-    """Instead of a kernel: compiles it, and keeps the assembly."""
+    """Instead of a kernel: compiles it, and keeps the assembly, and how many bytes of shared memory it takes."""
 
     def __init__(self, kernel):
         self.kernel, self.arg_names = kernel, kernel.arg_names
 
     def __getitem__(self, grid):
         def compile_(*arguments, **options):
-            self.assembly = self.kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+            self.assembly, self.shared = compiled.asm["ptx"], compiled.metadata.shared
 
         return compile_
