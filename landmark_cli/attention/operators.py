@@ -1,6 +1,6 @@
 """Landmark attention as operators of PyTorch: to autograd, torch.compile, checkpointing and FSDP they are like any.
 
-An operator takes the name of the backend that was chosen; backends.py says how each goes forward and backward.
+An operator takes the name of the backend that was chosen; backends/ says how each goes forward and backward.
 """
 
 from __future__ import annotations

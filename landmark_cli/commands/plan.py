@@ -137,7 +137,8 @@ def time_rows(
 
 def attention_is_fused(options: RunOptions, model: nn.Module, read: WindowSettings | None) -> bool:
     """Whether attention keeps no matrices of all pairs of tokens: by kernels, which a GPU has, and on a CPU by
-    PyTorch's own attention, which serves where landmarks only choose and windows are whole (attention/backends.py)."""
+    PyTorch's own attention, which serves where landmarks only choose and windows are whole
+    (attention/backends/sdpa.py)."""
     from landmark_cli.softmax import is_joint
     from landmark_cli.training.setup import uses_cpu
 

@@ -178,7 +178,7 @@ def on_hopper(monkeypatch):
     monkeypatch.delenv("LANDMARK_ATTENTION", raising=False)
     monkeypatch.setattr(support, "is_hopper", lambda device: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    monkeypatch.setattr(backends, "_library_given_up", None)
+    monkeypatch.setattr(backends.sdpa.LIBRARY, "given_up", None)
     backends._announce.cache_clear()
 
 
@@ -247,7 +247,7 @@ def test_a_library_that_fails_is_given_up(on_hopper, capsys):
             asked.append(error)
             raise error
 
-        return backends._unless_library_fails(attend, SimpleNamespace(is_cuda=True))
+        return backends.sdpa._by_the_library(attend, SimpleNamespace(is_cuda=True))
 
     with pytest.raises(torch.OutOfMemoryError):
         fail(torch.OutOfMemoryError("no room"))
@@ -264,5 +264,5 @@ def test_triton_goes_on_where_the_library_fails(whole, monkeypatch):
     def fail(function, *arguments):
         return function(*arguments) if whole and function is sdpa.forward else None
 
-    monkeypatch.setattr(backends, "_unless_library_fails", fail)
+    monkeypatch.setattr(backends.sdpa, "_by_the_library", fail)
     assert_close_norm(*both(Case(16, 70, heads=4, key_heads=2)))

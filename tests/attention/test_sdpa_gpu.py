@@ -28,9 +28,9 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def by_the_library():
     """It is cuDNN that was asked, and it has answered."""
-    backends._library_given_up = None
+    backends.sdpa.LIBRARY.given_up = None
     yield
-    assert backends._library_given_up is None
+    assert backends.sdpa.LIBRARY.given_up is None
 
 
 def step(case, backend, leaves, dout):

@@ -289,7 +289,7 @@ def test_what_does_not_compile_runs_the_triton_kernels_and_says_so_once(name, er
     def broken(*arguments):
         raise error
 
-    monkeypatch.setattr(backends, "_given_up", None)
+    monkeypatch.setattr(backends.hopper.KERNELS, "given_up", None)
     monkeypatch.setattr(support, "is_hopper", lambda device: True)
     monkeypatch.setattr(launch, name, broken)
     leaves = Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu")
@@ -310,18 +310,18 @@ def test_other_errors_are_not_taken_for_that(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access")
 
-    monkeypatch.setattr(backends, "_given_up", None)
+    monkeypatch.setattr(backends.hopper.KERNELS, "given_up", None)
     monkeypatch.setattr(launch, "forward", broken)
     with pytest.raises(RuntimeError, match="illegal memory"):
         attention(*Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu"), *PLAIN)
-    assert backends._given_up is None
+    assert backends.hopper.KERNELS.given_up is None
 
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError, NotImplementedError, ImportError, KeyError, RuntimeError])
 @pytest.mark.parametrize("place", ["forward", "forward_configuration", "query_schedule", "aligned"])
 def test_faults_of_our_own_code_are_raised(place, error, monkeypatch):
     """None of them may have the Triton kernels run instead for the rest of the process, without a word of why."""
-    monkeypatch.setattr(backends, "_given_up", None)
+    monkeypatch.setattr(backends.hopper.KERNELS, "given_up", None)
     # As if the fault were in a line of that function's.
     code = compile(
         "def broken(*arguments, **named):\n    raise error('a fault of ours, in PassManager')", launch.__file__, "exec"
@@ -331,7 +331,7 @@ def test_faults_of_our_own_code_are_raised(place, error, monkeypatch):
     monkeypatch.setattr(launch, place, names["broken"])
     with pytest.raises(error, match="a fault of ours"):
         attention(*Case(64, 300, dim=64).tensors(torch.bfloat16, "cpu"), *PLAIN)
-    assert backends._given_up is None
+    assert backends.hopper.KERNELS.given_up is None
 
 
 def test_a_gpu_is_asked_for_itself(monkeypatch):

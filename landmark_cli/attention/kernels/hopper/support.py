@@ -84,7 +84,7 @@ def _missing(gl) -> str | None:
 
 
 def compile_failure(error: Exception) -> str | None:
-    """Why this Triton does not compile the kernels, if that is what a launch raised; None for any other error.
+    """That this Triton does not compile the kernels, if that is what a launch raised; None for any other error.
 
     The language that they are written in still changes, and not every change shows before a kernel is compiled. What
     code of our own raises is a fault of ours.
@@ -96,8 +96,7 @@ def compile_failure(error: Exception) -> str | None:
     compiler = (isinstance(error, COMPILE_ERRORS) or words) and not _is_ours(error)
     if not (isinstance(error, TritonError) or compiler):
         return None
-    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return f"Triton {triton.__version__} does not compile the Hopper kernels ({reason})"
+    return f"Triton {triton.__version__} does not compile the Hopper kernels"
 
 
 def _is_ours(error: Exception) -> bool:
