@@ -24,7 +24,7 @@ def block_logits_kernel(Q, K, TEXT, SPANS, OUT, q_row, q_head, q_token, k_row, k
     """Program (block, tile of queries, row and key head). WINDOW: a query sees the last `reach` tokens alone."""
     block = tl.program_id(0)
     pair = tl.program_id(2)
-    row, group = (pair // groups).to(tl.int64), pair % groups
+    row, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
     query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     real = query < REPEATS * sampled
     head, number = group * REPEATS + query // sampled, query % sampled
