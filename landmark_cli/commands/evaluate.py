@@ -254,16 +254,21 @@ def passkey_data(result: PassKeyResult, model: PreTrainedModel, options: PassKey
         "lengths": [
             {
                 "tokens": length,
-                **_cell_data(result.cell(length)),
+                **cell_data(result.cell(length)),
                 "depths": [
-                    {"from": depths[0], "to": depths[1], **_cell_data(result.cell(length, depths))}
+                    {"from": depths[0], "to": depths[1], **cell_data(result.cell(length, depths))}
                     for depths in result.depths
                 ],
             }
             for length in result.lengths
         ],
-        "trials": [{**asdict(trial), "found": trial.found} for trial in result.trials],
+        "trials": trials_data(result),
     }
+
+
+def trials_data(result: PassKeyResult) -> list[dict[str, Any]]:
+    """Every prompt and its answer, as plain data."""
+    return [{**asdict(trial), "found": trial.found} for trial in result.trials]
 
 
 def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str, Any] | None:
@@ -299,7 +304,8 @@ def check_retrieves(model: PreTrainedModel, name: str, top_k_blocks: list[int] |
         raise UsageError(f"--top-k-blocks: {name} has no landmarks, so it retrieves no blocks; {instead}")
 
 
-def _cell_data(cell: Cell) -> dict[str, Any]:
+def cell_data(cell: Cell) -> dict[str, Any]:
+    """How many keys were found, as plain data."""
     return {"prompts": cell.prompts, "found": cell.found, "accuracy": cell.accuracy, "interval": cell.interval}
 
 

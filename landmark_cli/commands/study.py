@@ -16,7 +16,7 @@ from landmark_cli.commands.measurement import (
     text_option,
 )
 from landmark_cli.commands.models import MachineOptions
-from landmark_cli.commands.study_rows import MEASURES, Opened, check_rows
+from landmark_cli.commands.study_rows import MEASURES, Given, Opened, Rows, check_rows
 from landmark_cli.console import info, results
 from landmark_cli.errors import UsageError
 from landmark_cli.interrupts import interrupts, keeping
@@ -31,9 +31,9 @@ OUTPUT = "Output"
 class StudyOptions(MachineOptions):
     """Measure a list of settings over one or several models and put them in one table.
 
-    A study measures perplexity, LongPPL or RULER's tasks. Shipped are table1, table2 and table3 of the paper, with the
-    paper's figures beside the measured ones. Finished rows are kept in the output directory: an interrupted study goes
-    on, and a changed model, setting or text is measured anew.
+    A study measures perplexity, LongPPL, RULER's tasks or pass keys, or several of these. Shipped are table1, table2
+    and table3 of the paper, with the paper's figures beside the measured ones. Finished rows are kept in the output
+    directory: an interrupted study goes on, and a changed model, setting or text is measured anew.
     """
 
     study: str = option(help="A shipped study (table1, table2, table3) or a YAML file.", positional=True)
@@ -46,13 +46,17 @@ class StudyOptions(MachineOptions):
     data: Path | None = text_option(STUDY)
     sample_tokens: int | None = sample_tokens_option(STUDY)
     samples: int = samples_option(STUDY)
-    haystack: Path | None = haystack_option(STUDY)
+    haystack: Path | None = haystack_option(
+        STUDY,
+        "Text in which RULER's tasks with prose hide their needles, and pass keys lie. [default: the shipped novels; "
+        "for pass keys the paper's filler]",
+    )
     seed: int = option(
         0,
         panel=STUDY,
         min=0,
         max=LARGEST_SEED,
-        help="Seed for choosing the windows of a text; in a study of RULER, what is hidden and where.",
+        help="Seed for choosing the windows of a text; of RULER's tasks and pass keys, what is hidden and where.",
     )
     batch_size: int | None = batch_size_option(STUDY, "Windows or prompts read at a time. [default: by their length]")
     compare: str | None = option(
@@ -71,8 +75,8 @@ def run(options: StudyOptions) -> dict[str, Any]:
     """Measure what is not finished, print the table and write it as Markdown, CSV, JSON and, where asked, a picture.
     Returns what --json writes.
 
-    Raises UsageError for an unknown study, role, corpus or task, LandmarkError where model and text do not fit, Stopped
-    where a signal came.
+    Raises UsageError for an unknown study, role, corpus or task, or where one picture is to show several measurements,
+    LandmarkError where model and text do not fit, Stopped where a signal came.
     """
     from landmark_cli.evaluation.pictures import check_picture
     from landmark_cli.evaluation.report import draw_study, study_table, write_tables
@@ -90,9 +94,15 @@ def run(options: StudyOptions) -> dict[str, Any]:
     output = options.output or Path("studies") / study.name
     picture = output / f"{study.name}.png"
     if options.plot:
+        if len(study.kinds) > 1:
+            raise UsageError(
+                f"--plot: {study.name} measures {', '.join(study.kinds)}, and one picture shows only one of them; "
+                "leave --plot out, or give each a study of its own"
+            )
         check_picture(picture)
-    kind = MEASURES[study.kind](options, study, output, models)
-    check_rows(study, models, kind, trust_remote_code=options.trust_remote_code)
+    given = Given(options, study, output, models)
+    kinds = {kind: MEASURES[kind](given) for kind in study.kinds}
+    check_rows(study, models, kinds, trust_remote_code=options.trust_remote_code)
     opened = Opened(models, options)
     with sole_writer(output):
         finished = FinishedRows(output / "rows.jsonl")
@@ -100,17 +110,15 @@ def run(options: StudyOptions) -> dict[str, Any]:
             measured = run_study(
                 study,
                 models,
-                kind.common,
                 finished,
-                lambda row, asked: kind.measure(row, opened, asked),
-                kind.depends_on,
+                lambda row, asked: kinds[row.kind].measure(row, opened, asked),
+                lambda row: kinds[row.kind].common | kinds[row.kind].depends_on(row),
             )
         columns, rows = study_table(study, measured, [options.compare] if options.compare else corpora)
         data = {
             "study": study.name,
             "models": {role: str(model) for role, model in models.items()},
-            **kind.about,
-            **kind.common,
+            **_about(kinds),
             "rows": [
                 {**dataclasses.asdict(row), "result": result} for row, result in zip(study.rows, measured, strict=True)
             ],
@@ -124,6 +132,12 @@ def run(options: StudyOptions) -> dict[str, Any]:
     results(columns, rows, data=data, json_target=options.json, title=study.title)
     info(f"tables: {output}/{study.name}.md, .csv, .json" + (", .png" if options.plot else ""))
     return data
+
+
+def _about(kinds: dict[str, Rows]) -> dict[str, Any]:
+    """What a study's data say of how it was measured; by what was measured, where that is several things."""
+    said = {name: {**kind.about, **kind.common} for name, kind in kinds.items()}
+    return {"measured": said} if len(said) > 1 else said.popitem()[1]
 
 
 def parse_roles(pairs: list[str]) -> dict[str, str]:

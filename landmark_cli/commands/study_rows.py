@@ -1,8 +1,9 @@
-"""How the rows of a study are measured: a class for each kind of study, and the models that play its roles."""
+"""How the rows of a study are measured: a class for each of the things that they measure, of which study_prompts.py has
+those that ask prompts, and the models that play its roles."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from landmark_cli.commands.evaluate import (
     score_data,
 )
 from landmark_cli.commands.models import open_model, precision_of
+from landmark_cli.commands.study_prompts import PassKeyRows, RulerRows
 from landmark_cli.console import warn_once
 from landmark_cli.errors import LandmarkError, UsageError
 
@@ -26,10 +28,32 @@ if TYPE_CHECKING:
     from landmark_cli.evaluation.longppl import LongText
     from landmark_cli.evaluation.ruler.encoding import PromptEncoder
     from landmark_cli.evaluation.ruler.haystacks import Prose
-    from landmark_cli.evaluation.ruler.task import Task
-    from landmark_cli.evaluation.studies import FinishedRows, LongPerplexityRow, Row, RulerRow, Study
-    from landmark_cli.evaluation.ways import Way
+    from landmark_cli.evaluation.studies import FinishedRows, LongPerplexityRow, Row, Study
     from landmark_cli.interrupts import Interrupts
+
+
+@dataclass
+class Given:
+    """What a study is asked for, and what its rows share. models: role to what the user calls the role's model."""
+
+    options: StudyOptions
+    study: Study
+    output: Path
+    models: dict[str, str]
+    _encoded: dict[tuple[str, bool], tuple[PromptEncoder, Prose]] = field(default_factory=dict)
+
+    def prose(
+        self, name: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False
+    ) -> tuple[PromptEncoder, Prose]:
+        """What encodes prompts for a model, and the prose in which they hide things. name: the model's."""
+        from landmark_cli.evaluation.ruler.encoding import PromptEncoder
+        from landmark_cli.evaluation.ruler.haystacks import Prose
+
+        if (name, chat) not in self._encoded:
+            # Encoding a long haystack takes seconds, which all rows of a model share.
+            encoder = PromptEncoder(tokenizer, chat=chat)
+            self._encoded[name, chat] = encoder, Prose(encoder, self.options.haystack)
+        return self._encoded[name, chat]
 
 
 class Begins:
@@ -61,8 +85,9 @@ class PerplexityRows:
     common: what every row's result depends on. about: what the study's data say of it besides.
     """
 
-    def __init__(self, options: StudyOptions, study: Study, output: Path, models: dict[str, str]):
-        self._options, self._begins = options, Begins()
+    def __init__(self, given: Given):
+        options = self._options = given.options
+        self._begins = Begins()
         self._file = open_text(options.data)
         self.common = {
             "data": self._file.metadata.sha256,
@@ -110,120 +135,6 @@ class PerplexityRows:
         return perplexity_data(result, model, reading)
 
 
-class RulerRows:
-    """Measures the rows of a study of RULER. The answers are kept one by one, so a row that was interrupted goes on.
-
-    common, about: as of PerplexityRows. Raises UsageError for a task that there is not.
-    """
-
-    def __init__(self, options: StudyOptions, study: Study, output: Path, models: dict[str, str]):
-        from landmark_cli.evaluation.ruler.benchmark import task_names
-        from landmark_cli.evaluation.ruler.haystacks import NOVELS, haystack_identity
-
-        for number, row in enumerate(study.rows, 1):
-            try:
-                task_names(row.settings.get("tasks"), has_documents=False)
-            except UsageError as error:
-                raise UsageError(f"study {study.name}, row {number}: {error}") from None
-        self._options, self._output = options, output
-        self.common = {
-            "benchmark": "ruler",
-            "haystack": haystack_identity(options.haystack),
-            "samples": options.samples,
-            "seed": options.seed,
-            **precision_of(options),
-        }
-        self.about = {"text": str(options.haystack or NOVELS)}
-        self._encoded: dict[tuple[str, bool], tuple[PromptEncoder, Prose]] = {}
-
-    @cached_property
-    def _answers(self) -> FinishedRows:
-        from landmark_cli.evaluation.studies import FinishedRows
-
-        return FinishedRows(self._output / "answers.jsonl")
-
-    def check(self, row: Row, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """As of PerplexityRows."""
-        from landmark_cli.evaluation.ruler.benchmark import check_lengths
-        from landmark_cli.evaluation.ways import beyond_training, check_ways
-
-        asks, reading = self._asks(row), reading_alone(row.reading())
-        way = self._way(asks, name, model)
-        check_ways(model, [way], reading)
-        tasks = self._tasks(asks, name, tokenizer)
-        for task in tasks:
-            check_lengths(task, [asks.length], self._options.samples)
-        return beyond_training(model, way, reading, asks.length)
-
-    def depends_on(self, row: Row) -> dict[str, Any]:
-        """As of PerplexityRows."""
-        return {}
-
-    def _asks(self, row: Row) -> RulerRow:
-        from landmark_cli.evaluation.studies import RulerRow
-
-        return RulerRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
-
-    def _way(self, asks: RulerRow, name: str, model: PreTrainedModel) -> Way:
-        from landmark_cli.evaluation.ways import ways_of
-
-        blocks = None if asks.top_k_blocks is None else [asks.top_k_blocks]
-        check_retrieves(model, name, blocks, "leave it out of its rows")
-        # Where ordinary attention is asked for, it is the last way.
-        return ways_of(model, blocks, asks.full_attention)[-1]
-
-    def _tasks(self, asks: RulerRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
-        from landmark_cli.evaluation.ruler.benchmark import make_task, task_names
-        from landmark_cli.evaluation.ruler.encoding import PromptEncoder
-        from landmark_cli.evaluation.ruler.haystacks import Prose
-
-        if (name, asks.chat) not in self._encoded:
-            # Encoding a long haystack takes seconds, which all rows of a model share.
-            encoder = PromptEncoder(tokenizer, chat=asks.chat)
-            self._encoded[name, asks.chat] = encoder, Prose(encoder, self._options.haystack)
-        encoder, prose = self._encoded[name, asks.chat]
-        names = task_names(asks.tasks, has_documents=False)
-        return [make_task(one, encoder, prose, self._options.seed) for one in names]
-
-    def measure(self, row: Row, opened: Opened, asked: Interrupts) -> dict[str, Any]:
-        """The figures of a row that was checked."""
-        from landmark_cli.evaluation.ruler.report import of_tasks
-        from landmark_cli.evaluation.ruler.run import measure
-        from landmark_cli.evaluation.studies import model_identity
-
-        options, name, asks = self._options, opened.name(row.role), self._asks(row)
-        model, tokenizer = opened(row.role, "sdpa" if asks.full_attention else None)
-        way, tasks = self._way(asks, name, model), self._tasks(asks, name, tokenizer)
-        cells = measure(
-            model,
-            tokenizer,
-            tasks,
-            [asks.length],
-            way,
-            self._answers,
-            asked,
-            samples=options.samples,
-            depends_on={
-                "model": model_identity(name),
-                "seed": options.seed,
-                "chat": asks.chat,
-                **precision_of(options),
-            },
-            reading=reading_alone(row.reading()),
-            batch_size=options.batch_size,
-        )
-        # None where ordinary attention is asked for more positions than the model knows.
-        score, interval = of_tasks(cells) if cells else (None, None)
-        return {
-            "length": asks.length,
-            "reading": way.name,
-            "answers": sum(len(cell.answers) for cell in cells),
-            "score": score,
-            "interval": interval,
-            "tasks": {cell.task: cell.mean for cell in cells},
-        }
-
-
 class LongPerplexityRows:
     """Measures the rows of a study of LongPPL. What is found in a window is kept, so a row that was interrupted goes
     on. One role is the evaluator, whose key tokens all rows of the same windows share.
@@ -231,13 +142,14 @@ class LongPerplexityRows:
     common, about: as of PerplexityRows. Raises UsageError where no model plays the evaluator.
     """
 
-    def __init__(self, options: StudyOptions, study: Study, output: Path, models: dict[str, str]):
+    def __init__(self, given: Given):
         from landmark_cli.evaluation.studies import model_identity
 
+        options, study, models = given.options, given.study, given.models
         if study.evaluator not in models:
             role = study.evaluator
             raise UsageError(f"{study.name} finds key tokens with the model of {role}: give --role {role}=MODEL")
-        self._options, self._output, self._evaluator, self._models = options, output, study.evaluator, models
+        self._options, self._output, self._evaluator, self._models = options, given.output, study.evaluator, models
         self._begins = Begins()
         self._file = open_text(options.data)
         self._found: dict[str, list[list[int]]] = {}
@@ -358,7 +270,7 @@ class LongPerplexityRows:
 def check_rows(
     study: Study,
     models: dict[str, str],
-    kind: PerplexityRows | RulerRows | LongPerplexityRows,
+    kinds: dict[str, Rows],
     *,
     trust_remote_code: bool,
 ) -> None:
@@ -375,7 +287,7 @@ def check_rows(
     for number, row in enumerate(study.rows, 1):
         if row.role in outlines:
             try:
-                said = kind.check(row, models[row.role], *outlines[row.role])
+                said = kinds[row.kind].check(row, models[row.role], *outlines[row.role])
             except LandmarkError as error:
                 raise type(error)(f"study {study.name}, row {number}: {error}") from None
             if said:
@@ -384,7 +296,13 @@ def check_rows(
         warn_once(said, f"study {study.name}, row{'s' * (len(rows) > 1)} {', '.join(rows)}: ")
 
 
-MEASURES = {"perplexity": PerplexityRows, "longppl": LongPerplexityRows, "ruler": RulerRows}
+Rows = PerplexityRows | LongPerplexityRows | RulerRows | PassKeyRows
+MEASURES: dict[str, type[Rows]] = {
+    "perplexity": PerplexityRows,
+    "longppl": LongPerplexityRows,
+    "ruler": RulerRows,
+    "passkey": PassKeyRows,
+}
 
 
 class Opened:

@@ -53,6 +53,11 @@ FIGURES: dict[str, Figures] = {
         "95 % interval": _interval,
         "answers": lambda result: result.get("answers"),
     },
+    "passkey": {
+        "keys found": lambda result: result.get("accuracy"),
+        "95 % interval": _interval,
+        "keys asked for": lambda result: result.get("prompts"),
+    },
 }
 # Columns that are left out where no row has such a figure.
 SELDOM = ("dropped",)
@@ -62,21 +67,32 @@ PICTURES = {
         "eval-length", "eval_length", "key perplexity", "text tokens of a window", "perplexity of key tokens"
     ),
     "ruler": Drawn("length", "length", "score", "tokens of prompt and answer", "score"),
+    "passkey": Drawn("length", "length", "keys found", "text tokens of a prompt", "share of keys found"),
 }
 
 
 def study_table(
     study: Study, results: list[dict[str, Any] | None], corpora: Sequence[str]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: role, settings, what was measured, and the paper's figures for `corpora`."""
-    figures = {name: [result and of(result) for result in results] for name, of in FIGURES[study.kind].items()}
+    """Columns and rows: role, what it measured where rows differ in that, settings, what was measured, and the paper's
+    figures for `corpora`."""
+    figures = {
+        name: [
+            result and FIGURES[row.kind].get(name, _none)(result)
+            for row, result in zip(study.rows, results, strict=True)
+        ]
+        for name in dict.fromkeys(name for kind in study.kinds for name in FIGURES[kind])
+    }
     for name in SELDOM:
         if all(found is None for found in figures.get(name, ())):
             figures.pop(name, None)
-    columns = ["model", *study.columns, *figures, *(f"paper: {corpus}" for corpus in corpora)]
+    several = len(study.kinds) > 1
+    measured = ["study"] if several else []
+    columns = ["model", *measured, *study.columns, *figures, *(f"paper: {corpus}" for corpus in corpora)]
     rows = [
         [
             row.role,
+            *([row.kind] if several else []),
             *(_setting(row.settings.get(key)) for key in study.columns),
             *(found[number] for found in figures.values()),
             *(row.paper.get(corpus) for corpus in corpora),
@@ -84,6 +100,10 @@ def study_table(
         for number, row in enumerate(study.rows)
     ]
     return columns, rows
+
+
+def _none(result: dict[str, Any]) -> None:
+    return None
 
 
 def _setting(value: Any) -> Any:
@@ -105,15 +125,16 @@ def write_tables(folder: Path, study: Study, columns: list[str], rows: list[list
 
 
 def draw_study(path: Path, study: Study, results: list[dict[str, Any] | None]) -> None:
-    """Perplexity against evaluation length, or RULER's score against the prompts', one line for each model and way of
-    reading. Needs the extra `plot`."""
+    """Perplexity against evaluation length, or RULER's score or the share of keys against the prompts', one line for
+    each model and way of reading, of a study whose rows all measure the same. Needs the extra `plot`."""
     check_picture(path)
-    drawn = PICTURES[study.kind]
+    (kind,) = study.kinds
+    drawn = PICTURES[kind]
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[int, float]]] = {}
     for row, result in zip(study.rows, results, strict=True):
-        found = result and FIGURES[study.kind][drawn.figure](result)
+        found = result and FIGURES[kind][drawn.figure](result)
         if found is None:
             continue
         others = {key: value for key, value in row.settings.items() if key != drawn.setting}

@@ -22,12 +22,14 @@ from landmark_cli.launch import again
 from landmark_cli.options import nearest, option, recipes_folder, settings_of
 from landmark_cli.schema import check
 
+Kind = Literal["perplexity", "longppl", "ruler", "passkey"]
+
 
 @dataclass
 class StudyFile:
-    """What a study file holds."""
+    """What a study file holds. study: what rows measure that do not say it themselves."""
 
-    study: Literal["perplexity", "longppl", "ruler"]
+    study: Kind
     rows: list[dict[str, Any]]
     roles: dict[str, str]
     title: str | None = None
@@ -35,9 +37,11 @@ class StudyFile:
 
 
 @dataclass
-class Published:
-    """What a row holds besides its role and settings: published figures by the corpus's name."""
+class AboutRow:
+    """What a row holds besides its role and settings: what it measures, where that is not what the file says, and
+    published figures by the corpus's name."""
 
+    study: Kind | None = None
     paper: dict[str, float] | None = None
 
 
@@ -68,11 +72,22 @@ class RulerRow(ReadingSettings):
     chat: bool = option(False, help="Ask in the tokenizer's chat template.")
 
 
-# What a study measures -> the settings that its rows may have.
+@dataclass
+class PassKeyRow(ReadingSettings):
+    """The settings that a row of pass keys may have: what is asked, and how the model reads."""
+
+    length: int = option(1024, min=1, help="Text tokens of a prompt.")
+    prompts: int = option(10, min=1, help="Prompts; with depths, at each depth.")
+    depths: int | None = option(None, min=1, help="Put keys at this many depths, evenly from 0 to 1.")
+    full_attention: bool = option(False, help="Read with ordinary attention.")
+
+
+# What a row measures -> the settings that it may have.
 KINDS: dict[str, type[ReadingSettings]] = {
     "perplexity": PerplexityRow,
     "longppl": LongPerplexityRow,
     "ruler": RulerRow,
+    "passkey": PassKeyRow,
 }
 
 
@@ -80,12 +95,14 @@ KINDS: dict[str, type[ReadingSettings]] = {
 class Row:
     """One line of a study: which role is measured, with which settings, and the figures that were published for it.
 
-    settings: option names ("eval-length", "top-k-blocks", ...) to values. paper: corpus name to figure.
+    settings: option names ("eval-length", "top-k-blocks", ...) to values. paper: corpus name to figure. kind: what is
+    measured, one of KINDS.
     """
 
     role: str
     settings: dict[str, Any]
     paper: dict[str, float] = field(default_factory=dict)
+    kind: str = "perplexity"
 
     def reading(self) -> ReadingSettings:
         """How the row's model reads."""
@@ -95,15 +112,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file: its title, its roles (name to a description of the model to play it), its rows and what they
-    measure, one of KINDS. evaluator: of LongPPL, the role whose model finds the key tokens."""
+    """A study file: its title, its roles (name to a description of the model to play it) and its rows. evaluator: of
+    LongPPL, the role whose model finds the key tokens."""
 
     name: str
     title: str
     roles: dict[str, str]
     rows: list[Row]
-    kind: str = "perplexity"
     evaluator: str | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """What its rows measure, in the order of their first appearance."""
+        return list(dict.fromkeys(row.kind for row in self.rows))
 
     @property
     def columns(self) -> list[str]:
@@ -124,12 +145,14 @@ def load_study(name: str | Path) -> Study:
         file = check(StudyFile, read_yaml(path, "study", kind=UsageError))
         if not file.rows:
             raise ValueError("it should have at least one row")
-        if (file.evaluator is not None) != (file.study == "longppl"):
+    rows = [_row(path, number, entry, file) for number, entry in enumerate(file.rows, 1)]
+    study = Study(path.stem, file.title or path.stem, file.roles, rows, file.evaluator)
+    with reading(path, "study", kind=UsageError):
+        if (file.evaluator is not None) != ("longppl" in study.kinds):
             raise ValueError("a study of longppl, and no other, has an evaluator: the role that finds the key tokens")
         if file.evaluator is not None and file.evaluator not in file.roles:
             raise ValueError(f"evaluator {shown(file.evaluator)} is none of the roles")
-    rows = [_row(path, number, entry, file) for number, entry in enumerate(file.rows, 1)]
-    return Study(path.stem, file.title or path.stem, file.roles, rows, file.study, file.evaluator)
+    return study
 
 
 def _row(path: Path, number: int, entry: dict[str, Any], file: StudyFile) -> Row:
@@ -138,10 +161,13 @@ def _row(path: Path, number: int, entry: dict[str, Any], file: StudyFile) -> Row
     role = entry.get("role")
     if not isinstance(role, str) or role not in roles:
         raise UsageError(f"{where}: role {shown(role)} is none of the study's roles{nearest(str(role), roles)}")
-    known = {name.replace("_", "-"): one for name, one in settings_of(KINDS[file.study]).items()}
+    with reading(path, "study", kind=UsageError):
+        about = check(AboutRow, entry, f"row {number}")
+    kind = about.study or file.study
+    known = {name.replace("_", "-"): one for name, one in settings_of(KINDS[kind]).items()}
     settings = {}
     for key, value in entry.items():
-        if key in ("role", "paper"):
+        if key in ("role", "study", "paper"):
             continue
         if key not in known:
             raise UsageError(f'{where}: unknown key "{str(key)[:60]}"{nearest(key, known)}')
@@ -149,9 +175,7 @@ def _row(path: Path, number: int, entry: dict[str, Any], file: StudyFile) -> Row
             settings[key] = known[key].convert(value)
         except ValueError as error:
             raise UsageError(f"{where}: {key}: {error}") from None
-    with reading(path, "study", kind=UsageError):
-        paper = check(Published, entry, f"row {number}").paper
-    return Row(role, settings, paper or {})
+    return Row(role, settings, about.paper or {}, kind)
 
 
 def model_identity(path: str | Path) -> dict[str, Any]:
@@ -243,15 +267,14 @@ Measure = Callable[[Row, Interrupts], dict[str, Any]]
 def run_study(
     study: Study,
     models: dict[str, str | Path],
-    common: dict[str, Any],
     finished: FinishedRows,
     measure: Measure,
-    depends_on: Callable[[Row], dict[str, Any]] = lambda row: {},
+    depends_on: Callable[[Row], dict[str, Any]],
 ) -> list[dict[str, Any] | None]:
     """Measure the rows whose role has a model and that are not finished yet; None for rows without a model.
 
-    models: role to model directory or hub id. common: what else a result depends on (data, sample, seed, dtype).
-    depends_on: what the result of one row depends on besides (JSON).
+    models: role to model directory or hub id. depends_on: what the result of a row depends on besides its model and
+    settings, such as data, sample, seed and dtype (JSON).
 
     Raises Stopped after the row under way where SIGTERM or SIGINT came and rows are left.
     """
@@ -263,7 +286,7 @@ def run_study(
                 continue
             # The model as it is now, which may be another than when the study began.
             about = {"model": model_identity(models[row.role]), "settings": row.settings}
-            key = finished.key(about | common | depends_on(row))
+            key = finished.key(about | depends_on(row))
             label = f"row {number} of {len(study.rows)}, {row.role}"
             if finished.get(key) is not None:
                 info(f"{label}: kept from an earlier run")

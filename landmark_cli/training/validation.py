@@ -61,6 +61,7 @@ class Validation:
             record |= {
                 "validation_answers_loss": self.answers.loss,
                 "validation_answers_right": self.answers.accuracy,
+                "validation_answers_tokens": self.answers.tokens,
             }
         return record
 

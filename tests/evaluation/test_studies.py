@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from landmark_cli.commands import study as command
+from landmark_cli.commands import study_rows
+from landmark_cli.commands.evaluate import PassKeyOptions, run_passkey
 from landmark_cli.commands.longppl import LongPerplexityOptions
 from landmark_cli.commands.longppl import run as run_longppl
 from landmark_cli.commands.study import StudyOptions
 from landmark_cli.data.token_file import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
-from landmark_cli.evaluation import longppl, studies
+from landmark_cli.evaluation import longppl, passkey, studies
 from landmark_cli.evaluation.perplexity import PerplexityResult
 from landmark_cli.evaluation.report import draw_study, study_table, write_tables
 from landmark_cli.evaluation.ruler import haystacks
@@ -231,6 +233,76 @@ def test_a_study_of_longppl(place, tmp_path, monkeypatch, capsys):
         command.run(options(place, tmp_path / "out", ("landmark",), study=chosen["study"]))
 
 
+SEVERAL = """
+study: passkey
+roles: {landmark: with landmarks, plain: without}
+rows:
+  - {role: landmark, length: 200, chunk: 100, top-k-blocks: 2, prompts: 3}
+  - {role: landmark, length: 200, chunk: 100, prompts: 1, depths: 2}
+  - {role: landmark, study: ruler, length: 300, chunk: 100, tasks: [niah_single_2]}
+  - {role: landmark, study: perplexity, eval-length: 40, chunk: 8, top-k-blocks: 1}
+  - {role: plain, length: 200, full-attention: true}
+"""
+
+
+def test_rows_that_measure_several_things_open_a_model_once(place, tmp_path, monkeypatch, capsys):
+    """Each row as the command measures it that measures nothing else."""
+    save(place, "plain", landmark_freq=None, max_position_embeddings=300)
+    opened = []
+
+    def open_model(name, *arguments, **attention):
+        opened.append(name.rsplit("/", 1)[-1])
+        return real(name, *arguments, **attention)
+
+    real = study_rows.open_model
+    monkeypatch.setattr(study_rows, "open_model", open_model)
+    # Every second key is found.
+    monkeypatch.setattr(passkey.Trial, "found", property(lambda trial: trial.key % 2 == 0))
+    (tmp_path / "several.yaml").write_text(SEVERAL)
+    (tmp_path / "prose.txt").write_text("".join(f"This is sentence number {n} of the prose. " for n in range(900)))
+    given = {"study": str(tmp_path / "several.yaml"), "roles": ("landmark", "plain"), "samples": 1}
+    given["haystack"] = tmp_path / "prose.txt"
+    data = command.run(options(place, tmp_path / "out", **given))
+    assert opened == ["landmark", "plain"]
+    assert [row["kind"] for row in data["rows"]] == ["passkey", "passkey", "ruler", "perplexity", "passkey"]
+    assert data["measured"].keys() == {"passkey", "ruler", "perplexity"}
+    keys, grid, asked, read, whole = (row["result"] for row in data["rows"])
+    alone = {"lengths": [200], "device": "cpu", "haystack": tmp_path / "prose.txt"}
+    by_command = [
+        PassKeyOptions(**alone, model=place / "landmark", chunk=100, top_k_blocks=2, prompts=3),
+        PassKeyOptions(**alone, model=place / "landmark", chunk=100, prompts=1, depths=2),
+        PassKeyOptions(**alone, model=place / "plain", full_attention=True),
+    ]
+    for one, expected in zip((keys, grid, whole), map(run_passkey, by_command), strict=True):
+        (cell,) = expected["lengths"]
+        assert (one["trials"], one["found"]) == (expected["trials"], cell["found"])
+        assert tuple(one["interval"]) == cell["interval"]
+    assert (keys["reading"], whole["reading"], whole["prompts"]) == ("top-k 2", "full attention", 10)
+    assert {trial["depth"] for trial in grid["trials"]} == {0.0, 1.0} and 0 < whole["found"] < 10
+    assert asked["answers"] == 1 and read["eval_length"] == 40
+    with (tmp_path / "out" / "several.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["study"] for row in rows] == ["passkey", "passkey", "ruler", "perplexity", "passkey"]
+    assert [bool(row["keys found"]) for row in rows] == [True, True, False, False, True]
+    assert [row["keys asked for"] for row in rows] == ["3", "2", "", "", "10"]
+    assert float(rows[4]["keys found"]) == whole["accuracy"] and rows[3]["score"] == "" != rows[3]["perplexity"]
+    with pytest.raises(UsageError, match="--plot: several measures passkey, ruler, perplexity, and one picture shows"):
+        command.run(options(place, tmp_path / "out", **given, plot=True))
+    # Another number of samples changes RULER's row alone; another haystack the keys too.
+    for changes, kept in (({"samples": 2}, 4), ({"haystack": None}, 1)):
+        capsys.readouterr()
+        command.run(options(place, tmp_path / "out", **given | changes))
+        assert capsys.readouterr().err.count(": kept from an earlier run") == kept
+
+
+def test_a_study_of_pass_keys_is_drawn(place, tmp_path):
+    rows = "rows: [{role: landmark, length: 200, chunk: 100}, {role: landmark, length: 300, chunk: 100}]"
+    (tmp_path / "keys.yaml").write_text(f"study: passkey\nroles: {{landmark: x}}\n{rows}")
+    chosen = options(place, tmp_path / "out", ("landmark",), study=str(tmp_path / "keys.yaml"), plot=True)
+    assert command.run(chosen)["text"] == "the paper's filler"
+    assert (tmp_path / "out" / "keys.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_interrupted_study_measures_only_what_is_missing(place, tmp_path, monkeypatch, capsys):
     command.run(options(place, tmp_path))
     whole = (tmp_path / "small.json").read_text()
@@ -323,7 +395,10 @@ ROLES = "study: perplexity\nroles: {a: x}\n"
 WRONG = {
     "[1, 2]": "expected lines of",
     "study: [": "not YAML",
-    "study: passkey\nrows: [{}]": "study should be 'perplexity' or 'longppl' or 'ruler', found 'passkey'",
+    "study: keys\nrows: [{}]": "study should be 'perplexity' or 'longppl' or 'ruler' or 'passkey', found 'keys'",
+    ROLES + "rows: [{role: a, study: keys}]": "row 1.study should be 'perplexity' or .*, found 'keys'",
+    ROLES + "rows: [{role: a, study: longppl}]": "a study of longppl, and no other, has an evaluator",
+    ROLES + "rows: [{role: a, study: passkey, eval-length: 8}]": 'row 1: unknown key "eval-length"',
     "study: longppl\nroles: {a: x}\nrows: [{role: a}]": "a study of longppl, and no other, has an evaluator",
     ROLES + "evaluator: a\nrows: [{role: a}]": "a study of longppl, and no other, has an evaluator",
     "study: longppl\nroles: {a: x}\nevaluator: b\nrows: [{role: a}]": "evaluator \"?'?b.* is none of the roles",
@@ -375,6 +450,7 @@ FINE = {
     "perplexity": "{role: landmark, eval-length: 40, chunk: 8}",
     "longppl": "{role: landmark, eval-length: 60, short-context: 8, stride: 4, chunk: 8, top-k-blocks: 2}",
     "ruler": "{role: landmark, length: 300, chunk: 100, tasks: [fwe]}",
+    "passkey": "{role: landmark, length: 200, chunk: 100}",
 }
 # What the last of several rows asks for that cannot be, and how it is told.
 IMPOSSIBLE = [
@@ -389,6 +465,10 @@ IMPOSSIBLE = [
     ("ruler", "{role: landmark, length: 300, chunk: 100, tasks: [fwe, cwe]}", "300: too short for cwe"),
     ("ruler", "{role: landmark, length: 300, top-k-blocks: 30, tasks: [fwe]}", "leaves no room"),
     ("ruler", "{role: plain, length: 300, top-k-blocks: 1, tasks: [fwe]}", "so it retrieves no blocks"),
+    ("passkey", "{role: landmark, length: 20, chunk: 10}", "a pass-key prompt of 20 tokens cannot be"),
+    ("passkey", "{role: landmark, length: 200, top-k-blocks: 30}", "leaves no room"),
+    ("passkey", "{role: plain, length: 200, top-k-blocks: 1}", "so it retrieves no blocks"),
+    ("passkey", "{role: landmark, study: ruler, length: 200, chunk: 100, tasks: [fwe]}", "200: too short for fwe"),
 ]
 
 

@@ -176,6 +176,8 @@ def test_a_run_on_answers_alone(corpora, tmp_path, capsys):
     output = train(corpora / "cats", tmp_path / "run", answers_only=True, steps=30, lr=3e-2, eval_every=15)
     losses, right = records(output, "validation_answers_loss"), records(output, "validation_answers_right")
     assert len(losses) == len(right) == 2 and losses[1] < losses[0] and 0 < right[1] < 1
+    (tokens,) = {*records(output, "validation_answers_tokens")}
+    assert tokens > 0 and right[1] * tokens == pytest.approx(round(right[1] * tokens))
     assert "; of answers, loss " in capsys.readouterr().err
     # The answers are learned, and nothing else is.
     whole = records(output, "validation_loss")

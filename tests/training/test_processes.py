@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_named(corpus, two_shards, tmp_path):
 
 # Rows of a batch have other numbers of answers than other rows, so the processes' weights have other sums.
 WEIGHED = {"answer_weight": 5.0, "steps": 4}
-OF_ANSWERS = ("validation_answers_loss", "validation_answers_right")
+OF_ANSWERS = ("validation_answers_loss", "validation_answers_right", "validation_answers_tokens")
 
 
 @pytest.fixture(scope="module")
