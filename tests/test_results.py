@@ -171,43 +171,57 @@ def test_variants_stand_in_one_table_and_what_was_not_measured_is_left_open(repo
             for n, s in enumerate(speeds, 1)
         ]
 
-    def ruler(**means):
-        """ "k2_8192": mean."""
-        found = []
-        for name, mean in means.items():
-            way, length = name.split("_")
-            found.append({"reading": f"top-k {way[1:]}", "tokens": int(length), "score": mean, "interval": [0.1, 0.9]})
-        return {"means": found, "cells": [{"task": "niah_single_2", "samples": 10}, {"task": "vt", "samples": 10}]}
+    def perplexity(length, found):
+        return {"kind": "perplexity", "settings": {"eval-length": length}, "result": found and {"perplexity": found}}
 
-    def perplexity(**of):
-        rows = [{"settings": {"eval-length": int(n[1:])}, "result": p and {"perplexity": p}} for n, p in of.items()]
-        return {"study": "perplexity", "rows": rows}
+    def ruler(length, mean, **settings):
+        result = {"score": mean, "interval": mean and [0.1, 0.9], "tasks": {"vt": mean, "fwe": mean}, "answers": 20}
+        result |= {} if mean else {"tasks": {}, "answers": 0}
+        return {"kind": "ruler", "settings": {"length": length, **settings}, "result": result}
+
+    def pass_keys(length, found, **settings):
+        (cell,) = keys({length: found})["lengths"]
+        return {"kind": "passkey", "settings": {"length": length, "prompts": 50, **settings}, "result": cell}
+
+    def rows(*measured):
+        return {"rows": measured}
 
     held_out = {"step": 3, "validation_loss": 3.0, "validation_perplexity": 20.0, "validation_divergence": 0.9}
     of_tasks = {"validation_prose_divergence": 0.0625, "validation_answers_loss": 1.5, "validation_answers_right": 0.75}
-    both = {"perplexity.json": perplexity(n8192=30.5, n65536=29.0), "ruler.json": ruler(k12_8192=0.5, k12_65536=0.25)}
-    by_blocks = {"ruler-k.json": ruler(k2_8192=0.25)}
-    write("best", "", [*steps(1, 400, 200), held_out | of_tasks], both | by_blocks)
-    write("again", "--sequence-length 1024", [*steps(100), held_out], {"ruler.json": ruler(k12_8192=0.375)})
+    of_tasks["validation_answers_tokens"] = 1200
+    both = [perplexity(8192, 30.5), perplexity(65536, 29.0), ruler(65536, 0.25), ruler(8192, 0.5)]
+    by_blocks = [
+        row
+        for k in (2, 16)
+        for row in (ruler(8192, k / 32, **{"top-k-blocks": k}), pass_keys(8192, k, **{"top-k-blocks": k}))
+    ]
+    of_best = {"measured.json": rows(*both, pass_keys(65536, 45)), "blocks.json": rows(*by_blocks)}
+    write("best", "", [*steps(1, 400, 200), held_out | of_tasks], of_best)
+    write("again", "--sequence-length 1024", [*steps(100), held_out], {"measured.json": rows(ruler(8192, 0.375))})
     write("not-begun", "--lr 1")
-    write("", files={"perplexity.json": perplexity(n8192=34.0, n65536=None), "ruler.json": ruler(k0_8192=0.625)})
+    untouched = [perplexity(8192, 34.0), perplexity(65536, None), ruler(8192, 0.625), ruler(65536, None)]
+    write("", files={"measured.json": rows(*untouched, pass_keys(8192, 33))})
     (measured / "made-of" / "about.md").write_text("Two at a time.\n")
     page = report.report(report.read_parts(measured), tmp_path / "docs")
     lines = page[page.index("## What distillation") : page.index("## Commands")].splitlines()[4:]
     assert lines[:2] == ["Two at a time.", ""]
-    assert lines[2].split(" | ")[3:7] == [
-        f"{what} at {n}" for what in ("perplexity", "RULER") for n in ("8,192", "65,536")
+    assert lines[2].split(" | ")[3:9] == [
+        f"{what} at {n}" for what in ("perplexity", "RULER", "pass keys") for n in ("8,192", "65,536")
     ]
     assert lines[4:9] == [
-        "| (untouched, read whole) |  |  | 34.00 |  | 0.62 (0.10-0.90) |  |  |  |  |  |",
+        "| (untouched, read whole) |  |  | 34.00 |  | 0.62 (0.10-0.90) |  | 33/50 = 66% (0.52-0.78) |  |  |  |  |  |",
         "| none: the recipe | 3 | 0.062 | 30.50 | 29.00 | 0.50 (0.10-0.90) | 0.25 (0.10-0.90) "
-        "| 1.50 | 75.0% | 300 | 90 |",
-        "| `--sequence-length 1024` | 3 | 0.900 |  |  | 0.38 (0.10-0.90) |  |  |  | 100 | 90 |",
+        "|  | 45/50 = 90% (0.79-0.96) | 1.50 | 75.0% of 1,200 | 300 | 90 |",
+        "| `--sequence-length 1024` | 3 | 0.900 |  |  | 0.38 (0.10-0.90) |  |  |  |  |  | 100 | 90 |",
         "",
-        "RULER: niah_single_2, vt, 10 of each.",
+        "RULER: vt, fwe, 10 of each.",
     ]
-    assert lines[10] == "| the recipe's model, read with | RULER at 8,192 |"
-    assert lines[12] == "| top-k 2 | 0.25 (0.10-0.90) |"
+    assert lines[10:14] == [
+        "| the recipe's model, read with | RULER at 8,192 | pass keys at 8,192 |",
+        "| --- | ---: | ---: |",
+        "| top-k 2 | 0.06 (0.10-0.90) | 2/50 = 4% (0.01-0.13) |",
+        "| top-k 16 | 0.50 (0.10-0.90) | 16/50 = 32% (0.21-0.46) |",
+    ]
     assert page.count("landmark finetune --sequence-length 1024") == 1
 
 
@@ -256,6 +270,8 @@ def test_what_is_varied_are_options_of_a_run_that_go_together():
     table = script[script.index("cat <<TABLE\n") : script.index("\nTABLE\n")].splitlines()[1:]
     assert len(table) > 20 and len({line.split()[0] for line in table}) == len(table)
     recipe = load_recipe("results/smollm2-distilled", FinetuneOptions, "finetune")
+    # What the script leaves out of it where there is no teacher.
+    without = re.compile("|".join(re.search(r"sed '(/.*/d)'", script)[1].replace("\\", "").split("/")[1::2]))
     fields = settings_of(FinetuneOptions)
     for line in table:
         words = re.sub(r"\$\(windows_of (\d+)\)", r"--sequence-length \1", line).split()[1:]
@@ -267,7 +283,9 @@ def test_what_is_varied_are_options_of_a_run_that_go_together():
             else:
                 given[name] = next(flags)
         assert given.keys() <= fields.keys(), line
-        of_teacher = {"answer_divergence_weight", "text_weight", "softmax"} if given.get("teacher") == "none" else set()
+        of_teacher = [
+            name for name in recipe if given.get("teacher") == "none" and without.match(name.replace("_", "-"))
+        ]
         values = {name: value for name, value in recipe.items() if name not in of_teacher}
         check(build(FinetuneOptions, values | {"model": "it"} | given))
 

@@ -3,15 +3,18 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from landmark_cli.evaluation.studies import load_study
 from landmark_cli.options import recipes_folder
 
 STAND_IN = """
-import json, os, pathlib, sys
+import json, os, pathlib, signal, sys, time
 given = sys.argv[1:]
 if given == ["-"]:
     print("no machine")
@@ -21,6 +24,35 @@ with open(os.environ["CALLS"], "a") as file:
 if os.environ.get("FAIL") and os.environ["FAIL"] in " ".join(given):
     sys.exit(1)
 after = lambda name: pathlib.Path(given[given.index(name) + 1])
+held = [words for words in os.environ.get("HELD", "").split("|") if words and words in " ".join(given)]
+if held:
+    # What it keeps takes a moment, in which whoever started it has to wait.
+    def stop(number, frame):
+        time.sleep(0.5)
+        with open(os.environ["CALLS"], "a") as file:
+            file.write("kept\\n")
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    with open(os.environ["CALLS"], "a") as file:
+        file.write("held\\n")
+    time.sleep(30)
+    sys.exit(1)
+until = os.environ.get("UNTIL")
+if until and given[2] == "eval" and "/best " in " ".join(given) + " ":
+    begin = time.monotonic()
+    while until not in open(os.environ["CALLS"]).read():
+        time.sleep(0.05)
+        if time.monotonic() - begin > 20:
+            sys.exit(1)
+if given[2] == "finetune":
+    # Of two at a time the second fails.
+    alone = pathlib.Path(os.environ["CALLS"] + ".training")
+    alone.mkdir()
+    time.sleep(0.1)
+    alone.rmdir()
 if "--json" in given:
     after("--json").write_text("{}")
 elif given[2] in ("finetune", "prepare"):
@@ -39,15 +71,22 @@ def study(tmp_path):
     calls = tmp_path / "calls"
     places = {name: str(tmp_path / name.lower()) for name in ("DATA", "RUNS", "RESULTS", "DOCS", "NOVELS")}
 
-    def run(**settings):
+    def start(**settings):
         calls.write_text("")
         env = {"PATH": os.environ["PATH"], "PYTHON": str(stand_in), "CALLS": str(calls), "SMOLLM2": "base"}
         script = recipes_folder() / "results" / "run.sh"
-        given = {"env": env | places | settings, "capture_output": True, "text": True}
-        done = subprocess.run(["bash", str(script)], check=False, timeout=60, **given)
-        return done.returncode, calls.read_text().splitlines(), done.stdout + done.stderr
+        given = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        return subprocess.Popen(["bash", str(script)], env=env | places | settings, **given)
 
-    run.folder = tmp_path
+    def run(**settings):
+        with start(**settings) as process:
+            said, _ = process.communicate(timeout=60)
+        return process.returncode, called(), said
+
+    def called():
+        return calls.read_text().splitlines()
+
+    run.folder, run.start, run.called = tmp_path, start, called
     return run
 
 
@@ -56,28 +95,78 @@ def of(calls, *words):
     return [call for call in calls if {*words} <= {*call.split()}]
 
 
-@pytest.mark.parametrize("at_once", ["1", "3"])
+@pytest.mark.parametrize("at_once", ["1", "2", "3"])
 def test_each_change_is_measured_once_whatever_becomes_of_another(study, at_once):
     settings = {"PART": "made-of", "MADE_OF": "best lr-1e-4 no-teacher", "MADE_OF_AT_ONCE": at_once, "MADE_OF_K": ""}
     status, calls, said = study(**settings, FAIL="--lr 1e-4")
     assert status == 1 and "these failed: lr-1e-4" in said
-    assert (
-        len(of(calls, "finetune")) == 3 and len(of(calls, "study")) == len(of(calls, "ruler")) == 3
-    )  # the untouched one
+    # All that is measured of a model takes one command; the untouched one is measured too.
+    assert len(of(calls, "finetune")) == 3 and len(of(calls, "eval")) == len(of(calls, "study")) == 3
     log = study.folder / "results/made-of/lr-1e-4/log.tsv"
     assert not log.exists()
     # On another machine there are no models, and what was measured is not trained again.
     (study.folder / "runs").rename(study.folder / "elsewhere")
     status, calls, said = study(**settings)
     assert status == 0
-    assert [call.split()[0] for call in calls] == ["finetune", "eval", "eval"] and all(
-        "lr-1e-4" in call for call in calls
-    )
+    assert [call.split()[0] for call in calls] == ["finetune", "eval"] and all("lr-1e-4" in call for call in calls)
     assert study(**settings)[:2] == (0, [])
 
 
-def test_changes_see_as_many_tokens_and_answer_the_same_questions(study):
-    _, calls, _ = study(PART="made-of", MADE_OF="best windows-1k read-128k", MADE_OF_STEPS="200", MADE_OF_K="2,4")
+def test_the_next_is_trained_while_one_is_measured(study):
+    """Where that is asked for; and two are never trained at a time. The measuring here ends once the training began."""
+    settings = {"PART": "made-of", "MADE_OF": "best text-0.1", "MADE_OF_K": ""}
+    status, calls, said = study(**settings, MADE_OF_AT_ONCE="2", UNTIL="--text-weight 0.1")
+    assert status == 0, said
+    first, second = of(calls, "finetune")
+    assert (study.folder / "results/made-of/about.md").exists()
+    assert "--text-weight" not in first and "--text-weight" in second and len(of(calls, "eval")) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at_once", ["1", "2"])
+def test_a_signal_lets_what_runs_keep_its_place_and_begins_nothing_more(study, at_once, number):
+    settings = {"PART": "made-of report", "MADE_OF": "best text-0.1 grouped", "MADE_OF_AT_ONCE": at_once}
+    # The measurements of one, and the training of the next where it has begun.
+    with study.start(**settings, HELD="runs/made-of/best --data|--text-weight 0.1") as process:
+        begin = time.monotonic()
+        while study.called().count("held") < int(at_once):
+            assert time.monotonic() - begin < 30 and process.poll() is None
+            time.sleep(0.05)
+        before = study.called()
+        os.killpg(process.pid, number)
+        # What it left running would hold its output open, and be waited for.
+        assert process.wait(timeout=20) == 128 + number
+        assert study.called() == before + ["kept"] * int(at_once)
+        assert "a signal stopped it" in process.stdout.read()
+    status, calls, said = study(**settings)
+    assert status == 0, said
+    assert len(of(calls, "finetune")) == 2 and not of(calls, f"{study.folder}/runs/made-of/best", "finetune")
+
+
+def test_all_models_are_asked_the_same(study):
+    _, calls, _ = study(PART="made-of", MADE_OF="best block-32", MADE_OF_KEYS="4096,32768", MADE_OF_K="2,4")
+    asked = {}
+    for call in of(calls, "study"):
+        name = call.split("--output ")[1].split()[0].rsplit("/", 1)[1]
+        words = shlex.split(call)
+        asked[name] = [words[words.index(option) + 1] for option in ("--data", "--haystack", "--samples")]
+        asked[name].append(load_study(words[2]).rows)
+    assert asked.keys() == {"made-of-untouched", "best-measured", "block-32-measured", "best-blocks"}
+    assert len({tuple(of_one[:3]) for of_one in asked.values()}) == 1
+    assert asked["best-measured"] == asked["block-32-measured"]
+    rows = {name: [(row.kind, *row.settings.values()) for row in of_one[3]] for name, of_one in asked.items()}
+    tasks = ["niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue"]
+    read = [("perplexity", 8192), ("perplexity", 65536)]
+    assert rows["best-measured"] == [
+        *read, ("ruler", 8192, tasks), ("ruler", 65536, tasks), ("passkey", 4096, 20), ("passkey", 32768, 20),
+    ]  # fmt: skip
+    # With full attention its positions end at the first of the lengths.
+    assert rows["made-of-untouched"] == [*read, ("ruler", 8192, True, tasks), ("passkey", 8192, True, 20)]
+    assert rows["best-blocks"] == [(*row, k) for k in (2, 4) for row in rows["best-measured"][2:]]
+
+
+def test_changes_see_as_many_tokens(study):
+    _, calls, _ = study(PART="made-of", MADE_OF="best windows-1k read-128k", MADE_OF_STEPS="200", MADE_OF_K="")
     trained = [shlex.split(call) for call in of(calls, "finetune")]
     assert len(trained) == 3
     for call in trained:
@@ -85,14 +174,12 @@ def test_changes_see_as_many_tokens_and_answer_the_same_questions(study):
         options = {name: value for name, value in zip(call, call[1:], strict=False) if name.startswith("--")}
         tokens = [int(options.get(f"--{name}", n)) for name, n in {"sequence-length": 8192, "batch-size": 4}.items()]
         assert tokens[0] * tokens[1] * int(options["--steps"]) == 200 * 32768
-    asked = {call.split("--tasks")[1].split("--output")[0] for call in of(calls, "ruler")}
-    assert len(asked) == 1
-    assert [call.split("--top-k-blocks ")[1].split()[0] for call in of(calls, "--top-k-blocks")] == ["2,4"]
 
 
 def test_a_change_that_there_is_none_of_is_refused(study):
-    status, _, said = study(PART="made-of", MADE_OF="best nothing", MADE_OF_K="")
-    assert status == 2 and "of MADE_OF=best nothing some are none of: best " in said
+    status, calls, said = study(PART="made-of", MADE_OF="best nothing", MADE_OF_K="")
+    assert status == 2 and "MADE_OF=best nothing: there is no change called nothing; there are best text-0.1 " in said
+    assert [call.split()[0] for call in calls] == ["prepare"]
 
 
 def test_windows_of_64k_go_on_from_the_grouped_model_and_learn_from_the_untouched_one(study):

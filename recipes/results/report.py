@@ -5,7 +5,8 @@
 The folder holds one folder for each part: tables of perplexities (table1.json, ...), pass keys (passkey*.json), RULER's
 tasks (ruler*.json, of which the answers are not needed), what training wrote (metrics.jsonl), the commands with their
 seconds (log.tsv) and, where more has to be said of it, about.md. Variants of a part (options.txt: what they change)
-have folders in its own. What is not there is left out. A reading.md, what somebody makes of the figures, comes first.
+have folders in its own; what a study found of each is in measured.json, and by blocks in blocks.json. What is not there
+is left out. A reading.md, what somebody makes of the figures, comes first.
 study_parts.py reads the folders, study_tables.py makes the tables.
 """
 
@@ -163,14 +164,15 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
     )
     section(
         "What distillation is made of",
-        "The recipe of the distilled model above in short, and with one change at a time, all on as many tokens of "
-        "text; seconds are of a whole run, its start among them. Divergence is KL(untouched || trained) in nats a "
-        "token on novels that no training saw, in windows of the length that the run was trained at: between rows of "
-        "other windows it does not compare. Perplexity is of the same novels and RULER the mean of some tasks in the "
-        "shipped ones, with its bootstrapped 95 % interval, both read by the default chunk and the blocks that were "
-        "trained for. Answers are those of tasks of the run's own kind, in text that is held out. Where the windows "
-        "are longer than the untouched model's positions, it is asked about their beginning alone."
-        f"{one_text_of_ruler(parts, [MADE_OF])}",
+        "The recipe of the distilled model above in short, and with one change at a time, once with two, all on as "
+        "many tokens of text; seconds are of a whole run, its start among them. Divergence, of which at most 0.05 is "
+        "asked for, is KL(untouched || trained) in nats a token on novels that no training saw, in windows of the "
+        "length that the run was trained at: between rows of other windows it does not compare. In the same novels "
+        "are perplexity, RULER (the mean of some tasks, with its bootstrapped 95 % interval) and pass keys (the "
+        "share found, with Wilson's), read by the default chunk and the blocks that were trained for; keys are asked "
+        "for in a wording that no training had, and their lengths count text tokens. Answers are those of tasks of "
+        "the run's own kind, in text that is held out: the share of their tokens ranked first. Where the windows are "
+        "longer than the untouched model's positions, it is asked about their beginning alone.",
         variants_table(parts[MADE_OF]) if MADE_OF in parts else [],
         blocks_table(parts[MADE_OF]) if MADE_OF in parts else [],
     )

@@ -21,7 +21,8 @@
 #   ruler-distilled-64k           ruler-grouped's model, after that, going on in windows of 64 thousand tokens, trained as it
 #                                 reads; then asked the same
 #   ruler-answers-0               as ruler-grouped, answers weighing no more than other text
-#   made-of                       the same distillation in short, over and over, each time with one thing changed
+#   made-of                       the same distillation in short, over and over, each time with one thing changed:
+#                                 perplexity, RULER and pass keys in novels of each, and of SmolLM2 as it is
 #   gemma3-untouched gemma3-distilled    Gemma 3 270M as it is, and distilled from itself: RULER
 #   report                        all that was measured, as Markdown and pictures; needs no GPU
 #
@@ -37,11 +38,13 @@
 #   RULER_WAYS             how models are asked, of k4 k16 long (RULER) keys keys16 long-keys (pass keys in novels), or none
 #   RULER_KEYS RULER_KEY_PROMPTS    lengths and number of these pass keys; the longest are as long and many as long's prompts
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
-#   MADE_OF_AT_ONCE        so many of them at a time on one GPU, which share its rate: their tokens/s are no speed then
+#   MADE_OF_AT_ONCE        so many of them at a time on one GPU, of which one is trained: with 2 one is measured while the
+#                          next starts and trains, and tokens/s are no speed then; 1 by default
 #   MADE_OF_LENGTH         novels are read, and RULER's tasks asked, at it and at 8 times it; MADE_OF_EVAL text of a perplexity
 #   MADE_OF_TASKS MADE_OF_SAMPLES    which of RULER's tasks, and how many of each
+#   MADE_OF_KEYS MADE_OF_KEY_PROMPTS    lengths and number of the pass keys in novels; of SmolLM2 at MADE_OF_LENGTH
 #   MADE_OF_TOKENS         of a step, whatever the windows (the recipe's)
-#   MADE_OF_K              numbers of blocks that the unchanged recipe's model is read with, by commas; after all else
+#   MADE_OF_K              numbers of blocks that the unchanged recipe's model is asked with, by commas; after all else
 #   GEMMA3                 its directory (tests/real/gemma3.py makes it); GEMMA3_STEPS GEMMA3_LENGTHS GEMMA3_SAMPLES of its parts
 #   DATA RUNS RESULTS DOCS    where token files, models, figures and the report go
 #   DEVICE DTYPE TRAIN FINETUNE    device, dtype of measuring, further options of training; PYTHON
@@ -66,6 +69,7 @@ RULER_KEYS=${RULER_KEYS:-1024,4096,8192,16384,65536} RULER_KEY_PROMPTS=${RULER_K
 MADE_OF=${MADE_OF:-} MADE_OF_STEPS=${MADE_OF_STEPS:-200} MADE_OF_AT_ONCE=${MADE_OF_AT_ONCE:-1}
 MADE_OF_LENGTH=${MADE_OF_LENGTH:-8192} MADE_OF_EVAL=${MADE_OF_EVAL:-262144} MADE_OF_K=${MADE_OF_K-2,4,8,16,32}
 MADE_OF_TASKS=${MADE_OF_TASKS:-niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue} MADE_OF_SAMPLES=${MADE_OF_SAMPLES:-10}
+MADE_OF_KEYS=${MADE_OF_KEYS:-$((8 * MADE_OF_LENGTH))} MADE_OF_KEY_PROMPTS=${MADE_OF_KEY_PROMPTS:-20}
 GEMMA3=${GEMMA3:-data/gemma3} GEMMA3_STEPS=${GEMMA3_STEPS:-250} GEMMA3_SAMPLES=${GEMMA3_SAMPLES:-10}
 GEMMA3_LENGTHS=${GEMMA3_LENGTHS:-4096,8192,16384,32768,65536,131072}
 DEVICE=${DEVICE:-auto} DTYPE=${DTYPE:-bfloat16}
@@ -332,39 +336,44 @@ windows_of() {
     fi
 }
 
-# A name a line, and what differs from recipes/results/smollm2-distilled.yaml, the most telling first. All see as many tokens
-# of text. Blocks of another size are read so many at a time that they hold as many. What has no teacher has the grouped
-# softmax.
+# A name a line, and what differs from recipes/results/smollm2-distilled.yaml, the most telling first: one thing, or the two
+# that a name joins, as a candidate for the best. All see as many tokens of text. Blocks of another size are read so many at
+# a time that they hold as many. What has no teacher has the grouped softmax.
 variants() {
     local recipe=smollm2-distilled
     MADE_OF_TOKENS=${MADE_OF_TOKENS:-$(($(recipe_value $recipe sequence-length) * $(recipe_value $recipe batch-size) * $(recipe_value $recipe accumulation)))}
     cat <<TABLE
 best
+text-0.1            --text-weight 0.1
+answers-0.2         --answer-weight 0.2
+text-0.1-answers-0.2    --text-weight 0.1 --answer-weight 0.2
 grouped             --softmax grouped --gate-weight 0
-seed-1              --seed 1
-hidden-1            --hidden-weight 1
 no-teacher          --teacher none --answer-weight 1
 no-tasks            --tasks-share 0 --answer-weight 0
-answers-0           --answer-weight 0 --answer-divergence-weight 0
+seed-1              --seed 1
 landmarks           --train landmarks
 windows-2k          $(windows_of 2048)
 read-8k             --read-chunk 2048 $(windows_of 8192)
 block-32            --landmark-freq 31 --top-k-blocks 24
 lora-64             --lora-rank 64 --merge
-no-teacher-seed-1   --teacher none --answer-weight 1 --seed 1
 lr-1e-4             --lr 1e-4
 lr-1e-3             --lr 1e-3
 block-16            --landmark-freq 15 --top-k-blocks 48
 block-128           --landmark-freq 127 --top-k-blocks 6
+windows-1k          $(windows_of 1024)
+windows-4k          $(windows_of 4096)
+no-teacher-seed-1   --teacher none --answer-weight 1 --seed 1
+text-0              --text-weight 0
+text-1              --text-weight 1
+answers-0           --answer-weight 0 --answer-divergence-weight 0
+answers-1           --answer-weight 1
+hidden-1            --hidden-weight 1
 gate-0.3            --gate-weight 0.3
 gate-3              --gate-weight 3
 grouped-gate-0.1    --softmax grouped --gate-weight 0.1
 read-32k            --read-chunk 2048 $(windows_of 32768)
 read-128k           --read-chunk 2048 $(windows_of 131072)
 grouped-read-32k    --softmax grouped --gate-weight 0 --read-chunk 2048 $(windows_of 32768)
-windows-1k          $(windows_of 1024)
-windows-4k          $(windows_of 4096)
-answers-1           --answer-weight 1
 answers-by-words    --answer-weight 1 --answer-divergence-weight 0
 answers-by-teacher  --answer-weight 0 --answer-divergence-weight 3
 no-teacher-answers  --teacher none --answer-weight 30
@@ -373,8 +382,6 @@ hidden-5            --hidden-weight 5
 fewer-tasks         --tasks-share 0.3
 inventories         --kinds look_up --kinds inventory --kinds quotation
 inventories-words   --kinds look_up --kinds inventory --kinds quotation --answer-weight 0.2
-text-0              --text-weight 0
-text-1              --text-weight 1
 lr-3e-5             --lr 3e-5
 lora-8              --lora-rank 8 --merge
 lora-256            --lora-rank 256 --merge
@@ -383,90 +390,129 @@ grouped-gate-1      --softmax grouped --gate-weight 1
 TABLE
 }
 
-# brief_ruler NAME OPTIONS: the same questions for all variants, in the shipped novels.
-brief_ruler() {
-    local name=$1
+# rows_of NAME LINES: the study file of that name, with these rows.
+rows_of() {
+    local file=$RUNS/studies/$part/$1.yaml
     shift
-    measure "$name" ruler --model "$model" --tasks "$MADE_OF_TASKS" --samples "$MADE_OF_SAMPLES" \
-        --output "$RUNS/studies/$part/$(basename "$model")-$name" "$@"
+    printf '%s\n' "study: perplexity" "roles: {model: what is measured}" "rows:" "$@" > "$file"
 }
 
-in_brief() { brief_ruler ruler --lengths "$MADE_OF_LENGTH,$((8 * MADE_OF_LENGTH))"; }
-
-# Perplexities of both lengths, by one process.
-in_novels() {
-    local study=$RUNS/studies/$part/perplexity.yaml
-    measure perplexity study "$study" --role "model=$model" --data "$DATA/novels$suffix" \
-        --output "$RUNS/studies/$part/$(basename "$model")" --sample-tokens "$MADE_OF_EVAL"
+# What is asked of every variant, of the untouched model, whose positions end at the first of the lengths, and of the
+# unchanged recipe's model by the blocks that it reads with. By one process each, which opens the model once.
+made_of_studies() {
+    local length k tasks="tasks: [$MADE_OF_TASKS]" prompts="prompts: $MADE_OF_KEY_PROMPTS"
+    local asked=() read=() whole=() by_blocks=()
+    for length in "$MADE_OF_LENGTH" "$((8 * MADE_OF_LENGTH))"; do
+        read+=("  - {role: model, eval-length: $length}")
+        asked+=("  - {role: model, study: ruler, length: $length, $tasks}")
+    done
+    for length in ${MADE_OF_KEYS//,/ }; do
+        asked+=("  - {role: model, study: passkey, length: $length, $prompts}")
+    done
+    whole=(
+        "  - {role: model, study: ruler, length: $MADE_OF_LENGTH, full-attention: true, $tasks}"
+        "  - {role: model, study: passkey, length: $MADE_OF_LENGTH, full-attention: true, $prompts}"
+    )
+    for k in ${MADE_OF_K//,/ }; do by_blocks+=("${asked[@]/%\}/, top-k-blocks: $k\}}"); done
+    rows_of measured "${read[@]}" "${asked[@]}"
+    rows_of untouched "${read[@]}" "${whole[@]}"
+    [ -z "$MADE_OF_K" ] || rows_of blocks "${by_blocks[@]}"
 }
 
-# variant NAME OPTIONS: what is measured already takes no model.
-variant() {
-    local name=$1 recipe=results/smollm2-distilled begin=$SECONDS
-    shift
-    results=$RESULTS/$part/$name model=$RUNS/$part/$name
-    mkdir -p "$results"
+# of_made_of NAME STUDY: a study of a model, in novels that no training saw, the same for all.
+of_made_of() {
+    measure "$1" study "$RUNS/studies/$part/$2.yaml" --role "model=$model" --data "$DATA/novels$suffix" \
+        --sample-tokens "$MADE_OF_EVAL" --samples "$MADE_OF_SAMPLES" --haystack "$NOVELS/validation" \
+        --output "$RUNS/studies/$part/$(basename "$results")-$2"
+}
+
+# train_variant OPTIONS
+train_variant() {
+    local recipe=results/smollm2-distilled
     printf '%s\n' "$*" > "$results/options.txt"
-    [ ! -e "$results/perplexity.json" ] || [ ! -e "$results/ruler.json" ] || { echo "$results is measured already"; return; }
     if [[ " $* " == *" --teacher none "* ]]; then
         # What is said of a teacher is refused where there is none, and what only a teacher can show.
         recipe=$results/recipe.yaml
         sed '/^\(answer-divergence\|text\|gate\|hidden\)-weight/d; /^distill-temperature/d; /^softmax/d' \
             recipes/results/smollm2-distilled.yaml > "$recipe"
     fi
-    distil "$recipe" "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler none --eval-every "$MADE_OF_STEPS" "$@" || return
-    both in_novels in_brief || return
-    printf '\nvariant %s: %d s\n' "$name" $((SECONDS - begin))
+    distil "$recipe" "$SMOLLM2" "$MADE_OF_STEPS" --eval-ruler none --eval-every "$MADE_OF_STEPS" "$@"
 }
 
-# Where one variant fails, the others are measured; a signal stops all.
+# apart NAME COMMAND: what fails is noted, with its status. A signal that comes to all processes is the running command's
+# to answer, which first keeps what it has done: this shell waits for it.
+apart() {
+    trap : TERM INT
+    local name=$1 status
+    shift
+    "$@" && return
+    status=$?
+    echo "$status $name" >> "$failed"
+}
+
+# Whether a signal came, to this script or to what it ran.
+is_stopped() { [ -n "$stopped" ] || grep -qE '^(130|143) ' "$failed"; }
+
+# room N: wait until fewer than N of the processes run. A signal ends a `wait`, not what is waited for.
+room() { while [ "$(jobs -rp | wc -l)" -ge "$1" ]; do wait -n || true; done; }
+
+# One variant is trained at a time; with MADE_OF_AT_ONCE of 2 the next begins when its training has ended, beside its
+# measurements. Where one fails, the others are measured; after a signal nothing more is begun.
 made_of() {
     smollm2_text
     novels
+    : "${NOVELS:?the folder of the novels, with validation/ in it}"
     mkdir -p "$RUNS/studies/$part"
-    cat > "$RUNS/studies/$part/perplexity.yaml" <<STUDY
-study: perplexity
-roles: {model: what is measured}
-rows:
-  - {role: model, eval-length: $MADE_OF_LENGTH}
-  - {role: model, eval-length: $((8 * MADE_OF_LENGTH))}
-STUDY
-    local all chosen=0 failed name options line
-    failed=$(mktemp)
+    made_of_studies
+    local all name options line failed=$RUNS/studies/$part/failed stopped='' part_results=$results trained
+    : > "$failed"
     mapfile -t all < <(variants)
+    for name in $MADE_OF; do
+        [[ " ${all[*]%% *} " == *" $name "* ]] ||
+            { echo "MADE_OF=$MADE_OF: there is no change called $name; there are ${all[*]%% *}" >&2; return 2; }
+    done
     if [ "$MADE_OF_AT_ONCE" -gt 1 ]; then
-        echo "$MADE_OF_AT_ONCE runs at a time shared one GPU: their tokens/s and seconds are no speed." > "$results/about.md"
+        echo "Models were measured while the next was trained on the same GPU: tokens/s and seconds are no speed." \
+            > "$results/about.md"
     fi
+    # Without a trap of its own what is run in the background would not hear of Ctrl-C.
+    trap 'stopped=143' TERM
+    trap 'stopped=130' INT
     for line in "untouched" "${all[@]}"; do
         read -r name options <<< "$line"
+        # What is said of the untouched model stands in the part's own folder.
+        results=$part_results model=$SMOLLM2
         if [ "$name" != untouched ]; then
             [ -z "$MADE_OF" ] || [[ " $MADE_OF " == *" $name "* ]] || continue
-            chosen=$((chosen + 1))
+            results=$part_results/$name model=$RUNS/$part/$name
         fi
-        while [ "$(jobs -rp | wc -l)" -ge "$MADE_OF_AT_ONCE" ]; do wait -n || true; done
-        # Options are several words each.
-        (one_of_made_of "$name" $options || { status=$?; echo "$name" >> "$failed"; exit "$status"; }) &
-        # Of runs one after the other a signal is to reach the one that runs.
-        [ "$MADE_OF_AT_ONCE" -gt 1 ] || wait $! || [ $? -lt 128 ] || return 130
+        # What is measured already takes no model.
+        [ ! -e "$results/measured.json" ] || { echo "$results is measured already"; continue; }
+        room "$MADE_OF_AT_ONCE"
+        ! is_stopped || break
+        if [ "$name" = untouched ]; then
+            apart "$name" of_made_of measured untouched &
+        else
+            mkdir -p "$results"
+            # Options are several words each.
+            apart "$name" train_variant $options &
+            trained=$!
+            while kill -0 "$trained" 2> /dev/null; do wait "$trained" || true; done
+            ! is_stopped || break
+            [ ! -e "$model/config.json" ] || apart "$name" of_made_of measured measured &
+        fi
     done
-    wait
-    [ "$chosen" -ge "$(wc -w <<< "$MADE_OF")" ] || { echo "of MADE_OF=$MADE_OF some are none of: ${all[*]%% *}" >&2; return 2; }
-    if [ -n "$MADE_OF_K" ] && [ -e "$RUNS/$part/best/config.json" ]; then
-        results=$RESULTS/$part/best model=$RUNS/$part/best
-        brief_ruler ruler-k --lengths "$MADE_OF_LENGTH,$((8 * MADE_OF_LENGTH))" --top-k-blocks "$MADE_OF_K"
-        results=$RESULTS/$part
+    room 1
+    results=$part_results
+    if [ -n "$MADE_OF_K" ] && [ -e "$RUNS/$part/best/config.json" ] && ! is_stopped; then
+        results=$part_results/best model=$RUNS/$part/best
+        apart best of_made_of blocks blocks &
+        room 1
+        results=$part_results
     fi
-    [ ! -s "$failed" ] || { echo "these failed:" $(< "$failed") >&2; return 1; }
-}
-
-one_of_made_of() {
-    if [ "$1" != untouched ]; then
-        variant "$@"
-        return
-    fi
-    # In the part's own folder; with full attention its positions end at the first of the lengths.
-    model=$SMOLLM2
-    in_novels && brief_ruler ruler --lengths "$MADE_OF_LENGTH" --full-attention
+    trap - TERM INT
+    ! is_stopped || { echo "a signal stopped it; the same command goes on" >&2; return "${stopped:-130}"; }
+    [ ! -s "$failed" ] || { echo "these failed:" $(sort -u "$failed" | cut -d ' ' -f 2) >&2; return 1; }
 }
 
 gemma3() {

@@ -185,15 +185,18 @@ def _one_text(labels: list[str], measured: list[str]) -> str:
 def key_table(lines: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """Keys found by length, with Wilson's 95 % interval."""
 
-    def cell(one: dict[str, Any] | None) -> str:
-        if one is None:
-            return ""
-        low, high = one["interval"]
-        return f"{one['found']}/{one['prompts']} = {one['accuracy']:.0%} ({low:.2f}-{high:.2f})"
-
     lengths = sorted({length for line in lines.values() for length in line})
-    rows = [[f"{length:,}", *(cell(line.get(length)) for line in lines.values())] for length in lengths]
+    rows = [
+        [f"{length:,}", *(key_cell(line[length]) if length in line else "" for line in lines.values())]
+        for length in lengths
+    ]
     return markdown(["tokens", *lines], rows)
+
+
+def key_cell(one: dict[str, Any]) -> str:
+    """Keys found of those asked for, with Wilson's 95 % interval of their share."""
+    low, high = one["interval"]
+    return f"{one['found']}/{one['prompts']} = {one['accuracy']:.0%} ({low:.2f}-{high:.2f})"
 
 
 def draw_keys(lines: dict[str, dict[int, dict[str, Any]]], path: Path, trained: int) -> None:
@@ -264,69 +267,101 @@ def last(part: Part, *names: str) -> float | None:
     return next((figures[-1] for figures in found if figures), None)
 
 
-def ruler_means(part: Part, file: str) -> dict[tuple[str, int], str]:
-    """(reading, length) -> the mean of the tasks that a file has there, with its bootstrapped 95 % interval."""
-    return {
-        (one["reading"], one["tokens"]): f"{one['score']:.2f} ({one['interval'][0]:.2f}-{one['interval'][1]:.2f})"
-        for one in part.ruler.get(file, {"means": []})["means"]
-    }
+# What a row of a study of several things measured -> what its column is called, and its cell of a result.
+MEASURED: dict[str, tuple[str, str, Callable[[dict[str, Any]], str | None]]] = {
+    "perplexity": ("perplexity", "eval-length", lambda one: _number(one.get("perplexity"))),
+    "ruler": ("RULER", "length", lambda one: _score(one)),
+    "passkey": ("pass keys", "length", lambda one: key_cell(one)),
+}
+
+
+def measured(part: Part, study: str) -> dict[str | None, dict[tuple[str, int], str | None]]:
+    """What a study of perplexity, RULER and pass keys found of one model: number of blocks retrieved, where rows say it
+    -> (kind, length) -> cell, in the rows' order."""
+    found: dict[str | None, dict[tuple[str, int], str | None]] = {}
+    for row in part.tables.get(study, {"rows": []})["rows"]:
+        _, length, cell = MEASURED[row["kind"]]
+        of_way = found.setdefault(row["settings"].get("top-k-blocks"), {})
+        of_way[row["kind"], row["settings"][length]] = cell(row["result"]) if row["result"] else None
+    return found
+
+
+def measured_columns(found: Iterable[dict[tuple[str, int], str | None]]) -> list[tuple[str, int]]:
+    """(kind, length) of all that was measured: kind by kind, the shorter lengths first."""
+    kinds = list(MEASURED)
+    return sorted({column for of_one in found for column in of_one}, key=lambda one: (kinds.index(one[0]), one[1]))
+
+
+def column_names(columns: Iterable[tuple[str, int]]) -> list[str]:
+    return [f"{MEASURED[kind][0]} at {length:,}" for kind, length in columns]
+
+
+def _number(figure: float | None) -> str | None:
+    return None if figure is None else f"{figure:.2f}"
+
+
+def _score(one: dict[str, Any]) -> str | None:
+    """RULER's mean of the tasks, with its bootstrapped 95 % interval."""
+    return None if one["score"] is None else "{:.2f} ({:.2f}-{:.2f})".format(one["score"], *one["interval"])
 
 
 def variants_table(part: Part) -> list[str]:
     """What became of a recipe with each change, and of the untouched model."""
     everyone = [part, *part.variants.values()]
-    perplexities = [
-        {row["settings"]["eval-length"]: (row["result"] or {}).get("perplexity") for row in rows}
-        for rows in (one.tables.get("perplexity", {"rows": []})["rows"] for one in everyone)
-    ]
-    # Of each by its own way of reading, of which it has one here.
-    scores = [{length: mean for (_, length), mean in ruler_means(one, "ruler").items()} for one in everyone]
-    lengths = sorted({length for found in (*perplexities, *scores) for length in found})
-    if not lengths:
+    # Each is read in its own way here.
+    found = [measured(one, "measured").get(None, {}) for one in everyone]
+    measures = measured_columns(found)
+    if not measures:
         return []
-    columns = ["change", "steps", "divergence", *(f"perplexity at {n:,}" for n in lengths)]
-    columns += [f"RULER at {n:,}" for n in lengths] + ["answers' loss", "answers right", "tokens/s", "seconds"]
+    columns = ["change", "steps", "divergence", *column_names(measures)]
+    columns += ["answers' loss", "answers right", "tokens/s", "seconds"]
     rows = []
-    for one, perplexity, score in zip(everyone, perplexities, scores, strict=True):
-        figures = [perplexity.get(n) for n in lengths] + [score.get(n) for n in lengths]
+    for one, of_one in zip(everyone, found, strict=True):
+        cells = [of_one.get(column) for column in measures]
         if one is part:
-            if any(figures):
-                rows.append(["(untouched, read whole)", None, None, *figures, *[None] * 4])
+            if any(cells):
+                rows.append(["(untouched, read whole)", None, None, *cells, *[None] * 4])
             continue
         if not one.training:
             continue
-        right, divergence = (
-            last(one, "validation_answers_right"),
-            last(one, "validation_prose_divergence", "validation_divergence"),
-        )
+        # Where no text has answers, all of it is prose.
+        divergence = last(one, "validation_prose_divergence", "validation_divergence")
         rows.append(
             [
                 f"`{one.options}`" if one.options else "none: the recipe",
                 last(one, "step"),
                 None if divergence is None else f"{divergence:.3f}",
-                *figures,
+                *cells,
                 last(one, "validation_answers_loss"),
-                None if right is None else f"{right:.1%}",
+                _answers_right(one),
                 speed(one),
                 one.training_seconds,
             ]
         )
-    asked = [cell for one in everyone for cell in one.ruler.get("ruler", {"cells": []})["cells"]]
-    tasks = ", ".join(dict.fromkeys(cell["task"] for cell in asked))
-    samples = sorted({cell["samples"] for cell in asked})
-    said = [f"RULER: {tasks}, {' or '.join(map(str, samples))} of each.", ""] if asked else []
+    said = _asked([row for one in everyone for row in one.tables.get("measured", {"rows": []})["rows"]])
     return [*([part.about, ""] if part.about else []), *markdown(columns, rows), *said]
 
 
+def _answers_right(part: Part) -> str | None:
+    """The share of the answers' tokens, and how many they are where that was noted."""
+    right, tokens = last(part, "validation_answers_right"), last(part, "validation_answers_tokens")
+    return None if right is None else f"{right:.1%}" + (f" of {tokens:,}" if tokens else "")
+
+
+def _asked(rows: list[dict[str, Any]]) -> list[str]:
+    """Which of RULER's tasks were asked, and how often each."""
+    asked = [row["result"] for row in rows if row["kind"] == "ruler" and row["result"] and row["result"]["tasks"]]
+    tasks = ", ".join(dict.fromkeys(task for result in asked for task in result["tasks"]))
+    samples = sorted({result["answers"] // len(result["tasks"]) for result in asked})
+    return [f"RULER: {tasks}, {' or '.join(map(str, samples))} of each.", ""] if asked else []
+
+
 def blocks_table(part: Part) -> list[str]:
-    """RULER of the unchanged recipe's model by the blocks that it is read with."""
+    """What the unchanged recipe's model is asked, by the blocks that it is read with."""
     unchanged = part.variants.get(UNCHANGED)
-    means = ruler_means(unchanged, "ruler-k") if unchanged else {}
-    if not means:
+    found = measured(unchanged, "blocks") if unchanged else {}
+    if not found:
         return []
-    lengths = sorted({length for _, length in means})
-    rows = [
-        [reading, *(means.get((reading, length)) for length in lengths)]
-        for reading in dict.fromkeys(reading for reading, _ in means)
-    ]
-    return markdown(["the recipe's model, read with", *(f"RULER at {length:,}" for length in lengths)], rows)
+    columns = measured_columns(found.values())
+    rows = [[f"top-k {blocks}", *(of_way.get(column) for column in columns)] for blocks, of_way in found.items()]
+    return markdown(["the recipe's model, read with", *column_names(columns)], rows)
