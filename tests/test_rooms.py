@@ -1,5 +1,5 @@
-"""Which room of the house may take from which: a lower one from none above it, kernels from kernels/common alone, and
-nothing in a circle."""
+"""Which room of the house may take from which: a lower one from none above it, kernels from kernels/common alone,
+nothing in a circle, and Triton with kernels alone."""
 
 import ast
 from collections.abc import Iterator
@@ -34,6 +34,18 @@ EXCEPTIONS = {
     ("models.calls", "inference.calls"): "transformers' generate and forward, once they are called, read with memory",
     ("training.validation", "evaluation.score"): "what a loss is as a perplexity, and how well answers are predicted",
     ("training.setup", "evaluation.score"): "what an evaluation adds up, of the answers alone too",
+}
+# Kernels that are not of attention: Triton is imported with them, and they where they are called.
+KERNELS_ELSEWHERE = {
+    f"landmark_cli.{name}"
+    for name in (
+        "evaluation.fused_score",
+        "models.row_products",
+        "models.step_kernels",
+        "training.fused_cross_entropy",
+        "training.fused_distillation",
+        "training.fused_gate",
+    )
 }
 # Functions that import, when they are called, what they choose from.
 TABLES = {
@@ -118,3 +130,25 @@ def test_no_module_imports_itself_by_way_of_others(everywhere):
 
     for module in edges:
         visit(module, ())
+
+
+def is_of_kernels(module: str) -> bool:
+    return within(module, "attention.kernels") or module in KERNELS_ELSEWHERE
+
+
+def imports_triton(module: str) -> bool:
+    for node in statements(ast.parse(MODULES[module].read_text(encoding="utf-8")).body, everywhere=False):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        if any(name.partition(".")[0] == "triton" for name in names):
+            return True
+    return False
+
+
+def test_whoever_does_not_want_kernels_imports_no_triton():
+    """PyTorch for a CPU comes without it."""
+    found = {module for module in MODULES if imports_triton(module)}
+    assert len(found) > 30 and KERNELS_ELSEWHERE <= found
+    while more := {module for module in MODULES.keys() - found if imported(module, everywhere=False) & found}:
+        found |= more
+    assert not [module for module in found if not is_of_kernels(module)]

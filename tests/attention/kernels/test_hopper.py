@@ -1,6 +1,7 @@
 """The Hopper kernels, run on the CPU by an emulator of their language, give what the definition gives."""
 
 import contextlib
+import sys
 import types
 
 import pytest
@@ -271,6 +272,11 @@ def test_what_they_cannot_serve_is_named(given, reason, monkeypatch):
 
 def test_this_triton_has_what_they_call():
     assert support.why_not_gluon() is None
+
+
+def test_without_triton_they_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert support.why_not_gluon.__wrapped__() == "triton is not installed"
 
 
 def test_another_gluon_is_explained(monkeypatch):

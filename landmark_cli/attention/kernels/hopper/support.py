@@ -39,8 +39,10 @@ def why_not(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
 @functools.cache
 def why_not_gluon() -> str | None:
     """What the installed Triton lacks of Gluon, its language for such kernels, which still changes; None if nothing."""
-    import triton
-
+    try:
+        import triton
+    except ImportError as error:
+        return f"{error.name or 'triton'} is not installed"
     try:
         from . import launch
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..common.configuration import padded, product_precision
 from ..common.launch import on_device
-from ..common.tensors import empty_heads_last, operand
+from ..common.operands import operand
+from ..common.tensors import empty_heads_last
 from .backward import key_gradient_kernel, query_gradient_kernel
 from .forward import forward_kernel
 

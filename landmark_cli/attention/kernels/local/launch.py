@@ -12,8 +12,9 @@ from torch import Tensor
 from ..common.configuration import Configuration, padded, product_precision
 from ..common.launch import Launch, LaunchCache, launch
 from ..common.logits import scaling_of
+from ..common.operands import operand
 from ..common.sinks import sink_gradient
-from ..common.tensors import empty_heads_last, operand
+from ..common.tensors import empty_heads_last
 from ..common.tiles import LOG2E
 from .backward import key_gradient_kernel, query_gradient_kernel
 from .configurations import choices

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.configuration import padded, product_precision
 from ..common.logits import scaling_of
-from ..common.tensors import operand
+from ..common.operands import operand
 from ..common.tiles import LOG2E
 
 # Landmarks a tile: all blocks that are scored at their true distance must lie in the first.

@@ -19,7 +19,8 @@ from ..common.choices import Choices
 from ..common.configuration import padded, product_precision
 from ..common.launch import on_device
 from ..common.logits import scaling_of
-from ..common.tensors import empty_heads_last, operand
+from ..common.operands import operand
+from ..common.tensors import empty_heads_last
 from ..common.tiles import LOG2E
 from .call import PASS, TILE, strides
 from .top_k import select_in_window_kernel

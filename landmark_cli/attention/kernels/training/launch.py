@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..common.configuration import Configuration, padded, product_precision
 from ..common.launch import HEADS_IN_FLIGHT, Launch, LaunchCache, launch
+from ..common.operands import operand
 from ..common.sinks import sink_gradient
 from ..common.statistics import Part, backward_parts
-from ..common.tensors import empty_heads_last, operand
+from ..common.tensors import empty_heads_last
 from .backward import key_gradient_kernel, query_gradient_kernel
 from .configurations import choices
 from .forward import forward_kernel
