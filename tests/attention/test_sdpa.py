@@ -232,6 +232,12 @@ def test_on_a_cpu_it_runs_unasked(given):
     assert choose(problem._replace(packed=True)) == choose(problem._replace(joint=False)) == "eager"
 
 
+@pytest.mark.parametrize("given", [{"reading": True, "differentiated": False}, {"local": True}, {"retrieving": 4}])
+def test_asked_for_by_name_it_leaves_to_others_what_it_does_not_do(given):
+    problem = TRAINED._replace(device="cpu", **given)
+    assert choose(problem, "sdpa") == choose(problem) != "sdpa"
+
+
 def test_an_old_library_is_not_taken(on_hopper, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     assert choose(TRAINED) == "triton"

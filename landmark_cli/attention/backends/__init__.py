@@ -59,6 +59,8 @@ def _choose(requested: str | None, *constants) -> str:
         names = ", ".join(f'"{name}"' for name in BACKENDS)
         raise refusal(f"landmark attention has the backends {names}; {requested!r} was asked for")
     if problem.reading or problem.retrieving or problem.local:
+        if backend.reads_as is None:
+            return _first_that_can(problem)
         backend = BACKENDS[backend.reads_as]
     obstacle = backend.why_not(problem)
     if obstacle is not None:

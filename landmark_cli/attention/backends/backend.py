@@ -21,9 +21,9 @@ class Backend:
     lse) and (dout, dlse, q, k, v, sinks, out, lse, *settings) -> (dq, dk, dv, dsinks), sinks and their gradient being
     None where there are none. None: the definition, which autograd differentiates.
     reads_as: the name of the backend that reads, and that serves layers with a sliding window, where this one is asked
-    for. read: attention of a chunk through the
-    cache, (q, k, v, blocks, chunk, scale, context_miss_key, traced) -> Read, to which softcap and sinks come by name
-    where there are some; None where another one reads.
+    for; None: whoever does unasked. read: attention of a chunk through the cache, (q, k, v, blocks, chunk, scale,
+    context_miss_key, traced) -> Read, to which softcap and sinks come by name where there are some; None where another
+    one reads.
     recorded: whether shapes of what it reads do not depend on what has been read, so that CUDA graphs can record it.
     stores_first: whether it stores a chunk before it reads, so that chunks that follow one another can be read side by
     side, as rows.
@@ -39,7 +39,7 @@ class Backend:
     name: str
     meant_for: Callable[[str], bool]
     why_not: Callable[[Problem], str | None]
-    reads_as: str
+    reads_as: str | None
     forward: Callable[..., tuple[Tensor, Tensor]] | None = None
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
     read: Callable[..., Read] | None = None

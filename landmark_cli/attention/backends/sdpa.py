@@ -83,7 +83,7 @@ SDPA = Backend(
     # It was measured on no other GPU.
     lambda device: device.startswith("cpu") or is_hopper(device),
     why_not,
-    "triton",
+    None,
     _forward,
     _backward,
     # On a GPU a library takes long before its first call with a new length; training windows are alike.
