@@ -59,7 +59,7 @@ class RulerRows:
         from landmark_cli.evaluation.ruler.benchmark import check_lengths
         from landmark_cli.evaluation.ways import beyond_training, check_ways
 
-        asks, reading = self._asks(row), reading_alone(row.reading())
+        asks, reading = row.asks(), reading_alone(row.reading())
         way = _way(asks, name, model)
         check_ways(model, [way], reading)
         tasks = self._tasks(asks, name, tokenizer)
@@ -70,11 +70,6 @@ class RulerRows:
     def depends_on(self, row: Row) -> dict[str, Any]:
         """As of PerplexityRows."""
         return {}
-
-    def _asks(self, row: Row) -> RulerRow:
-        from landmark_cli.evaluation.studies import RulerRow
-
-        return RulerRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
 
     def _tasks(self, asks: RulerRow, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
         from landmark_cli.evaluation.ruler.benchmark import make_task, task_names
@@ -89,7 +84,7 @@ class RulerRows:
         from landmark_cli.evaluation.ruler.run import measure
         from landmark_cli.evaluation.studies import model_identity
 
-        options, name, asks = self._options, opened.name(row.role), self._asks(row)
+        options, name, asks = self._options, opened.name(row.role), row.asks()
         model, tokenizer = opened(row.role, "sdpa" if asks.full_attention else None)
         way, tasks = _way(asks, name, model), self._tasks(asks, name, tokenizer)
         cells = measure(
@@ -146,7 +141,7 @@ class PassKeyRows:
         from landmark_cli.evaluation.passkey import prompt_maker
         from landmark_cli.evaluation.ways import beyond_training, check_ways
 
-        asks, reading = self._asks(row), reading_alone(row.reading())
+        asks, reading = row.asks(), reading_alone(row.reading())
         way = _way(asks, name, model)
         check_ways(model, [way], reading)
         prose = self._prose(name, tokenizer)
@@ -160,11 +155,6 @@ class PassKeyRows:
         """As of PerplexityRows."""
         return {}
 
-    def _asks(self, row: Row) -> PassKeyRow:
-        from landmark_cli.evaluation.studies import PassKeyRow
-
-        return PassKeyRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
-
     def _prose(self, name: str, tokenizer: PreTrainedTokenizerBase) -> Prose | None:
         """None for the paper's filler."""
         return None if self._options.haystack is None else self._given.prose(name, tokenizer)[1]
@@ -173,7 +163,7 @@ class PassKeyRows:
         """The figures of a row that was checked."""
         from landmark_cli.evaluation.passkey import evaluate_passkey
 
-        name, asks = opened.name(row.role), self._asks(row)
+        name, asks = opened.name(row.role), row.asks()
         model, tokenizer = opened(row.role, "sdpa" if asks.full_attention else None)
         result = evaluate_passkey(
             model,

@@ -202,10 +202,9 @@ class LongPerplexityRows:
     def _text(self, row: Row) -> tuple[LongPerplexityRow, LongText]:
         """What a row asks for, and the text in its windows."""
         from landmark_cli.evaluation.longppl import long_text
-        from landmark_cli.evaluation.studies import LongPerplexityRow
 
         options, about = self._options, self._file.metadata
-        asks = LongPerplexityRow(**{key.replace("-", "_"): value for key, value in row.settings.items()})
+        asks = row.asks()
         sample = {"sample_tokens": options.sample_tokens, "seed": options.seed}
         return asks, long_text(self._file.tokens, about.eot_id, about.sha256, eval_length=asks.eval_length, **sample)
 

@@ -104,10 +104,18 @@ class Row:
     paper: dict[str, float] = field(default_factory=dict)
     kind: str = "perplexity"
 
+    def asks(self) -> Any:
+        """Its settings, with the defaults of what it measures: of the class that KINDS has for it."""
+        return KINDS[self.kind](**self._named())
+
     def reading(self) -> ReadingSettings:
         """How the row's model reads."""
-        chosen = {key.replace("-", "_"): value for key, value in self.settings.items()}
-        return ReadingSettings(**{key: value for key, value in chosen.items() if key in settings_of(ReadingSettings)})
+        named = self._named()
+        return ReadingSettings(**{key: value for key, value in named.items() if key in settings_of(ReadingSettings)})
+
+    def _named(self) -> dict[str, Any]:
+        """The settings by the names of Python's fields."""
+        return {key.replace("-", "_"): value for key, value in self.settings.items()}
 
 
 @dataclass(frozen=True)

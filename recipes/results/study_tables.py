@@ -267,11 +267,20 @@ def last(part: Part, *names: str) -> float | None:
     return next((figures[-1] for figures in found if figures), None)
 
 
+def _perplexity(one: dict[str, Any]) -> str | None:
+    return None if one.get("perplexity") is None else f"{one['perplexity']:.2f}"
+
+
+def _score(one: dict[str, Any]) -> str | None:
+    """RULER's mean of the tasks, with its bootstrapped 95 % interval."""
+    return None if one["score"] is None else "{:.2f} ({:.2f}-{:.2f})".format(one["score"], *one["interval"])
+
+
 # What a row of a study of several things measured -> what its column is called, and its cell of a result.
 MEASURED: dict[str, tuple[str, str, Callable[[dict[str, Any]], str | None]]] = {
-    "perplexity": ("perplexity", "eval-length", lambda one: _number(one.get("perplexity"))),
-    "ruler": ("RULER", "length", lambda one: _score(one)),
-    "passkey": ("pass keys", "length", lambda one: key_cell(one)),
+    "perplexity": ("perplexity", "eval-length", _perplexity),
+    "ruler": ("RULER", "length", _score),
+    "passkey": ("pass keys", "length", key_cell),
 }
 
 
@@ -294,15 +303,6 @@ def measured_columns(found: Iterable[dict[tuple[str, int], str | None]]) -> list
 
 def column_names(columns: Iterable[tuple[str, int]]) -> list[str]:
     return [f"{MEASURED[kind][0]} at {length:,}" for kind, length in columns]
-
-
-def _number(figure: float | None) -> str | None:
-    return None if figure is None else f"{figure:.2f}"
-
-
-def _score(one: dict[str, Any]) -> str | None:
-    """RULER's mean of the tasks, with its bootstrapped 95 % interval."""
-    return None if one["score"] is None else "{:.2f} ({:.2f}-{:.2f})".format(one["score"], *one["interval"])
 
 
 def variants_table(part: Part) -> list[str]:
