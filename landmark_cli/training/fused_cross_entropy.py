@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -10,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from landmark_cli.attention.kernels.common.launch import on_device
 from landmark_cli.data.landmarks import IGNORED_TARGET
 
 
@@ -69,7 +69,7 @@ def score_and_differentiate(logits: Tensor, targets: Tensor, losses: Tensor, wei
     """See linear_cross_entropy.score_and_differentiate; logits with a dense last dimension."""
     rows, vocabulary = logits.shape
     steps = depth(vocabulary * logits.element_size(), logits.device)
-    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+    with on_device(logits):
         score_kernel[(rows,)](
             logits, targets, losses, logits.stride(0), vocabulary, IGNORED=IGNORED_TARGET,
             COLS=min(4096, triton.next_power_of_2(vocabulary)), DEPTH=steps, WEIGHTS=weights,

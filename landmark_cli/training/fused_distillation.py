@@ -3,13 +3,11 @@ linear_distillation.distil_and_differentiate."""
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from landmark_cli.attention.kernels.common.launch import on_device
 from landmark_cli.data.landmarks import IGNORED_TARGET
 
 from .fused_cross_entropy import depth, log_sum_exp
@@ -85,7 +83,7 @@ def distil_and_differentiate(
     rows, vocabulary = logits.shape
     # Both rows are read again.
     read_again = vocabulary * logits.element_size() + teacher_logits.shape[1] * teacher_logits.element_size()
-    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+    with on_device(logits):
         distil_kernel[(rows,)](
             logits, teacher_logits, targets, weights, target_weights, divergences, losses, logits.stride(0),
             teacher_logits.stride(0), vocabulary, min(vocabulary, teacher_logits.shape[1]), float(temperature),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from landmark_cli.attention.kernels.common.configuration import has_warp_groups, padded
+from landmark_cli.attention.kernels.common.launch import on_device
+from landmark_cli.attention.kernels.common.operands import operand
 
 # Tiles of queries, those of all heads of a key head side by side, and of a block's tokens: so many at most, and so many
 # bytes, twice as many on a Hopper GPU. One of queries and three of keys are held in shared memory, of which older GPUs
@@ -57,8 +57,9 @@ def block_logits_kernel(Q, K, TEXT, SPANS, OUT, q_row, q_head, q_token, k_row, k
 
 def block_logits(q: Tensor, k: Tensor, text: Tensor, spans: Tensor, scale: float, reach: int | None = None) -> Tensor:
     """As `gate.block_logits`: (B, H, S, M) float32. text: (B, S) int64, the queries' places among the n tokens. spans:
-    (B, M, 2) int64, each block's tokens. q: (B, H, n, D) and k: (B, G, n, D), whose last dimension is dense."""
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    (B, M, 2) int64, each block's tokens. q: (B, H, n, D) and k: (B, G, n, D), copied where the last dimension is not
+    dense."""
+    q, k = operand(q), operand(k)
     batch, heads, _, dim = q.shape
     groups, sampled, blocks = k.shape[1], text.shape[1], spans.shape[1]
     wide = padded(dim)
@@ -66,7 +67,7 @@ def block_logits(q: Tensor, k: Tensor, text: Tensor, spans: Tensor, scale: float
     tile = max(16, min(TILE, room // (wide * q.element_size())))
     out = q.new_empty(batch, heads, sampled, blocks, dtype=torch.float32)
     grid = blocks, triton.cdiv(heads // groups * sampled, tile), batch * groups
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q):
         block_logits_kernel[grid](
             q, k, text.contiguous(), spans.contiguous(), out, *q.stride()[:3], *k.stride()[:3], float(scale),
             reach or 0, groups, sampled, blocks, REPEATS=heads // groups, DIM=dim, PADDED=wide, QUERIES=tile,

@@ -67,12 +67,10 @@ def block_shares(logits: Tensor, chosen: Sample) -> Tensor:
     """What full attention gives every block, of logits (..., B, H, S, M) as `block_logits` has them: as many columns,
     and one for the query's own block behind them; that and later ones' have 0 in their own columns. Where landmarks
     only choose no column more: what earlier blocks get, of all that these get."""
-    blocks = torch.arange(logits.shape[-1], device=logits.device)
-    begun = blocks >= chosen.first[..., None]
     if chosen.joint:
-        earlier = begun & (blocks < chosen.end[..., None])
         # A query that sees nothing of any has nothing to give, and no number may be nan.
-        return torch.softmax(logits.masked_fill(~earlier[:, None], -torch.inf), dim=-1).nan_to_num(nan=0.0)
+        return torch.softmax(logits.masked_fill(~_earlier(chosen)[:, None], -torch.inf), dim=-1).nan_to_num(nan=0.0)
+    begun = torch.arange(logits.shape[-1], device=logits.device) >= chosen.first[..., None]
     shares = torch.softmax(logits.masked_fill(~begun[:, None], -torch.inf), dim=-1)
     own = chosen.own[:, None, :, None].expand(*shares.shape[:-1], 1)
     return torch.cat([shares.scatter(-1, own, 0.0), shares.gather(-1, own)], -1)
@@ -102,14 +100,19 @@ def landmark_logits(q: Tensor, k: Tensor, chosen: Sample, scale: float, window: 
 def outer_shares(logits: Tensor, chosen: Sample) -> Tensor:
     """Logarithms of what landmark attention's outer softmax gives every block, in the columns of `block_shares`; minus
     infinity where nothing is. logits: (..., B, H, S, M) or one column more, as `landmark_logits` has them."""
-    blocks = torch.arange(chosen.landmarks.shape[1], device=logits.device)
-    earlier = (blocks >= chosen.first[..., None]) & (blocks < chosen.end[..., None])
-    # Where there is no earlier block nothing is asked, and no number may be nan.
+    earlier = _earlier(chosen)
     if chosen.joint:
+        # Where there is no earlier block nothing is asked, and no number may be nan.
         asked = earlier | (chosen.end == chosen.first)[..., None]
     else:
         asked = nn.functional.pad(earlier, (0, 1), value=True)
     return torch.log_softmax(logits.masked_fill(~asked[:, None], -torch.inf), dim=-1)
+
+
+def _earlier(chosen: Sample) -> Tensor:
+    """Which blocks a query can choose, (B, S, M) bool: of its document, before its own block or its chunk."""
+    blocks = torch.arange(chosen.landmarks.shape[1], device=chosen.landmarks.device)
+    return (blocks >= chosen.first[..., None]) & (blocks < chosen.end[..., None])
 
 
 def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window: ReadingWindow) -> Tensor:

@@ -50,6 +50,7 @@ DEVICES = [pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pyt
         (15, 100, 3, 1, 24, True, None, torch.float32),
         (7, 60, 2, 2, 16, False, 13, torch.float32),
         (70, 220, 6, 2, 16, False, None, torch.float32),
+        (15, 100, 6, 2, 16, False, None, torch.bfloat16),
     ],
 )
 def test_it_gives_what_its_definition_does(device, freq, tokens, heads, groups, dim, documents, reach, dtype):

@@ -87,5 +87,5 @@ SDPA = Backend(
     _forward,
     _backward,
     # On a GPU a library takes long before its first call with a new length; training windows are alike.
-    tried=lambda problem: problem.joint and (problem.differentiated or problem.device.startswith("cpu")),
+    tried=lambda problem: problem.joint and (problem.differentiated or problem.kind == "cpu"),
 )
