@@ -114,8 +114,8 @@ def test_each_change_is_measured_once_whatever_becomes_of_another(study, at_once
 
 def test_the_next_is_trained_while_one_is_measured(study):
     """Where that is asked for; and two are never trained at a time. The measuring here ends once the training began."""
-    settings = {"PART": "made-of", "MADE_OF": "best text-0.1", "MADE_OF_K": ""}
-    status, calls, said = study(**settings, MADE_OF_AT_ONCE="2", UNTIL="--text-weight 0.1")
+    settings = {"PART": "made-of", "MADE_OF": "best text-0.4", "MADE_OF_K": ""}
+    status, calls, said = study(**settings, MADE_OF_AT_ONCE="2", UNTIL="--text-weight 0.4")
     assert status == 0, said
     first, second = of(calls, "finetune")
     assert (study.folder / "results/made-of/about.md").exists()
@@ -125,9 +125,9 @@ def test_the_next_is_trained_while_one_is_measured(study):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at_once", ["1", "2"])
 def test_a_signal_lets_what_runs_keep_its_place_and_begins_nothing_more(study, at_once, number):
-    settings = {"PART": "made-of report", "MADE_OF": "best text-0.1 grouped", "MADE_OF_AT_ONCE": at_once}
+    settings = {"PART": "made-of report", "MADE_OF": "best text-0.4 grouped", "MADE_OF_AT_ONCE": at_once}
     # The measurements of one, and the training of the next where it has begun.
-    with study.start(**settings, HELD="runs/made-of/best --data|--text-weight 0.1") as process:
+    with study.start(**settings, HELD="runs/made-of/best --data|--text-weight 0.4") as process:
         begin = time.monotonic()
         while study.called().count("held") < int(at_once):
             assert time.monotonic() - begin < 30 and process.poll() is None
@@ -178,7 +178,7 @@ def test_changes_see_as_many_tokens(study):
 
 def test_a_change_that_there_is_none_of_is_refused(study):
     status, calls, said = study(PART="made-of", MADE_OF="best nothing", MADE_OF_K="")
-    assert status == 2 and "MADE_OF=best nothing: there is no change called nothing; there are best text-0.1 " in said
+    assert status == 2 and "MADE_OF=best nothing: there is no change called nothing; there are best text-0.4 " in said
     assert [call.split()[0] for call in calls] == ["prepare"]
 
 

@@ -344,9 +344,9 @@ variants() {
     MADE_OF_TOKENS=${MADE_OF_TOKENS:-$(($(recipe_value $recipe sequence-length) * $(recipe_value $recipe batch-size) * $(recipe_value $recipe accumulation)))}
     cat <<TABLE
 best
-text-0.1            --text-weight 0.1
+text-0.4            --text-weight 0.4
 answers-0.2         --answer-weight 0.2
-text-0.1-answers-0.2    --text-weight 0.1 --answer-weight 0.2
+text-0.4-answers-0.2    --text-weight 0.4 --answer-weight 0.2
 grouped             --softmax grouped --gate-weight 0
 no-teacher          --teacher none --answer-weight 1
 no-tasks            --tasks-share 0 --answer-weight 0
