@@ -81,11 +81,15 @@ def backward(
 
 
 def text_of(x: Tensor, block_size: int) -> Tensor:
-    """The text of a stream (B, H, T, ...), in memory as (B, n, H, ...)."""
-    tokens = x.shape[2] - x.shape[2] // block_size
-    found = x.new_empty(x.shape[0], tokens, x.shape[1], *x.shape[3:]).transpose(1, 2)
-    pieces = _of_stream(x, block_size)
-    for there, here in zip(_of_text(found, pieces[0]), pieces, strict=True):
+    """The text of a stream (B, H, T, ...), in memory as (B, n, H, ...), or, of one number a token, as (B, H, n)."""
+    blocks = x.shape[2] // block_size
+    batch, heads, tokens = *x.shape[:2], x.shape[2] - blocks
+    if x.dim() == 4:
+        dim = x.shape[3]
+        found = x.new_empty_strided((batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1))
+    else:
+        found = x.new_empty((batch, heads, tokens))
+    for there, here in zip(_of_text(found, block_size, blocks), _of_stream(x, block_size, blocks), strict=True):
         there.copy_(here)
     return found
 
@@ -93,13 +97,15 @@ def text_of(x: Tensor, block_size: int) -> Tensor:
 def put_text(stream: Tensor, block_size: int, text: Tensor, added: Tensor | None = None) -> None:
     """Put text (B, H, n, ...) back where `text_of` found it. added: (B, H, n', ...), which is added to the text of
     blocks that have a landmark."""
-    blocks, rest = _of_stream(stream, block_size)
-    of_blocks, of_rest = _of_text(text, blocks)
+    blocks = stream.shape[2] // block_size
+    whole, *rest = zip(_of_stream(stream, block_size, blocks), _of_text(text, block_size, blocks), strict=True)
+    there, here = whole
     if added is None:
-        blocks.copy_(of_blocks)
+        there.copy_(here)
     else:
-        torch.add(of_blocks, added.unflatten(2, blocks.shape[2:4]), out=blocks)
-    rest.copy_(of_rest)
+        torch.add(here, _in_blocks(added, blocks, block_size - 1, block_size - 1), out=there)
+    for there, here in rest:
+        there.copy_(here)
 
 
 def landmarks_of(x: Tensor, block_size: int) -> Tensor:
@@ -112,17 +118,27 @@ def seen_by_landmarks(x: Tensor, block_size: int) -> int:
     return x.shape[2] // block_size * (block_size - 1)
 
 
-def _of_stream(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Views of a stream's text: of blocks that have a landmark, (B, H, N, block_size - 1, ...), and what follows."""
-    blocks = x.shape[2] // block_size
-    whole = x[:, :, : blocks * block_size].unflatten(2, (blocks, block_size))
-    return whole[:, :, :, :-1], x[:, :, blocks * block_size :]
+def _of_stream(x: Tensor, block_size: int, blocks: int) -> list[Tensor]:
+    """Views of a stream's text: of blocks that have a landmark, (B, H, N, block_size - 1, ...), and of what follows, if
+    something does."""
+    whole = _in_blocks(x, blocks, block_size, block_size - 1)
+    end = blocks * block_size
+    return [whole] if end == x.shape[2] else [whole, x[:, :, end:]]
 
 
-def _of_text(x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _of_text(x: Tensor, block_size: int, blocks: int) -> list[Tensor]:
     """The same views of text alone, of as many blocks."""
-    size = blocks.shape[2:4]
-    return x[:, :, : size.numel()].unflatten(2, size), x[:, :, size.numel() :]
+    whole = _in_blocks(x, blocks, block_size - 1, block_size - 1)
+    end = blocks * (block_size - 1)
+    return [whole] if end == x.shape[2] else [whole, x[:, :, end:]]
+
+
+def _in_blocks(x: Tensor, blocks: int, size: int, taken: int) -> Tensor:
+    """A view of x (B, H, T, ...): of so many blocks of `size` tokens the first ones, (B, H, blocks, taken, ...). It is
+    made in one operation, for a training step, which waits for its host, asks for a thousand of them."""
+    batch, heads, token, *rest = x.stride()
+    shape = (*x.shape[:2], blocks, taken, *x.shape[3:])
+    return x.as_strided(shape, (batch, heads, size * token, token, *rest))
 
 
 # --- queries of text: a library's causal attention
@@ -144,14 +160,14 @@ def attend_text(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, 
 def attend_text_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of `attend_text`."""
+    """(dq, dk, dv) of `attend_text`. lse is contiguous."""
     if not q.is_cuda:
         given = dout, q, k, v, out, lse, 0.0, True
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, scale=scale)
     # It has no dropout, so its random numbers are any.
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed = q.new_empty((), dtype=torch.int64)
     beside = seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, True
-    lse = lse.contiguous().view(*q.shape[:3], *(1,) * (_cudnn_lse_dimensions - 3))
+    lse = lse.view(*q.shape[:3], *(1,) * (_cudnn_lse_dimensions - 3))
     return aten._scaled_dot_product_cudnn_attention_backward(dout, q, k, v, out, lse, *beside, scale=scale)
 
 

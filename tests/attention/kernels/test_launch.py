@@ -11,6 +11,7 @@ from landmark_cli.attention.kernels.common import rotary
 from landmark_cli.attention.kernels.common.launch import Address, Kept, LaunchCache, Operand, addresses, launch
 from landmark_cli.attention.kernels.hopper import launch as hopper
 from landmark_cli.attention.kernels.hopper import schedule
+from landmark_cli.attention.kernels.landmarks import launch as landmarks
 from landmark_cli.attention.kernels.training import launch as training
 
 
@@ -134,12 +135,14 @@ def counts(monkeypatch):
     for module, names in (
         (training, ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")),
         (hopper, ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")),
+        (landmarks, ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")),
         (rotary, ("rotate_kernel", "join_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Counted(getattr(module, name), found))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=3))
-    caches = training.FORWARD_CALLS, training.BACKWARD_CALLS, hopper.FORWARD_CALLS, hopper.BACKWARD_CALLS, rotary.CALLS
+    caches = [calls for of in (training, hopper, landmarks) for calls in (of.FORWARD_CALLS, of.BACKWARD_CALLS)]
+    caches.append(rotary.CALLS)
     for cache in caches:
         cache.clear()
     yield found
@@ -190,3 +193,23 @@ def test_a_second_training_step_leaves_triton_nothing_to_prepare(backend, compil
     assert {n: c for n, c in (seen[0]["anew"] + seen[0]["again"]).items() if n in once} == once
     for step in seen[1:]:
         assert step["anew"] == {} and step["again"] == once | {"rotate_kernel": 4, "join_kernel": 1}
+
+
+def test_nor_do_landmarks_own_queries(counts):
+    """Whatever launches depend on is looked at again where it changes."""
+    kept = []
+
+    def step(heads=4, text=15, scale=0.25, lined_up=True):
+        given = *torch.randn(2, 2, 6, heads, 64), *torch.randn(2, 2, 6 * text, 2, 64)
+        q, dout, k, v = (x.transpose(1, 2) if lined_up else x.transpose(1, 2).contiguous() for x in given)
+        out, lse = landmarks.forward(q, k, v, text, scale)
+        landmarks.backward(dout, q, k, v, out, lse, text, scale)
+        kept.append((q, dout, k, v, out, lse))
+        found = {way: sum(n for (_, w), n in counts.items() if w == way) for way in ("anew", "again")}
+        counts.clear()
+        return found
+
+    assert [step() for _ in range(3)] == [{"anew": 3, "again": 0}] + 2 * [{"anew": 0, "again": 3}]
+    for other in ({"heads": 2}, {"text": 31}, {"scale": 0.5}, {"lined_up": False}):
+        assert step(**other)["anew"] == 3 and step(**other)["again"] == 3
+    assert step()["again"] == 3
