@@ -16,7 +16,8 @@
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
-#   ruler-text-0                  the same without the ordinary loss
+#   ruler-text-0.4                the same with the ordinary loss weighing 0.4
+#   ruler-text-0                  the same without it
 #   ruler-grouped                 and that with the paper's softmax
 #   ruler-distilled-64k           ruler-grouped's model, after that, going on in windows of 64 thousand tokens, trained as it
 #                                 reads; then asked the same
@@ -34,7 +35,7 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -text-0, -grouped and -answers-0; DISTILLED_64K_STEPS of -distilled-64k
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -text-0.4, -text-0, -grouped and -answers-0; DISTILLED_64K_STEPS of -distilled-64k
 #   RULER_WAYS             how models are asked, of k4 k16 long (RULER) keys keys16 long-keys (pass keys in novels), or none
 #   RULER_KEYS RULER_KEY_PROMPTS    lengths and number of these pass keys; the longest are as long and many as long's prompts
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
@@ -62,7 +63,7 @@ SMOLLM2_LENGTHS=${SMOLLM2_LENGTHS:-1024,4096,16384,65536,131072}
 SMOLLM2_TOKENS=${SMOLLM2_TOKENS:-524288}
 RULER_LENGTHS=${RULER_LENGTHS:-1024,2048,4096,8192,16384,32768,65536} RULER_SAMPLES=${RULER_SAMPLES:-20}
 RULER_LONG_LENGTHS=${RULER_LONG_LENGTHS:-131072,1000000} RULER_LONG_SAMPLES=${RULER_LONG_SAMPLES:-5}
-RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-900}
+RULER_LONG_TASKS=${RULER_LONG_TASKS:-niah_single_2,niah_multikey_1,vt} DISTILLED_STEPS=${DISTILLED_STEPS:-1600}
 DISTILLED_64K_STEPS=${DISTILLED_64K_STEPS:-120}
 RULER_WAYS=${RULER_WAYS:-k4 k16 long keys keys16 long-keys}
 RULER_KEYS=${RULER_KEYS:-1024,4096,8192,16384,65536} RULER_KEY_PROMPTS=${RULER_KEY_PROMPTS:-20}
@@ -79,7 +80,7 @@ SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-text-0 ruler-grouped ruler-distilled-64k ruler-answers-0"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-text-0.4 ruler-text-0 ruler-grouped ruler-distilled-64k ruler-answers-0"
 GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
 PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
@@ -295,11 +296,15 @@ ruler() {
             # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
             ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
             ;;
-        distilled | text-0 | grouped | answers-0)
+        distilled | text-0.4 | text-0 | grouped | answers-0)
             smollm2_text
             novels
             local changes=()
-            [ "$role" = distilled ] || changes=(--text-weight 0)
+            case $role in
+                distilled) ;;
+                text-0.4) changes=(--text-weight 0.4) ;;
+                *) changes=(--text-weight 0) ;;
+            esac
             [[ $role != grouped && $role != answers-0 ]] || changes+=(--softmax grouped --gate-weight 0)
             [ "$role" != answers-0 ] || changes+=(--answer-weight 0 --answer-divergence-weight 0)
             distil results/smollm2-distilled "$SMOLLM2" "$DISTILLED_STEPS" "${changes[@]}"
