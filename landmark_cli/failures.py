@@ -72,8 +72,14 @@ def memory_savers(options: Any) -> list[str]:
 
     ways = []
     for name, setting in settings_of(type(options)).items():
-        value, low = getattr(options, name), setting.metadata["min"]
-        number = setting.kind in (int, float) and not setting.many and value is not None
-        if setting.metadata["saves_memory"] and (value > low if number else value == setting.default):
-            ways.append(setting.metadata["saves_memory"])
+        value, about = getattr(options, name), setting.metadata
+        if not about["saves_memory"]:
+            continue
+        if setting.kind in (int, float) and value is not None:
+            # Of several numbers the largest needs the most.
+            saves = max(value if setting.many else [value]) > about["min"]
+        else:
+            saves = value == setting.default and not about["adapts"]
+        if saves:
+            ways.append(about["saves_memory"])
     return ways

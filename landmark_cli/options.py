@@ -60,6 +60,7 @@ def option(
     positional: bool = False,
     saved: bool = True,
     saves_memory: str = "",
+    adapts: bool = False,
     in_recipe: bool = True,
     is_output: bool = False,
     may_replace: str = "",
@@ -77,6 +78,7 @@ def option(
     may_replace: of such an option, the field that names files which are read and may be written over.
     saved: whether `save_recipe` writes the option; False for what belongs to one run only, such as `--resume`.
     saves_memory: how the option is given so that less memory is needed ("a smaller --batch-size"), if it can be.
+    adapts: whether without such an option less is taken once memory has run out, so that to give it saves nothing more.
     """
     metadata = {
         "help": help,
@@ -88,6 +90,7 @@ def option(
         "positional": positional,
         "saved": saved,
         "saves_memory": saves_memory,
+        "adapts": adapts,
         "in_recipe": in_recipe,
         "is_output": is_output,
         "may_replace": may_replace,

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from landmark_cli import cli, console, failures
+from landmark_cli.commands.evaluate import PassKeyOptions
 from landmark_cli.commands.finetune import FinetuneOptions
 from landmark_cli.commands.prepare import PrepareOptions
+from landmark_cli.commands.ruler import RulerOptions
 from landmark_cli.commands.train import TrainOptions
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
 from landmark_cli.failures import memory_savers
@@ -151,6 +153,19 @@ def test_only_what_is_left_to_save_is_named():
     left = memory_savers(FinetuneOptions(**finetune, **saving))
     assert any("--gradient-checkpointing" in way for way in first) and any("--batch-size" in way for way in first)
     assert left and not any(f"--{name.replace('_', '-')}" in way for way in left for name in saving)
+
+
+@pytest.mark.parametrize("options", [RulerOptions, PassKeyOptions], ids=lambda options: options.__name__)
+def test_a_number_that_falls_by_itself_is_named_where_it_was_given(options):
+    ways = {number: memory_savers(options(batch_size=number)) for number in (None, 1, 2)}
+    assert ways[None] == ways[1] and set(ways[2]) - set(ways[1]) == {"a smaller --batch-size"}
+
+
+def test_of_several_numbers_the_largest_can_be_smaller():
+    lengths = {
+        several: memory_savers(RulerOptions(lengths=list(several))) for several in ((4096, 1), (1, 1), (1000000,))
+    }
+    assert lengths[4096, 1] == lengths[1000000,] == [*lengths[1, 1], "shorter --lengths"]
 
 
 PIPED = """

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.finetune_data import SAMPLE
 from landmark_cli.commands.measurement import (
-    batch_size_option,
     file_option,
     haystack_option,
     json_option,
+    prompts_at_a_time,
     sample_tokens_option,
     text_option,
     window_seed_option,
@@ -100,9 +100,7 @@ class PassKeyOptions(EvaluationOptions):
     full_attention: bool = option(
         False, panel=MEASUREMENT, help="Read with ordinary attention, as models without landmarks do."
     )
-    batch_size: int | None = batch_size_option(
-        MEASUREMENT, "Prompts read at a time. [default: by their length and the memory]"
-    )
+    batch_size: int | None = prompts_at_a_time(MEASUREMENT)
     seed: int = option(
         0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing keys, depths and stretches of --haystack."
     )

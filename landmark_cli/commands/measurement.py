@@ -45,14 +45,20 @@ def several_top_k_blocks_option() -> Any:
     )
 
 
-def batch_size_option(panel: str, help: str) -> Any:
-    """How much at a time: int | None."""
-    return option(None, panel=panel, min=1, help=help, saves_memory="a smaller --batch-size")
+def batch_size_option(panel: str, help: str, adapts: bool = False) -> Any:
+    """How much at a time: int | None. adapts: see `option`."""
+    return option(None, panel=panel, min=1, help=help, saves_memory="a smaller --batch-size", adapts=adapts)
 
 
 def windows_at_a_time(panel: str) -> Any:
     """How many windows are read at a time: int | None."""
     return batch_size_option(panel, "Windows read at a time. [default: by the length of their chunks]")
+
+
+def prompts_at_a_time(panel: str) -> Any:
+    """How many prompts are read at a time: int | None."""
+    help = "Prompts read at a time. [default: by their length and the memory, fewer once it runs out]"
+    return batch_size_option(panel, help, adapts=True)
 
 
 def samples_option(panel: str) -> Any:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.evaluate import EvaluationOptions, check_retrieves, reading_alone, reading_alone_data
 from landmark_cli.commands.measurement import (
-    batch_size_option,
     file_option,
     haystack_option,
     json_option,
+    prompts_at_a_time,
     samples_option,
     several_top_k_blocks_option,
 )
@@ -72,9 +72,7 @@ class RulerOptions(EvaluationOptions):
     qa: Path | None = option(
         None, panel=MEASUREMENT, help="SQuAD's or HotpotQA's JSON file, whose questions the task qa asks."
     )
-    batch_size: int | None = batch_size_option(
-        MEASUREMENT, "Prompts read at a time. [default: by their length and the memory]"
-    )
+    batch_size: int | None = prompts_at_a_time(MEASUREMENT)
     seed: int = option(0, panel=MEASUREMENT, min=0, max=LARGEST_SEED, help="Seed for drawing what is hidden and where.")
     output: Path = option(
         Path("studies/ruler"), panel=OUTPUT, help="Directory of the answers, from which an interrupted run goes on."

@@ -58,7 +58,9 @@ class StudyOptions(MachineOptions):
         max=LARGEST_SEED,
         help="Seed for choosing the windows of a text; of RULER's tasks and pass keys, what is hidden and where.",
     )
-    batch_size: int | None = batch_size_option(STUDY, "Windows or prompts read at a time. [default: by their length]")
+    batch_size: int | None = batch_size_option(
+        STUDY, "Windows or prompts read at a time. [default: by their length; of prompts fewer once memory runs out]"
+    )
     compare: str | None = option(
         None,
         panel=STUDY,

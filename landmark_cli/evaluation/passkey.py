@@ -110,8 +110,8 @@ def evaluate_passkey(
     prompts: how many of each length, their depths drawn evenly from 0 to 1; with `depths`, how many of each length at
     each of that many depths, evenly from 0 to 1. full_attention: read without landmarks and retrieval, by the attention
     and key/value cache that the model has of itself; the trained length is no bound then. batch_size: prompts read at a
-    time. prose: what keys are hidden in, in place of the paper's filler; every prompt has a stretch of its own, from a
-    sentence on that is drawn.
+    time; by default as many as fit, and fewer once memory runs out. prose: what keys are hidden in, in place of the
+    paper's filler; every prompt has a stretch of its own, from a sentence on that is drawn.
 
     A trial depends only on the seed, its length and its number, and on the prose.
 
@@ -120,15 +120,13 @@ def evaluate_passkey(
     maker = prompt_maker(tokenizer, prose)
     grid = None if depths is None else np.linspace(0.0, 1.0, depths).tolist() if depths > 1 else [0.5]
     plan = {length: list(_plan(maker, length, prompts, grid, seed, prose)) for length in sorted(set(lengths))}
-    readers = PromptReaders(model, reading or ReadingSettings(), full_attention)
+    readers = PromptReaders(model, reading or ReadingSettings(), full_attention, batch_size)
     trials: list[Trial] = []
     with progress("pass keys", sum(length * len(keys) for length, keys in plan.items()), "tokens") as shown:
         for length, keys in plan.items():
-            whole = length + ANSWER.max_new_tokens
-            size = batch_size or readers.fitting(whole)
-            for first in range(0, len(keys), size):
-                batch = [maker.make(length, *drawn) for drawn in keys[first : first + size]]
-                trials += _ask(model, tokenizer, batch, readers.of(len(batch), whole))
+            made = (maker.make(length, *drawn) for drawn in keys)
+            for batch, of_batch in readers.ask(made, length + ANSWER.max_new_tokens, partial(_ask, model, tokenizer)):
+                trials += of_batch
                 accuracy = sum(trial.found for trial in trials) / len(trials)
                 shown.advance(length * len(batch), length=length, found=accuracy)
     return PassKeyResult(trials, grid)

@@ -66,6 +66,73 @@ def test_full_attention_has_a_window_for_prompt_and_answer():
     assert PromptReaders(tiny_llama(), ReadingSettings(), full_attention=True).of(1, 77).window == 77
 
 
+def asked_of(readers, number, most, error=None):
+    """Has `number` prompts asked where memory holds readers of `most` prompts together: the sizes of all batches, and
+    what came of each."""
+    tries, error = [], error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    def ask(batch, reader):
+        tries.append(len(batch))
+        assert reader.batch == len(batch)
+        if sum(readers._readers) > most:
+            raise error
+        return [-prompt for prompt in batch]
+
+    return tries, [list(zip(*answered, strict=True)) for answered in readers.ask(iter(range(number)), 100, ask)]
+
+
+@pytest.fixture
+def readers(monkeypatch):
+    """Eight prompts at a time, as long as there is room."""
+    monkeypatch.setattr(prompts, "HOST_TOKENS", 800)
+    return PromptReaders(tiny_model(), ReadingSettings())
+
+
+def test_where_memory_runs_out_half_as_many_are_asked_again(readers, capsys):
+    tries, answered = asked_of(readers, 13, 3)
+    # What is left of the first eight is filled up from those that wait.
+    assert tries == [8, 4] + [2] * 6 + [1]
+    assert sum(answered, []) == [(prompt, -prompt) for prompt in range(13)]
+    said = ["less memory is free than was: 4 prompts at a time from here on"]
+    said += ["less memory is free than was: 2 prompts at a time from here on"]
+    assert capsys.readouterr().err.splitlines() == said
+    # The same length goes on so, another one begins anew.
+    assert (readers.at_a_time(100), readers.at_a_time(200), readers.at_a_time(100)) == (2, 4, 8)
+
+
+def test_the_last_prompts_are_not_fewer_where_an_idle_reader_has_their_room(readers, capsys):
+    tries, answered = asked_of(readers, 19, 9)
+    assert tries == [8, 8, 3, 3] and [len(one) for one in answered] == [8, 8, 3]
+    assert readers.at_a_time(100) == 8 and not capsys.readouterr().err
+
+
+def test_one_prompt_has_no_half_but_an_idle_readers_room(readers, capsys):
+    assert asked_of(readers, 9, 8)[0] == [8, 1, 1] and not capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        asked_of(readers, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_memory_runs_out_in_other_words_too(readers, words):
+    assert asked_of(readers, 8, 4, RuntimeError(words))[0] == [8, 4, 4]
+
+
+def test_other_errors_and_numbers_that_were_given_are_as_they_were(readers):
+    with pytest.raises(RuntimeError, match="CUDA error: an illegal memory access"):
+        asked_of(readers, 8, 4, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    given = PromptReaders(tiny_model(), ReadingSettings(), batch_size=5)
+    assert asked_of(given, 6, 10)[0] == [5, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        asked_of(given, 6, 4)
+
+
 @pytest.mark.parametrize(
     ("length", "chunk", "memory", "expected"),
     [

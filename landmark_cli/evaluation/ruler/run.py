@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,8 +89,9 @@ def measure(
     Lengths (tokens, the answer's room included) must be possible.
 
     finished: where answers are kept and found again. asked: whether to stop. depends_on: what an answer depends on
-    beside task, length, sample and way of reading (JSON). reading: how blocks are read, but for their number. show:
-    called for the first `shown` samples of each cell.
+    beside task, length, sample and way of reading (JSON). reading: how blocks are read, but for their number.
+    batch_size: prompts read at a time; by default as many as fit, and fewer once memory runs out. show: called for the
+    first `shown` samples of each cell.
 
     Full attention is not asked at lengths beyond the positions that the model knows; the user is told. Raises Stopped
     after the batch under way where a signal came, LandmarkError where the model's logits are not finite.
@@ -109,26 +112,31 @@ def measure(
     kept = samples * len(plan) - sum(map(len, waiting.values()))
     if kept:
         info(f"{way.name}: {kept} of {samples * len(plan)} answers are kept from an earlier run")
-    readers = PromptReaders(model, reading, way.full)
-    asked_for = [length for length in lengths if any(waiting[task.name, length] for task in tasks)]
-    sizes = {length: batch_size or readers.fitting(length) for length in asked_for}
+    readers = PromptReaders(model, reading, way.full, batch_size)
 
-    def made() -> Iterator[tuple[Task, int, list[int], list[Prompt]]]:
-        for length, size in sizes.items():
-            for task in tasks:
-                for batch in _batches(waiting[task.name, length], size):
-                    yield task, length, batch, [task.make(sample, length) for sample in batch]
+    def made(length: int) -> Iterator[tuple[Task, int, Prompt]]:
+        for task in tasks:
+            for sample in waiting[task.name, length]:
+                yield task, sample, task.make(sample, length)
+
+    def answers_to(batch: list[tuple[Task, int, Prompt]], reader: BaseReader) -> list[Answer]:
+        if asked:
+            raise asked.stopped(f"what was answered is kept; go on with\n{again()}")
+        task = batch[0][0]
+        return _ask(model, tokenizer, task, [prompt for *_, prompt in batch], reader)
 
     tokens = sum(length * len(left) for (_, length), left in waiting.items())
-    # The next prompts are made while the model reads; of long ones the making would take as long.
-    with progress(f"ruler, {way.name}", tokens, "tokens") as bar, closing(prefetched(made())) as batches:
-        for task, length, batch, prompts in batches:
-            if asked:
-                raise asked.stopped(f"what was answered is kept; go on with\n{again()}")
-            answers = _ask(model, tokenizer, task, prompts, readers.of(len(batch), length))
-            for sample, answer in zip(batch, answers, strict=True):
-                finished.add(key(task, length, sample), asdict(answer))
-            bar.advance(length * len(batch), task=task.name, length=length)
+    with progress(f"ruler, {way.name}", tokens, "tokens") as bar:
+        for length in lengths:
+            if not any(waiting[task.name, length] for task in tasks):
+                continue
+            # The next prompts are made while the model reads; of long ones the making would take as long.
+            with closing(prefetched(made(length), 2 * readers.at_a_time(length))) as prompts:
+                for task, of_task in groupby(prompts, itemgetter(0)):
+                    for batch, answers in readers.ask(of_task, length, answers_to):
+                        for (_, sample, _), answer in zip(batch, answers, strict=True):
+                            finished.add(key(task, length, sample), asdict(answer))
+                        bar.advance(length * len(batch), task=task.name, length=length)
     cells = []
     for task, length in plan:
         answers = [Answer(**finished.get(key(task, length, sample))) for sample in range(samples)]
@@ -163,7 +171,3 @@ def judge(task: Task, prompt: Prompt, answer: str) -> Answer:
     found = found_in(answer, prompt.references)
     worth = score(found, task.any_of)
     return Answer(prompt.references, found, prompt.depths, answer[:LONGEST_ANSWER], worth, prompt.begin)
-
-
-def _batches(samples: list[int], size: int) -> Iterator[list[int]]:
-    return (samples[first : first + size] for first in range(0, len(samples), size))
