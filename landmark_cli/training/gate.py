@@ -29,6 +29,7 @@ from landmark_cli.attention.layer_kind import kind_of
 from landmark_cli.attention.rotary import rotate
 from landmark_cli.attention.window import ReadingWindow
 from landmark_cli.training.gate_queries import Sample
+from landmark_cli.training.straight_through import StraightThrough
 
 
 @torch.no_grad()
@@ -150,15 +151,25 @@ class Gate:
     becomes of them is worked out for all layers at once, as each alone would be many small kernels.
 
     layers: those of the student that have landmarks, which alone ask. window: how the student reads chunk by chunk,
-    where it does.
+    where it does. straight_through: weight of the gradient that landmarks get of all other losses, in windows that are
+    read whole and where they only choose (straight_through.py); 0: they get none.
     """
 
-    def __init__(self, chosen: Sample, layers: Collection[int], window: ReadingWindow | None = None) -> None:
+    def __init__(
+        self,
+        chosen: Sample,
+        layers: Collection[int],
+        window: ReadingWindow | None = None,
+        straight_through: float = 0.0,
+    ) -> None:
         self.chosen = chosen
         self.layers = layers
         self.window = window
+        self.straight_through = straight_through
         self._taught: dict[int, Tensor] = {}
         self._asked: dict[int, Tensor] | None = {}
+        # Of the layer that is being read: landmarks' logits, queries, keys and their products' scale.
+        self._reads: tuple[Tensor, Tensor, Tensor, float] | None = None
 
     # They are told of a layer by its module, and run as they are: what is compiled of one layer serves all others.
     @torch.compiler.disable
@@ -177,11 +188,23 @@ class Gate:
             q, k = kind.half_split(q, k)
             window = window.unrotated if kind.turns == "none" else window
         # Autocast would make the products in half precision.
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         with torch.autocast(q.device.type, enabled=False):
-            found = landmark_logits(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, window)
+            found = landmark_logits(q, k, self.chosen, scale, window)
+        if self.straight_through:
+            self._reads = found, q.detach(), k.detach(), scale
         # A layer that is computed again in the backward pass says nothing new.
         if self._asked is not None:
             self._asked[module.layer_idx] = found
+
+    @torch.compiler.disable
+    def read(self, out: Tensor, v: Tensor) -> Tensor:
+        """What the layer that asked last has read, (B, H, T, D), as it is: by it landmarks get their gradient of the
+        losses that follow. v: (B, G, T, D)."""
+        if self._reads is None:
+            return out
+        (logits, q, k, scale), self._reads = self._reads, None
+        return StraightThrough.apply(out, logits, q, k, v.detach(), self.chosen, (scale, self.straight_through))
 
     def loss(self) -> Tensor:
         """The sum over the sampled queries that count, the mean over heads and layers. It is asked for once."""
