@@ -6,12 +6,18 @@ long as one layer does, forward and backward, and what stands between layers run
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 # Of what torch.compile keeps apart for one function: layers of several kinds, in training, evaluation and teaching.
 VARIANTS = 32
+TOLD_ONCE = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -33,8 +39,24 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     # It would cut what a process compiles where DDP's buckets end. A layer is less than a bucket or some, and gradients
     # are sent layer by layer as it is.
     settings.optimize_ddp = False
+    # A layer that is computed again in the backward pass has told what it had to tell (`gate.Gate`) the first time.
+    # Versions that do not know this leave such layers uncompiled.
+    if hasattr(settings, TOLD_ONCE):
+        setattr(settings, TOLD_ONCE, True)
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.landmark_first = module.layer_idx == 0
     for layer in decoder_layers(model):
         layer.compile(dynamic=False, backend=backend)
+
+
+@contextmanager
+def called_by(layer: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """While the block runs, have a compiled layer's code be called by `call(code, *inputs, **options)`, which stands
+    outside of what is compiled: a hook would be compiled with the layer, and anew for each."""
+    code = layer._compiled_call_impl
+    layer._compiled_call_impl = functools.partial(call, code)
+    try:
+        yield
+    finally:
+        layer._compiled_call_impl = code

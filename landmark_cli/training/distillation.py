@@ -12,6 +12,7 @@ weights come multiplied by what their counts differ.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from landmark_cli.training.gate_queries import Sample, sample
 from landmark_cli.training.hidden_states import collected, hidden_states_loss
 from landmark_cli.training.linear_distillation import distillation, linear_distillation
 from landmark_cli.training.setup import LossModel, with_score, without_adapters
-from landmark_cli.training.teachers import Observer, Teacher
+from landmark_cli.training.teachers import Teacher
 
 # What a record of metrics.jsonl says of the parts.
 PARTS = ("divergence", "answers_divergence", "answers_loss", "text_loss", "gate", "hidden_states")
@@ -187,7 +188,10 @@ class DistillationLoss(LossModel):
     def __init__(self, model: nn.Module, distillation: Distillation, *settings: Any) -> None:
         super().__init__(model, *settings)
         self.distillation = distillation
-        self._landmark_layers = landmark_layers(without_adapters(model).config)
+        student = without_adapters(model)
+        self._landmark_layers = landmark_layers(student.config)
+        # The student's and the teacher's. Looking for them takes the host long, which a step waits for.
+        self._student_layers, self._teacher_layers = map(decoder_layers, (student, distillation.teacher.model))
 
     def forward(
         self,
@@ -215,15 +219,15 @@ class DistillationLoss(LossModel):
         weights = asked.float() + ratios[0] * (asked & answers)
         target_weights = ratios[1] * answers + ratios[2] * known
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
-        gate = observer = None
+        gate = None
         if of.gate_weight:
             sampled = of.sample(text, input_ids, known, answers, cu_seqlens)
             through = of.straight_through_weight
             gate = Gate(sampled, self._landmark_layers, extra.get("landmark_window"), through)
-            observer, extra["landmark_observer"] = gate.teach, gate.ask
+            extra["landmark_observer"] = gate.ask
             if through:
                 extra["landmark_listener"] = gate.read
-        compared = self._compare(text, input_ids, labels, weights, target_weights, of.temperature, extra, observer)
+        compared = self._compare(text, input_ids, labels, weights, target_weights, of.temperature, extra, gate)
         loss, divergences, losses = compared.losses
         gates = hidden = losses.new_zeros(())
         if gate is not None:
@@ -265,28 +269,30 @@ class DistillationLoss(LossModel):
         target_weights: Tensor,
         temperature: float,
         extra: dict[str, Any],
-        observer: Observer | None = None,
+        gate: Gate | None = None,
     ) -> Compared:
         """Read a text as student and as teacher. weights, target_weights, (B, T) float32, and temperature: see
-        `linear_distillation.distillation`. extra: see `LossModel.extra`. observer: see `Teacher.states`."""
+        `linear_distillation.distillation`. extra: see `LossModel.extra`. gate: what both tell of their queries and
+        keys."""
         teacher = self.distillation.teacher
         # The student's layers in evaluation too would be work for nothing.
         collects = self.training and self.distillation.hidden_weight
-        ours, theirs = (
-            collected(decoder_layers(model) if collects else ())
-            for model in (without_adapters(self.wrapped), teacher.model)
-        )
+        layers = self._student_layers, self._teacher_layers
+        ours, theirs = (collected(of if collects else ()) for of in layers)
+        asked, taught, observer = nullcontext(), nullcontext(), None
+        if gate is not None:
+            asked, taught, observer = gate.asked_by(layers[0]), gate.taught_by(layers[1]), gate.teach
         if self.fused_loss and teacher.plain:
-            with theirs as their_states:
+            with theirs as their_states, taught:
                 states = text.align(teacher.states(text.tokens, text.position_ids, observer))
-            with ours as our_states:
+            with ours as our_states, asked:
                 hidden, head = self.states(input_ids, extra)
             given = (hidden, head, states, teacher.head)
             losses = linear_distillation(*given, labels, weights, target_weights, temperature)
             return Compared(losses, hidden, lambda piece: nn.functional.linear(piece, head), our_states, their_states)
-        with theirs as their_states:
+        with theirs as their_states, taught:
             teacher_logits = text.align(teacher.logits(text.tokens, text.position_ids, observer))
-        with ours as our_states:
+        with ours as our_states, asked:
             logits = self.wrapped(input_ids=input_ids, use_cache=False, **extra).logits
         losses = distillation(logits, teacher_logits, labels, weights, target_weights, temperature)
         return Compared(losses, logits, lambda piece: piece, our_states, their_states)

@@ -19,15 +19,19 @@ for each distance.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from landmark_cli.attention.layer_kind import kind_of
+from landmark_cli.attention.operator_library import define
 from landmark_cli.attention.rotary import rotate
 from landmark_cli.attention.window import ReadingWindow
+from landmark_cli.training.compiled import called_by
 from landmark_cli.training.gate_queries import Sample
 from landmark_cli.training.straight_through import StraightThrough
 
@@ -41,27 +45,47 @@ def block_logits(q: Tensor, k: Tensor, chosen: Sample, scale: float, reach: int 
     q: (B, H, n, D) and k: (B, G, n, D), the teacher's, rotated. reach: how many tokens, itself the last, a query
     sees, where the teacher's layer has a sliding window. On a GPU `fused_gate.block_logits` does it in one kernel.
     """
+    return _block_logits(q, k, chosen.text, chosen.spans, chosen.text_blocks, float(scale), reach)
+
+
+def _compute_block_logits(
+    q: Tensor, k: Tensor, text: Tensor, spans: Tensor, text_blocks: Tensor, scale: float, reach: int | None
+) -> Tensor:
     fused = _fused() if q.is_cuda and q.dtype != torch.float64 else None
     if fused is not None:
-        return fused.block_logits(q, k, chosen.text, chosen.spans, scale, reach)
+        return fused.block_logits(q, k, text, spans, scale, reach)
     place = torch.arange(k.shape[2], device=k.device)
     found = []
     # A row at a time, as many logits as S x n are.
     for row in range(q.shape[0]):
-        queries = _sampled(q[row : row + 1], chosen.text[row : row + 1])
+        queries = _sampled(q[row : row + 1], text[row : row + 1])
         logits = _logits(queries, _widened(k[row : row + 1]), scale)
-        text = chosen.text[row, :, None]
-        seen = place <= text
+        own = text[row, :, None]
+        seen = place <= own
         if reach is not None:
-            seen &= place > text - reach
+            seen &= place > own - reach
         logits = logits.masked_fill(~seen, -torch.inf)
-        blocks = chosen.text_blocks[row].expand(logits.shape)
-        shape = (*logits.shape[:3], chosen.landmarks.shape[1])
+        blocks = text_blocks[row].expand(logits.shape)
+        shape = (*logits.shape[:3], spans.shape[1])
         largest = logits.new_full(shape, -torch.inf).scatter_reduce(-1, blocks, logits, "amax")
         largest = largest.masked_fill(largest == -torch.inf, 0.0)
         weights = torch.exp(logits - largest.gather(-1, blocks))
         found.append(logits.new_zeros(shape).scatter_add(-1, blocks, weights).log() + largest)
     return torch.cat(found)
+
+
+def _block_logits_shape(q: Tensor, k: Tensor, text: Tensor, spans: Tensor, *_: Any) -> Tensor:
+    dtype = q.dtype if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:2], text.shape[1], spans.shape[1]), dtype=dtype)
+
+
+# An operator, for a kernel that Triton launches would cut what torch.compile makes of the teacher's layers in two.
+_block_logits = define(
+    "block_logits(Tensor q, Tensor k, Tensor text, Tensor spans, Tensor text_blocks, float scale, int? reach)"
+    " -> Tensor",
+    _compute_block_logits,
+    _block_logits_shape,
+)
 
 
 def block_shares(logits: Tensor, chosen: Sample) -> Tensor:
@@ -170,32 +194,81 @@ class Gate:
         self._asked: dict[int, Tensor] | None = {}
         # Of the layer that is being read: landmarks' logits, queries, keys and their products' scale.
         self._reads: tuple[Tensor, Tensor, Tensor, float] | None = None
+        # Of layers that are compiled one by one: that they are, whether the one that runs has landmarks in the student,
+        # and what it told.
+        self._compiled = False
+        self._wanted = False
+        self._told: Tensor | None = None
 
-    # They are told of a layer by its module, and run as they are: what is compiled of one layer serves all others.
-    @torch.compiler.disable
+    def taught_by(self, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """While the block runs the teacher reads, of which these are the layers, in their order."""
+        return self._hearing(layers, self._taught)
+
+    def asked_by(self, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """The same of the student."""
+        return self._hearing(layers, self._asked)
+
+    @contextmanager
+    def _hearing(self, layers: Sequence[nn.Module], found: dict[int, Tensor]) -> Iterator[None]:
+        # What is compiled of one layer serves all others, so it knows no layer's number: it leaves what it tells here,
+        # and who calls it takes that.
+        def call(number: int, code: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+            self._wanted = number in self.layers
+            output = code(*inputs, **options)
+            told, self._told = self._told, None
+            if told is not None:
+                found[number] = told
+            return output
+
+        # It stays so behind the block: a layer that is computed again in the backward pass is to run the same code.
+        self._compiled = bool(layers) and all(layer._compiled_call_impl is not None for layer in layers)
+        with ExitStack() as stack:
+            for number, layer in enumerate(layers if self._compiled else ()):
+                stack.enter_context(called_by(layer, functools.partial(call, number)))
+            yield
+
     def teach(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None, reach: int | None = None) -> None:
         """Of a layer of the teacher's: see `block_logits`. Nothing where the student has no landmarks."""
-        layer = module.layer_idx
-        if layer not in self.layers:
-            return
-        self._taught[layer] = block_logits(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, reach)
+        if not self._compiled:
+            self._note_taught(module, q, k, scale, reach)
+        elif self._wanted:
+            self._told = self._block_logits(q, k, scale, reach)
 
-    @torch.compiler.disable
     def ask(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
         """Of a layer of the student's: see `landmark_logits`."""
+        if not self._compiled:
+            self._note_asked(module, q, k, scale)
+        else:
+            self._told = self._landmark_logits(module, q, k, scale)
+
+    # Where not each layer is compiled by itself they are told of it by its module, and run as they are.
+    @torch.compiler.disable
+    def _note_taught(self, module: nn.Module, *given: Any) -> None:
+        if module.layer_idx in self.layers:
+            self._taught[module.layer_idx] = self._block_logits(*given)
+
+    @torch.compiler.disable
+    def _note_asked(self, module: nn.Module, *given: Any) -> None:
+        found = self._landmark_logits(module, *given)
+        # A layer that is computed again in the backward pass says nothing new.
+        if self._asked is not None:
+            self._asked[module.layer_idx] = found
+
+    def _block_logits(self, q: Tensor, k: Tensor, scale: float | None, reach: int | None) -> Tensor:
+        return block_logits(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, reach)
+
+    def _landmark_logits(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
         kind, window = kind_of(module), self.window
         if window is not None:
             q, k = kind.half_split(q, k)
             window = window.unrotated if kind.turns == "none" else window
-        # Autocast would make the products in half precision.
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        # Autocast would make the products in half precision.
         with torch.autocast(q.device.type, enabled=False):
             found = landmark_logits(q, k, self.chosen, scale, window)
         if self.straight_through:
             self._reads = found, q.detach(), k.detach(), scale
-        # A layer that is computed again in the backward pass says nothing new.
-        if self._asked is not None:
-            self._asked[module.layer_idx] = found
+        return found
 
     @torch.compiler.disable
     def read(self, out: Tensor, v: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.training.compiled import decoder_layers
+from landmark_cli.training.compiled import called_by, decoder_layers
 
 MOST = 50.0
 """What a position counts in a layer at most. A first token's hidden state is in some layers thousands of times as long
@@ -56,27 +56,22 @@ def collected(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _told(layer: nn.Module, tell: Callable[[tuple[Any, ...], dict[str, Any], Any], None]) -> Iterator[None]:
-    """Have what a layer is given and gives be told, from outside of what is compiled of it: a hook would be compiled
-    with the layer, and anew for each."""
-    compiled = layer._compiled_call_impl
-    if compiled is None:
-        hook = layer.register_forward_hook(lambda layer, *told: tell(*told), with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-        return
+    """Have what a layer is given and gives be told, from outside of what is compiled of it."""
 
-    def call(*inputs: Any, **options: Any) -> Any:
-        output = compiled(*inputs, **options)
+    def call(code: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        output = code(*inputs, **options)
         tell(inputs, options, output)
         return output
 
-    layer._compiled_call_impl = call
+    if layer._compiled_call_impl is not None:
+        with called_by(layer, call):
+            yield
+        return
+    hook = layer.register_forward_hook(lambda layer, *told: tell(*told), with_kwargs=True)
     try:
         yield
     finally:
-        layer._compiled_call_impl = compiled
+        hook.remove()
 
 
 def hidden_states_loss(

@@ -65,24 +65,30 @@ def kernels(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     # What is set meanwhile is put back.
-    with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8, optimize_ddp=True):
+    settings = {"suppress_errors": False, "recompile_limit": 8, "optimize_ddp": True, compiled.TOLD_ONCE: False}
+    known = {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
+    with torch._dynamo.config.patch(**known):
         yield
     torch._dynamo.reset()
 
 
-def pair(layers, *, family="llama", lora=False, read=False, checkpointing=None):
-    """(loss, how it is distilled, the models whose layers run) of a decoder of so many layers."""
-    student, untouched = (tiny_decoder(family, num_hidden_layers=layers) for _ in range(2))
+def pair(layers, *, family="llama", lora=False, read=False, checkpointing=None, gate=False, **settings):
+    """(loss, how it is distilled, the models whose layers run) of a decoder of so many layers. gate: with its loss,
+    which in windows that are read chunk by chunk is of the joint softmax. settings: of the decoder's config."""
+    student, untouched = (tiny_decoder(family, num_hidden_layers=layers, **settings) for _ in range(2))
     untouched.load_state_dict(student.state_dict())
     rows = UntouchedRows(student)
-    add_landmarks(student, tiny_tokenizer(), landmark_freq=FREQ, trained_length=60)
+    joint = gate and read
+    softmax = "joint" if joint else "grouped"
+    add_landmarks(student, tiny_tokenizer(), landmark_freq=FREQ, trained_length=60, softmax=softmax)
     model = add_adapters(student, LoraSettings(2, 4.0)) if lora else student
     teacher = WithoutAdapters(model, rows) if lora else Teacher(untouched)
     teacher.length = 512
     if checkpointing is not None:
         checkpoint_activations(student, checkpointing)
-    how = Distillation(teacher, "self", student.config.landmark_token_id)
-    window = WindowSettings(2 * (FREQ + 1), FREQ + 1, 2) if read else None
+    window = WindowSettings(2 * (FREQ + 1), FREQ + 1, 2, joint=joint) if read else None
+    of_gate = {"joint": joint, "chunk": window.chunk if read else None, "block_size": FREQ + 1} if gate else {}
+    how = Distillation(teacher, "self", student.config.landmark_token_id, gate_weight=float(gate), **of_gate)
     return DistillationLoss(model, how, 0.0, True, False, window).train(), how, [student, teacher.model]
 
 
@@ -105,17 +111,24 @@ def evaluated(loss, how):
 # With what is compiled: the student's layer in training and evaluation, and the teacher's. That all landmarks are one
 # vector is known to the first layer alone, where it reads chunk by chunk. Checkpointed layers are given the embeddings
 # with a gradient, in evaluation too.
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 WAYS = {
     "as it is": ({}, 3),
     "checkpointed": ({"checkpointing": False}, 4),
     "read chunk by chunk": ({"read": True}, 5),
     "read, retrieved kept": ({"read": True, "checkpointing": True}, 5),
     "LoRA": ({"lora": True}, 3),
+    # In evaluation no teacher is asked for the gate's sake: its layers' code is one more.
+    "gate": ({"gate": True}, 4),
+    "gate, checkpointed": ({"gate": True, "checkpointing": False}, 5),
+    "gate, read chunk by chunk": ({"gate": True, "read": True}, 6),
+    "gate, LoRA": ({"gate": True, "lora": True}, 4),
+    "gate, some layers without landmarks": ({"gate": True, "family": "gemma3", **TWO_KINDS}, 8),
 }
 
 
 # What the others have together.
-LONG = "checkpointed", "read chunk by chunk"
+LONG = "checkpointed", "read chunk by chunk", "gate, checkpointed", "gate, LoRA"
 
 
 @pytest.mark.parametrize(

@@ -396,6 +396,19 @@ def test_what_the_teacher_shares_out_in_a_layer_without_landmarks_is_not_worked_
     assert asked == layers and len(taught) == len(layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reach", [None, 7])
+def test_to_a_compiler_logits_of_blocks_are_one_operation(dtype, reach):
+    stream, cu_seqlens = some_streams(True)
+    text, chosen = sampled(stream, cu_seqlens, joint=True)
+    q, k = (x.to(dtype) for x in random_layers(stream, text)[:2])
+    found = block_logits(q, k, chosen, 0.3, reach)
+    given = q, k, chosen.text, chosen.spans, chosen.text_blocks, 0.3, reach
+    torch.library.opcheck(torch.ops.landmark.block_logits, given)
+    compiled = torch.compile(lambda q, k: block_logits(q, k, chosen, 0.3, reach), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k), found) and found.isfinite().any()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt-neox"])
 def test_computed_again_its_gradient_is_the_same(family):
     gradients = []

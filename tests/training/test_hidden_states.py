@@ -6,6 +6,7 @@ import torch
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.training.compiled import compile_layers, decoder_layers
+from landmark_cli.training.distillation import DistillationLoss
 from landmark_cli.training.hidden_states import MOST, check_found, collected, hidden_states_loss
 from landmark_cli.training.setup import checkpoint_activations
 from tests.closeness import assert_close_norm
@@ -147,5 +148,5 @@ def test_layers_that_are_not_found_are_no_loss_of_zero(monkeypatch):
             check_found(model, "base")
         # Where nobody has asked, nothing is compared that does not belong together.
         with pytest.raises(ValueError, match="zip"):
-            step(loss, [batch], how)
+            step(DistillationLoss(loss.wrapped, how, 0.0, True).train(), [batch], how)
         monkeypatch.undo()
