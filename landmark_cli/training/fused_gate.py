@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from landmark_cli.attention.kernels.common.configuration import has_warp_groups, padded
-from landmark_cli.attention.kernels.common.launch import on_device
+from landmark_cli.attention.kernels.common.launch import Launch, LaunchCache, launch
 from landmark_cli.attention.kernels.common.operands import operand
 
 # Tiles of queries, those of all heads of a key head side by side, and of a block's tokens: so many at most, and so many
@@ -55,22 +55,32 @@ def block_logits_kernel(Q, K, TEXT, SPANS, OUT, q_row, q_head, q_token, k_row, k
     tl.store(place, found, mask=real)
 
 
+CALLS = LaunchCache()
+
+
 def block_logits(q: Tensor, k: Tensor, text: Tensor, spans: Tensor, scale: float, reach: int | None = None) -> Tensor:
     """As `gate.block_logits`: (B, H, S, M) float32. text: (B, S) int64, the queries' places among the n tokens. spans:
     (B, M, 2) int64, each block's tokens. q: (B, H, n, D) and k: (B, G, n, D), copied where the last dimension is not
     dense."""
     q, k = operand(q), operand(k)
+    out = q.new_empty((*q.shape[:2], text.shape[1], spans.shape[1]), dtype=torch.float32)
+    tensors = q, k, text.contiguous(), spans.contiguous(), out
+    kind = q.dtype, q.device, q.shape, k.shape, q.stride(), k.stride(), out.shape, scale, reach
+    if not CALLS.repeat(kind, tensors):
+        CALLS.make(kind, tensors, lambda: [launch_block_logits(tensors, scale, reach)])
+    return out
+
+
+def launch_block_logits(tensors: tuple[Tensor, ...], scale: float, reach: int | None) -> Launch | None:
+    """Launch the kernel. tensors: queries, keys, text, spans, and what is found."""
+    q, k, text, spans, _ = tensors
     batch, heads, _, dim = q.shape
     groups, sampled, blocks = k.shape[1], text.shape[1], spans.shape[1]
-    wide = padded(dim)
+    repeats, wide = heads // groups, padded(dim)
     room = TILE_BYTES << has_warp_groups(q.device)
     tile = max(16, min(TILE, room // (wide * q.element_size())))
-    out = q.new_empty(batch, heads, sampled, blocks, dtype=torch.float32)
-    grid = blocks, triton.cdiv(heads // groups * sampled, tile), batch * groups
-    with on_device(q):
-        block_logits_kernel[grid](
-            q, k, text.contiguous(), spans.contiguous(), out, *q.stride()[:3], *k.stride()[:3], float(scale),
-            reach or 0, groups, sampled, blocks, REPEATS=heads // groups, DIM=dim, PADDED=wide, QUERIES=tile,
-            TOKENS=tile, WINDOW=reach is not None,
-        )  # fmt: skip
-    return out
+    programs = blocks, triton.cdiv(repeats * sampled, tile), batch * groups
+    arguments = *q.stride()[:3], *k.stride()[:3], float(scale), reach or 0, groups, sampled, blocks
+    sizes = {"REPEATS": repeats, "DIM": dim, "PADDED": wide, "QUERIES": tile, "TOKENS": tile}
+    constants = sizes | {"WINDOW": reach is not None}
+    return launch(block_logits_kernel, programs, tensors, range(5), arguments, constants, {})

@@ -13,6 +13,7 @@ from landmark_cli.attention.kernels.hopper import launch as hopper
 from landmark_cli.attention.kernels.hopper import schedule
 from landmark_cli.attention.kernels.landmarks import launch as landmarks
 from landmark_cli.attention.kernels.training import launch as training
+from landmark_cli.training import fused_gate
 
 
 class Compiled:
@@ -103,11 +104,12 @@ def test_what_is_kept_is_bounded(monkeypatch):
         assert len(kept) <= 3 and kept[key] == str(key)
 
 
-def test_programs_along_two_axes():
+@pytest.mark.parametrize("programs", [(5, 3), (5, 3, 2)], ids=str)
+def test_programs_along_several_axes(programs):
     compiled = Compiled()
-    done = launch(Kernel(compiled), (5, 3), [torch.zeros(1)], (0, 0), (5,), {"ONE": 1, "TWO": 2}, {})
+    done = launch(Kernel(compiled), programs, [torch.zeros(1)], (0, 0), (5,), {"ONE": 1, "TWO": 2}, {})
     done.again((16,))
-    assert compiled.runs == [((5, 3, 1), (16, 16, 5, 1, 2))]
+    assert compiled.runs == [((*programs, 1)[:3], (16, 16, 5, 1, 2))]
 
 
 class Counted:
@@ -137,12 +139,13 @@ def counts(monkeypatch):
         (hopper, ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")),
         (landmarks, ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")),
         (rotary, ("rotate_kernel", "join_kernel")),
+        (fused_gate, ("block_logits_kernel",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Counted(getattr(module, name), found))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=3))
     caches = [calls for of in (training, hopper, landmarks) for calls in (of.FORWARD_CALLS, of.BACKWARD_CALLS)]
-    caches.append(rotary.CALLS)
+    caches += [rotary.CALLS, fused_gate.CALLS]
     for cache in caches:
         cache.clear()
     yield found
@@ -213,3 +216,20 @@ def test_nor_do_landmarks_own_queries(counts):
     for other in ({"heads": 2}, {"text": 31}, {"scale": 0.5}, {"lined_up": False}):
         assert step(**other)["anew"] == 3 and step(**other)["again"] == 3
     assert step()["again"] == 3
+
+
+def test_nor_do_logits_of_a_teachers_blocks(counts):
+    kept = []
+
+    def step(heads=4, scale=0.25, reach=None, blocks=6):
+        q, k = torch.randn(2, heads, 40, 64), torch.randn(2, 2, 40, 64)
+        text, spans = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, blocks, 2, dtype=torch.int64)
+        kept.append((q, k, text, spans, fused_gate.block_logits(q, k, text, spans, scale, reach)))
+        (found,) = (way for _, way in counts.elements())
+        counts.clear()
+        return found
+
+    assert [step() for _ in range(3)] == ["anew", "again", "again"]
+    for other in ({"heads": 2}, {"scale": 0.5}, {"reach": 7}, {"reach": 8}, {"blocks": 5}):
+        assert [step(**other), step(**other)] == ["anew", "again"]
+    assert step() == "again"

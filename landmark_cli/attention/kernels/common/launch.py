@@ -93,7 +93,7 @@ class Launch:
 
 def launch(
     kernel,
-    programs: int | tuple[int, int],
+    programs: int | tuple[int, ...],
     tensors: Sequence[Tensor | None],
     operands: Iterable[Operand | int],
     arguments: tuple,
@@ -102,7 +102,7 @@ def launch(
 ) -> Launch | None:
     """Launch a kernel, whose parameters are operands, arguments and, in any order, constants.
 
-    programs: how many, along the grid's first axis or its first two. tensors: the call's. operands: of these; a number
+    programs: how many, along the grid's first axis or its first ones. tensors: the call's. operands: of these; a number
     stands for the whole tensor at that place. arguments: numbers, tuples of them, and tensors that every call of this
     kind shares. options: how Triton is to run it (num_warps, ...).
 
@@ -110,7 +110,7 @@ def launch(
     """
     operands = [Operand(x, tensors[x]) if isinstance(x, int) else x for x in operands]
     given = [piece if describe is None else describe(piece) for _, piece, describe in operands]
-    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
+    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1, 1)[:3]
     compiled = kernel[grid](*given, *arguments, **constants, **options)
     if compiled is None:
         return None
