@@ -119,19 +119,29 @@ class Distillation:
     def _width(self, input_ids: Tensor) -> int:
         return min(input_ids.shape[1], self.teacher.length or input_ids.shape[1])
 
-    def counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Over how many positions of a batch each of the means goes, in the order of PARTS: (6,) float32."""
-        known = batch["labels"] != IGNORED_TARGET
-        answers = known & batch["answers"] if "answers" in batch else torch.zeros_like(known)
+    def asked(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        answers: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **others: Tensor,
+    ) -> Asked:
+        """What is asked of a micro-batch; see `DistillationLoss.forward`."""
+        known = labels != IGNORED_TARGET
+        answers = torch.zeros_like(known) if answers is None else answers & known
+        text = self.read(input_ids, cu_seqlens)
+        queries = self.sample(text, input_ids, known, answers, cu_seqlens) if self.gate_weight else None
+        return Asked(text, known, answers, queries)
+
+    def counts(self, asked: Asked) -> Tensor:
+        """Over how many positions of a micro-batch each of the means goes, in the order of PARTS: (6,) float32."""
+        known, answers, none = asked.known, asked.answers, torch.zeros_like(asked.known)
         # The teacher is asked where there is text that it has positions for, and something that follows it.
-        _, is_text = self._places(batch["input_ids"], self._width(batch["input_ids"]))
-        queries = torch.zeros_like(known)
-        if self.gate_weight:
-            cu_seqlens = batch.get("cu_seqlens")
-            text = self.read(batch["input_ids"], cu_seqlens)
-            queries = self.sample(text, batch["input_ids"], known, answers, cu_seqlens).real
-        hidden = is_text & known if self.hidden_weight else torch.zeros_like(known)
-        masks = (is_text & known, is_text & answers, answers, known, queries, hidden)
+        of_teacher = asked.text.known & known
+        queries = none if asked.queries is None else asked.queries.real
+        hidden = of_teacher if self.hidden_weight else none
+        masks = (of_teacher, of_teacher & answers, answers, known, queries, hidden)
         return torch.stack([mask.sum() for mask in masks]).float()
 
     def sample(
@@ -170,6 +180,21 @@ class Text:
         return values.gather(1, self.index[..., None].expand(-1, -1, values.shape[-1]))
 
 
+class Asked:
+    """Where the parts of a micro-batch's loss are asked. It is worked out once, for the counts of a step and for the
+    loss, and is no dataclass, for a wrapped model is called with it (see attention/dispatch.py).
+
+    text: what the teacher reads. known, answers: (B, T) bool, where there are targets, and which of these are of
+    answers. queries: of the gate's loss; None without it.
+    """
+
+    def __init__(self, text: Text, known: Tensor, answers: Tensor, queries: Sample | None) -> None:
+        self.text = text
+        self.known = known
+        self.answers = answers
+        self.queries = queries
+
+
 class Compared(NamedTuple):
     """losses: see `linear_distillation.distillation`. states: the student's, (B, T, E), of which `logits_of` makes
     logits. ours, theirs: what `hidden_states.collected` gave of student and teacher; nothing where it was not asked."""
@@ -200,6 +225,7 @@ class DistillationLoss(LossModel):
         answers: Tensor | None = None,
         ratios: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        asked: Asked | None = None,
         **others: Tensor,
     ) -> Tensor:
         """In training (7,) float32: the loss, which alone is differentiable, and the sums of PARTS: of divergences, of
@@ -207,23 +233,23 @@ class DistillationLoss(LossModel):
         states'. In evaluation what `LossModel.forward` gives, (1,) or (4,), and behind it the sum of divergences, at
         temperature 1, and over how many positions.
 
-        ratios: see `Distillation.ratios`. The rest: see `LossModel.forward`.
+        ratios: see `Distillation.ratios`. asked: what `Distillation.asked` gave, where it was called already. The rest:
+        see `LossModel.forward`.
         """
         if not self.training:
             return self._evaluate(input_ids, labels, answers, cu_seqlens, **others)
         of = self.distillation
-        text = of.read(input_ids, cu_seqlens)
-        known = labels != IGNORED_TARGET
-        answers = torch.zeros_like(known) if answers is None else answers & known
-        asked = text.known & known
-        weights = asked.float() + ratios[0] * (asked & answers)
+        if asked is None:
+            asked = of.asked(input_ids, labels, answers, cu_seqlens)
+        text, known, answers = asked.text, asked.known, asked.answers
+        of_teacher = text.known & known
+        weights = of_teacher.float() + ratios[0] * (of_teacher & answers)
         target_weights = ratios[1] * answers + ratios[2] * known
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
         gate = None
-        if of.gate_weight:
-            sampled = of.sample(text, input_ids, known, answers, cu_seqlens)
+        if asked.queries is not None:
             through = of.straight_through_weight
-            gate = Gate(sampled, self._landmark_layers, extra.get("landmark_window"), through)
+            gate = Gate(asked.queries, self._landmark_layers, extra.get("landmark_window"), through)
             extra["landmark_observer"] = gate.ask
             if through:
                 extra["landmark_listener"] = gate.read
@@ -234,7 +260,7 @@ class DistillationLoss(LossModel):
             gates = gate.loss()
             loss = loss + ratios[3] * gates
         if of.hidden_weight:
-            hidden = hidden_states_loss(compared.ours, compared.theirs, asked, text.align)
+            hidden = hidden_states_loss(compared.ours, compared.theirs, of_teacher, text.align)
             loss = loss + ratios[4] * hidden
         of_answers = (values.masked_fill(~answers, 0.0).sum() for values in (divergences, losses))
         sums = torch.stack([divergences.sum(), *of_answers, losses.sum(), gates.detach(), hidden.detach()])

@@ -256,17 +256,19 @@ class Loop:
         settings, accelerator = self.settings, self.accelerator
         seed_step(settings.seed, self.step, accelerator.process_index)
         self.update.begin(self.step)
-        targets, beside = self._targets(micro_batches)
-        given, parts = {}, None
-        if self.distillation is not None:
-            given, parts = {"ratios": beside["ratios"]}, torch.zeros(len(PARTS), device=accelerator.device)
+        parts = None
+        if self.distillation is None:
+            targets = self._targets(micro_batches)
+        else:
+            micro_batches, targets, counts = self._beside_teacher(micro_batches)
+            parts = torch.zeros(len(PARTS), device=accelerator.device)
         # The gradient becomes a mean over processes, and by accelerate one over micro-batches; this turns means into
         # the sum.
         scale = accelerator.num_processes * settings.accumulation / targets
         loss = torch.zeros((), device=accelerator.device)
         for batch in micro_batches:
             with accelerator.accumulate(self.module):
-                part = self.module(**batch, **given)
+                part = self.module(**batch)
                 if parts is not None:
                     parts += part[1:].detach()
                     part = part[0]
@@ -277,25 +279,28 @@ class Loop:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         if parts is not None:
-            self._parts += torch.where(skip > 0, 0.0, torch.stack([parts, beside["counts"]]))
+            self._parts += torch.where(skip > 0, 0.0, torch.stack([parts, counts]))
         return torch.where(skip > 0, 0.0, loss), norm
 
-    def _targets(self, micro_batches: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the summed loss of all processes' micro-batches is divided by; beside a teacher also `ratios`, which the
-        model is told, and `counts`, over how many positions the parts of the loss go."""
-        accelerator = self.accelerator
-        if self.distillation is not None:
-            counts = torch.stack([self.distillation.counts(batch) for batch in micro_batches]).sum(0)
-            counts = accelerator.reduce(counts, "sum")
-            targets, ratios = self.distillation.ratios(counts)
-            return targets, {"ratios": ratios, "counts": counts}
+    def _targets(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
+        """What the summed loss of all processes' micro-batches is divided by."""
         counts = [
             batch["weights"].sum() if "weights" in batch else (batch["labels"] != IGNORED_TARGET).sum()
             for batch in micro_batches
         ]
-        targets = accelerator.reduce(torch.stack(counts).sum(), "sum")
+        targets = self.accelerator.reduce(torch.stack(counts).sum(), "sum")
         # Without targets the loss is 0. Weights may well sum to less than 1.
-        return torch.where(targets > 0, targets, 1), {}
+        return torch.where(targets > 0, targets, 1)
+
+    def _beside_teacher(self, micro_batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
+        """(micro-batches with what the model is told besides, what the summed loss is divided by, over how many
+        positions of all processes the parts of the loss go)."""
+        of = self.distillation
+        asked = [of.asked(**batch) for batch in micro_batches]
+        counts = self.accelerator.reduce(torch.stack([of.counts(one) for one in asked]).sum(0), "sum")
+        targets, ratios = of.ratios(counts)
+        told = [batch | {"asked": one, "ratios": ratios} for batch, one in zip(micro_batches, asked, strict=True)]
+        return told, targets, counts
 
     def _record(self, meter: Meter, loss: Tensor, norm: Tensor) -> dict[str, Any]:
         """Write a record of the steps since the last one; nothing else in the loop waits for the device.

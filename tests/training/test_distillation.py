@@ -69,9 +69,11 @@ def expected(loss, teacher, batch, how, texts):
 
 def step(loss, batches, how):
     """The loss that a step of these micro-batches has, and its parts, as the loop makes them."""
-    counts = torch.stack([how.counts(batch) for batch in batches]).sum(0)
+    asked = [how.asked(**batch) for batch in batches]
+    counts = torch.stack([how.counts(one) for one in asked]).sum(0)
     targets, ratios = how.ratios(counts)
-    found = torch.stack([loss(**batch, ratios=ratios) for batch in batches]).sum(0)
+    found = [loss(**batch, ratios=ratios, asked=one) for batch, one in zip(batches, asked, strict=True)]
+    found = torch.stack(found).sum(0)
     return found[0] / targets, found[1:] / counts.clamp(min=1)
 
 
@@ -107,7 +109,7 @@ def test_beyond_the_teachers_positions_only_answers_and_text_count():
     loss, teacher, how = pair(length=11, answer_divergence_weight=2.0, text_weight=0.5)
     texts = some_texts()
     batch = batch_of(texts, how.landmark_token_id, [(0, 30)])
-    assert how.counts(batch).tolist() == [2 * 11, 0, 1, 2 * 30, 0, 0]
+    assert how.counts(how.asked(**batch)).tolist() == [2 * 11, 0, 1, 2 * 30, 0, 0]
     text = how.read(batch["input_ids"])
     assert torch.equal(text.tokens, texts[:, :11])
     ours, parts = step(loss, [batch], how)
@@ -122,7 +124,7 @@ def test_positions_without_a_target_are_not_asked_about():
     batch = batch_of(texts, how.landmark_token_id)
     batch["labels"][:, 10:] = IGNORED_TARGET
     given = {name: values[:, :10] for name, values in batch.items()}
-    assert how.counts(batch).tolist() == [16, 0, 0, 16, 0, 0]
+    assert how.counts(how.asked(**batch)).tolist() == [16, 0, 0, 16, 0, 0]
     assert_close_norm(step(loss, [batch], how), step(loss, [given], how))
     batch["labels"][:] = IGNORED_TARGET
     assert not step(loss, [batch], how)[0]

@@ -60,7 +60,7 @@ def sampled(stream, cu_seqlens=None, length=None, joint=False, answers=None, chu
     answers = torch.zeros_like(known) if answers is None else answers
     chosen = how.sample(text, stream, known, answers, cu_seqlens)
     labels = stream.masked_fill(~known, IGNORED_TARGET)
-    counts = how.counts({"input_ids": stream, "labels": labels, "answers": answers} | packed(cu_seqlens))
+    counts = how.counts(how.asked(stream, labels, answers, cu_seqlens))
     assert counts[4] == chosen.real.sum()
     return text, chosen
 
@@ -73,10 +73,6 @@ def taught(q, k, chosen, *how):
 def asked(q, k, chosen, *how):
     """Logarithms of what a student's layer does."""
     return outer_shares(landmark_logits(q, k, chosen, *how), chosen)
-
-
-def packed(cu_seqlens):
-    return {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
 
 
 def random_layers(stream, text, heads=4, groups=2, dim=8, seed=0):
