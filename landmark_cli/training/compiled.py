@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # Of what torch.compile keeps apart for one function: layers of several kinds, in training, evaluation and teaching.
@@ -48,6 +48,14 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
             module.landmark_first = module.layer_idx == 0
     for layer in decoder_layers(model):
         layer.compile(dynamic=False, backend=backend)
+
+
+def of_any_length(x: Tensor) -> None:
+    """Have compiled layers take a tensor whatever the length of its first dimension, of two or more: for each other one
+    they would be compiled anew, until so many are kept that the next runs uncompiled."""
+    # Where all of a model is compiled this is no place to say so.
+    if len(x) > 1 and not torch.compiler.is_compiling():
+        torch._dynamo.mark_dynamic(x, 0)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ TEXT_SAMPLED, REPEATED_SAMPLED, ANSWERS_SAMPLED = 128, 128, 256
 """The same where landmarks only choose blocks: of the text, of what it repeats, and of answers and their questions."""
 QUESTION = 32
 """Tokens before an answer that are asked with it."""
+# There is room for the blocks of so many documents, or of twice, three times ... as many: what is compiled for a
+# number of blocks serves micro-batches of any fewer.
+DOCUMENTS = 32
 # A prime: rows that differ have, as good as always, another remainder.
 OFFSETS = 65_521
 # What puts places in an order that looks drawn, neighbours far apart: an odd number near 2 ** 32 divided by the golden
@@ -82,7 +85,7 @@ def sample(
         marks = torch.zeros(input_ids.numel() + 1, dtype=torch.bool, device=device)
         marks.index_fill_(0, cu_seqlens.long(), True)
         new_document = new_document | marks[:-1].view(batch, tokens)
-        most += len(cu_seqlens)
+        most += -(-len(cu_seqlens) // DOCUMENTS) * DOCUMENTS
     begins = begins | new_document
     block = begins.cumsum(1) - 1
     first = torch.where(new_document, block, 0).cummax(1).values

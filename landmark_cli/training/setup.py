@@ -35,6 +35,7 @@ from landmark_cli.evaluation.score import score
 from landmark_cli.families import FAMILIES
 from landmark_cli.models.device import find_device
 from landmark_cli.models.rotary import landmark_angles
+from landmark_cli.training.compiled import of_any_length
 from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
 
 T = TypeVar("T")
@@ -191,7 +192,10 @@ class LossModel(nn.Module):
     whether under bf16 autocast the residual stream, the sum that every layer adds to, stays in float32. With the
     residual stream in bfloat16, as in a model that is bfloat16 throughout, a step takes some 5% less time. read: have
     windows read chunk by chunk, as a reader would (see attention/window.py); None has them attended to as a whole.
+    compiled: to be set where the model's layers are compiled one by one (compiled.py).
     """
+
+    compiled = False
 
     def __init__(
         self,
@@ -284,6 +288,8 @@ class LossModel(nn.Module):
         return ReadingWindow.make(settings, *input_ids.shape, angles, cu_seqlens=cu_seqlens, explore_seed=seed)
 
     def _layout(self, controlled: Tensor | None, cu_seqlens: Tensor | None) -> LandmarkLayout:
+        if self.compiled and cu_seqlens is not None:
+            of_any_length(cu_seqlens)
         dropout = {}
         if self.group_dropout and self.training:
             # The seed is on the CPU, where reading it waits for nothing; the loop seeds torch for every step.

@@ -152,6 +152,33 @@ def test_layers_share_what_is_compiled_and_keep_it(way, graphs):
         assert_close_norm(evaluated(loss, how), loss_of_windows)
 
 
+@pytest.mark.parametrize(
+    ("joint", "gate"), [(False, False), (False, True), (True, True)], ids=["no gate", "gate", "gate, joint"]
+)
+def test_what_is_compiled_serves_windows_of_any_number_of_documents(joint, gate):
+    loss, how, models = pair(2, gate=gate)
+    how = loss.distillation = dataclasses.replace(how, joint=joint)
+    loss.wrapped.config.landmark_softmax = "joint" if joint else "grouped"
+    width = batch_of(some_texts(length=50), how.landmark_token_id)["input_ids"].shape[1]
+
+    def found(*ends):
+        batch = batch_of(some_texts(length=50), how.landmark_token_id, [(0, 3)])
+        batch["cu_seqlens"] = torch.tensor([0, *ends, width, 2 * width], dtype=torch.int32)
+        value = step(loss, [batch], how)[0]
+        return value.detach(), torch.autograd.grad(value, [p for p in loss.parameters() if p.requires_grad])
+
+    # A teacher that reads one document a row needs no mask, and is compiled for that by itself.
+    documents = (20,), (10, 15, 40), (5, 10, 15, 20, 25, 30)
+    expected = [found(*ends) for ends in documents]
+    loss.compiled = True
+    for model in models:
+        compiled.compile_layers(model, "aot_eager")
+    assert_close_norm(found(*documents[0]), expected[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for ends, wanted in zip(documents, expected, strict=True):
+            assert_close_norm(found(*ends), wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "gemma3"])
 def test_compiled_by_inductor_they_learn_the_same(family):
