@@ -128,7 +128,7 @@ WAYS = {
 
 
 # What the others have together.
-LONG = "checkpointed", "read chunk by chunk", "gate, checkpointed", "gate, LoRA"
+LONG = "checkpointed", "read chunk by chunk", "gate, checkpointed", "gate, LoRA", "gate, some layers without landmarks"
 
 
 @pytest.mark.parametrize(
