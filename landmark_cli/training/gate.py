@@ -33,6 +33,7 @@ from landmark_cli.attention.rotary import rotate
 from landmark_cli.attention.window import ReadingWindow
 from landmark_cli.training.compiled import called_by
 from landmark_cli.training.gate_queries import Sample
+from landmark_cli.training.sampled_products import products, sampled, taken, widened
 from landmark_cli.training.straight_through import StraightThrough
 
 
@@ -58,8 +59,8 @@ def _compute_block_logits(
     found = []
     # A row at a time, as many logits as S x n are.
     for row in range(q.shape[0]):
-        queries = _sampled(q[row : row + 1], text[row : row + 1])
-        logits = _logits(queries, _widened(k[row : row + 1]), scale)
+        queries = sampled(q[row : row + 1], text[row : row + 1])
+        logits = products(queries, widened(k[row : row + 1]), scale)
         own = text[row, :, None]
         seen = place <= own
         if reach is not None:
@@ -94,7 +95,7 @@ def block_shares(logits: Tensor, chosen: Sample) -> Tensor:
     only choose no column more: what earlier blocks get, of all that these get."""
     if chosen.joint:
         # A query that sees nothing of any has nothing to give, and no number may be nan.
-        return torch.softmax(logits.masked_fill(~_earlier(chosen)[:, None], -torch.inf), dim=-1).nan_to_num(nan=0.0)
+        return torch.softmax(logits.masked_fill(~chosen.choosable()[:, None], -torch.inf), dim=-1).nan_to_num(nan=0.0)
     begun = torch.arange(logits.shape[-1], device=logits.device) >= chosen.first[..., None]
     shares = torch.softmax(logits.masked_fill(~begun[:, None], -torch.inf), dim=-1)
     own = chosen.own[:, None, :, None].expand(*shares.shape[:-1], 1)
@@ -108,36 +109,30 @@ def landmark_logits(q: Tensor, k: Tensor, chosen: Sample, scale: float, window: 
     q: (B, H, T, D) and k: (B, G, T, D), the student's, rotated. window: how windows are read chunk by chunk, where they
     are; q and k are then rotated at its position_ids, half-split.
     """
-    queries = _sampled(q, chosen.stream)
-    keys = _widened(_taken(k, chosen.landmarks))
-    logits = _logits(queries, keys, scale) if window is None else _scored(queries, keys, chosen, scale, window)
+    queries = sampled(q, chosen.stream)
+    keys = sampled(k, chosen.landmarks)
+    logits = products(queries, keys, scale) if window is None else _scored(queries, keys, chosen, scale, window)
     if chosen.joint:
         return logits
     # (B, S, block_size): the places of a query's own block, up to itself.
     places = chosen.begin[..., None] + torch.arange(chosen.block_size, device=k.device)
     within = places <= chosen.stream[..., None]
     batch, groups, _, dim = k.shape
-    keys = _taken(k, places.clamp(max=k.shape[2] - 1).flatten(1)).view(batch, groups, *places.shape[1:], dim)
-    own = torch.einsum("bgrsd,bgsjd->bgrsj", queries.unflatten(1, (groups, -1)), _widened(keys)).flatten(1, 2) * scale
+    keys = taken(k, places.clamp(max=k.shape[2] - 1).flatten(1)).view(batch, groups, *places.shape[1:], dim)
+    own = torch.einsum("bgrsd,bgsjd->bgrsj", queries.unflatten(1, (groups, -1)), widened(keys)).flatten(1, 2) * scale
     return torch.cat([logits, own.masked_fill(~within[:, None], -torch.inf).logsumexp(-1, keepdim=True)], -1)
 
 
 def outer_shares(logits: Tensor, chosen: Sample) -> Tensor:
     """Logarithms of what landmark attention's outer softmax gives every block, in the columns of `block_shares`; minus
     infinity where nothing is. logits: (..., B, H, S, M) or one column more, as `landmark_logits` has them."""
-    earlier = _earlier(chosen)
+    earlier = chosen.choosable()
     if chosen.joint:
         # Where there is no earlier block nothing is asked, and no number may be nan.
         asked = earlier | (chosen.end == chosen.first)[..., None]
     else:
         asked = nn.functional.pad(earlier, (0, 1), value=True)
     return torch.log_softmax(logits.masked_fill(~asked[:, None], -torch.inf), dim=-1)
-
-
-def _earlier(chosen: Sample) -> Tensor:
-    """Which blocks a query can choose, (B, S, M) bool: of its document, before its own block or its chunk."""
-    blocks = torch.arange(chosen.landmarks.shape[1], device=chosen.landmarks.device)
-    return (blocks >= chosen.first[..., None]) & (blocks < chosen.end[..., None])
 
 
 def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window: ReadingWindow) -> Tensor:
@@ -153,7 +148,7 @@ def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window:
     slots = torch.arange(1, window.top_k + 2, device=keys.device)
     cos, sin = (table[slots, None, None, None] for table in (window.cos, window.sin))
     # (k + 1, B, H, S, D), and as many times (B, H, S, M).
-    logits = _logits(rotate(queries.expand(len(slots), *queries.shape), cos, sin), keys, scale)
+    logits = products(rotate(queries.expand(len(slots), *queries.shape), cos, sin), keys, scale)
     age = chosen.end[..., None] - torch.arange(keys.shape[2], device=keys.device)
     slot = age.clamp(1, window.top_k + 1)[None, :, None] - 1
     return logits.gather(0, slot.expand(1, *logits.shape[1:])).squeeze(0)
@@ -290,25 +285,6 @@ class Gate:
             outer = outer_shares(torch.stack([asked.pop(layer) for layer in layers]), self.chosen)
             found.append((divergence(shares, outer) * self.chosen.real).sum((1, 2)))
         return torch.cat(found).mean()
-
-
-def _taken(x: Tensor, places: Tensor) -> Tensor:
-    """x: (B, G, T, D); places: (B, S). Returns (B, G, S, D)."""
-    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _sampled(q: Tensor, places: Tensor) -> Tensor:
-    return _widened(_taken(q, places))
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """q: (..., B, H, S, D); k: (B, G, M, D). Returns (..., B, H, S, M)."""
-    groups = k.shape[1]
-    return (q.unflatten(-3, (groups, -1)) @ k.unsqueeze(2).transpose(-1, -2)).flatten(-4, -3) * scale
 
 
 @functools.cache

@@ -52,6 +52,11 @@ class Sample:
     end: Tensor
     numbers: Tensor | None = None
 
+    def choosable(self) -> Tensor:
+        """Which blocks each query can choose, (B, S, M) bool: of its document, before its own block or its chunk."""
+        blocks = torch.arange(self.landmarks.shape[1], device=self.landmarks.device)
+        return (blocks >= self.first[..., None]) & (blocks < self.end[..., None])
+
 
 def sample(
     input_ids: Tensor,

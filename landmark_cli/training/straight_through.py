@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from landmark_cli.training.gate_queries import Sample
+from landmark_cli.training.sampled_products import products, sampled, widened
 
 # Numbers of one matrix of sampled queries x tokens, of all heads, at a time; a few such matrices are held.
 MOST = 1 << 28
@@ -49,25 +50,20 @@ def block_gradients(
 
     d_out, out, q: (B, H, T, D); k, v: (B, G, T, D), of full attention over the text of the query's document.
     """
-    batch, heads, tokens, _ = q.shape
-    groups, sampled = k.shape[1], chosen.stream.shape[1]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    _, heads, tokens, _ = q.shape
     place, columns = (torch.arange(n, device=q.device) for n in (tokens, chosen.landmarks.shape[1]))
-    found = []
     # So many rows at a time that their sampled queries times their tokens are not too many numbers.
-    for rows in torch.arange(batch).split(max(1, MOST // (heads * sampled * tokens))):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        stream, first, blocks = (x[rows] for x in (chosen.stream, chosen.first, chosen.stream_blocks))
-        at_queries = (x[rows].take_along_dim(stream[:, None, :, None], dim=2) for x in (q, out, d_out))
-        # (B, G, H / G * S, D): the query heads of a key head one after the other.
-        queries, outputs, gradients = (x.to(dtype).unflatten(1, (groups, -1)).flatten(2, 3) for x in at_queries)
-        keys, values = (x[rows].to(dtype).transpose(-1, -2) for x in (k, v))
+    rows = max(1, MOST // (heads * chosen.stream.shape[1] * tokens))
+    given = (x.split(rows) for x in (d_out, out, q, k, v, chosen.stream, chosen.first, chosen.stream_blocks))
+    found = []
+    for *of_queries, keys, values, stream, first, blocks in zip(*given, strict=True):
+        gradients, outputs, queries = (sampled(x, stream) for x in of_queries)
         seen = (place <= stream[..., None]) & (blocks[:, None] >= first[..., None])
-        logits = (queries @ keys * scale).unflatten(2, (-1, sampled)).masked_fill(~seen[:, None, None], -torch.inf)
+        logits = products(queries, widened(keys), scale).masked_fill(~seen[:, None], -torch.inf)
         # How much more each token's logit would have the loss: p (dO v - dO o).
-        change = (gradients @ values - (gradients * outputs).sum(-1, keepdim=True)).view(logits.shape)
+        change = products(gradients, widened(values), 1.0) - (gradients * outputs).sum(-1, keepdim=True)
         change *= torch.softmax(logits, dim=-1)
-        of_blocks = change.flatten(1, 3) @ (blocks[..., None] == columns).to(dtype)
-        found.append(of_blocks.view(len(of_blocks), heads, sampled, -1))
-    choosable = (columns >= chosen.first[..., None]) & (columns < chosen.end[..., None]) & chosen.real[..., None]
-    return torch.cat(found).masked_fill(~choosable[:, None], 0.0)
+        of_blocks = (blocks[..., None] == columns).to(change.dtype)
+        found.append((change.flatten(1, 2) @ of_blocks).unflatten(1, (heads, -1)))
+    asked = chosen.choosable() & chosen.real[..., None]
+    return torch.cat(found).masked_fill(~asked[:, None], 0.0)

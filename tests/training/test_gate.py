@@ -86,19 +86,25 @@ def random_layers(stream, text, heads=4, groups=2, dim=8, seed=0):
     return draw(heads, read), draw(groups, read), draw(heads, stream.shape[1]), draw(groups, stream.shape[1])
 
 
+def blocks_and_documents(stream, row, cu_seqlens):
+    """Which block and which document of its row each place of the stream is of."""
+    ends = set() if cu_seqlens is None else set(cu_seqlens.tolist())
+    block, document, blocks, documents = -1, -1, [], []
+    for place in range(stream.shape[1]):
+        new_document = place == 0 or row * stream.shape[1] + place in ends
+        document += new_document
+        block += new_document or stream[row, place - 1] == LANDMARK
+        blocks.append(int(block))
+        documents.append(document)
+    return blocks, documents
+
+
 def by_whole_matrices(teacher, student, stream, cu_seqlens, joint=False):
     """KL of every text position and head, by loops over full softmaxes: {(row, place in the stream): (H,)}. joint:
     among earlier blocks alone."""
     found = {}
-    ends = set() if cu_seqlens is None else set(cu_seqlens.tolist())
     for row in range(len(stream)):
-        block, document, blocks, documents = -1, -1, [], []
-        for place in range(stream.shape[1]):
-            new_document = place == 0 or row * stream.shape[1] + place in ends
-            document += new_document
-            block += new_document or stream[row, place - 1] == LANDMARK
-            blocks.append(int(block))
-            documents.append(document)
+        blocks, documents = blocks_and_documents(stream, row, cu_seqlens)
         is_text = [token != LANDMARK for token in stream[row].tolist()]
         places = [place for place, text in enumerate(is_text) if text]
         for t, place in enumerate(places):

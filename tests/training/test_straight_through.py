@@ -9,22 +9,15 @@ from landmark_cli.training.setup import checkpoint_activations
 from landmark_cli.training.straight_through import block_gradients
 from tests.closeness import assert_close_norm
 from tests.training.test_distillation import batch_of, pair, some_texts, step
-from tests.training.test_gate import FREQ, LANDMARK, random_layers, sampled, some_streams
+from tests.training.test_gate import FREQ, LANDMARK, blocks_and_documents, random_layers, sampled, some_streams
 
 
 def by_added_numbers(q, k, v, stream, cu_seqlens, scale, of_output):
     """What attention to the text reads, the loss's gradient for it, and that for a number (B, H, T, M) added to the
     logits of each query with each block, all by autograd. of_output: the loss of what is read."""
     batch, tokens = stream.shape
-    ends = set() if cu_seqlens is None else set(cu_seqlens.tolist())
-    blocks, documents = torch.zeros(2, batch, tokens, dtype=torch.long)
-    for row in range(batch):
-        block = document = -1
-        for place in range(tokens):
-            new_document = place == 0 or row * tokens + place in ends
-            document += new_document
-            block += new_document or bool(stream[row, place - 1] == LANDMARK)
-            blocks[row, place], documents[row, place] = block, document
+    of_rows = [blocks_and_documents(stream, row, cu_seqlens) for row in range(batch)]
+    blocks, documents = torch.tensor(of_rows).unbind(1)
     heads = q.shape[1] // k.shape[1]
     added = q.new_zeros(batch, q.shape[1], tokens, tokens, requires_grad=True)
     logits = q @ k.repeat_interleave(heads, 1).transpose(-1, -2) * scale
