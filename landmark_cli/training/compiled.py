@@ -52,7 +52,8 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
 
 def of_any_length(x: Tensor) -> None:
     """Have compiled layers take a tensor whatever the length of its first dimension, of two or more: for each other one
-    they would be compiled anew, until so many are kept that the next runs uncompiled."""
+    they would be compiled anew, until so many are kept that the next runs uncompiled. Layers that are not compiled do
+    not look at it."""
     # Where all of a model is compiled this is no place to say so.
     if len(x) > 1 and not torch.compiler.is_compiling():
         torch._dynamo.mark_dynamic(x, 0)

@@ -140,7 +140,6 @@ class Loop:
             model = LossModel(model, *how)
         else:
             model = DistillationLoss(model, self.distillation, *how)
-        model.compiled = settings.compile_layers
         decayed = decayed_names(model)
         # FSDP 1 makes new parameters, so the optimizer is made after it; FSDP 2 wants to see model and optimizer at
         # once.

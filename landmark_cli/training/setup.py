@@ -192,10 +192,7 @@ class LossModel(nn.Module):
     whether under bf16 autocast the residual stream, the sum that every layer adds to, stays in float32. With the
     residual stream in bfloat16, as in a model that is bfloat16 throughout, a step takes some 5% less time. read: have
     windows read chunk by chunk, as a reader would (see attention/window.py); None has them attended to as a whole.
-    compiled: to be set where the model's layers are compiled one by one (compiled.py).
     """
-
-    compiled = False
 
     def __init__(
         self,
@@ -288,7 +285,7 @@ class LossModel(nn.Module):
         return ReadingWindow.make(settings, *input_ids.shape, angles, cu_seqlens=cu_seqlens, explore_seed=seed)
 
     def _layout(self, controlled: Tensor | None, cu_seqlens: Tensor | None) -> LandmarkLayout:
-        if self.compiled and cu_seqlens is not None:
+        if cu_seqlens is not None:
             of_any_length(cu_seqlens)
         dropout = {}
         if self.group_dropout and self.training:
