@@ -80,8 +80,8 @@ def landmark_attention_forward(
     landmark_observer: is called with the module, query, key and scaling of a layer that has landmarks.
     landmark_listener: then with what such a layer has read of an input that it reads whole, (B, H, T, D), and with
     value; what it returns takes its place. Returns (B, T, H, D) and None: attention weights are never formed.
-    module.config says whether landmarks share attention out
-    or only choose (see softmax.py); what reads on through a cache or by a window has to have been made for the same.
+    module.config says whether landmarks share attention out or only choose (see softmax.py); what reads on through a
+    cache or by a window has to have been made for the same.
 
     Of these arguments, what is not a tensor comes to every layer as it is, and so is of a plain class: dataclasses,
     named tuples, lists and dicts among a layer's arguments are made anew for every layer by FSDP, with their floating

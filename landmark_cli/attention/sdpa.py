@@ -83,12 +83,8 @@ def backward(
 def text_of(x: Tensor, block_size: int) -> Tensor:
     """The text of a stream (B, H, T, ...), in memory as (B, n, H, ...), or, of one number a token, as (B, H, n)."""
     blocks = x.shape[2] // block_size
-    batch, heads, tokens = *x.shape[:2], x.shape[2] - blocks
-    if x.dim() == 4:
-        dim = x.shape[3]
-        found = x.new_empty_strided((batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1))
-    else:
-        found = x.new_empty((batch, heads, tokens))
+    tokens = x.shape[2] - blocks
+    found = empty_heads_last(x, tokens) if x.dim() == 4 else x.new_empty((*x.shape[:2], tokens))
     for there, here in zip(_of_text(found, block_size, blocks), _of_stream(x, block_size, blocks), strict=True):
         there.copy_(here)
     return found
