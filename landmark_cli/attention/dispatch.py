@@ -62,7 +62,6 @@ def landmark_attention_forward(
     landmark_layout: LandmarkLayout | None = None,
     landmark_window: ReadingWindow | None = None,
     landmark_observer: Callable[[nn.Module, Tensor, Tensor, float | None], None] | None = None,
-    landmark_listener: Callable[[Tensor, Tensor], Tensor] | None = None,
     context_miss_key: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -77,11 +76,9 @@ def landmark_attention_forward(
     every (module.config.landmark_freq + 1)-th position unless landmark_layout says otherwise. attention_mask: (B, T)
     bool where some row is padded on the left, from which its blocks then count. softcap, s_aux: of the logits, and the
     heads' sinks (see reference.landmark_attention). sliding_window: what a layer that keeps its window sees.
-    landmark_observer: is called with the module, query, key and scaling of a layer that has landmarks.
-    landmark_listener: then with what such a layer has read of an input that it reads whole, (B, H, T, D), and with
-    value; what it returns takes its place. Returns (B, T, H, D) and None: attention weights are never formed.
-    module.config says whether landmarks share attention out or only choose (see softmax.py); what reads on through a
-    cache or by a window has to have been made for the same.
+    landmark_observer: is called with the module, query, key and scaling of a layer that has landmarks. Returns
+    (B, T, H, D) and None: attention weights are never formed. module.config says whether landmarks share attention out
+    or only choose (see softmax.py); what reads on through a cache or by a window has to have been made for the same.
 
     Of these arguments, what is not a tensor comes to every layer as it is, and so is of a plain class: dataclasses,
     named tuples, lists and dicts among a layer's arguments are made anew for every layer by FSDP, with their floating
@@ -150,7 +147,7 @@ def landmark_attention_forward(
         given["backend"] = layout.backend
         out = local.attend_input(*as_autocast(query, key, value), sliding_window, **given, **logits)
         return out.transpose(1, 2).contiguous(), None
-    rows, given_value = None, value
+    rows = None
     if layout.cu_seqlens is not None and query.shape[0] > 1:
         rows, (query, key, value) = query.shape[0], (one_row(x) for x in (query, key, value))
     seed = layout.dropout_seed
@@ -170,10 +167,7 @@ def landmark_attention_forward(
         joint=is_joint(module.config),
         **logits,
     )
-    out = out if rows is None else in_rows(out, rows)
-    if landmark_listener is not None:
-        out = landmark_listener(out, given_value)
-    return out.transpose(1, 2).contiguous(), None
+    return (out if rows is None else in_rows(out, rows)).transpose(1, 2).contiguous(), None
 
 
 def _check_window(

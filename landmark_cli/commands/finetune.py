@@ -108,14 +108,6 @@ class TeacherOptions(Options):
         help="Weight of the gate's own loss: how every layer shares its attention out among blocks, beside how the "
         f"teacher's layer does. [default: {GATE:g} with --softmax joint, whose landmarks learn by it alone; else 0]",
     )
-    straight_through_weight: float = option(
-        0.0,
-        panel=TEACHER,
-        min=0,
-        max=1e6,
-        help="Weight of the gradient that landmarks which only choose blocks get of all other losses: 1 is what it "
-        "would be if their logits were added to those of their blocks' text. Not with --read-chunk.",
-    )
     hidden_weight: float = option(
         0.0,
         panel=TEACHER,

@@ -74,7 +74,6 @@ def distilled_from(teacher: Teacher, options: FinetuneOptions, config: PreTraine
         text_weight=options.text_weight or 0.0,
         temperature=options.distill_temperature,
         gate_weight=options.gate_weight,
-        straight_through_weight=options.straight_through_weight,
         hidden_weight=options.hidden_weight,
         block_size=config.landmark_freq + 1,
         joint=is_joint(config),
@@ -111,7 +110,6 @@ def check_teacher(options: FinetuneOptions) -> None:
             "answer-divergence-weight": options.answer_divergence_weight is not None,
             "distill-temperature": options.distill_temperature != 1,
             "gate-weight": bool(options.gate_weight),
-            "straight-through-weight": options.straight_through_weight > 0,
             "hidden-weight": options.hidden_weight > 0,
         }
         for name in (name for name, is_given in given.items() if is_given):
@@ -137,15 +135,6 @@ def check_gate(options: FinetuneOptions, *, asked: bool) -> None:
         if not asked:
             who, leave = f"{options.model} has landmarks that only choose blocks", "leave that out"
         raise UsageError(f"{who}, which they learn by the gate's loss, and {why}; {leave}, or take --softmax grouped")
-    if options.straight_through_weight and (options.softmax == "grouped" or options.read_chunk is not None):
-        why, leave = "with --softmax grouped every loss reaches them", "leave it out"
-        if options.softmax == "joint":
-            why = "by --read-chunk windows are read in chunks, of which only chosen blocks are read"
-            leave = "leave one of the two out"
-        raise UsageError(
-            "--straight-through-weight is for landmarks that only choose blocks, in windows that are read whole, and "
-            f"{why}: {leave}"
-        )
     if options.softmax == "grouped" and options.gate_weight and options.read_chunk is not None:
         raise UsageError(
             "--gate-weight with --softmax grouped is for windows that are attended to as a whole, and --read-chunk "

@@ -43,9 +43,8 @@ class Distillation:
     temperature: of both softmaxes (see `linear_distillation.distillation`). gate_weight: of the gate's loss, in blocks
     of block_size stream tokens; 0: it is not worked out. joint: whether the student's landmarks only choose blocks
     (softmax.py). chunk: stream tokens of a chunk, where windows are read chunk by chunk, which with a gate's loss only
-    joint ones are. straight_through_weight: of the gradient that landmarks get of all losses but the gate's, at the
-    queries that its loss asks of (straight_through.py); 0: none. hidden_weight: of the hidden states' loss; 0: it is
-    not worked out. needs_answers: whether some corpus has to mark answers, since somebody chose what they weigh.
+    joint ones are. hidden_weight: of the hidden states' loss; 0: it is not worked out. needs_answers: whether some
+    corpus has to mark answers, since somebody chose what they weigh.
     """
 
     teacher: Teacher
@@ -59,7 +58,6 @@ class Distillation:
     block_size: int = 0
     joint: bool = False
     chunk: int | None = None
-    straight_through_weight: float = 0.0
     hidden_weight: float = 0.0
     needs_answers: bool = False
 
@@ -76,7 +74,6 @@ class Distillation:
         later = {
             "answer_divergence_weight": self.answer_divergence_weight,
             "gate_weight": self.gate_weight,
-            "straight_through_weight": self.straight_through_weight,
             "hidden_weight": self.hidden_weight,
         }
         return identity | {name: weight for name, weight in later.items() if weight}
@@ -88,8 +85,6 @@ class Distillation:
         within = length is None or text_length <= length
         reach = "" if within else f", which is asked about the first {length} tokens of each window's text"
         gate = f", the gate {self.gate_weight:g}" if self.gate_weight else ""
-        if self.straight_through_weight:
-            gate += f", the losses' gradient for landmarks {self.straight_through_weight:g}"
         hidden = f", hidden states {self.hidden_weight:g}" if self.hidden_weight else ""
         answers = f"answers weigh {self.answer_weight:g}, their divergence {self.answer_divergence_weight:g}"
         return f"teacher: {who}{reach}; {answers}, text {self.text_weight:g}{gate}{hidden}"
@@ -248,11 +243,8 @@ class DistillationLoss(LossModel):
         extra = self.extra(input_ids, cu_seqlens=cu_seqlens, **others)
         gate = None
         if asked.queries is not None:
-            through = of.straight_through_weight
-            gate = Gate(asked.queries, self._landmark_layers, extra.get("landmark_window"), through)
+            gate = Gate(asked.queries, self._landmark_layers, extra.get("landmark_window"))
             extra["landmark_observer"] = gate.ask
-            if through:
-                extra["landmark_listener"] = gate.read
         compared = self._compare(text, input_ids, labels, weights, target_weights, of.temperature, extra, gate)
         loss, divergences, losses = compared.losses
         gates = hidden = losses.new_zeros(())

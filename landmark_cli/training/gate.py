@@ -33,8 +33,6 @@ from landmark_cli.attention.rotary import rotate
 from landmark_cli.attention.window import ReadingWindow
 from landmark_cli.training.compiled import called_by
 from landmark_cli.training.gate_queries import Sample
-from landmark_cli.training.sampled_products import products, sampled, taken, widened
-from landmark_cli.training.straight_through import StraightThrough
 
 
 @torch.no_grad()
@@ -59,8 +57,8 @@ def _compute_block_logits(
     found = []
     # A row at a time, as many logits as S x n are.
     for row in range(q.shape[0]):
-        queries = sampled(q[row : row + 1], text[row : row + 1])
-        logits = products(queries, widened(k[row : row + 1]), scale)
+        queries = _sampled(q[row : row + 1], text[row : row + 1])
+        logits = _products(queries, _widened(k[row : row + 1]), scale)
         own = text[row, :, None]
         seen = place <= own
         if reach is not None:
@@ -109,17 +107,17 @@ def landmark_logits(q: Tensor, k: Tensor, chosen: Sample, scale: float, window: 
     q: (B, H, T, D) and k: (B, G, T, D), the student's, rotated. window: how windows are read chunk by chunk, where they
     are; q and k are then rotated at its position_ids, half-split.
     """
-    queries = sampled(q, chosen.stream)
-    keys = sampled(k, chosen.landmarks)
-    logits = products(queries, keys, scale) if window is None else _scored(queries, keys, chosen, scale, window)
+    queries = _sampled(q, chosen.stream)
+    keys = _sampled(k, chosen.landmarks)
+    logits = _products(queries, keys, scale) if window is None else _scored(queries, keys, chosen, scale, window)
     if chosen.joint:
         return logits
     # (B, S, block_size): the places of a query's own block, up to itself.
     places = chosen.begin[..., None] + torch.arange(chosen.block_size, device=k.device)
     within = places <= chosen.stream[..., None]
     batch, groups, _, dim = k.shape
-    keys = taken(k, places.clamp(max=k.shape[2] - 1).flatten(1)).view(batch, groups, *places.shape[1:], dim)
-    own = torch.einsum("bgrsd,bgsjd->bgrsj", queries.unflatten(1, (groups, -1)), widened(keys)).flatten(1, 2) * scale
+    keys = _taken(k, places.clamp(max=k.shape[2] - 1).flatten(1)).view(batch, groups, *places.shape[1:], dim)
+    own = torch.einsum("bgrsd,bgsjd->bgrsj", queries.unflatten(1, (groups, -1)), _widened(keys)).flatten(1, 2) * scale
     return torch.cat([logits, own.masked_fill(~within[:, None], -torch.inf).logsumexp(-1, keepdim=True)], -1)
 
 
@@ -148,7 +146,7 @@ def _scored(queries: Tensor, keys: Tensor, chosen: Sample, scale: float, window:
     slots = torch.arange(1, window.top_k + 2, device=keys.device)
     cos, sin = (table[slots, None, None, None] for table in (window.cos, window.sin))
     # (k + 1, B, H, S, D), and as many times (B, H, S, M).
-    logits = products(rotate(queries.expand(len(slots), *queries.shape), cos, sin), keys, scale)
+    logits = _products(rotate(queries.expand(len(slots), *queries.shape), cos, sin), keys, scale)
     age = chosen.end[..., None] - torch.arange(keys.shape[2], device=keys.device)
     slot = age.clamp(1, window.top_k + 1)[None, :, None] - 1
     return logits.gather(0, slot.expand(1, *logits.shape[1:])).squeeze(0)
@@ -170,25 +168,15 @@ class Gate:
     becomes of them is worked out for all layers at once, as each alone would be many small kernels.
 
     layers: those of the student that have landmarks, which alone ask. window: how the student reads chunk by chunk,
-    where it does. straight_through: weight of the gradient that landmarks get of all other losses, in windows that are
-    read whole and where they only choose (straight_through.py); 0: they get none.
+    where it does.
     """
 
-    def __init__(
-        self,
-        chosen: Sample,
-        layers: Collection[int],
-        window: ReadingWindow | None = None,
-        straight_through: float = 0.0,
-    ) -> None:
+    def __init__(self, chosen: Sample, layers: Collection[int], window: ReadingWindow | None = None) -> None:
         self.chosen = chosen
         self.layers = layers
         self.window = window
-        self.straight_through = straight_through
         self._taught: dict[int, Tensor] = {}
         self._asked: dict[int, Tensor] | None = {}
-        # Of the layer that is being read: landmarks' logits, queries, keys and their products' scale.
-        self._reads: tuple[Tensor, Tensor, Tensor, float] | None = None
         # Of layers that are compiled one by one: that they are, whether the one that runs has landmarks in the student,
         # and what it told.
         self._compiled = False
@@ -257,22 +245,9 @@ class Gate:
         if window is not None:
             q, k = kind.half_split(q, k)
             window = window.unrotated if kind.turns == "none" else window
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         # Autocast would make the products in half precision.
         with torch.autocast(q.device.type, enabled=False):
-            found = landmark_logits(q, k, self.chosen, scale, window)
-        if self.straight_through:
-            self._reads = found, q.detach(), k.detach(), scale
-        return found
-
-    @torch.compiler.disable
-    def read(self, out: Tensor, v: Tensor) -> Tensor:
-        """What the layer that asked last has read, (B, H, T, D), as it is: by it landmarks get their gradient of the
-        losses that follow. v: (B, G, T, D)."""
-        if self._reads is None:
-            return out
-        (logits, q, k, scale), self._reads = self._reads, None
-        return StraightThrough.apply(out, logits, q, k, v.detach(), self.chosen, (scale, self.straight_through))
+            return landmark_logits(q, k, self.chosen, q.shape[-1] ** -0.5 if scale is None else scale, window)
 
     def loss(self) -> Tensor:
         """The sum over the sampled queries that count, the mean over heads and layers. It is asked for once."""
@@ -285,6 +260,27 @@ class Gate:
             outer = outer_shares(torch.stack([asked.pop(layer) for layer in layers]), self.chosen)
             found.append((divergence(shares, outer) * self.chosen.real).sum((1, 2)))
         return torch.cat(found).mean()
+
+
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """x: (B, G, T, D); places: (B, S). Returns (B, G, S, D)."""
+    return x.gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _sampled(x: Tensor, places: Tensor) -> Tensor:
+    """As `_taken`, `_widened`."""
+    return _widened(_taken(x, places))
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x in float32, or float64 where it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _products(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q: (..., B, H, S, D); k: (B, G, M, D). Returns (..., B, H, S, M)."""
+    groups = k.shape[1]
+    return (q.unflatten(-3, (groups, -1)) @ k.unsqueeze(2).transpose(-1, -2)).flatten(-4, -3) * scale
 
 
 @functools.cache

@@ -28,7 +28,6 @@ class Sample:
     """The sampled queries of a batch, (B, S), and the blocks of its rows, M at most; all int64 where they are not bool.
 
     text: each query's place among the n text tokens that the teacher reads. stream: its place in the student's stream.
-    stream_blocks: (B, T), the block of every token of the stream, -1 of landmarks.
     real: whether it counts. own: the number of its block in the row. first: that of its document's first block. begin:
     where its own block begins in the stream. text_blocks: (B, n), the block of every text token. spans: (B, M, 2),
     which of the n text tokens are a block's: the first, and what is behind the last. landmarks: (B, M), where the
@@ -46,7 +45,6 @@ class Sample:
     text_blocks: Tensor
     spans: Tensor
     landmarks: Tensor
-    stream_blocks: Tensor
     block_size: int
     joint: bool
     end: Tensor
@@ -148,7 +146,6 @@ def sample(
         text_blocks,
         spans,
         of_blocks(place.expand(batch, tokens)),
-        block.masked_fill(landmark, -1),
         block_size,
         joint,
         end.gather(1, stream),

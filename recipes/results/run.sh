@@ -375,8 +375,6 @@ answers-1           --answer-weight 1
 hidden-1            --hidden-weight 1
 gate-0.3            --gate-weight 0.3
 gate-3              --gate-weight 3
-straight-through-1  --straight-through-weight 1
-straight-through-0.1    --straight-through-weight 0.1
 grouped-gate-0.1    --softmax grouped --gate-weight 0.1
 read-32k            --read-chunk 2048 $(windows_of 32768)
 read-128k           --read-chunk 2048 $(windows_of 131072)

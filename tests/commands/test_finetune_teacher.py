@@ -98,14 +98,7 @@ def test_answers_are_learned_and_the_loss_is_its_parts(tmp_path, changes):
     assert_close_norm(torch.tensor(records(output)), torch.tensor(loss))
 
 
-STRAIGHT = {"straight_through_weight": 1.0}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, LORA, {"train": "landmarks"}, STRAIGHT, STRAIGHT | LORA | {"gradient_checkpointing": True}],
-    ids=["whole", "adapters", "landmarks", "straight through", "straight through, adapters, computed again"],
-)
+@pytest.mark.parametrize("changes", [{}, LORA, {"train": "landmarks"}], ids=["whole", "adapters", "landmarks"])
 def test_landmarks_that_only_choose_learn_by_the_gate_and_the_model_stays_what_it_was(tmp_path, changes):
     output = finetune(tmp_path / "run", softmax=None, steps=12, answer_weight=0.0, **changes)
     gate, divergence = records(output, "gate"), records(output, "divergence")
@@ -113,8 +106,7 @@ def test_landmarks_that_only_choose_learn_by_the_gate_and_the_model_stays_what_i
     assert load_recipe(output / "recipe.yaml", FinetuneOptions, "finetune")["gate_weight"] == GATE_WEIGHT
     assert len(gate) == 12 and gate[-1] < gate[0]
     # Read whole it is the untouched model, but for the positions that landmarks take.
-    others = {name: value for name, value in changes.items() if name not in STRAIGHT}
-    grouped = records(finetune(tmp_path / "grouped", steps=1, answer_weight=0.0, **others), "divergence")
+    grouped = records(finetune(tmp_path / "grouped", steps=1, answer_weight=0.0, **changes), "divergence")
     assert divergence[0] < 0.2 * grouped[0]
     model, _ = landmark_cli.load(output)
     assert model.config.landmark_softmax == "joint"
@@ -256,13 +248,6 @@ def test_a_teacher_is_no_part_of_what_is_saved(tmp_path):
             {"gate_weight": 2.0, "read_chunk": 16, "top_k_blocks": 2},
             UsageError,
             "--gate-weight with --softmax grouped is .* --read-chunk",
-        ),
-        ({"teacher": "none", "straight_through_weight": 1.0}, UsageError, "--straight-through-weight is for a teacher"),
-        ({"straight_through_weight": 1.0}, UsageError, "--straight-through-weight is for .*grouped.*: leave it out"),
-        (
-            {"softmax": "joint", "straight_through_weight": 1.0, "read_chunk": 16, "top_k_blocks": 2},
-            UsageError,
-            "--straight-through-weight is for .* --read-chunk .*: leave one of the two out",
         ),
         ({"teacher": "none", "hidden_weight": 2.0}, UsageError, "--hidden-weight is for a teacher"),
         ({"hidden_weight": 2.0, "teacher": "deeper"}, LandmarkError, "one by one, and num_hidden_layers is 3 in --"),

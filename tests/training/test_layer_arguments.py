@@ -45,7 +45,6 @@ MADE = {
     "landmark_layout": lambda: LandmarkLayout(dropout_p=0.5, controlled=torch.rand(1, 8)),
     "landmark_window": lambda: ReadingWindow.make(READ, 1, 40, default_inverse_frequencies(8)),
     "landmark_observer": lambda: Gate(None, [0]).ask,
-    "landmark_listener": lambda: Gate(None, [0], straight_through=1.0).read,
     "landmark_probe": lambda: support._Seen(torch.rand(4)),
     "recurrent_memory": lambda: RecurrentMemory(4),
     "rotation": lambda: gpt.Rotation(*torch.rand(2, 1, 1, 8, 4)),
