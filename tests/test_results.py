@@ -225,6 +225,20 @@ def test_variants_stand_in_one_table_and_what_was_not_measured_is_left_open(repo
     assert page.count("landmark finetune --sequence-length 1024") == 1
 
 
+def test_changes_stand_in_the_order_of_the_script(report, measured):
+    for name in ("block-8", "best", "lr-1", "another", "seed-1"):
+        folder = measured / "made-of" / name
+        folder.mkdir(parents=True)
+        (folder / "options.txt").write_text("\n")
+
+    def names():
+        return list(report.read_parts(measured)["made-of"].variants)
+
+    assert names() == ["best", "another", "block-8", "lr-1", "seed-1"]
+    (measured / "made-of" / "order.txt").write_text("best\nseed-1\nnot-run\nlr-1\nblock-8\n")
+    assert names() == ["best", "seed-1", "lr-1", "block-8", "another"]
+
+
 def test_keys_in_novels_stand_beside_each_other_before_and_after(report, measured, tmp_path):
     found = {
         "ruler-untouched/passkey-novels": {1024: 40},

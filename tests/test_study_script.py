@@ -119,6 +119,8 @@ def test_the_next_is_trained_while_one_is_measured(study):
     assert status == 0, said
     first, second = of(calls, "finetune")
     assert (study.folder / "results/made-of/about.md").exists()
+    listed = (study.folder / "results/made-of/order.txt").read_text().split()
+    assert listed[:2] == ["best", "text-0.4"] and len(listed) == len(set(listed)) > 20
     assert "--text-weight" not in first and "--text-weight" in second and len(of(calls, "eval")) == 3
 
 

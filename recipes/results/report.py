@@ -150,6 +150,7 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
         **asked("distilled", "ruler-distilled"),
         **asked("the ordinary loss weighing 0.4", "ruler-text-0.4"),
         **asked("without the ordinary loss", "ruler-text-0"),
+        **asked("blocks of 32", "ruler-block-32"),
         **asked("grouped", "ruler-grouped"),
         "grouped, chunks of 2016": ("ruler-distilled-64k/passkey-novels-before",),
         **asked("then in windows of 64k", "ruler-distilled-64k"),

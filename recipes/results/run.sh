@@ -18,6 +18,7 @@
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
 #   ruler-text-0.4                the same with the ordinary loss weighing 0.4
 #   ruler-text-0                  the same without it
+#   ruler-block-32                ruler-distilled in blocks of 32, of which 16 are read, as of blocks of 64
 #   ruler-grouped                 and that with the paper's softmax
 #   ruler-distilled-64k           ruler-grouped's model, after that, going on in windows of 64 thousand tokens, trained as it
 #                                 reads; then asked the same
@@ -35,7 +36,8 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -text-0.4, -text-0, -grouped and -answers-0; DISTILLED_64K_STEPS of -distilled-64k
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -text-0.4, -text-0, -block-32, -grouped and -answers-0;
+#                          DISTILLED_64K_STEPS of -distilled-64k
 #   RULER_WAYS             how models are asked, of k4 k16 long (RULER) keys keys16 long-keys (pass keys in novels), or none
 #   RULER_KEYS RULER_KEY_PROMPTS    lengths and number of these pass keys; the longest are as long and many as long's prompts
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
@@ -80,7 +82,7 @@ SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-text-0.4 ruler-text-0 ruler-grouped ruler-distilled-64k ruler-answers-0"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-text-0.4 ruler-text-0 ruler-block-32 ruler-grouped ruler-distilled-64k ruler-answers-0"
 GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
 PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
@@ -296,13 +298,14 @@ ruler() {
             # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
             ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
             ;;
-        distilled | text-0.4 | text-0 | grouped | answers-0)
+        distilled | text-0.4 | text-0 | block-32 | grouped | answers-0)
             smollm2_text
             novels
             local changes=()
             case $role in
                 distilled) ;;
                 text-0.4) changes=(--text-weight 0.4) ;;
+                block-32) changes=(--landmark-freq 31 --top-k-blocks 16) ;;
                 *) changes=(--text-weight 0) ;;
             esac
             [[ $role != grouped && $role != answers-0 ]] || changes+=(--softmax grouped --gate-weight 0)
@@ -472,6 +475,8 @@ made_of() {
     local all name options line failed=$RUNS/studies/$part/failed stopped='' part_results=$results trained
     : > "$failed"
     mapfile -t all < <(variants)
+    # The report has the rows in this order.
+    printf '%s\n' "${all[@]%% *}" > "$results/order.txt"
     for name in $MADE_OF; do
         [[ " ${all[*]%% *} " == *" $name "* ]] ||
             { echo "MADE_OF=$MADE_OF: there is no change called $name; there are ${all[*]%% *}" >&2; return 2; }

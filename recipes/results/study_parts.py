@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ PARTS = {
     "ruler-distilled": "RULER, SmolLM2-135M with landmarks by distillation from itself",
     "ruler-text-0.4": "RULER, the same distillation with the ordinary loss weighing 0.4",
     "ruler-text-0": "RULER, the same distillation without the ordinary loss",
-    "ruler-grouped": "RULER, that distillation with the grouped softmax",
+    "ruler-block-32": "RULER, distilled in blocks of 32, as many of them read as of blocks of 64",
+    "ruler-grouped": "RULER, the one without the ordinary loss, with the grouped softmax",
     "ruler-distilled-64k": "RULER, the grouped model going on in windows of 64k, trained as it reads",
     "ruler-answers-0": "RULER, the grouped one with answers weighing no more than other text",
     "made-of": "that distillation in short, one change at a time",
@@ -41,7 +43,7 @@ NOVELS, WINDOWS, MATH, SMOLLM2, RULER, GEMMA3 = (
     ("smollm2-untouched", "smollm2-novels", "smollm2-passkey"),
     (
         *("ruler-untouched", "ruler-recipe", "ruler-distilled", "ruler-text-0.4", "ruler-text-0"),
-        *("ruler-grouped", "ruler-distilled-64k", "ruler-answers-0"),
+        *("ruler-block-32", "ruler-grouped", "ruler-distilled-64k", "ruler-answers-0"),
     ),
     ("gemma3-untouched", "gemma3-distilled"),
 )
@@ -90,8 +92,9 @@ def read_part(folder: Path) -> Part:
         known = {"passkey": part.keys, "ruler": part.ruler}
         kind = next((kind for begin, kind in known.items() if path.stem.startswith(begin)), part.tables)
         kind[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-    for path in sorted(folder.glob("*/options.txt"), key=lambda path: (path.parent.name != UNCHANGED, path)):
-        part.variants[path.parent.name] = read_part(path.parent)
+    of_variants = {path.parent.name: path.parent for path in folder.glob("*/options.txt")}
+    for name in _in_order(folder, of_variants):
+        part.variants[name] = read_part(of_variants[name])
     for path in folder.glob("options.txt"):
         part.options = path.read_text(encoding="utf-8").strip()
     for path in folder.glob("about.md"):
@@ -108,3 +111,11 @@ def read_part(folder: Path) -> Part:
             else:
                 part.commands.append((int(first), rest))
     return part
+
+
+def _in_order(folder: Path, variants: Iterable[str]) -> list[str]:
+    """Names of a part's variants: the unchanged one, the others as order.txt has them, those behind that it does not
+    have."""
+    listed = folder / "order.txt"
+    known = [UNCHANGED, *(listed.read_text(encoding="utf-8").split() if listed.exists() else ())]
+    return sorted(variants, key=lambda name: (known.index(name) if name in known else len(known), name))

@@ -6,11 +6,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 
 from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
 from landmark_cli.errors import LandmarkError
-from landmark_cli.evaluation.harness import LandmarkLM
 from landmark_cli.evaluation.longppl import find_key_tokens, long_text, ways_of_long
 from landmark_cli.evaluation.passkey import evaluate_passkey
 from landmark_cli.evaluation.perplexity import evaluate_perplexity
@@ -21,7 +19,7 @@ from landmark_cli.evaluation.studies import FinishedRows
 from landmark_cli.evaluation.ways import ways_of
 from landmark_cli.inference.generation import generate
 from landmark_cli.inference.readers import are_finite
-from landmark_cli.inference.settings import SamplingSettings
+from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.interrupts import Interrupts
 from tests.tiny import tiny_baseline, tiny_llama, tiny_model
 
@@ -42,11 +40,15 @@ def tokenizer():
 
 
 def harness(model, tokenizer, kind, request):
+    # Of an extra, without which all else here can be asked.
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from landmark_cli.evaluation.harness import LandmarkLM
+
     lm = LandmarkLM.__new__(LandmarkLM)
     super(LandmarkLM, lm).__init__()
     lm.model, lm.tokenizer, lm.batch_size, lm.max_gen_toks, lm.pretrained = model, tokenizer, 2, 2, "it"
-    from landmark_cli.inference.settings import ReadingSettings
-
     lm.reading = ReadingSettings()
     return getattr(lm, kind)([Instance(kind, {}, request, 0)], disable_tqdm=True)
 
