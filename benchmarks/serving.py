@@ -31,7 +31,8 @@ from serving_clients import prompt
 from transformers.utils import logging
 
 import landmark_cli
-from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from landmark_cli.data.gpt2_tokenizer import GPT2_LANDMARK_ID
+from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 
 CLIENTS = "the clients' thread, processor time"

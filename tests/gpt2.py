@@ -6,7 +6,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from landmark_cli.data.tokenizers import END_OF_TEXT, TextTokenizer, gpt2_fast_tokenizer, load_tokenizer
+from landmark_cli.data.gpt2_tokenizer import END_OF_TEXT, gpt2_fast_tokenizer
+from landmark_cli.data.text_tokenizer import TextTokenizer
+from landmark_cli.data.tokenizers import load_tokenizer
 
 MERGES = 8000
 

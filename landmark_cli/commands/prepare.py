@@ -18,7 +18,7 @@ from landmark_cli.options import LARGEST_SEED, LONGEST, check_outputs, option
 if TYPE_CHECKING:
     from landmark_cli.data.chats import Chats
     from landmark_cli.data.corpora import Corpus
-    from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.text_tokenizer import TextTokenizer
 
 MADE = "Pass keys and tasks"
 MADE_DOCUMENTS = 2000

@@ -29,7 +29,7 @@ from landmark_cli.options import LONGEST, option, save_recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.text_tokenizer import TextTokenizer
     from landmark_cli.data.training_data import TrainingData
     from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
     from landmark_cli.training.loop import Loop

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
-from landmark_cli.data.tokenizers import tokenizer_fingerprint
+from landmark_cli.data.text_tokenizer import tokenizer_fingerprint
 from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:

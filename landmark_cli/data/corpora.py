@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.console import info, warn
+from landmark_cli.data.assets import ASSETS
 from landmark_cli.data.chats import Chats
 from landmark_cli.data.documents import Document, Keep, cut_text_file, no_such_field, text_document, text_file
 from landmark_cli.data.readers import (
@@ -27,7 +28,6 @@ from landmark_cli.data.readers import (
     rows_as_documents,
 )
 from landmark_cli.data.sources import SPLIT_NAMES, SPLITS, SourceFile, find_sources
-from landmark_cli.data.tokenizers import ASSETS
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.files import reason
 

@@ -20,7 +20,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 
 if TYPE_CHECKING:
     from landmark_cli.data.corpora import Corpus
-    from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.text_tokenizer import TextTokenizer
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

@@ -30,6 +30,7 @@ from landmark_cli.data.place import Place
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.sources import SPLITS
 from landmark_cli.data.text_batches import Batch, Encoded, encoded, or_skip, taken, text_batches
+from landmark_cli.data.text_tokenizer import TextTokenizer
 from landmark_cli.data.token_file import (
     TokenFile,
     TokenFileMetadata,
@@ -38,7 +39,6 @@ from landmark_cli.data.token_file import (
     read_metadata,
     remove_token_file,
 )
-from landmark_cli.data.tokenizers import TextTokenizer
 from landmark_cli.data.workers import made_by, started
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import writing

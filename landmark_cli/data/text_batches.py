@@ -14,7 +14,7 @@ from landmark_cli.data.merge import Process
 from landmark_cli.errors import LandmarkError
 
 if TYPE_CHECKING:
-    from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.text_tokenizer import TextTokenizer
 
 
 @dataclass

@@ -57,7 +57,7 @@ class TokenFileMetadata:
 
     Attributes:
         tokenizer: name, directory or hub id of the tokenizer that made the ids.
-        tokenizer_fingerprint: see `tokenizers.tokenizer_fingerprint`.
+        tokenizer_fingerprint: see `text_tokenizer.tokenizer_fingerprint`.
         vocab_size: ids are below this.
         eot_id: the token after every document.
         tokens: how many, end-of-text tokens included.

@@ -22,16 +22,17 @@ from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from landmark_cli.console import warn
+from landmark_cli.cores import available_cores
 from landmark_cli.data.merge import TURN, Process
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.text_batches import Encoded, encoded, taken, text_batches
-from landmark_cli.data.tokenizers import available_cores, tokenizer_fingerprint
+from landmark_cli.data.text_tokenizer import tokenizer_fingerprint
 from landmark_cli.errors import LandmarkError
 from landmark_cli.files import reason
 
 if TYPE_CHECKING:
     from landmark_cli.data.corpora import Corpus
-    from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.text_tokenizer import TextTokenizer
 
 MOST = 16
 LEAST_BYTES = 4 << 20

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from landmark_cli.console import warn
+from landmark_cli.data.gpt2_tokenizer import GPT2_UNUSED
 from landmark_cli.data.pretrained_tokenizers import LANDMARK_TOKEN
-from landmark_cli.data.tokenizers import GPT2_UNUSED
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 from landmark_cli import console
+from landmark_cli.cores import usable_cores
 from landmark_cli.weight_diff.checkpoint import Tensor
 
 PIECE_BYTES = 512 << 10
@@ -29,8 +29,7 @@ def pieces(start: int, stop: int, itemsize: int) -> Iterator[tuple[int, int]]:
 
 def default_threads() -> int:
     """As many as there are processors, within reason: reading, arithmetic, sha256 and writing all run side by side."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST_THREADS)
+    return min(usable_cores(), MOST_THREADS)
 
 
 def for_each_tensor(

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from landmark_cli.data.corpora import SAMPLE_HELD_OUT, novels
+from landmark_cli.data.gpt2_tokenizer import END_OF_TEXT
 from landmark_cli.data.tasks.kinds import Draw, draw_task
 from landmark_cli.data.tasks.questions import ending
-from landmark_cli.data.tokenizers import END_OF_TEXT
 
 # With the landmark's, which a model's tokenizer has besides, 80 rows of 64.
 SIZE = 5119

@@ -16,19 +16,15 @@ import pytest
 from landmark_cli.commands.prepare import PrepareOptions
 from landmark_cli.commands.prepare import run as run_command
 from landmark_cli.data import prepare as prepare_module
+from landmark_cli.data.assets import ASSETS
 from landmark_cli.data.corpora import open_corpus
 from landmark_cli.data.merge import Process
 from landmark_cli.data.prepare import prepare
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter
-from landmark_cli.data.tokenizers import ASSETS, load_tokenizer
+from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.locks import sole_writer
 from tests.data.texts import documents_in
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return load_tokenizer("gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +324,7 @@ import sys, time
 from pathlib import Path
 from landmark_cli.data import prepare as module
 from landmark_cli.data.corpora import open_corpus
-from landmark_cli.data.tokenizers import GPT2Tokenizer
+from landmark_cli.data.gpt2_tokenizer import GPT2Tokenizer
 
 class Slow(GPT2Tokenizer):
     piece_bytes = batch_bytes = 2500

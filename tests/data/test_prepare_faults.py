@@ -29,11 +29,6 @@ from tests.data.texts import documents_in, json_lines, packed, write, write_parq
 DAMAGED = Path(__file__).parent / "damaged"
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    return load_tokenizer("gpt2")
-
-
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -327,7 +322,7 @@ SIGNALLED = """
     import os, sys, time
     from landmark_cli import cli
     from landmark_cli.data import prepare
-    from landmark_cli.data.tokenizers import GPT2Tokenizer
+    from landmark_cli.data.gpt2_tokenizer import GPT2Tokenizer
 
     plain, GPT2Tokenizer.piece_bytes, GPT2Tokenizer.batch_bytes = GPT2Tokenizer.encode_documents, 2000, 2000
     prepare.CHECKPOINT_SECONDS = {seconds}

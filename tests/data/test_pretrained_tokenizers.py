@@ -19,7 +19,8 @@ from landmark_cli.data.pretrained_tokenizers import (
     special_ids,
     text_ids,
 )
-from landmark_cli.data.tokenizers import TransformersTokenizer, load_tokenizer
+from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.data.transformers_tokenizer import TransformersTokenizer
 from landmark_cli.errors import LandmarkError
 from tests.awkward_tokenizers import BEGIN, END, LARGEST_BYTE, byte_ids, byte_tokenizer
 

@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from landmark_cli.data.gpt2_tokenizer import GPT2_LANDMARK_ID
 from landmark_cli.data.passkey import QUESTION, TASK
-from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation import passkey
 from landmark_cli.evaluation.heat_map import COLOURS, colour, draw_heat_map, terminal_heat_map

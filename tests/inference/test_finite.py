@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from landmark_cli.data.gpt2_tokenizer import GPT2_LANDMARK_ID
+from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.evaluation.longppl import find_key_tokens, long_text, ways_of_long
 from landmark_cli.evaluation.passkey import evaluate_passkey

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from landmark_cli.data.tokenizers import GPT2_LANDMARK_ID, load_tokenizer
+from landmark_cli.data.gpt2_tokenizer import GPT2_LANDMARK_ID
+from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.inference.generation import encode_prompt, generate, read_prompts, tokens_without_text
 from landmark_cli.inference.readers import open_reader

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from landmark_cli.cli import main
 from landmark_cli.commands import plan, run_loop
 from landmark_cli.commands.train import TrainOptions, run
-from landmark_cli.data import tokenizers
+from landmark_cli.data import transformers_tokenizer
 from landmark_cli.data.pretrained_tokenizers import begin_ids
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.tokenizers import load_tokenizer
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_would_not_come_back_is_refused_before_the_first_step(t
     def added_as_transformers_does(tokenizer, names):
         tokenizer.add_tokens(names, special_tokens=True)
 
-    monkeypatch.setattr(tokenizers, "add_tokens", added_as_transformers_does)
+    monkeypatch.setattr(transformers_tokenizer, "add_tokens", added_as_transformers_does)
     awkward_tokenizers.byte_tokenizer(ids={"<|im_end|>": 279}).save_pretrained(tmp_path / "gap")
     corpus = write_corpus(tmp_path / "corpus", tmp_path / "gap")
     with pytest.raises(LandmarkError, match="gap does not come back the same .*<landmark> is 259, not 280"):

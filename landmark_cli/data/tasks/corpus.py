@@ -24,7 +24,7 @@ from landmark_cli.data.text_batches import or_skip
 from landmark_cli.errors import LandmarkError, UsageError
 
 if TYPE_CHECKING:
-    from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.text_tokenizer import TextTokenizer
 
 CONTENTS = 5
 """Counts up when a version of this program gives other documents to the same seed."""

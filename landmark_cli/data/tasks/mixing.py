@@ -22,7 +22,7 @@ from landmark_cli.data.token_file import TokenFile, read_metadata
 
 if TYPE_CHECKING:
     from landmark_cli.data.merge import Process
-    from landmark_cli.data.tokenizers import TextTokenizer
+    from landmark_cli.data.text_tokenizer import TextTokenizer
 
 LEAST_CHARACTERS = 1024
 """Text of the shortest document, whatever the tokenizer: room for a fact, its question and some text."""
