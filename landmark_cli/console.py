@@ -121,7 +121,7 @@ def _writing_out() -> Iterator[None]:
         os.close(nowhere)
         raise SystemExit(1) from None
     except (OSError, RuntimeError):
-        from landmark_cli.files import writing
+        from landmark_cli.file_errors import writing
 
         with writing("standard output"):
             raise
@@ -296,7 +296,8 @@ def print_json(data: Any) -> None:
 
 def write_json(data: Any, path: str | Path) -> None:
     """Write data to a file as `print_json` prints it, and tell the user that it is written."""
-    from landmark_cli.files import write_whole, writing
+    from landmark_cli.file_errors import writing
+    from landmark_cli.file_writing import write_whole
 
     if is_main_process():
         with writing(path, "--json"):

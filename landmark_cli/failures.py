@@ -43,7 +43,7 @@ def tell(error: BaseException, options: Any = None, *, debug: bool = False) -> i
 
 def describe(error: BaseException, options: Any = None) -> str:
     """One line about an error that nobody foresaw, with the file where it is about one."""
-    from landmark_cli.files import WHAT_TO_DO
+    from landmark_cli.file_errors import WHAT_TO_DO
     from landmark_cli.memory import asked_for, is_out_of_memory
 
     if is_out_of_memory(error):

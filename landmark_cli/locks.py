@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import writing
+from landmark_cli.file_errors import writing
 
 LOCK = ".landmark.lock"
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from landmark_cli.console import info, warn
 from landmark_cli.errors import LandmarkError, shown
-from landmark_cli.files import read_json, reading
+from landmark_cli.file_errors import reading
+from landmark_cli.file_reading import read_json
 
 MAX_JSON_BYTES = 32 << 20
 # The header of a safetensors file; those of the largest models have less than a hundredth of it.

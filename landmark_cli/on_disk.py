@@ -13,7 +13,7 @@ OWNER_ALONE = stat.S_IRUSR | stat.S_IWUSR
 
 def flush(path: Path) -> None:
     """Wait until the disk holds what was written to a file, or the names in a directory. OSErrors are left to
-    `files.writing`."""
+    `file_errors.writing`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,7 +34,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from landmark_cli.errors import UsageError, shown
-from landmark_cli.files import check_writable, read_text, read_yaml, write_whole, writing
+from landmark_cli.file_errors import writing
+from landmark_cli.file_reading import read_text, read_yaml
+from landmark_cli.file_writing import check_writable, write_whole
 
 KINDS = {bool: "flag", int: "int", float: "float", str: "text", Path: "path"}
 PACKAGE = Path(__file__).parent

@@ -97,7 +97,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 def record_of(checkpoint: Path, run_directory: Path) -> Record:
     """What a checkpoint says of itself. Raises LandmarkError where its weights lie in shards."""
-    from landmark_cli.files import read_record
+    from landmark_cli.file_reading import read_record
     from landmark_cli.training.checkpoints import RECORD, WHOLE, Record, step_of
     from landmark_cli.training.runs import newest_checkpoint
 
@@ -117,7 +117,7 @@ def weights_of(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's tensors by name. Raises LandmarkError where they cannot be read."""
     from safetensors.torch import load_file
 
-    from landmark_cli.files import reading
+    from landmark_cli.file_errors import reading
     from landmark_cli.training.checkpoints import WEIGHTS
 
     with reading(checkpoint / WEIGHTS):
@@ -128,7 +128,7 @@ def made_again(
     options: ExportOptions, run_directory: Path, record: Record, output: Path
 ) -> tuple[nn.Module, Publication]:
     """The run's model as it was before the first step, and how it is written into `output`."""
-    from landmark_cli.files import read_yaml
+    from landmark_cli.file_reading import read_yaml
 
     recipe = run_directory / RECIPE
     if not recipe.is_file():

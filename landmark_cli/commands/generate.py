@@ -13,7 +13,7 @@ from landmark_cli.commands.measurement import file_option
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import counted, info, print_json, quantity, write_json, write_out
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.files import check_writable
+from landmark_cli.file_writing import check_writable
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import Options, check_outputs, option
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import counted, info
 from landmark_cli.errors import LandmarkError, import_extra
-from landmark_cli.files import check_folder, writing
+from landmark_cli.file_errors import writing
+from landmark_cli.file_writing import check_folder
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.options import LONGEST, Options, option

@@ -29,7 +29,7 @@ from landmark_cli.data.readers import (
 )
 from landmark_cli.data.sources import SPLIT_NAMES, SPLITS, SourceFile, find_sources
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.files import reason
+from landmark_cli.file_errors import reason
 
 SAMPLE_HELD_OUT = "persuasion"
 LONGEST_META = 1 << 16

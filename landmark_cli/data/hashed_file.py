@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import hash_file
+from landmark_cli.file_reading import hash_file
 
 
 class HashedFile:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.data.documents import BadText
-from landmark_cli.files import reading, reason
+from landmark_cli.file_errors import reading, reason
 
 # A line is one document with all its fields, and parsing takes several times its size. The largest books have 10 MB.
 LINE_BYTES = 64 << 20

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.data.documents import BadText, Document, Keep, bad_document, no_such_field, text_document
-from landmark_cli.files import reading, reason
+from landmark_cli.file_errors import reading, reason
 
 # Most rows that are read at once, most rows of small groups that are opened together, and the bytes that rows read at
 # once may take if they are more than one.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from landmark_cli.data.left_out import LeftOut
 from landmark_cli.data.token_file import Written
-from landmark_cli.files import read_sealed, write_sealed
+from landmark_cli.file_reading import read_sealed
+from landmark_cli.file_writing import write_sealed
 
 
 @dataclass

@@ -41,7 +41,7 @@ from landmark_cli.data.token_file import (
 )
 from landmark_cli.data.workers import made_by, started
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import writing
+from landmark_cli.file_errors import writing
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.locks import LOCK, sole_writer
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reading, reason
+from landmark_cli.file_errors import reading, reason
 from landmark_cli.model_files import check_directory, opening
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from landmark_cli.data.documents import (
 from landmark_cli.data.lines import numbered_lines
 from landmark_cli.data.parquet import parquet_rows
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reason
+from landmark_cli.file_errors import reason
 
 PLAIN_TEXT = (".txt", ".md", ".tex")
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -18,7 +18,7 @@ from stat import S_ISREG
 from landmark_cli.console import counted, quantity
 from landmark_cli.data.readers import ENDINGS, ending_of
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reading
+from landmark_cli.file_errors import reading
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")

@@ -27,7 +27,8 @@ import numpy as np
 from landmark_cli.data.hashed_file import HashedFile
 from landmark_cli.data.left_out import LeftOut
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import hash_file, read_sealed, write_sealed
+from landmark_cli.file_reading import hash_file, read_sealed
+from landmark_cli.file_writing import write_sealed
 
 FORMAT = 3
 UNSEALED = {"format": 1}

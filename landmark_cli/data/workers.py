@@ -28,7 +28,7 @@ from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.text_batches import Encoded, encoded, taken, text_batches
 from landmark_cli.data.text_tokenizer import tokenizer_fingerprint
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reason
+from landmark_cli.file_errors import reason
 
 if TYPE_CHECKING:
     from landmark_cli.data.corpora import Corpus

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from landmark_cli.errors import UsageError, import_extra
-from landmark_cli.files import write_whole, writing
+from landmark_cli.file_errors import writing
+from landmark_cli.file_writing import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

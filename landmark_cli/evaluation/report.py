@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from landmark_cli.console import figure, finite
 from landmark_cli.evaluation.pictures import check_picture, name_lines, save_picture
-from landmark_cli.files import write_json, write_whole, writing
+from landmark_cli.file_errors import writing
+from landmark_cli.file_writing import write_json, write_whole
 
 from .score import perplexity_of
 from .studies import Study, describe

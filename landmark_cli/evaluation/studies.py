@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from landmark_cli.console import finite, info, warn
 from landmark_cli.errors import UsageError, shown
-from landmark_cli.files import append_line, read_json_lines, read_yaml, reading, writing
+from landmark_cli.file_errors import reading, writing
+from landmark_cli.file_reading import read_json_lines, read_yaml
+from landmark_cli.file_writing import append_line
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.interrupts import Interrupts, interrupts
 from landmark_cli.launch import again

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reason
+from landmark_cli.file_errors import reason
 
 SECONDS = 5
 MEMORY = 1 << 30

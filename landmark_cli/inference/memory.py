@@ -26,7 +26,6 @@ import stat
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,9 @@ from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import HeldBlocks, HeldText
 from landmark_cli.errors import LandmarkError, UsageError, shown
-from landmark_cli.files import parse_json, reading, target_and_partial, writing
+from landmark_cli.file_errors import reading, writing
+from landmark_cli.file_reading import parse_json
+from landmark_cli.file_writing import unfinished
 from landmark_cli.inference.stored_blocks import THREADS, BlockFile, Span, StoredBlocks, checksums_of, cut
 from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
 from landmark_cli.model_files import check_header
@@ -148,17 +149,10 @@ class Memory:
         sha256 = {name: sha256_of(tensor) for name, tensor in tensors.items() if not name.endswith(".blocks")}
         header = _Header(asdict(self.about), self.model_name, self.blocks, self.tail, sha256["text"], sha256)
         metadata = {"landmark": json.dumps(sealed_content(asdict(header)))}
-        with writing(path, what):
-            target, unfinished = target_and_partial(Path(path))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, unfinished, metadata)
-                settle(unfinished)
-                os.replace(unfinished, target)
-            except BaseException:
-                with suppress(OSError):
-                    unfinished.unlink(missing_ok=True)
-                raise
+        with writing(path, what), unfinished(Path(path)) as file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, file, metadata)
+            settle(file)
 
     @classmethod
     def open(cls, path: str | Path, what: str = "") -> Memory:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landmark_cli.files import parse_json, reading
+from landmark_cli.file_errors import reading
+from landmark_cli.file_reading import parse_json
 
 # Reads and sums let go of Python's global lock, so they go side by side; few blocks are not worth the threads.
 THREADS = 8

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from landmark_cli.families import is_ours
-from landmark_cli.files import write_whole, writing
+from landmark_cli.file_errors import writing
+from landmark_cli.file_writing import write_whole
 from landmark_cli.softmax import is_joint
 
 CARD = "README.md"

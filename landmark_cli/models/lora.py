@@ -24,7 +24,8 @@ from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError, import_extra
 from landmark_cli.families import EMBEDDINGS, HEADS
-from landmark_cli.files import read_record, reading
+from landmark_cli.file_errors import reading
+from landmark_cli.file_reading import read_record
 from landmark_cli.weight_diff.checkpoint import open_shard
 
 from .calls import lead_forward

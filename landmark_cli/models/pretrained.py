@@ -25,7 +25,7 @@ from landmark_cli.attention.layer_kind import Turns
 from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reading
+from landmark_cli.file_errors import reading
 from landmark_cli.model_files import check_directory, check_no_code, opening
 from landmark_cli.schema import check
 from landmark_cli.softmax import Softmax

@@ -12,7 +12,8 @@ from landmark_cli.console import info
 from landmark_cli.data.checks import check_landmark_token
 from landmark_cli.data.pretrained_tokenizers import open_tokenizer
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import read_record, reading
+from landmark_cli.file_errors import reading
+from landmark_cli.file_reading import read_record
 from landmark_cli.model_files import check_directory
 from landmark_cli.torch_files import load_weights
 

@@ -30,7 +30,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import read_record, reading, reason, write_json
+from landmark_cli.file_errors import reading, reason
+from landmark_cli.file_reading import read_record
+from landmark_cli.file_writing import write_json
 from landmark_cli.models.pretrained import CHECKPOINT as RECORD
 from landmark_cli.on_disk import flush, flush_tree
 from landmark_cli.training.checksums import damage_of, write_checksums

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import hash_file, read_text, reason, write_whole
+from landmark_cli.file_errors import reason
+from landmark_cli.file_reading import hash_file, read_text
+from landmark_cli.file_writing import write_whole
 
 NAME = "checksums.sha256"
 # hashlib lets go of Python's global lock, so large files are hashed side by side.

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.console import counted, finite, warn
-from landmark_cli.files import append_line, read_json_lines, write_whole, writing
+from landmark_cli.file_errors import writing
+from landmark_cli.file_reading import read_json_lines
+from landmark_cli.file_writing import append_line, write_whole
 
 METRICS = "metrics.jsonl"
 CHECKSUM = "crc32"

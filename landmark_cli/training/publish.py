@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import reason, writing
+from landmark_cli.file_errors import reason, writing
 from landmark_cli.interrupts import interrupts
 from landmark_cli.models.directory import PARTIAL, put_in_place, save_model
 from landmark_cli.training.checkpoints import own_name, step_of

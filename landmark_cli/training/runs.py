@@ -16,7 +16,7 @@ from landmark_cli.console import info
 from landmark_cli.data.training_data import TrainingData
 from landmark_cli.data.windows import AnswerWeights
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import writing
+from landmark_cli.file_errors import writing
 from landmark_cli.launch import again
 from landmark_cli.locks import sole_writer
 from landmark_cli.softmax import is_joint

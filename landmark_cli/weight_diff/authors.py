@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from landmark_cli.errors import LandmarkError, shown
-from landmark_cli.files import read_text, reading
+from landmark_cli.file_errors import reading
+from landmark_cli.file_reading import read_text
 from landmark_cli.model_files import check_link
 from landmark_cli.weight_diff import bits, manifest
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from landmark_cli import files
+from landmark_cli import file_reading
 from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.file_errors import reading
 from landmark_cli.model_files import MAX_JSON_BYTES, check_link, inside, tell_of_hub
 from landmark_cli.weight_diff.bits import ITEM_BYTES, pattern
 from landmark_cli.weight_diff.shards import BinShard, SafetensorsShard
@@ -141,7 +142,7 @@ def locate(name: str, role: str, *patterns: str) -> Path:
 
     tell_of_hub(name)
     wanted = ["*.json", "*.model", "*.txt", "*.jinja", *patterns]
-    with files.reading(name, role, to_do="it is no directory here, and the hub did not give it"):
+    with reading(name, role, to_do="it is no directory here, and the hub did not give it"):
         folder = Path(snapshot_download(name, allow_patterns=[*wanted, "model*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
@@ -153,12 +154,12 @@ def read_json(path: Path, role: str) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise LandmarkError(f"{role} {path.parent}: it has no {path.name}")
     check_link(path.parent, path, role)
-    return files.read_json(path, role, max_bytes=MAX_JSON_BYTES)
+    return file_reading.read_json(path, role, max_bytes=MAX_JSON_BYTES)
 
 
 def open_shard(file: Path, role: str) -> SafetensorsShard | BinShard:
     """A file of weights, by its ending. Raises LandmarkError where it is missing or damaged."""
     if not os.path.exists(file):
         raise LandmarkError(f"{role} {file.parent}: {file.name} is missing")
-    with files.reading(file, role):
+    with reading(file, role):
         return (SafetensorsShard if file.suffix == ".safetensors" else BinShard)(file)

@@ -22,7 +22,8 @@ from typing import Any
 from landmark_cli import __version__
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError, shown
-from landmark_cli.files import read_bytes, reading
+from landmark_cli.file_errors import reading
+from landmark_cli.file_reading import read_bytes
 from landmark_cli.model_files import check_link, inside
 from landmark_cli.schema import check
 from landmark_cli.weight_diff.bits import ITEM_BYTES, UNSIGNED

@@ -16,7 +16,7 @@ import numpy as np
 
 from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.files import check_folder
+from landmark_cli.file_writing import check_folder
 from landmark_cli.locks import LOCK, sole_writer
 from landmark_cli.on_disk import flush
 from landmark_cli.weight_diff.bits import ITEM_BYTES

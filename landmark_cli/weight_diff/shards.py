@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from landmark_cli.files import parse_json
+from landmark_cli.file_reading import parse_json
 from landmark_cli.model_files import MAX_HEADER_BYTES
 from landmark_cli.schema import check
 from landmark_cli.weight_diff.bits import ITEM_BYTES
@@ -52,7 +52,7 @@ class SafetensorsShard:
     """A safetensors file: eight bytes of header length, a JSON header, the tensors' bytes.
 
     tensors: (element type, shape) by name, in the order of the bytes. metadata: what else the header says. Raises
-    ValueError for a file of another format, and what `files.reading` turns into an error that names the file.
+    ValueError for a file of another format, and what `file_errors.reading` turns into an error that names the file.
     """
 
     aliases: Mapping[str, str] = {}

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from landmark_cli import cli, console, files
+from landmark_cli import cli, console
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.evaluation.pictures import save_picture
 from landmark_cli.evaluation.report import write_tables
 from landmark_cli.evaluation.studies import FinishedRows, Study
+from landmark_cli.file_errors import writing
+from landmark_cli.file_writing import check_writable, write_whole
 from landmark_cli.inference.trace import GenerationTrace, write_trace
 from landmark_cli.options import check_outputs, save_recipe, settings_of
 from landmark_cli.training.metrics_file import MetricsFile
@@ -72,24 +74,24 @@ def test_trying_says_what_writing_would_say(tmp_path, message):
     (tmp_path / "file").write_text("")
     path = tmp_path / where
     with pytest.raises(LandmarkError, match=expected):
-        files.check_writable(path, "--json")
-    with pytest.raises(LandmarkError), files.writing(path, "--json"):
-        files.write_whole(path, "x")
+        check_writable(path, "--json")
+    with pytest.raises(LandmarkError), writing(path, "--json"):
+        write_whole(path, "x")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_permissions_are_looked_at(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(LandmarkError, match="Permission denied; change its permissions"):
-        files.check_writable(tmp_path / "closed" / "x.json")
+        check_writable(tmp_path / "closed" / "x.json")
 
 
 def test_trying_leaves_nothing_and_changes_nothing(tmp_path):
     (tmp_path / "there").write_text("before")
     os.mkfifo(tmp_path / "pipe")
     for name in ("there", "new", "pipe"):
-        files.check_writable(tmp_path / name)
-    files.check_writable("/dev/stdout")
+        check_writable(tmp_path / name)
+    check_writable("/dev/stdout")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "there"]
     assert (tmp_path / "there").read_text() == "before"
 

@@ -23,7 +23,7 @@ from landmark_cli.data.prepare import prepare
 from landmark_cli.data.token_file import TokenFile
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
-from landmark_cli.files import write_sealed
+from landmark_cli.file_writing import write_sealed
 from tests.data.texts import documents_in, json_lines, packed, write, write_parquet
 
 DAMAGED = Path(__file__).parent / "damaged"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.token_file import TokenFile, TokenFileWriter, find_corpus, read_metadata, remove_token_file
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import hash_file, write_sealed
+from landmark_cli.file_reading import hash_file
+from landmark_cli.file_writing import write_sealed
 from tests.data.texts import documents_in
 
 

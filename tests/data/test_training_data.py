@@ -18,7 +18,7 @@ from landmark_cli.data.training_data import TrainingData, token_files
 from landmark_cli.data.variants import VariantBatches
 from landmark_cli.data.windows import Windows
 from landmark_cli.errors import LandmarkError
-from landmark_cli.files import write_sealed
+from landmark_cli.file_writing import write_sealed
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.models.gpt import GPTConfig
 from tests.models.families import tiny_decoder, tiny_tokenizer

@@ -12,7 +12,8 @@ import numpy as np
 
 from landmark_cli.console import counted
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.files import read_bytes, reading
+from landmark_cli.file_errors import reading
+from landmark_cli.file_reading import read_bytes
 
 from .encoding import LINE, PromptEncoder
 from .haystacks import Prompt, TooShort

@@ -17,7 +17,7 @@ from landmark_cli.evaluation.heat_map import depth_name, depth_shares, draw_cell
 from landmark_cli.evaluation.passkey import DEPTH_BINS
 from landmark_cli.evaluation.pictures import check_picture, save_picture
 from landmark_cli.evaluation.ways import Way
-from landmark_cli.files import read_record
+from landmark_cli.file_reading import read_record
 
 from .encoding import PromptEncoder
 from .haystacks import Prompt

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from landmark_cli.errors import UsageError
-from landmark_cli.files import write_whole, writing
+from landmark_cli.file_errors import writing
+from landmark_cli.file_writing import write_whole
 
 from .contents import GenerationTrace
 from .page import page_of
