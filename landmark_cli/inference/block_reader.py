@@ -21,9 +21,11 @@ from landmark_cli.attention.cache.pages import require_host_memory
 from landmark_cli.console import counted, warn_once
 from landmark_cli.data.landmarks import insert_landmarks, stream_length
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference import memory
+from landmark_cli.inference import reader_memory
 from landmark_cli.inference.chunk_lengths import chunks_together, default_chunk, passage_tokens, positions_of
 from landmark_cli.inference.graphs import ChunkForward
+from landmark_cli.inference.memory import Memory
+from landmark_cli.inference.memory_fit import About
 from landmark_cli.inference.readers import BaseReader, ReadChunk, called, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.device import to_device
@@ -118,9 +120,9 @@ class BlockReader(BaseReader):
         self._steps = 0
         # What each row has read, as a memory keeps it.
         self.texts = [array("i") for _ in range(batch)]
-        self.about: memory.About | None = None
+        self.about: About | None = None
         # By row, the files that it went on from last, and what was opened of them.
-        self.recalled: dict[int, tuple[tuple, memory.Memory]] = {}
+        self.recalled: dict[int, tuple[tuple, Memory]] = {}
 
     @classmethod
     def open(cls, model: PreTrainedModel, settings: ReadingSettings, batch: int) -> BlockReader:
@@ -193,11 +195,11 @@ class BlockReader(BaseReader):
 
     def save(self, path: str | Path, row: int = 0, what: str = "") -> None:
         """As BaseReader.save."""
-        memory.take(self, row).save(path, what)
+        reader_memory.take(self, row).save(path, what)
 
     def recall(self, *paths: str | Path, row: int = 0, what: str = "") -> None:
         """As BaseReader.recall."""
-        memory.recall(self, paths, row, what)
+        reader_memory.recall(self, paths, row, what)
 
     def take(self, rows: Sequence[int]) -> None:
         """As BaseReader.take."""

@@ -1,4 +1,4 @@
-"""What a reader has read, taken out of it: kept in memory, written to a file, and given to a reader to read on from.
+"""What one row of a reader has read: kept in memory, and in a file.
 
 A memory is one row's: of every layer the blocks that can still be retrieved and the incomplete one, with their
 landmarks' keys once more, or, where the layer keeps a sliding window, the text that it still sees; the counts that say
@@ -23,64 +23,30 @@ import hashlib
 import json
 import os
 import stat
-from array import array
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from landmark_cli.attention.cache import HeldBlocks, HeldText
-from landmark_cli.errors import LandmarkError, UsageError, shown
 from landmark_cli.file_errors import reading, writing
 from landmark_cli.file_reading import parse_json
 from landmark_cli.file_writing import unfinished
-from landmark_cli.inference.stored_blocks import THREADS, BlockFile, Span, StoredBlocks, checksums_of, cut
-from landmark_cli.inference.stored_blocks import in_order as blocks_in_order
+from landmark_cli.inference.memory_fit import VERSION, About
+from landmark_cli.inference.stored_blocks import THREADS, BlockFile, Span, StoredBlocks, checksums_of
 from landmark_cli.model_files import check_header
-from landmark_cli.models.layers import key_heads, landmark_layers
-from landmark_cli.models.quantization import quantization_of, weights_by_name
-from landmark_cli.models.rotary import angles_of, inverse_frequencies
 from landmark_cli.on_disk import settle
 from landmark_cli.schema import check
 from landmark_cli.sealed import sealed_content, unsealed_content
-from landmark_cli.softmax import softmax_of
 
-if TYPE_CHECKING:
-    from landmark_cli.inference.block_reader import BlockReader
-
-VERSION = 3
 OTHER_VERSION = {
     True: "it was written by a newer version of this program: update it, or read the text anew",
     False: "it was written by an older version of this program: read the text anew",
 }
-
-
-@dataclass(frozen=True)
-class About:
-    """What a memory depends on: reading on from it is as if nothing had come between only where all of these agree.
-
-    version: of the file. model: see `model_hash`. dtype: of keys and values. quantization: of the weights.
-    landmark_softmax: of the model's config. The others are the reader's settings, by the names of its options.
-    """
-
-    version: int
-    model: str
-    dtype: str
-    landmark_freq: int
-    top_k_blocks: int
-    chunk: int
-    cache_blocks: int | None
-    selection: str
-    positions: str
-    context_miss_cutoff: float
-    quantization: str = "none"
-    landmark_softmax: str = "grouped"
 
 
 @dataclass
@@ -227,135 +193,6 @@ class Memory:
             raise ValueError("its counts and its tensors do not fit each other")
 
 
-def take(reader: BlockReader, row: int = 0) -> Memory:
-    """A copy of what a row of a reader has read, on the device where its blocks lie. Raises LandmarkError where that is
-    nothing."""
-    cache = reader.cache
-    if not reader.texts[row]:
-        raise LandmarkError("nothing has been read yet, so there is no memory to keep")
-    text = torch.frombuffer(reader.texts[row], dtype=torch.int32).clone()
-    name = reader.model.name_or_path or type(reader.model).__name__
-    return Memory(about(reader), name, cache.host_blocks[row], cache.host_tail[row], cache.copy_of(row), text)
-
-
-def give(reader: BlockReader, memories: Sequence[Memory], row: int = 0) -> None:
-    """Have a row of a reader go on from what was read, instead of what it has read itself: several memories are a
-    library, read in order (see `joined`).
-
-    Raises UsageError naming what does not fit the reader.
-    """
-    for memory in memories:
-        require_fit(reader, memory)
-    _put(reader, joined(memories), row)
-
-
-def recall(reader: BlockReader, paths: Sequence[str | Path], row: int = 0, what: str = "") -> None:
-    """Have a row of a reader go on from files, as `give` does. Files that the row went on from last, and that are what
-    they were then, are not opened again: what of them the row still holds stays there.
-
-    Raises LandmarkError where they cannot be read, UsageError naming what does not fit the reader.
-    """
-    files = tuple(_identity(path, what) for path in paths)
-    before, memory = reader.recalled.pop(row, (None, None))
-    if before != files:
-        opened = [Memory.open(path, what) for path in paths]
-        for each in opened:
-            require_fit(reader, each)
-        memory = joined(opened)
-    _put(reader, memory, row)
-    reader.recalled[row] = files, memory
-
-
-def _identity(path: str | Path, what: str) -> tuple[int, ...]:
-    """What differs where a path leads to another file than before, or to one that was written to."""
-    with reading(path, what):
-        found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _put(reader: BlockReader, memory: Memory, row: int) -> None:
-    try:
-        reader.cache.put(row, memory.layers, memory.blocks, memory.tail)
-    except LandmarkError:
-        # A part of the layers has it: the row has read nothing.
-        reader.forget(row)
-        raise
-    reader.texts[row] = array("i", memory.text.numpy().tobytes())
-
-
-def joined(memories: Sequence[Memory]) -> Memory:
-    """One memory of several of the same reader's: their complete blocks one after another, numbered through, then the
-    incomplete block of the last. The incomplete blocks of the others, which have no landmark, are left out. Layers with
-    a sliding window see the text of the last alone.
-
-    Raises UsageError where positions are absolute: a block then has its place in the text that it was read in.
-    """
-    if len(memories) == 1:
-        return memories[0]
-    *before, last = memories
-    if last.about.positions == "absolute":
-        raise UsageError("--memory: several with absolute positions cannot be read one after another; give one")
-    bound = last.about.cache_blocks
-    # An older block than the cache keeps is as good as evicted.
-    kept = slice(None if bound is None else -bound - 1, None)
-
-    layers: list[HeldBlocks | HeldText] = []
-    for of_layer in zip(*(memory.layers for memory in memories), strict=True):
-        if isinstance(of_layer[-1], HeldText):
-            layers.append(of_layer[-1])
-            continue
-        *ended, (end, end_keys) = of_layer
-        # A text shorter than a block has no complete one.
-        complete = [cut(part, 0, part.shape[1] - 1) for part, _ in ended if part.shape[1] > 1]
-        blocks = blocks_in_order([*complete, cut(end, 0, end.shape[1])])
-        keys = torch.cat([*(keys[:, :-1].cpu() for _, keys in ended), end_keys.cpu()], dim=1)[:, kept]
-        layers.append(HeldBlocks(cut(blocks, blocks.shape[1] - keys.shape[1], blocks.shape[1]), keys))
-    text = torch.cat([*(memory.text[: len(memory.text) - memory.tail] for memory in before), last.text])
-    return replace(last, blocks=sum(memory.blocks for memory in memories), layers=layers, text=text, path=None)
-
-
-def about(reader: BlockReader) -> About:
-    """What the memories of a reader depend on. Worked out once: a model's weights stay what they are while it reads."""
-    if reader.about is None:
-        settings = reader.cache.settings
-        reader.about = About(
-            VERSION,
-            model_hash(reader.model),
-            str(reader.model.dtype).removeprefix("torch."),
-            reader.landmark_freq,
-            settings.top_k,
-            reader.chunk,
-            settings.cache_blocks,
-            settings.selection,
-            settings.positions,
-            settings.context_miss_cutoff,
-            quantization_of(reader.model),
-            softmax_of(reader.model.config),
-        )
-    return reader.about
-
-
-def model_hash(model: PreTrainedModel) -> str:
-    """A hash of all that decides what a model makes of a text: its weights as they are stored, bit by bit, and its
-    rotary angles. It comes of sums that are worked out where the weights lie and are the same on every device."""
-    config = model.config
-    digest = hashlib.sha256(f"{config.model_type} {config.landmark_token_id}".encode())
-    # By few digits: libraries work the angles out in different orders.
-    digest.update(_by_few_digits(inverse_frequencies(model)))
-    with_landmarks = landmark_layers(config)
-    for layer in range(config.num_hidden_layers):
-        if layer not in with_landmarks:
-            digest.update(f"{layer} {getattr(config, 'sliding_window', None)}".encode())
-            digest.update(_by_few_digits(angles_of(model, layer).values))
-    for name, weight in sorted(weights_by_name(model).items()):
-        digest.update(f"{name} {weight}".encode())
-    return digest.hexdigest()
-
-
-def _by_few_digits(angles: Tensor) -> bytes:
-    return str([f"{angle:.5g}" for angle in angles.tolist()]).encode()
-
-
 def sha256_of(tensor: Tensor) -> str:
     """Of a contiguous tensor's bytes."""
     return hashlib.sha256(tensor.cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
@@ -364,39 +201,3 @@ def sha256_of(tensor: Tensor) -> str:
 def _name(layer: int, part: str) -> str:
     """Of a tensor in a file."""
     return f"layers.{layer}.{part}"
-
-
-def require_fit(reader: BlockReader, memory: Memory) -> None:
-    """Raise UsageError naming the first thing in which a memory's reader and this one differ."""
-    mine, named = about(reader), f"--memory {memory.path}" if memory.path else "the memory"
-    # Of another dtype, or quantized, the weights differ too, and would be called another model's.
-    for part in sorted(fields(About), key=lambda part: part.name not in ("dtype", "quantization")):
-        theirs, ours = getattr(memory.about, part.name), getattr(mine, part.name)
-        if theirs == ours:
-            continue
-        if part.name == "model":
-            raise UsageError(
-                f"{named} was read by another model, {shown(memory.model_name)}: its weights are not those of "
-                f"{reader.model.name_or_path or 'this one'}; open that model, or read the text anew"
-            )
-        if part.name == "landmark_softmax":
-            raise UsageError(
-                f"{named} was read by a model whose landmark_softmax is {theirs}, and that of "
-                f"{reader.model.name_or_path or 'this one'} is {ours}: open the model as it was, or read the text anew"
-            )
-        option = f"--{part.name.replace('_', '-')}"
-        raise UsageError(
-            f"{named} was read with {option} {_word(theirs)}, and this is to be read with {_word(ours)}: give {option} "
-            f"{_word(theirs)}, or read the text anew"
-        )
-    # What the hash of a model's weights decides cannot differ, unless somebody made the file by hand.
-    blocks = memory.held_blocks.blocks
-    config = reader.model.config
-    heads, _ = key_heads(config, landmark_layers(config)[0])
-    known = 0 <= int(memory.text.min()) <= int(memory.text.max()) < config.vocab_size
-    if (len(memory.layers), blocks.shape[0]) != (config.num_hidden_layers, heads) or not known:
-        raise LandmarkError(f"{named} does not fit the model that it names: read the text anew")
-
-
-def _word(value: Any) -> str:
-    return "none" if value is None else str(value)

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from landmark_cli.console import warn, warn_once
 from landmark_cli.errors import LandmarkError
 from landmark_cli.failures import describe
-from landmark_cli.inference import memory
+from landmark_cli.inference import reader_memory
 from landmark_cli.inference.generation import end_tokens
+from landmark_cli.inference.memory_fit import require_fit
 from landmark_cli.inference.readers import has_landmarks, open_reader
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.inference.text import CONTEXT, TextStream
@@ -88,7 +89,7 @@ class Engine:
             warn_once(said)
         self.reader.forward.steps_alone = True
         if memories is not None:
-            memories.find(lambda found: memory.require_fit(self.reader, found))
+            memories.find(lambda found: require_fit(self.reader, found))
         self.most_waiting = queue
         self._ends = set(end_tokens(model, tokenizer))
         self._rows: list[Row | None] = [None] * rows
@@ -195,7 +196,7 @@ class Engine:
             found = self.memories.longest(ids)
             if found is None:
                 return 0
-            memory.give(self.reader, [found], index)
+            reader_memory.give(self.reader, [found], index)
         except LandmarkError as error:
             warn(f"a memory is not used: {error}")
             return 0
@@ -225,7 +226,7 @@ class Engine:
                 # from is not worth as much memory as that again.
                 ends_here = row is not None and len(text) == size > len(row.left)
                 if ends_here and len(row.request.ids) - row.reused >= WORTH_KEEPING * size:
-                    self.memories.keep(memory.take(self.reader, index))
+                    self.memories.keep(reader_memory.take(self.reader, index))
 
     def _take_logits(self, rows: list[int], logits: Tensor) -> None:
         """Take up these rows of logits (B, vocabulary), from which their next tokens are sampled."""

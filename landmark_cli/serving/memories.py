@@ -15,9 +15,9 @@ from torch import Tensor
 
 from landmark_cli.console import warn
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference.memory import HeldBlocks, Memory, sha256_of
+from landmark_cli.inference.memory import Memory, sha256_of
+from landmark_cli.inference.memory_parts import beginning
 from landmark_cli.inference.readers import free_memory
-from landmark_cli.inference.stored_blocks import cut
 
 SUFFIX = ".memory"
 # Of a GPU's free memory, what memories may take that wait to be copied to host memory.
@@ -198,39 +198,6 @@ class PrefixMemories:
 
             # Behind a write of it that may be waiting.
             self._writer.submit(remove)
-
-
-def beginning(memory: Memory, tokens: int) -> Memory | None:
-    """The memory of the first `tokens` text tokens of a memory's text, where one of its chunks ends with them: that of
-    a reader that read no further, since nothing that was read depends on later chunks. None where blocks have been
-    evicted that this reader would still have, or where layers with a sliding window have rolled on. What lies in a file
-    is read.
-
-    Raises LandmarkError where it cannot be.
-    """
-    if tokens == len(memory.text) and memory.path is None:
-        return memory
-    if tokens < len(memory.text) and not all(isinstance(of_layer, HeldBlocks) for of_layer in memory.layers):
-        return None
-    about = memory.about
-    blocks, tail = divmod(tokens, about.landmark_freq)
-    gone = memory.blocks + 1 - memory.held_blocks.blocks.shape[1]
-    first = 0 if about.cache_blocks is None else max(0, blocks - about.cache_blocks)
-    if first < gone:
-        return None
-    layers = []
-    for held in memory.layers:
-        if not isinstance(held, HeldBlocks):
-            layers.append(held)
-            continue
-        of_layer, landmark_keys = held
-        of_layer = cut(of_layer, first - gone, blocks + 1 - gone).whole()
-        landmark_keys = landmark_keys[:, first - gone : blocks + 1 - gone].clone()
-        # The last is the incomplete block, of which the rest is not read yet.
-        of_layer[:, -1, :, tail:] = 0
-        landmark_keys[:, -1] = 0
-        layers.append(HeldBlocks(of_layer, landmark_keys))
-    return replace(memory, blocks=blocks, tail=tail, layers=layers, text=memory.text[:tokens], path=None)
 
 
 def made_by_now(device: torch.device) -> torch.cuda.Event:

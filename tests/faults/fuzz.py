@@ -209,7 +209,7 @@ def damaged_memory(chance: random.Random, data: bytes) -> bytes:
 
 def as_it_was_read(result: Any, made: Input) -> bool:
     """Whether the answer is the right one, and of a memory of this version."""
-    from landmark_cli.inference.memory import VERSION
+    from landmark_cli.inference.memory_fit import VERSION
 
     return result == made.undamaged and _memory_header(made.bytes)["about"]["version"] == VERSION
 

@@ -10,13 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from landmark_cli.errors import LandmarkError, UsageError
+from landmark_cli.errors import LandmarkError
 from landmark_cli.inference import memory
-from landmark_cli.inference.stored_blocks import checksums_of
 from landmark_cli.models.decoders import add_landmarks
-from tests.inference.remembering import NOVEL, QUESTION, ask, each_setting, read, reader, recalled
+from tests.inference.remembering import NOVEL, QUESTION, ask, each_setting, read, reader
 from tests.models.families import tiny_tokenizer
-from tests.tiny import FREQ, tiny_llama, tiny_model, tiny_text
+from tests.tiny import FREQ, tiny_llama, tiny_text
 
 
 @each_setting
@@ -93,29 +92,6 @@ def test_a_memory_is_written_in_a_file_as_it_says(tmp_path):
             assert found % 2**64 == expected % 2**64
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_blocks_that_differ_have_other_checksums(device):
-    """One bit, the same bit of two words, words that take each other's place, words that are gone."""
-    block = torch.randn(2, FREQ + 1, 8, generator=torch.Generator().manual_seed(0))
-    words = block.view(-1).view(torch.int32)
-    assert len(words) == 80
-    changed = [words.clone()]
-    for bit in range(32):
-        for places in ([0], [79], [0, 1], [0, 2], [1, 3], [5, 78]):
-            changed.append(words.clone())
-            changed[-1][places] ^= torch.tensor(1 << bit).to(torch.int32)
-    for swapped in ([1, 0], [2, 1], [3, 0]):
-        changed.append(words.clone())
-        changed[-1][swapped] = changed[-1][swapped[::-1]]
-    for count in (1, 2, 80):
-        changed.append(words.clone())
-        changed[-1][:count] = 0
-    blocks = torch.stack(changed).view(torch.float32).view(-1, *block.shape)
-    sums = checksums_of(blocks.to(device)).cpu()
-    assert len(set(sums.tolist())) == len(blocks) and torch.equal(sums, checksums_of(blocks))
-    assert torch.equal(sums[:1], checksums_of(block[None])) and checksums_of(blocks[:0]).shape == (0,)
-
-
 def test_reading_on_and_saving_again_is_as_reading_at_once(tmp_path):
     whole, part, later = reader(), reader(), reader()
     read(whole, NOVEL[:32]), read(part, NOVEL[:32])
@@ -164,74 +140,6 @@ def test_rows_that_take_each_others_place_take_their_memories_along(tmp_path, un
     torch.testing.assert_close(ask(again), ask(one))
 
 
-# --- a library
-
-
-@pytest.fixture
-def books(tmp_path):
-    """Paths by name: "b" has 6 blocks and 3 tokens, "c" 5 blocks, "b6" is the first 6 blocks of "b"."""
-    texts = {"b": tiny_text(27, seed=7), "c": tiny_text(20, seed=8)}
-    for name, text in {**texts, "b6": texts["b"][:24]}.items():
-        for bound in (None, 5):
-            one = reader(cache_blocks=bound)
-            read(one, text)
-            one.save(tmp_path / f"{name}-{bound}")
-    return lambda bound, *names: [tmp_path / f"{name}-{bound}" for name in names]
-
-
-def test_a_library_has_the_blocks_of_its_files_one_after_another(books):
-    both = recalled(books(None, "b", "c"))
-    assert (both.cache.host_blocks, both.cache.host_tail) == ([11], [0])
-    first, second = (recalled(books(None, name)).cache.copy_of(0) for name in ("b", "c"))
-    for together, one, two in zip(both.cache.copy_of(0), first, second, strict=True):
-        for held, before, after in zip(together, one, two, strict=True):
-            assert torch.equal(held, torch.cat([before[:, :6], after], dim=1))
-    assert list(both.texts[0]) == [*tiny_text(27, seed=7)[:24].tolist(), *tiny_text(20, seed=8).tolist()]
-    assert not torch.equal(ask(both), ask(recalled(books(None, "c", "b"))))
-
-
-def test_the_incomplete_block_of_an_earlier_file_is_left_out(books):
-    assert torch.equal(ask(recalled(books(None, "b", "c"))), ask(recalled(books(None, "b6", "c"))))
-    assert recalled(books(None, "c", "b")).cache.host_tail == [3]
-
-
-@pytest.mark.parametrize("settings", [{}, {"cache_blocks": 3}], ids=str)
-@pytest.mark.parametrize("order", ["sb", "ssb", "bs", "bsb", "ss"])
-def test_texts_shorter_than_a_block_are_part_of_a_library_too(tmp_path, settings, order):
-    """They have no complete block, so in front of others nothing of them is left."""
-    for name, text in {"s": NOVEL[:3], "b": NOVEL}.items():
-        one = reader(**settings)
-        read(one, text)
-        one.save(tmp_path / name)
-    left = [name for name in order[:-1] if name == "b"] + [order[-1]]
-    found, expected = (recalled([tmp_path / name for name in names], **settings) for names in (order, left))
-    assert torch.equal(ask(found), ask(expected)) and found.texts == expected.texts
-
-
-def test_a_library_keeps_no_more_than_the_cache_does(books):
-    """The last file fills it, so what came before is evicted; the placement of the nearest blocks is the same."""
-    bounded = recalled(books(5, "b", "c"), cache_blocks=5)
-    assert torch.equal(ask(bounded), ask(recalled(books(5, "c"), cache_blocks=5)))
-    assert bounded.cache.host_blocks[0] > 11
-
-
-def test_no_library_of_absolute_positions(tmp_path):
-    one = reader(positions="absolute")
-    read(one, NOVEL)
-    one.save(tmp_path / "a")
-    with pytest.raises(UsageError, match="absolute positions cannot be read one after another"):
-        recalled([tmp_path / "a"] * 2, positions="absolute")
-
-
-def test_a_library_that_is_asked_again_answers_as_at_first(books):
-    paths = books(None, "b", "c")
-    both = recalled(paths)
-    first = ask(both)
-    for order in (paths, paths[::-1], paths):
-        both.recall(*order)
-        assert torch.equal(ask(both), first if order == paths else ask(recalled(order)))
-
-
 # --- what is written
 
 
@@ -249,22 +157,3 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(LandmarkError, match="novel cannot be written: No space left on device; make room"):
         kept.save(tmp_path / "novel")
     assert (tmp_path / "novel").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_the_models_hash_is_of_every_bit_of_its_weights_and_nothing_else():
-    model = tiny_model()
-    before = memory.model_hash(model)
-    assert memory.model_hash(tiny_model()) == before
-    for weight in model.parameters():
-        for place in (0, -1):
-            bits = weight.data.view(-1).view(torch.int32)
-            bits[place] ^= 1
-            assert memory.model_hash(model) != before
-            bits[place] ^= 1
-    first = next(iter(model.parameters()))
-    # The same numbers somewhere else, not aligned to eight bytes.
-    first.data = torch.cat([torch.zeros(1), first.data.flatten()])[1:].view(first.shape)
-    assert memory.model_hash(model) == before
-    rows = first.data.view(-1, 2)
-    rows[[0, 1]] = rows[[1, 0]]
-    assert memory.model_hash(model) != before

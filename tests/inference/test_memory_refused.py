@@ -8,60 +8,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.inference import memory
-from landmark_cli.inference.memory import About, Memory
+from landmark_cli.inference import memory_fit, reader_memory
+from landmark_cli.inference.memory import Memory
 from landmark_cli.inference.window import WindowReader
-from landmark_cli.models.quantization import quantize
 from tests.inference.remembering import NOVEL, QUESTION, ask, read, reader, recalled
-from tests.tiny import LANDMARK, tiny_baseline, tiny_model
-
-
-def quantized_model() -> PreTrainedModel:
-    model = tiny_model(n_embd=64, vocab_size=96)
-    quantize(model, "int8", torch.device("cpu"))
-    return model
-
-
-OTHER = {
-    "top_k_blocks": ({"top_k_blocks": 1}, "--top-k-blocks 2, and this is to be read with 1: give --top-k-blocks 2"),
-    "chunk": ({"chunk": 12}, "--chunk 8"),
-    "cache_blocks": ({"cache_blocks": 7}, "--cache-blocks none"),
-    "selection": ({"selection": "max_over_heads"}, "--selection per_token_and_head"),
-    "positions": ({"positions": "absolute"}, "--positions bounded"),
-    "context_miss_cutoff": ({"context_miss_cutoff": 0.5}, "--context-miss-cutoff 0.0"),
-    "landmark_freq": ({"model": tiny_model(landmark_freq=5)}, "--landmark-freq 4|another model"),
-    "model": ({"model": tiny_model(seed=1)}, "was read by another model, 'GPTForCausalLM'"),
-    "quantization": ({"model": quantized_model()}, "--quantization none, and this is to be read with int8: give"),
-    "landmark_softmax": (
-        {"model": tiny_model(landmark_softmax="joint")},
-        "whose landmark_softmax is grouped, and that of this one is joint: open the model as it was, or read",
-    ),
-    "dtype": (
-        {"model": tiny_model().double()},
-        "--dtype float32, and this is to be read with float64: give --dtype float32",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(About) if field.name != "version"])
-def test_a_memory_of_other_settings_is_refused_by_their_names(tmp_path, name):
-    kept = reader()
-    read(kept, NOVEL)
-    kept.save(tmp_path / "novel")
-    settings, message = OTHER[name]
-    with pytest.raises(UsageError, match=message) as error:
-        recalled([tmp_path / "novel"], **settings)
-    assert f"--memory {tmp_path / 'novel'}" in str(error.value)
+from tests.tiny import LANDMARK, tiny_baseline
 
 
 @pytest.mark.parametrize("version, message", [(4, "a newer version"), (2, "an older version")])
 def test_another_version_is_refused(tmp_path, monkeypatch, version, message):
     kept = reader()
     read(kept, NOVEL)
-    monkeypatch.setattr(memory, "VERSION", version)
+    monkeypatch.setattr(memory_fit, "VERSION", version)
     kept.save(tmp_path / "novel")
     monkeypatch.undo()
     with pytest.raises(LandmarkError, match=f"written by {message} of this program.* read the text anew"):
@@ -139,7 +99,7 @@ def test_a_file_that_was_made_up_is_refused(tmp_path, field):
     """Its checksums are right, and its counts do not fit its tensors."""
     kept = reader()
     read(kept, NOVEL)
-    made = memory.take(kept)
+    made = reader_memory.take(kept)
     wrong = {
         "blocks": 10**12,
         "tail": -1,

@@ -13,9 +13,10 @@ from landmark_cli.attention.rotary import default_inverse_frequencies
 from landmark_cli.attention.window import ReadingWindow, WindowSettings
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
-from landmark_cli.inference import memory
+from landmark_cli.inference import reader_memory
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.landmark_cache import LandmarkCache
+from landmark_cli.inference.memory import Memory
 from landmark_cli.inference.readers import layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models import store
@@ -215,8 +216,8 @@ def test_what_was_read_is_kept_copied_and_gone_on_from(family, tmp_path):
 
     other = BlockReader(model, chunk=11)
     other.recall(tmp_path / "memory")
-    stored = memory.Memory.open(tmp_path / "memory").layers
-    for held, written in zip(memory.take(other).layers, stored, strict=True):
+    stored = Memory.open(tmp_path / "memory").layers
+    for held, written in zip(reader_memory.take(other).layers, stored, strict=True):
         for part, other_part in zip(held, written, strict=True):
             assert torch.equal(part, other_part if isinstance(other_part, torch.Tensor) else other_part.whole())
     assert_close_norm(read_all(other, [more]), expected, within=SENSITIVE.get(family))
@@ -293,7 +294,7 @@ def test_heads_of_layers_that_differ_are_those_of_each_layer(family, settings, t
     reader = BlockReader(model, batch=2)
     reader.expect(2 * LENGTH)
     read_all(reader, texts(2, 2 * LENGTH))
-    held = memory.take(reader, 1)
+    held = reader_memory.take(reader, 1)
     for layer, of_layer in enumerate(held.layers):
         heads, head_dim = key_heads(model.config, layer)
         part = of_layer.keys if isinstance(of_layer, HeldText) else of_layer.landmark_keys

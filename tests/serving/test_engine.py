@@ -7,12 +7,12 @@ import torch
 
 from landmark_cli.console import of_one_command
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.inference import memory
+from landmark_cli.inference import reader_memory
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.models.decoders import add_landmarks
 from landmark_cli.serving.engine import Closing, Engine, Full
-from landmark_cli.serving.memories import PrefixMemories, beginning
+from landmark_cli.serving.memories import PrefixMemories
 from landmark_cli.serving.request import End, Request
 from tests.models.families import tiny_decoder, tiny_tokenizer
 from tests.tiny import tiny_baseline, tiny_model, tiny_text
@@ -104,28 +104,6 @@ def read(text, **settings):
     return reader
 
 
-@pytest.mark.parametrize("chunk", [8, 7])
-@pytest.mark.parametrize(
-    "settings", [{}, {"positions": "absolute"}, {"selection": "max_over_tokens"}, {"cache_blocks": 20}], ids=str
-)
-def test_the_beginning_of_a_memory_is_that_of_the_texts_beginning(chunk, settings):
-    settings = {**settings, "chunk": chunk}
-    for tokens in (chunk, 3 * chunk, 6 * chunk, 53):
-        found = beginning(memory.take(read(NOVEL, **settings)), tokens)
-        assert found.text.tolist() == NOVEL[:tokens].tolist()
-        later, expected = BlockReader(MODEL, **settings), read(NOVEL[:tokens], **settings)
-        memory.give(later, [found])
-        logits = [list(reader.read([tiny_text(19, seed=4)])) for reader in (later, expected)]
-        for one, other in zip(*logits, strict=True):
-            assert torch.equal(one.logits, other.logits)
-
-
-def test_no_beginning_where_it_would_not_be_that_of_the_text():
-    evicting = memory.take(read(NOVEL, cache_blocks=3))
-    assert beginning(evicting, 32) is None and beginning(evicting, 53) is evicting
-    assert beginning(memory.take(read(NOVEL[:12], cache_blocks=3)), 8).blocks == 2
-
-
 def lengths(memories, *texts):
     """How much of each text there is a memory of."""
     found = [memories.longest(list(text)) for text in texts]
@@ -133,7 +111,7 @@ def lengths(memories, *texts):
 
 
 def test_memories_leave_in_the_order_of_their_last_use():
-    made = [memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
+    made = [reader_memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
     texts = [found.text.tolist() for found in made]
     memories = PrefixMemories(2 * made[0].nbytes)
     memories.keep(made[0]), memories.keep(made[1])
@@ -142,13 +120,13 @@ def test_memories_leave_in_the_order_of_their_last_use():
     assert len(memories) == 2 and memories.nbytes == 2 * made[0].nbytes
     assert lengths(memories, *texts) == [24, 0, 24]
     memories.budget *= 2
-    memories.keep(memory.take(read(torch.tensor([*texts[0], 5, 6]))))
+    memories.keep(reader_memory.take(read(torch.tensor([*texts[0], 5, 6]))))
     assert len(memories) == 2, "it takes the place of its beginning"
     assert lengths(memories, [*texts[0], 5, 6, 7], [*texts[0], 5, 6]) == [32, 24]
 
 
 def test_memories_go_to_the_directory_and_come_back(tmp_path):
-    made = [memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
+    made = [reader_memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
     memories = PrefixMemories(made[0].nbytes, tmp_path)
     for found in made:
         memories.keep(found)

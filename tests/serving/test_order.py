@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from landmark_cli.inference import memory
+from landmark_cli.inference import reader_memory
 from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.inference.memory import Memory
 from landmark_cli.serving import engine as engines
@@ -116,7 +116,7 @@ def gpu(monkeypatch):
 def test_a_memory_serves_while_it_is_copied_and_what_has_left_is_not(monkeypatch, gpu):
     allowed, copied = gpu
     monkeypatch.setattr(memories_module, "free_memory", lambda device: 1 << 40)
-    made = [memory.take(read(tiny_text(30, seed=seed))) for seed in range(4)]
+    made = [reader_memory.take(read(tiny_text(30, seed=seed))) for seed in range(4)]
     texts = [found.text.tolist() for found in made]
     memories = PrefixMemories(2 * made[0].nbytes)
     for found in made:
@@ -131,7 +131,7 @@ def test_a_memory_serves_while_it_is_copied_and_what_has_left_is_not(monkeypatch
 
 def test_what_waits_to_be_copied_has_so_much_room(monkeypatch, gpu):
     allowed, copied = gpu
-    made = [memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
+    made = [reader_memory.take(read(tiny_text(30, seed=seed))) for seed in range(3)]
     room = int(2.5 * made[0].nbytes / memories_module.GPU_SHARE)
     monkeypatch.setattr(memories_module, "free_memory", lambda device: room)
     memories = PrefixMemories(1 << 30)
@@ -172,7 +172,7 @@ def test_memories_of_a_gpu_come_to_host_memory_and_are_those_of_the_text(tmp_pat
             memories = PrefixMemories(1 << 20, directory)
             reader = BlockReader(model, chunk=8)
             list(reader.read([NOVEL]))
-            kept, expected = memory.take(reader), memory.take(reader)
+            kept, expected = reader_memory.take(reader), reader_memory.take(reader)
             memories.keep(kept)
             # What comes after does not change it.
             reader.reset()
