@@ -281,7 +281,7 @@ def resuming(bench: Bench) -> None:
 
 def write_corpus(directory: Path, tokens: int) -> None:
     """Token files of random tokens."""
-    from landmark_cli.data.token_file import TokenFileWriter
+    from landmark_cli.data.token_file_writer import TokenFileWriter
     from landmark_cli.data.tokenizers import load_tokenizer
 
     tokenizer, drawn = load_tokenizer("gpt2"), np.random.default_rng(0)

@@ -13,7 +13,7 @@ from landmark_cli.commands import finetune, prepare, study
 from landmark_cli.data.corpora import open_corpus
 from landmark_cli.data.merge import Process
 from landmark_cli.data.prepare import prepare as write_token_files
-from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.locks import LOCK, sole_writer

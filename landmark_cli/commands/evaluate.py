@@ -211,10 +211,10 @@ def _passkey_prose(options: PassKeyOptions, tokenizer: PreTrainedTokenizerBase) 
 
 def open_text(path: Path | None) -> TokenFile:
     """The token file a path names: itself, or a corpus directory's validation.bin; by default the newest corpus's."""
-    from landmark_cli.data.token_file import TokenFile, find_corpus
+    from landmark_cli.data.token_file import TokenFile, newest_corpus
 
     if path is None:
-        path = find_corpus(Path("data"))
+        path = newest_corpus(Path("data"))
         info(f"reading {path / 'validation.bin'} of the newest prepared corpus under data/ (--data names another)")
     return TokenFile.open(path / "validation.bin" if path.is_dir() else path)
 

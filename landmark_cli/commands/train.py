@@ -118,14 +118,14 @@ def run(options: TrainOptions) -> Path | None:
     """
     check(options)
     from landmark_cli.data.checks import check_token_files
-    from landmark_cli.data.token_file import find_corpus
+    from landmark_cli.data.token_file import newest_corpus
     from landmark_cli.data.tokenizers import load_tokenizer
     from landmark_cli.data.training_data import TrainingData
     from landmark_cli.training.setup import use_device
 
     use_device(options.device)
     if not options.data:
-        corpus = find_corpus(Path("data"))
+        corpus = newest_corpus(Path("data"))
         info(f"training on {corpus}, the newest prepared corpus under data/ (--data names another)")
         options = dataclasses.replace(options, data=[corpus])
     evaluated = options.eval_every > 0 and not options.dry_run

@@ -355,7 +355,7 @@ def _local(name: str, kind: Kind, sources: list[Path], selection: Selection) -> 
 def known_documents(name: str | Path) -> int | None:
     """How many training documents a prepared corpus or a source of text has, where that is known before it is read:
     where it is prepared, or holds files of plain text alone."""
-    from landmark_cli.data.token_file import read_metadata
+    from landmark_cli.data.token_file_metadata import read_metadata
 
     path = Path(name).expanduser()
     if (path / "train.json").is_file():

@@ -14,7 +14,9 @@ import numpy as np
 from landmark_cli.data.hashed_file import check_hash
 from landmark_cli.data.place import Place
 from landmark_cli.data.sources import SPLITS
-from landmark_cli.data.token_file import TokenFileWriter, answers_path, map_values
+from landmark_cli.data.token_file import map_values
+from landmark_cli.data.token_file_metadata import answers_path
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.errors import LandmarkError
 from landmark_cli.interrupts import Interrupts
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from landmark_cli.data.left_out import LeftOut
-from landmark_cli.data.token_file import Written
+from landmark_cli.data.token_file_writer import Written
 from landmark_cli.file_reading import read_sealed
 from landmark_cli.file_writing import write_sealed
 

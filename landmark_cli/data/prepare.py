@@ -31,14 +31,9 @@ from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.sources import SPLITS
 from landmark_cli.data.text_batches import Batch, Encoded, encoded, or_skip, taken, text_batches
 from landmark_cli.data.text_tokenizer import TextTokenizer
-from landmark_cli.data.token_file import (
-    TokenFile,
-    TokenFileMetadata,
-    TokenFileWriter,
-    Written,
-    read_metadata,
-    remove_token_file,
-)
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_metadata import TokenFileMetadata, read_metadata, remove_token_file
+from landmark_cli.data.token_file_writer import TokenFileWriter, Written
 from landmark_cli.data.workers import made_by, started
 from landmark_cli.errors import LandmarkError
 from landmark_cli.file_errors import writing

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from landmark_cli import cli, console
-from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from tests.gpt2 import small_gpt2
 from tests.tiny import tiny_baseline, tiny_model
 

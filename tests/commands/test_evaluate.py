@@ -7,7 +7,8 @@ import re
 import pytest
 
 from landmark_cli.data import pretrained_tokenizers
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.evaluation.perplexity import evaluate_perplexity
 from landmark_cli.inference.settings import ReadingSettings

@@ -316,7 +316,7 @@ def test_a_tokenizer_that_would_not_come_back_is_refused_before_the_first_step(g
 
 
 def test_token_files_of_another_tokenizer(tmp_path):
-    from landmark_cli.data.token_file import TokenFileWriter
+    from landmark_cli.data.token_file_writer import TokenFileWriter
     from landmark_cli.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer("gpt2")

@@ -16,7 +16,9 @@ from landmark_cli.data.landmarks import IGNORED_TARGET
 from landmark_cli.data.merge import Process
 from landmark_cli.data.prepare import prepare
 from landmark_cli.data.tasks.corpus import tasks_corpus
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter, Written, remove_token_file
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_metadata import remove_token_file
+from landmark_cli.data.token_file_writer import TokenFileWriter, Written
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.data.windows import AnswerWeights, Windows
 from landmark_cli.errors import LandmarkError

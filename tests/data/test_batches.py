@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from landmark_cli.data.batches import Batches, SequentialWindows, iterate, permuted
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, landmark_positions, remove_landmarks
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.windows import Windows
 from landmark_cli.errors import LandmarkError
 

@@ -10,7 +10,8 @@ from landmark_cli.data.batches import Batches
 from landmark_cli.data.merge import Process
 from landmark_cli.data.packing import document_ends
 from landmark_cli.data.tasks.mixing import VALIDATION_DOCUMENTS, TokenHaystack, prepare_tasks, why_no_tasks
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.data.training_data import TrainingData
 from landmark_cli.data.windows import Windows

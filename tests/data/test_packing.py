@@ -10,7 +10,8 @@ from landmark_cli.data import packing
 from landmark_cli.data.batches import Batches, SequentialWindows
 from landmark_cli.data.landmarks import IGNORED_TARGET, insert_landmarks, next_token_targets
 from landmark_cli.data.packing import Place, document_ends, whole_documents
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.training_data import TrainingData
 from landmark_cli.data.windows import AnswerWeights, Windows
 from landmark_cli.errors import LandmarkError

@@ -20,7 +20,8 @@ from landmark_cli.data.assets import ASSETS
 from landmark_cli.data.corpora import open_corpus
 from landmark_cli.data.merge import Process
 from landmark_cli.data.prepare import prepare
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError
 from landmark_cli.locks import sole_writer

@@ -9,32 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter, find_corpus, read_metadata, remove_token_file
+from landmark_cli.data.token_file import TokenFile, newest_corpus
+from landmark_cli.data.token_file_metadata import read_metadata, remove_token_file
 from landmark_cli.errors import LandmarkError
 from landmark_cli.file_reading import hash_file
 from landmark_cli.file_writing import write_sealed
+from tests.data.letters import Letters, ManyLetters, flip_a_byte, write
 from tests.data.texts import documents_in
-
-
-class Letters:
-    """A tokenizer whose ids are bytes."""
-
-    name = "letters"
-    vocab_size = 257
-    eot_id = 256
-    fingerprint = "abc"
-
-
-class ManyLetters(Letters):
-    vocab_size = 70_000
-    eot_id = 69_999
-
-
-def write(path, documents, tokenizer=Letters, **settings):
-    with TokenFileWriter(path, tokenizer, source="a test", **settings) as writer:
-        for document in documents:
-            writer.add_document(np.array(document, dtype=np.uint32), text_bytes=len(document))
-    return TokenFile.open(path)
 
 
 @settings(max_examples=30)
@@ -48,64 +29,6 @@ def test_documents_come_back(tmp_path_factory, documents, tokenizer):
     assert (metadata.tokens, metadata.documents) == (len(opened.tokens), len(documents))
     assert metadata.text_bytes == sum(map(len, documents))
     assert (metadata.tokenizer, metadata.eot_id, metadata.source) == ("letters", tokenizer.eot_id, "a test")
-
-
-def test_pieces_make_one_document(tmp_path):
-    with TokenFileWriter(tmp_path / "train", Letters, source="a test") as writer:
-        writer.append(np.array([1, 2]))
-        writer.append(np.array([3]))
-        writer.end_document()
-    opened = TokenFile.open(tmp_path / "train")
-    assert opened.path == tmp_path / "train.bin"
-    assert opened.tokens.tolist() == [1, 2, 3, 256]
-
-
-def test_an_error_leaves_what_stood_there(tmp_path):
-    write(tmp_path / "train.bin", [[1, 2]])
-    with pytest.raises(ZeroDivisionError), TokenFileWriter(tmp_path / "train.bin", Letters, source="new") as writer:
-        writer.add_document(np.array([3]))
-        raise ZeroDivisionError
-    assert documents_in(TokenFile.open(tmp_path / "train.bin")) == [[1, 2]]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.bin", "train.json"]
-
-
-def test_a_writer_goes_on_from_a_checkpoint(tmp_path):
-    whole = write(tmp_path / "whole.bin", [[1, 2], [3]])
-    writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
-    writer.add_document(np.array([1, 2]), text_bytes=2)
-    state = writer.checkpoint()
-    writer.append(np.array([7, 7, 7]), text_bytes=3)
-    writer.close()
-    with TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state) as writer:
-        writer.add_document(np.array([3]), text_bytes=1)
-    opened = TokenFile.open(tmp_path / "train.bin")
-    assert opened.metadata.sha256 == whole.metadata.sha256
-    assert (opened.metadata.documents, opened.metadata.text_bytes) == (2, 3)
-
-
-def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path):
-    writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
-    writer.add_document(np.array([1, 2]))
-    state = writer.checkpoint()
-    writer.close()
-    os.truncate(tmp_path / "train.bin.partial", 2)
-    with pytest.raises(LandmarkError, match=r"train\.bin\.partial is 4 bytes shorter"):
-        TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state)
-
-
-def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="below the vocabulary's 257, found 300"):
-        write(tmp_path / "train.bin", [[300]])
-
-
-def flip_a_byte(path, at=0):
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
-    # A coarse clock of the file system could hide so quick a change.
-    os.utime(path, ns=(1, 1))
 
 
 def edit(path, old, new):
@@ -136,16 +59,6 @@ def test_damage_is_found_and_named(tmp_path, damage):
     do, message = DAMAGE[damage]
     do(tmp_path)
     with pytest.raises(LandmarkError, match=message):
-        TokenFile.open(tmp_path / "train.bin")
-
-
-def test_a_format_of_the_future_is_refused(tmp_path):
-    write(tmp_path / "train.bin", [[1]])
-    described = tmp_path / "train.json"
-    content = json.loads(described.read_text()) | {"format": 99}
-    del content["checksum"]
-    write_sealed(described, content)
-    with pytest.raises(LandmarkError, match="not of a kind that this version reads"):
         TokenFile.open(tmp_path / "train.bin")
 
 
@@ -250,51 +163,13 @@ def test_nothing_of_an_earlier_format_stays_beside_a_file_that_replaces_it(tmp_p
         assert not (tmp_path / "train.offsets").exists()
 
 
-def test_metadata_without_a_checksum_is_of_an_earlier_version(tmp_path):
-    write(tmp_path / "train.bin", [[1, 2]])
-    content = json.loads((tmp_path / "train.json").read_text())
-    del content["checksum"], content["left_out"]
-    (tmp_path / "train.json").write_text(json.dumps(content))
-    with pytest.raises(LandmarkError, match="lacks 'checksum'"):
-        TokenFile.open(tmp_path / "train.bin")
-    (tmp_path / "train.json").write_text(json.dumps(content | {"format": 1, "modified_ns": [0, 0]}))
-    assert TokenFile.open(tmp_path / "train.bin").metadata.left_out is None
-    # Its contents were looked at, and it has a checksum from now on.
-    assert json.loads((tmp_path / "train.json").read_text()).keys() > {"checksum"}
-
-
-def test_every_bit_of_the_metadata_counts(tmp_path):
-    write(tmp_path / "train.bin", [[1, 2]])
-    content = (tmp_path / "train.json").read_bytes()
-    for bit in range(0, 8 * len(content), 3):
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
-        (tmp_path / "train.json").write_bytes(damaged)
-        try:
-            assert TokenFile.open(tmp_path / "train.bin")
-        except LandmarkError:
-            continue
-        assert json.loads(damaged) == json.loads(content)
-
-
-@pytest.mark.parametrize("at", [0, 1, 5])
-def test_every_byte_of_a_checkpoint_counts(tmp_path, at):
-    writer = TokenFileWriter(tmp_path / "train.bin", Letters, source="a test")
-    writer.add_document(np.array([1, 2]))
-    state = writer.checkpoint()
-    writer.close()
-    flip_a_byte(tmp_path / "train.bin.partial", at)
-    with pytest.raises(LandmarkError, match=r"train\.bin\.partial is not what had been written to it"):
-        TokenFileWriter(tmp_path / "train.bin", Letters, source="a test", resume=state)
-
-
 def test_the_newest_corpus_is_found(tmp_path):
     with pytest.raises(LandmarkError, match="no prepared corpus under .*landmark prepare"):
-        find_corpus(tmp_path)
+        newest_corpus(tmp_path)
     for age, name in enumerate(["new", "old", "unfinished"]):
         write(tmp_path / name / "train.bin", [[1]])
         os.utime(tmp_path / name / "train.bin", (1_000_000 - age, 1_000_000 - age))
     os.utime(tmp_path / "unfinished" / "train.bin")
     (tmp_path / "unfinished" / "train.json").unlink()
-    assert find_corpus(tmp_path) == tmp_path / "new"
+    assert newest_corpus(tmp_path) == tmp_path / "new"
     assert read_metadata(tmp_path / "new" / "train").documents == 1

@@ -12,7 +12,8 @@ from landmark_cli.commands import evaluate, finetune, study, train
 from landmark_cli.data.batches import Batches
 from landmark_cli.data.checks import check_one_tokenizer, check_token_files
 from landmark_cli.data.pretrained_tokenizers import text_ids
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.data.training_data import TrainingData, token_files
 from landmark_cli.data.variants import VariantBatches

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from landmark_cli.data.batches import Batches
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.data.variants import VariantBatches
 from landmark_cli.data.windows import Windows

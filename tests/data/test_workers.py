@@ -20,7 +20,8 @@ from landmark_cli.data.prepare import prepare
 from landmark_cli.data.tasks.corpus import Haystack, hidden_in, tasks_corpus
 from landmark_cli.data.tasks.kinds import KINDS
 from landmark_cli.data.tasks.mixing import TokenHaystack
-from landmark_cli.data.token_file import TokenFile, TokenFileWriter
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped
 from tests.awkward_tokenizers import byte_tokenizer

@@ -17,7 +17,7 @@ from landmark_cli.commands.evaluate import PassKeyOptions, run_passkey
 from landmark_cli.commands.longppl import LongPerplexityOptions
 from landmark_cli.commands.longppl import run as run_longppl
 from landmark_cli.commands.study import StudyOptions
-from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
 from landmark_cli.evaluation import longppl, passkey, studies

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.loop import Loop, LoopSettings

@@ -18,7 +18,8 @@ import numpy as np
 from landmark_cli.console import info
 from landmark_cli.data.prepare import are_whole, finished_files, prepare
 from landmark_cli.data.tasks.corpus import LEAST, SENTENCE_END, hidden_in
-from landmark_cli.data.token_file import TokenFile, read_metadata
+from landmark_cli.data.token_file import TokenFile
+from landmark_cli.data.token_file_metadata import read_metadata
 
 if TYPE_CHECKING:
     from landmark_cli.data.merge import Process

@@ -20,7 +20,7 @@ import torch
 
 from landmark_cli.commands import finetune, train
 from landmark_cli.data.corpora import open_corpus
-from landmark_cli.data.token_file import TokenFileWriter
+from landmark_cli.data.token_file_writer import TokenFileWriter
 from landmark_cli.data.tokenizers import load_tokenizer
 from tests.models.families import GROUPED, tiny_tokenizer
 
