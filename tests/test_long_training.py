@@ -22,17 +22,23 @@ TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidde
 def script(monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(root)
-    import benchmarks.long_context_steps as steps
+    return load_script(root / "benchmarks/long_training.py")
 
-    script = load_script(root / "benchmarks/long_training.py")
+
+@pytest.fixture
+def steps(script, monkeypatch):
+    import benchmarks.long_context_steps as models
+    import benchmarks.long_training_steps as steps
+    import benchmarks.reading_windows as windows
+
     cpu = torch.device("cpu")
     for module, name, value in (
-        (script, "DEVICE", cpu), (script, "CHUNK", 128), (script, "LENGTHS", (SHORT, 2 * SHORT)),
-        (script, "milliseconds", timed), (script, "gibibytes", peak), (steps, "DEVICE", cpu),
+        (models, "DEVICE", cpu), (windows, "DEVICE", cpu), (windows, "CHUNK", 128), (steps, "DEVICE", cpu),
+        (steps, "LENGTHS", (SHORT, 2 * SHORT)), (steps, "milliseconds", timed), (steps, "gibibytes", peak),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setitem(steps.SHAPES, "smollm2", TINY)
-    return script
+    monkeypatch.setitem(models.SHAPES, "smollm2", TINY)
+    return steps
 
 
 def timed(work):
@@ -45,10 +51,10 @@ def peak(work):
     return 1.5
 
 
-def test_steps_of_both_lengths_and_what_they_come_to(script, monkeypatch, tmp_path, capsys):
+def test_steps_of_both_lengths_and_what_they_come_to(script, steps, monkeypatch, tmp_path, capsys):
     output = tmp_path / "rows.md"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
-    monkeypatch.setattr(script, "compile_first", lambda *rows: lambda: None)
+    monkeypatch.setattr(script, "compile_first", lambda rows: lambda: None)
     monkeypatch.setattr(sys, "argv", ["long_training.py", "--rows", "1m-step", "--output", str(output)])
     script.main()
     found = [re.sub(r" \(\d+ s\)$", "", line) for line in output.read_text().splitlines()]
@@ -66,21 +72,21 @@ def test_steps_of_both_lengths_and_what_they_come_to(script, monkeypatch, tmp_pa
     assert "no GPU" in found[0] and found[at] in capsys.readouterr().out
 
 
-def test_what_there_is_no_time_for_is_left_out(script):
-    *_, last = script.million_step_row(1, lambda: 99.999, limit=100.0)
+def test_what_there_is_no_time_for_is_left_out(steps):
+    *_, last = steps.million_step_row(1, lambda: 99.999, limit=100.0)
     assert last == "1k, blocks chosen and read twice: left out, there is no time for it"
 
 
-def test_a_length_that_takes_too_much_memory_loses_no_other(script, monkeypatch):
-    usual = script.training_step("smollm2", None)
+def test_a_length_that_takes_too_much_memory_loses_no_other(steps, monkeypatch):
+    usual = steps.training_step("smollm2", None)
 
     def full(tokens, keep_retrieved=True):
         if keep_retrieved and tokens > SHORT:
             raise torch.cuda.OutOfMemoryError("full")
         return usual(tokens, keep_retrieved=keep_retrieved)
 
-    monkeypatch.setattr(script, "training_step", lambda *shape: full)
-    found = list(script.million_step_row(1, lambda: 0.0))
+    monkeypatch.setattr(steps, "training_step", lambda *shape: full)
+    found = list(steps.million_step_row(1, lambda: 0.0))
     assert "1k: out of memory" in found and found[-1] == "1k at 2.00 of the speed at 0k (target 0.6)"
 
 
@@ -93,5 +99,5 @@ def test_a_row_that_fails_loses_nothing_that_it_said(script):
     assert list(script.saying("check", lambda: "fine")) == ["fine"]
 
 
-def test_lengths_are_named_as_they_are_spoken_of(script):
-    assert [script.named(n) for n in (32 << 10, 1 << 20)] == ["32k", "1M"]
+def test_lengths_are_named_as_they_are_spoken_of(steps):
+    assert [steps.named(n) for n in (32 << 10, 1 << 20)] == ["32k", "1M"]

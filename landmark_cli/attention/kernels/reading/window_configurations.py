@@ -1,4 +1,4 @@
-"""How large the tiles of the window's kernels are, and on how many warps they run; benchmarks/long_training.py measures
+"""How large the tiles of the window's kernels are, and on how many warps they run; benchmarks/tune_window.py measures
 others."""
 
 from __future__ import annotations
