@@ -41,16 +41,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
+from training_parts import milliseconds_of_parts
+from training_report import report
 
 import landmark_cli
-from landmark_cli.attention.functional import landmark_attention
 from landmark_cli.console import info
 from landmark_cli.data.batches import Batches
 from landmark_cli.data.windows import Windows
-from landmark_cli.inference.graphs import CudaGraph
-from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM, Rotation
-from landmark_cli.training.linear_cross_entropy import linear_cross_entropy
+from landmark_cli.models.gpt import GPTConfig, GPTForCausalLM
 from landmark_cli.training.loop import Loop, LoopSettings
 from landmark_cli.training.metrics import peak_flops
 from landmark_cli.training.optimizer import Schedule
@@ -286,53 +285,9 @@ class Bench:
         return Result(case, seconds, loading, memory, loop.flops_per_token, len(waits)), ready
 
     def parts(self, case: Case) -> dict[str, float]:
-        """Milliseconds that the parts of a step take by themselves, forward and backward, for all layers and
-        micro-batches."""
+        """Milliseconds of a step's parts: see `training_parts.milliseconds_of_parts`."""
         with fresh():
-            loop = self.loop(replace(case, mode="eager"))
-            model, rows = loop.module.wrapped, (case.batch, case.length)
-            block, config = model.model.layers[0], model.config
-            half = torch.bfloat16 if PRECISION == "bf16" else torch.float32
-            x = torch.randn(*rows, config.n_embd, device=DEVICE, dtype=half, requires_grad=True)
-            positions = torch.arange(case.length, device=DEVICE)[None]
-            rotation = Rotation(*(t.detach() for t in model.model.rotary_emb(positions)))
-            labels = torch.randint(END, rows, device=DEVICE)
-            heads = config.n_head, config.n_embd // config.n_head
-            q, k, v = (
-                torch.randn(*rows, *heads, device=DEVICE, dtype=half).transpose(1, 2).requires_grad_() for _ in range(3)
-            )
-            plain = functools.partial(nn.functional.scaled_dot_product_attention, is_causal=True)
-            attend = plain if case.kind == "baseline" else functools.partial(landmark_attention, block_size=BLOCK)
-            works: dict[str, tuple[Callable[[], Tensor], int]] = {
-                "attention itself": (lambda: attend(q, k, v), config.n_layer),
-                "attention layer": (lambda: block.attention(block.attention_norm(x), rotation), config.n_layer),
-                "MLP": (lambda: block.mlp(block.mlp_norm(x)), config.n_layer),
-                "head and loss": (lambda: linear_cross_entropy(model.model.norm(x), model.lm_head.weight, labels), 1),
-            }
-            taken = {}
-            for name, (work, times) in works.items():
-                forward = work if name == "attention itself" else torch.compile(work, dynamic=False)
-                run = functools.partial(forward_and_backward, forward, (x, q, k, v))
-                taken[name] = milliseconds_of(run) * times * case.accumulation
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            parameters = list(model.parameters())
-
-            def update() -> None:
-                loop.accelerator.clip_grad_norm_(parameters, 1.0)
-                loop.optimizer.optimizer.step()
-
-            taken["clipping and AdamW"] = milliseconds_of(update, record=False)
-        return taken
-
-
-def forward_and_backward(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Gradients add up in the weights, as over micro-batches, but not in the inputs."""
-    for tensor in inputs:
-        tensor.grad = None
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION == "bf16"):
-        out = forward()
-    out.backward(torch.ones_like(out))
+            return milliseconds_of_parts(self.loop(replace(case, mode="eager")))
 
 
 def seconds_of(work: Callable[[], object], times: int = 1) -> float:
@@ -343,63 +298,6 @@ def seconds_of(work: Callable[[], object], times: int = 1) -> float:
         work()
     synchronize()
     return (time.perf_counter() - start) / times
-
-
-def milliseconds_of(work: Callable[[], object], record: bool = True) -> float:
-    """Median time of a piece of work, with a cold L2 cache; if it can be recorded, without the host's share."""
-    if DEVICE.type == "cuda":
-        if record:
-            work = CudaGraph(work, DEVICE, None).replay
-        return triton.testing.do_bench(work, warmup=20, rep=60, return_mode="median")
-    work()
-    return 1e3 * seconds_of(work, 2)
-
-
-def report(results: list[Result], parts: dict[Case, dict[str, float]], compared: dict[str, Result]) -> str:
-    """Everything as Markdown."""
-    lines = [
-        "# The training step",
-        "",
-        f"`python benchmarks/training.py {' '.join(sys.argv[1:])}` on one {device_name(DEVICE)}, {PRECISION}, "
-        f"torch {torch.__version__}, triton {triton.__version__}, landmark {landmark_cli.__version__}.",
-        "",
-        "\n\n".join(__doc__.split("\n\n")[2:4]),
-        "",
-        "| case | model | mode | window | batch | stream tokens/s | text tokens/s | of the baseline | MFU | memory GiB "
-        "| ms a step | with loader | waits |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    speeds = {(r.case.name, r.case.kind, r.case.mode): r.stream_tokens for r in results}
-    for r in results:
-        case = r.case
-        baseline = speeds.get((case.name, "baseline", case.mode))
-        share = f"{r.stream_tokens / baseline:.3f}" if baseline else "-"
-        mfu = "-" if r.mfu is None else f"{r.mfu:.1%}"
-        lines.append(
-            f"| {case.name} | {case.kind} | {case.mode} | {case.length} | {case.batch} x {case.accumulation} | "
-            f"{r.stream_tokens:,.0f} | {r.text_tokens:,.0f} | {share} | {mfu} | {r.memory / 2**30:.1f} | "
-            f"{1e3 * r.seconds:.1f} | {1e3 * r.loading:.1f} | {r.waits} |"
-        )
-    if parts:
-        lines += [
-            "",
-            "Milliseconds of a compiled step by part. Each was timed by itself, forward and backward, in a CUDA "
-            "graph with a cold L2 cache, and counted for all layers and micro-batches; the attention layer includes "
-            "the attention itself and, like the MLP, its norm. The rest is what the whole step takes beside them: "
-            "embedding, residual sums, gaps between kernels.",
-            "",
-            "| case | model | attention itself | attention layer | MLP | head and loss | clipping and AdamW | rest |",
-            "|---|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        whole = {r.case: 1e3 * r.seconds for r in results}
-        for case, taken in parts.items():
-            rest = whole[case] - sum(taken.values()) + taken["attention itself"]
-            cells = " | ".join(f"{value:.1f}" for value in [*taken.values(), rest])
-            lines.append(f"| {case.name} | {case.kind} | {cells} |")
-    if compared:
-        lines += ["", "| landmark, seed, compiled | stream tokens/s | memory GiB |", "|---|---:|---:|"]
-        lines += [f"| {name} | {r.stream_tokens:,.0f} | {r.memory / 2**30:.1f} |" for name, r in compared.items()]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -451,6 +349,11 @@ def warm(work: dict[str, Case], options: argparse.Namespace) -> None:
 def measure(bench: Bench, planned: list[Case], compared: dict[str, Case], output: Path | None) -> str:
     """Run everything; what fails is said and left out. The report so far is written after every piece."""
     results, parts, changed = [], {}, {}
+    about = (
+        f"`python benchmarks/training.py {' '.join(sys.argv[1:])}` on one {device_name(DEVICE)}, {PRECISION}, "
+        f"torch {torch.__version__}, triton {triton.__version__}, landmark {landmark_cli.__version__}."
+    )
+    written = functools.partial(report, about, "\n\n".join(__doc__.split("\n\n")[2:4]))
 
     def attempt(work: Callable[[], Result], into: Callable[[Result], object]) -> None:
         try:
@@ -458,7 +361,7 @@ def measure(bench: Bench, planned: list[Case], compared: dict[str, Case], output
         except Exception as error:
             info(f"failed: {type(error).__name__}: {error}")
         if output:
-            output.write_text(report(results, parts, changed), encoding="utf-8")
+            output.write_text(written(results, parts, changed), encoding="utf-8")
 
     for case in planned:
         attempt(lambda case=case: bench.run(case), results.append)
@@ -468,7 +371,7 @@ def measure(bench: Bench, planned: list[Case], compared: dict[str, Case], output
     for result in [r for r in results if (r.case.name, r.case.mode) == ("seed", "compiled")]:
         case = result.case
         attempt(lambda case=case: bench.parts(case), lambda taken, case=case: parts.update({case: taken}))
-    return report(results, parts, changed)
+    return written(results, parts, changed)
 
 
 if __name__ == "__main__":
