@@ -18,11 +18,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import triton
+from attention_shapes import DTYPE, PHASES, TOY_SHAPES, Shape, shapes
+from attention_timing import cut, part, timers, times_of_part
+from markdown_table import table
+from timing import GPU, in_turn, synchronize
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,77 +37,8 @@ from landmark_cli.attention.functional import landmark_attention
 from landmark_cli.attention.reference import landmark_attention as definition
 from tests.closeness import whole_error
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-DTYPE = torch.bfloat16
-
 # Beyond this, inputs of one call do not stay in the L2 cache until they come again.
 ROTATED_BYTES = 128 << 20
-# A float32 matrix of logits of the eager definition, of which it keeps about a dozen.
-EAGER_BYTES = (1 << 30) + (1 << 28)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One row of the table. targets, hopper_targets: least speed (forward, backward) of the portable and of the Hopper
-    kernels, against FA2, or against themselves on `beside` if there is one.
-
-    beside: a shape that is timed with it in the same rounds; speeds are then compared per FLOP.
-    """
-
-    batch: int
-    heads: int
-    tokens: int
-    dim: int
-    block: int = 64
-    key_heads: int = 0
-    targets: tuple[float, float] = (0.0, 0.0)
-    hopper_targets: tuple[float, float] = (0.0, 0.0)
-    beside: Shape | None = None
-
-    def __str__(self) -> str:
-        heads = f"H{self.heads}" + (f" on {self.key_heads}" if self.key_heads else "")
-        return f"B{self.batch} {heads} T{self.tokens} D{self.dim} block {self.block}"
-
-    @property
-    def groups(self) -> int:
-        """Query heads that share a key head."""
-        return self.heads // (self.key_heads or self.heads)
-
-    def flops(self, phase: str) -> float:
-        return 2 * self.batch * self.heads * self.tokens**2 * self.dim * {"forward": 1.0, "backward": 2.5}[phase]
-
-    def tensors(self) -> list[Tensor]:
-        """Fresh q, k, v and dout, in memory as a model has them."""
-        heads = self.heads, self.key_heads or self.heads, self.key_heads or self.heads, self.heads
-        found = [torch.randn(self.batch, self.tokens, n, self.dim, dtype=DTYPE, device=DEVICE) for n in heads]
-        *leaves, dout = (x.transpose(1, 2) for x in found)
-        return [x.requires_grad_() for x in leaves] + [dout]
-
-
-def shapes() -> list[Shape]:
-    """The tables' rows."""
-    wide = Shape(4, 32, 2048, 128), Shape(2, 32, 4096, 128), Shape(1, 32, 8192, 128), Shape(1, 32, 16384, 128)
-    found = [
-        replace(shape, targets=(1.15, 1.05), hopper_targets=(1.5, 1.4) if shape.tokens == 2048 else (1.7, 1.35))
-        for shape in wide
-    ]
-    found.append(Shape(4, 16, 4096, 64, targets=(1.2, 1.1), hopper_targets=(1.3, 1.25)))
-    found.append(Shape(16, 8, 512, 128, targets=(1.25, 1.3), hopper_targets=(1.4, 1.3)))
-    for shape, tokens in zip(wide, (2040, 4080, 8160), strict=False):
-        both = {"targets": (0.8, 0.8), "hopper_targets": (0.8, 0.8)}
-        found.append(replace(shape, tokens=tokens, block=51, beside=shape, **both))
-    found.append(replace(wide[2], key_heads=8, targets=(1.0, 1.0), hopper_targets=(1.0, 1.0), beside=wide[2]))
-    # SmolLM2-135M's, as it is distilled.
-    found.append(Shape(4, 9, 8192, 64, key_heads=3))
-    return found
-
-
-TOY_SHAPES = [
-    Shape(1, 2, 64, 16, 16, targets=(1.0, 1.0)),
-    Shape(1, 4, 60, 16, 15, targets=(0.8, 0.8), beside=Shape(1, 4, 64, 16, 16)),
-    Shape(1, 4, 64, 16, 16, key_heads=2, targets=(1.0, 1.0), beside=Shape(1, 4, 64, 16, 16)),
-]
 
 
 def plain(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
@@ -126,7 +61,6 @@ def eager(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     return definition(q, k, v, block_size=block)
 
 
-PHASES = "forward", "backward"
 TRITON, HOPPER, YARDSTICK, EAGER = "Triton", "Hopper", "FA2", "eager"
 # Ours, and where a shape has their targets.
 OURS = {TRITON: "targets", HOPPER: "hopper_targets"}
@@ -153,68 +87,6 @@ class Result:
         return statistics.median(self.times[phase])
 
 
-def synchronize() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-class Timer:
-    """Replays calls over rotating inputs; a run gives the seconds a call takes."""
-
-    def __init__(self, calls: list[Callable[[], object]], stream) -> None:
-        self.calls = calls
-        if not GPU:
-            return
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            for call in calls:
-                call()
-
-    def run(self) -> float:
-        if not GPU:
-            begin = time.perf_counter()
-            for call in self.calls:
-                call()
-            return (time.perf_counter() - begin) / len(self.calls)
-        self.start.record()
-        self.graph.replay()
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) / 1e3 / len(self.calls)
-
-
-def timers(function: Callable, shape: Shape, sets: list[list[Tensor]]) -> dict[str, Timer] | None:
-    """Of an implementation, by phase; None, said on stderr, if it cannot serve."""
-    stream = torch.cuda.Stream() if GPU else None
-
-    def forward(given: list[Tensor]) -> None:
-        with torch.no_grad():
-            function(*given[:3], shape.block)
-
-    # Enough calls that the clock's grain and the launch of a graph do not count.
-    repeats = max(1, round(0.001 / (shape.flops("forward") / 3e14) / len(sets))) if GPU else 1
-    synchronize()
-    try:
-        # Backward runs in the stream of its forward, and only in the stream of the capture can it be captured.
-        with torch.cuda.stream(stream):
-            outputs = [function(*given[:3], shape.block) for given in sets]
-            backward = [
-                lambda out=out, given=given: torch.autograd.grad(out, given[:3], given[3], retain_graph=True)
-                for out, given in zip(outputs, sets, strict=True)
-            ]
-            backward[0]()
-            forward(sets[0])
-        synchronize()
-        return {
-            "forward": Timer([lambda given=given: forward(given) for given in sets] * repeats, stream),
-            "backward": Timer(backward * max(1, repeats // 2), stream),
-        }
-    except Exception as error:
-        print(f"  {shape}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
-        return None
-
-
 def peak_memory(function: Callable, shape: Shape, given: list[Tensor]) -> int:
     """Bytes that a forward and a backward pass take at most, beside their inputs."""
     if not GPU:
@@ -225,21 +97,6 @@ def peak_memory(function: Callable, shape: Shape, given: list[Tensor]) -> int:
     torch.autograd.grad(function(*given[:3], shape.block), given[:3], given[3])
     synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def part(shape: Shape) -> tuple[Shape, float]:
-    """As much of a shape as the eager definition has memory for, whole groups of heads, and how much that is."""
-    heads = min(shape.heads, max(1, EAGER_BYTES // (4 * shape.tokens**2) // shape.groups) * shape.groups)
-    rows = max(1, EAGER_BYTES // (4 * shape.tokens**2 * shape.heads)) if heads == shape.heads else 1
-    rows = min(rows, shape.batch)
-    smaller = replace(shape, batch=rows, heads=heads, key_heads=heads // shape.groups if shape.key_heads else 0)
-    return smaller, rows * heads / (shape.batch * shape.heads)
-
-
-def cut(tensors: list[Tensor], small: Shape) -> list[Tensor]:
-    """That part of q, k, v and dout (or of the gradients)."""
-    heads = small.heads, small.heads // small.groups, small.heads // small.groups, small.heads
-    return [x.detach()[: small.batch, :n] for x, n in zip(tensors, heads, strict=True)]
 
 
 def exact(function: Callable, small: Shape, given: list[Tensor]) -> list[Tensor]:
@@ -269,27 +126,6 @@ def measure_eager(shape: Shape, given: list[Tensor]) -> Result:
     return Result(times, round(peak_memory(eager, small, [*leaves, dout]) / share))
 
 
-def times_of_part(function: Callable, shape: Shape, given: list[Tensor]) -> dict[str, list[float]]:
-    """Seconds of each phase, three times, of what is as large as the definition, on the part that fits, scaled to the
-    whole. function: of q, k, v and the block size."""
-    small, share = part(shape)
-    *leaves, dout = cut(given, small)
-    leaves = [x.requires_grad_() for x in leaves]
-    times = {phase: [] for phase in PHASES}
-    for _ in range(3):
-        synchronize()
-        begin = time.perf_counter()
-        out = function(*leaves, shape.block)
-        synchronize()
-        middle = time.perf_counter()
-        torch.autograd.grad(out, leaves, dout)
-        synchronize()
-        times["forward"].append((middle - begin) / share)
-        times["backward"].append((time.perf_counter() - middle) / share)
-        del out
-    return times
-
-
 def measure_times(shape: Shape, sets: list[list[Tensor]], rounds: int) -> dict[str, Result]:
     """Every implementation that can serve, and each of OURS on the shape beside it under "beside" and its name."""
     contenders = {name: timers(function, shape, sets) for name, function in IMPLEMENTATIONS.items()}
@@ -298,15 +134,10 @@ def measure_times(shape: Shape, sets: list[list[Tensor]], rounds: int) -> dict[s
         for name in OURS.keys() & IMPLEMENTATIONS.keys():
             contenders[f"beside {name}"] = timers(IMPLEMENTATIONS[name], shape.beside, others)
     contenders = {name: found for name, found in contenders.items() if found}
-    results = {name: Result({phase: [] for phase in PHASES}) for name in contenders}
     # The first rounds warm the GPU up.
-    for number in range(-2, rounds):
-        for phase in PHASES:
-            for name, found in contenders.items():
-                seconds = found[phase].run()
-                if number >= 0:
-                    results[name].times[phase].append(seconds)
-    return results
+    runs = {(phase, name): found[phase].run for phase in PHASES for name, found in contenders.items()}
+    times = in_turn(runs, rounds)
+    return {name: Result({phase: times[phase, name] for phase in PHASES}) for name in contenders}
 
 
 def measure(shape: Shape, rounds: int, with_eager: bool) -> dict[str, Result]:
@@ -335,11 +166,6 @@ def ratio(shape: Shape, results: dict[str, Result], phase: str, name: str) -> fl
     work = shape.flops(phase) / shape.beside.flops(phase) if shape.beside else 1.0
     pairs = zip(results[name].times[phase], other.times[phase], strict=True)
     return statistics.median(theirs / ours * work for ours, theirs in pairs)
-
-
-def table(heading: list[str], rows: list[list[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def time_row(shape: Shape, results: dict[str, Result], phase: str, names: list[str]) -> list[str]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import attention
 import torch
-from attention import DEVICE, DTYPE, GPU, PHASES, Shape, synchronize, table, timers
+from attention_shapes import DEVICE, DTYPE, PHASES, Shape
+from attention_timing import Timer, part, timers, times_of_part
+from markdown_table import table
+from timing import GPU, clocked, medians, synchronize
 from torch import Tensor
 
 from landmark_cli.attention.cache import BlockCache, RetrievalSettings
@@ -47,17 +48,6 @@ def logits_of(shape: Shape) -> dict[str, dict]:
     }
 
 
-def medians(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, run in turn; the first rounds warm the GPU up."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(-2, rounds):
-        for name, run in contenders.items():
-            seconds = run()
-            if number >= 0:
-                found[name].append(seconds)
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
 def training_row(name: str, shape: Shape, rounds: int) -> list[list[str]]:
     torch.manual_seed(0)
     sets = [shape.tensors()]
@@ -74,9 +64,9 @@ def training_row(name: str, shape: Shape, rounds: int) -> list[list[str]]:
 
 def by_definition(shape: Shape, given: list[Tensor]) -> dict[str, float]:
     """Seconds of the definition with both, on as much as it has memory for."""
-    small, _ = attention.part(shape)
+    small, _ = part(shape)
     more = logits_of(small)["both"]
-    times = attention.times_of_part(lambda q, k, v, block: definition(q, k, v, block_size=block, **more), shape, given)
+    times = times_of_part(lambda q, k, v, block: definition(q, k, v, block_size=block, **more), shape, given)
     return {phase: statistics.median(found) for phase, found in times.items()}
 
 
@@ -95,22 +85,16 @@ def reading_row(name: str, shape: Shape, tokens: int, rounds: int) -> list[str]:
     layer.blocks.normal_()
     layer.landmark_keys.copy_(layer.keys[..., -1, :])
 
-    def once(backend: str, more: dict) -> float:
-        synchronize()
-        begin = time.perf_counter()
-        attend_chunk(0, q, k, v, cache, chunk, backend=backend, **more)
-        synchronize()
-        return time.perf_counter() - begin
-
     def replayed(more: dict) -> Callable[[], float]:
         call = functools.partial(attend_chunk, 0, q, k, v, cache, chunk, backend="triton", **more)
         call()
         synchronize()
-        return attention.Timer([call] * (20 if GPU else 1), torch.cuda.Stream() if GPU else None).run
+        return Timer([call] * (20 if GPU else 1), torch.cuda.Stream() if GPU else None).run
 
     given = logits_of(shape)
     times = medians({which: replayed(more) for which, more in given.items()}, rounds)
-    times["definition"] = statistics.median(once("eager", given["both"]) for _ in range(3))
+    defined = functools.partial(attend_chunk, 0, q, k, v, cache, chunk, backend="eager", **given["both"])
+    times["definition"] = statistics.median(clocked(defined) for _ in range(3))
     return [f"{name}: {tokens} token{'s' * (tokens > 1)} behind {CACHED} blocks", *cells(times)]
 
 

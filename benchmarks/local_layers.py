@@ -15,7 +15,6 @@ Without a GPU everything runs on toy shapes, and says nothing.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 import triton
+from timing import GPU, clocked, medians
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 import landmark_cli
@@ -36,7 +36,6 @@ from landmark_cli.inference.block_reader import BlockReader
 from landmark_cli.models.decoders import attend_with_landmarks
 from landmark_cli.models.support import Kinds
 
-GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 FREQ = 63
@@ -63,29 +62,9 @@ TOY_LAYERS = {"toy": (4, 1, 16, 100, {"softcap": 50.0, "sinks": True})}
 LAYER_CHUNK, LAYER_TOKENS = (2048, 8192) if GPU else (64, 128)
 
 
-def synchronize() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def clocked(work: Callable[[], object]) -> float:
-    """Seconds of one call, all told."""
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def in_turns(contenders: dict[Any, Callable[[], object]], rounds: int, warm: int) -> dict[Any, float]:
-    """Median seconds of each; `warm` rounds come first, which compile, choose and record."""
-    found: dict[Any, list[float]] = {name: [] for name in contenders}
-    for number in range(-warm, rounds):
-        for name, work in contenders.items():
-            seconds = clocked(work)
-            if number >= 0:
-                found[name].append(seconds)
-    return {name: statistics.median(times) for name, times in found.items()}
+def medians_of(contenders: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
+    """Median seconds of each; a round comes first, which compiles, chooses and records."""
+    return medians({name: partial(clocked, work) for name, work in contenders.items()}, rounds, warm=1)
 
 
 def gemma(shape: dict[str, Any], landmarks: bool) -> Gemma3ForCausalLM:
@@ -132,7 +111,7 @@ def reading(name: str, shape: dict[str, Any], rounds: int, chunks: Sequence[int]
         ours(reader)
     contenders = {("ours", size): partial(ours, reader) for size, reader in readers.items()}
     contenders |= {("theirs", size): partial(theirs, size) for size in THEIR_CHUNKS}
-    times = in_turns(contenders, rounds, 1)
+    times = medians_of(contenders, rounds)
     best = {whose: min(t for (who, _), t in times.items() if who == whose) for whose in ("ours", "theirs")}
     said = [
         ", ".join(f"{t:.3f} s in chunks of {size}" for (who, size), t in times.items() if who == whose)
@@ -181,7 +160,7 @@ def layer(name: str, heads: int, key_heads: int, dim: int, window: int, more: di
     ):
         # A call of a layer is so short that many are timed together.
         repeated = {name: lambda work=work: [work() for _ in range(10)] for name, work in works.items()}
-        times = in_turns(repeated, rounds, 1)
+        times = medians_of(repeated, rounds)
         ours, definition = times["triton"] / 10 * 1e3, times["eager"] / 10 * 1e3
         cells.append(f"{ours:.3f} / {definition:.3f} ms ({definition / ours:.1f} x)")
     said = f"{heads} heads on {key_heads}, D {dim}, window {window}{''.join(f', {key}' for key in more)}"

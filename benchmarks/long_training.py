@@ -42,8 +42,8 @@ from benchmarks.reading_windows import (
     as_it_reads,
     forward_and_backward,
     gibibytes,
-    in_turn,
     milliseconds,
+    milliseconds_in_turn,
     stage_times,
     tensors,
     window_of,
@@ -112,7 +112,7 @@ def attention_row(name: str, rounds: int) -> str:
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 said.append(f"{title}{kind} left out: {str(error).splitlines()[0][:100]}")
                 torch.cuda.empty_cache()
-    times = in_turn(contenders, rounds)
+    times = milliseconds_in_turn(contenders, rounds)
     lines = [
         f"## {name} tokens, attention forward and backward",
         "",
@@ -143,7 +143,7 @@ def million_row(rounds: int) -> str:
         given = tensors(SMOLLM2, tokens)
         work = functools.partial(forward_and_backward, as_it_reads(tokens, SMOLLM2.dim), given)
         memory = gibibytes(work)
-        taken = statistics.median(in_turn({title: work}, rounds)[title])
+        taken = statistics.median(milliseconds_in_turn({title: work}, rounds)[title])
         speeds[title] = tokens / taken * 1e3
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in stage_times(work, 1).items())
         lines.append(f"{title}: {taken:.1f} ms, {speeds[title]:.0f} tokens/s, {memory:.2f} GiB; {parts}")

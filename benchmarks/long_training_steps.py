@@ -15,8 +15,8 @@ from benchmarks.reading_windows import (
     DTYPE,
     TOP_K,
     gibibytes,
-    in_turn,
     milliseconds,
+    milliseconds_in_turn,
     stage_times,
     window_of,
 )
@@ -65,7 +65,7 @@ def step_row(name: str, rounds: int) -> str:
         "dense, 2k": of(tokens, reads=False),
     }
     memory = {title: gibibytes(call) for title, call in work.items()}
-    times = in_turn(work, rounds)
+    times = milliseconds_in_turn(work, rounds)
     lines = [f"## {name}: whole steps of {tokens} tokens, layers checkpointed", ""]
     for title, found in times.items():
         taken = statistics.median(found)

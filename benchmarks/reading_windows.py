@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import in_turn
 from landmark_cli.attention import functional
 from landmark_cli.attention.kernels.reading import window as kernels
 from landmark_cli.attention.rotary import default_inverse_frequencies
@@ -68,15 +69,9 @@ def milliseconds(work: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def in_turn(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def milliseconds_in_turn(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each, round after round; the first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 1):
-        for name, call in work.items():
-            taken = milliseconds(call)
-            if number:
-                times[name].append(taken)
-    return times
+    return in_turn({name: functools.partial(milliseconds, call) for name, call in work.items()}, rounds, warm=1)
 
 
 def gibibytes(work: Callable[[], object]) -> float:

@@ -11,7 +11,6 @@ cache.
 
 import argparse
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +22,9 @@ import torch
 import triton
 
 # The script's own folder is on the path.
-from attention import DEVICE, GPU, TOY_SHAPES, Shape, Timer, shapes
+from attention_shapes import DEVICE, TOY_SHAPES, Shape, shapes
+from attention_timing import Timer
+from timing import GPU, medians
 
 from landmark_cli.attention.kernels.common.configuration import Configuration
 from landmark_cli.attention.kernels.common.statistics import Part, backward_parts
@@ -134,11 +135,7 @@ def times(function: Callable[[Any], object], every: list, rounds: int) -> dict:
             timers[choice] = Timer([lambda choice=choice: function(choice)] * 3, torch.cuda.Stream() if GPU else None)
         except Exception as error:
             print(f"  {choice}: {type(error).__name__}", file=sys.stderr)
-    taken = {choice: [] for choice in timers}
-    for _ in range(rounds):
-        for choice, timer in timers.items():
-            taken[choice].append(timer.run())
-    return {choice: statistics.median(seconds) for choice, seconds in taken.items()}
+    return medians({choice: timer.run for choice, timer in timers.items()}, rounds, warm=0)
 
 
 def tune(shape: Shape, names: list[str], rounds: int) -> None:
