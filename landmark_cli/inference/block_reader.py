@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from landmark_cli.attention.cache import BlockCache, Offload, Positions, RetrievalSettings, Selection, Trace
 from landmark_cli.attention.cache.pages import require_host_memory
 from landmark_cli.console import counted, warn_once
-from landmark_cli.data.landmarks import insert_landmarks, stream_length
+from landmark_cli.data.landmarks import stream_length
 from landmark_cli.errors import LandmarkError
 from landmark_cli.inference import reader_memory
 from landmark_cli.inference.chunk_lengths import chunks_together, default_chunk, passage_tokens, positions_of
 from landmark_cli.inference.graphs import ChunkForward
 from landmark_cli.inference.memory import Memory
 from landmark_cli.inference.memory_fit import About
+from landmark_cli.inference.padded_chunk import PaddedChunk
 from landmark_cli.inference.readers import BaseReader, ReadChunk, called, layer_token_bytes
 from landmark_cli.inference.settings import ReadingSettings
 from landmark_cli.models.device import to_device
@@ -300,10 +301,10 @@ class BlockReader(BaseReader):
         self.forward.record_steps(kinds)
 
     def _read_chunk(self, texts: list[Tensor], begin: int, last_only: bool, transient: bool) -> ReadChunk:
-        placed = self._place(texts, self.cache.host_tail, last_only, self._rows_at_work(texts))
-        logits = self.forward(placed.ids, placed.lengths, placed.kept, placed.rows)
+        chunk = self._padded(texts, self.cache.host_tail, last_only, self._rows_at_work(texts))
+        logits = self.forward(chunk.ids, chunk.lengths, chunk.kept, chunk.rows)
         self._remember(texts)
-        found = placed.of_rows(logits)
+        found = chunk.of_rows(logits)
         if found is logits and (last_only or not transient):
             found = logits.clone()
         return ReadChunk(found, list(map(len, texts)), [begin] * self.batch)
@@ -313,7 +314,7 @@ class BlockReader(BaseReader):
         chunks, tails, offset, kept = [], self.cache.host_tail, 0, []
         rows = [row for row, text in enumerate(texts[0]) if len(text)]
         for of_chunk in texts:
-            chunks.append(self._place(of_chunk, tails, True, rows))
+            chunks.append(self._padded(of_chunk, tails, True, rows))
             tails = [(r + n) % (self.landmark_freq + 1) for r, n in zip(tails, chunks[-1].lengths, strict=True)]
             kept.append(chunks[-1].kept + offset)
             offset += chunks[-1].ids.shape[1]
@@ -339,67 +340,9 @@ class BlockReader(BaseReader):
         recorded = self.forward.records(len(rows) + len(resting), stream_length(self.chunk, self.landmark_freq))
         return sorted(rows + resting) if recorded else rows
 
-    def _place(self, texts: list[Tensor], tails: list[int], last_only: bool, rows: list[int]) -> _Placed:
-        """The rows' texts as a chunk, going on with tail blocks of which `tails` text tokens have been read. rows:
-        those that the model is called with; the others have no text."""
-        streams = [self._stream(text, r) for text, r in zip(texts, tails, strict=True)]
-        stream_lengths = [len(stream) for stream in streams]
-        ids = torch.full((len(rows), max(stream_lengths)), self.landmark_token_id)
-        for place, row in enumerate(rows):
-            ids[place, ids.shape[1] - stream_lengths[row] :] = streams[row]
-        longest = max(map(len, texts))
-        kept, index = _text_positions(ids == self.landmark_token_id, min(1, longest) if last_only else longest)
-        return _Placed(ids, stream_lengths, kept, index, rows)
+    def _padded(self, texts: list[Tensor], tails: list[int], last_only: bool, rows: list[int]) -> PaddedChunk:
+        return PaddedChunk.of(texts, tails, rows, self.landmark_freq, self.landmark_token_id, last_only=last_only)
 
     def _remember(self, texts: list[Tensor]) -> None:
         for text, read in zip(self.texts, texts, strict=True):
             text.frombytes(read.to(torch.int32).numpy().tobytes())
-
-    def _stream(self, text: Tensor, tail: int) -> Tensor:
-        """Text of a row with its landmarks put in, going on with a tail block of which `tail` text tokens have been
-        read."""
-        head = self.landmark_freq - tail
-        if len(text) < head:
-            return text
-        landmark = torch.tensor([self.landmark_token_id])
-        rest = insert_landmarks(text[head:], self.landmark_freq, self.landmark_token_id)
-        return torch.cat([text[:head], landmark, rest])
-
-
-class _Placed(NamedTuple):
-    """A chunk's stream tokens of the rows that the model is called with, (n, W), padded on the left, and how many each
-    of all rows has. kept, index: see `_text_positions`."""
-
-    ids: Tensor
-    lengths: list[int]
-    kept: Tensor
-    index: Tensor | None
-    rows: list[int]
-
-    def of_rows(self, logits: Tensor) -> Tensor:
-        """Of logits (n, positions kept, vocabulary) those at each row's own positions, (B, W', vocabulary), zeros for
-        rows that the model was not called with."""
-        if self.index is not None:
-            index = to_device(self.index, logits.device)[..., None].expand(-1, -1, logits.shape[-1])
-            logits = logits.gather(1, index)
-        if len(self.rows) == len(self.lengths):
-            return logits
-        found = logits.new_zeros(len(self.lengths), *logits.shape[1:])
-        return found.index_copy_(0, to_device(torch.tensor(self.rows), logits.device), logits)
-
-
-def _text_positions(landmark: Tensor, wanted: int) -> tuple[Tensor, Tensor | None]:
-    """The last `wanted` text positions of each row, given where landmarks (and padding) stand, (B, T).
-
-    Returns the positions that any row needs, (n,), and where among these each row's own are, (B, wanted), or None
-    where all rows need the same positions.
-    """
-    text = ~landmark
-    rank = text.long().flip(-1).cumsum(-1).flip(-1)
-    needed = text & (rank <= wanted)
-    kept = needed.any(0).nonzero().squeeze(-1)
-    if needed[:, kept].all():
-        return kept, None
-    # A row's padding stands in front, so counting from the end keeps its text at the right.
-    order = torch.argsort(needed[:, kept].long(), dim=-1, stable=True)
-    return kept, order[:, order.shape[-1] - wanted :]
