@@ -3,6 +3,16 @@
 from typing import Literal
 
 TaskKind = Literal[
-    "look_up", "together", "all_values", "counting", "first_or_last", "chain", "quotation", "inventory", "completion"
+    "look_up",
+    "together",
+    "all_values",
+    "counting",
+    "first_or_last",
+    "chain",
+    "quotation",
+    "inventory",
+    "completion",
+    "transcription",
+    "whole_chain",
 ]
 KINDS_HELP = "A kind of question that tasks ask (repeatable; all alike often, one that is named twice twice as often)."

@@ -389,6 +389,7 @@ hidden-0.1          --hidden-weight 0.1
 hidden-5            --hidden-weight 5
 fewer-tasks         --tasks-share 0.3
 inventories         --kinds look_up --kinds inventory --kinds quotation
+long-values         --kinds look_up --kinds look_up --kinds look_up --kinds together --kinds all_values --kinds chain --kinds whole_chain --kinds quotation --kinds transcription --kinds transcription
 inventories-words   --kinds look_up --kinds inventory --kinds quotation --answer-weight 0.2
 lr-3e-5             --lr 3e-5
 lora-8              --lora-rank 8 --merge

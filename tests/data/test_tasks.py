@@ -238,12 +238,13 @@ def test_first_and_last_are_first_and_last():
             assert one.answer == f"{wanted}."
 
 
-def test_chains_are_followed():
+@pytest.mark.parametrize("kind", [kinds.chain, kinds.whole_chain], ids=lambda kind: kind.__name__)
+def test_chains_are_followed(kind):
     """The answer, from the links alone."""
     generator = np.random.default_rng(3)
     checked = 0
     for _ in range(100):
-        task = kinds.chain(Draw(generator, TEXT, 8, 0.0))
+        task = kind(Draw(generator, TEXT, 8, 0.0))
         (one,) = task.asked
         links = {}
         for sentence in task.hidden:
@@ -258,10 +259,29 @@ def test_chains_are_followed():
         name = re.search(r"(?:file|folder|dossier|docket|bundle) [\w./-]*\w", one.question, re.I)[0].lower()
         steps = re.search(r"through (\d) rep|, (\d) times", one.question)
         left = int(steps[1] or steps[2]) if steps else 99
+        passed = []
         while name in links and left:
             name, left = links[name], left - 1
-        assert one.answer.lower() == f"{name}."
+            passed.append(name)
+        wanted = questions.enumeration(passed) if kind is kinds.whole_chain else name
+        assert one.answer.lower() == f"{wanted}."
     assert checked > 5
+
+
+def test_transcriptions_are_of_dozens_of_characters_in_many_shapes():
+    generator, shapes = np.random.default_rng(11), Counter()
+    asked_back = "|".join(re.escape(one.back).replace(r"\{v\}", ".+") for one in facts.LONG)
+    for _ in range(200):
+        task = kinds.transcription(Draw(generator, TEXT, 8, 1.0))
+        assert 1 <= len(task.asked) <= 2
+        # A uuid is what RULER hides.
+        assert not re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-", "\n".join(task.hidden))
+        for one in task.asked:
+            if not re.fullmatch(asked_back, one.question):
+                value = one.answer.removesuffix(".")
+                assert 19 <= len(value) <= 39
+                shapes[re.sub(r"[A-Z]", "A", re.sub(r"[0-9a-f]", "h", value))] += 1
+    assert len(shapes) == 14
 
 
 def test_others_differ_in_one_word_and_absent_names_are_absent():

@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
     return contents(output)
 
 
-# Of versions before there were workers. Whoever changes what documents hold counts
+# Of versions before there were workers, and of the kinds that they had. Whoever changes what documents hold counts
 # `CONTENTS` of data/tasks/corpus.py up, and records these anew.
 DOCUMENTS = {0: "db38b5950771ea95", 5: "b116f8c5bb8d84b0"}
 
@@ -85,7 +85,7 @@ DOCUMENTS = {0: "db38b5950771ea95", 5: "b116f8c5bb8d84b0"}
 @pytest.mark.parametrize("seed", DOCUMENTS)
 def test_documents_are_those_of_earlier_versions(seed):
     corpus = tasks_corpus(
-        GPT2, documents=60, shortest=300, longest=3000, kinds=KIND_NAMES, validation_share=0.1, seed=seed
+        GPT2, documents=60, shortest=300, longest=3000, kinds=KIND_NAMES[:9], validation_share=0.1, seed=seed
     )
     found = hashlib.sha256()
     for split, document in corpus.documents():

@@ -364,16 +364,16 @@ def _length(generator: np.random.Generator, shortest: int, longest: int) -> int:
 
 def how_many() -> dict[str, int]:
     """How much there is to draw from, by name: terms of each vocabulary, ways to state a fact and to ask for one."""
-    from landmark_cli.data.tasks.facts import CHAINS, RELATIONS, REPEATED
+    from landmark_cli.data.tasks.facts import CHAINS, LONG, RELATIONS, REPEATED
     from landmark_cli.data.tasks.formats import ways_to_state
     from landmark_cli.data.tasks.questions import CLOZE, FRAMES, INTRODUCTIONS
     from landmark_cli.data.tasks.vocabulary import VOCABULARIES
 
-    related = list(chain(RELATIONS, REPEATED))
+    related = list(chain(RELATIONS, REPEATED, LONG))
     stated = sum(ways_to_state(relation) for relation in chain(related, CHAINS))
     # A question for a value may have the beginning of a sentence behind it.
     questions = sum(2 * len(r.asks) + bool(r.back) + bool(r.count) for r in related)
-    questions += sum(len(c.asks) + len(c.ends) for c in CHAINS)
+    questions += sum(len(c.asks) + len(c.ends) + len(c.lists) for c in CHAINS)
     framed = questions * len(FRAMES) + len(related) * len(CLOZE)
     return {kind: vocabulary.size for kind, vocabulary in VOCABULARIES.items()} | {
         "relations": len(related) + len(CHAINS),

@@ -185,43 +185,79 @@ REPEATED = (
 )  # fmt: skip
 """Relations of which a subject may have several values."""
 
+LONG = (
+    Relation("thing", "serial", "serial_number",
+             ("{s} bears the serial number {v}", "the serial number of {s} is {v}", "into {s} somebody has stamped {v}",
+              "{v} is stamped into {s}"),
+             ("What is the serial number of {s}?", "What has somebody stamped into {s}?", "Which serial number does "
+              "{s} bear?"),
+             "the serial number of {s} is", "Which object bears the serial number {v}?"),
+    Relation("person", "serial", "licence",
+             ("the licence of {s} reads {v}", "{s} was given the licence {v}", "{v} is the licence that {s} holds",
+              "{s} has the licence {v}, in full"),
+             ("How does the licence of {s} read?", "Which licence does {s} hold?", "What licence was given to {s}?"),
+             "the licence of {s} reads", "Who holds the licence {v}?"),
+    Relation("record", "serial", "checksum",
+             ("the checksum of {s} is {v}", "{s} was sealed with the checksum {v}", "whoever adds up {s} comes to {v}",
+              "{v} is noted as the checksum of {s}"),
+             ("What is the checksum of {s}?", "To what does one come who adds up {s}?", "Which checksum is noted for "
+              "{s}?"),
+             "the checksum of {s} is", "Which record has the checksum {v}?"),
+    Relation("place", "serial", "cable_address",
+             ("telegrams to {s} are addressed {v}", "the cable address of {s} is {v}",
+              "whoever cables to {s} writes {v}", "{v} is the cable address of {s}"),
+             ("How are telegrams to {s} addressed?", "What is the cable address of {s}?", "What does one write who "
+              "cables to {s}?"),
+             "the cable address of {s} is", "Which town has the cable address {v}?"),
+)  # fmt: skip
+"""Relations whose values take dozens of tokens to write down."""
+
 
 @dataclass(frozen=True)
 class Chain:
     """Links from one term {s} to the next {v}, to be followed.
 
-    says: sentences that state a link. asks: questions for the term that is {n} links on. ends: for the last one.
+    says: sentences that state a link. asks: questions for the term that is {n} links on. ends: for the last one. lists:
+    for all terms behind {s}, in their order.
     """
 
     term: str
     says: tuple[str, ...]
     asks: tuple[str, ...]
     ends: tuple[str, ...]
+    lists: tuple[str, ...]
 
 
 CHAINS = (
     Chain("person",
           ("{s} takes orders from {v}", "{v} is the superior of {s}", "{s} must report to {v}", "over {s} is {v}"),
           ("Go up {n} ranks from {s}: whom do you reach?", "Who is {n} ranks over {s}?"),
-          ("Over {s}, who has the highest rank?", "Going up from {s} as far as one can, whom does one reach?")),
+          ("Over {s}, who has the highest rank?", "Going up from {s} as far as one can, whom does one reach?"),
+          ("Who is over {s}, rank by rank, up to the highest?", "Name everybody over {s}, one rank after another.")),
     Chain("person",
           ("{s} handed the parcel to {v}", "from {s} the parcel went to {v}", "{v} took the parcel from {s}",
            "next after {s} it was {v} who held the parcel"),
           ("The parcel was with {s}; after {n} more hands, who held it?", "Who had the parcel {n} hands after {s}?"),
-          ("The parcel left {s}; with whom did it stay?", "Who was the last to hold the parcel that {s} had?")),
+          ("The parcel left {s}; with whom did it stay?", "Who was the last to hold the parcel that {s} had?"),
+          ("Through whose hands did the parcel go after {s}, in turn?", "Name all who held the parcel after {s}.")),
     Chain("thing",
           ("{s} lies inside {v}", "they had put {s} into {v}", "{v} contains {s}", "to get at {s} one must open {v}"),
           ("Around {s} there are others; which is number {n} from within?", "Which is number {n} of those that one "
            "must open to get at {s}, counted from {s}?"),
-          ("In which object, the outermost one, does {s} lie?", "To get at {s}, what must one open before all else?")),
+          ("In which object, the outermost one, does {s} lie?", "To get at {s}, what must one open before all else?"),
+          ("What is around {s}, from within outwards?", "Name all that one must open to get at {s}, the innermost "
+           "before the others.")),
     Chain("record",
           ("{s} was superseded by {v}", "{v} takes the place of {s}", "instead of {s} see {v}",
            "what stood in {s} now stands in {v}"),
           ("Follow {s} through {n} replacements: where does one end?", "What took the place of {s}, {n} times on?"),
-          ("Which one is in force today in place of {s}?", "Follow {s} as far as it goes: where does one end?")),
+          ("Which one is in force today in place of {s}?", "Follow {s} as far as it goes: where does one end?"),
+          ("What took the place of {s}, one after the other?", "Name all by which {s} was replaced, in turn.")),
     Chain("place",
           ("from {s} the road runs to {v}", "the next halt after {s} is {v}", "whoever leaves {s} comes to {v}",
            "{v} follows {s} along the road"),
           ("Starting at {s}, where is one after {n} halts?", "Which is halt number {n} on the road from {s}?"),
-          ("Where does the road from {s} end?", "Starting at {s} and going on to the end, where does one arrive?")),
+          ("Where does the road from {s} end?", "Starting at {s} and going on to the end, where does one arrive?"),
+          ("Which halts lie on the road from {s}, in their order?", "Name every halt on the road from {s}, to its "
+           "end.")),
 )  # fmt: skip

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from landmark_cli.data.tasks.facts import CHAINS, RELATIONS, REPEATED, Fact, Relation
+from landmark_cli.data.tasks.facts import CHAINS, LONG, RELATIONS, REPEATED, Chain, Fact, Relation
 from landmark_cli.data.tasks.formats import hide, new, rows_of, say
 from landmark_cli.data.tasks.questions import NOT_THERE, Asked, enumeration, sentence
-from landmark_cli.data.tasks.vocabulary import pick
+from landmark_cli.data.tasks.vocabulary import Term, pick
 
 MOST_FACTS = 8
 MOST_LINKS = 6
@@ -19,6 +19,7 @@ MOST_LINKS = 6
 MOST_ASKED = 96
 MOST_ROWS = 12
 MOST_VALUES = 6
+MOST_LONG = 4
 QUOTED_WORDS = (8, 80)
 OPENING_WORDS = (5, 10)
 
@@ -96,7 +97,7 @@ def look_up(draw: Draw) -> Task:
     """Facts, of which one or several are asked for, beside others that differ in one word. A share of the questions is
     about what is not there."""
     generator = draw.generator
-    facts = _facts(draw, min(MOST_FACTS, draw.most))
+    facts = _facts(draw, RELATIONS, min(MOST_FACTS, draw.most))
     wanted = draw.shuffled(facts)[: draw.count(1, len(facts)) if generator.random() < 0.5 else 1]
     asked = [_not_there(draw, fact) if generator.random() < draw.absent else _about(draw, fact) for fact in wanted]
     return Task(draw.hidden(draw.shuffled(facts)), asked)
@@ -105,7 +106,7 @@ def look_up(draw: Draw) -> Task:
 def completion(draw: Draw) -> Task:
     """The simplest look-up: facts as sentences of the prose, each asked for by the beginning of a sentence that its
     value ends, half of them with a question in front of it."""
-    facts, generator = _facts(draw, min(MOST_FACTS, draw.most_sentences)), draw.generator
+    facts, generator = _facts(draw, RELATIONS, min(MOST_FACTS, draw.most_sentences)), draw.generator
     asked = []
     for fact in draw.shuffled(facts):
         relation, value = fact.relation, sentence(str(fact.value))
@@ -117,10 +118,18 @@ def completion(draw: Draw) -> Task:
     return Task([say(fact.relation.says, fact.subject, fact.value, generator) for fact in draw.shuffled(facts)], asked)
 
 
-def _facts(draw: Draw, most: int) -> list[Fact]:
+def transcription(draw: Draw) -> Task:
+    """Facts whose values take dozens of tokens, one or two of which are to be written down: what is copied goes on in
+    the next block, and has to be looked up again for every token."""
+    facts = _facts(draw, LONG, min(MOST_LONG, draw.most))
+    wanted = draw.shuffled(facts)[: draw.count(1, 2)]
+    return Task(draw.hidden(draw.shuffled(facts)), [_about(draw, fact) for fact in wanted])
+
+
+def _facts(draw: Draw, among: tuple[Relation, ...], most: int) -> list[Fact]:
     """One fact or several, at most `most`. Half of the others differ in a word from one before, a quarter is of another
     relation."""
-    relation = draw.relation(RELATIONS)
+    relation = draw.relation(among)
     facts = [draw.fact(relation)]
     for _ in range(int(draw.generator.integers(1, most + 1)) - 1):
         kind = draw.generator.random()
@@ -128,7 +137,7 @@ def _facts(draw: Draw, most: int) -> list[Fact]:
         if kind < 0.5:
             facts.append(draw.fact(like.relation, like))
         else:
-            facts.append(draw.fact(relation if kind < 0.75 else draw.relation(RELATIONS)))
+            facts.append(draw.fact(relation if kind < 0.75 else draw.relation(among)))
     return facts
 
 
@@ -276,19 +285,32 @@ def first_or_last(draw: Draw) -> Task:
 def chain(draw: Draw) -> Task:
     """Links from one name to the next, in any order in the text, to be followed a number of steps or to the end, beside
     another chain whose first name differs in one word."""
+    kind, names, hidden = _chain(draw, 1)
+    links, generator = len(names) - 1, draw.generator
+    if links == 1 or generator.random() < 0.4:
+        return Task(hidden, [Asked(pick(generator, kind.ends).format(s=names[0]), sentence(str(names[-1])))])
+    n = int(generator.integers(2, links + 1))
+    return Task(hidden, [Asked(pick(generator, kind.asks).format(s=names[0], n=n), sentence(str(names[n])))])
+
+
+def whole_chain(draw: Draw) -> Task:
+    """Such links, all names of which behind the first are to be listed."""
+    kind, names, hidden = _chain(draw, 2)
+    question = pick(draw.generator, kind.lists).format(s=names[0])
+    return Task(hidden, [Asked(question, sentence(enumeration([str(name) for name in names[1:]])))])
+
+
+def _chain(draw: Draw, least: int) -> tuple[Chain, list[Term], list[str]]:
+    """A kind of chain, the names of one with `least` links or more, and sentences with its links and another's."""
     generator = draw.generator
     kind = CHAINS[int(generator.integers(len(CHAINS)))]
-    links = draw.count(1, MOST_LINKS)
+    links = draw.count(least, MOST_LINKS)
     names = [new(kind.term, generator, draw.taken)]
     names += [new(kind.term, generator, draw.taken) for _ in range(links)]
     others = [new(kind.term, generator, draw.taken, names[0])]
     others += [new(kind.term, generator, draw.taken) for _ in range(draw.count(0, links))]
     steps = [pair for run in (names, others) for pair in zip(run, run[1:], strict=False)]
-    hidden = [say(kind.says, before, after, generator) for before, after in draw.shuffled(steps)]
-    if links == 1 or generator.random() < 0.4:
-        return Task(hidden, [Asked(pick(generator, kind.ends).format(s=names[0]), sentence(str(names[-1])))])
-    n = int(generator.integers(2, links + 1))
-    return Task(hidden, [Asked(pick(generator, kind.asks).format(s=names[0], n=n), sentence(str(names[n])))])
+    return kind, names, [say(kind.says, before, after, generator) for before, after in draw.shuffled(steps)]
 
 
 def quotation(draw: Draw) -> Task:
@@ -318,10 +340,12 @@ KINDS: tuple[tuple[Callable[[Draw], Task], float], ...] = (
     (quotation, 0.1),
     (inventory, 0.0),
     (completion, 0.0),
+    (transcription, 0.0),
+    (whole_chain, 0.0),
 )
-"""The kinds of questions, and how often each is drawn where none are named. Two are drawn only where they are named: an
-inventory, whose dozens of answers have not made a model better at looking up (docs/results.md), and a completion, for
-models that are too small for the others."""
+"""The kinds of questions, and how often each is drawn where none are named. Four are drawn only where they are named:
+an inventory, whose dozens of answers have not made a model better at looking up (docs/results.md), a completion,
+for models that are too small for the others, and a transcription and a whole chain, which no run has tried yet."""
 
 
 def draw_task(draw: Draw, kinds: Sequence[str] = ()) -> Task:

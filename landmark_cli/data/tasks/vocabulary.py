@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
 import numpy as np
 
@@ -166,6 +167,22 @@ _DISHES = _words("""
     pasties pickle pie pudding ragout risotto salad sauce sorbet soup stew strudel tart terrine
 """)
 
+_LETTER, _DIGIT, _HEX = "A", "9", "h"
+
+
+def _patterned(patterns: Sequence[str]) -> Vocabulary:
+    """Terms in which every A is a capital letter, every 9 a digit, and every h a hexadecimal digit."""
+    choices = {_LETTER: _LETTERS, _DIGIT: _DIGITS, _HEX: tuple("0123456789abcdef")}
+    # Each pattern fills the places from the first on that have what it takes.
+    most = {kind: max(pattern.count(kind) for pattern in patterns) for kind in choices}
+    first = {_LETTER: 0, _DIGIT: most[_LETTER], _HEX: most[_LETTER] + most[_DIGIT]}
+    shapes = []
+    for pattern in patterns:
+        places = {kind: count(begin) for kind, begin in first.items()}
+        shapes.append("".join(f"{{{next(places[one])}}}" if one in places else one for one in pattern))
+    return Vocabulary(tuple(shapes), tuple(chain.from_iterable([choices[kind]] * most[kind] for kind in choices)))
+
+
 VOCABULARIES = {
     "person": Vocabulary(("{0} {1}{2}",), (FIRST_NAMES, _SURNAME_STARTS, _SURNAME_ENDS)),
     "place": Vocabulary(_PLACE_SHAPES, (_PLACE_STARTS, _PLACE_ENDS)),
@@ -195,4 +212,12 @@ VOCABULARIES = {
     "trade": Vocabulary(("{0} {1}",), (_TRADE_KINDS, _TRADES)),
     "colour": Vocabulary(("{0} {1}",), (_SHADES, _COLOURS)),
     "dish": Vocabulary(("{0} {1} with {2}", "{0} {1} on {2}"), (_FOODS, _DISHES, _FOODS)),
+    # From 19 characters to 39, so that it takes dozens of tokens to write one down.
+    "serial": _patterned((
+        "AAAAA-99999-AAAAA-99999", "A9A9A-9A9A9-A9A9A-9A9A9-A9A9A", "9999 9999 9999 9999 9999",
+        "99999999999999999999999", "AA99 9999 9999 9999 9999 99", "AAAA/999/AAAA/999/AAAA", "999.AAA.999.AAA.999",
+        "AA-999999-AA-999999-AA-999999", "hh:hh:hh:hh:hh:hh:hh:hh:hh:hh", "hhhhhhhhhhhhhhhhhhhhhhhh",
+        "hhhhhhhhhh_hhhhhhhhhh_hhhhhhhhhh", "0xhhhhhhhhhhhhhhhhhhhh", "hhhhhh-hhhhhh-hhhhhh-hhhhhh",
+        "hhh.hhh.hhh.hhh.hhh.hhh.hhh.hhh.hhh.hhh",
+    )),
 }  # fmt: skip
