@@ -58,8 +58,7 @@ def key_layout(
     document = torch.zeros_like(index)
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(device=device, dtype=torch.long)
-        if bounds[0] != 0 or bounds[-1] != length or (bounds.diff() < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to the {length} keys, found {bounds.tolist()}")
+        check_bounds(bounds, length)
         document = torch.searchsorted(bounds, index, right=True) - 1
         first = bounds[document]
     elif start is not None:
@@ -87,3 +86,9 @@ def key_layout(
     plain = start is None and cu_seqlens is None and landmark_mask is None
     blocks = int(block.max()) + 1 if length else 0
     return KeyLayout(block, in_document, landmark, document, blocks, block_size if plain else None)
+
+
+def check_bounds(cu_seqlens: Tensor, length: int) -> None:
+    """Raise ValueError where cu_seqlens, (n + 1,), does not cut a row of so many keys into documents, some empty."""
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != length or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to the {length} keys, found {cu_seqlens.tolist()}")

@@ -2,18 +2,22 @@
 
 Where landmarks only choose and everything is read, they are never keys: queries of text attend as if there were no
 landmarks, which is plain causal attention of the text alone. It is copied out of the stream for that. The landmarks'
-own queries, one in block_size, see all text up to their block's end, and are attended for apart.
+own queries, one in block_size, see all text up to their block's end, and are attended for apart. Packed documents are
+attended for one after the other.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from .kernels.common.tensors import empty_heads_last
+from .layout import check_bounds
 from .reference import attention_logits, repeat_heads
 
 aten = torch.ops.aten
@@ -40,11 +44,18 @@ def why_not(kind: str, dtype: torch.dtype, head_dim: int, block_size: int) -> st
     return None if found >= CUDNN else f"cuDNN is {found}; its attention is used from {CUDNN} on"
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(out (B, H, T, D), lse (B, H, T) float32) of q (B, H, T, D) and k, v (B, G, T, D), of which every block_size-th
-    token is a landmark. out lies in memory as (B, T, H, D)."""
-    text = [text_of(x, block_size) for x in (q, k, v)]
+    token is a landmark. out lies in memory as (B, T, H, D).
+
+    cu_seqlens: (n + 1,) documents that do not see each other, of which landmarks count; B = 1.
+    """
     out, lse = empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if cu_seqlens is not None:
+        return _by_documents(forward, cu_seqlens, (q, k, v), (out, lse), block_size, scale)
+    text = [text_of(x, block_size) for x in (q, k, v)]
     for whole, of_text in zip((out, lse), attend_text(*text, scale), strict=True):
         put_text(whole, block_size, of_text)
     if q.shape[2] >= block_size:
@@ -56,11 +67,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> t
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_size: int, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) for the gradient of out, each in memory as (B, T, heads, D)."""
+    """(dq, dk, dv) for the gradient of out, each in memory as (B, T, heads, D). cu_seqlens: as of `forward`."""
+    gradients = tuple(empty_heads_last(x) for x in (q, k, v))
+    if cu_seqlens is not None:
+        return _by_documents(backward, cu_seqlens, (dout, q, k, v, out, lse), gradients, block_size, scale)
     text = [text_of(x, block_size) for x in (dout, q, k, v, out, lse)]
-    gradients = [empty_heads_last(x) for x in (q, k, v)]
     found = attend_text_backward(*text, scale)
     rows = [None] * 3
     if q.shape[2] >= block_size:
@@ -74,7 +95,25 @@ def backward(
         put_text(gradient, block_size, of_text, of_landmarks if number else None)
         own = landmarks_of(gradient, block_size)
         own.zero_() if number or of_landmarks is None else own.copy_(of_landmarks)
-    return tuple(gradients)
+    return gradients
+
+
+def _by_documents(
+    function: Callable[..., Sequence[Tensor]],
+    cu_seqlens: Tensor,
+    given: Sequence[Tensor],
+    found: tuple[Tensor, ...],
+    *settings,
+) -> tuple[Tensor, ...]:
+    """found, (1, H, T, ...), filled with what a function gives of each document of the given, (1, H, T, ...)."""
+    check_bounds(cu_seqlens, given[0].shape[2])
+    for first, end in pairwise(cu_seqlens.tolist()):
+        # Boundaries that stand at the end to fill up their number make documents of no tokens.
+        if first < end:
+            of_document = function(*(x[:, :, first:end] for x in given), *settings)
+            for whole, part in zip(found, of_document, strict=True):
+                whole[:, :, first:end] = part
+    return found
 
 
 # --- where text and landmarks are

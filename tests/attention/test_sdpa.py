@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 
 from landmark_cli.attention import backends, sdpa
 from landmark_cli.attention.backends import BACKENDS, Problem, choose
+from landmark_cli.attention.dispatch import LandmarkLayout, landmark_attention_forward
 from landmark_cli.attention.functional import landmark_attention
 from landmark_cli.attention.kernels.hopper import support
 from landmark_cli.attention.kernels.landmarks import launch
 from landmark_cli.attention.operators import attention, attention_backward
 from landmark_cli.attention.reference import landmark_attention as eager
 from tests.attention.agreement import Case
-from tests.closeness import assert_close_norm
+from tests.closeness import assert_close_norm, tolerance
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -28,6 +30,18 @@ CASES = [
     Case(64, 20, dim=24),
     Case(16, 47, heads=2, key_heads=2, batch=2),
     Case(51, 2),
+]
+
+PACKED = [
+    # A document of one token, one of none, and an end without a landmark.
+    Case(16, 90, heads=4, key_heads=2, cu_seqlens=(0, 1, 35, 35, 80, 90)),
+    # All end with a landmark; the first with the only one that it has.
+    Case(16, 80, heads=2, scale=0.7, cu_seqlens=(0, 16, 48, 80)),
+    # Shorter than a block, one of them by no more than its landmark; boundaries that fill up their number.
+    Case(64, 140, dim=64, heads=3, cu_seqlens=(0, 3, 66, 130, 131, 140, 140, 140)),
+    # One document.
+    Case(7, 40, dim=8, heads=2, key_heads=2, cu_seqlens=(0, 40)),
+    Case(2, 9, cu_seqlens=(0, 1, 2, 3, 9)),
 ]
 
 
@@ -44,6 +58,8 @@ def both(case, dtype=torch.float32, leaves=None, dout=None):
     leaves = leaves or case.tensors(dtype, "cpu")
     dout = torch.randn_like(leaves[0]) if dout is None else dout
     given = {"block_size": case.block_size, "scale": case.scale, "joint": True}
+    if case.cu_seqlens is not None:
+        given["cu_seqlens"] = torch.tensor(case.cu_seqlens)
     out = landmark_attention(*leaves, **given, backend="sdpa")
     assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
     exact = [x.detach().float().requires_grad_() for x in leaves]
@@ -65,6 +81,49 @@ def test_any_shape(seed, landmarks):
     sizes = {"batch": chance.choice([1, 2]), "key_heads": key_heads, "heads": key_heads * chance.choice([1, 2, 3])}
     case = Case(chance.randint(2, 40), chance.randint(2, 180), dim=8 * chance.randint(1, 5), **sizes)
     assert_close_norm(*both(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_documents(case, dtype):
+    # The library forms queries' gradients of logits' gradients that it has rounded, whether rows are packed or not.
+    within = 2 * tolerance(dtype) if dtype == torch.bfloat16 else None
+    assert_close_norm(*both(case, dtype), within=within)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_documents(seed):
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    tokens, key_heads = chance.randint(20, 180), chance.choice([1, 2, 3])
+    ends = sorted(chance.randint(0, tokens) for _ in range(chance.randint(1, 12)))
+    sizes = {"key_heads": key_heads, "heads": key_heads * chance.choice([1, 2, 3]), "dim": 8 * chance.randint(1, 5)}
+    assert_close_norm(*both(Case(chance.randint(2, 40), tokens, cu_seqlens=(0, *ends, tokens), **sizes)))
+
+
+def test_documents_of_several_rows():
+    """Boundaries count over all rows, of which each begins a document."""
+    module = SimpleNamespace(
+        layer_idx=0, training=True, config=SimpleNamespace(landmark_freq=6, landmark_softmax="joint")
+    )
+    leaves = Case(7, 40, batch=3, heads=4, key_heads=2).tensors(torch.float32, "cpu")
+    bounds = 0, 13, 40, 47, 61, 80, 120
+    layout = LandmarkLayout(cu_seqlens=torch.tensor(bounds, dtype=torch.int32), backend="sdpa")
+    out = landmark_attention_forward(module, *leaves, None, landmark_layout=layout)[0].transpose(1, 2)
+    expected = torch.zeros_like(out)
+    for first, end in pairwise(bounds):
+        of_document = first // 40, slice(None), slice(first % 40, (end - 1) % 40 + 1)
+        expected[of_document] = eager(*(x[of_document][None] for x in leaves), block_size=7, joint=True)[0]
+    dout = torch.randn_like(out)
+    assert_close_norm(
+        [out, *torch.autograd.grad(out, leaves, dout)], [expected, *torch.autograd.grad(expected, leaves, dout)]
+    )
+
+
+@pytest.mark.parametrize("bounds", [(1, 40), (0, 39), (0, 30, 20, 40)], ids=str)
+def test_documents_that_are_none_are_refused(bounds):
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 40 keys"):
+        both(Case(7, 40, cu_seqlens=bounds))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -131,30 +190,34 @@ def test_autocast():
     assert_close_norm([out, *found], [expected, *torch.autograd.grad(expected, leaves, dout)], torch.bfloat16)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_in_one_graph(dynamic):
+def test_compiles_in_one_graph(dynamic, packed):
     def layer(function, q, k, v, **given):
         return function(torch.tanh(q), k, v, block_size=16, joint=True, **given) * 2
 
     compiled = torch.compile(
-        lambda *inputs: layer(landmark_attention, *inputs, backend="sdpa"),
+        lambda *inputs, **given: layer(landmark_attention, *inputs, backend="sdpa", **given),
         fullgraph=True,
         backend="aot_eager",
         dynamic=dynamic,
     )
     for tokens in (70, 99) if dynamic else (70,):
         leaves = Case(16, tokens, heads=4, key_heads=2).tensors(torch.float32, "cpu")
-        found, expected = compiled(*leaves), layer(eager, *leaves)
+        given = {"cu_seqlens": torch.tensor([0, 20, tokens - 5, tokens])} if packed else {}
+        found, expected = compiled(*leaves, **given), layer(eager, *leaves, **given)
         dout = torch.randn_like(expected)
         assert_close_norm(
             [found, *torch.autograd.grad(found, leaves, dout)], [expected, *torch.autograd.grad(expected, leaves, dout)]
         )
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 1, 18, 18, 20)], ids=["whole", "packed"])
 @pytest.mark.parametrize("tokens", [70, 20])
-def test_opcheck(tokens):
+def test_opcheck(tokens, cu_seqlens):
     q, k, v = Case(16, tokens, heads=2, key_heads=1).tensors(torch.float32, "cpu")
-    settings = 16, 0.25, None, None, 0.0, None, None, True, "sdpa"
+    bounds = None if cu_seqlens is None else torch.tensor([*cu_seqlens, tokens], dtype=torch.int32)
+    settings = 16, 0.25, None, bounds, 0.0, None, None, True, "sdpa"
     torch.library.opcheck(attention, (q, k, v, None, *settings))
     q, k, v = (x.detach() for x in (q, k, v))
     out, lse = attention(q, k, v, None, *settings)
@@ -229,7 +292,8 @@ def test_what_it_cannot_serve_anywhere_is_named(given, reason):
 def test_on_a_cpu_it_runs_unasked(given):
     problem = TRAINED._replace(device="cpu", **given)
     assert choose(problem) == "sdpa"
-    assert choose(problem._replace(packed=True)) == choose(problem._replace(joint=False)) == "eager"
+    assert choose(problem._replace(packed=True)) == "sdpa"
+    assert choose(problem._replace(joint=False)) == choose(problem._replace(padded=True)) == "eager"
 
 
 @pytest.mark.parametrize("given", [{"reading": True, "differentiated": False}, {"local": True}, {"retrieving": 4}])

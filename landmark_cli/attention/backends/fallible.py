@@ -35,3 +35,13 @@ class Fallible:
             self.given_up = f"{failure} ({words})"
             warn(f"{self.given_up}; the Triton kernels run instead")
             return None
+
+
+def or_else(function: Callable[..., tuple | None], otherwise: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backend's forward or backward: what a function gives of its arguments, or, if that is None, `otherwise`."""
+
+    def attend(*given):
+        found = function(*given)
+        return otherwise(*given) if found is None else found
+
+    return attend

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.hopper import support
 from . import triton
 from .backend import Backend
-from .fallible import Fallible
+from .fallible import Fallible, or_else
 from .problem import FEW_QUERIES, Problem, knows_no_other_logits, needs_the_definition
 
 KERNELS = Fallible(support.compile_failure)
@@ -53,20 +53,21 @@ def _launched(name: str, *arguments) -> tuple[Tensor, ...]:
     return getattr(_launch(), name)(*arguments)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: None, block_size: int, scale: float, *rest
-) -> tuple[Tensor, Tensor]:
-    found = KERNELS.call(_launched, "forward", q, k, v, block_size, scale)
-    return triton.forward(q, k, v, sinks, block_size, scale, *rest) if found is None else found
+def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: None, block_size: int, scale: float, *_) -> tuple | None:
+    return KERNELS.call(_launched, "forward", q, k, v, block_size, scale)
 
 
-def _backward(
-    dout, dlse, q, k, v, sinks: None, out, lse, block_size, scale, *rest
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _backward(dout, dlse, q, k, v, sinks: None, out, lse, block_size, scale, *_) -> tuple | None:
     found = KERNELS.call(_launched, "backward", dout, dlse, q, k, v, out, lse, block_size, scale)
-    if found is None:
-        return triton.backward(dout, dlse, q, k, v, sinks, out, lse, block_size, scale, *rest)
-    return *found, None
+    return None if found is None else (*found, None)
 
 
-HOPPER = Backend("hopper", is_hopper, why_not, "triton", _forward, _backward, tried=lambda problem: not problem.joint)
+HOPPER = Backend(
+    "hopper",
+    is_hopper,
+    why_not,
+    "triton",
+    or_else(_forward, triton.forward),
+    or_else(_backward, triton.backward),
+    tried=lambda problem: not problem.joint,
+)

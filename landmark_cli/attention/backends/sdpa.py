@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import sdpa
 from . import triton
 from .backend import Backend
-from .fallible import Fallible
+from .fallible import Fallible, or_else
 from .hopper import is_hopper
 from .problem import FEW_QUERIES, Problem, knows_no_other_logits, needs_the_definition
 
@@ -36,8 +36,10 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if not problem.joint:
         return "joint is not asked for, and PyTorch's attention knows no grouped softmax"
-    if problem.padded or problem.packed:
-        return "PyTorch's attention is used with neither padding nor packed documents"
+    if problem.padded:
+        return "PyTorch's attention is used without padding"
+    if problem.packed and problem.kind != "cpu":
+        return "PyTorch's attention is used with packed documents on a CPU alone"
     if problem.dropout:
         return "dropout_p is of the grouped softmax"
     if problem.earlier_keys:
@@ -59,23 +61,20 @@ def _by_the_library(function: Callable, q: Tensor, *arguments) -> tuple[Tensor, 
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: None, block_size: int, scale: float, *rest
-) -> tuple[Tensor, Tensor]:
-    found = _by_the_library(sdpa.forward, q, k, v, block_size, scale)
-    return triton.forward(q, k, v, sinks, block_size, scale, *rest) if found is None else found
+    q: Tensor, k: Tensor, v: Tensor, sinks: None, block_size: int, scale: float, start: None, cu_seqlens, *_
+) -> tuple | None:
+    return _by_the_library(sdpa.forward, q, k, v, block_size, scale, cu_seqlens)
 
 
 def _backward(
-    dout, dlse: None, q, k, v, sinks: None, out, lse, block_size, scale, *rest
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dout, dlse: None, q, k, v, sinks: None, out, lse, block_size, scale, start: None, cu_seqlens, *_
+) -> tuple | None:
     # cuDNN adds up queries' gradients in any order, and has PyTorch know no other way.
     repeats = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    found = None
-    if not (repeats and q.is_cuda):
-        found = _by_the_library(sdpa.backward, dout, q, k, v, out, lse, block_size, scale)
-    if found is None:
-        return triton.backward(dout, dlse, q, k, v, sinks, out, lse, block_size, scale, *rest)
-    return *found, None
+    if repeats and q.is_cuda:
+        return None
+    found = _by_the_library(sdpa.backward, dout, q, k, v, out, lse, block_size, scale, cu_seqlens)
+    return None if found is None else (*found, None)
 
 
 SDPA = Backend(
@@ -84,8 +83,8 @@ SDPA = Backend(
     lambda device: device.startswith("cpu") or is_hopper(device),
     why_not,
     None,
-    _forward,
-    _backward,
+    or_else(_forward, triton.forward),
+    or_else(_backward, triton.backward),
     # On a GPU a library takes long before its first call with a new length; training windows are alike.
     tried=lambda problem: problem.joint and (problem.differentiated or problem.kind == "cpu"),
 )
