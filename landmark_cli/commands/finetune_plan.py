@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.finetune_defaults import GATE, PLAIN, TAUGHT, WIDTH
 from landmark_cli.commands.finetune_teacher import distilled_from, teachers_name
-from landmark_cli.commands.plan import attention_is_fused, show_plan
+from landmark_cli.commands.plan import show_plan
 from landmark_cli.commands.run_loop import begun_in, loop_settings
 from landmark_cli.commands.run_options import compiles_layers, reading
 from landmark_cli.console import info, quantity, warn
@@ -205,7 +205,7 @@ def filled(options: FinetuneOptions, values: dict[str, Any]) -> FinetuneOptions:
 
 def memory_needed(options: FinetuneOptions, shapes: Shapes, checkpointing: bool) -> int:
     """Bytes that a device needs for a run, about."""
-    from landmark_cli.training.estimate import estimate
+    from landmark_cli.training.estimate import attention_is_fused, estimate
     from landmark_cli.training.runs import resolve_precision
 
     read = reading(options, options.landmark_freq, options.top_k_blocks)
@@ -219,7 +219,7 @@ def memory_needed(options: FinetuneOptions, shapes: Shapes, checkpointing: bool)
         checkpointing=checkpointing,
         keep_retrieved=options.keep_retrieved,
         frozen_bytes=FOUR_BIT_BYTES if options.four_bit else None,
-        fused_attention=attention_is_fused(options, shapes.model, read),
+        fused_attention=attention_is_fused(shapes.model, options.device, read, options.mask_documents),
         teacher=shapes.teacher,
         teacher_beside=shapes.beside,
         hidden_states=options.hidden_weight > 0,

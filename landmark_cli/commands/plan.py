@@ -46,7 +46,7 @@ def show_plan(
     teacher_beside, hidden_states, frozen_bytes: see `estimate`. measure: takes the steps of such options, or says why
     they are not taken.
     """
-    from landmark_cli.training.estimate import estimate
+    from landmark_cli.training.estimate import attention_is_fused, estimate
     from landmark_cli.training.reading import said_of
     from landmark_cli.training.runs import attention_name, resolve_precision
 
@@ -60,7 +60,7 @@ def show_plan(
         "checkpointing": checkpointing,
         "keep_retrieved": options.keep_retrieved,
         "frozen_bytes": frozen_bytes,
-        "fused_attention": attention_is_fused(options, model, read),
+        "fused_attention": attention_is_fused(model, options.device, read, options.mask_documents),
     }
     taught = {"teacher": teacher, "teacher_beside": teacher_beside, "hidden_states": hidden_states}
     needs = estimate(model, options.batch_size, precision, options.fused_loss, **taught, **how)
@@ -133,16 +133,6 @@ def time_rows(
         (TIME, f"{duration(of_all)}: {seconds:.3g} s a step, by {measured}; preparing and evaluating aside"),
         ("cost, about", f"{of_all / 3600:.3g} hours of one {device}"),
     ]
-
-
-def attention_is_fused(options: RunOptions, model: nn.Module, read: WindowSettings | None) -> bool:
-    """Whether attention keeps no matrices of all pairs of tokens: by kernels, which a GPU has, and on a CPU by
-    PyTorch's own attention, which serves where landmarks only choose and windows are whole
-    (attention/backends/sdpa.py)."""
-    from landmark_cli.softmax import is_joint
-    from landmark_cli.training.setup import uses_cpu
-
-    return not uses_cpu(options.device) or (is_joint(model.config) and read is None and not options.mask_documents)
 
 
 def said_of_documents(options: RunOptions, filled: float | None) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from landmark_cli.attention.backends import BACKENDS, Problem
 from landmark_cli.attention.window import WindowSettings
+from landmark_cli.models.layers import key_heads
+from landmark_cli.softmax import is_joint
 from landmark_cli.training.linear_cross_entropy import piece_rows
-from landmark_cli.training.setup import has_plain_head
+from landmark_cli.training.setup import has_plain_head, uses_cpu
 
 # Bytes that the backward pass keeps of one token in one layer, for each unit of the width: the residual stream and the
 # norms' inputs in float32; inputs of the four linear layers, queries, keys, values and the MLP's hidden layer, twice.
@@ -121,3 +125,26 @@ def estimate(
         held = teacher.parameters() if teacher_beside else {id(layer.weight): layer.weight for layer in layers}.values()
         state += number * sum(parameter.numel() for parameter in held)
     return Estimate(parameters, trained, state, activations)
+
+
+def attention_is_fused(model: nn.Module, device: str, read: WindowSettings | None, packed: bool) -> bool:
+    """Whether attention keeps no (T, T) matrices: by kernels, which a GPU has, and on a CPU by PyTorch's own attention,
+    where that serves.
+
+    device: of the run's options. read: how windows are read chunk by chunk, if they are, which asks attention within
+    chunks for its log-sum-exp. packed: documents do not see each other.
+    """
+    if not uses_cpu(device):
+        return True
+    config = model.config.get_text_config()
+    freq = getattr(model.config, "landmark_freq", None)
+    problem = Problem(
+        "cpu",
+        torch.float32,
+        key_heads(config, 0)[1],
+        None if freq is None else freq + 1,
+        packed=packed,
+        joint=is_joint(model.config),
+        lse=read is not None,
+    )
+    return BACKENDS["sdpa"].why_not(problem) is None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from landmark_cli.training.estimate import estimate
+from landmark_cli.attention.window import WindowSettings
+from landmark_cli.training.estimate import attention_is_fused, estimate
 from landmark_cli.training.fit import STEP_TOKENS, Fit, device_memory, fit, longest_window
 from tests.models.families import tiny_decoder
 
@@ -93,3 +94,17 @@ def test_eager_attention_takes_its_matrices(checkpointing):
     fused, eager = (estimate(model, 1, "fp32", fused_attention=kind, **how).memory for kind in (True, False))
     kept = 20 * 4 * 4096**2
     assert eager - fused == pytest.approx(2 * kept if checkpointing else 3 * kept, rel=0.1)
+
+
+READ = WindowSettings(block_size=5, chunk=10, top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("softmax", "read", "packed", "fused"),
+    [("joint", None, False, True), ("joint", None, True, True), ("joint", READ, False, False)]
+    + [("grouped", None, False, False), (None, None, False, False)],
+)
+def test_on_a_cpu_attention_is_fused_where_pytorchs_own_serves(softmax, read, packed, fused):
+    with torch.device("meta"):
+        model = tiny_decoder("llama", landmark_softmax=softmax, landmark_freq=4 if softmax else None)
+    assert attention_is_fused(model, "cpu", read, packed) == fused
