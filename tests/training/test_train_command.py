@@ -361,6 +361,33 @@ def test_a_finished_run_can_be_resumed_again(corpus, tmp_path):
     assert (output / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": 0.5}, "--lr 0.5: the run in .*run has done all of its 2 steps with 0.002; give more --steps, or leave"),
+        (
+            {"warmup": 0.25, "schedule": "constant"},
+            "--schedule constant --warmup 0.25: the run in .* with one-cycle and 0.02; give more --steps, or leave",
+        ),
+    ],
+)
+def test_a_finished_run_is_not_said_to_be_trained_otherwise(corpus, tmp_path, changes, said):
+    """Neither by its recipe, which is to repeat it, nor by its card."""
+    output = train(corpus, tmp_path / "run", steps=2, save_every=1, warmup=0.02, lr=0.002)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=said):
+        train(corpus, output, resume=True, **{"steps": 2, "save_every": 1, "warmup": 0.02, "lr": 0.002} | changes)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(corpus, tmp_path, capsys):
+    output = train(corpus, tmp_path / "run", steps=2, save_every=1, lr=0.002)
+    train(corpus, output, resume=True, steps=3, save_every=1, lr=0.002)
+    assert "from step 3 on" not in capsys.readouterr().err
+    train(corpus, output, resume=True, steps=4, save_every=1, lr=0.5)
+    assert "from step 4 on --lr 0.5, which was 0.002 before" in capsys.readouterr().err
+
+
 def test_a_tracker_that_is_not_installed_names_its_extra(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(LandmarkError, match=r"pip install 'landmark-cli\[wandb\]'"):
