@@ -103,7 +103,10 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any(sign in str(error) for sign in TORCH_WRITER_SIGNS):
         return "a file could not be written to its end, as on a full disk or beyond a quota or a limit on a file's size"
-    return _short(lines[0]) if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # A line that ends with a colon says nothing without those that it announces.
+    return _short(" ".join(lines) if lines[0].endswith(":") else lines[0])
 
 
 def _line(path: str | Path, what: str, done: str, why: str, to_do: str) -> str:

@@ -127,7 +127,7 @@ def opening(path: str | Path, what: str, trust_remote_code: bool) -> Iterator[di
     missing = "" if os.path.exists(path) else "there is no such directory, and the hub gave none"
     if missing:
         tell_of_hub(str(path))
-    with reading(path, what, to_do=missing):
+    with reading(path, what, to_do=missing or "copy it again with all of its files, if some are missing or damaged"):
         try:
             yield {"trust_remote_code": trust_remote_code}
         except ValueError as error:

@@ -36,6 +36,12 @@ def test_whatever_a_parser_throws_is_one_short_line(error):
     assert "\n" not in message and len(message) < 400
 
 
+def test_what_a_line_announces_is_said_too():
+    said = "It is none of: \n(1) a file, \n(2) a folder."
+    with pytest.raises(LandmarkError, match=r"read: It is none of: \(1\) a file, \(2\) a folder\.$"), reading("it"):
+        raise ValueError(said)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, LandmarkError])
 @pytest.mark.parametrize("around", [reading, writing])
 def test_interruptions_and_our_own_errors_pass(around, error):

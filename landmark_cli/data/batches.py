@@ -99,6 +99,10 @@ class Batches:
         raise AssertionError("the last file takes every row that is left")
 
 
+# Of text that a run prepares itself little is held out.
+MORE_HELD_OUT = ", or hold more of it out (--validation-share)"
+
+
 class SequentialWindows:
     """A token file read front to back in windows that do not overlap: what evaluation during training runs over.
 
@@ -120,7 +124,7 @@ class SequentialWindows:
             self._whole = whole_documents(token_file, windows.text_length)
             self._available = len(self._whole)
         else:
-            self._available = _window_count(token_file, windows.text_length)
+            self._available = _window_count(token_file, windows.text_length, MORE_HELD_OUT)
         self._count = self._available if limit is None else min(limit, self._available)
 
     def __len__(self) -> int:
@@ -247,13 +251,14 @@ def _mix(value: int) -> int:
     return value ^ value >> 31
 
 
-def _window_count(token_file: TokenFile, length: int) -> int:
-    """Windows of `length` tokens in a file, each window with a token after it."""
+def _window_count(token_file: TokenFile, length: int, or_else: str = "") -> int:
+    """Windows of `length` tokens in a file, each window with a token after it. or_else: what helps where there are
+    none, beside shorter windows and more text."""
     tokens = len(token_file.tokens)
     if tokens < length + 1:
         raise LandmarkError(
             f"{token_file.path} holds {counted(tokens, 'token')}, less than one window of {length} and the token after "
-            f"it: take a shorter sequence length or more text"
+            f"it: take a shorter sequence length or more text{or_else}"
         )
     return (tokens - 1) // length
 

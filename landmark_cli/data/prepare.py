@@ -306,7 +306,7 @@ def _why_nothing(others: bool, left_out: LeftOut, documents: int) -> str:
     if others:
         return "all of it became validation text (see --validation-share)"
     if documents:
-        return "its only document is empty" if documents == 1 else f"its {documents} documents are empty"
+        return "its only document is empty" if documents == 1 else "all of its documents are empty"
     return "it holds no documents"
 
 

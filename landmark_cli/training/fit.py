@@ -95,8 +95,9 @@ def longest_of(config: PreTrainedConfig) -> int:
 
 
 def device_memory(device: str) -> float:
-    """Bytes that a run may take of the device it is on, or of the host's memory on a CPU, which the processes of a
-    launch share. Without bound where a launch splits the model, of which no estimate is made."""
+    """Bytes that a run may take of the device it is on; on a CPU of the host's memory that is free, or of all of it,
+    which the processes of a launch share. Without bound where a launch splits the model, of which no estimate is
+    made."""
     from landmark_cli.training.setup import uses_cpu
 
     if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
@@ -104,7 +105,10 @@ def device_memory(device: str) -> float:
     if uses_cpu(device):
         import psutil
 
-        return MEMORY_SHARE * psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        memory, processes = psutil.virtual_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # What others hold already is not there: a system that runs out ends a process without a word. The processes of
+        # a launch ask one after the other, and have to come to the same.
+        return MEMORY_SHARE * (memory.available if processes == 1 else memory.total / processes)
     import torch
 
     index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))

@@ -138,6 +138,8 @@ def test_the_smallest_files(tmp_path):
     assert set(first_tokens(batches, 12)) == {0}
     with pytest.raises(LandmarkError, match="holds 17 tokens, less than one window of 17"):
         batches_of(smallest, length=21, freq=4)
+    with pytest.raises(LandmarkError, match=r"more text, or hold more of it out \(--validation-share\)$"):
+        SequentialWindows(smallest, Windows(21, 4, LANDMARK, EOT))
 
 
 def test_every_token_is_reached(tmp_path):

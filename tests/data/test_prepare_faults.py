@@ -132,7 +132,7 @@ def test_losses_of_several_processes_are_those_of_one(gpt2, mixed, count, capsys
 
 NOTHING = {
     "a json array": ({"a.jsonl": json.dumps([{"text": "x"}] * 40, indent=1)}, "none of it is good; .*JSON array"),
-    "empty files": ({"a.txt": "", "b.txt": "", "sub/c.md": ""}, "its 3 documents are empty"),
+    "empty files": ({"a.txt": "", "b.txt": "", "sub/c.md": ""}, "all of its documents are empty"),
     "an empty file": ({"a.txt": ""}, "empty"),
     "no lines": ({"a.jsonl": ""}, "it holds no documents"),
     "one row": ({"a.jsonl": '{"text": "x"}'}, "all of it became validation text .*--validation-share"),
