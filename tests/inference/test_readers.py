@@ -259,7 +259,7 @@ def test_one_place_knows_the_kinds_of_readers():
     knowing = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imported(path) & modules}
     # And reader.py, which has a name for programs, the package, which gives it to them, and what is of the block cache
     # alone: memories of what was read through it, and the trace of what it read.
-    of_the_cache = {f"inference/{name}.py" for name in ("memory", "trace/contents")}
+    of_the_cache = {f"inference/{name}.py" for name in ("memory_fit", "reader_memory", "trace/contents")}
     assert knowing == {"inference/readers.py", "inference/reader.py", "__init__.py"} | of_the_cache
     known = imported(PACKAGE / "inference" / "readers.py")
     assert {module.removeprefix("landmark_cli.inference.") for module in known & modules} == {
