@@ -31,6 +31,9 @@ from landmark_cli.training.linear_cross_entropy import (
     scale_gradients,
 )
 
+# Logits of each model that plain PyTorch makes float32 buffers of at a time, seven as large together.
+AT_A_TIME = 1 << 23
+
 
 def distillation(
     logits: Tensor,
@@ -157,7 +160,26 @@ def distil_and_differentiate(
     losses: Tensor,
 ) -> None:
     """Turn the student's logits (rows, V), in place, into the gradient of the loss of `distillation`, and write each
-    row's divergence and loss to `divergences` and `losses`, (rows,) float32. The teacher's logits, (rows, W), stay."""
+    row's divergence and loss to `divergences` and `losses`, (rows,) float32. The teacher's logits, (rows, W), stay.
+
+    Some rows at a time, for what is made on the way holds several numbers for each logit.
+    """
+    given = (logits, teacher_logits, targets, weights, target_weights, divergences, losses)
+    for rows in zip(*(x.split(max(1, AT_A_TIME // logits.shape[-1])) for x in given), strict=True):
+        _distil_rows(*rows, temperature)
+
+
+def _distil_rows(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    target_weights: Tensor,
+    divergences: Tensor,
+    losses: Tensor,
+    temperature: float,
+) -> None:
+    """As `distil_and_differentiate`, all rows at once."""
     common = min(logits.shape[-1], teacher_logits.shape[-1])
     known, counted = targets != IGNORED_TARGET, weights != 0
     target = targets.clamp(min=0)[:, None]

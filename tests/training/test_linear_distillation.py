@@ -58,6 +58,13 @@ def spelled_out(hidden, weight, teacher_hidden, teacher_weight, targets, weights
     return loss, torch.stack(divergences).view(targets.shape), torch.stack(losses).view(targets.shape)
 
 
+def test_few_rows_at_a_time_change_no_bit(monkeypatch):
+    whole = found(linear_distillation, *inputs(131, 127))
+    for logits in (1, 7 * 131, 100 * 131):
+        monkeypatch.setattr(module, "AT_A_TIME", logits)
+        assert all(map(torch.equal, found(linear_distillation, *inputs(131, 127)), whole))
+
+
 def found(loss_of, hidden, weight, *rest, scale=0.37):
     loss, divergences, losses = loss_of(hidden, weight, *rest)
     assert loss.requires_grad and not divergences.requires_grad and not losses.requires_grad
