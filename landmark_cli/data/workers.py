@@ -22,7 +22,7 @@ from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from landmark_cli.console import warn
-from landmark_cli.cores import available_cores
+from landmark_cli.cores import available_cores, processes_here
 from landmark_cli.data.merge import TURN, Process
 from landmark_cli.data.prefetch import prefetched
 from landmark_cli.data.text_batches import Encoded, encoded, taken, text_batches
@@ -206,8 +206,7 @@ def _close(workers: list[_Worker]) -> None:
 
 def _environment(workers: int) -> dict[str, str]:
     """Of workers: one thread each, since there are as many of them as cores."""
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    own = {"TOKENIZERS_PARALLELISM": "false", "LOCAL_WORLD_SIZE": str(beside * workers)}
+    own = {"TOKENIZERS_PARALLELISM": "false", "LOCAL_WORLD_SIZE": str(processes_here() * workers)}
     return os.environ | own | dict.fromkeys(THREADS, "1")
 
 

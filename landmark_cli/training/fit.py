@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from landmark_cli.cores import processes_here
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -105,9 +107,9 @@ def device_memory(device: str) -> float:
     if uses_cpu(device):
         import psutil
 
-        memory, processes = psutil.virtual_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        # What others hold already is not there: a system that runs out ends a process without a word. The processes of
-        # a launch ask one after the other, and have to come to the same.
+        memory, processes = psutil.virtual_memory(), processes_here()
+        # What others hold already is not there: a system that runs out ends a process without a word. In a launch that
+        # would be what its other processes happen to hold by now, which is theirs in any case.
         return MEMORY_SHARE * (memory.available if processes == 1 else memory.total / processes)
     import torch
 

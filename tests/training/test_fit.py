@@ -68,7 +68,7 @@ def test_the_longest_window_is_what_a_model_sees(monkeypatch):
 def test_processes_share_a_machines_memory_and_a_split_model_is_not_counted(monkeypatch):
     there = SimpleNamespace(total=64 << 30, available=20 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: there)
-    # What others hold is not there; but processes of a launch, who ask one after the other, have to come to the same.
+    # What others hold is not there; in a launch they are its other processes too, and each has its share of all.
     assert device_memory("cpu") == 0.9 * (20 << 30)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert device_memory("cpu") == 0.9 * (16 << 30)
