@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -122,6 +123,18 @@ def test_the_next_is_trained_while_one_is_measured(study):
     listed = (study.folder / "results/made-of/order.txt").read_text().split()
     assert listed[:2] == ["best", "text-0.4"] and len(listed) == len(set(listed)) > 20
     assert "--text-weight" not in first and "--text-weight" in second and len(of(calls, "eval")) == 3
+
+
+def test_a_part_and_a_row_that_change_the_same_are_told_once(study):
+    """A whole run without long values has the kinds of tasks that the table's row has."""
+    status, calls, said = study(PART="ruler-distilled ruler-short-values", RULER_WAYS="none")
+    assert status == 0, said
+    recipe, short = of(calls, "finetune")
+    _, calls, _ = study(PART="made-of", MADE_OF="short-values", MADE_OF_K="")
+    (row,) = of(calls, "finetune")
+    kinds = re.findall(r"--kinds (\w+)", short)
+    assert "--kinds" not in recipe and kinds == re.findall(r"--kinds (\w+)", row)
+    assert len(kinds) == 10 and "transcription" not in kinds
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -148,6 +148,7 @@ def report(parts: Parts, folder: Path, reading: str = "") -> str:
     sources = {
         "untouched, full attention": ("ruler-untouched/passkey-novels",),
         **asked("distilled", "ruler-distilled"),
+        **asked("short values", "ruler-short-values"),
         **asked("the ordinary loss weighing 0.4", "ruler-text-0.4"),
         **asked("without the ordinary loss", "ruler-text-0"),
         **asked("blocks of 32", "ruler-block-32"),

@@ -16,8 +16,9 @@
 #   smollm2-untouched smollm2-novels smollm2-passkey      a pretrained model, as it is and fine-tuned
 #   ruler-untouched ruler-recipe  RULER's tasks, asked of the pretrained model as it is and of smollm2-passkey's, after that
 #   ruler-distilled               distilled from itself, then asked the same, some tasks of it at a million tokens
-#   ruler-text-0.4                the same with the ordinary loss weighing 0.4
-#   ruler-text-0                  the same without it
+#   ruler-short-values            the same with tasks none of whose values has more than 13 characters
+#   ruler-text-0.4                with the ordinary loss weighing 0.4
+#   ruler-text-0                  without it
 #   ruler-block-32                ruler-distilled in blocks of 32, of which 16 are read, as of blocks of 64
 #   ruler-grouped                 and that with the paper's softmax
 #   ruler-distilled-64k           ruler-grouped's model, after that, going on in windows of 64 thousand tokens, trained as it
@@ -36,8 +37,8 @@
 #   LENGTHS LONG_LENGTHS SMOLLM2_LENGTHS    of pass-key prompts EVAL_TOKENS SMOLLM2_TOKENS    text for a perplexity
 #   RULER_LENGTHS RULER_SAMPLES    of RULER's prompts, and how many of each task
 #   RULER_LONG_LENGTHS RULER_LONG_SAMPLES RULER_LONG_TASKS    the same of the longest prompts
-#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -text-0.4, -text-0, -block-32, -grouped and -answers-0;
-#                          DISTILLED_64K_STEPS of -distilled-64k
+#   DISTILLED_STEPS        optimizer steps of ruler-distilled, -short-values, -text-0.4, -text-0, -block-32, -grouped and
+#                          -answers-0; DISTILLED_64K_STEPS of -distilled-64k
 #   RULER_WAYS             how models are asked, of k4 k16 long (RULER) keys keys16 long-keys (pass keys in novels), or none
 #   RULER_KEYS RULER_KEY_PROMPTS    lengths and number of these pass keys; the longest are as long and many as long's prompts
 #   MADE_OF                which changes, by the names in `variants`, all by default; MADE_OF_STEPS optimizer steps of each
@@ -82,7 +83,7 @@ SAMPLE=(${EVAL_TOKENS:+--sample-tokens "$EVAL_TOKENS"})
 WINDOW_PARTS="windows-dense windows-16k windows-64k"
 MATH_PARTS="math-landmark math-baseline math-xl"
 SMOLLM2_PARTS="smollm2-untouched smollm2-novels smollm2-passkey"
-RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-text-0.4 ruler-text-0 ruler-block-32 ruler-grouped ruler-distilled-64k ruler-answers-0"
+RULER_PARTS="ruler-untouched ruler-recipe ruler-distilled ruler-short-values ruler-text-0.4 ruler-text-0 ruler-block-32 ruler-grouped ruler-distilled-64k ruler-answers-0"
 GEMMA3_PARTS="gemma3-untouched gemma3-distilled"
 PART=${PART:-data landmark million baseline xl $WINDOW_PARTS $MATH_PARTS $SMOLLM2_PARTS $RULER_PARTS made-of $GEMMA3_PARTS report}
 
@@ -298,12 +299,13 @@ ruler() {
             # More blocks than 4 leave little room for a chunk in windows of 1024: it goes beyond them.
             ask ruler-k16 "$RUNS/smollm2-passkey" "$RULER_LENGTHS" "$RULER_SAMPLES" --top-k-blocks 16 --chunk 504
             ;;
-        distilled | text-0.4 | text-0 | block-32 | grouped | answers-0)
+        distilled | short-values | text-0.4 | text-0 | block-32 | grouped | answers-0)
             smollm2_text
             novels
             local changes=()
             case $role in
                 distilled) ;;
+                short-values) mapfile -t changes < <(variants | sed -n "s/^short-values *//p" | tr " " "\n") ;;
                 text-0.4) changes=(--text-weight 0.4) ;;
                 block-32) changes=(--landmark-freq 31 --top-k-blocks 16) ;;
                 *) changes=(--text-weight 0) ;;
@@ -389,7 +391,7 @@ hidden-0.1          --hidden-weight 0.1
 hidden-5            --hidden-weight 5
 fewer-tasks         --tasks-share 0.3
 inventories         --kinds look_up --kinds inventory --kinds quotation
-long-values         --kinds look_up --kinds look_up --kinds look_up --kinds together --kinds all_values --kinds chain --kinds whole_chain --kinds quotation --kinds transcription --kinds transcription
+short-values        --kinds look_up --kinds look_up --kinds look_up --kinds look_up --kinds look_up --kinds together --kinds all_values --kinds first_or_last --kinds chain --kinds quotation
 inventories-words   --kinds look_up --kinds inventory --kinds quotation --answer-weight 0.2
 lr-3e-5             --lr 3e-5
 lora-8              --lora-rank 8 --merge

@@ -26,8 +26,9 @@ PARTS = {
     "ruler-untouched": "RULER, SmolLM2-135M as it is",
     "ruler-recipe": "RULER, SmolLM2-135M with landmarks, novels and pass keys",
     "ruler-distilled": "RULER, SmolLM2-135M with landmarks by distillation from itself",
-    "ruler-text-0.4": "RULER, the same distillation with the ordinary loss weighing 0.4",
-    "ruler-text-0": "RULER, the same distillation without the ordinary loss",
+    "ruler-short-values": "RULER, the same distillation with tasks of short values alone",
+    "ruler-text-0.4": "RULER, that one with the ordinary loss weighing 0.4",
+    "ruler-text-0": "RULER, that one without the ordinary loss",
     "ruler-block-32": "RULER, distilled in blocks of 32, as many of them read as of blocks of 64",
     "ruler-grouped": "RULER, the one without the ordinary loss, with the grouped softmax",
     "ruler-distilled-64k": "RULER, the grouped model going on in windows of 64k, trained as it reads",
@@ -42,8 +43,8 @@ NOVELS, WINDOWS, MATH, SMOLLM2, RULER, GEMMA3 = (
     ("math-landmark", "math-baseline", "math-xl"),
     ("smollm2-untouched", "smollm2-novels", "smollm2-passkey"),
     (
-        *("ruler-untouched", "ruler-recipe", "ruler-distilled", "ruler-text-0.4", "ruler-text-0"),
-        *("ruler-block-32", "ruler-grouped", "ruler-distilled-64k", "ruler-answers-0"),
+        *("ruler-untouched", "ruler-recipe", "ruler-distilled", "ruler-short-values", "ruler-text-0.4"),
+        *("ruler-text-0", "ruler-block-32", "ruler-grouped", "ruler-distilled-64k", "ruler-answers-0"),
     ),
     ("gemma3-untouched", "gemma3-distilled"),
 )

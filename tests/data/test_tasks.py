@@ -103,8 +103,8 @@ def test_no_document_holds_a_tests_words():
     """What is put together of wordings, names and frames too."""
     forbidden = set().union(*(grams(text) for text in (*RULER, *PASS_KEY)))
     generator = np.random.default_rng(0)
-    for _ in range(400):
-        task = kinds.draw_task(Draw(generator, TEXT, 8, 0.1))
+    for _ in range(800):
+        task = kinds.draw_task(Draw(generator, TEXT, 8, 0.1), [kind.__name__ for kind, _ in KINDS])
         ending = questions.ending(task.asked, generator)
         for text in (*task.hidden, str(ending)):
             assert not grams(text) & forbidden, text

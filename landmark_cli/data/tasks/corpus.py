@@ -26,7 +26,7 @@ from landmark_cli.errors import LandmarkError, UsageError
 if TYPE_CHECKING:
     from landmark_cli.data.text_tokenizer import TextTokenizer
 
-CONTENTS = 5
+CONTENTS = 6
 """Counts up when a version of this program gives other documents to the same seed."""
 LEAST = 256
 """Tokens of the shortest document: room for a fact, its question and some text."""

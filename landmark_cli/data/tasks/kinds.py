@@ -331,21 +331,21 @@ def quotation(draw: Draw) -> Task:
 
 
 KINDS: tuple[tuple[Callable[[Draw], Task], float], ...] = (
-    (look_up, 0.5),
-    (together, 0.08),
-    (all_values, 0.12),
-    (counting, 0.04),
-    (first_or_last, 0.06),
+    (look_up, 0.3),
+    (together, 0.1),
+    (all_values, 0.1),
+    (counting, 0.0),
+    (first_or_last, 0.0),
     (chain, 0.1),
     (quotation, 0.1),
     (inventory, 0.0),
     (completion, 0.0),
-    (transcription, 0.0),
-    (whole_chain, 0.0),
+    (transcription, 0.2),
+    (whole_chain, 0.1),
 )
-"""The kinds of questions, and how often each is drawn where none are named. Four are drawn only where they are named:
-an inventory, whose dozens of answers have not made a model better at looking up (docs/results.md), a completion,
-for models that are too small for the others, and a transcription and a whole chain, which no run has tried yet."""
+"""The kinds of questions, and how often each is drawn where none are named: as the best run did (docs/results.md). Four are
+drawn only where they are named: counting and order, an inventory, whose dozens of answers have not made a model better
+at looking up, and a completion, for models that are too small for the others."""
 
 
 def draw_task(draw: Draw, kinds: Sequence[str] = ()) -> Task:
