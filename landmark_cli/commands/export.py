@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.commands.courses import recipe_at
 from landmark_cli.commands.models import CodeOptions
 from landmark_cli.commands.run_options import RECIPE
 from landmark_cli.console import info
@@ -130,7 +131,7 @@ def made_again(
     """The run's model as it was before the first step, and how it is written into `output`."""
     from landmark_cli.file_reading import read_yaml
 
-    recipe = run_directory / RECIPE
+    recipe = recipe_at(run_directory, record.step)
     if not recipe.is_file():
         raise LandmarkError(
             f"{run_directory} has no {RECIPE}, which says what its model is; a run of an earlier version gets one when "
@@ -176,7 +177,7 @@ def finetuned_again(
     processes = windows // (of_run.batch_size * of_run.accumulation) if isinstance(windows, int) else 1
 
     def save_rest(directory: Path) -> None:
-        write_rest(directory, of_run, model, tokenizer, processes, record.step)
+        write_rest(directory, of_run, model, tokenizer, recipe.parent, processes, record.step)
 
     return trained, Publication(trained, output, save_rest, saving_of(of_run, tokenizer), rehearse=False)
 

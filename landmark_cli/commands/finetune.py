@@ -325,7 +325,7 @@ def finetune(options: FinetuneOptions, begun: tuple[Accelerator, Path, str]) -> 
     )
 
     def save_rest(directory: Path) -> None:
-        write_rest(directory, options, model, tokenizer, accelerator.num_processes)
+        write_rest(directory, options, model, tokenizer, output, accelerator.num_processes)
 
     publication = Publication(trained, output, save_rest, saving_of(options, tokenizer))
 

@@ -62,17 +62,18 @@ def write_rest(
     options: FinetuneOptions,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    run: Path,
     processes: int,
     steps: int | None = None,
 ) -> None:
-    """Write what belongs beside a run's model: tokenizer, recipe and card. processes: of the run. steps: that are done,
-    where these are not all."""
+    """Write what belongs beside a run's model: tokenizer, recipe and card. run: the directory of the run. processes: of
+    the run. steps: that are done, where these are not all."""
     from landmark_cli.models.card import write_card
 
     tokenizer.save_pretrained(directory)
     save_recipe(options, directory / RECIPE, "finetune")
     done = options if steps is None else dataclasses.replace(options, steps=steps)
-    write_card(model, directory, card_of(done, processes))
+    write_card(model, directory, card_of(done, run, processes))
 
 
 def saving_of(options: FinetuneOptions, tokenizer: PreTrainedTokenizerBase) -> SaveModel:

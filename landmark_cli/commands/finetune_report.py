@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.commands.courses import earlier_courses
 from landmark_cli.console import counted, figure, info, table, warn
 from landmark_cli.errors import LandmarkError, Stopped, UsageError, import_extra
 
@@ -54,9 +55,9 @@ def check_report(options: FinetuneOptions) -> None:
         raise UsageError("--eval-ruler-every asks what --eval-ruler leaves out: leave one of the two out")
 
 
-def card_of(options: FinetuneOptions, processes: int, figures: str = "") -> Trained:
-    """What the model card says of how the model was made. processes: of the run. figures: what was measured of it, in
-    Markdown."""
+def card_of(options: FinetuneOptions, run: Path, processes: int, figures: str = "") -> Trained:
+    """What the model card says of how the model was made. run: the directory. processes: of the run. figures: what was
+    measured of it, in Markdown."""
     from landmark_cli.launch import again
     from landmark_cli.models.card import Trained
 
@@ -78,6 +79,11 @@ def card_of(options: FinetuneOptions, processes: int, figures: str = "") -> Trai
             {"self": "the base itself, with full attention", "none": "none"}.get(options.teacher, options.teacher),
         ),
         ("trained", f"{what}, highest learning rate {options.lr:g}"),
+        *(
+            (f"to step {step:,}", said)
+            for step, said in earlier_courses(run, options, "finetune")
+            if step < options.steps
+        ),
         ("landmarks", LANDMARKS_DO[options.softmax]),
     ]
     if options.read_chunk is not None:
@@ -133,7 +139,8 @@ class Report:
         if figures:
             from landmark_cli.models.card import write_card
 
-            write_card(self._model, self._output, card_of(self._options, self._loop.accelerator.num_processes, figures))
+            processes = self._loop.accelerator.num_processes
+            write_card(self._model, self._output, card_of(self._options, self._output, processes, figures))
 
     def _ask(self, directory: Path, who: str) -> str:
         """Ask the model of a directory; the untouched one too, the first time. Returns the figures in Markdown, in the

@@ -117,7 +117,8 @@ class PrepareOptions(CodeOptions):
     kinds: list[TaskKind] | None = option(
         None,
         panel=MADE,
-        help=f"{KINDS_HELP} [default: look_up in 3 of 10 documents, transcription in 2, and together, all_values, chain, whole_chain and quotation in 1 each]",
+        help=f"{KINDS_HELP} [default: look_up in 3 of 10 documents, transcription in 2, and together, all_values, "
+        "chain, whole_chain and quotation in 1 each]",
     )
     json: Path | None = option(
         None, saved=False, is_output=True, help="Write the result to this file too; - for standard output."

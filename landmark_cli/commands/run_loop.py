@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from landmark_cli.commands.courses import changes, keep_earlier
 from landmark_cli.commands.run_options import RECIPE, RunOptions, compiles_layers
 from landmark_cli.console import counted, info, quantity, warn
 from landmark_cli.errors import UsageError
-from landmark_cli.options import load_recipe, save_recipe, settings_of
+from landmark_cli.options import save_recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # Operations of a step, of each process, that take a processor of some cores a minute or longer.
 LONG_ON_CPU = 1e13
-# What may be another than it was when a run is resumed, and counts for the steps that are still to come.
-COURSE = ("lr", "schedule", "warmup", "final_lr", "weight_decay", "beta1", "beta2", "clip")
 
 
 @contextmanager
@@ -177,7 +176,7 @@ def make_loop(
 def carry_out(options: RunOptions, command: str, config: PreTrainedConfig, loop: Loop) -> None:
     """Say what is about to run, go on from a checkpoint where that is wanted, write the options down, and train to the
     last step. command: its name, for the recipe. Raises UsageError where more steps are done than are asked for, and as
-    `say_other_course` does."""
+    `courses.changes` does."""
     from landmark_cli.training.setup import by_main_process
 
     describe(config, loop)
@@ -189,39 +188,14 @@ def carry_out(options: RunOptions, command: str, config: PreTrainedConfig, loop:
                 f"--steps {options.steps}: the run in {output} has done {loop.step} already; give so many or more, or "
                 "make a model of an earlier checkpoint with `landmark models export`"
             )
-        say_other_course(options, command, output, loop.step)
+        changed = changes(options, command, output, loop.step)
+        by_main_process(lambda: keep_earlier(output, loop.step, changed))
     # Not before: a resumption that is refused leaves what the directory says of its run as it is.
     by_main_process(lambda: save_recipe(options, output / RECIPE, command))
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(options).items()}
     shown = {"wandb": {"name": options.log_name or output.resolve().name}}
     loop.accelerator.init_trackers(options.log_project, config=settings, init_kwargs=shown)
     loop.run()
-
-
-def say_other_course(options: RunOptions, command: str, output: Path, step: int) -> None:
-    """Say what of the optimizer and its schedule is another from here on than in the steps that the run has done.
-
-    step: that the run goes on from. Raises UsageError where no step is left: the recipe and the model card would tell
-    of a training that never was.
-    """
-    if step == 0 or not (output / RECIPE).is_file():
-        return
-    try:
-        before = load_recipe(output / RECIPE, type(options), command)
-    except UsageError:
-        # Damaged, or another version's: whoever goes on from it all the same has named a recipe, and was asked to.
-        return
-    settings = settings_of(type(options))
-    others = [(name, before[name]) for name in COURSE if name in before and before[name] != getattr(options, name)]
-    said = [(f"{settings[name].label} {getattr(options, name)}", f"{value}") for name, value in others]
-    if said and step == options.steps:
-        raise UsageError(
-            f"{' '.join(given for given, _ in said)}: the run in {output} has done all of its "
-            f"{counted(step, 'step', ',')} with {' and '.join(value for _, value in said)}; give more --steps, or "
-            "leave that out"
-        )
-    for given, value in said:
-        info(f"from step {step + 1} on {given}, which was {value} before")
 
 
 def describe(config: PreTrainedConfig, loop: Loop) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import landmark_cli
+from landmark_cli.commands.export import ExportOptions
+from landmark_cli.commands.export import run as export
 from landmark_cli.commands.finetune import FinetuneOptions, run
 from landmark_cli.commands.finetune_report import asked_samples, rows_of
 from landmark_cli.errors import LandmarkError, Stopped, UsageError
@@ -92,6 +94,18 @@ def test_a_run_ends_with_figures_beside_the_untouched_models(tmp_path, capfd, ch
     answers = (output / "ruler.jsonl").read_text()
     finetune(output, resume=True, **changes)
     assert (output / "ruler.jsonl").read_text() == answers and "## Figures" in (output / "README.md").read_text()
+
+
+def test_the_card_says_up_to_which_step_the_options_were_others(tmp_path):
+    """And of a checkpoint, by which it was trained itself."""
+    how = {"eval_ruler": "none", "save_every": 1}
+    output = finetune(tmp_path / "run", lr=0.001, steps=1, **how)
+    finetune(output, lr=0.002, resume=True, steps=2, **how)
+    card = (output / "README.md").read_text()
+    assert "highest learning rate 0.002 |" in card and "| to step 1 | --lr 0.001 |" in card
+    export(ExportOptions(checkpoint=output / "checkpoints/step-00000001", output=tmp_path / "first"))
+    first = (tmp_path / "first/README.md").read_text()
+    assert "highest learning rate 0.001 |" in first and "to step" not in first
 
 
 @pytest.mark.usefixtures("short_lengths")

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from landmark_cli.cli import main
-from landmark_cli.commands import plan, run_loop
+from landmark_cli.commands import courses, plan, run_loop
 from landmark_cli.commands.train import TrainOptions, run
 from landmark_cli.data import transformers_tokenizer
 from landmark_cli.data.pretrained_tokenizers import begin_ids
@@ -386,6 +386,27 @@ def test_what_a_resumed_run_does_otherwise_is_said(corpus, tmp_path, capsys):
     assert "from step 3 on" not in capsys.readouterr().err
     train(corpus, output, resume=True, steps=4, save_every=1, lr=0.5)
     assert "from step 4 on --lr 0.5, which was 0.002 before" in capsys.readouterr().err
+    third = shutil.copytree(output / "checkpoints/step-00000003", tmp_path / "third")
+    earlier, recipe = output / "recipe-to-step-3.yaml", output / "recipe.yaml"
+    assert "lr: 0.002" in earlier.read_text() and "lr: 0.5" in recipe.read_text()
+    assert [courses.recipe_at(output, step) for step in (1, 3, 4)] == [earlier, earlier, recipe]
+    # A step that is done again is one of the newer options; the steps before it are what they were.
+    shutil.rmtree(output / "checkpoints/step-00000004")
+    train(corpus, output, resume=True, steps=5, save_every=1, lr=0.1)
+    assert "from step 4 on --lr 0.1, which was 0.002 before" in capsys.readouterr().err
+    train(corpus, output, resume=True, steps=6, save_every=1, lr=0.3)
+    assert [courses.recipe_at(output, step).name for step in (3, 5, 6)] == [
+        "recipe-to-step-3.yaml",
+        "recipe-to-step-5.yaml",
+        "recipe.yaml",
+    ]
+    assert "lr: 0.002" in earlier.read_text() and "lr: 0.1" in (output / "recipe-to-step-5.yaml").read_text()
+    for number in (4, 5, 6):
+        shutil.rmtree(output / f"checkpoints/step-{number:08}", ignore_errors=True)
+    (output / "config.json").unlink()
+    shutil.copytree(third, output / "checkpoints/step-00000003", dirs_exist_ok=True)
+    train(corpus, output, resume=True, steps=4, save_every=1, lr=0.3)
+    assert sorted(path.name for path in output.glob("recipe*")) == ["recipe-to-step-3.yaml", "recipe.yaml"]
 
 
 def test_a_tracker_that_is_not_installed_names_its_extra(corpus, tmp_path, monkeypatch):

@@ -343,9 +343,9 @@ KINDS: tuple[tuple[Callable[[Draw], Task], float], ...] = (
     (transcription, 0.2),
     (whole_chain, 0.1),
 )
-"""The kinds of questions, and how often each is drawn where none are named: as the best run did (docs/results.md). Four are
-drawn only where they are named: counting and order, an inventory, whose dozens of answers have not made a model better
-at looking up, and a completion, for models that are too small for the others."""
+"""The kinds of questions, and how often each is drawn where none are named: as the best run did (docs/results.md). Four
+are drawn only where they are named: counting and order, an inventory, whose dozens of answers have not made a model
+better at looking up, and a completion, for models that are too small for the others."""
 
 
 def draw_task(draw: Draw, kinds: Sequence[str] = ()) -> Task:
