@@ -127,8 +127,8 @@ def evaluate_passkey(
             made = (maker.make(length, *drawn) for drawn in keys)
             for batch, of_batch in readers.ask(made, length + ANSWER.max_new_tokens, partial(_ask, model, tokenizer)):
                 trials += of_batch
-                accuracy = sum(trial.found for trial in trials) / len(trials)
-                shown.advance(length * len(batch), length=length, found=accuracy)
+                found = sum(trial.found for trial in trials)
+                shown.advance(length * len(batch), length=length, found=f"{found} of {len(trials)}")
     return PassKeyResult(trials, grid)
 
 

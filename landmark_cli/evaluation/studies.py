@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from landmark_cli.console import finite, info, warn
+from landmark_cli.console import counted, finite, info, warn
 from landmark_cli.errors import UsageError, shown
 from landmark_cli.file_errors import reading, writing
 from landmark_cli.file_reading import read_json_lines, read_yaml
@@ -158,8 +158,10 @@ def load_study(name: str | Path) -> Study:
     rows = [_row(path, number, entry, file) for number, entry in enumerate(file.rows, 1)]
     study = Study(path.stem, file.title or path.stem, file.roles, rows, file.evaluator)
     with reading(path, "study", kind=UsageError):
-        if (file.evaluator is not None) != ("longppl" in study.kinds):
-            raise ValueError("a study of longppl, and no other, has an evaluator: the role that finds the key tokens")
+        if file.evaluator is None and "longppl" in study.kinds:
+            raise ValueError('rows of longppl need a line "evaluator: ROLE" in the file: who finds the key tokens')
+        if file.evaluator is not None and "longppl" not in study.kinds:
+            raise ValueError("it names an evaluator, who finds the key tokens of longppl, but has no row of that")
         if file.evaluator is not None and file.evaluator not in file.roles:
             raise ValueError(f"evaluator {shown(file.evaluator)} is none of the roles")
     return study
@@ -226,7 +228,7 @@ class FinishedRows:
             else:
                 damaged.append(0)
         if damaged:
-            warn(f"{self.path} has {len(damaged)} damaged lines: their rows are measured again")
+            warn(f"{self.path} has {counted(len(damaged), 'damaged line')}: what stood there is measured again")
 
     def _written(self, damaged: list[int]) -> Iterator[FinishedRow | None]:
         """The lines as they were written; None for a line of another kind. Numbers of lines that are no JSON go to

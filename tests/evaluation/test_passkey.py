@@ -52,7 +52,7 @@ class Finder(torch.nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def test_keys_are_found_where_the_window_holds_them(tokenizer):
+def test_keys_are_found_where_the_window_holds_them(tokenizer, capsys):
     result = evaluate_passkey(Finder(tokenizer), tokenizer, [200, 280, 600], prompts=3, depths=3, batch_size=4)
     found = {length: [result.cell(length, depths).found for depths in result.depths] for length in result.lengths}
     # Three quarters of the window of 300 are seen of a longer prompt.
@@ -60,6 +60,8 @@ def test_keys_are_found_where_the_window_holds_them(tokenizer):
     whole = evaluate_passkey(Finder(tokenizer), tokenizer, [600], prompts=3, depths=3, full_attention=True)
     assert whole.cell(600) == Cell(9, 9)
     assert {len(str(trial.key)) for trial in whole.trials} <= {3, 4, 5}
+    # Counts: a share of 1 would read as one key.
+    assert "found 9 of 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["landmark", "xl", "full attention"])
