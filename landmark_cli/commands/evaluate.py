@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.commands.finetune_data import SAMPLE
 from landmark_cli.commands.measurement import (
     file_option,
     haystack_option,
@@ -95,7 +94,6 @@ class PassKeyOptions(EvaluationOptions):
         MEASUREMENT,
         "Text to hide keys in, between its sentences: sample, the shipped novels, or your own. [default: the paper's "
         "filler, one sentence repeated]",
-        "<sample|file|folder>",
     )
     full_attention: bool = option(
         False, panel=MEASUREMENT, help="Read with ordinary attention, as models without landmarks do."
@@ -204,7 +202,7 @@ def _passkey_prose(options: PassKeyOptions, tokenizer: PreTrainedTokenizerBase) 
     from landmark_cli.evaluation.ruler.encoding import PromptEncoder
     from landmark_cli.evaluation.ruler.haystacks import Prose
 
-    prose = Prose(PromptEncoder(tokenizer), None if str(options.haystack) == SAMPLE else options.haystack)
+    prose = Prose(PromptEncoder(tokenizer), options.haystack)
     prose.check_tokens(max(options.lengths))
     return prose
 

@@ -69,10 +69,9 @@ def samples_option(panel: str) -> Any:
 def haystack_option(
     panel: str,
     help: str = "Text in which RULER's tasks with prose hide their needles. [default: the shipped novels]",
-    metavar: str = "<file|folder>",
 ) -> Any:
-    """What things are hidden in: Path | None."""
-    return option(None, panel=panel, metavar=metavar, help=help)
+    """What things are hidden in: Path | None. The word `sample` names the shipped novels."""
+    return option(None, panel=panel, metavar="<sample|file|folder>", help=help)
 
 
 def file_option(panel: str, help: str, may_replace: str = "") -> Any:

@@ -100,6 +100,13 @@ def test_a_short_haystack_is_repeated_and_said(landmark, workplace, tmp_path):
     assert result.code == 0 and "hay.txt has 40 tokens, fewer than the longest prompt: it is repeated" in result.err
 
 
+def test_the_shipped_novels_have_a_name(landmark, tmp_path):
+    arguments = ["eval", "ruler", "--tasks", "niah_single_2", "--lengths", "300", "--samples", "2", "--chunk", "100"]
+    assert landmark(*arguments, "--output", tmp_path).code == 0
+    named = landmark(*arguments, "--output", tmp_path, "--haystack", "sample")
+    assert named.code == 0 and "2 of 2 answers are kept from an earlier run" in named.err, named.err
+
+
 def test_questions_of_a_file(landmark, workplace, tmp_path):
     paragraphs = [
         {"context": f"River {n} is long.", "qas": [{"question": f"Which is {n}?", "answers": [{"text": f"River {n}"}]}]}

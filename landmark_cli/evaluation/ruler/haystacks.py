@@ -40,6 +40,7 @@ PIECE_BYTES = 1 << 20
 # Stretches begin among so many tokens of a text: of one without end no more has to be encoded before the first prompt.
 DRAWN_FROM = 1 << 22
 NOVELS = "the shipped novels"
+SAMPLE = "sample"
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,14 @@ class Prose:
     """Sentences of documents, encoded once, as far as they are needed; after the last document the first one comes
     again.
 
-    source: a file or folder of text; None for the shipped novels. name: of the source, for messages. identity: what has
-    to be the same for its stretches to be the same (JSON).
+    source: a file or folder of text; None, or the word that names them, for the shipped novels. name: of the source,
+    for messages. identity: what has to be the same for its stretches to be the same (JSON).
 
     Raises LandmarkError for a source that is not there and, when it is read, one that holds no text or cannot be read.
     """
 
     def __init__(self, encoder: PromptEncoder, source: Path | None = None):
+        source = _source(source)
         self._encoder, self._is_novels = encoder, source is None
         self.name = str(source or NOVELS)
         self.identity = haystack_identity(source)
@@ -253,6 +255,15 @@ def _parts(sentence: str) -> Iterator[str]:
     yield sentence[start:]
 
 
+def _source(source: Path | None) -> Path | None:
+    """The file or folder, None for the shipped novels. Raises LandmarkError for one that is not there."""
+    if source is None or str(source) == SAMPLE:
+        return None
+    if not source.exists():
+        raise LandmarkError(f"--haystack: there is no file or folder {source}; the shipped novels are called {SAMPLE}")
+    return source
+
+
 def _text(document: Document) -> str:
     try:
         return b"".join(document.pieces(PIECE_BYTES)).decode()
@@ -276,6 +287,7 @@ def haystack_identity(source: Path | None) -> dict[str, Any]:
     """What has to be the same for a haystack's stretches to be the same (JSON). source: as of Prose. Raises
     LandmarkError for a source that is not there."""
     text: str | list = NOVELS
+    source = _source(source)
     if source is not None:
         text = [[str(file.path), file.size, file.modified_ns] for file in find_sources([source], ENDINGS).files]
     # What was answered when every prompt was the beginning of the text was asked in other prompts; and so what was when
