@@ -22,7 +22,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
     leads to is written.
     """
     data = data.encode() if isinstance(data, str) else data
-    if _is_device(path):
+    if is_device(path):
         path.write_bytes(data)
         return
     with unfinished(path) as partial, open(partial, "wb") as file:
@@ -94,7 +94,7 @@ def check_writable(path: str | Path, what: str = "") -> None:
     with writing(path, what):
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not _is_device(Path(path)):
+        if not is_device(Path(path)):
             target, partial = _target_and_partial(Path(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
@@ -110,7 +110,8 @@ def check_folder(folder: Path, what: str = "") -> None:
             pass
 
 
-def _is_device(path: Path) -> bool:
+def is_device(path: Path) -> bool:
+    """Whether it is no file or folder of a disk."""
     return (path.exists() and not (path.is_file() or path.is_dir())) or path.is_relative_to("/dev")
 
 

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from landmark_cli.commands.measurement import file_option
 from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import counted, info, print_json, quantity, write_json, write_out
+from landmark_cli.disk_room import check_room
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.file_writing import check_writable
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import Options, check_outputs, option
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from landmark_cli.inference.generation import Generation
     from landmark_cli.inference.readers import BaseReader
 
@@ -96,6 +99,8 @@ def run(options: GenerateOptions) -> Generation:
         raise UsageError(f"{target[0]}: {name} has no landmarks, so what it reads leaves no memory to keep")
     if memories:
         reader.recall(*memories, what="--memory")
+    if target is not None:
+        _check_room(target, model, len(ids), options)
     seen = reader.sees(len(ids))
     if seen < len(ids):
         info(f"{name} has no landmarks: of the prompt's {counted(len(ids), 'token')} it sees the last {seen} at most")
@@ -144,6 +149,15 @@ def memory_target(options: MemoryOptions) -> tuple[str, Path] | None:
         raise UsageError("--append writes back to one --memory FILE: give one, and no --save-memory")
     check_writable(options.memory[0], "--append")
     return "--append", options.memory[0]
+
+
+def _check_room(target: tuple[str, Path], model: PreTrainedModel, tokens: int, options: MemoryOptions) -> None:
+    """Raise LandmarkError, before hours of reading, where the disk has no room for what is read: so many tokens, and
+    what --memory holds."""
+    from landmark_cli.inference.plan import least_file
+
+    held = sum(path.stat().st_size for path in options.memory or []) if options.cache_blocks is None else 0
+    check_room(target[1], held + least_file(model, tokens, options), target[0])
 
 
 def save_memory(reader: BaseReader, option: str, path: Path) -> None:

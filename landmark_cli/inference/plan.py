@@ -90,6 +90,15 @@ def plan_full_attention(model: PreTrainedModel, length: int) -> ReadingPlan:
     return ReadingPlan(length, None, length, length, sees, sees, sum(held))
 
 
+def least_file(model: PreTrainedModel, length: int, settings: ReadingSettings) -> int:
+    """Bytes that a memory of so many text tokens takes in a file at the least: its whole blocks."""
+    blocks = length // model.config.landmark_freq
+    if settings.cache_blocks is not None:
+        blocks = min(blocks, settings.cache_blocks)
+    of_block = (model.config.landmark_freq + 1) * layer_token_bytes(model)
+    return len(landmark_layers(model.config)) * blocks * of_block
+
+
 def layers_to_get_landmarks(config: PreTrainedConfig) -> list[int] | None:
     """The layers of a decoder that `add_landmarks` gives landmarks, by what its config says of them: those that see
     everything where others have a sliding window; None for all."""

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from landmark_cli import console
+from landmark_cli.disk_room import check_space
 from landmark_cli.weight_diff import bits, manifest
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor, locate
 from landmark_cli.weight_diff.matching import Pair, pair
 from landmark_cli.weight_diff.output import (
     ShardWriter,
-    check_space,
     check_target,
     new_directory,
     plan_shards,

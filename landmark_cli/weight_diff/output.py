@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from landmark_cli.console import quantity
 from landmark_cli.errors import LandmarkError, UsageError
 from landmark_cli.file_writing import check_folder
 from landmark_cli.locks import LOCK, sole_writer
@@ -27,8 +26,6 @@ MARKER = ".landmark-unfinished"
 # marker is removed.
 FINISHED = b"finished\n"
 FLUSH_BYTES = 128 << 20
-# What a file system needs besides the files' bytes.
-SPARE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -193,17 +190,6 @@ def check_target(path: Path, role: str, overwrite: bool) -> None:
     _check_target(path, role, overwrite, ())
     # Folders above it that are missing are made once there is something to write.
     check_folder(next(folder for folder in path.parents if folder.exists()), role)
-
-
-def check_space(folder: Path, needed: int, role: str) -> None:
-    """Raise LandmarkError if the file system of `folder`, or of its nearest parent, has less room than needed."""
-    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed + SPARE_BYTES:
-        raise LandmarkError(
-            f"{role}: the result takes {quantity(needed, 'B')}, but only {quantity(free, 'B')} are free at {folder}; "
-            "make room or choose another disk"
-        )
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from landmark_cli import console
+from landmark_cli.disk_room import check_space
 from landmark_cli.errors import LandmarkError
 from landmark_cli.weight_diff import authors, bits, manifest
 from landmark_cli.weight_diff.checkpoint import Checkpoint, Tensor, locate
@@ -19,7 +20,6 @@ from landmark_cli.weight_diff.make import DIFF, RAW, TUNED
 from landmark_cli.weight_diff.output import (
     ShardPlan,
     ShardWriter,
-    check_space,
     check_target,
     new_directory,
     plan_shards,

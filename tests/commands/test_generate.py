@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import landmark_cli
 from landmark_cli import console
 from landmark_cli.commands.generate import stop_strings
 from landmark_cli.data.tokenizers import load_tokenizer
+from landmark_cli.inference.block_reader import BlockReader
+from landmark_cli.inference.plan import least_file
 
 SAMPLING = ["--max-new-tokens", "8", "--temperature", "0"]
 
@@ -165,6 +169,28 @@ def test_a_text_is_read_once_and_asked_many_times(landmark, workplace):
     assert all(torch.equal(names[0][key], names[1][key]) for key in names[1])
     library = landmark("generate", *["--memory", "kept/novel"] * 2, "--prompt", question, *SAMPLING)
     assert library.code == 0 and library.out != asked.out
+
+
+def test_a_disk_without_room_for_a_memory_is_seen_before_reading(landmark, workplace, monkeypatch):
+    text = "It was the best of times, it was the worst of times. " * 6
+    novel = ["generate", "--prompt", text, "--max-new-tokens", "0"]
+    assert landmark(*novel, "--save-memory", "roomy").code == 0
+    takes = (workplace / "roomy").stat().st_size
+    model, _ = landmark_cli.load("runs/landmark", device="cpu")
+    least, bounded = (least_file(model, 84, landmark_cli.ReadingSettings(cache_blocks=kept)) for kept in (None, 1))
+    assert takes / 2 < least < takes and bounded < least
+    free = least - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with monkeypatch.context() as unread:
+        unread.setattr(BlockReader, "read", lambda *_, **__: pytest.fail("it was read"))
+        full = landmark(*novel, "--save-memory", "full")
+        assert full.code == 1 and "--save-memory full: the result takes" in full.err, full.err
+        assert not (workplace / "full").exists()
+        # What is read on from is part of the new file, which is written beside the old one.
+        free = takes + least - 1
+        assert "--append roomy: the result takes" in landmark(*novel, "--memory", "roomy", "--append").err
+    free = 3 * takes
+    assert landmark(*novel, "--memory", "roomy", "--append").code == 0
 
 
 @pytest.mark.parametrize(
