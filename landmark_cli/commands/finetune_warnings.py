@@ -30,8 +30,16 @@ def warn_of_course(given: FinetuneOptions, options: FinetuneOptions) -> None:
 
 
 def warn_of_blocks(options: FinetuneOptions, config: PreTrainedConfig) -> None:
-    """Warn where a model that has landmarks already is to get blocks of another size. config: the model's."""
+    """Warn where a model that has landmarks already is to get blocks of another size, or landmarks that do something
+    else. config: the model's."""
+    from landmark_cli.softmax import softmax_of
+
     found = getattr(config, "landmark_freq", None)
+    if found is not None and softmax_of(config) != options.softmax:
+        warn(
+            f"{options.model} was trained with --softmax {softmax_of(config)}, and this run has {options.softmax}, in "
+            f"which landmarks do something else: without --softmax it goes on with what it has learned"
+        )
     if found not in (None, options.landmark_freq):
         warn(
             f"{options.model} was trained with a landmark after every {counted(found, 'text token')}, and this run has "

@@ -221,6 +221,9 @@ def test_a_model_with_landmarks_goes_on_as_it_reads_beside_the_untouched_one(tmp
     assert "--landmark-freq" not in capsys.readouterr().err
     finetune(tmp_path / "others", model=str(first), landmark_freq=15, steps=1)
     assert "--landmark-freq 7 goes on with what it has learned" in " ".join(capsys.readouterr().err.split())
+    finetune(tmp_path / "joint", model=str(first), softmax="joint", steps=1)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "was trained with --softmax grouped, and this run has joint" in told and "--landmark-freq" not in told
     # It is beside the untouched model that it begins where the first run ended.
     beside_itself = finetune(tmp_path / "third", model=str(first), **long)
     divergences = [records(path, "divergence")[0] for path in (second, beside_itself)]
