@@ -7,6 +7,8 @@ no library itself.
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +77,7 @@ def writing(path: str | Path, what: str = "", *, to_do: str = "") -> Iterator[No
         foreign = type(error).__name__ in (*FOREIGN_FAILURES, "SafetensorError")
         if not isinstance(error, (OSError, RuntimeError)) and not foreign:
             raise
-        number = error.errno if isinstance(error, OSError) else None
+        number = error.errno if isinstance(error, OSError) else _number_told(error)
         raise LandmarkError(_line(path, what, "written", reason(error), to_do or WHAT_TO_DO.get(number, ""))) from error
 
 
@@ -100,6 +102,8 @@ def reason(error: BaseException) -> str:
     if isinstance(failures, dict) and failures:
         # What went wrong in each process of a sharded checkpoint; the error's own text is their tracebacks.
         return reason(next(iter(failures.values()))[0])
+    if number := _number_told(error):
+        return os.strerror(number)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any(sign in str(error) for sign in TORCH_WRITER_SIGNS):
         return "a file could not be written to its end, as on a full disk or beyond a quota or a limit on a file's size"
@@ -107,6 +111,12 @@ def reason(error: BaseException) -> str:
         return type(error).__name__
     # A line that ends with a colon says nothing without those that it announces.
     return _short(" ".join(lines) if lines[0].endswith(":") else lines[0])
+
+
+def _number_told(error: BaseException) -> int | None:
+    """The system's error number where the text of a library written in Rust ends in it, as safetensors' does."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _line(path: str | Path, what: str, done: str, why: str, to_do: str) -> str:

@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+from safetensors import SafetensorError
 
 from landmark_cli.errors import LandmarkError
 from landmark_cli.file_errors import reading, writing
@@ -53,6 +54,10 @@ WRITE_FAILURES = {
     "full": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room"),
     "read-only": (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; choose a place"),
     "no folder": (FileNotFoundError(errno.ENOENT, "No such file or directory"), "make its folder first"),
+    "safetensors": (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "written: No space left on device; make room",
+    ),
     "torch": (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), "inline_container"),
 }
 

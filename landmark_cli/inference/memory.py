@@ -43,6 +43,7 @@ from landmark_cli.on_disk import settle
 from landmark_cli.schema import check
 from landmark_cli.sealed import sealed_content, unsealed_content
 
+NO_MEMORY = "it holds no memory of a reader; landmark generate --save-memory writes one"
 OTHER_VERSION = {
     True: "it was written by a newer version of this program: update it, or read the text anew",
     False: "it was written by an older version of this program: read the text anew",
@@ -127,8 +128,6 @@ class Memory:
 
         Raises LandmarkError where it is no such file, damaged, or another version's.
         """
-        from safetensors import safe_open
-
         path = Path(path)
         with reading(path, what):
             found = os.stat(path)
@@ -136,10 +135,10 @@ class Memory:
                 raise ValueError("it is no ordinary file")
             check_header(path, found.st_size)
             stored = BlockFile(path, what)
-            with safe_open(path, "pt") as file:
+            with _opened(path) as file:
                 metadata = file.metadata() or {}
                 if "landmark" not in metadata:
-                    raise ValueError("it holds no memory of a reader; landmark generate --save-memory writes one")
+                    raise ValueError(NO_MEMORY)
                 header = check(_Header, unsealed_content(parse_json(metadata["landmark"].encode())))
                 version = header.about.get("version")
                 if version != VERSION:
@@ -191,6 +190,21 @@ class Memory:
             whole &= {str(part.dtype) for part in of_layer} == {f"torch.{about.dtype}"}
         if not whole or self.held_blocks is None or self.text.dtype != torch.int32:
             raise ValueError("its counts and its tensors do not fit each other")
+
+
+def _opened(path: Path) -> Any:
+    """The file by its library, whose words for a file of another kind or length say nothing to who named it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        said = str(error)
+        if any(sign in said for sign in ("header too large", "header too small")):
+            raise ValueError(NO_MEMORY) from error
+        if any(sign in said for sign in ("invalid header length", "incomplete metadata")):
+            raise ValueError("it is longer or shorter than it was written") from error
+        raise
 
 
 def sha256_of(tensor: Tensor) -> str:

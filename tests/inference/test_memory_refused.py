@@ -30,10 +30,10 @@ def test_another_version_is_refused(tmp_path, monkeypatch, version, message):
 
 def test_other_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(3)}, tmp_path / "weights")
-    (tmp_path / "text").write_text("It was")
+    (tmp_path / "text").write_text("It was the best of times, it was the worst of times.")
     for name, message in {
         "weights": "it holds no memory of a reader",
-        "text": "",
+        "text": "it holds no memory of a reader; landmark generate --save-memory writes one",
         "none": "No such file",
         "": "ordinary file",
     }.items():
@@ -62,8 +62,9 @@ def test_damage_is_found_wherever_it_is(tmp_path):
             read_all(path)
     for end in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with pytest.raises(LandmarkError, match=re.escape(str(path))):
+        with pytest.raises(LandmarkError, match=re.escape(str(path))) as found:
             Memory.open(path)
+        assert ("it is longer or shorter than it was written" in str(found.value)) == (end > 7)
 
 
 @pytest.mark.parametrize("used", [False, True])
