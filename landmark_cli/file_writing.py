@@ -35,8 +35,9 @@ def write_whole(path: Path, data: str | bytes) -> None:
 def unfinished(path: Path) -> Iterator[Path]:
     """Where to write a file that is to be there whole or not at all: it gets its name at the end of the block, and is
     removed where that fails. Where the path is a link, the file that it leads to is written. Raises what the system
-    raises."""
+    raises, and OSError for a device or a pipe, whose place a file would take."""
     target, partial = _target_and_partial(path)
+    require_ordinary(target)
     try:
         yield partial
         os.replace(partial, target)
@@ -110,9 +111,19 @@ def check_folder(folder: Path, what: str = "") -> None:
             pass
 
 
+def require_ordinary(path: Path) -> None:
+    """Raise OSError for a device or a pipe."""
+    if _is_special(path):
+        raise OSError(errno.EINVAL, "it is no ordinary file")
+
+
 def is_device(path: Path) -> bool:
     """Whether it is no file or folder of a disk."""
-    return (path.exists() and not (path.is_file() or path.is_dir())) or path.is_relative_to("/dev")
+    return _is_special(path) or path.is_relative_to("/dev")
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _target_and_partial(path: Path) -> tuple[Path, Path]:

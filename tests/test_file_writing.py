@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from landmark_cli.file_writing import append_line, write_whole
+from landmark_cli.file_writing import append_line, unfinished, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -32,6 +32,10 @@ def test_links_pipes_and_devices_stay_what_they_are(tmp_path):
     assert Path("/dev/null").is_char_device()
     with pytest.raises(OSError, match="No space left"):
         write_whole(Path("/dev/full"), "text")
+    # What is written beside and renamed would take its place.
+    with pytest.raises(OSError, match="no ordinary file"), unfinished(tmp_path / "pipe") as partial:
+        partial.touch()
+    assert (tmp_path / "pipe").is_fifo() and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("torn", ["", "{", "x" * 9000])

@@ -14,7 +14,8 @@ from landmark_cli.commands.models import ModelOptions, name_model, open_model
 from landmark_cli.console import counted, info, print_json, quantity, write_json, write_out
 from landmark_cli.disk_room import check_room
 from landmark_cli.errors import LandmarkError, UsageError
-from landmark_cli.file_writing import check_writable
+from landmark_cli.file_errors import writing
+from landmark_cli.file_writing import check_writable, require_ordinary
 from landmark_cli.inference.settings import ReadingSettings, SamplingSettings
 from landmark_cli.options import Options, check_outputs, option
 
@@ -142,9 +143,13 @@ def run(options: GenerateOptions) -> Generation:
 
 def memory_target(options: MemoryOptions) -> tuple[str, Path] | None:
     """Where the memory goes: the option that says so, and the file. Raises UsageError for options that contradict each
-    other."""
+    other, LandmarkError for a device or a pipe, which a memory cannot be read from."""
     if not options.append:
-        return None if options.save_memory is None else ("--save-memory", options.save_memory)
+        if options.save_memory is None:
+            return None
+        with writing(options.save_memory, "--save-memory"):
+            require_ordinary(options.save_memory)
+        return "--save-memory", options.save_memory
     if options.save_memory is not None or len(options.memory or []) != 1:
         raise UsageError("--append writes back to one --memory FILE: give one, and no --save-memory")
     check_writable(options.memory[0], "--append")

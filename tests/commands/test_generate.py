@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -199,6 +200,7 @@ def test_a_disk_without_room_for_a_memory_is_seen_before_reading(landmark, workp
         (["--append"], 2, "--append writes back to one --memory FILE"),
         (["--memory", "a", "--memory", "b", "--append"], 2, "--append writes back to one"),
         (["--memory", "a", "--append", "--save-memory", "b"], 2, "and no --save-memory"),
+        (["--save-memory", "pipe"], 1, "--save-memory pipe cannot be written: it is no ordinary file"),
         (["--memory", "none"], 1, "--memory none cannot be read: No such file"),
         (["--memory", "runs/landmark/model.safetensors"], 1, "it holds no memory of a reader"),
         (["--model", "runs/baseline", "--memory", "none"], 2, "--memory: runs/baseline has no landmarks"),
@@ -207,9 +209,12 @@ def test_a_disk_without_room_for_a_memory_is_seen_before_reading(landmark, workp
     ],
 )
 def test_mistakes_with_memories(landmark, workplace, arguments, code, message):
+    if not (workplace / "pipe").exists():
+        os.mkfifo(workplace / "pipe")
     result = landmark("generate", "--prompt", "a", *arguments)
     assert (result.code, message in result.err) == (code, True), result.err
     assert "Traceback" not in result.err and not result.out and not (workplace / "unkept").exists()
+    assert (workplace / "pipe").is_fifo()
 
 
 def test_nothing_to_ask(landmark, workplace):
