@@ -239,6 +239,7 @@ class BlockReader(BaseReader):
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
         """As BaseReader.step."""
+        self._require_rows(len(tokens))
         landmark = self.landmark_token_id
         ends_block = [
             token is not None and tail == self.landmark_freq - 1

@@ -80,7 +80,7 @@ def generate(
     """Continue prompts, texts or token ids of any lengths, as one batch.
 
     Row r samples with the seed `sampling.seed + r`, so a row gives what it would give alone with that seed. reader: a
-    reader that has read nothing or a text that the prompts go on from; by default `reading` says how to read.
+    reader that has read nothing or a text that the prompts go on from; without one `reading` says how to read.
     processors, criteria: further logits processors and stopping criteria of transformers, which come after ours;
     criteria see the generated tokens only. streamer: a streamer of transformers, for a single prompt; it gets the
     prompt's ids and then every token as it comes. on_text: called with a row and its next piece of text. on_read:
@@ -90,7 +90,7 @@ def generate(
     Raises LandmarkError where a prompt holds the landmark token or a token that the model does not know, or is empty
     and no token begins a text, and where the model's logits are not finite; UsageError where a model that reads no
     blocks is to be traced; TypeError for a single text, which stands in a list too; ValueError where there is no
-    prompt, or one is no text and no row of token ids.
+    prompt, or one is no text and no row of token ids, or where both a reader and `reading` are given.
 
     >>> model, tokenizer = landmark_cli.load("runs/landmark", device="cpu")
     >>> settings = landmark_cli.SamplingSettings(max_new_tokens=5, temperature=0)
@@ -108,6 +108,8 @@ def generate(
     if not all(map(len, rows)):
         raise ValueError("prompts: a row of no tokens has nothing to go on from")
     check_ids(model, rows)
+    if reader is not None and reading is not None:
+        raise ValueError("reading: a reader reads by its own settings; give one of the two")
     if streamer is not None and len(rows) != 1:
         raise ValueError("streamer: transformers' streamers take a single prompt")
     if trace and len(rows) != 1:

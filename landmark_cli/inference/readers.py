@@ -85,7 +85,7 @@ class BaseReader(ABC):
     def step(self, tokens: Sequence[int | None]) -> Tensor:
         """Read one more text token of each row and return its logits, (B, vocabulary).
 
-        A row of None rests, and its logits mean nothing.
+        A row of None rests, and its logits mean nothing. Raises ValueError for another number of rows than `batch`.
         """
 
     @abstractmethod
@@ -161,11 +161,15 @@ class BaseReader(ABC):
             f"nothing: its weights are not finite{wider}"
         )
 
+    def _require_rows(self, count: int) -> None:
+        """Raise ValueError for another number of rows than the reader reads."""
+        if count != self.batch:
+            raise ValueError(f"{counted(count, 'row')} given to a reader of {self.batch}")
+
     def _rows(self, rows: Sequence[Tensor | Sequence[int]]) -> list[Tensor]:
         """The rows as int64 tensors. Raises ValueError where there are more or fewer rows than the reader reads, or a
         token that the model does not have, which a GPU would stop all of the process for."""
-        if len(rows) != self.batch:
-            raise ValueError(f"{counted(len(rows), 'row')} given to a reader of {self.batch}")
+        self._require_rows(len(rows))
         rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
         known = self.model.config.get_text_config().vocab_size
         for row in rows:

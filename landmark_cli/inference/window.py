@@ -115,6 +115,7 @@ class WindowReader(BaseReader):
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
         """As BaseReader.step."""
+        self._require_rows(len(tokens))
         for seen, token in zip(self.rows, tokens, strict=True):
             if token is not None:
                 seen.append(token)

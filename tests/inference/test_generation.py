@@ -216,6 +216,9 @@ def test_prompts(tokenizer):
         generate(tiny_model(), tokenizer, [[1, LANDMARK]])
     with pytest.raises(ValueError, match="prompts: a row of no tokens"):
         generate(tiny_model(), tokenizer, [[1], []])
+    reading = ReadingSettings(chunk=3)
+    with pytest.raises(ValueError, match="reading: a reader reads by its own settings"):
+        generate(tiny_model(), tokenizer, [[1]], reader=open_reader(tiny_model(), reading), reading=reading)
     with pytest.raises(TypeError, match="prompts: a single text stands in a list too"):
         generate(tiny_model(), tokenizer, "Call me")
     for none in ([], [1, 2], [[[1, 2]]]):

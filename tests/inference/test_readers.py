@@ -200,6 +200,13 @@ def test_a_trace_or_its_refusal(kind):
 def test_rows_have_to_be_as_many_as_the_reader_reads(kind):
     with pytest.raises(ValueError, match="2 rows given to a reader of 3"):
         next(reader_of(kind, batch=3).read([tiny_text(3)] * 2))
+    reader, other = reader_of(kind, batch=2), reader_of(kind, batch=2)
+    for one in (reader, other):
+        next(one.read([tiny_text(3)] * 2))
+    with pytest.raises(ValueError, match="1 row given to a reader of 2"):
+        reader.step([1])
+    # Nothing was read of it.
+    assert torch.equal(reader.step([2, 3]), other.step([2, 3]))
 
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY, 1 << 40])
