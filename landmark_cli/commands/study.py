@@ -48,8 +48,8 @@ class StudyOptions(MachineOptions):
     samples: int = samples_option(STUDY)
     haystack: Path | None = haystack_option(
         STUDY,
-        "Text in which RULER's tasks with prose hide their needles, and pass keys lie; sample names the shipped novels. "
-        "[default: these; for pass keys the paper's filler]",
+        "Text in which RULER's tasks with prose hide their needles, and pass keys lie; sample names the shipped novels."
+        " [default: these; for pass keys the paper's filler]",
     )
     seed: int = option(
         0,
