@@ -73,7 +73,7 @@ def show_plan(
         ("attention", attention_name(model.config)),
         *([] if read is None else [("windows", said_of(read))]),
         ("documents", said_of_documents(options, filled)),
-        ("tokens a step", f"{windows * length:,} in {counted(windows, 'window')} of {length}"),
+        ("tokens a step", f"{windows * length:,} in {counted(windows, 'window')} of {length:,}"),
         ("tokens in all", f"{quantity(tokens)} in {counted(options.steps, 'step', ',')}"),
         *(("passes over the data", said) for said in passes),
         (MEMORY, f"{quantity(needs.memory, 'B')} a device in {precision}, eager"),
