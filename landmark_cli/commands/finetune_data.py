@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from landmark_cli.commands.run_options import RECIPE
 from landmark_cli.console import info, warn
+from landmark_cli.data.assets import SAMPLE
 from landmark_cli.errors import UsageError
 from landmark_cli.options import load_recipe, settings_of
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from landmark_cli.commands.finetune import FinetuneOptions
     from landmark_cli.data.training_data import TrainingData
 
-SAMPLE = "sample"
 # Of the windows, beside a teacher.
 TASKS_SHARE = 0.5
 # By which options a run makes token files of its text.

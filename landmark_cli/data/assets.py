@@ -3,3 +3,5 @@
 from pathlib import Path
 
 ASSETS = Path(__file__).parent.parent / "assets"
+SAMPLE = "sample"
+"""What the novels are called, wherever a user may name text."""

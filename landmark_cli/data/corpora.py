@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from landmark_cli.console import info, warn
-from landmark_cli.data.assets import ASSETS
+from landmark_cli.data.assets import ASSETS, SAMPLE
 from landmark_cli.data.chats import Chats
 from landmark_cli.data.documents import Document, Keep, cut_text_file, no_such_field, text_document, text_file
 from landmark_cli.data.readers import (
@@ -151,7 +151,7 @@ def open_corpus(
         LandmarkError: a source does not exist, or holds no documents.
         UsageError: options that do not go together.
     """
-    if name == "sample":
+    if name == SAMPLE:
         if sources:
             raise UsageError("the sample is part of the program: to prepare your own files, `landmark prepare text`")
         return sample(validation_share, max_documents)
@@ -203,7 +203,7 @@ def sample(validation_share: float = 0.01, max_documents: int | None = None) -> 
             yield from ((split, text_document(title, texts[title])) for title in titles)
 
     total = sum(len(texts[title]) for titles in taken.values() for title in titles)
-    return Corpus("sample", "six novels of Jane Austen, part of this program", documents, total, [taken, total])
+    return Corpus(SAMPLE, "six novels of Jane Austen, part of this program", documents, total, [taken, total])
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ def known_documents(name: str | Path) -> int | None:
     path = Path(name).expanduser()
     if (path / "train.json").is_file():
         return read_metadata(path / "train.bin").documents
-    if str(name) in ("sample", *KINDS) or not path.exists():
+    if str(name) in (SAMPLE, *KINDS) or not path.exists():
         return None
     files = [file for file in find_sources([path], ENDINGS).files if file.split in (None, "train")]
     return len(files) if all(file.ending in PLAIN_TEXT for file in files) else None

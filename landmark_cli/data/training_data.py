@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from landmark_cli.console import info, warn
+from landmark_cli.data.assets import SAMPLE
 from landmark_cli.data.batches import Batches, SequentialWindows
 from landmark_cli.data.checks import check_documents, check_one_tokenizer
 from landmark_cli.data.token_file import TokenFile
@@ -209,7 +210,7 @@ def token_files(
         if trained and are_whole(prepared):
             info(f"{name}: {prepared} holds what the run has been trained on")
             continue
-        known = name == "sample" or name in KINDS
+        known = name == SAMPLE or name in KINDS
         corpus = open_corpus(
             name if known else "text",
             None if known else [name],

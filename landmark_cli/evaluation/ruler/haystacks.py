@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from landmark_cli.console import counted, info
+from landmark_cli.data.assets import SAMPLE
 from landmark_cli.data.corpora import SAMPLE_HELD_OUT, novels
 from landmark_cli.data.documents import BadText, Document, text_document
 from landmark_cli.data.passkey import FILLER
@@ -40,7 +41,6 @@ PIECE_BYTES = 1 << 20
 # Stretches begin among so many tokens of a text: of one without end no more has to be encoded before the first prompt.
 DRAWN_FROM = 1 << 22
 NOVELS = "the shipped novels"
-SAMPLE = "sample"
 
 
 @dataclass(frozen=True)
