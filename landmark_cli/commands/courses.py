@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.run_options import RECIPE
 from landmark_cli.console import counted, info
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 # What may be another than it was when a run is resumed, and counts for the steps that are still to come.
 COURSE = ("lr", "schedule", "warmup", "final_lr", "weight_decay", "beta1", "beta2", "clip")
-EARLIER = "recipe-to-step-{}.yaml"
+EARLIER = re.compile(r"recipe-to-step-(\d+)\.yaml")
 
 
 def changes(options: RunOptions, command: str, output: Path, step: int) -> bool:
@@ -31,10 +30,8 @@ def changes(options: RunOptions, command: str, output: Path, step: int) -> bool:
     """
     if step == 0 or not (output / RECIPE).is_file():
         return False
-    before = _course(recipe_at(output, step), type(options), command)
-    settings = settings_of(type(options))
-    others = [(name, value) for name, value in before.items() if value != getattr(options, name)]
-    said = [(f"{settings[name].label} {getattr(options, name)}", f"{value}") for name, value in others]
+    settings, others = settings_of(type(options)), _others(recipe_at(output, step), options, command)
+    said = [(f"{settings[name].label} {getattr(options, name)}", f"{value}") for name, value in others.items()]
     if said and step == options.steps:
         raise UsageError(
             f"{' '.join(given for given, _ in said)}: the run in {output} has done all of its "
@@ -52,27 +49,26 @@ def keep_earlier(output: Path, step: int, changed: bool) -> None:
 
     Raises LandmarkError where a file cannot be written.
     """
-    done_by, kept = recipe_at(output, step), output / EARLIER.format(step)
+    done_by, kept = recipe_at(output, step), output / f"recipe-to-step-{step}.yaml"
     if changed and done_by != kept:
         with writing(kept):
             os.replace(done_by, kept)
-    for number, file in list(_earlier(output)):
+    for number, file in _earlier(output):
         if number > step:
             with writing(file):
                 file.unlink()
 
 
 def earlier_courses(output: Path, options: RunOptions, command: str) -> list[tuple[int, str]]:
-    """What of a run was another up to which steps than `options` say: the number of the last of these steps, and the
-    options in words, the first steps first."""
+    """What of a run was another up to which of its steps than `options` say, before the last that these ask for: the
+    number of the last of these steps, and the options in words, the first steps first."""
     settings = settings_of(type(options))
-    found = []
-    for number, file in _earlier(output):
-        course = _course(file, type(options), command).items()
-        others = [f"{settings[name].label} {value}" for name, value in course if value != getattr(options, name)]
-        if others:
-            found.append((number, ", ".join(others)))
-    return found
+    earlier = [(number, _others(file, options, command)) for number, file in _earlier(output) if number < options.steps]
+    return [
+        (number, ", ".join(f"{settings[name].label} {value}" for name, value in others.items()))
+        for number, others in earlier
+        if others
+    ]
 
 
 def recipe_at(output: Path, step: int) -> Path:
@@ -80,18 +76,16 @@ def recipe_at(output: Path, step: int) -> Path:
     return next((file for number, file in _earlier(output) if number >= step), output / RECIPE)
 
 
-def _earlier(output: Path) -> Iterator[tuple[int, Path]]:
+def _earlier(output: Path) -> list[tuple[int, Path]]:
     """Recipes that a run had up to a step, the first step first."""
-    numbers = (re.fullmatch(re.escape(EARLIER).replace(r"\{\}", r"(\d+)"), file.name) for file in output.glob("*"))
-    for number in sorted(int(match[1]) for match in numbers if match):
-        yield number, output / EARLIER.format(number)
+    return sorted((int(match[1]), file) for file in output.glob("*") if (match := EARLIER.fullmatch(file.name)))
 
 
-def _course(recipe: Path, options_class: type, command: str) -> dict[str, object]:
-    """What a recipe says of it."""
+def _others(recipe: Path, options: RunOptions, command: str) -> dict[str, Any]:
+    """What of the course is another in a recipe than in the options, as the recipe has it."""
     try:
-        values = load_recipe(recipe, options_class, command)
+        values = load_recipe(recipe, type(options), command)
     except UsageError:
         # Damaged, or another version's: whoever goes on from it all the same has named a recipe, and was asked to.
         return {}
-    return {name: values[name] for name in COURSE if name in values}
+    return {name: values[name] for name in COURSE if name in values and values[name] != getattr(options, name)}

@@ -56,8 +56,10 @@ def check_report(options: FinetuneOptions) -> None:
 
 
 def card_of(options: FinetuneOptions, run: Path, processes: int, figures: str = "") -> Trained:
-    """What the model card says of how the model was made. run: the directory. processes: of the run. figures: what was
-    measured of it, in Markdown."""
+    """What the model card says of how the model was made, by a run of so many processes in the directory `run`.
+
+    figures: what was measured of it, in Markdown.
+    """
     from landmark_cli.launch import again
     from landmark_cli.models.card import Trained
 
@@ -79,11 +81,7 @@ def card_of(options: FinetuneOptions, run: Path, processes: int, figures: str = 
             {"self": "the base itself, with full attention", "none": "none"}.get(options.teacher, options.teacher),
         ),
         ("trained", f"{what}, highest learning rate {options.lr:g}"),
-        *(
-            (f"to step {step:,}", said)
-            for step, said in earlier_courses(run, options, "finetune")
-            if step < options.steps
-        ),
+        *((f"to step {step:,}", said) for step, said in earlier_courses(run, options, "finetune")),
         ("landmarks", LANDMARKS_DO[options.softmax]),
     ]
     if options.read_chunk is not None:

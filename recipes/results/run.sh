@@ -305,7 +305,7 @@ ruler() {
             local changes=()
             case $role in
                 distilled) ;;
-                short-values) mapfile -t changes < <(variants | sed -n "s/^short-values *//p" | tr " " "\n") ;;
+                short-values) read -ra changes < <(variants | sed -n "s/^short-values *//p") ;;
                 text-0.4) changes=(--text-weight 0.4) ;;
                 block-32) changes=(--landmark-freq 31 --top-k-blocks 16) ;;
                 *) changes=(--text-weight 0) ;;
