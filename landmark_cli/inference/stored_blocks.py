@@ -171,29 +171,28 @@ def checksums_of(blocks: Tensor) -> Tensor:
     are taken in pairs: of hi * 2^32 + lo the low one counts m * lo, the high one (m * 2^32 + n) * hi.
     """
     words = blocks.reshape(-1, blocks.shape[-3:].numel()).view(torch.int64)
-    sums = torch.empty(len(words), dtype=torch.int64, device=words.device)
-    on_host = words.device.type == "cpu"
-    weights, piece = _weights(words.shape[1], words.device), FEW if on_host else MANY
-
-    def add_up(indices: range) -> None:
-        for begin in range(indices.start, indices.stop, piece):
-            part = words[begin : min(begin + piece, indices.stop)]
-            sums[begin : begin + len(part)] = _sums(part, weights)
-
-    if on_host:
-        _side_by_side(add_up, len(words))
+    weights = _weights(words.shape[1], words.device)
+    if words.device.type == "cpu":
+        sums = torch.from_numpy(_sums_on_host(words.numpy(), *weights.numpy()))
     else:
-        add_up(range(len(words)))
+        low, high = weights
+        sums = torch.cat([(part * low).sum(-1) + ((part >> 32) * high).sum(-1) for part in words.split(MANY)])
     return sums.view(blocks.shape[:-3])
 
 
-def _sums(words: Tensor, weights: Tensor) -> Tensor:
-    """(m, n) int64, (2, n) -> (m,), modulo 2^64. On a CPU by numpy, which is several times as fast as torch, and which
-    stays in its thread, where torch would have each of several threads start threads of its own."""
-    if words.device.type == "cpu":
-        rows, (low, high) = words.numpy(), weights.numpy()
-        return torch.from_numpy(rows @ low + (rows >> 32) @ high)
-    return (words * weights[0]).sum(-1) + ((words >> 32) * weights[1]).sum(-1)
+def _sums_on_host(words: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(m, n) int64, (n,), (n,) -> (m,), modulo 2^64. By numpy, which is several times as fast as torch, stays in its
+    thread, where torch would have each of several threads start threads of its own, and knows no inference mode, which
+    threads begin outside of."""
+    sums = np.empty(len(words), np.int64)
+
+    def add_up(indices: range) -> None:
+        for begin in range(indices.start, indices.stop, FEW):
+            part = slice(begin, min(begin + FEW, indices.stop))
+            sums[part] = words[part] @ low + (words[part] >> 32) @ high
+
+    _side_by_side(add_up, len(words))
+    return sums
 
 
 @functools.cache

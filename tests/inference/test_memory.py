@@ -32,6 +32,23 @@ def test_reading_on_from_a_file_gives_the_same_bits(tmp_path, settings, length):
     )
 
 
+def test_many_blocks_are_kept_and_read_on_from_in_inference_mode(tmp_path):
+    """Several threads then read and add up: each begins outside of the mode, and may write to no tensor of it."""
+    novel = tiny_text(50 * FREQ + 1, seed=8)
+    with torch.inference_mode():
+        whole, kept, later = (reader() for _ in range(3))
+        for each in (whole, kept):
+            read(each, novel)
+        kept.save(tmp_path / "novel")
+        later.recall(tmp_path / "novel")
+        assert torch.equal(ask(later), ask(whole))
+        later.save(tmp_path / "again")
+        expected = ask(later)
+    outside = reader()
+    outside.recall(tmp_path / "again")
+    assert torch.equal(ask(outside), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_and_grouped_heads(tmp_path, dtype):
     model = tiny_llama(num_attention_heads=4)
