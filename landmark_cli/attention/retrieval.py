@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cache import Chunk, LayerBlocks, RetrievalSettings
 from .reference import attention_logits, capped, landmark_attention, masked_logsumexp
+from .rerank import rerank, scored_distance, sharpened
 from .rotary import rotate
 
 MINUS_INFINITY = float("-inf")
@@ -92,6 +93,8 @@ def select_blocks(
     Of equal scores the newer block's is the better one. Scores are equal where they are the same float32 number, and
     by definition where they belong to far blocks that share a landmark key (see LayerBlocks.one_landmark_key): rounding
     would tell these apart, so all of them have the score of the newest one. No tolerance decides anything.
+
+    With settings.rerank_blocks these are what landmarks propose, and the text of these blocks decides: see rerank.py.
     """
     settings = blocks.settings
     ages = torch.arange(1, chunk.most_cached + 1, device=q.device)
@@ -104,7 +107,15 @@ def select_blocks(
     else:
         near = chunk.cached, settings.top_k
         scores = score_bounded(q, keys, *near, blocks.rotations, blocks.one_landmark_key, scale, softcap)
-    chosen = choose_blocks(scores, keys.shape[1], chunk.cached, chunk.real, settings.top_k, settings.selection)
+    chosen = choose_blocks(scores, keys.shape[1], chunk.cached, chunk.real, settings.proposed, settings.selection)
+    if settings.proposed > settings.top_k:
+
+        def score(ages: Tensor) -> Tensor:
+            distance = scored_distance(ages, chunk, settings)
+            gather, joint = _gather(q, blocks, chunk), settings.joint
+            return read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap, joint)[0]
+
+        chosen = rerank(chosen, score, settings.top_k)
     return chosen.sort(dim=-1, descending=True).values
 
 
@@ -196,16 +207,23 @@ def read_blocks(
     Returns the blocks' logits in the outer softmax, (B, H, T, k), minus infinity where there is no block, and their
     outputs by their inner softmax, (B, H, T, k, D), both float32 (float64 if q is). A block's logit is its landmark's,
     or with joint the log-sum-exp of its text's logits: then the outer softmax gives every text token what one softmax
-    over all of them would.
+    over all of them would. Of another settings.block_temperature than 1 they are sharpened: see rerank.py.
     """
+    settings = blocks.settings
+    distance, gather = block_distance(ages, chunk, settings), _gather(q, blocks, chunk)
+    logits, outputs = read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap, settings.joint)
+    return sharpened(logits, settings.block_temperature), outputs
+
+
+def _gather(q: Tensor, blocks: LayerBlocks, chunk: Chunk) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Keys and values of blocks of given ages, (B, H, T): see read_selected."""
     heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // blocks.keys.shape[1])
 
     def gather(ages: Tensor) -> tuple[Tensor, Tensor]:
         slot = (chunk.blocks[:, None, None] - ages) % blocks.capacity
         return blocks.gather((chunk.rows[:, None, None], heads[None, :, None], slot))
 
-    distance = block_distance(ages, chunk, blocks.settings)
-    return read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap, blocks.settings.joint)
+    return gather
 
 
 def read_selected(

@@ -278,6 +278,8 @@ def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str
         "cache_blocks": reading.cache_blocks,
         "selection": reading.selection,
         "positions": reading.positions,
+        "rerank_blocks": reading.rerank_blocks,
+        "block_temperature": reading.block_temperature,
     }
 
 
@@ -327,6 +329,10 @@ def _title(name: str, file: TokenFile, result: PerplexityResult, reading: dict[s
             else f"the newest {counted(reading['cache_blocks'], 'block')}"
         )
         how = f"top-k-blocks {reading['top_k_blocks']} of {cache}, {reading['selection']}"
+        if reading["rerank_blocks"] is not None:
+            how += f", by the text of {reading['rerank_blocks']}"
+        if reading["block_temperature"] != 1.0:
+            how += f", at temperature {reading['block_temperature']:g}"
     if result.dropped is not None:
         how += f", {result.dropped:.1%} of retrievals dropped"
     return (

@@ -33,7 +33,7 @@ from landmark_cli.models.device import to_device
 from landmark_cli.models.layers import key_heads, landmark_layers
 from landmark_cli.models.rotary import inverse_frequencies
 from landmark_cli.options import LONGEST
-from landmark_cli.softmax import is_joint
+from landmark_cli.softmax import is_joint, softmax_of
 
 # A passage's queries choose so many times the blocks there are, or it is read chunk by chunk: then all blocks would
 # travel for a few.
@@ -55,7 +55,7 @@ class BlockReader(BaseReader):
 
     model: any landmark model. top_k_blocks: blocks retrieved per query (config.top_k_blocks by default). chunk: text
     tokens a chunk (by default what the trained length leaves). cache_blocks, selection, positions,
-    context_miss_cutoff, offload: see ReadingSettings. batch: rows.
+    rerank_blocks, block_temperature, context_miss_cutoff, offload: see ReadingSettings. batch: rows.
 
     Raises LandmarkError where the model has no landmarks or the settings do not fit it.
 
@@ -76,6 +76,8 @@ class BlockReader(BaseReader):
         cache_blocks: int | None = None,
         selection: Selection = "per_token_and_head",
         positions: Positions = "bounded",
+        rerank_blocks: int | None = None,
+        block_temperature: float = 1.0,
         context_miss_cutoff: float = 0.0,
         offload: Literal["none", "cpu"] = "none",
         batch: int = 1,
@@ -93,6 +95,16 @@ class BlockReader(BaseReader):
         top_k_blocks = config.top_k_blocks if top_k_blocks is None else top_k_blocks
         if chunk is not None and chunk < 1:
             raise LandmarkError(f"the chunk length is {chunk}; it must be at least 1 text token")
+        if rerank_blocks is not None and not is_joint(config):
+            raise LandmarkError(
+                f"--rerank-blocks {rerank_blocks} asks the text of blocks, but in this model landmarks share attention "
+                f'out (its landmark_softmax is "{softmax_of(config)}"): leave the option out'
+            )
+        if rerank_blocks is not None and selection != "per_token_and_head":
+            raise LandmarkError(
+                f"--rerank-blocks {rerank_blocks} is for selections that nobody shares, and --selection {selection} is "
+                "shared: leave one of them out"
+            )
         self.chunk = chunk or default_chunk(
             config.trained_length, top_k_blocks, self.landmark_freq, config.name_or_path
         )
@@ -104,7 +116,9 @@ class BlockReader(BaseReader):
                 cache_blocks,
                 positions,
                 context_miss_cutoff,
-                joint=is_joint(config),
+                is_joint(config),
+                rerank_blocks,
+                block_temperature,
             ),
             inverse_frequencies(model),
             batch=batch,

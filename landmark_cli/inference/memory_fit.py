@@ -42,6 +42,8 @@ class About:
     context_miss_cutoff: float
     quantization: str = "none"
     landmark_softmax: str = "grouped"
+    rerank_blocks: int | None = None
+    block_temperature: float = 1.0
 
 
 def about(reader: BlockReader) -> About:
@@ -61,6 +63,8 @@ def about(reader: BlockReader) -> About:
             settings.context_miss_cutoff,
             quantization_of(reader.model),
             softmax_of(reader.model.config),
+            settings.rerank_blocks,
+            settings.block_temperature,
         )
     return reader.about
 

@@ -29,8 +29,8 @@ class ReadingPlan:
     was trained at it has never seen.
     sees: the most tokens that a query reads in a layer with landmarks: those of its chunk before it, with those that
     stood in the incomplete block when the chunk began, and those of the blocks that it retrieves.
-    compared: the most keys that a query is compared with there: the landmarks of the blocks that it chooses from, and
-    the tokens and landmarks that it reads.
+    compared: the most keys that a query is compared with there: the landmarks of the blocks that it chooses from, the
+    tokens of those that they propose, where blocks are re-ranked, and the tokens and landmarks that it reads.
     cache: bytes of keys and values, in all layers. on_gpu: how many of them stand in the GPU's memory beside what lies
     in the host's, where blocks are offloaded; None where they are not.
     """
@@ -71,7 +71,8 @@ def plan_reading(model: PreTrainedModel, length: int, settings: ReadingSettings)
         sees = max(sees, tail + text + retrieved * freq)
         # Of the chunk's last token; the landmark of its own block is no key of it.
         own = tail + stream - ((tail + text) % freq == 0)
-        compared = max(compared, (kept if top_k else 0) + retrieved * freq + own)
+        reranked = min(settings.rerank_blocks or 0, kept) * freq if retrieved < (settings.rerank_blocks or 0) else 0
+        compared = max(compared, (kept if top_k else 0) + reranked + retrieved * freq + own)
     positions = positions_of(length, chunk, retrieval)
     cache, on_gpu = _bytes(model, capacity, settings.offload == "cpu")
     return ReadingPlan(length, top_k, min(chunk, length), positions, sees, compared, cache, on_gpu)

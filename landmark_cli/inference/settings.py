@@ -56,6 +56,21 @@ class ReadingSettings(Options):
         panel=READING,
         help="Where retrieved blocks stand: before the chunk, within the trained length, or at their true distance.",
     )
+    rerank_blocks: int | None = option(
+        None,
+        panel=READING,
+        min=1,
+        max=LONGEST,
+        help="Let landmarks propose so many blocks, and read the --top-k-blocks of them whose text counts most; for "
+        "models whose landmarks only choose blocks. [default: landmarks choose]",
+    )
+    block_temperature: float = option(
+        1.0,
+        panel=READING,
+        min=0.01,
+        max=100,
+        help="Of the softmax among retrieved blocks: below 1 the best of them get more of it.",
+    )
     context_miss_cutoff: float = option(
         0.0,
         panel=READING,

@@ -109,6 +109,27 @@ JOINT_CASES = {
         [12, 9, 1, 16], top_k=3, resident=3, settings={**JOINT, "positions": "absolute"}
     ),
 }
+# Landmarks propose blocks, of which the text decides; and what it says is sharpened.
+RERANK_CASES = {
+    "re-ranked, rows of their own lengths, steps": Case(
+        [[14, 31], [3, 11], [2, 1], [0, 2], [9, 8]], batch=2, heads=4, key_heads=2,
+        settings={**JOINT, "rerank_blocks": 5, "block_temperature": 0.5},
+    ),
+    "re-ranked, capped, sinks": Case([32, 17, 1], dim=24, rotary=8, settings={**JOINT, "rerank_blocks": 4}, **LOGITS),
+    "re-ranked, 18 of 30 blocks": Case([96, 7, 1], block_size=3, top_k=18, settings={**JOINT, "rerank_blocks": 30}),
+    "re-ranked, 3 of 20 blocks, numbers of 16 bits": Case(
+        [96, 7, 1], block_size=3, top_k=3, dtype=torch.float16, settings={**JOINT, "rerank_blocks": 20}
+    ),
+    "re-ranked, more than there are": Case([12, 9, 1], settings={**JOINT, "rerank_blocks": 40}),
+    "re-ranked, true distances, offloaded, evicted": Case(
+        [32, 9, 1, 16, 8], resident=3,
+        settings={**JOINT, "positions": "absolute", "cache_blocks": 6, "rerank_blocks": 4, "block_temperature": 0.7},
+    ),
+    "sharpened, steps": Case([32, 17, 1, 1, 3], heads=4, key_heads=2, top_k=4, settings={"block_temperature": 0.4}),
+    "sharpened, shared by heads, sinks": Case(
+        [32, 17, 1], top_k=3, sinks=True, settings={"selection": "max_over_heads", "block_temperature": 1.5}
+    ),
+}  # fmt: skip
 
 # In chunks rows come and go, and single rows do steps.
 _COMING_AND_GOING = [[12, 17, 9], [0, 16, 3], [7, 0, 0], [0, 8, 0], [0, 1, 2], [1, 0, 1]]

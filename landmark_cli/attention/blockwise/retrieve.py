@@ -5,13 +5,14 @@ A block is fetched once for many queries, whose products with it are then produc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cache import Chunk, LayerBlocks
+from ..rerank import sharpened
 from ..retrieval import block_distance
 from .pieces import pieces
 from .window import softmax_and_lse
@@ -57,34 +58,16 @@ class Found(NamedTuple):
 
 def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scale: float) -> Found:
     """The twin of `retrieval.read_blocks`."""
-    batch, heads, tokens, dim = q.shape
-    size, top_k, joint = blocks.settings.block_size, ages.shape[-1], blocks.settings.joint
-    shape = top_k, batch, heads, tokens
-    distance = block_distance(ages, chunk, blocks.settings).permute(3, 0, 1, 2).expand(shape).flatten()
-    absolute = blocks.settings.positions == "absolute"
-    slots = (chunk.most_cached if absolute else blocks.settings.top_k) + 2
-    cos, sin = blocks.rotations.table(slots, q.device)
-    tiles = _tiles(ages.permute(3, 0, 1, 2).expand(shape), blocks, chunk)
-
-    queries = (q.float() * scale).reshape(-1, dim)
-    stored = blocks.blocks.flatten(0, 2)
-    if blocks.fetching:
-        needed = torch.zeros(len(stored), dtype=torch.bool, device=q.device)
-        needed[tiles.pages] = True
-        blocks.require(needed)
+    dim, joint, top_k = q.shape[-1], blocks.settings.joint, ages.shape[-1]
+    tiles = _tiles(_blocks_first(ages, q), blocks, chunk)
     count, places = tiles.pairs.shape
     # The last one is for where there is no block.
-    logits, outputs = queries.new_empty(count * places + 1), queries.new_empty(count * places + 1, dim)
+    logits = torch.empty(count * places + 1, device=q.device)
+    outputs = torch.empty(count * places + 1, dim, device=q.device)
     logits[-1], outputs[-1] = MINUS_INFINITY, 0.0
     by_tile = logits[:-1].view(-1, places), outputs[:-1].view(-1, places, dim)
-    for at in pieces(count, 2 * size * dim + places * (size + 2 * dim)):
-        pairs = tiles.pairs[at].flatten()
-        slot = distance.index_select(0, pairs)
-        rotated = queries.index_select(0, pairs % len(queries))
-        _rotate_in_place(rotated, cos.index_select(0, slot), sin.index_select(0, slot))
-        fetched = stored.index_select(0, tiles.pages[at].to(stored.device)).to(q.device, torch.float32)
-        keys, values = fetched.unbind(1)
-        products = rotated.view(-1, places, dim) @ keys.transpose(1, 2)
+    distance = block_distance(ages, chunk, blocks.settings)
+    for at, products, values in _products(q, blocks, chunk, tiles, distance, scale):
         if not joint:
             by_tile[0][at] = products[..., -1]
         products[..., -1] = MINUS_INFINITY
@@ -93,7 +76,52 @@ def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scal
         else:
             torch.softmax(products, dim=-1, out=products)
         torch.bmm(products, values, out=by_tile[1][at])
-    return Found(logits.index_select(0, tiles.place).view(shape), outputs, tiles.place.view(top_k, -1))
+    shape = top_k, *q.shape[:3]
+    logits = sharpened(logits.index_select(0, tiles.place).view(shape), blocks.settings.block_temperature, dim=0)
+    return Found(logits, outputs, tiles.place.view(top_k, -1))
+
+
+def text_scores(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, distance: Tensor, scale: float) -> Tensor:
+    """The log-sum-exps of blocks' text, (B, H, T, n) float32, minus infinity where there is no block. ages, distance:
+    (B, H, T, n), which blocks, and how many slots before the tail block they stand."""
+    tiles = _tiles(_blocks_first(ages, q), blocks, chunk)
+    count, places = tiles.pairs.shape
+    scores = torch.empty(count * places + 1, device=q.device)
+    scores[-1] = MINUS_INFINITY
+    for at, products, _ in _products(q, blocks, chunk, tiles, distance, scale):
+        scores[:-1].view(-1, places)[at] = torch.logsumexp(products[..., :-1], dim=-1)
+    return scores.index_select(0, tiles.place).view(-1, *q.shape[:3]).permute(1, 2, 3, 0)
+
+
+def _blocks_first(of_queries: Tensor, q: Tensor) -> Tensor:
+    """(n, B, H, T) of (B, H or 1, T or 1, n)."""
+    return of_queries.permute(3, 0, 1, 2).expand(-1, *q.shape[:3])
+
+
+def _products(
+    q: Tensor, blocks: LayerBlocks, chunk: Chunk, tiles: Tiles, distance: Tensor, scale: float
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some tiles at a time: which, the products of their queries with their blocks' keys, (tiles, places, block_size),
+    to be overwritten, and the blocks' values. distance: as `retrieval.block_distance` gives."""
+    dim, size = q.shape[-1], blocks.settings.block_size
+    absolute = blocks.settings.positions == "absolute"
+    cos, sin = blocks.rotations.table((chunk.most_cached if absolute else blocks.settings.top_k) + 2, q.device)
+    distance = _blocks_first(distance, q).flatten()
+    queries = (q.float() * scale).reshape(-1, dim)
+    stored = blocks.blocks.flatten(0, 2)
+    if blocks.fetching:
+        needed = torch.zeros(len(stored), dtype=torch.bool, device=q.device)
+        needed[tiles.pages] = True
+        blocks.require(needed)
+    count, places = tiles.pairs.shape
+    for at in pieces(count, 2 * size * dim + places * (size + 2 * dim)):
+        pairs = tiles.pairs[at].flatten()
+        slot = distance.index_select(0, pairs)
+        rotated = queries.index_select(0, pairs % len(queries))
+        _rotate_in_place(rotated, cos.index_select(0, slot), sin.index_select(0, slot))
+        fetched = stored.index_select(0, tiles.pages[at].to(stored.device)).to(q.device, torch.float32)
+        keys, values = fetched.unbind(1)
+        yield at, rotated.view(-1, places, dim) @ keys.transpose(1, 2), values
 
 
 def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:

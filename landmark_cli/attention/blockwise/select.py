@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..cache import Chunk, LayerBlocks
+from ..rerank import rerank, scored_distance
 from ..retrieval import shared_scores
 from ..rotary import rotate
 from .pieces import pieces
+from .retrieve import text_scores
 
 MINUS_INFINITY = float("-inf")
 # Scores a group: of a row of more than eight groups only the group that holds the best one is looked at again.
@@ -20,13 +22,26 @@ FEW_SCORES = 4096
 def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) -> Tensor:
     """The twin of `retrieval.select_blocks`: ages, (B, H or 1, T or 1, k) int64 in time order, 0 for no block."""
     settings = blocks.settings
+    chosen = _choose(q, blocks, chunk, scale)
+    if settings.proposed > settings.top_k:
+
+        def score(ages: Tensor) -> Tensor:
+            return text_scores(q, blocks, chunk, ages, scored_distance(ages, chunk, settings), scale)
+
+        chosen = rerank(chosen, score, settings.top_k)
+    return chosen.sort(dim=-1, descending=True).values
+
+
+def _choose(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) -> Tensor:
+    """What landmarks choose, or propose, in any order."""
+    settings = blocks.settings
     batch, heads, tokens, dim = q.shape
     cached = [min(count, chunk.retrievable) for count in chunk.host_blocks]
-    top_k, one_key = min(settings.top_k, max(cached)), blocks.one_landmark_key and settings.positions == "bounded"
+    most, one_key = min(settings.proposed, max(cached)), blocks.one_landmark_key and settings.positions == "bounded"
     count = max(cached)
     if one_key and settings.selection == "per_token_and_head":
         # The far blocks have one score, so the best of them are the newest.
-        count = min(count, 2 * settings.top_k)
+        count = min(count, settings.top_k + settings.proposed)
     keys = _landmark_keys(blocks, chunk, count)
     q = q.float() if settings.positions == "bounded" else rotate(q.float(), *_in_stream(chunk))
     q = (q * scale).reshape(batch * keys.shape[1], -1, tokens, dim)
@@ -46,10 +61,10 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) ->
         if settings.selection == "max_over_tokens":
             found = [torch.maximum(scores, *found) if found else scores]
         else:
-            found.append(newest_best(scores, top_k))
+            found.append(newest_best(scores, most))
     if settings.selection == "max_over_tokens":
-        found = [newest_best(found[0], top_k)]
-    return torch.cat(found, dim=2).sort(dim=-1, descending=True).values
+        found = [newest_best(found[0], most)]
+    return torch.cat(found, dim=2)
 
 
 def _landmark_keys(blocks: LayerBlocks, chunk: Chunk, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from landmark_cli.attention.blockwise import pieces, retrieve, select, window
 from landmark_cli.attention.cache import Selection
-from tests.attention.reading import CASES, JOINT_CASES, LEAVING_OUT, Case, assert_same_traces, read
+from tests.attention.reading import CASES, JOINT_CASES, LEAVING_OUT, RERANK_CASES, Case, assert_same_traces, read
 from tests.closeness import assert_close_norm, tolerance
 
 # What takes more than one piece, tile or group, and what only the definition did before.
@@ -34,7 +34,7 @@ LARGER = {
     ),
 }  # fmt: skip
 # What bounds logits or has company is not read block by block.
-ALL = CASES | LARGER | LEAVING_OUT | {name: case for name, case in JOINT_CASES.items() if not case.sinks}
+ALL = CASES | LARGER | LEAVING_OUT | {n: case for n, case in (JOINT_CASES | RERANK_CASES).items() if not case.sinks}
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from tests.attention.reading import (
     LEAVING_OUT,
     LOGITS,
     LOGITS_CASES,
+    RERANK_CASES,
     Case,
     assert_same_traces,
     read,
@@ -80,7 +81,7 @@ GPU_CASES = {
         [900, 700, 1, 1], heads=64, key_heads=8, dim=64, block_size=64, top_k=4, sinks=True, settings={"joint": True}
     ),
 }  # fmt: skip
-ALL_CASES = {**CASES, **LOGITS_CASES, **JOINT_CASES}
+ALL_CASES = {**CASES, **LOGITS_CASES, **JOINT_CASES, **RERANK_CASES}
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from .parts import cache_row, dot, load_columns, load_parts, page_base, query_ro
 
 @triton.jit
 def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-                COLS: tl.constexpr, PRECISION: tl.constexpr, JOINT: tl.constexpr):  # fmt: skip
+                COLS: tl.constexpr, PRECISION: tl.constexpr, JOINT: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """What queries, in parts, find in a block: its values by its inner softmax, (ROWS, D_PAD), and its logit in the
     outer softmax, (ROWS,), base 2: its landmark's, or, if JOINT, the log-sum-exp of its text's. Strides: from token to
-    token. dim: (D_PAD,). scaling: see common/logits.py."""
+    token. dim: (D_PAD,). scaling: see common/logits.py. Without VALUES the logit alone, twice."""
     D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
     ROWS: tl.constexpr = q[0].shape[0]
     landmark = tl.full([ROWS], float("-inf"), tl.float32)
@@ -30,24 +30,29 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.c
         if not JOINT:
             landmark = tl.maximum(landmark, tl.max(tl.where(column[None, :] == BLOCK - 1, s, float("-inf")), 1))
         s = tl.where(column[None, :] < BLOCK - 1, s, float("-inf"))
-        v = load_columns(v_base, column * v_stride, column < BLOCK, dim, D)  # (COLS, D_PAD)
+        if VALUES:
+            v = load_columns(v_base, column * v_stride, column < BLOCK, dim, D)  # (COLS, D_PAD)
         # top, total and rescale: (ROWS,); p: (ROWS, COLS); out: (ROWS, D_PAD).
         if part == 0:
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, 1)
-            out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            if VALUES:
+                out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         else:
             new_top = tl.maximum(top, tl.max(s, 1))
             rescale = tl.exp2(top - new_top)
             p = tl.exp2(s - new_top[:, None])
             total = total * rescale + tl.sum(p, 1)
-            out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
+            if VALUES:
+                out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
             top = new_top
     if JOINT:
-        return out / total[:, None], top + tl.log2(total)
-    else:
+        landmark = top + tl.log2(total)
+    if VALUES:
         return out / total[:, None], landmark
+    else:
+        return landmark, landmark
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])
@@ -56,7 +61,8 @@ def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, COUNT, FIRST
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                   BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
                   JOINT: tl.constexpr):  # fmt: skip
-    """PAIR_OUT (B, H, T, K, D) and OUTER_LOGIT (B, H, T, K): of each query and block what attend_rows gives.
+    """PAIR_OUT (B, H, T, K, D), unless None, and OUTER_LOGIT (B, H, T, K): of each query and block what attend_rows
+    gives.
 
     Program (tile of a block's list, key head); programs beyond the last tile have nothing to
     do.
@@ -83,9 +89,11 @@ def attend_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, COUNT, FIRST
     page = tl.cast(cache_key_row, tl.int64) * capacity + slot
     base = page_base(BLOCKS, POOL, PAGE_TABLE, page, 2 * BLOCK * D)
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
-    out, logit = attend_rows(q, base, base + BLOCK * D, D, D, dim, scaling, PARTS, BLOCK, COLS, PRECISION, JOINT)
+    out, logit = attend_rows(q, base, base + BLOCK * D, D, D, dim, scaling, PARTS, BLOCK, COLS, PRECISION, JOINT,
+                             PAIR_OUT is not None)  # fmt: skip
 
     at = tl.cast(key_row, tl.int64) * pairs + pair  # (ROWS,)
-    pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)
-    tl.store(pointers, out.to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
+    if PAIR_OUT is not None:
+        pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)
+        tl.store(pointers, out.to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
     tl.store(OUTER_LOGIT + at, logit, mask=ok)

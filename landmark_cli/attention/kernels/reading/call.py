@@ -29,6 +29,8 @@ class Settings(Protocol):
     selection: str
     positions: str
     joint: bool
+    block_temperature: float
+    proposed: int
     retrievable: int
 
 
@@ -120,7 +122,7 @@ class Call:
         self.key_rows, self.query_rows = self.batch * self.key_heads, self.heads_per_key * self.tokens
         self.scale, self.softcap = self.dim**-0.5 if scale is None else scale, softcap
         self.sinks = None if sinks is None else operand(sinks)
-        self.top_k, self.capacity = self.settings.top_k, blocks.capacity
+        self.top_k, self.proposed, self.capacity = self.settings.top_k, self.settings.proposed, blocks.capacity
         self.absolute = self.settings.positions == "absolute"
         slots = max(self.top_k, self.capacity if self.absolute else 0, chunk.width // self.settings.block_size) + 2
         self.rotations = blocks.rotations.table(slots, q.device, torch.float32)
@@ -139,7 +141,7 @@ class Call:
     def is_step(self) -> bool:
         """Whether this is a decoding step, for which the step's kernels are made."""
         few = self.tokens <= min(STEP_TOKENS, self.settings.block_size) and self.top_k <= PASS
-        return few and self.settings.selection == "per_token_and_head"
+        return few and self.settings.selection == "per_token_and_head" and self.proposed == self.top_k
 
     @property
     def ring(self) -> tuple[int, int, int]:

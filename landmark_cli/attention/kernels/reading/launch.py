@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 
+from ...rerank import rerank, sharpened
 from ..common.configuration import Configuration
 from ..common.dependent import announcing
 from ..common.launch import on_device
@@ -56,12 +57,13 @@ def attend_chunk(
         store(call)
         if not chooses:
             return merge(call), None, None
-        pairs = find_pairs(call, select(call))
-        if blocks.fetching:
-            blocks.require(needed_pages(call, pairs))
-        if blocks.pages is not None:
-            fetch(call, pairs)
+        ages = select(call)
+        if call.proposed > call.top_k:
+            ages = rerank(ages, lambda proposed: text_scores(call, proposed), call.top_k)
+        pairs = find_pairs(call, ages)
         attend(call, pairs)
+        if call.settings.block_temperature != 1.0:
+            pairs = replace(pairs, logits=sharpened(pairs.logits, call.settings.block_temperature))
         lse = call.empty(*q.shape[:3], dtype=torch.float32)
         out = merge(call, pairs, lse)
         return (out, pairs.ages, torch.exp2(pairs.logits - lse.unsqueeze(-1))) if traced else (out, None, None)
@@ -71,6 +73,8 @@ def why_not(settings: Settings, scale: float | None = None, softcap: float | Non
     """Why the kernels cannot read so, naming the setting and what is allowed; None if they can."""
     if settings.top_k > MAX_TOP_K:
         return f"top_k is {settings.top_k}; the Triton kernels retrieve at most {MAX_TOP_K} blocks"
+    if settings.proposed > MAX_TOP_K:
+        return f"rerank_blocks is {settings.proposed}; the Triton kernels re-rank at most {MAX_TOP_K} blocks"
     if settings.selection not in SELECTIONS:
         return f"selection is {settings.selection}; the Triton kernels know {', '.join(SELECTIONS)}"
     for name, value in (("scale", scale), ("softcap", softcap)):
@@ -93,7 +97,8 @@ def store(call: Call) -> None:
 class Pairs:
     """Which queries read which blocks, block by block; the kernels of route.py say what each tensor is.
 
-    ages: (B, H, T, k), expanded. logits: (B, H, T, k) float32, base 2, in the outer softmax. outputs: (B, H, T, k, D).
+    ages: (B, H, T, k), expanded. logits: (B, H, T, k) float32, base 2, in the outer softmax. outputs: (B, H, T, k, D),
+    or None where logits are all that is asked for.
     """
 
     ages: Tensor
@@ -103,24 +108,27 @@ class Pairs:
     total: Tensor
     entries: Tensor
     logits: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
     choice: Configuration
 
 
-def find_pairs(call: Call, ages: Tensor) -> Pairs:
-    """List the pairs of queries and blocks; ages as select gives."""
-    ages = ages.expand(*call.q.shape[:3], call.top_k)
+def find_pairs(call: Call, ages: Tensor, scoring: bool = False) -> Pairs:
+    """List the pairs of queries and blocks; ages as select gives. scoring: blocks are to be compared with others, at
+    the distance of scored_distance in route.py, and not to be read."""
+    width = ages.shape[-1]
+    ages = ages.expand(*call.q.shape[:3], width)
     key_rows, capacity, rows = call.key_rows, call.capacity, call.query_rows
-    pairs = rows * call.top_k
+    pairs = rows * width
     choice = attend_configuration(call, pairs / call.chunk.most_cached)
     count = torch.zeros(key_rows, capacity, dtype=torch.int32, device=call.q.device)
     slot, number, distance = (call.empty(key_rows, pairs) for _ in range(3))
-    logits = call.empty(*call.q.shape[:3], call.top_k, dtype=torch.float32)
-    k_pad = triton.next_power_of_2(call.top_k)
+    logits = call.empty(*call.q.shape[:3], width, dtype=torch.float32)
+    k_pad = triton.next_power_of_2(width)
     tile = max(1, min(128, 1024 // k_pad))
     count_kernel[(triton.cdiv(rows, tile), key_rows)](
         ages, call.chunk.counters, count, slot, number, distance, logits, strides(ages), call.tokens, *call.ring,
-        *call.reach, HEADS_PER_KEY=call.heads_per_key, K=call.top_k, K_PAD=k_pad, ROWS=tile, ABSOLUTE=call.absolute,
+        *call.reach, HEADS_PER_KEY=call.heads_per_key, K=width, K_PAD=k_pad, ROWS=tile, ABSOLUTE=call.absolute,
+        SCORING=scoring,
     )  # fmt: skip
     most_tiles = pairs // choice.rows + min(capacity, pairs)
     first, total = call.empty(key_rows, capacity), call.empty(key_rows)
@@ -134,7 +142,7 @@ def find_pairs(call: Call, ages: Tensor) -> Pairs:
     fill_kernel[(triton.cdiv(pairs, size), key_rows)](
         slot, number, distance, first, entries, pairs, capacity, SIZE=size
     )
-    outputs = call.q.new_empty(*call.q.shape[:3], call.top_k, call.dim)
+    outputs = None if scoring else call.q.new_empty(*call.q.shape[:3], width, call.dim)
     return Pairs(ages, count, first, tiles, total, entries, logits, outputs, choice)
 
 
@@ -147,8 +155,20 @@ def needed_pages(call: Call, pairs: Pairs) -> Tensor:
     return needed.index_copy_(0, call.chunk.rows.long(), chosen).flatten()
 
 
+def text_scores(call: Call, ages: Tensor) -> Tensor:
+    """What the text of blocks counts, (B, H, T, n): the log-sum-exp of its logits, base 2, at the distance at which
+    blocks are compared; minus infinity where there is no block. ages: (B, H, T, n)."""
+    pairs = find_pairs(call, ages, scoring=True)
+    attend(call, pairs)
+    return pairs.logits
+
+
 def attend(call: Call, pairs: Pairs) -> None:
-    """Fill in the pairs' logits and outputs."""
+    """Fill in the pairs' logits and outputs; of blocks that lie elsewhere, once they are fetched."""
+    if call.blocks.fetching:
+        call.blocks.require(needed_pages(call, pairs))
+    if call.blocks.pages is not None:
+        fetch(call, pairs)
     rotations = call.rotations
     if not call.exact:
         # Half the bytes: the tables are read for every pair, and round off less than 16-bit queries do.
@@ -157,7 +177,7 @@ def attend(call: Call, pairs: Pairs) -> None:
         call.q, call.blocks.blocks, call.pool, call.page_table, call.chunk.counters, rotations, pairs.count,
         pairs.first, pairs.tiles, pairs.total, pairs.entries, pairs.outputs, pairs.logits, strides(call.q), call.tokens,
         *call.ring, pairs.entries.shape[1], pairs.tiles.shape[1], call.scaling, **call.heads_and_parts,
-        D_PAD=call.dim_pad, K=call.top_k, BLOCK=call.settings.block_size, ROWS=pairs.choice.rows,
+        D_PAD=call.dim_pad, K=pairs.ages.shape[-1], BLOCK=call.settings.block_size, ROWS=pairs.choice.rows,
         COLS=pairs.choice.cols, PRECISION=call.precision, JOINT=call.settings.joint,
         **pairs.choice.launch_options(),
     )  # fmt: skip
@@ -207,9 +227,9 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
     decode_kernel[(items, rows)](
         call.q, call.blocks.blocks, call.pool, call.page_table, call.chunk.counters, call.rotations, found.ages,
         found.scores, outputs, logits, arrived, out, chosen, shares, call.sinks, strides(call.q), strides(out),
-        call.tokens, *call.ring, *call.reach, call.scaling, **call.heads_and_parts, D_PAD=call.dim_pad,
-        **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items), BLOCK=call.settings.block_size,
-        KEYS=choice.cols, ABSOLUTE=call.absolute, JOINT=call.settings.joint, num_warps=choice.warps,
-        **announcing(call.q),
+        call.tokens, *call.ring, *call.reach, call.scaling, call.settings.block_temperature, **call.heads_and_parts,
+        D_PAD=call.dim_pad, **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items),
+        BLOCK=call.settings.block_size, KEYS=choice.cols, ABSOLUTE=call.absolute, JOINT=call.settings.joint,
+        SHARPENED=call.settings.block_temperature != 1.0, num_warps=choice.warps, **announcing(call.q),
     )  # fmt: skip
     return out, chosen, shares

@@ -21,16 +21,26 @@ def distance_of(age, rank, near, ABSOLUTE: tl.constexpr):
         return near - rank + (age > near).to(tl.int32)
 
 
+@triton.jit
+def scored_distance(age, near, ABSOLUTE: tl.constexpr):
+    """Block slots from a block to the chunk's tail block while it is compared with others: see attention/rerank.py."""
+    if ABSOLUTE:
+        return age
+    else:
+        return tl.minimum(age, near + 1)
+
+
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k"])
 def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, OUTER_LOGIT, age_strides, tokens, batch, heads,
                  capacity, retrievable, top_k,
                  HEADS_PER_KEY: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
-                 ABSOLUTE: tl.constexpr):  # fmt: skip
+                 ABSOLUTE: tl.constexpr, SCORING: tl.constexpr):  # fmt: skip
     """For each pair: SLOT of its block in the ring (-1: none), its NUMBER in the block's list, DISTANCE to the block.
 
     COUNT (B, G, capacity) rises from 0 by each block's pairs. OUTER_LOGIT (B, H, T, K) becomes minus infinity where
     there is no block. AGES has strides (batch, head, token), its last dimension is dense.
-    retrievable: most blocks to choose from. Program (rows, key head).
+    retrievable: most blocks to choose from. SCORING: the distance is that at which blocks are compared with others, not
+    where they stand among the selected ones. Program (rows, key head).
     """
     key_row = tl.program_id(1)
     batch_row = key_row // heads
@@ -46,9 +56,13 @@ def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, OUTER_LOGIT, age
     j = tl.arange(0, K_PAD)  # (K_PAD,)
     # (ROWS, K_PAD), as all that follows but first_pair.
     age = tl.load(AGES + at[:, None] + j[None, :], mask=real[:, None] & (j < K)[None, :], other=0)
-    rank = tl.zeros([ROWS, K_PAD], tl.int32)
-    for other in range(K):
-        rank += (tl.load(AGES + at + other, mask=real, other=0)[:, None] > age).to(tl.int32)
+    if SCORING:
+        distance = scored_distance(age, near, ABSOLUTE)
+    else:
+        rank = tl.zeros([ROWS, K_PAD], tl.int32)
+        for other in range(K):
+            rank += (tl.load(AGES + at + other, mask=real, other=0)[:, None] > age).to(tl.int32)
+        distance = distance_of(age, rank, near, ABSOLUTE)
 
     ok = age > 0
     slot = tl.where(ok, (blocks - age) % capacity, -1)
@@ -58,7 +72,7 @@ def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, OUTER_LOGIT, age
     mask = in_range[:, None] & (j < K)[None, :]
     tl.store(SLOT + first_pair + pair, slot, mask=mask)
     tl.store(NUMBER + first_pair + pair, number, mask=ok)
-    tl.store(DISTANCE + first_pair + pair, distance_of(age, rank, near, ABSOLUTE), mask=ok)
+    tl.store(DISTANCE + first_pair + pair, distance, mask=ok)
     tl.store(OUTER_LOGIT + first_pair + pair, float("-inf"), mask=mask & (age == 0))
 
 

@@ -24,7 +24,8 @@ SHARED_BYTES = 64 << 20
 
 
 def select(call: Call) -> Tensor:
-    """Ages of the selected blocks, (B, H or 1, T or 1, k) int32, 0 where there are fewer; in no particular order."""
+    """Ages of the selected blocks, (B, H or 1, T or 1, k) int32, 0 where there are fewer; in no particular order.
+    Where blocks are re-ranked, those that landmarks propose."""
     return SELECTIONS[call.settings.selection](call)
 
 
@@ -35,13 +36,14 @@ def per_token_and_head(call: Call) -> Tensor:
     choice = select_configuration(call)
     if (shares := shares_of_landmarks(call, choice)) > 1:
         return pick(call, candidates(call, choice, shares))
-    ages = call.empty(*call.q.shape[:3], call.top_k)
-    scores = torch.empty_like(ages, dtype=torch.float32) if call.top_k > PASS else None
-    for first in range(0, call.top_k, PASS):
+    count = call.proposed
+    ages = call.empty(*call.q.shape[:3], count)
+    scores = torch.empty_like(ages, dtype=torch.float32) if count > PASS else None
+    for first in range(0, count, PASS):
         select_kernel[(triton.cdiv(call.query_rows, choice.rows), call.key_rows)](
             call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
             strides(call.q), call.tokens, *call.ring, *call.scoring, first, call.score_scaling, **call.heads_and_parts,
-            K=min(PASS, call.top_k - first), WIDTH=call.top_k, ROWS=choice.rows, COLS=TILE, LATER=first > 0,
+            K=min(PASS, count - first), WIDTH=count, ROWS=choice.rows, COLS=TILE, LATER=first > 0,
             ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip
     return ages
@@ -91,33 +93,33 @@ def shares_of_landmarks(call: Call, choice: Configuration) -> int:
     programs = triton.cdiv(call.query_rows, choice.rows) * call.key_rows
     tiles = triton.cdiv(call.capacity, choice.cols)
     wanted = min(ENOUGH_PROGRAMS // programs, tiles // LEAST_TILES, MOST_SHARES)
-    return 1 << max(0, wanted.bit_length() - 1) if call.top_k <= PASS else 1
+    return 1 << max(0, wanted.bit_length() - 1) if call.proposed <= PASS else 1
 
 
 def candidates(call: Call, choice: Configuration, most: int, stores: bool = False) -> Candidates:
     """The newest blocks, and the best that each of `most` programs (fewer of few landmarks) finds among the others.
     stores: as in `step_candidates`."""
-    k_pad = triton.next_power_of_2(call.top_k)
+    count = call.proposed
     splits = 1 + min(triton.cdiv(call.capacity, choice.cols), most)
-    shape = *call.q.shape[:3], splits, call.top_k
+    shape = *call.q.shape[:3], splits, count
     ages, scores = call.empty(*shape), call.empty(*shape, dtype=torch.float32)
     stored = call.k, call.v, call.blocks.blocks, call.page_table
     candidates_kernel[(triton.cdiv(call.query_rows, choice.rows), splits + stores, call.key_rows)](
         call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, ages, scores,
         *(stored if stores else (None,) * 4), *map(strides, (call.q, call.k, call.v)), call.tokens, *call.ring,
         *call.scoring, call.score_scaling, **call.heads_and_parts,
-        K=call.top_k, NEAR=padded(call.top_k), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
+        K=count, NEAR=padded(count), ROWS=choice.rows, COLS=choice.cols, SPLITS=splits,
         ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, D_PAD=call.dim_pad,
         BLOCK=call.settings.block_size, TOKENS=triton.next_power_of_2(call.tokens) if stores else 1,
         **choice.launch_options(),
     )  # fmt: skip
-    constants = {"K": call.top_k, "K_PAD": k_pad, "SPLITS": splits, "COLS": choice.cols}
-    return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * call.top_k)})
+    constants = {"K": count, "K_PAD": triton.next_power_of_2(count), "SPLITS": splits, "COLS": choice.cols}
+    return Candidates(ages, scores, constants | {"CANDIDATES": triton.next_power_of_2(splits * count)})
 
 
 def pick(call: Call, found: Candidates) -> Tensor:
     """The best of the candidates: ages (B, H, T, k)."""
-    best = call.empty(*call.q.shape[:3], call.top_k)
+    best = call.empty(*call.q.shape[:3], found.constants["K"])
     pick_kernel[(call.batch * call.heads * call.tokens,)](
         found.ages, found.scores, call.chunk.counters, best, call.heads * call.tokens, call.batch, *call.reach,
         **found.constants, num_warps=1 if found.constants["CANDIDATES"] <= 256 else 4,

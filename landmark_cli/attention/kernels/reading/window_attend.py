@@ -40,7 +40,7 @@ def attend_in_window_kernel(Q, K_, V, cos, sin, BLOCKS, ENTRIES, BOUNDS, ITEM_LI
     v_base = V + batch_row * v_strides[0] + head * v_strides[1] + token * v_strides[2]
     dim = tl.arange(0, D_PAD)  # (D_PAD,)
     out, logit = attend_rows(q, k_base, v_base, k_strides[2], v_strides[2], dim, scaling, PARTS, BLOCK, COLS,
-                             PRECISION, JOINT)  # fmt: skip
+                             PRECISION, JOINT, True)  # fmt: skip
     at = tl.cast(key_head, tl.int64) * pairs + pair  # (ROWS,)
     pointers = PAIR_OUT + at[:, None] * D + dim[None, :]  # (ROWS, D_PAD)
     tl.store(pointers, out.to(PAIR_OUT.dtype.element_ty), mask=ok[:, None] & (dim < D)[None, :])
