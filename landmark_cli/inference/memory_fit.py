@@ -110,8 +110,8 @@ def require_fit(reader: BlockReader, memory: Memory) -> None:
             )
         option = f"--{part.name.replace('_', '-')}"
         raise UsageError(
-            f"{named} was read with {option} {_word(theirs)}, and this is to be read with {_word(ours)}: give {option} "
-            f"{_word(theirs)}, or read the text anew"
+            f"{named} was read with {option} {_word(theirs)}, and this is to be read with {_word(ours)}: "
+            f"{f'leave {option} out' if theirs is None else f'give {option} {theirs}'}, or read the text anew"
         )
     # What the hash of a model's weights decides cannot differ, unless somebody made the file by hand.
     blocks = memory.held_blocks.blocks

@@ -21,9 +21,14 @@ def quantized_model():
 OTHER = {
     "top_k_blocks": ({"top_k_blocks": 1}, "--top-k-blocks 2, and this is to be read with 1: give --top-k-blocks 2"),
     "chunk": ({"chunk": 12}, "--chunk 8"),
-    "cache_blocks": ({"cache_blocks": 7}, "--cache-blocks none"),
+    "cache_blocks": ({"cache_blocks": 7}, "--cache-blocks none, and this is to be read with 7: leave --cache-blocks out, or"),
     "selection": ({"selection": "max_over_heads"}, "--selection per_token_and_head"),
     "positions": ({"positions": "absolute"}, "--positions bounded"),
+    "rerank_blocks": (
+        {"model": tiny_model(landmark_softmax="joint"), "rerank_blocks": 5},
+        "--rerank-blocks none, and this is to be read with 5: leave --rerank-blocks out, or",
+    ),
+    "block_temperature": ({"block_temperature": 0.5}, "--block-temperature 1.0, and this is to be read with 0.5"),
     "context_miss_cutoff": ({"context_miss_cutoff": 0.5}, "--context-miss-cutoff 0.0"),
     "landmark_freq": ({"model": tiny_model(landmark_freq=5)}, "--landmark-freq 4|another model"),
     "model": ({"model": tiny_model(seed=1)}, "was read by another model, 'GPTForCausalLM'"),
@@ -41,10 +46,11 @@ OTHER = {
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(About) if field.name != "version"])
 def test_a_memory_of_other_settings_is_refused_by_their_names(tmp_path, name):
-    kept = reader()
+    settings, message = OTHER[name]
+    # Only a model whose landmarks choose has blocks re-ranked.
+    kept = reader(**{"model": settings["model"]} if name == "rerank_blocks" else {})
     read(kept, NOVEL)
     kept.save(tmp_path / "novel")
-    settings, message = OTHER[name]
     with pytest.raises(UsageError, match=message) as error:
         recalled([tmp_path / "novel"], **settings)
     assert f"--memory {tmp_path / 'novel'}" in str(error.value)
