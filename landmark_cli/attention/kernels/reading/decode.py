@@ -15,6 +15,7 @@ from ..common.logits import logits_of
 from ..common.tiles import LOG2E
 from .candidates import best_candidates
 from .parts import cache_row, counts_of, load_columns, load_parts, page_base, rotate, sum_products
+from .rerank import sharpened
 from .route import distance_of
 
 NOTHING = tl.constexpr(float("-inf"))
@@ -127,9 +128,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         items = tl.arange(0, ITEMS_PAD)  # (ITEMS_PAD,), as logits and share
         logits = tl.load(ITEM_LOGIT + at + items, mask=items < ITEMS, other=NOTHING, cache_modifier=".cg")
         if SHARPENED:
-            chosen = items < K
-            best = tl.maximum(tl.max(tl.where(chosen, logits, NOTHING), 0), -1.0e30)
-            logits = tl.where(chosen, best + (logits - best) / temperature, logits)
+            logits = sharpened(logits, items < K, temperature)
         top = tl.maximum(tl.max(logits, 0), -1.0e30)
         if SINKS is not None:
             sink = tl.load(SINKS + head).to(tl.float32) * LOG2E

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from ...rerank import rerank, sharpened
 from ..common.configuration import Configuration
 from ..common.dependent import announcing
 from ..common.launch import on_device
@@ -19,6 +18,7 @@ from .call import MAX_TOP_K, STEP_TOKENS, Blocks, Call, Chunk, Settings, strides
 from .configurations import attend_configuration, decode_configuration, merge_configuration, store_rows
 from .decode import decode_kernel
 from .merge import merge_kernel
+from .rerank import rerank_kernel, sharpen_kernel
 from .route import count_kernel, fill_kernel, scan_kernel
 from .selection import SELECTIONS, select, step_candidates
 from .store import fetch_kernel, store_kernel
@@ -59,11 +59,11 @@ def attend_chunk(
             return merge(call), None, None
         ages = select(call)
         if call.proposed > call.top_k:
-            ages = rerank(ages, lambda proposed: text_scores(call, proposed), call.top_k)
+            ages = rerank(call, ages)
         pairs = find_pairs(call, ages)
         attend(call, pairs)
         if call.settings.block_temperature != 1.0:
-            pairs = replace(pairs, logits=sharpened(pairs.logits, call.settings.block_temperature))
+            sharpen(call, pairs.logits)
         lse = call.empty(*q.shape[:3], dtype=torch.float32)
         out = merge(call, pairs, lse)
         return (out, pairs.ages, torch.exp2(pairs.logits - lse.unsqueeze(-1))) if traced else (out, None, None)
@@ -155,12 +155,28 @@ def needed_pages(call: Call, pairs: Pairs) -> Tensor:
     return needed.index_copy_(0, call.chunk.rows.long(), chosen).flatten()
 
 
-def text_scores(call: Call, ages: Tensor) -> Tensor:
-    """What the text of blocks counts, (B, H, T, n): the log-sum-exp of its logits, base 2, at the distance at which
-    blocks are compared; minus infinity where there is no block. ages: (B, H, T, n)."""
-    pairs = find_pairs(call, ages, scoring=True)
+def rerank(call: Call, proposed: Tensor) -> Tensor:
+    """Of the blocks that landmarks propose, (B, H, T, n), the ages of those whose text counts most, (B, H, T, k)."""
+    pairs = find_pairs(call, proposed, scoring=True)
     attend(call, pairs)
-    return pairs.logits
+    best = call.empty(*proposed.shape[:3], call.top_k)
+    count = proposed.shape[-1]
+    n_pad = triton.next_power_of_2(count)
+    size = max(1, 256 // n_pad)
+    rows = best[..., 0].numel()
+    rerank_kernel[(triton.cdiv(rows, size),)](
+        proposed, pairs.logits, best, rows, N=count, N_PAD=n_pad, K=call.top_k, ROWS=size
+    )
+    return best
+
+
+def sharpen(call: Call, logits: Tensor) -> None:
+    """The logits of retrieved blocks, (B, H, T, k), by the settings' temperature, in place."""
+    k_pad = triton.next_power_of_2(logits.shape[-1])
+    rows, size = logits[..., 0].numel(), max(1, 1024 // k_pad)
+    sharpen_kernel[(triton.cdiv(rows, size),)](
+        logits, rows, call.settings.block_temperature, K=logits.shape[-1], K_PAD=k_pad, ROWS=size
+    )
 
 
 def attend(call: Call, pairs: Pairs) -> None:
