@@ -21,7 +21,10 @@ def quantized_model():
 OTHER = {
     "top_k_blocks": ({"top_k_blocks": 1}, "--top-k-blocks 2, and this is to be read with 1: give --top-k-blocks 2"),
     "chunk": ({"chunk": 12}, "--chunk 8"),
-    "cache_blocks": ({"cache_blocks": 7}, "--cache-blocks none, and this is to be read with 7: leave --cache-blocks out, or"),
+    "cache_blocks": (
+        {"cache_blocks": 7},
+        "--cache-blocks none, and this is to be read with 7: leave --cache-blocks out, or",
+    ),
     "selection": ({"selection": "max_over_heads"}, "--selection per_token_and_head"),
     "positions": ({"positions": "absolute"}, "--positions bounded"),
     "rerank_blocks": (

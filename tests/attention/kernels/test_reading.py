@@ -74,6 +74,14 @@ GPU_CASES = {
     "joint, 32 heads on 8": Case(
         [1000, 1000, 700, 1, 1, 3], heads=32, key_heads=8, dim=128, block_size=64, top_k=8, settings={"joint": True}
     ),
+    "re-ranked, sharpened, 9 heads on 3 of 64": Case(
+        [1900, 1777, 1, 1, 3], heads=9, key_heads=3, dim=64, block_size=64, top_k=8,
+        settings={"joint": True, "rerank_blocks": 40, "block_temperature": 0.5},
+    ),
+    "re-ranked, of 16 bits, a query each": Case(
+        [6000, 6000, 1, 1], heads=4, key_heads=4, dim=128, block_size=16, top_k=4, dtype=torch.bfloat16,
+        settings={"joint": True, "rerank_blocks": 64},
+    ),
     "joint, as Gemma 2": Case(
         [500, 700, 1, 1], heads=8, key_heads=4, dim=256, block_size=64, top_k=4, softcap=50.0, settings={"joint": True}
     ),

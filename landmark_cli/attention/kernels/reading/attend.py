@@ -19,7 +19,7 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.c
                 COLS: tl.constexpr, PRECISION: tl.constexpr, JOINT: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """What queries, in parts, find in a block: its values by its inner softmax, (ROWS, D_PAD), and its logit in the
     outer softmax, (ROWS,), base 2: its landmark's, or, if JOINT, the log-sum-exp of its text's. Strides: from token to
-    token. dim: (D_PAD,). scaling: see common/logits.py. Without VALUES the logit alone, twice."""
+    token. dim: (D_PAD,). scaling: see common/logits.py. Without VALUES the log-sum-exp alone, twice."""
     D: tl.constexpr = 2 * PARTS[0] + PARTS[1]
     ROWS: tl.constexpr = q[0].shape[0]
     landmark = tl.full([ROWS], float("-inf"), tl.float32)
@@ -47,12 +47,14 @@ def attend_rows(q, k_base, v_base, k_stride, v_stride, dim, scaling, PARTS: tl.c
             if VALUES:
                 out = tl.dot(p.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
             top = new_top
-    if JOINT:
-        landmark = top + tl.log2(total)
     if VALUES:
-        return out / total[:, None], landmark
+        if JOINT:
+            return out / total[:, None], top + tl.log2(total)
+        else:
+            return out / total[:, None], landmark
     else:
-        return landmark, landmark
+        logit = top + tl.log2(total)
+        return logit, logit
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "pairs", "most_tiles"])

@@ -138,6 +138,11 @@ class Call:
         self.precision = product_precision(q.dtype)
 
     @property
+    def temperature(self) -> float | None:
+        """Of the softmax among retrieved blocks, where it changes anything."""
+        return None if self.settings.block_temperature == 1.0 else self.settings.block_temperature
+
+    @property
     def is_step(self) -> bool:
         """Whether this is a decoding step, for which the step's kernels are made."""
         few = self.tokens <= min(STEP_TOKENS, self.settings.block_size) and self.top_k <= PASS

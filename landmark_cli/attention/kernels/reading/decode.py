@@ -28,16 +28,15 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
                   HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, K: tl.constexpr,
                   K_PAD: tl.constexpr, ITEMS: tl.constexpr, ITEMS_PAD: tl.constexpr, SPLITS: tl.constexpr,
                   CANDIDATES: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-                  ABSOLUTE: tl.constexpr, JOINT: tl.constexpr, SHARPENED: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  ABSOLUTE: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """OUT (B, H, T, D) from the candidates AGES and SCORES (B, H, T, SPLITS, K) that candidates_kernel left.
 
     Program (item, query of a head). Items: K selected blocks, the query's own block, and, where a step may begin a new
     block, the one before. ITEM_OUT (B, H, T, ITEMS, D) and ITEM_LOGIT hold what they find; ARRIVED (B, H, T) counts
     programs that are through, from 0 and back to 0. CHOSEN and SHARES (B, H, T, K), unless None: ages and shares of the
     selected blocks. COLS: landmarks a tile of candidates_kernel's. KEYS: keys a tile of a block. retrievable: most
-    blocks to choose from. JOINT: see attend_rows. SHARPENED: by the temperature, see attention/rerank.py. SINKS: (H,)
-    natural logits of keys without values, or None. scaling: see common/logits.py.
+    blocks to choose from. JOINT: see attend_rows. temperature: of the softmax among selected blocks, or None. SINKS:
+    (H,) natural logits of keys without values, or None. scaling: see common/logits.py.
     """
     let_next_begin(PDL)
     item = tl.program_id(0)
@@ -127,7 +126,7 @@ def decode_kernel(Q, BLOCKS, POOL, PAGE_TABLE, COUNTERS, rotations, AGES, SCORES
         tl.debug_barrier()
         items = tl.arange(0, ITEMS_PAD)  # (ITEMS_PAD,), as logits and share
         logits = tl.load(ITEM_LOGIT + at + items, mask=items < ITEMS, other=NOTHING, cache_modifier=".cg")
-        if SHARPENED:
+        if temperature is not None:
             logits = sharpened(logits, items < K, temperature)
         top = tl.maximum(tl.max(logits, 0), -1.0e30)
         if SINKS is not None:

@@ -62,7 +62,7 @@ def attend_chunk(
             ages = rerank(call, ages)
         pairs = find_pairs(call, ages)
         attend(call, pairs)
-        if call.settings.block_temperature != 1.0:
+        if call.temperature is not None:
             sharpen(call, pairs.logits)
         lse = call.empty(*q.shape[:3], dtype=torch.float32)
         out = merge(call, pairs, lse)
@@ -171,11 +171,11 @@ def rerank(call: Call, proposed: Tensor) -> Tensor:
 
 
 def sharpen(call: Call, logits: Tensor) -> None:
-    """The logits of retrieved blocks, (B, H, T, k), by the settings' temperature, in place."""
+    """The logits of retrieved blocks, (B, H, T, k), by the temperature, in place."""
     k_pad = triton.next_power_of_2(logits.shape[-1])
     rows, size = logits[..., 0].numel(), max(1, 1024 // k_pad)
     sharpen_kernel[(triton.cdiv(rows, size),)](
-        logits, rows, call.settings.block_temperature, K=logits.shape[-1], K_PAD=k_pad, ROWS=size
+        logits, rows, call.temperature, K=logits.shape[-1], K_PAD=k_pad, ROWS=size
     )
 
 
@@ -243,9 +243,9 @@ def decode(call: Call, traced: bool = False) -> tuple[Tensor, Tensor | None, Ten
     decode_kernel[(items, rows)](
         call.q, call.blocks.blocks, call.pool, call.page_table, call.chunk.counters, call.rotations, found.ages,
         found.scores, outputs, logits, arrived, out, chosen, shares, call.sinks, strides(call.q), strides(out),
-        call.tokens, *call.ring, *call.reach, call.scaling, call.settings.block_temperature, **call.heads_and_parts,
+        call.tokens, *call.ring, *call.reach, call.scaling, call.temperature, **call.heads_and_parts,
         D_PAD=call.dim_pad, **found.constants, ITEMS=items, ITEMS_PAD=triton.next_power_of_2(items),
         BLOCK=call.settings.block_size, KEYS=choice.cols, ABSOLUTE=call.absolute, JOINT=call.settings.joint,
-        SHARPENED=call.settings.block_temperature != 1.0, num_warps=choice.warps, **announcing(call.q),
+        num_warps=choice.warps, **announcing(call.q),
     )  # fmt: skip
     return out, chosen, shares

@@ -56,13 +56,10 @@ def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, OUTER_LOGIT, age
     j = tl.arange(0, K_PAD)  # (K_PAD,)
     # (ROWS, K_PAD), as all that follows but first_pair.
     age = tl.load(AGES + at[:, None] + j[None, :], mask=real[:, None] & (j < K)[None, :], other=0)
-    if SCORING:
-        distance = scored_distance(age, near, ABSOLUTE)
-    else:
+    if not SCORING:
         rank = tl.zeros([ROWS, K_PAD], tl.int32)
         for other in range(K):
             rank += (tl.load(AGES + at + other, mask=real, other=0)[:, None] > age).to(tl.int32)
-        distance = distance_of(age, rank, near, ABSOLUTE)
 
     ok = age > 0
     slot = tl.where(ok, (blocks - age) % capacity, -1)
@@ -72,7 +69,10 @@ def count_kernel(AGES, COUNTERS, COUNT, SLOT, NUMBER, DISTANCE, OUTER_LOGIT, age
     mask = in_range[:, None] & (j < K)[None, :]
     tl.store(SLOT + first_pair + pair, slot, mask=mask)
     tl.store(NUMBER + first_pair + pair, number, mask=ok)
-    tl.store(DISTANCE + first_pair + pair, distance, mask=ok)
+    if SCORING:
+        tl.store(DISTANCE + first_pair + pair, scored_distance(age, near, ABSOLUTE), mask=ok)
+    else:
+        tl.store(DISTANCE + first_pair + pair, distance_of(age, rank, near, ABSOLUTE), mask=ok)
     tl.store(OUTER_LOGIT + first_pair + pair, float("-inf"), mask=mask & (age == 0))
 
 
