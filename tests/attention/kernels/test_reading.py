@@ -108,6 +108,14 @@ def test_agrees_with_the_definition(name):
     assert_same_traces(*caches, tolerance=tolerance(case.dtype))
 
 
+@pytest.mark.parametrize("name", ["re-ranked, 18 of 30 blocks", "re-ranked, 3 of 20 blocks, numbers of 16 bits"])
+def test_many_queries_propose_in_several_passes(name, monkeypatch):
+    """Scores of all blocks are written down for few queries alone."""
+    monkeypatch.setattr(selection, "NUMBERS_BYTES", 0)
+    eager, fused, _ = read(RERANK_CASES[name])
+    assert_close_norm(fused, eager, RERANK_CASES[name].dtype)
+
+
 @pytest.mark.parametrize("rows", [64, 128])
 def test_large_tiles(rows, monkeypatch):
     """As GPUs have them that multiply by groups of warps."""

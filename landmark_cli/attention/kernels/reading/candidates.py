@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .parts import cache_row, counts_of, query_rows
 from .store import store_tokens
-from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, ordered, rounded, sortable, take_top
+from .top_k import NO_SCORE, far_query, keep_best, landmark_scores, numbered, ordered, rounded, sortable, take_top
 
 # Below all that stand for a score.
 NO_NUMBER = tl.constexpr(-(2**63))
@@ -106,10 +106,8 @@ def best_candidates(AGES, SCORES, row, cached, near, K: tl.constexpr, SPLITS: tl
     score = tl.load(SCORES + at, mask=index < SPLITS * K, other=NO_SCORE)
     age = tl.load(AGES + at, mask=index < SPLITS * K, other=0)
     left = (index < SPLITS * K) & ((index // K - 1) * COLS < cached - near) & (score > NO_SCORE)
-    # One number, by which the better score comes first, and of equal ones (0 and -0 too) the newer block: what is best
-    # is found in one go.
-    number = (ordered(score + 0.0).to(tl.int64) << 32) | (2147483647 - tl.where(left, age, 0)).to(tl.int64)
-    number = tl.where(left, number, NO_NUMBER)
+    # What is best is found in one go.
+    number = tl.where(left, numbered(score, tl.where(left, age, 0)), NO_NUMBER)
     rank = tl.arange(0, K_PAD)  # (K_PAD,), as best
     best = tl.zeros([K_PAD], tl.int32)
     # Not unrolled: a kernel that short waits for its instructions.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .candidates import NO_NUMBER
-from .top_k import ordered
+from .top_k import numbered
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -23,9 +23,7 @@ def rerank_kernel(AGES, SCORES, OUT, rows, N: tl.constexpr, N_PAD: tl.constexpr,
     at = row[:, None].to(tl.int64) * N + column[None, :]
     age = tl.load(AGES + at, mask=mask, other=0)
     score = tl.load(SCORES + at, mask=mask, other=0.0)
-    # One number, by which the better score comes first, and of equal ones (0 and -0 too) the newer block.
-    number = (ordered(score + 0.0).to(tl.int64) << 32) | (2147483647 - age).to(tl.int64)
-    number = tl.where(age > 0, number, NO_NUMBER)
+    number = tl.where(age > 0, numbered(score, age), NO_NUMBER)
     for j in range(K):
         top = tl.max(number, 1)
         found = tl.where(top > NO_NUMBER, 2147483647 - (top & 0xFFFFFFFF).to(tl.int32), 0)

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from ..common.configuration import Configuration, padded
 from .call import PASS, TILE, Call, strides
-from .candidates import candidates_kernel, pick_kernel
+from .candidates import NO_NUMBER, candidates_kernel, pick_kernel
 from .configurations import select_configuration, step_configuration
-from .shared import normalizer_kernel, shared_scores_kernel, top_kernel
+from .shared import normalizer_kernel, number_kernel, shared_scores_kernel, top_kernel
 from .top_k import select_kernel
 
 # In a decoding step: programs that share one key head's landmarks, and programs of all key heads, at most.
 MAX_SPLITS, MAX_PROGRAMS = 256, 4096
 # A chunk's queries should make so many programs; fewer share out the landmarks, so many tiles to each of them at least.
 ENOUGH_PROGRAMS, LEAST_TILES, MOST_SHARES = 512, 4, 32
+# Memory for the scores of few queries that propose many blocks.
+NUMBERS_BYTES = 16 << 20
 # Memory for the scores of a selection that heads share.
 SHARED_BYTES = 64 << 20
 
@@ -37,6 +39,8 @@ def per_token_and_head(call: Call) -> Tensor:
     if (shares := shares_of_landmarks(call, choice)) > 1:
         return pick(call, candidates(call, choice, shares))
     count = call.proposed
+    if count > max(PASS, call.top_k) and 8 * call.batch * call.heads * call.tokens * call.capacity <= NUMBERS_BYTES:
+        return propose(call, choice)
     ages = call.empty(*call.q.shape[:3], count)
     scores = torch.empty_like(ages, dtype=torch.float32) if count > PASS else None
     for first in range(0, count, PASS):
@@ -47,6 +51,20 @@ def per_token_and_head(call: Call) -> Tensor:
             ABSOLUTE=call.absolute, EXACT=call.exact, PRECISION=call.precision, **choice.launch_options(),
         )  # fmt: skip
     return ages
+
+
+def propose(call: Call, choice: Configuration) -> Tensor:
+    """Many blocks of few queries: a pass over all landmarks for every so many would keep a few programs busy for long.
+    (B, H, T, n) int32."""
+    numbers = call.empty(*call.q.shape[:3], call.capacity, dtype=torch.int64)
+    grid = triton.cdiv(call.capacity, TILE), triton.cdiv(call.query_rows, choice.rows), call.key_rows
+    number_kernel[grid](
+        call.q, call.blocks.landmark_keys, call.chunk.counters, call.rotations, call.stream_rotation, numbers,
+        strides(call.q), call.tokens, *call.ring, *call.scoring, call.score_scaling, **call.heads_and_parts,
+        ROWS=choice.rows, COLS=TILE, ABSOLUTE=call.absolute, PRECISION=call.precision, **choice.launch_options(),
+    )  # fmt: skip
+    best = numbers.topk(min(call.proposed, call.capacity), dim=-1).values
+    return (2147483647 - (best & 0xFFFFFFFF)).masked_fill(best == NO_NUMBER.value, 0).int()
 
 
 def max_over_query_heads(call: Call) -> Tensor:

@@ -1,4 +1,5 @@
-"""Selections shared by heads or by tokens: softmax over blocks, its maximum over those who share, then the k best.
+"""Selections shared by heads or by tokens: softmax over blocks, its maximum over those who share, then the k best. And
+scores of all blocks that are written down for few queries, which propose many.
 
 Source: arXiv 2305.16300, section 4.1 and appendix. Log-probabilities compare as the softmax does.
 """
@@ -8,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .candidates import NO_NUMBER
 from .parts import cache_row, counts_of, query_rows
-from .top_k import NO_SCORE, after, far_query, keep_best, landmark_scores
+from .top_k import NO_SCORE, after, far_query, keep_best, landmark_scores, numbered
 
 
 @triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
@@ -145,3 +147,30 @@ def top_kernel(SHARED, COUNTERS, AGES, SCORES, rows, rows_per_batch, batch, capa
     for j in tl.static_range(K):
         tl.store(AGES + out + j, ages[j], mask=in_range)
         tl.store(SCORES + out + j, scores[j], mask=in_range)
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "heads", "capacity", "retrievable", "top_k", "one_key"])
+def number_kernel(Q, LANDMARK_KEYS, COUNTERS, rotations, stream_rotation, NUMBERS, q_strides, tokens, batch, heads,
+                  capacity, retrievable, top_k, one_key, scaling, HEADS_PER_KEY: tl.constexpr, PARTS: tl.constexpr,
+                  ROWS: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """NUMBERS (B, H, T, capacity) int64: what `numbered` makes of every block, by age from 1 on; NO_NUMBER where there
+    is none. Program (tile of blocks, tile of rows, key head)."""
+    key_row = tl.program_id(2)
+    batch_row = key_row // heads
+    start, blocks, _ = counts_of(COUNTERS, batch, batch_row)
+    cached = tl.minimum(blocks, retrievable)
+    near = tl.minimum(cached, top_k)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)  # (ROWS,), as real and offset
+    real, _, _, offset = query_rows(row, tokens, start, key_row % heads, batch_row, q_strides, HEADS_PER_KEY)
+    q = far_query(Q, rotations, stream_rotation, offset, real, batch_row, near, PARTS, ABSOLUTE)
+    cache_key_row = cache_row(COUNTERS, batch, batch_row) * heads + key_row % heads
+    column = tl.arange(0, COLS)  # (COLS,), as age
+    first_age = 1 + tl.program_id(0) * COLS
+    s = landmark_scores(q, LANDMARK_KEYS, rotations, first_age, column, cache_key_row, blocks, cached, near, capacity,
+                        one_key, scaling, PARTS, not ABSOLUTE, PRECISION)  # (ROWS, COLS)  # fmt: skip
+    age = first_age + column
+    number = tl.where(real[:, None] & (age <= cached)[None, :], numbered(s, age[None, :]), NO_NUMBER)
+    at = ((tl.cast(key_row, tl.int64) * HEADS_PER_KEY * tokens + row) * capacity)[:, None] + (age - 1)[None, :]
+    mask = (row < HEADS_PER_KEY * tokens)[:, None] & (age <= capacity)[None, :]
+    tl.store(NUMBERS + at, number, mask=mask)

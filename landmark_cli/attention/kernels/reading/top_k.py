@@ -27,6 +27,13 @@ def ordered(score):
 
 
 @triton.jit
+def numbered(score, age):
+    """One int64 number of a score and an age, by which the better score comes first, and of equal ones (0 and -0 too)
+    the newer block."""
+    return (ordered(score + 0.0).to(tl.int64) << 32) | (2147483647 - age).to(tl.int64)
+
+
+@triton.jit
 def rounded(number, COLS: tl.constexpr):
     """The score that `ordered` made an integer of, without the bits of a column of COLS."""
     bits = number & -COLS
