@@ -101,6 +101,37 @@ def test_steps_equal_reading_token_by_token():
             assert_close_norm(logits[1], expected[1][at])
 
 
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.integers(1, 20),
+    st.sampled_from([0.3, 1.0, 3.0]),
+    st.sampled_from(get_args(Positions)),
+)
+@settings(max_examples=20, deadline=None)
+def test_reranked_and_sharpened_a_batch_gives_what_its_rows_give_alone_and_step_by_step(
+    lengths, top_k, proposed, temperature, positions
+):
+    rows = [text(length, seed) for seed, length in enumerate(lengths)]
+    options = {"top_k_blocks": top_k, "rerank_blocks": proposed, "block_temperature": temperature}
+    options["positions"] = positions
+    together = read_all(rows, JOINT_MODEL, chunk=7, **options)
+    for row, logits in zip(rows, together, strict=True):
+        assert_close_norm(logits, read_all([row], JOINT_MODEL, chunk=7, **options)[0])
+    reader, expected = BlockReader(JOINT_MODEL, **options), read_all(rows[:1], JOINT_MODEL, chunk=1, **options)[0]
+    for token, logits in zip(rows[0].tolist(), expected, strict=True):
+        assert_close_norm(reader.step([token])[0], logits)
+
+
+def test_reranking_and_sharpening_matter():
+    row = text(60)
+    given = {"model": JOINT_MODEL, "top_k_blocks": 2, "chunk": 8}
+    base = read_all([row], **given)[0]
+    assert relative_error(base, read_all([row], **given, rerank_blocks=5)[0]) > 1e-2
+    assert relative_error(base, read_all([row], **given, block_temperature=0.2)[0]) > 1e-3
+    assert torch.equal(base, read_all([row], **given, rerank_blocks=2, block_temperature=1.0)[0])
+
+
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 21])
 def test_last_only_gives_the_last_text_token(length):
     row = text(length)
@@ -145,6 +176,10 @@ def test_errors():
         next(BlockReader(MODEL).read([torch.tensor([1, LANDMARK])]))
     with pytest.raises(LandmarkError, match="at least 1"):
         BlockReader(MODEL, chunk=0)
+    with pytest.raises(LandmarkError, match='--rerank-blocks 9 asks .* landmark_softmax is "grouped"'):
+        BlockReader(MODEL, rerank_blocks=9)
+    with pytest.raises(LandmarkError, match="--rerank-blocks 9 .* --selection max_over_heads is shared"):
+        BlockReader(JOINT_MODEL, rerank_blocks=9, selection="max_over_heads")
     baseline = GPTForCausalLM(GPTConfig(vocab_size=8, n_layer=1, n_head=1, n_embd=8, landmark_freq=None))
     with pytest.raises(LandmarkError, match="no landmarks"):
         BlockReader(baseline)
