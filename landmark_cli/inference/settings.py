@@ -69,7 +69,7 @@ class ReadingSettings(Options):
         panel=READING,
         min=0.01,
         max=100,
-        help="Of the softmax among retrieved blocks: below 1 the best of them get more of it.",
+        help="Softmax temperature among retrieved blocks: below 1 the best of them get more beside the others.",
     )
     context_miss_cutoff: float = option(
         0.0,

@@ -38,6 +38,8 @@ def test_the_newest_model_on_the_newest_corpus(landmark, workplace):
         "cache_blocks": None,
         "selection": "per_token_and_head",
         "positions": "bounded",
+        "rerank_blocks": None,
+        "block_temperature": 1.0,
     }
     assert f"{expected.overall.perplexity:.4f}" in result.out
     assert "top-k-blocks 2 of all blocks" in " ".join(result.out.split())
