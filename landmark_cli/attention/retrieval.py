@@ -5,7 +5,7 @@ Source: arXiv 2305.16300, section 3.2 (inference) and appendix; positions as sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -108,12 +108,13 @@ def select_blocks(
         near = chunk.cached, settings.top_k
         scores = score_bounded(q, keys, *near, blocks.rotations, blocks.one_landmark_key, scale, softcap)
     chosen = choose_blocks(scores, keys.shape[1], chunk.cached, chunk.real, settings.proposed, settings.selection)
-    if settings.proposed > settings.top_k:
+    if chosen.shape[-1] > settings.top_k:
 
         def score(ages: Tensor) -> Tensor:
-            distance = scored_distance(ages, chunk, settings)
-            gather, joint = _gather(q, blocks, chunk), settings.joint
-            return read_selected(q, ages, distance, gather, blocks.rotations, scale, softcap, joint)[0]
+            given = scored_distance(ages, chunk, settings), _gather(q, blocks, chunk), blocks.rotations, scale, softcap
+            found = (masked_logsumexp(x[..., :-1]).masked_fill(age == 0, MINUS_INFINITY)
+                     for age, x, _ in _by_block(q, ages, *given))  # fmt: skip
+            return torch.stack(list(found), dim=-1)
 
         chosen = rerank(chosen, score, settings.top_k)
     return chosen.sort(dim=-1, descending=True).values
@@ -240,19 +241,32 @@ def read_selected(
     keys, rotated by their offset in their block, and values of blocks of given ages (B, H, T): (B, H, T, size, D) each.
     joint: in place of a landmark's logit stands the log-sum-exp of its block's text logits.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # One block a query at a time: all k at once would be k times the memory.
     outer_logits, outputs = [], []
-    for j in range(ages.shape[-1]):
-        age = ages[..., j].expand(q.shape[:3])
-        rotated = rotate(q, *rotations.by(distance[..., j].expand(q.shape[:3]))).to(dtype).unsqueeze(-2)
-        k, v = gather(age)
-        logits = capped((rotated @ k.to(dtype).transpose(-1, -2)).squeeze(-2) * scale, softcap)
+    for age, logits, v in _by_block(q, ages, distance, gather, rotations, scale, softcap):
         inner = torch.softmax(logits[..., :-1], dim=-1).unsqueeze(-2)
         # Where there is no block, memory may hold anything, and nan times a weight of nothing is nan.
-        found = (inner @ v[..., :-1, :].to(dtype)).squeeze(-2)
+        found = (inner @ v[..., :-1, :].to(logits.dtype)).squeeze(-2)
         outputs.append(found.masked_fill((age == 0)[..., None], 0.0))
         outer = masked_logsumexp(logits[..., :-1]) if joint else logits[..., -1]
         outer_logits.append(outer.masked_fill(age == 0, MINUS_INFINITY))
     return torch.stack(outer_logits, dim=-1), torch.stack(outputs, dim=-2)
+
+
+def _by_block(
+    q: Tensor,
+    ages: Tensor,
+    distance: Tensor,
+    gather: Callable[[Tensor], tuple[Tensor, Tensor]],
+    rotations: Rotations,
+    scale: float | None,
+    softcap: float | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One block a query at a time, for all at once would be as many times the memory: its age, (B, H, T), the query's
+    logits with all that is in it, (B, H, T, size), and its values. As of read_selected."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    for j in range(ages.shape[-1]):
+        age = ages[..., j].expand(q.shape[:3])
+        rotated = rotate(q, *rotations.by(distance[..., j].expand(q.shape[:3]))).to(dtype).unsqueeze(-2)
+        k, v = gather(age)
+        yield age, capped((rotated @ k.to(dtype).transpose(-1, -2)).squeeze(-2) * scale, softcap), v

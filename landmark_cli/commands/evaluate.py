@@ -177,7 +177,8 @@ def run_passkey(options: PassKeyOptions) -> dict[str, Any]:
         for length, cell in ((length, result.cell(length)) for length in result.lengths)
     ]
     data = {"model": name, **passkey_data(result, model, options)}
-    how = f"top-k-blocks {data['reading']['top_k_blocks']}" if data["reading"] else "its own window"
+    reading = data["reading"]
+    how = f"top-k-blocks {reading['top_k_blocks']}{by_text(reading)}" if reading else "its own window"
     if options.full_attention:
         how = "full attention"
     where = "" if prose is None else f" in {prose.name}"
@@ -283,6 +284,12 @@ def retrieval_data(model: PreTrainedModel, reading: ReadingSettings) -> dict[str
     }
 
 
+def by_text(reading: dict[str, Any]) -> str:
+    """What the text of blocks decides, for a title; nothing where it decides nothing. reading: plain data."""
+    found = "" if reading["rerank_blocks"] is None else f", by the text of {reading['rerank_blocks']}"
+    return found + ("" if reading["block_temperature"] == 1.0 else f", at temperature {reading['block_temperature']:g}")
+
+
 def reading_alone(options: ReadingSettings) -> ReadingSettings:
     """How blocks are read, but for their number, of which such a command measures several."""
     names = {field.name for field in fields(ReadingSettings)} - {"top_k_blocks"}
@@ -328,11 +335,7 @@ def _title(name: str, file: TokenFile, result: PerplexityResult, reading: dict[s
             if reading["cache_blocks"] is None
             else f"the newest {counted(reading['cache_blocks'], 'block')}"
         )
-        how = f"top-k-blocks {reading['top_k_blocks']} of {cache}, {reading['selection']}"
-        if reading["rerank_blocks"] is not None:
-            how += f", by the text of {reading['rerank_blocks']}"
-        if reading["block_temperature"] != 1.0:
-            how += f", at temperature {reading['block_temperature']:g}"
+        how = f"top-k-blocks {reading['top_k_blocks']} of {cache}, {reading['selection']}{by_text(reading)}"
     if result.dropped is not None:
         how += f", {result.dropped:.1%} of retrievals dropped"
     return (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from landmark_cli.commands.evaluate import (
     EvaluationOptions,
+    by_text,
     check_retrieves,
     check_text,
     open_text,
@@ -137,7 +138,7 @@ def run(options: LongPerplexityOptions) -> dict[str, Any]:
         json_target=options.json,
         title=f"LongPPL, {name} on {file.path}: {counted(len(text.starts), 'window')} of "
         f"{counted(text.eval_length, 'text token')}, {marked} of {counted(overall, 'key token')} by "
-        f"{options.evaluator or name}",
+        f"{options.evaluator or name}{by_text(data['reading'])}",
     )
     return data
 

@@ -78,6 +78,7 @@ class PlanOptions(CodeOptions):
     )
     chunk: int | None = _of_reading("chunk")
     cache_blocks: int | None = _of_reading("cache_blocks")
+    rerank_blocks: int | None = _of_reading("rerank_blocks")
     offload: Literal["none", "cpu"] = _of_reading("offload")
     json: str | None = json_option("Output")
 
@@ -98,7 +99,13 @@ def run(options: PlanOptions) -> list[dict[str, Any]]:
     for length in options.lengths:
         for freq in _frequencies(model, name, options):
             for top_k in options.top_k_blocks or [None]:
-                settings = ReadingSettings(top_k, options.chunk, options.cache_blocks, offload=options.offload)
+                settings = ReadingSettings(
+                    top_k,
+                    options.chunk,
+                    options.cache_blocks,
+                    rerank_blocks=options.rerank_blocks,
+                    offload=options.offload,
+                )
                 try:
                     plans.append((freq, plan_reading(model, length, settings)))
                 except LandmarkError as error:

@@ -7,7 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from landmark_cli.commands.evaluate import EvaluationOptions, check_retrieves, reading_alone, reading_alone_data
+from landmark_cli.commands.evaluate import (
+    EvaluationOptions,
+    by_text,
+    check_retrieves,
+    reading_alone,
+    reading_alone_data,
+)
 from landmark_cli.commands.measurement import (
     file_option,
     haystack_option,
@@ -122,7 +128,6 @@ def run(options: RulerOptions) -> dict[str, Any]:
         with keeping(finished.place):
             cells = _measure(options, model, names, lengths, finished)
     columns, rows = ruler_table(cells, lengths)
-    title = f"RULER, {model}, {counted(options.samples, 'sample')} each"
     data = {
         "model": model,
         "samples": options.samples,
@@ -133,6 +138,7 @@ def run(options: RulerOptions) -> dict[str, Any]:
         "means": mean_data(cells),
         "cells": ruler_data(cells),
     }
+    title = f"RULER, {model}, {counted(options.samples, 'sample')} each{by_text(data['reading'])}"
     results(columns, rows, data=data, json_target=options.json, title=title)
     for way, of_way in by_way(cells).items():
         if found := FoundByDepth(of_way):

@@ -105,6 +105,9 @@ class BlockReader(BaseReader):
                 f"--rerank-blocks {rerank_blocks} is for selections that nobody shares, and --selection {selection} is "
                 "shared: leave one of them out"
             )
+        if rerank_blocks is not None and not 0 < top_k_blocks < rerank_blocks:
+            warn_once(f"--rerank-blocks {rerank_blocks} changes nothing where --top-k-blocks is {top_k_blocks}")
+            rerank_blocks = None
         self.chunk = chunk or default_chunk(
             config.trained_length, top_k_blocks, self.landmark_freq, config.name_or_path
         )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from landmark_cli.inference.memory import Memory
 
 VERSION = 3
+# Of a memory that was read with settings which older programs do not know, and would leave out.
+TEXT_DECIDES = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def about(reader: BlockReader) -> About:
     if reader.about is None:
         settings = reader.cache.settings
         reader.about = About(
-            VERSION,
+            VERSION if settings.rerank_blocks is None and settings.block_temperature == 1.0 else TEXT_DECIDES,
             model_hash(reader.model),
             str(reader.model.dtype).removeprefix("torch."),
             reader.landmark_freq,
@@ -96,7 +98,8 @@ def require_fit(reader: BlockReader, memory: Memory) -> None:
     # Of another dtype, or quantized, the weights differ too, and would be called another model's.
     for part in sorted(fields(About), key=lambda part: part.name not in ("dtype", "quantization")):
         theirs, ours = getattr(memory.about, part.name), getattr(mine, part.name)
-        if theirs == ours:
+        # What is of another version differs in a setting too, which says more.
+        if theirs == ours or part.name == "version":
             continue
         if part.name == "model":
             raise UsageError(

@@ -71,7 +71,7 @@ def plan_reading(model: PreTrainedModel, length: int, settings: ReadingSettings)
         sees = max(sees, tail + text + retrieved * freq)
         # Of the chunk's last token; the landmark of its own block is no key of it.
         own = tail + stream - ((tail + text) % freq == 0)
-        reranked = min(settings.rerank_blocks or 0, kept) * freq if retrieved < (settings.rerank_blocks or 0) else 0
+        reranked = proposed * freq if (proposed := min(settings.rerank_blocks or 0, kept)) > top_k > 0 else 0
         compared = max(compared, (kept if top_k else 0) + reranked + retrieved * freq + own)
     positions = positions_of(length, chunk, retrieval)
     cache, on_gpu = _bytes(model, capacity, settings.offload == "cpu")

@@ -89,9 +89,9 @@ def test_the_best_block_keeps_its_logit_and_the_others_are_sharpened(temperature
     assert_close_norm(found, expected, torch.float32)
 
 
-def test_a_small_temperature_leaves_the_best_block_alone():
-    out, ages, shares = traced(replace(SETTINGS, top_k=4, block_temperature=1e-4))
-    assert torch.equal((shares > 1e-6).sum(-1), torch.ones_like(shares[..., 0], dtype=torch.int64))
+def test_the_smallest_temperature_leaves_the_best_block_alone():
+    out, ages, shares = traced(replace(SETTINGS, top_k=4, block_temperature=0.01))
+    assert ((shares.amax(-1) / shares.sum(-1)) > 0.99).float().mean() > 0.9
     best = text_logits().logsumexp(-1).gather(-1, 11 - ages).argmax(-1)
     assert torch.equal(shares.argmax(-1), best)
     assert out.isfinite().all()
@@ -108,8 +108,9 @@ def test_where_there_is_no_block_there_is_none_sharpened():
         ({"rerank_blocks": 0}, "rerank_blocks is 0; it must be 1 or more"),
         ({"rerank_blocks": 9, "joint": False}, "rerank_blocks is for models whose landmarks only choose blocks"),
         ({"rerank_blocks": 9, "selection": "max_over_heads"}, "goes with selection per_token_and_head"),
-        ({"block_temperature": 0.0}, "block_temperature is 0.0; it must be above 0"),
-        ({"block_temperature": float("nan")}, "block_temperature is nan; it must be above 0"),
+        ({"block_temperature": 1e-50}, "block_temperature is 1e-50; it is between 0.01 and 100"),
+        ({"block_temperature": float("nan")}, "block_temperature is nan; it is between"),
+        ({"block_temperature": float("inf")}, "block_temperature is inf; it is between"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from landmark_cli.errors import UsageError
-from landmark_cli.inference.memory_fit import About, model_hash
+from landmark_cli.inference.memory_fit import About, about, model_hash
 from landmark_cli.models.quantization import quantize
 from tests.inference.remembering import NOVEL, read, reader, recalled
 from tests.tiny import tiny_model
@@ -57,6 +57,12 @@ def test_a_memory_of_other_settings_is_refused_by_their_names(tmp_path, name):
     with pytest.raises(UsageError, match=message) as error:
         recalled([tmp_path / "novel"], **settings)
     assert f"--memory {tmp_path / 'novel'}" in str(error.value)
+
+
+@pytest.mark.parametrize("settings, version", [({}, 3), ({"block_temperature": 0.5}, 4)])
+def test_programs_that_do_not_know_a_setting_do_not_take_a_memory_for_one_without_it(settings, version):
+    """They leave out what they do not know, and refuse what is of a later version."""
+    assert about(reader(**settings)).version == version
 
 
 def test_the_models_hash_is_of_every_bit_of_its_weights_and_nothing_else():

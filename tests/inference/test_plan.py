@@ -116,6 +116,17 @@ def test_full_attention_holds_what_its_own_cache_holds(family):
     assert plan_full_attention(model, length).cache == held
 
 
+@pytest.mark.parametrize("top_k, proposed, more", [(2, 6, 6), (2, 64, 12), (2, 2, 0), (5, 3, 0), (0, 6, 0)])
+def test_a_query_is_compared_with_the_text_of_what_is_proposed(top_k, proposed, more):
+    """Where more blocks are proposed than are read: of those that there are, 12 where the last chunk begins."""
+    model, length = tiny_model(), 12 * FREQ + 12
+    plain, found = (
+        plan_reading(model, length, ReadingSettings(top_k_blocks=top_k, chunk=12, rerank_blocks=count)).compared
+        for count in (None, proposed)
+    )
+    assert found == plain + more * FREQ
+
+
 def test_blocks_that_leave_no_room():
     with pytest.raises(LandmarkError, match="retrieve at most 6"):
         plan_reading(tiny_model(), 100, ReadingSettings(top_k_blocks=7))

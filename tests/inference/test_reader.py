@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from landmark_cli import console
 from landmark_cli.attention.cache import Offload, Positions, Selection
 from landmark_cli.data.landmarks import insert_landmarks, landmark_positions
 from landmark_cli.errors import LandmarkError
@@ -130,6 +131,14 @@ def test_reranking_and_sharpening_matter():
     assert relative_error(base, read_all([row], **given, rerank_blocks=5)[0]) > 1e-2
     assert relative_error(base, read_all([row], **given, block_temperature=0.2)[0]) > 1e-3
     assert torch.equal(base, read_all([row], **given, rerank_blocks=2, block_temperature=1.0)[0])
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_what_is_no_more_than_is_read_is_told_once_and_changes_nothing(top_k, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_warned", set())
+    for _ in range(2):
+        assert BlockReader(JOINT_MODEL, top_k_blocks=top_k, rerank_blocks=4).cache.settings.rerank_blocks is None
+    assert capsys.readouterr().err.count("--rerank-blocks 4 changes nothing") == 1
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 21])

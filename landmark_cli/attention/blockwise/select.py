@@ -23,7 +23,7 @@ def select_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, scale: float) ->
     """The twin of `retrieval.select_blocks`: ages, (B, H or 1, T or 1, k) int64 in time order, 0 for no block."""
     settings = blocks.settings
     chosen = _choose(q, blocks, chunk, scale)
-    if settings.proposed > settings.top_k:
+    if chosen.shape[-1] > settings.top_k:
 
         def score(ages: Tensor) -> Tensor:
             return text_scores(q, blocks, chunk, ages, scored_distance(ages, chunk, settings), scale)

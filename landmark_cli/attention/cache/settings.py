@@ -52,8 +52,8 @@ class RetrievalSettings:
             raise ValueError(f"positions is {self.positions!r}; choose one of {', '.join(get_args(Positions))}")
         if not 0.0 <= self.context_miss_cutoff <= 1.0:
             raise ValueError(f"context_miss_cutoff is {self.context_miss_cutoff}; a share is between 0 and 1")
-        if not self.block_temperature > 0.0:
-            raise ValueError(f"block_temperature is {self.block_temperature}; it must be above 0")
+        if not 0.01 <= self.block_temperature <= 100.0:
+            raise ValueError(f"block_temperature is {self.block_temperature}; it is between 0.01 and 100")
         if self.rerank_blocks is not None:
             if self.rerank_blocks < 1:
                 raise ValueError(f"rerank_blocks is {self.rerank_blocks}; it must be 1 or more, or None")
