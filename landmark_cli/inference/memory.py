@@ -36,7 +36,7 @@ from landmark_cli.attention.cache import HeldBlocks, HeldText
 from landmark_cli.file_errors import reading, writing
 from landmark_cli.file_reading import parse_json
 from landmark_cli.file_writing import unfinished
-from landmark_cli.inference.memory_fit import TEXT_DECIDES, VERSION, About
+from landmark_cli.inference.memory_fit import TEXT_DECIDES, VERSION, About, version_of
 from landmark_cli.inference.stored_blocks import THREADS, BlockFile, Span, StoredBlocks, checksums_of
 from landmark_cli.model_files import check_header
 from landmark_cli.on_disk import settle
@@ -144,6 +144,9 @@ class Memory:
                 if version not in (VERSION, TEXT_DECIDES):
                     raise ValueError(OTHER_VERSION[isinstance(version, int) and version > VERSION])
                 about = check(About, header.about)
+                expected = version_of(about.rerank_blocks, about.block_temperature)
+                if version != expected:
+                    raise ValueError(OTHER_VERSION[version > expected])
                 # Copies: what the library gives are views of a mapping.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys() if not name.endswith(".blocks")}
             with ThreadPoolExecutor(THREADS) as pool:

@@ -53,7 +53,7 @@ def about(reader: BlockReader) -> About:
     if reader.about is None:
         settings = reader.cache.settings
         reader.about = About(
-            VERSION if settings.rerank_blocks is None and settings.block_temperature == 1.0 else TEXT_DECIDES,
+            version_of(settings.rerank_blocks, settings.block_temperature),
             model_hash(reader.model),
             str(reader.model.dtype).removeprefix("torch."),
             reader.landmark_freq,
@@ -69,6 +69,11 @@ def about(reader: BlockReader) -> About:
             settings.block_temperature,
         )
     return reader.about
+
+
+def version_of(rerank_blocks: int | None, block_temperature: float) -> int:
+    """That of the memories of a reader with these settings."""
+    return VERSION if rerank_blocks is None and block_temperature == 1.0 else TEXT_DECIDES
 
 
 def model_hash(model: PreTrainedModel) -> str:

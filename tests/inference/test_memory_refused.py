@@ -17,7 +17,7 @@ from tests.inference.remembering import NOVEL, QUESTION, ask, read, reader, reca
 from tests.tiny import LANDMARK, tiny_baseline
 
 
-@pytest.mark.parametrize("version, message", [(5, "a newer version"), (2, "an older version")])
+@pytest.mark.parametrize("version, message", [(4, "a newer version"), (5, "a newer version"), (2, "an older version")])
 def test_another_version_is_refused(tmp_path, monkeypatch, version, message):
     kept = reader()
     read(kept, NOVEL)
