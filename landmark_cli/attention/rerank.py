@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 
 def scored_distance(ages: Tensor, chunk: Chunk, settings: RetrievalSettings) -> Tensor:
-    """How many block slots before the chunk's tail block a block stands while it is compared with others: the last
-    top_k blocks at their true distance, all older ones just behind them; with absolute positions all at their own. Any
-    integers in, of shape (B, ..), as many dimensions out."""
-    if settings.positions == "absolute":
-        return ages
-    near = chunk.cached.clamp(max=settings.top_k).view(-1, *[1] * (ages.dim() - 1))
+    """How many block slots before the chunk's tail block a block stands while it is compared with others; ages: (B or
+    1, ..), as many dimensions out."""
+    absolute = settings.positions == "absolute"
+    return ages if absolute else bounded_scored_distance(ages, chunk.cached, settings.top_k)
+
+
+def bounded_scored_distance(ages: Tensor, cached: Tensor, top_k: int) -> Tensor:
+    """Bounded positions: the last top_k blocks of the (B,) that are cached are at their true distance, all older ones
+    just behind them."""
+    near = cached.clamp(max=top_k).view(-1, *[1] * (ages.dim() - 1))
     return torch.minimum(ages, near + 1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cache import Chunk, LayerBlocks, RetrievalSettings
 from .reference import attention_logits, capped, landmark_attention, masked_logsumexp
-from .rerank import rerank, scored_distance, sharpened
+from .rerank import bounded_scored_distance, rerank, scored_distance, sharpened
 from .rotary import rotate
 
 MINUS_INFINITY = float("-inf")
@@ -112,9 +112,10 @@ def select_blocks(
 
         def score(ages: Tensor) -> Tensor:
             given = scored_distance(ages, chunk, settings), _gather(q, blocks, chunk), blocks.rotations, scale, softcap
-            found = (masked_logsumexp(x[..., :-1]).masked_fill(age == 0, MINUS_INFINITY)
-                     for age, x, _ in _by_block(q, ages, *given))  # fmt: skip
-            return torch.stack(list(found), dim=-1)
+            found = []
+            for age, logits, _ in _by_block(q, ages, *given):
+                found.append(masked_logsumexp(logits[..., :-1]).masked_fill(age == 0, MINUS_INFINITY))
+            return torch.stack(found, dim=-1)
 
         chosen = rerank(chosen, score, settings.top_k)
     return chosen.sort(dim=-1, descending=True).values
@@ -138,7 +139,7 @@ def score_bounded(
     """
     ages = torch.arange(1, keys.shape[2] + 1, device=q.device)
     near = cached[:, None].clamp(max=top_k)
-    cos, sin = rotations.by(-torch.minimum(ages, near + 1))
+    cos, sin = rotations.by(-bounded_scored_distance(ages[None], cached, top_k))
     scores = attention_logits(q, rotate(keys, cos[:, None], sin[:, None]), scale, softcap)
     if one_landmark_key:
         # (B, 1), (B, n): the newest far block's place among the ages, and which blocks are far.

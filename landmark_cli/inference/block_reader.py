@@ -95,19 +95,21 @@ class BlockReader(BaseReader):
         top_k_blocks = config.top_k_blocks if top_k_blocks is None else top_k_blocks
         if chunk is not None and chunk < 1:
             raise LandmarkError(f"the chunk length is {chunk}; it must be at least 1 text token")
-        if rerank_blocks is not None and not is_joint(config):
-            raise LandmarkError(
-                f"--rerank-blocks {rerank_blocks} asks the text of blocks, but in this model landmarks share attention "
-                f'out (its landmark_softmax is "{softmax_of(config)}"): leave the option out'
-            )
-        if rerank_blocks is not None and selection != "per_token_and_head":
-            raise LandmarkError(
-                f"--rerank-blocks {rerank_blocks} is for selections that nobody shares, and --selection {selection} is "
-                "shared: leave one of them out"
-            )
-        if rerank_blocks is not None and not 0 < top_k_blocks < rerank_blocks:
-            warn_once(f"--rerank-blocks {rerank_blocks} changes nothing where --top-k-blocks is {top_k_blocks}")
-            rerank_blocks = None
+        if rerank_blocks is not None:
+            asked = f"--rerank-blocks {rerank_blocks}"
+            if not is_joint(config):
+                raise LandmarkError(
+                    f"{asked} asks the text of blocks, but in this model landmarks share attention out (its "
+                    f'landmark_softmax is "{softmax_of(config)}"): leave the option out'
+                )
+            if selection != "per_token_and_head":
+                raise LandmarkError(
+                    f"{asked} is for selections that nobody shares, and --selection {selection} is shared: leave one "
+                    "of them out"
+                )
+            if not 0 < top_k_blocks < rerank_blocks:
+                warn_once(f"{asked} changes nothing where --top-k-blocks is {top_k_blocks}")
+                rerank_blocks = None
         self.chunk = chunk or default_chunk(
             config.trained_length, top_k_blocks, self.landmark_freq, config.name_or_path
         )

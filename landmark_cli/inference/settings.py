@@ -60,6 +60,7 @@ class ReadingSettings(Options):
         None,
         panel=READING,
         min=1,
+        # As many as the kernels re-rank.
         max=64,
         help="Let landmarks propose so many blocks, and read the --top-k-blocks of them whose text counts most; for "
         "models whose landmarks only choose blocks. [default: landmarks choose]",

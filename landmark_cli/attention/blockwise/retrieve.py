@@ -67,7 +67,7 @@ def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scal
     logits[-1], outputs[-1] = MINUS_INFINITY, 0.0
     by_tile = logits[:-1].view(-1, places), outputs[:-1].view(-1, places, dim)
     distance = block_distance(ages, chunk, blocks.settings)
-    for at, products, values in _products(q, blocks, chunk, tiles, distance, scale):
+    for at, products, fetched in _products(q, blocks, chunk, tiles, distance, scale):
         if not joint:
             by_tile[0][at] = products[..., -1]
         products[..., -1] = MINUS_INFINITY
@@ -75,7 +75,7 @@ def read_blocks(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, scal
             _, by_tile[0][at] = softmax_and_lse(products, out=products)
         else:
             torch.softmax(products, dim=-1, out=products)
-        torch.bmm(products, values, out=by_tile[1][at])
+        torch.bmm(products, fetched[:, 1], out=by_tile[1][at])
     shape = top_k, *q.shape[:3]
     logits = sharpened(logits.index_select(0, tiles.place).view(shape), blocks.settings.block_temperature, dim=0)
     return Found(logits, outputs, tiles.place.view(top_k, -1))
@@ -88,7 +88,7 @@ def text_scores(q: Tensor, blocks: LayerBlocks, chunk: Chunk, ages: Tensor, dist
     count, places = tiles.pairs.shape
     scores = torch.empty(count * places + 1, device=q.device)
     scores[-1] = MINUS_INFINITY
-    for at, products, _ in _products(q, blocks, chunk, tiles, distance, scale):
+    for at, products, _ in _products(q, blocks, chunk, tiles, distance, scale, with_values=False):
         scores[:-1].view(-1, places)[at] = torch.logsumexp(products[..., :-1], dim=-1)
     return scores.index_select(0, tiles.place).view(-1, *q.shape[:3]).permute(1, 2, 3, 0)
 
@@ -99,16 +99,23 @@ def _blocks_first(of_queries: Tensor, q: Tensor) -> Tensor:
 
 
 def _products(
-    q: Tensor, blocks: LayerBlocks, chunk: Chunk, tiles: Tiles, distance: Tensor, scale: float
+    q: Tensor,
+    blocks: LayerBlocks,
+    chunk: Chunk,
+    tiles: Tiles,
+    distance: Tensor,
+    scale: float,
+    with_values: bool = True,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some tiles at a time: which, the products of their queries with their blocks' keys, (tiles, places, block_size),
-    to be overwritten, and the blocks' values. distance: as `retrieval.block_distance` gives."""
+    to be overwritten, and the blocks' keys and, unless they are not wanted, values, (tiles, 1 or 2, block_size, D).
+    distance: as `retrieval.block_distance` gives."""
     dim, size = q.shape[-1], blocks.settings.block_size
     absolute = blocks.settings.positions == "absolute"
     cos, sin = blocks.rotations.table((chunk.most_cached if absolute else blocks.settings.top_k) + 2, q.device)
     distance = _blocks_first(distance, q).flatten()
     queries = (q.float() * scale).reshape(-1, dim)
-    stored = blocks.blocks.flatten(0, 2)
+    stored = blocks.blocks.flatten(0, 2)[:, : 1 + with_values]
     if blocks.fetching:
         needed = torch.zeros(len(stored), dtype=torch.bool, device=q.device)
         needed[tiles.pages] = True
@@ -120,8 +127,7 @@ def _products(
         rotated = queries.index_select(0, pairs % len(queries))
         _rotate_in_place(rotated, cos.index_select(0, slot), sin.index_select(0, slot))
         fetched = stored.index_select(0, tiles.pages[at].to(stored.device)).to(q.device, torch.float32)
-        keys, values = fetched.unbind(1)
-        yield at, rotated.view(-1, places, dim) @ keys.transpose(1, 2), values
+        yield at, rotated.view(-1, places, dim) @ fetched[:, 0].transpose(1, 2), fetched
 
 
 def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:

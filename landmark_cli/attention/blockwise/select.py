@@ -83,7 +83,7 @@ def _scored(blocks: LayerBlocks, chunk: Chunk, count: int) -> tuple[Tensor, Tens
     if blocks.settings.positions == "absolute":
         return chunk.rows[:, None], slots, None
     top_k = blocks.settings.top_k
-    before = torch.minimum(ages, chunk.cached[:, None].clamp(max=top_k) + 1)
+    before = scored_distance(ages[None], chunk, blocks.settings)
     cos, sin = (table[before][:, None] for table in blocks.rotations.table(top_k + 2, ages.device))
     return chunk.rows[:, None], slots, (cos, -sin)
 
